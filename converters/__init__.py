@@ -1,0 +1,1 @@
+"""What travels: PyTorch weights in and out."""

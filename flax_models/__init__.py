@@ -1,0 +1,1 @@
+"""What computes: Flax NNX modules, one architecture per file, named as their PyTorch originals."""

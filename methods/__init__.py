@@ -1,0 +1,1 @@
+"""What trains: losses, pure steps, samplers, metrics, data and the training loop."""

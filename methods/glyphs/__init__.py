@@ -1,0 +1,1 @@
+"""The glyphs world: digits on textures, their captions and their judge."""

@@ -1,0 +1,1 @@
+"""Samplers as pure functions: noise schedules, DDIM and Euler."""
