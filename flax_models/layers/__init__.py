@@ -1,1 +1,1 @@
-"""Building blocks that the architectures share."""
+"""Building blocks shared by the architectures: embeddings, attention, transformers, resnets."""

@@ -1,0 +1,277 @@
+"""`AutoencoderKL`: the image autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1).
+
+Images are `[B, H, W, 3]` in [-1, 1], latents `[B, h, w, latent_channels]` *before* scaling: multiply
+by `config.scaling_factor` for the diffusion model, divide before decoding.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .configs import ModelConfig
+from .layers.attention import Attention
+from .layers.embeddings import Dtype
+from .layers.resnet import (
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+    conv1x1,
+    conv3x3,
+    group_norm,
+)
+
+_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig(ModelConfig):
+    """Settings of `AutoencoderKL`; the defaults are Stable Diffusion 1.x's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    FIXED: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
+    INERT: ClassVar[frozenset[str]] = frozenset({"force_upcast", "latents_mean", "latents_std"})
+
+    def __post_init__(self):
+        self.require_positive(
+            "in_channels", "out_channels", "block_out_channels", "layers_per_block",
+            "latent_channels", "norm_num_groups",
+        )  # fmt: skip
+        depth = len(self.block_out_channels)
+        for name, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            types = getattr(self, name)
+            self.require(
+                types == (kind,) * depth, f"{name} must be {depth} x {kind!r}, received {types}."
+            )
+        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        self.require(not bad, f"channels {bad} do not divide into {self.norm_num_groups} groups.")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class AttentionBlock(Attention):
+    """Single-head self-attention over the pixels, behind a group norm, added to its input."""
+
+    def __init__(self, channels: int, groups: int, **init):
+        super().__init__(channels, 1, use_bias=True, **init)
+        self.group_norm = group_norm(channels, groups, _EPSILON, **init)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])  # [B, H*W, C]
+        return x + super().__call__(tokens).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    """Resnet, attention, resnet at the coarsest resolution."""
+
+    def __init__(self, channels: int, groups: int, *, attends: bool, **init):
+        block = {"groups": groups, "epsilon": _EPSILON, **init}
+        self.resnets = nnx.List([ResnetBlock2D(channels, channels, **block) for _ in range(2)])
+        if attends:
+            self.attentions = nnx.List([AttentionBlock(channels, groups, **init)])
+
+    def __call__(self, x: Array) -> Array:
+        x = self.resnets[0](x)
+        if hasattr(self, "attentions"):
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class EncoderBlock(nnx.Module):
+    """`DownEncoderBlock2D`: resnets, then halving where it is not the last."""
+
+    def __init__(
+        self, in_channels: int, channels: int, *, layers: int, downsample: bool, groups: int,
+        **init,
+    ):  # fmt: skip
+        inputs = (in_channels,) + (channels,) * (layers - 1)
+        block = {"groups": groups, "epsilon": _EPSILON, **init}
+        self.resnets = nnx.List([ResnetBlock2D(c, channels, **block) for c in inputs])
+        if downsample:
+            self.downsamplers = nnx.List([Downsample2D(channels, padding=0, **init)])
+
+    def __call__(self, x: Array) -> Array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.downsamplers[0](x) if hasattr(self, "downsamplers") else x
+
+
+class DecoderBlock(nnx.Module):
+    """`UpDecoderBlock2D`: resnets, then doubling where it is not the last."""
+
+    def __init__(
+        self, in_channels: int, channels: int, *, layers: int, upsample: bool, groups: int, **init
+    ):
+        inputs = (in_channels,) + (channels,) * (layers - 1)
+        block = {"groups": groups, "epsilon": _EPSILON, **init}
+        self.resnets = nnx.List([ResnetBlock2D(c, channels, **block) for c in inputs])
+        if upsample:
+            self.upsamplers = nnx.List([Upsample2D(channels, **init)])
+
+    def __call__(self, x: Array) -> Array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x, (2 * x.shape[1], 2 * x.shape[2]))
+        return x
+
+
+class Encoder(nnx.Module):
+    """Image -> mean and log-variance, before `quant_conv`."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, remat: bool, **init):
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        last = len(channels) - 1
+        self.remat = remat
+        self.conv_in = conv3x3(config.in_channels, channels[0], **init)
+        self.down_blocks = nnx.List(
+            [
+                EncoderBlock(
+                    channels[max(level - 1, 0)], channels[level], groups=groups,
+                    layers=config.layers_per_block, downsample=level < last, **init,
+                )  # fmt: skip
+                for level in range(len(channels))
+            ]
+        )
+        self.mid_block = MidBlock(
+            channels[-1], groups, attends=config.mid_block_add_attention, **init
+        )
+        self.conv_norm_out = group_norm(channels[-1], groups, _EPSILON, **init)
+        self.conv_out = conv3x3(channels[-1], 2 * config.latent_channels, **init)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x = jax.checkpoint(block.__call__)(x) if self.remat else block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents after `post_quant_conv` -> image."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, remat: bool, **init):
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        last = len(channels) - 1
+        self.remat = remat
+        self.conv_in = conv3x3(config.latent_channels, channels[0], **init)
+        self.mid_block = MidBlock(
+            channels[0], groups, attends=config.mid_block_add_attention, **init
+        )
+        self.up_blocks = nnx.List(
+            [
+                DecoderBlock(
+                    channels[max(level - 1, 0)], channels[level], groups=groups,
+                    layers=config.layers_per_block + 1, upsample=level < last, **init,
+                )  # fmt: skip
+                for level in range(len(channels))
+            ]
+        )
+        self.conv_norm_out = group_norm(channels[-1], groups, _EPSILON, **init)
+        self.conv_out = conv3x3(channels[-1], config.out_channels, **init)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for block in (self.mid_block, *self.up_blocks):
+            x = jax.checkpoint(block.__call__)(x) if self.remat else block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Variational autoencoder between images and latents.
+
+    Args:
+      config: architecture.
+      dtype: computation dtype.
+      param_dtype: dtype of the parameters.
+      remat: recompute each block's activations in the backward pass.
+      rngs: source of the initial parameters.
+    """
+
+    config_class = AutoencoderKLConfig
+    pytorch_class = "AutoencoderKL"
+    pytorch_library = "diffusers"
+    pytorch_renames: ClassVar[Mapping[str, str]] = {
+        "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
+    }  # fmt: skip
+
+    def __init__(
+        self, config: AutoencoderKLConfig, *, dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        latent = config.latent_channels
+        self.config = config
+        self.dtype = dtype
+        self.encoder = Encoder(config, remat=remat, **init)
+        self.decoder = Decoder(config, remat=remat, **init)
+        if config.use_quant_conv:
+            self.quant_conv = conv1x1(2 * latent, 2 * latent, **init)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = conv1x1(latent, latent, **init)
+
+    def encode(
+        self, images: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B h w Z"], Float[Array, "B h w Z"]]:
+        """Posterior of the latents.
+
+        Args:
+          images: [B, H, W, in_channels] in [-1, 1]; H and W multiples of `config.downsampling`.
+
+        Returns:
+          mean and log-variance (clipped to [-30, 20]), each [B, h, w, latent_channels], unscaled.
+        """
+        factor = self.config.downsampling
+        if images.shape[-1] != self.config.in_channels or any(s % factor for s in images.shape[1:3]):
+            raise ValueError(
+                f"AutoencoderKL encodes [B, H, W, {self.config.in_channels}] images whose sides "
+                f"are multiples of {factor}, received {images.shape}."
+            )
+        moments = self.encoder(images.astype(self.dtype))
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
+        """Images [B, H, W, out_channels], nominally in [-1, 1], from unscaled latents."""
+        if latents.shape[-1] != self.config.latent_channels:
+            raise ValueError(
+                f"AutoencoderKL decodes [B, h, w, {self.config.latent_channels}] latents, "
+                f"received {latents.shape}."
+            )
+        latents = latents.astype(self.dtype)
+        if self.config.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+    def scale(self, latents: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Autoencoder latents -> the unit-variance latents that the diffusion model sees."""
+        return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def unscale(self, latents: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Inverse of `scale`."""
+        return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)

@@ -1,0 +1,409 @@
+"""CLIP (Radford et al. 2021): text transformer, vision transformer, and the contrastive model.
+
+Text is `[B, L]` token ids, images are `[B, H, W, 3]` normalised with the processor's mean and
+standard deviation.  Attribute paths are those of transformers' state dicts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from .configs import ModelConfig
+from .layers.attention import dot_product_attention
+from .layers.embeddings import Dtype
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _TowerConfig(ModelConfig):
+    """What the two towers share."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+
+    STRICT: ClassVar[bool] = False
+    FIXED: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0}
+
+    def __post_init__(self):
+        self.require_positive(
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )
+        self.require(
+            self.hidden_act in ACTIVATIONS,
+            f"hidden_act accepts {sorted(ACTIVATIONS)}, received {self.hidden_act!r}.",
+        )
+        self.require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} does not divide into "
+            f"{self.num_attention_heads} heads.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(_TowerConfig):
+    """Settings of the text tower; the defaults are those of SD 1.x's text encoder.
+
+    `eos_token_id` decides where the sequence is pooled: 2 (the published SD 1.x value) pools at the
+    largest token id, any other value at that token's first position.
+    """
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int | None = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("vocab_size", "max_position_embeddings")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": "clip_text_model", **super().to_dict()}
+
+    @classmethod
+    def stable_diffusion_1_5(cls) -> Self:
+        """The published SD 1.x text encoder (CLIP ViT-L/14's): 123,060,480 parameters."""
+        return cls(projection_dim=768, eos_token_id=2, bos_token_id=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(_TowerConfig):
+    """Settings of the vision tower; the defaults are ViT-B/32's."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    num_channels: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("image_size", "patch_size", "num_channels")
+        self.require(
+            self.image_size % self.patch_size == 0,
+            f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": "clip_vision_model", **super().to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig(ModelConfig):
+    """Both towers and the shared space."""
+
+    text_config: CLIPTextConfig = CLIPTextConfig()
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+    STRICT: ClassVar[bool] = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        towers = {
+            "text_config": CLIPTextConfig.from_dict(raw.get("text_config") or {}),
+            "vision_config": CLIPVisionConfig.from_dict(raw.get("vision_config") or {}),
+        }
+        return super().from_dict({**raw, **towers})
+
+    def to_dict(self) -> dict[str, Any]:
+        towers = {
+            "text_config": self.text_config.to_dict(),
+            "vision_config": self.vision_config.to_dict(),
+        }
+        return {"model_type": "clip", **super().to_dict(), **towers}
+
+
+class CLIPTextOutput(NamedTuple):
+    """`last_hidden_state` [B, L, C] after the final layer norm; `pooled` [B, C], its EOS row."""
+
+    last_hidden_state: Float[Array, "B L C"]
+    pooled: Float[Array, "B C"]
+
+
+class CLIPVisionOutput(NamedTuple):
+    """`last_hidden_state` [B, 1+P, C] before, `pooled` [B, C] after the final layer norm."""
+
+    last_hidden_state: Float[Array, "B T C"]
+    pooled: Float[Array, "B C"]
+
+
+def _layer_norm(config: _TowerConfig, **init) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **init
+    )
+
+
+class CLIPAttention(nnx.Module):
+    """Multi-head self-attention with biases."""
+
+    def __init__(self, config: _TowerConfig, **init):
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj = nnx.Linear(width, width, **init)
+        self.k_proj = nnx.Linear(width, width, **init)
+        self.v_proj = nnx.Linear(width, width, **init)
+        self.out_proj = nnx.Linear(width, width, **init)
+
+    def __call__(
+        self, x: Float[Array, "B L C"], mask: Bool[Array, "#B 1 #L L"] | None
+    ) -> Float[Array, "B L C"]:
+        shape = (*x.shape[:2], self.heads, -1)
+        query, key, value = (
+            proj(x).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(dot_product_attention(query, key, value, mask=mask).reshape(x.shape))
+
+
+class CLIPMLP(nnx.Module):
+    """Two-layer perceptron with the tower's activation."""
+
+    def __init__(self, config: _TowerConfig, **init):
+        self.activation = config.hidden_act
+        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **init)
+        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **init)
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class CLIPEncoderLayer(nnx.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: _TowerConfig, **init):
+        self.self_attn = CLIPAttention(config, **init)
+        self.layer_norm1 = _layer_norm(config, **init)
+        self.mlp = CLIPMLP(config, **init)
+        self.layer_norm2 = _layer_norm(config, **init)
+
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nnx.Module):
+    """The stack of layers; `remat` recomputes each one in the backward pass."""
+
+    def __init__(self, config: _TowerConfig, *, remat: bool, **init):
+        self.remat = remat
+        self.layers = nnx.List(
+            [CLIPEncoderLayer(config, **init) for _ in range(config.num_hidden_layers)]
+        )
+
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        for layer in self.layers:
+            x = jax.checkpoint(layer.__call__)(x, mask) if self.remat else layer(x, mask)
+        return x
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Token plus learned position embeddings."""
+
+    def __init__(self, config: CLIPTextConfig, **init):
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, **init)
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings, config.hidden_size, **init
+        )
+
+    def __call__(self, token_embeddings: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        return token_embeddings + self.position_embedding(jnp.arange(token_embeddings.shape[1]))
+
+
+def pooling_positions(config: CLIPTextConfig, input_ids: Int[Array, "B L"]) -> Int[Array, " B"]:
+    """Where CLIP pools each sequence: see `CLIPTextConfig.eos_token_id`."""
+    if config.eos_token_id == 2:
+        return jnp.argmax(input_ids, axis=-1)
+    return jnp.argmax(input_ids == config.eos_token_id, axis=-1)
+
+
+class CLIPTextModel(nnx.Module):
+    """CLIP's text tower, the text encoder of Stable Diffusion.
+
+    Args:
+      config: architecture.
+      dtype: computation dtype; norms and softmax accumulate in float32.
+      param_dtype: dtype of the parameters.
+      remat: recompute each layer's activations in the backward pass.
+      rngs: source of the initial parameters.
+    """
+
+    config_class = CLIPTextConfig
+    pytorch_class = "CLIPTextModel"
+    pytorch_library = "transformers"
+    pytorch_prefix = "text_model."
+    pytorch_ignored = ("*embeddings.position_ids",)
+
+    def __init__(
+        self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.embeddings = CLIPTextEmbeddings(config, **init)
+        self.encoder = CLIPEncoder(config, remat=remat, **init)
+        self.final_layer_norm = _layer_norm(config, **init)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B L"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "B L C"] | None = None,
+        attention_mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
+        eos_positions: Int[Array, " B"] | None = None,
+    ) -> CLIPTextOutput:
+        """Encode token ids, or token embeddings in their place.
+
+        Args:
+          input_ids: [B, L] int32; L at most `max_position_embeddings`.
+          inputs_embeds: [B, L, C] token embeddings (positions are added here); they override the
+            lookup of `input_ids`, which then only say where to pool.
+          attention_mask: [B, L], non-zero for tokens that may be attended to. Stable Diffusion
+            attends to all, padding included, and passes none.
+          eos_positions: [B] pooling positions; default: found in `input_ids`.
+
+        Raises:
+          ValueError: neither ids nor embeddings, a sequence that is too long, or embeddings
+            without a place to pool.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("CLIPTextModel needs input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embeddings.token_embedding(input_ids)
+        length = inputs_embeds.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"CLIPTextModel takes at most {self.config.max_position_embeddings} tokens, "
+                f"received {length}."
+            )
+        if eos_positions is None:
+            if input_ids is None:
+                raise ValueError("inputs_embeds alone do not say where to pool: pass eos_positions.")
+            eos_positions = pooling_positions(self.config, input_ids)
+        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        if attention_mask is not None:
+            mask = mask & (attention_mask != 0)[:, None, None, :]
+        x = self.final_layer_norm(self.encoder(self.embeddings(inputs_embeds), mask))
+        pooled = jnp.take_along_axis(x, eos_positions[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(x, pooled)
+
+
+class CLIPVisionEmbeddings(nnx.Module):
+    """Patches, a class token in front, learned positions."""
+
+    def __init__(self, config: CLIPVisionConfig, **init):
+        patch = (config.patch_size,) * 2
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        rngs, param_dtype = init["rngs"], init["param_dtype"]
+        self.class_embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.hidden_size,), param_dtype)
+        )
+        self.patch_embedding = nnx.Conv(
+            config.num_channels, config.hidden_size, patch, strides=patch, padding="VALID",
+            use_bias=False, **init,
+        )  # fmt: skip
+        self.position_embedding = nnx.Embed(tokens, config.hidden_size, **init)
+
+    def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B T C"]:
+        patches = self.patch_embedding(pixel_values)
+        batch, width = patches.shape[0], patches.shape[-1]
+        patches = patches.reshape(batch, -1, width)  # [B, P, C]
+        first = jnp.broadcast_to(self.class_embedding[...].astype(patches.dtype), (batch, 1, width))
+        tokens = jnp.concatenate([first, patches], axis=1)
+        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
+
+
+class CLIPVisionModel(nnx.Module):
+    """CLIP's vision tower (ViT)."""
+
+    config_class = CLIPVisionConfig
+    pytorch_class = "CLIPVisionModel"
+    pytorch_library = "transformers"
+    pytorch_prefix = "vision_model."
+    pytorch_ignored = ("*embeddings.position_ids",)
+
+    def __init__(
+        self, config: CLIPVisionConfig, *, dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.embeddings = CLIPVisionEmbeddings(config, **init)
+        self.pre_layrnorm = _layer_norm(config, **init)  # sic: the published name
+        self.encoder = CLIPEncoder(config, remat=remat, **init)
+        self.post_layernorm = _layer_norm(config, **init)
+
+    def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> CLIPVisionOutput:
+        """Encode images [B, image_size, image_size, 3], normalised for CLIP."""
+        size = self.config.image_size
+        if pixel_values.shape[1:] != (size, size, self.config.num_channels):
+            raise ValueError(
+                f"CLIPVisionModel takes [B, {size}, {size}, {self.config.num_channels}] images, "
+                f"received {pixel_values.shape}."
+            )
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)), None)
+        return CLIPVisionOutput(x, self.post_layernorm(x[:, 0]))
+
+
+class CLIPModel(nnx.Module):
+    """Both towers, projected into one space.  Arguments as for `CLIPTextModel`."""
+
+    config_class = CLIPConfig
+    pytorch_class = "CLIPModel"
+    pytorch_library = "transformers"
+    pytorch_ignored = ("*embeddings.position_ids",)
+
+    def __init__(
+        self, config: CLIPConfig, *, dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.text_model = CLIPTextModel(config.text_config, remat=remat, **init)
+        self.vision_model = CLIPVisionModel(config.vision_config, remat=remat, **init)
+        self.text_projection = nnx.Linear(
+            config.text_config.hidden_size, config.projection_dim, use_bias=False, **init
+        )
+        self.visual_projection = nnx.Linear(
+            config.vision_config.hidden_size, config.projection_dim, use_bias=False, **init
+        )
+        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, param_dtype))
+
+    def get_text_features(
+        self, input_ids: Int[Array, "B L"], attention_mask: Array | None = None
+    ) -> Float[Array, "B P"]:
+        """Projected, unnormalised text embeddings [B, projection_dim]."""
+        return self.text_projection(
+            self.text_model(input_ids, attention_mask=attention_mask).pooled
+        )
+
+    def get_image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
+        """Projected, unnormalised image embeddings [B, projection_dim]."""
+        return self.visual_projection(self.vision_model(pixel_values).pooled)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "T L"],
+        pixel_values: Float[Array, "I H W 3"],
+        attention_mask: Array | None = None,
+    ) -> Float[Array, "I T"]:
+        """Logits of every image against every text: scaled cosines [I, T]."""
+        text = self.get_text_features(input_ids, attention_mask)
+        image = self.get_image_features(pixel_values)
+        text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
+        image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
+        return jnp.exp(self.logit_scale[...]) * image @ text.T

@@ -1,0 +1,73 @@
+"""Multi-head attention, heads second-to-last: `[B, L, H, D]`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+# Above this many logits per (batch, head) the queries are taken in chunks, so that the logits of
+# one chunk stay in cache and memory stays linear in the number of queries.
+_CHUNK_LOGITS = 1 << 20
+
+
+def _attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def dot_product_attention(
+    query: Float[Array, "B Q H D"],
+    key: Float[Array, "B K H D"],
+    value: Float[Array, "B K H D"],
+    *,
+    mask: Bool[Array, "#B #H #Q K"] | None = None,
+) -> Float[Array, "B Q H D"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with a float32 softmax.
+
+    Args:
+      query, key, value: heads second-to-last, any float dtype.
+      mask: True where a query may attend, broadcast over batch, heads and queries.
+
+    Returns:
+      [B, Q, H, D] in `value`'s dtype.
+    """
+    scale = query.shape[-1] ** -0.5
+    queries, keys = query.shape[1], key.shape[1]
+    chunk = max(1, _CHUNK_LOGITS // keys)
+    if mask is not None or queries <= chunk or queries % chunk:
+        return _attend(query, key, value, mask, scale)
+    batch, _, heads, width = query.shape
+    chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
+    # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
+    attend = jax.checkpoint(lambda q: _attend(q, key, value, None, scale))
+    return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
+
+
+class Attention(nnx.Module):
+    """Self- or cross-attention over `[B, L, C]`, with diffusers' parameter names."""
+
+    def __init__(
+        self, features: int, heads: int, *, context_features: int | None = None,
+        use_bias: bool = False, **init,
+    ):  # fmt: skip
+        if features % heads:
+            raise ValueError(f"Attention: {features} features do not divide into {heads} heads.")
+        context_features = context_features or features
+        self.heads = heads
+        self.to_q = nnx.Linear(features, features, use_bias=use_bias, **init)
+        self.to_k = nnx.Linear(context_features, features, use_bias=use_bias, **init)
+        self.to_v = nnx.Linear(context_features, features, use_bias=use_bias, **init)
+        self.to_out = nnx.List([nnx.Linear(features, features, **init)])
+
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None
+    ) -> Float[Array, "B L C"]:
+        context = x if context is None else context
+        heads = (self.heads, -1)
+        query = self.to_q(x).reshape(*x.shape[:2], *heads)  # [B, L, H, D]
+        key = self.to_k(context).reshape(*context.shape[:2], *heads)
+        value = self.to_v(context).reshape(*context.shape[:2], *heads)
+        return self.to_out[0](dot_product_attention(query, key, value).reshape(x.shape))

@@ -1,0 +1,89 @@
+"""Spatial transformer of the UNet: self-attention, cross-attention and a gated perceptron."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .attention import Attention
+from .resnet import conv1x1, group_norm
+
+
+class Identity(nnx.Module):
+    """Holds the place of a parameterless PyTorch module, so that list indices agree."""
+
+
+class GEGLU(nnx.Module):
+    """Linear layer gated by an exact GELU (Shazeer 2020): [..., C] -> [..., hidden]."""
+
+    def __init__(self, features: int, hidden: int, **init):
+        self.proj = nnx.Linear(features, 2 * hidden, **init)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
+        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU perceptron four times as wide inside."""
+
+    def __init__(self, features: int, **init):
+        self.net = nnx.List(
+            [
+                GEGLU(features, 4 * features, **init),
+                Identity(),
+                nnx.Linear(4 * features, features, **init),
+            ]
+        )
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Pre-norm block: self-attention, cross-attention to the text, feed-forward."""
+
+    def __init__(self, features: int, heads: int, context_features: int, **init):
+        norm = {"epsilon": 1e-5, "use_fast_variance": False, **init}
+        self.norm1 = nnx.LayerNorm(features, **norm)
+        self.attn1 = Attention(features, heads, **init)
+        self.norm2 = nnx.LayerNorm(features, **norm)
+        self.attn2 = Attention(features, heads, context_features=context_features, **init)
+        self.norm3 = nnx.LayerNorm(features, **norm)
+        self.ff = FeedForward(features, **init)
+
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"]
+    ) -> Float[Array, "B L C"]:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """A stack of transformer blocks over the pixels of `[B, H, W, C]`.
+
+    `linear_projection` chooses between a 1x1 convolution (SD 1.x) and a Linear (SD 2.x, SDXL) for
+    `proj_in` and `proj_out`: the same key, a different rank on disk.
+    """
+
+    def __init__(
+        self, features: int, heads: int, context_features: int, *, layers: int, groups: int,
+        linear_projection: bool, **init,
+    ):  # fmt: skip
+        project = nnx.Linear if linear_projection else conv1x1
+        self.norm = group_norm(features, groups, 1e-6, **init)
+        self.proj_in = project(features, features, **init)
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(features, heads, context_features, **init) for _ in range(layers)]
+        )
+        self.proj_out = project(features, features, **init)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], context: Float[Array, "B K E"]
+    ) -> Float[Array, "B H W C"]:
+        h = self.proj_in(self.norm(x))
+        h = h.reshape(x.shape[0], -1, x.shape[-1])  # [B, H*W, C]
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.reshape(x.shape))

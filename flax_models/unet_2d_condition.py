@@ -1,0 +1,337 @@
+"""`UNet2DConditionModel`: the text-conditioned denoiser of Stable Diffusion (Rombach et al. 2022).
+
+Images and latents are `[B, H, W, C]`, text is `[B, L, E]`.  Attribute paths are diffusers' state-dict
+keys, so `unet.down_blocks[0].attentions[1].transformer_blocks[0].attn2.to_k` is
+`down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from .configs import ModelConfig
+from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
+from .layers.transformer import Transformer2DModel
+
+_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig(ModelConfig):
+    """Settings of `UNet2DConditionModel`; the defaults are Stable Diffusion 1.5's.
+
+    `attention_head_dim` is, as in the published files, the *number of heads* per block.
+    """
+
+    sample_size: int | None = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1.0
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 768
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        "act_fn": "silu", "dropout": 0.0, "only_cross_attention": False,
+        "dual_cross_attention": False, "reverse_transformer_layers_per_block": None,
+        "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_attention_heads": None,
+        "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None,
+        "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
+        "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None,
+        "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+        "attention_type": "default", "class_embeddings_concat": False,
+        "mid_block_only_cross_attention": None, "cross_attention_norm": None,
+    }  # fmt: skip
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        {"upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+         "addition_embed_type_num_heads"}
+    )  # fmt: skip
+
+    def __post_init__(self):
+        self.require_positive(
+            "in_channels", "out_channels", "block_out_channels", "layers_per_block",
+            "norm_num_groups", "cross_attention_dim", "transformer_layers_per_block",
+            "attention_head_dim",
+        )  # fmt: skip
+        depth = len(self.block_out_channels)
+        for name, accepted in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+            types = getattr(self, name)
+            self.require(len(types) == depth, f"{name} needs {depth} entries, received {types}.")
+            unknown = sorted(set(types) - set(accepted))
+            self.require(not unknown, f"{name} accepts {accepted}, received {unknown}.")
+        self.require(
+            self.mid_block_type in ("UNetMidBlock2DCrossAttn", None),
+            f"mid_block_type accepts 'UNetMidBlock2DCrossAttn', received {self.mid_block_type!r}.",
+        )
+        for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
+            value = getattr(self, name)
+            self.require(
+                isinstance(value, int) or len(value) == depth,
+                f"{name} needs one entry or {depth}, received {value}.",
+            )
+        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        self.require(not bad, f"channels {bad} do not divide into {self.norm_num_groups} groups.")
+        self.require(self.downsample_padding in (0, 1), "downsample_padding must be 0 or 1.")
+
+    def per_block(self, name: str) -> tuple[int, ...]:
+        """The value of a setting for each resolution, from the finest to the coarsest."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @classmethod
+    def stable_diffusion_1_5(cls) -> "UNet2DConditionConfig":
+        """The published SD 1.x UNet: 859,520,964 parameters."""
+        return cls()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What the layers of one resolution have in common."""
+
+    channels: int
+    attends: bool
+    depth: int
+    heads: int
+    context_features: int
+    groups: int
+    epsilon: float
+    time_features: int
+    linear_projection: bool
+    remat: bool
+
+    def resnet(self, in_channels: int, *, output_scale: float = 1.0, **init) -> ResnetBlock2D:
+        return ResnetBlock2D(
+            in_channels, self.channels, groups=self.groups, epsilon=self.epsilon,
+            time_features=self.time_features, output_scale=output_scale, **init,
+        )  # fmt: skip
+
+    def transformer(self, **init) -> Transformer2DModel:
+        return Transformer2DModel(
+            self.channels, self.heads, self.context_features, layers=self.depth,
+            groups=self.groups, linear_projection=self.linear_projection, **init,
+        )  # fmt: skip
+
+
+class _Layers(nnx.Module):
+    """Resnets, each followed by a transformer where the resolution attends to the text."""
+
+    def __init__(self, in_channels: tuple[int, ...], shape: _Shape, **init):
+        self.remat = shape.remat
+        self.resnets = nnx.List([shape.resnet(c, **init) for c in in_channels])
+        if shape.attends:
+            self.attentions = nnx.List([shape.transformer(**init) for _ in in_channels])
+
+    def layer(self, index: int, x: Array, time: Array, context: Array) -> Array:
+        def run(x: Array, time: Array, context: Array) -> Array:
+            x = self.resnets[index](x, time)
+            return self.attentions[index](x, context) if hasattr(self, "attentions") else x
+
+        return (jax.checkpoint(run) if self.remat else run)(x, time, context)
+
+
+class DownBlock(_Layers):
+    """`CrossAttnDownBlock2D` and `DownBlock2D`: returns the output and the skip connections."""
+
+    def __init__(
+        self, in_channels: int, shape: _Shape, *, layers: int, downsample: int | None, **init
+    ):
+        super().__init__((in_channels,) + (shape.channels,) * (layers - 1), shape, **init)
+        if downsample is not None:
+            self.downsamplers = nnx.List([Downsample2D(shape.channels, padding=downsample, **init)])
+
+    def __call__(self, x: Array, time: Array, context: Array) -> tuple[Array, list[Array]]:
+        skips = []
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, time, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nnx.Module):
+    """`UNetMidBlock2DCrossAttn`: resnet, transformer, resnet at the coarsest resolution."""
+
+    def __init__(self, shape: _Shape, *, output_scale: float, **init):
+        self.remat = shape.remat
+        resnet = {"output_scale": output_scale, **init}
+        self.resnets = nnx.List([shape.resnet(shape.channels, **resnet) for _ in range(2)])
+        self.attentions = nnx.List([shape.transformer(**init)])
+
+    def __call__(self, x: Array, time: Array, context: Array) -> Array:
+        def run(x: Array, time: Array, context: Array) -> Array:
+            x = self.attentions[0](self.resnets[0](x, time), context)
+            return self.resnets[1](x, time)
+
+        return (jax.checkpoint(run) if self.remat else run)(x, time, context)
+
+
+class UpBlock(_Layers):
+    """`CrossAttnUpBlock2D` and `UpBlock2D`: consumes skip connections from the end of the list."""
+
+    def __init__(
+        self, in_channels: tuple[int, ...], shape: _Shape, *, upsample: bool, **init
+    ):  # fmt: skip
+        super().__init__(in_channels, shape, **init)
+        if upsample:
+            self.upsamplers = nnx.List([Upsample2D(shape.channels, **init)])
+
+    def __call__(self, x: Array, skips: list[Array], time: Array, context: Array) -> Array:
+        for index in range(len(self.resnets)):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = self.layer(index, x, time, context)
+        if hasattr(self, "upsamplers"):
+            # The next skip connection has the size to reach, also where it is odd.
+            x = self.upsamplers[0](x, skips[-1].shape[1:3])
+        return x
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Text-conditioned UNet.
+
+    Args:
+      config: architecture.
+      dtype: computation dtype; norms and softmax accumulate in float32.
+      param_dtype: dtype of the parameters.
+      remat: recompute each layer's activations in the backward pass.
+      rngs: source of the initial parameters.
+    """
+
+    config_class = UNet2DConditionConfig
+    pytorch_class = "UNet2DConditionModel"
+    pytorch_library = "diffusers"
+
+    def __init__(
+        self, config: UNet2DConditionConfig, *, dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.dtype = dtype
+        channels = config.block_out_channels
+        time_features = 4 * channels[0]
+        layers = config.per_block("layers_per_block")
+
+        def shape(level: int, attends: bool) -> _Shape:
+            return _Shape(
+                channels=channels[level], attends=attends,
+                depth=config.per_block("transformer_layers_per_block")[level],
+                heads=config.per_block("attention_head_dim")[level],
+                context_features=config.cross_attention_dim, groups=config.norm_num_groups,
+                epsilon=config.norm_eps, time_features=time_features,
+                linear_projection=config.use_linear_projection, remat=remat,
+            )  # fmt: skip
+
+        self.conv_in = conv3x3(config.in_channels, channels[0], **init)
+        self.time_embedding = TimestepEmbedding(channels[0], time_features, **init)
+
+        last = len(channels) - 1
+        widths = [channels[0]]  # channels of the skip connections, in the order they are made
+        down_blocks = []
+        for level, kind in enumerate(config.down_block_types):
+            downsample = config.downsample_padding if level < last else None
+            before = widths[-1]
+            widths += [channels[level]] * (layers[level] + (downsample is not None))
+            down_blocks.append(
+                DownBlock(
+                    before, shape(level, kind.startswith("CrossAttn")),
+                    layers=layers[level], downsample=downsample, **init,
+                )  # fmt: skip
+            )
+        self.down_blocks = nnx.List(down_blocks)
+
+        if config.mid_block_type is not None:
+            self.mid_block = MidBlock(
+                shape(last, True), output_scale=config.mid_block_scale_factor, **init
+            )
+
+        up_blocks = []
+        current = channels[last]
+        for index, kind in enumerate(config.up_block_types):
+            level = last - index
+            inputs = []
+            for _ in range(layers[level] + 1):
+                inputs.append(current + widths.pop())
+                current = channels[level]
+            up_blocks.append(
+                UpBlock(
+                    tuple(inputs), shape(level, kind.startswith("CrossAttn")),
+                    upsample=level > 0, **init,
+                )  # fmt: skip
+            )
+        self.up_blocks = nnx.List(up_blocks)
+
+        self.conv_norm_out = group_norm(
+            channels[0], config.norm_num_groups, config.norm_eps, **init
+        )
+        self.conv_out = conv3x3(channels[0], config.out_channels, **init)
+
+    def __call__(
+        self,
+        sample: Float[Array, "B H W C"],
+        timesteps: Num[Array, "*B"] | float | int,
+        encoder_hidden_states: Float[Array, "B L E"],
+    ) -> Float[Array, "B H W O"]:
+        """Predict noise (or whatever the checkpoint was trained to predict).
+
+        Args:
+          sample: noisy latents [B, H, W, in_channels].
+          timesteps: scalar or [B], in units of training timesteps.
+          encoder_hidden_states: text states [B, L, cross_attention_dim].
+
+        Returns:
+          [B, H, W, out_channels] in the computation dtype.
+        """
+        config = self.config
+        if sample.shape[-1] != config.in_channels:
+            raise ValueError(
+                f"UNet2DConditionModel takes [B, H, W, {config.in_channels}] latents, "
+                f"received {sample.shape}."
+            )
+        if encoder_hidden_states.shape[-1] != config.cross_attention_dim:
+            raise ValueError(
+                f"UNet2DConditionModel takes [B, L, {config.cross_attention_dim}] text states, "
+                f"received {encoder_hidden_states.shape}."
+            )
+        timesteps = jnp.broadcast_to(jnp.asarray(timesteps), sample.shape[:1])
+        time = sinusoidal_embedding(
+            timesteps, config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
+        )  # fmt: skip
+        time = self.time_embedding(time.astype(self.dtype))
+        context = encoder_hidden_states.astype(self.dtype)
+        x = sample.astype(self.dtype)
+        if config.center_input_sample:
+            x = 2 * x - 1
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time, context)
+            skips += more
+        if hasattr(self, "mid_block"):
+            x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
