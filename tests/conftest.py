@@ -1,0 +1,42 @@
+"""Set the platform before anything imports jax, and share what every test file may need."""
+
+import os
+
+# Eight host devices for the sharding tests; one thread per library in each worker.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """The torch module; the test skips where it is not installed."""
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Path of a golden-vector file by name; the test skips where the vectors are not at hand."""
+
+    def find(name: str) -> Path:
+        path = ROOT.parent / "shared" / "golden" / name
+        if not path.exists():
+            pytest.skip(f"golden vectors {name} are not beside the repository")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return ROOT
