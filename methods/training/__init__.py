@@ -1,1 +1,43 @@
-"""The training loop: state, path predicates, sharding table, checkpoints."""
+"""Training: a plain state, one loop for every pure step, checkpoints, and a sharding table."""
+
+from .checkpoints import Checkpoints
+from .loop import NonFiniteLossError, TrainingInterrupted, abstract_state, compile_step, train
+from .paths import check_patterns, dotted, leaf_paths, matches, path_filter, split_trainable
+from .sharding import (
+    DEFAULT_RULES,
+    LARGEST,
+    RULES,
+    constrain_batch,
+    make_mesh,
+    shard_batch,
+    shard_state,
+    shard_tree,
+)
+from .state import TrainState, apply_gradients, init_state, step_key
+
+__all__ = [
+    "DEFAULT_RULES",
+    "LARGEST",
+    "RULES",
+    "Checkpoints",
+    "NonFiniteLossError",
+    "TrainState",
+    "TrainingInterrupted",
+    "abstract_state",
+    "apply_gradients",
+    "check_patterns",
+    "compile_step",
+    "constrain_batch",
+    "dotted",
+    "init_state",
+    "leaf_paths",
+    "make_mesh",
+    "matches",
+    "path_filter",
+    "shard_batch",
+    "shard_state",
+    "shard_tree",
+    "split_trainable",
+    "step_key",
+    "train",
+]

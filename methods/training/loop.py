@@ -1,0 +1,353 @@
+"""The training loop: one pure step, run many times, on one device or a mesh.
+
+A step is a module-level function
+
+    step(static, state, frozen, batch, key) -> (state, metrics)
+
+of a hashable `static` (graph definitions, config, optimizer), a `TrainState`, frozen arrays, one
+batch (None for steps that make their own data) and the key of this step, already folded with the
+step's number (`state.step_key`). It returns the state with its step number raised by one
+(`state.apply_gradients` does that) and a dict of scalar metrics, among them ``loss``.
+
+The loop never waits for the step it has just started: it reads the metrics of earlier steps while
+later ones run. A loss that is not finite is therefore noticed a few steps late, but always before
+anything is saved.
+"""
+
+import collections
+import contextlib
+import functools
+import math
+import signal
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from .checkpoints import Checkpoints
+from .reporting import Reporter
+from .sharding import DEFAULT_RULES, Rules, shard_batch, shard_state, shard_tree
+from .state import TrainState, step_key
+
+Step = Callable[[Any, TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Any]]]
+
+_LAG = 2  # steps in flight before the loop reads metrics
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; `step` counts completed steps, `value` is the loss."""
+
+    def __init__(self, step: int, value: float, what: str, saved: int | None) -> None:
+        self.step, self.value = step, value
+        kept = (
+            f"The last good checkpoint is the one after step {saved}."
+            if saved is not None
+            else "No checkpoint was written."
+        )
+        super().__init__(
+            f"{what} is {value} at step {step}; training stopped. {kept} Lower the learning rate, "
+            "clip the gradients, or look for bad values in the data."
+        )
+
+
+class TrainingInterrupted(SystemExit):
+    """A signal ended the run after completed step `step`; as `SystemExit`, its code is 128 + n."""
+
+    def __init__(self, step: int, signum: int, saved: bool) -> None:
+        self.step, self.signum, self.saved = step, signum, saved
+        super().__init__(128 + signum)
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.signum).name
+        end = "and saved: run again to resume" if self.saved else "(no checkpoint folder was given)"
+        return f"{name} received; stopped after step {self.step} {end}."
+
+
+def train(
+    step: Step,
+    static: Hashable,
+    state: TrainState,
+    frozen: Any = None,
+    batches: Iterable[Any] | None = None,
+    *,
+    key: PRNGKeyArray,
+    num_steps: int,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 3,
+    resume: bool = True,
+    metrics_path: str | Path | None = None,
+    tensorboard_dir: str | Path | None = None,
+    log_every: int = 1,
+    progress: bool = True,
+) -> TrainState:
+    """Run `step` until `num_steps` steps are complete and return the final state.
+
+    Args:
+        step: the pure step (see the module's description).
+        static: its hashable first argument.
+        state: the initial state; copied, so the caller's arrays survive the donation.
+        frozen: arrays the step reads and never changes.
+        batches: iterable of batches (nested dicts of arrays, first dimension the batch), or None.
+            If its iterator has ``get_state`` and ``set_state`` (grain), its position is
+            checkpointed; other iterators must start anew in each run, and a resumed run skips the
+            batches that were used.
+        key: the run's key; step n uses ``fold_in(key, n)``.
+        num_steps: total number of steps, those before a resume included.
+        mesh: mesh to shard over (`sharding.make_mesh`); None runs on the default device.
+        rules: sharding table for the trained and the frozen parameters; used with `mesh` only.
+        checkpoint_dir: folder for checkpoints; the last step is always saved there.
+        checkpoint_every: save also after every n-th step.
+        keep: number of checkpoints kept.
+        resume: continue from the newest checkpoint in `checkpoint_dir`, if there is one.
+        metrics_path: JSONL file, one record per logged step.
+        tensorboard_dir: folder for TensorBoard curves.
+        log_every: log every n-th step.
+        progress: show a progress bar, or plain lines where there is no terminal.
+
+    Raises:
+        NonFiniteLossError: the loss (or, when saving, a parameter) is NaN or infinite. Nothing is
+            saved after that; earlier checkpoints stay.
+        TrainingInterrupted: SIGTERM or SIGINT came; the current step was finished and saved.
+        ValueError: the arguments do not fit together, the batches end early, or the step returns
+            a wrong step number or metrics.
+    """
+    _check_arguments(num_steps, checkpoint_every, checkpoint_dir, keep, log_every)
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if checkpoint_dir is not None:
+            checkpoints = stack.enter_context(Checkpoints(checkpoint_dir, keep=keep))
+        shardings = shard_state(state, mesh, rules) if mesh is not None else None
+        iterator = None if batches is None else iter(batches)
+        state = _start(state, shardings, checkpoints, iterator, resume)
+        first = int(state.step)
+        if first > num_steps:
+            raise ValueError(
+                f"the state is already at step {first}, beyond num_steps={num_steps}. Raise "
+                "num_steps, or choose an empty checkpoint folder."
+            )
+        if mesh is not None:
+            frozen = jax.device_put(frozen, shard_tree(frozen, mesh, rules))
+            stack.enter_context(jax.set_mesh(mesh))
+        reporter = stack.enter_context(
+            Reporter(
+                first,
+                num_steps,
+                metrics_path=metrics_path,
+                tensorboard_dir=tensorboard_dir,
+                log_every=log_every,
+                progress=progress,
+            )
+        )
+        received = stack.enter_context(_signals())
+        run = compile_step(step, static, shardings)
+        watcher = _Watcher(reporter, checkpoints)
+
+        for n in range(first, num_steps):
+            batch = _next_batch(iterator, n, num_steps, mesh)
+            state, metrics = run(state, frozen, batch, key)
+            watcher.started(n + 1, state.step, metrics)
+            stop = bool(received)
+            due = n + 1 == num_steps or (checkpoint_every and (n + 1) % checkpoint_every == 0)
+            if stop or due:
+                watcher.finish()
+                if checkpoints is not None:
+                    _check_parameters(state, n + 1, checkpoints)
+                    checkpoints.save(state, iterator)
+            if stop:
+                raise TrainingInterrupted(n + 1, received[0], checkpoints is not None)
+    return state
+
+
+def compile_step(
+    step: Step, static: Hashable, shardings: TrainState | None = None
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Jit ``run(state, frozen, batch, key) -> (state, metrics)`` with `state` donated.
+
+    `key` is the run's key: the compiled function folds in the step's number. The same arguments
+    give the same compiled function, so several runs of one step compile once.
+
+    Args:
+        step, static: as in `train`.
+        shardings: shardings of the state (`sharding.shard_state`), kept for the result.
+    """
+    leaves, treedef = jax.tree.flatten(shardings)
+    return _compile_step(step, static, treedef, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=32)
+def _compile_step(step: Step, static: Hashable, treedef: Any, leaves: tuple[Any, ...]) -> Any:
+    def run(
+        state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Any]]:
+        return step(static, state, frozen, batch, step_key(key, state.step))
+
+    if not leaves:
+        return jax.jit(run, donate_argnums=0)
+    replicated = NamedSharding(leaves[0].mesh, PartitionSpec())
+    return jax.jit(
+        run, donate_argnums=0, out_shardings=(jax.tree.unflatten(treedef, leaves), replicated)
+    )
+
+
+class _Watcher:
+    """Reads the metrics of started steps, oldest first, a few steps behind."""
+
+    def __init__(self, reporter: Reporter, checkpoints: Checkpoints | None) -> None:
+        self._reporter, self._checkpoints = reporter, checkpoints
+        self._pending: collections.deque[tuple[int, Any, dict[str, Any]]] = collections.deque()
+
+    def started(self, step: int, counter: jax.Array, metrics: dict[str, Any]) -> None:
+        counter = jnp.copy(counter)  # the state's own buffer is donated to the next step
+        for leaf in jax.tree.leaves((counter, metrics)):
+            leaf.copy_to_host_async()
+        self._pending.append((step, counter, metrics))
+        while len(self._pending) > _LAG:
+            self._read()
+
+    def finish(self) -> None:
+        """Wait for all started steps."""
+        while self._pending:
+            self._read()
+
+    def _read(self) -> None:
+        step, counter, metrics = self._pending.popleft()
+        values = _scalars(metrics)
+        self._reporter.step(step, values)
+        if not math.isfinite(values["loss"]):
+            raise _non_finite(step, values["loss"], "the loss", self._checkpoints)
+        if int(counter) != step:
+            raise ValueError(
+                f"the step returned a state with step number {int(counter)}, expected {step}: a "
+                "step must raise it by one (apply_gradients does)."
+            )
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    if "loss" not in metrics:
+        raise ValueError(f"the step's metrics need 'loss'; received {sorted(metrics)}.")
+    wrong = {name: np.shape(value) for name, value in metrics.items() if np.size(value) != 1}
+    if wrong:
+        raise ValueError(f"metrics must be scalars; these are not (name: shape): {wrong}.")
+    return {name: float(np.asarray(value).reshape(())) for name, value in metrics.items()}
+
+
+def _start(
+    state: TrainState,
+    shardings: TrainState | None,
+    checkpoints: Checkpoints | None,
+    iterator: Iterator[Any] | None,
+    resume: bool,
+) -> TrainState:
+    """The state to begin with, on its devices, and the iterator moved to its place."""
+    if checkpoints is not None and checkpoints.latest_step is not None:
+        if not resume:
+            raise ValueError(
+                f"{checkpoints.directory} already holds checkpoints and resume is off. Choose "
+                "another folder, remove this one, or resume."
+            )
+        state = checkpoints.restore(abstract_state(state, shardings), iterator=iterator)
+        if iterator is not None and not hasattr(iterator, "set_state"):
+            for _ in range(int(state.step)):
+                next(iterator, None)
+        return state
+    if shardings is None:
+        return jax.tree.map(jnp.array, state)  # copies
+    return jax.device_put(state, shardings, may_alias=False)
+
+
+def abstract_state(state: TrainState, shardings: TrainState | None = None) -> TrainState:
+    """`state` as shapes, dtypes and shardings only: the target of `Checkpoints.restore`."""
+    if shardings is None:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state,
+        shardings,
+    )
+
+
+def _next_batch(
+    iterator: Iterator[Any] | None, step: int, num_steps: int, mesh: Mesh | None
+) -> Any:
+    if iterator is None:
+        return None
+    try:
+        batch = next(iterator)
+    except StopIteration:
+        raise ValueError(
+            f"the batches ended after {step} steps, but num_steps is {num_steps}. Repeat the data "
+            "or lower num_steps."
+        ) from None
+    if mesh is None:
+        return batch
+    shardings = shard_batch(batch, mesh)
+    if jax.process_count() > 1:  # each host brings its part of the batch
+        return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
+    return jax.device_put(batch, shardings)
+
+
+def _check_parameters(state: TrainState, step: int, checkpoints: Checkpoints) -> None:
+    """A finite loss can still give NaN gradients: look at the parameters before saving them."""
+    if not bool(_all_finite(state.params)):
+        raise _non_finite(step, math.nan, "a parameter", checkpoints)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
+
+
+def _non_finite(
+    step: int, value: float, what: str, checkpoints: Checkpoints | None
+) -> NonFiniteLossError:
+    return NonFiniteLossError(step, value, what, checkpoints.latest_step if checkpoints else None)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Note SIGTERM and SIGINT in a list; a second signal acts as it did before."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
+    def handle(signum: int, _: Any) -> None:
+        received.append(signum)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            previous[signum] = signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _check_arguments(
+    num_steps: int,
+    checkpoint_every: int | None,
+    checkpoint_dir: str | Path | None,
+    keep: int,
+    log_every: int,
+) -> None:
+    for name, value in (("num_steps", num_steps), ("keep", keep), ("log_every", log_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint_dir is None):
+        raise ValueError(
+            f"checkpoint_every={checkpoint_every} needs a checkpoint_dir (got {checkpoint_dir}) "
+            "and must be at least 1."
+        )

@@ -1,0 +1,48 @@
+"""What a training step carries from one step to the next: a plain pytree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainState:
+    """Everything a step changes, and nothing else.
+
+    Attributes:
+        step: number of completed steps, int32 scalar.
+        params: the trained parameters, nested dict of arrays (list indices are int keys).
+        opt_state: the optax optimizer's state for `params`.
+    """
+
+    step: Any  # shapes and shardings can take the place of the arrays
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step: step 0, `params` as given, a fresh optimizer state."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def apply_gradients(
+    state: TrainState, gradients: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """One optimizer update: new parameters and optimizer state, step number plus one."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state)
+
+
+def step_key(key: PRNGKeyArray, step: int | Int[Array, ""]) -> PRNGKeyArray:
+    """The key of step `step` (counted from 0): ``fold_in(key, step)``.
+
+    It depends on nothing but the run's key and the step's number, so a resumed run draws what the
+    uninterrupted run would have drawn.
+    """
+    return jax.random.fold_in(key, step)
