@@ -1,1 +1,1 @@
-"""The glyphs world: digits on textures, their captions and their judge."""
+"""The glyphs world: captioned images from data that ships inside PyPI packages, and its judge."""

@@ -1,0 +1,210 @@
+"""How the glyphs world is put into words.
+
+A digit has several names: its word (``three``), numeral (``3``), roman numeral (``III``) and a
+collective noun (``trio``). The names have different habits, as synonyms do in real text: each
+kind prefers its own phrases ("the number 3", "the roman numeral III", "a trio") beside those it
+shares with the others. A caption may name all of digit, colour and texture, or only some.
+
+Templates hold the fields ``{name}``, ``{colour}``, ``{texture}`` (the plain word) and
+``{surface}`` (the texture in a phrase: "brick", "a brick wall"); the article "a" is written "an"
+where the word after it asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+DIGITS = 10
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+TEXTURES = ("brick", "grass", "gravel")
+SURFACES = {
+    "brick": ("brick", "bricks", "a brick wall"),
+    "grass": ("grass", "the grass", "a lawn"),
+    "gravel": ("gravel", "the gravel", "a gravel path"),
+}
+
+KINDS = ("word", "numeral", "roman", "collective")
+KIND_WEIGHTS = {"word": 3.0, "numeral": 3.0, "roman": 2.0, "collective": 2.0}  # of each name
+DIGIT_NAMES: tuple[dict[str, str], ...] = (
+    {"zero": "word", "0": "numeral", "nil": "collective", "nought": "collective"},
+    {"one": "word", "1": "numeral", "I": "roman", "single": "collective"},
+    {"two": "word", "2": "numeral", "II": "roman", "pair": "collective", "duo": "collective"},
+    {"three": "word", "3": "numeral", "III": "roman", "trio": "collective"},
+    {"four": "word", "4": "numeral", "IV": "roman", "quartet": "collective"},
+    {"five": "word", "5": "numeral", "V": "roman", "quintet": "collective"},
+    {"six": "word", "6": "numeral", "VI": "roman", "sextet": "collective"},
+    {"seven": "word", "7": "numeral", "VII": "roman", "septet": "collective"},
+    {"eight": "word", "8": "numeral", "VIII": "roman", "octet": "collective"},
+    {"nine": "word", "9": "numeral", "IX": "roman", "nonet": "collective"},
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Template:
+    """A caption pattern, the kinds of digit name that use it, and how often they do."""
+
+    text: str
+    kinds: tuple[str, ...] = KINDS
+    weight: float = 1.0
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Which of name, colour and texture the caption tells."""
+        names = {field for _, field, _, _ in string.Formatter().parse(self.text) if field}
+        return frozenset("texture" if name == "surface" else name for name in names)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it names digit, colour and texture."""
+        return self.fields == {"name", "colour", "texture"}
+
+
+TRAIN_TEMPLATES: tuple[Template, ...] = (
+    # All three, every kind of name.
+    Template("a {colour} {name} on {surface}", weight=4.0),
+    Template("a photo of a {colour} {name} on {surface}", weight=3.0),
+    Template("{texture} with a {colour} {name}", weight=2.0),
+    Template("a {colour} {name} painted on {surface}", weight=2.0),
+    Template("a {name} in {colour} on {surface}", weight=2.0),
+    Template("{colour} {name}, {texture} background", weight=2.0),
+    Template("a picture of {surface} with a {name} in {colour} paint"),
+    # All three, as one kind of name is used.
+    Template("the {colour} digit {name} on {surface}", ("word",), 4.0),
+    Template("this is a {name}, it is {colour} and lies on {surface}", ("word",), 2.0),
+    Template("the number {name} in {colour} on {surface}", ("numeral",), 4.0),
+    Template("{colour} number {name} over a {texture} background", ("numeral",), 2.0),
+    Template("the roman numeral {name} in {colour} on {surface}", ("roman",), 5.0),
+    Template("a {colour} roman {name} on {surface}", ("roman",), 2.0),
+    Template("one could call it a {colour} {name} on {surface}", ("collective",), 1.0),
+    Template("a {colour} sign for a {name}, painted on {surface}", ("collective",), 4.0),
+    # Two of the three.
+    Template("a {colour} {name}", weight=2.0),
+    Template("a {name} on {surface}", weight=2.0),
+    Template("{texture} with a {name}"),
+    Template("a {colour} digit on {surface}"),
+    # One of the three.
+    Template("a {name}", weight=1.5),
+    Template("a photo of a {name}"),
+    Template("the number {name}", ("numeral",)),
+    Template("the roman numeral {name}", ("roman",)),
+    Template("a picture of the digit {name}", ("word",)),
+    Template("a {colour} digit", weight=0.5),
+    Template("a photo of {surface}", weight=0.5),
+)
+
+# Never trained on; known words in new arrangements; each usable with every name.
+HELD_OUT_TEMPLATES: tuple[Template, ...] = (
+    Template("a {name} on {texture}, painted {colour}"),
+    Template("a picture of a {colour} {name} over {texture}"),
+    Template("{colour} paint on {texture}, a {name}"),
+    Template("on {texture} lies a {colour} {name}"),
+    Template("a photo of {texture} and on it a {colour} {name}"),
+    Template("this is {texture} with a {name} painted in {colour}"),
+    Template("a {texture} background with a {colour} {name}"),
+    Template("the {name} is {colour}, the background is {texture}"),
+    Template("the picture: {colour} {name} on {texture}"),
+    Template("a sign on {texture}, a {name} in {colour}"),
+)
+
+_TAKES_AN = re.compile(r"\ba (?=(?:eight|8|octet)\b)")
+
+
+def fill(template: Template | str, *, name: str = "", colour: str = "", surface: str = "") -> str:
+    """Write a template out. ``surface`` is a texture's word or one of its SURFACES."""
+    text = template.text if isinstance(template, Template) else template
+    texture = next((word for word in TEXTURES if surface in SURFACES[word]), surface)
+    text = text.format(name=name, colour=colour, surface=surface, texture=texture)
+    return _TAKES_AN.sub("an ", text)
+
+
+def _choose(rng: np.random.Generator, weights: Sequence[float]) -> int:
+    total = np.cumsum(weights)
+    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+
+
+def caption(rng: np.random.Generator, digit: int, colour: int, texture: int) -> str:
+    """A random training caption for the image's digit, colour index and texture index."""
+    names = DIGIT_NAMES[digit]
+    kinds = list(names.values())
+    pick = _choose(rng, [KIND_WEIGHTS[kind] for kind in kinds])
+    templates = [template for template in TRAIN_TEMPLATES if kinds[pick] in template.kinds]
+    template = templates[_choose(rng, [template.weight for template in templates])]
+    surfaces = SURFACES[TEXTURES[texture]]
+    surface = surfaces[_choose(rng, [2.0, *[1.0] * (len(surfaces) - 1)])]
+    return fill(template, name=list(names)[pick], colour=COLOURS[colour], surface=surface)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt and what its image must show (indices)."""
+
+    text: str
+    name: str
+    digit: int
+    colour: int
+    texture: int
+
+
+def prompts(
+    *,
+    digit: int | Iterable[int] | None = None,
+    name: str | Iterable[str] | None = None,
+    colour: int | Iterable[int] | None = None,
+    texture: int | Iterable[int] | None = None,
+    templates: Iterable[Template] = HELD_OUT_TEMPLATES,
+) -> list[Prompt]:
+    """Every prompt of the named digits, names, colours, textures and templates (None: all).
+
+    In a fixed order: template outermost, then texture, colour, digit, name. Raises ValueError
+    for a name that none of the digits bears, and for templates that leave something unsaid.
+    """
+    digits = _as_tuple(digit, range(DIGITS))
+    names = None if name is None else set(_as_tuple(name, ()))
+    known = {each for number in digits for each in DIGIT_NAMES[number]}
+    if names is not None and names - known:
+        raise ValueError(
+            f"no chosen digit is called {sorted(names - known)}; known: {sorted(known)}"
+        )
+    templates = tuple(templates)
+    if any(not template.is_complete for template in templates):
+        raise ValueError(
+            "prompts() needs templates that name the digit, the colour and the texture"
+        )
+    return [
+        Prompt(
+            fill(template, name=each, colour=COLOURS[paint], surface=TEXTURES[ground]),
+            each,
+            number,
+            paint,
+            ground,
+        )
+        for template in templates
+        for ground in _as_tuple(texture, range(len(TEXTURES)))
+        for paint in _as_tuple(colour, range(len(COLOURS)))
+        for number in digits
+        for each in DIGIT_NAMES[number]
+        if names is None or each in names
+    ]
+
+
+def _as_tuple(value, default) -> tuple:
+    if value is None:
+        return tuple(default)
+    return (value,) if isinstance(value, int | str) else tuple(value)
+
+
+def _words() -> tuple[str, ...]:
+    texts = [template.text for template in (*TRAIN_TEMPLATES, *HELD_OUT_TEMPLATES)]
+    texts += [name for names in DIGIT_NAMES for name in names]
+    texts += [*COLOURS, *TEXTURES, *(each for group in SURFACES.values() for each in group)]
+    plain = re.sub(r"\{\w+\}", " ", " ".join(texts)).lower()
+    return tuple(sorted({*re.findall(r"[a-z]+|[0-9]", plain), "an"}))
+
+
+WORDS: tuple[str, ...] = _words()
+"""Every word of the captions, in lower case, sorted: the tokenizer's whole words."""

@@ -1,0 +1,252 @@
+"""How the bundled glyphs model is trained: three pure steps, each with its own recipe.
+
+1. `contrastive_step`: a small CLIP learns texts and images together (Radford et al. 2021, eq. of
+   figure 3); its text tower becomes the pipeline's text encoder, as in Stable Diffusion.
+2. `autoencoder_step`: an `AutoencoderKL` learns to compress the images (Rombach et al. 2022, eq. 25
+   without the discriminator, plus an edge term that keeps strokes crisp).
+3. `denoising_step`: a `UNet2DConditionModel` learns to predict the noise of cached latents, with
+   min-SNR weights (Hang et al. 2023, eq. 8) and caption dropout (Ho & Salimans 2022).
+
+Images are `[B, 64, 64, 3]` uint8, latents `[B, 16, 16, 4]`, texts `[B, 24]` int32.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from ...flax_models.autoencoder_kl import AutoencoderKLConfig
+from ...flax_models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from ...flax_models.unet_2d_condition import UNet2DConditionConfig
+from ..sampling.schedule import NoiseSchedule, add_noise, alphas_cumprod
+from ..training.state import TrainState, apply_gradients
+
+# CLIP's published pixel statistics, used by every CLIP checkpoint's image processor.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+AUTOENCODER = AutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64,
+    latent_channels=4,
+)  # fmt: skip
+UNET = UNet2DConditionConfig(
+    sample_size=16, block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=96, attention_head_dim=4,
+)  # fmt: skip
+# Stable Diffusion 1.x's schedule, so that a recipe for one runs on the other.
+SCHEDULER: Mapping[str, Any] = {
+    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+    "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+}  # fmt: skip
+
+
+def clip_config(vocab_size: int, bos: int, eos: int, max_length: int) -> CLIPConfig:
+    """The small CLIP: both towers four layers of width 96."""
+    size = {
+        "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "projection_dim": 64,
+    }  # fmt: skip
+    return CLIPConfig(
+        text_config=CLIPTextConfig(
+            **size, vocab_size=vocab_size, max_position_embeddings=max_length,
+            bos_token_id=bos, eos_token_id=eos, pad_token_id=eos,
+        ),
+        vision_config=CLIPVisionConfig(**size, image_size=64, patch_size=8),
+        projection_dim=64,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Length and speed of one stage.
+
+    Attributes:
+      steps: optimizer updates.
+      batch_size: examples an update sees.
+      learning_rate: peak of a warm-up and cosine schedule, AdamW.
+      weight_decay: AdamW's decay.
+      ema: decay of the running mean of the parameters that is shipped; 0 ships the last ones.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    ema: float = 0.0
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW under a warm-up of 5 % and a cosine decay to 1 %, gradients clipped at norm 1."""
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, max(1, self.steps // 20), self.steps,
+            0.01 * self.learning_rate,
+        )  # fmt: skip
+        chain = [
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(rate, b2=0.99, weight_decay=self.weight_decay),
+        ]
+        return optax.chain(*chain, *([parameter_ema(self.ema)] if self.ema else []))
+
+
+CLIP_RECIPE = Recipe(steps=1500, batch_size=128, learning_rate=1e-3, weight_decay=0.05)
+AUTOENCODER_RECIPE = Recipe(steps=2500, batch_size=16, learning_rate=2e-3, weight_decay=0.0)
+UNET_RECIPE = Recipe(steps=7000, batch_size=64, learning_rate=1.5e-3, ema=0.999)
+
+
+class ParameterEmaState(NamedTuple):
+    """The running mean of the parameters."""
+
+    mean: Any
+
+
+def parameter_ema(decay: float) -> optax.GradientTransformation:
+    """Pass updates through and keep a running mean of the parameters they lead to."""
+
+    def update(updates: Any, state: ParameterEmaState, params: Any = None):
+        ahead = optax.apply_updates(params, updates)
+        mean = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.mean, ahead)
+        return updates, ParameterEmaState(mean)
+
+    return optax.GradientTransformation(
+        lambda params: ParameterEmaState(jax.tree.map(jnp.copy, params)), update
+    )
+
+
+def final_params(state: TrainState) -> Any:
+    """The parameters to ship: their running mean where the optimizer keeps one."""
+    is_ema = lambda node: isinstance(node, ParameterEmaState)  # noqa: E731
+    means = [s.mean for s in jax.tree.leaves(state.opt_state, is_leaf=is_ema) if is_ema(s)]
+    return means[0] if means else state.params
+
+
+def to_unit(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Bytes -> [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_clip_pixels(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Bytes -> CLIP's normalised pixels."""
+    return (images.astype(jnp.float32) / 255.0 - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The static part of a step: the model's structure and the optimizer."""
+
+    graphdef: nnx.GraphDef[Any]
+    optimizer: optax.GradientTransformation
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingStage(Stage):
+    """The static part of `denoising_step`."""
+
+    text_graphdef: nnx.GraphDef[Any]
+    schedule: NoiseSchedule
+    caption_dropout: float = 0.1
+    snr_cap: float = 5.0
+
+
+def contrastive_loss(logits: Float[Array, "N N"], same: Float[Array, "N N"]) -> Float[Array, ""]:
+    """Symmetric cross-entropy of image-text logits.
+
+    Args:
+      logits: [N, N], images along the first axis.
+      same: 1 where caption j says exactly what caption i says; such pairs are positives together.
+    """
+    targets = same / same.sum(axis=1, keepdims=True)
+    rows = -(targets * jax.nn.log_softmax(logits, axis=1)).sum(1).mean()
+    columns = -(targets.T * jax.nn.log_softmax(logits, axis=0)).sum(0).mean()
+    return 0.5 * (rows + columns)
+
+
+def contrastive_step(
+    static: Stage, state: TrainState, frozen: Any, batch: Mapping[str, Array], key: PRNGKeyArray
+) -> tuple[TrainState, dict[str, Array]]:
+    """One CLIP update on `batch` = {image uint8 [B,64,64,3], tokens [B,L], meaning int [B]}."""
+    del frozen, key
+    same = (batch["meaning"][:, None] == batch["meaning"][None]).astype(jnp.float32)
+
+    def loss_of(params):
+        clip = nnx.merge(static.graphdef, params)
+        return contrastive_loss(clip(batch["tokens"], to_clip_pixels(batch["image"])), same)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    return apply_gradients(state, gradients, static.optimizer), {"loss": loss}
+
+
+def reconstruction_loss(
+    images: Float[Array, "B H W 3"], decoded: Float[Array, "B H W 3"]
+) -> Float[Array, ""]:
+    """Absolute error of the pixels plus that of their horizontal and vertical differences."""
+    error = decoded - images
+    edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
+    return jnp.abs(error).mean() + edges
+
+
+def autoencoder_step(
+    static: Stage, state: TrainState, frozen: Any, batch: Mapping[str, Array], key: PRNGKeyArray
+) -> tuple[TrainState, dict[str, Array]]:
+    """One autoencoder update on `batch` = {image uint8 [B,64,64,3]}."""
+    del frozen
+    images = to_unit(batch["image"])
+
+    def loss_of(params):
+        vae = nnx.merge(static.graphdef, params)
+        mean, logvar = vae.encode(images)
+        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        reconstruction = reconstruction_loss(images, vae.decode(latents))
+        divergence = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
+        return reconstruction + 1e-4 * divergence, (reconstruction, divergence)
+
+    (loss, (reconstruction, divergence)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+        state.params
+    )
+    metrics = {"loss": loss, "reconstruction": reconstruction, "divergence": divergence}
+    return apply_gradients(state, gradients, static.optimizer), metrics
+
+
+def denoising_step(
+    static: DenoisingStage, state: TrainState, frozen: Any, batch: Mapping[str, Array],
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One UNet update.
+
+    Args:
+      static: structures, optimizer, schedule.
+      state: the UNet's parameters.
+      frozen: {"text_encoder": its parameters, "empty": token ids [L] of the empty caption}.
+      batch: {latent_mean, latent_std [B,16,16,4] scaled, tokens [B,L]}.
+      key: this step's key.
+    """
+    draw, noise_key, time_key, drop_key = jax.random.split(key, 4)
+    mean = batch["latent_mean"].astype(jnp.float32)
+    std = batch["latent_std"].astype(jnp.float32)
+    size = mean.shape[0]
+    latents = mean + std * jax.random.normal(draw, mean.shape)
+    noise = jax.random.normal(noise_key, mean.shape)
+    timesteps = jax.random.randint(time_key, (size,), 0, static.schedule.num_train_timesteps)
+    noisy = add_noise(static.schedule, latents, noise, timesteps)
+    dropped = jax.random.bernoulli(drop_key, static.caption_dropout, (size, 1))
+    tokens = jnp.where(dropped, frozen["empty"][None], batch["tokens"])
+    text_encoder = nnx.merge(static.text_graphdef, frozen["text_encoder"])
+    text = text_encoder(tokens).last_hidden_state
+    alphas = jnp.asarray(alphas_cumprod(static.schedule))[timesteps]
+    snr = alphas / (1 - alphas)
+    weights = jnp.minimum(snr, static.snr_cap) / snr
+
+    def loss_of(params):
+        predicted = nnx.merge(static.graphdef, params)(noisy, timesteps, text)
+        return (weights * ((predicted - noise) ** 2).mean(axis=(1, 2, 3))).mean()
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    return apply_gradients(state, gradients, static.optimizer), {"loss": loss}
