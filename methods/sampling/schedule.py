@@ -1,0 +1,384 @@
+"""The noise schedule of a diffusion model, read from a diffusers `scheduler_config.json`.
+
+`NoiseSchedule` holds the settings; `alphas_cumprod` turns them into the table ᾱ_t that training and
+sampling share, computed on the host in the float32/float64 steps that diffusers 0.42 takes, so the
+tables agree bit for bit (to 3e-7 with zero terminal SNR). The functions below are the training
+side: noise an image, name the prediction target, and convert a prediction into x₀ or ε.
+
+Notation (Ho 2020, Song 2021; arXiv 2006.11239, 2010.02502): x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε, and the
+velocity of Salimans & Ho (arXiv 2202.00512) v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀. Arrays are `[B, *X, C]` and
+come back in float32; timesteps are integers in [0, num_train_timesteps).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# A host or device array: the leaves of a sampler, which is a pytree, may be either, or tracers.
+Table = Any
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+INTERPOLATION_TYPES = ("linear", "log_linear")
+FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
+TIMESTEP_TYPES = ("discrete", "continuous")
+
+# The settings each diffusers class takes; every class also takes `_COMMON`.
+_COMMON = frozenset({
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "prediction_type", "timestep_spacing", "steps_offset",
+})  # fmt: skip
+_CLIPPING = frozenset({
+    "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
+    "sample_max_value",
+})  # fmt: skip
+_CLASS_SETTINGS = {
+    "DDIMScheduler": _COMMON | _CLIPPING | {"set_alpha_to_one", "rescale_betas_zero_snr"},
+    "EulerDiscreteScheduler": _COMMON | {
+        "interpolation_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+        "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr", "final_sigmas_type",
+    },
+    "PNDMScheduler": _COMMON | {"set_alpha_to_one"},
+    "DDPMScheduler": _COMMON | _CLIPPING | {"rescale_betas_zero_snr"},
+}  # fmt: skip
+# Settings that cannot change DDIM or Euler sampling, and the values for which that is true.
+_INERT = {
+    "skip_prk_steps": (True, False),  # PNDM's Runge-Kutta warm-up
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NoiseSchedule:
+    """Settings of DDIMScheduler and EulerDiscreteScheduler in diffusers, under the same names.
+
+    `timestep_spacing=None` stands for the default of the class that samples, as in diffusers:
+    "leading" for DDIM, "linspace" for Euler. Settings that only the other sampler knows
+    (`clip_sample` for Euler, `use_karras_sigmas` for DDIM, …) are kept and do nothing there, as in
+    diffusers. Hashable, so it may be a static argument of `jax.jit`.
+
+    Raises `ValueError` for a setting out of range, at construction.
+    """
+
+    scheduler_class: str = "DDIMScheduler"  # the class that owns the configuration on disk
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None  # replaces the three settings above
+    rescale_betas_zero_snr: bool = False  # arXiv 2305.08891, algorithm 1
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None
+    steps_offset: int = 0  # added to the timesteps of "leading"
+    # DDIM
+    set_alpha_to_one: bool = True  # ᾱ after the last step: 1, or ᾱ_0
+    clip_sample: bool = True  # clip x₀ to ±clip_sample_range
+    clip_sample_range: float = 1.0
+    thresholding: bool = False  # dynamic thresholding (arXiv 2205.11487), replaces clipping
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    # Euler
+    interpolation_type: str = "linear"
+    use_karras_sigmas: bool = False  # arXiv 2206.00364, equation 5
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False  # arXiv 2407.12173
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    timestep_type: str = "discrete"  # "continuous" gives ¼·ln σ to a v-prediction model
+    final_sigmas_type: str = "zero"
+    # Settings of the file that change nothing here; written back unchanged
+    inert: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        _require("scheduler_class", self.scheduler_class, tuple(_CLASS_SETTINGS))
+        _require("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        _require("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.timestep_spacing is not None:
+            _require("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        _require("interpolation_type", self.interpolation_type, INTERPOLATION_TYPES)
+        _require("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
+        _require("timestep_type", self.timestep_type, TIMESTEP_TYPES)
+        if self.num_train_timesteps < 1:
+            raise ValueError(
+                f"num_train_timesteps must be at least 1; got {self.num_train_timesteps}."
+            )
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(
+                f"trained_betas must hold one value per training timestep "
+                f"(num_train_timesteps={self.num_train_timesteps}); got {len(self.trained_betas)}."
+            )
+        spacings = (self.use_karras_sigmas, self.use_exponential_sigmas, self.use_beta_sigmas)
+        if sum(spacings) > 1:
+            raise ValueError(
+                "At most one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas may "
+                "be true."
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Reads the dictionary of a diffusers `scheduler_config.json`.
+
+        `_class_name` may be DDIMScheduler (assumed if absent), EulerDiscreteScheduler,
+        PNDMScheduler or DDPMScheduler: the last two share the betas and are sampled with DDIM here.
+        Other keys that start with "_" are ignored; `skip_prk_steps` and a fixed `variance_type` are
+        inert.
+
+        Raises:
+            ValueError: another class, an unknown setting, or a value that is not supported.
+        """
+        scheduler_class = config.get("_class_name", "DDIMScheduler")
+        if scheduler_class not in _CLASS_SETTINGS:
+            raise ValueError(
+                f"The scheduler class {scheduler_class!r} is not supported; accepted are "
+                f"{', '.join(_CLASS_SETTINGS)}. Replace scheduler_config.json by the configuration "
+                "of one of them (the betas and the prediction type are what belongs to the model)."
+            )
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        settings: dict[str, Any] = {"scheduler_class": scheduler_class}
+        inert = []
+        for name, value in config.items():
+            if name.startswith("_"):
+                continue
+            if name in _INERT:
+                _require(name, value, _INERT[name])
+                inert.append((name, value))
+            elif name in ("scheduler_class", "inert") or name not in fields:
+                raise ValueError(
+                    f"Unknown scheduler setting {name}={value!r} for {scheduler_class}; known are "
+                    f"{', '.join(sorted(_all_settings()))}. Remove it if it has no effect."
+                )
+            elif name == "trained_betas":
+                settings[name] = None if value is None else tuple(float(beta) for beta in value)
+            else:
+                settings[name] = _checked(fields[name], value)
+        return cls(inert=tuple(inert), **settings)
+
+    def to_config(self) -> dict[str, Any]:
+        """The `scheduler_config.json` dictionary; `from_config` of it gives an equal schedule.
+
+        Holds every setting of `scheduler_class`, and those of other classes that differ from their
+        defaults.
+        """
+        own = _CLASS_SETTINGS[self.scheduler_class]
+        config: dict[str, Any] = {"_class_name": self.scheduler_class}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("scheduler_class", "inert"):
+                continue
+            if field.name == "timestep_spacing" and value is None:
+                continue  # absent means the sampling class's default, here and in diffusers
+            if field.name in own or value != field.default:
+                config[field.name] = list(value) if isinstance(value, tuple) else value
+        return config | dict(self.inert)
+
+
+def _all_settings() -> frozenset[str]:
+    return frozenset().union(*_CLASS_SETTINGS.values(), _INERT)
+
+
+def _require(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(
+            f"{name}={value!r} is not supported; accepted: {', '.join(map(repr, accepted))}."
+        )
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """A JSON value as the field's type: bool, int, float or str; null where that means unset."""
+    annotation = str(field.type)
+    if value is None:
+        # diffusers writes null for an unset option, whatever its type
+        if field.default is None or field.default is False:
+            return field.default
+    elif "bool" in annotation:
+        if isinstance(value, bool):
+            return value
+    elif "str" in annotation:
+        if isinstance(value, str):
+            return value
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if "float" in annotation and math.isfinite(value):
+            return float(value)
+        if "int" in annotation and value == int(value):
+            return int(value)
+    raise ValueError(f"{field.name} must be a {annotation}; got {value!r}.")
+
+
+# ---- host-side tables ----
+
+
+def float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
+    """`torch.linspace` in float32: each half counted from its own end, one rounding per entry."""
+    if num == 1:
+        return np.asarray([start], np.float32)
+    first, last = np.float32(start), np.float32(stop)
+    step = np.float64(np.float32((last - first) / np.float32(num - 1)))
+    index = np.arange(num)
+    values = np.where(index < num // 2, first + step * index, last - step * (num - 1 - index))
+    return values.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=32)
+def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
+    """ᾱ_t for every training timestep, float32 [num_train_timesteps], read-only."""
+    table = _cumprod(1 - _betas(schedule))
+    table.flags.writeable = False
+    return table
+
+
+def _betas(schedule: NoiseSchedule) -> np.ndarray:
+    count, start, end = schedule.num_train_timesteps, schedule.beta_start, schedule.beta_end
+    if schedule.trained_betas is not None:
+        betas = np.asarray(schedule.trained_betas, np.float32)
+    elif schedule.beta_schedule == "linear":
+        betas = float32_linspace(start, end, count)
+    elif schedule.beta_schedule == "scaled_linear":
+        betas = np.square(float32_linspace(start**0.5, end**0.5, count))
+    else:  # squaredcos_cap_v2: Nichol & Dhariwal, arXiv 2102.09672, equation 17
+
+        def alpha_bar(time: float) -> float:
+            return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = np.asarray(
+            [1 - alpha_bar((i + 1) / count) / alpha_bar(i / count) for i in range(count)],
+        )
+        betas = np.minimum(betas, 0.999).astype(np.float32)
+    return _rescale_zero_terminal_snr(betas) if schedule.rescale_betas_zero_snr else betas
+
+
+def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Shifts and stretches √ᾱ so that it ends at 0 (arXiv 2305.08891, algorithm 1)."""
+    root = np.sqrt(_cumprod(1 - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    alphas_bar = np.square(root)
+    return 1 - np.concatenate([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
+
+
+def _cumprod(alphas: np.ndarray) -> np.ndarray:
+    """Accumulates in float64 and rounds each entry to float32, as torch does."""
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
+
+
+def inference_timesteps(
+    schedule: NoiseSchedule, num_inference_steps: int, spacing: str
+) -> np.ndarray:
+    """The timesteps of table 2 in arXiv 2305.08891, descending, float64 [num_inference_steps].
+
+    "linspace" is left unrounded: DDIM rounds it, Euler does not. For a few step counts (61 of 1000,
+    for one) "trailing" in diffusers yields one more timestep, −1, through a float rounding; it is
+    dropped here.
+
+    Raises:
+        ValueError: a step count outside [1, num_train_timesteps], or a timestep that the model
+            never saw (`steps_offset` too large).
+    """
+    count = schedule.num_train_timesteps
+    if not 1 <= num_inference_steps <= count:
+        raise ValueError(
+            f"num_inference_steps must be between 1 and num_train_timesteps={count}; "
+            f"got {num_inference_steps}."
+        )
+    if spacing == "linspace":
+        return np.linspace(0, count - 1, num_inference_steps)[::-1]
+    if spacing == "leading":
+        ratio = count // num_inference_steps
+        timesteps = np.arange(num_inference_steps)[::-1] * float(ratio) + schedule.steps_offset
+    else:
+        ratio = count / num_inference_steps
+        timesteps = np.round(np.arange(count, 0, -ratio))[:num_inference_steps] - 1
+    if timesteps[-1] < 0 or timesteps[0] >= count:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} with timestep_spacing={spacing!r} and "
+            f"steps_offset={schedule.steps_offset} asks for timesteps {int(timesteps[-1])}…"
+            f"{int(timesteps[0])}, outside 0…{count - 1}; use fewer steps or a smaller offset."
+        )
+    return timesteps
+
+
+# ---- training side ----
+
+
+def _coefficients(
+    schedule: NoiseSchedule, timesteps: Int[Array, "..."] | int, rank: int
+) -> tuple[Array, Array]:
+    """√ᾱ_t and √(1−ᾱ_t), float32, shaped to broadcast against `[B, *X, C]` arrays of this rank."""
+    alpha_bar = jnp.asarray(alphas_cumprod(schedule))[timesteps]
+    if alpha_bar.ndim:
+        alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (rank - alpha_bar.ndim))
+    return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+
+
+def add_noise(
+    schedule: NoiseSchedule,
+    x0: Float[Array, "B *X C"],
+    noise: Float[Array, "B *X C"],
+    timesteps: Int[Array, "..."] | int,
+) -> Float[Array, "B *X C"]:
+    """x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε. `timesteps`: integers, [B] or a scalar."""
+    signal, sigma = _coefficients(schedule, timesteps, x0.ndim)
+    return signal * x0 + sigma * noise
+
+
+def velocity(
+    schedule: NoiseSchedule,
+    x0: Float[Array, "B *X C"],
+    noise: Float[Array, "B *X C"],
+    timesteps: Int[Array, "..."] | int,
+) -> Float[Array, "B *X C"]:
+    """v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀ (arXiv 2202.00512, appendix D)."""
+    signal, sigma = _coefficients(schedule, timesteps, x0.ndim)
+    return signal * noise - sigma * x0
+
+
+def training_target(
+    schedule: NoiseSchedule,
+    x0: Float[Array, "B *X C"],
+    noise: Float[Array, "B *X C"],
+    timesteps: Int[Array, "..."] | int,
+) -> Float[Array, "B *X C"]:
+    """What the model is trained to predict: ε, v or x₀ by `schedule.prediction_type`."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    if schedule.prediction_type == "sample":
+        return x0
+    return velocity(schedule, x0, noise, timesteps)
+
+
+def prediction_to_x0(
+    schedule: NoiseSchedule,
+    prediction: Float[Array, "B *X C"],
+    x_t: Float[Array, "B *X C"],
+    timesteps: Int[Array, "..."] | int,
+) -> Float[Array, "B *X C"]:
+    """The x₀ that a model output at x_t implies (no clipping)."""
+    if schedule.prediction_type == "sample":
+        return prediction
+    signal, sigma = _coefficients(schedule, timesteps, x_t.ndim)
+    if schedule.prediction_type == "epsilon":
+        return (x_t - sigma * prediction) / signal
+    return signal * x_t - sigma * prediction
+
+
+def prediction_to_epsilon(
+    schedule: NoiseSchedule,
+    prediction: Float[Array, "B *X C"],
+    x_t: Float[Array, "B *X C"],
+    timesteps: Int[Array, "..."] | int,
+) -> Float[Array, "B *X C"]:
+    """The noise ε that a model output at x_t implies."""
+    if schedule.prediction_type == "epsilon":
+        return prediction
+    signal, sigma = _coefficients(schedule, timesteps, x_t.ndim)
+    if schedule.prediction_type == "sample":
+        return (x_t - signal * prediction) / sigma
+    return signal * prediction + sigma * x_t
