@@ -5,7 +5,6 @@ the data iterator, JSON). A folder appears under its final name only when it is 
 """
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, iterator: Iterator[Any] | None = None) -> None:
+    def save(self, state: TrainState, iterator: Any = None) -> None:
         """Start writing `state`, and the iterator's position if it has ``get_state``.
 
         Returns as soon as the arrays are copied: `state` may be donated right after. A step that
@@ -75,7 +74,7 @@ class Checkpoints:
         target: TrainState,
         *,
         step: int | None = None,
-        iterator: Iterator[Any] | None = None,
+        iterator: Any = None,
     ) -> TrainState:
         """Read a checkpoint into the structure, dtypes and shardings of `target`.
 

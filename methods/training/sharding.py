@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .paths import Pattern, dotted, matches
@@ -50,8 +51,8 @@ UNET_RULES: Rules = (
     ("*.attn[12].to_out.0.kernel", _ROW),
     ("*.ff.net.0.proj.kernel", _COLUMN),
     ("*.ff.net.2.kernel", _ROW),
-    ("time_embedding.linear_1.kernel", _COLUMN),
-    ("time_embedding.linear_2.kernel", _ROW),
+    ("*time_embedding.linear_1.kernel", _COLUMN),
+    ("*time_embedding.linear_2.kernel", _ROW),
     ("*.time_emb_proj.kernel", _COLUMN),
     ("*.resnets.*.conv1.kernel", _CONV_COLUMN),
     ("*.resnets.*.conv2.kernel", _CONV_ROW),
@@ -70,7 +71,11 @@ AUTOENCODER_RULES: Rules = (
     *DEFAULT_RULES,
 )
 
+# A training step may hold several models side by side; their rows do not overlap.
+STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLIP_RULES)
+
 RULES: dict[str, Rules] = {
+    "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "UNet2DConditionModel": UNET_RULES,
     "AutoencoderKL": AUTOENCODER_RULES,
     "CLIPTextModel": CLIP_RULES,
@@ -122,7 +127,8 @@ def shard_tree(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
         ValueError: no row matches a path, or a row's spec has more axes than the leaf.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(dotted(path), leaf.shape, mesh, rules)), tree
+        lambda path, leaf: NamedSharding(mesh, _spec(dotted(path), np.shape(leaf), mesh, rules)),
+        tree,
     )
 
 
