@@ -1,1 +1,14 @@
 """What travels: PyTorch weights in and out."""
+
+from .errors import CheckpointError, ConversionError, OutputError
+from .output import atomic_folder
+from .pytorch import load_pytorch, save_pytorch
+
+__all__ = [
+    "CheckpointError",
+    "ConversionError",
+    "OutputError",
+    "atomic_folder",
+    "load_pytorch",
+    "save_pytorch",
+]

@@ -1,0 +1,23 @@
+"""What goes wrong between two formats, in sentences for people."""
+
+from collections.abc import Sequence
+
+_SHOWN = 8
+
+
+class ConversionError(ValueError):
+    """Base of this package's errors; its message says what was received and what to do next."""
+
+
+class CheckpointError(ConversionError):
+    """A checkpoint that cannot be read: absent, damaged, unsafe, or of another model."""
+
+
+class OutputError(ConversionError):
+    """A result that cannot be written; nothing of it is left on disk."""
+
+
+def listing(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """Names joined by commas, cut to a readable length with the number left out."""
+    head = ", ".join(names[:shown])
+    return head if len(names) <= shown else f"{head}, … and {len(names) - shown} more"

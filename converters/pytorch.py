@@ -1,0 +1,420 @@
+"""Load and save PyTorch checkpoints in the folder layouts of diffusers and transformers.
+
+A *component* folder holds `config.json` and weights; a *pipeline* folder holds `model_index.json`
+and one folder per component.  Weights travel one tensor at a time, so the peak of memory is the
+model itself plus about one tensor, in both directions.
+"""
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from . import architectures
+from .errors import CheckpointError, OutputError, listing
+from .output import atomic_folder
+from .safetensors_file import (
+    FLOAT_NAMES,
+    FLOAT_TYPES,
+    PendingTensor,
+    StoredTensor,
+    file_order,
+    write_safetensors,
+)
+from .tensors import Path, TensorSpec, is_finite, match, tensor_specs, variables
+from .tokenizer import read_tokenizer, write_tokenizer
+from .weights import STEMS, find_weights, open_weights, read_json
+
+ShardingRule = Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | None
+_MODELS = ("unet", "vae", "text_encoder")
+COMPONENTS = (*_MODELS, "tokenizer", "scheduler")
+
+
+def load_pytorch(
+    path: FilePath | str,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    sharding: ShardingRule = None,
+    components: Collection[str] | None = None,
+    architecture: str | type[nnx.Module] | None = None,
+) -> Any:
+    """Load a component folder, a pipeline folder, or one weight file beside its `config.json`.
+
+    The weights may be `.safetensors`, several of them behind an index, or `.bin` pickles (these
+    need torch; nothing in them is executed).  They are memory-mapped and copied, so the files may
+    change or vanish afterwards.
+
+    Args:
+      path: the folder or file; `~` is expanded.
+      dtype: computation dtype of the models.
+      param_dtype: dtype to convert the parameters to; None keeps each as stored, so that
+        `save_pytorch` gives back the same bits.
+      sharding: where parameters go, straight from the file: one sharding for all, or a function of
+        (attribute path, shape in NNX layout) that returns one, or None for the default device. In a
+        pipeline the path begins with the component's name.
+      components: of a pipeline, load only these of `unet`, `vae`, `text_encoder`, `tokenizer`,
+        `scheduler`; the others are None.
+      architecture: of a component, the model class, or its published name, to use in place of the
+        one in `config.json`.
+
+    Returns:
+      An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline`.
+
+    Raises:
+      CheckpointError: whatever is wrong with the checkpoint, in one message: absent, damaged or
+        unsafe files, an unknown architecture, tensors that are missing, unexpected, of the wrong
+        shape or type, NaN or infinite.
+    """
+    path = FilePath(path).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist. Pass a folder with config.json or model_index.json; models "
+            "are not downloaded here."
+        )
+    place = functools.partial(_place, rule=sharding)
+    options = {"dtype": dtype, "param_dtype": param_dtype}
+    if (path / "model_index.json").is_file():
+        if architecture is not None:
+            raise ValueError(f"{path} is a pipeline: architecture= is for a component folder.")
+        return _load_pipeline(path, components, place=place, **options)
+    if components is not None:
+        raise ValueError(f"{path} is no pipeline folder: components= does not apply to it.")
+    return _load_component(path, architecture, place=place, **options)
+
+
+def _load_pipeline(
+    path: FilePath, components: Collection[str] | None, *, place: Callable, **options
+) -> Any:
+    from ..flax_models.stable_diffusion import StableDiffusionPipeline
+
+    wanted = set(COMPONENTS if components is None else components)
+    if not wanted <= set(COMPONENTS):
+        unknown = sorted(wanted - set(COMPONENTS))
+        raise ValueError(f"components accepts {COMPONENTS}, received {unknown}.")
+    index = read_json(path / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in architectures.PIPELINES:
+        raise CheckpointError(
+            f"{path} is a {kind!r} pipeline; known are {', '.join(architectures.PIPELINES)}. "
+            "Load its components one by one if their architectures are known."
+        )
+    parts: dict[str, Any] = dict.fromkeys((*_MODELS, "tokenizer"))
+    for name in _MODELS:
+        if name in wanted:
+            entry = index.get(name)
+            published = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+            parts[name] = _load_component(
+                path / name, published, place=functools.partial(place, prefix=(name,)), **options
+            )
+    if "tokenizer" in wanted:
+        parts["tokenizer"] = read_tokenizer(path / "tokenizer")
+        _check_vocabulary(path, parts["tokenizer"], parts["text_encoder"])
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    config = read_json(scheduler) if "scheduler" in wanted else {}
+    return StableDiffusionPipeline(**parts, scheduler_config=config, model_index=index)
+
+
+def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None:
+    if text_encoder is not None and len(tokenizer) > text_encoder.config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, but the text encoder embeds only "
+            f"{text_encoder.config.vocab_size}. Use the tokenizer that belongs to it."
+        )
+
+
+def _load_component(
+    path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable
+) -> nnx.Module:
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").exists():
+        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json "
+            f"(found {listing(there) or 'nothing'}). Pass a diffusers or transformers folder."
+        )
+    source = str(folder / "config.json")
+    raw = read_json(folder / "config.json")
+    if architecture is None or isinstance(architecture, str):
+        name = architecture or architectures.published_name(raw)
+        model_class = architectures.model_class(name, source)
+    else:
+        model_class = architecture
+    try:
+        config = model_class.config_class.from_dict(raw)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
+    stored = open_weights(file)
+
+    kinds = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in FLOAT_TYPES)
+    common = FLOAT_TYPES[kinds.most_common(1)[0][0]] if kinds else jnp.float32
+    init_dtype = jnp.dtype(param_dtype or (common if common.itemsize < 8 else jnp.float32))
+    try:
+        model = nnx.eval_shape(
+            lambda: model_class(config, dtype=dtype, param_dtype=init_dtype, rngs=nnx.Rngs(0))
+        )
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        raise CheckpointError(f"{source} describes no buildable model: {error}") from error
+    specs = tensor_specs(model)
+    tensors = match(
+        specs, stored, source=str(file), model_class=model_class, double=param_dtype is not None
+    )
+    _fill(model, specs, tensors, source=str(file), param_dtype=param_dtype, place=place)
+    model.published_config = json.dumps(raw)  # text, because static attributes must be hashable
+    return model
+
+
+def _fill(
+    model: nnx.Module,
+    specs: list[TensorSpec],
+    tensors: Mapping[str, StoredTensor],
+    *,
+    source: str,
+    param_dtype: Any,
+    place: Callable,
+) -> None:
+    """Give an abstract model its parameters, one at a time, the largest first."""
+    slots = variables(model)
+    broken = []
+    placed = []
+    for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
+        tensor = tensors[spec.key]
+        values, dtype = tensor.read(), tensor.dtype
+        finite = is_finite(values, dtype)
+        if finite and param_dtype is not None and values.dtype != param_dtype:
+            values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
+        if not finite:
+            broken.append(spec.key)
+        if not broken:
+            array = place(spec.path, spec.to_nnx(values))
+            slots[spec.path].set_value(array)
+            placed.append(array)
+    if broken:
+        raise CheckpointError(
+            f"{source}: {len(broken)} tensors hold NaN or infinite values: "
+            f"{listing(sorted(broken))}. The checkpoint is damaged or its training diverged; use "
+            "another one."
+        )
+    jax.block_until_ready(placed)  # a transfer may still be reading the mapped file
+
+
+def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(values).astype(dtype)
+    if not is_finite(converted, FLOAT_NAMES[dtype]):
+        raise CheckpointError(
+            f"{source} has values too large for {dtype.name}. Convert to bfloat16 or float32."
+        )
+    return converted
+
+
+def _place(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> jax.Array:
+    """Put a view of a mapped file onto its devices; nothing on them shares its memory."""
+    sharding = rule if isinstance(rule, Sharding) or rule is None else rule(
+        (*prefix, *path), view.shape
+    )  # fmt: skip
+    if sharding is None:
+        return jax.device_put(_detached(view))
+    return jax.make_array_from_callback(view.shape, sharding, lambda index: _detached(view[index]))
+
+
+def _detached(view: np.ndarray) -> np.ndarray:
+    """What JAX may be given: it adopts C-contiguous memory instead of copying it, and copies (and
+    transposes, faster than NumPy) everything else."""
+    if not view.flags.c_contiguous:
+        return view
+    spare = np.empty(view.nbytes + 64, np.uint8)
+    start = -spare.ctypes.data % 64  # aligned memory is adopted, which saves a second copy
+    own = spare[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
+    own[...] = view
+    return own
+
+
+def save_pytorch(
+    model_or_pipeline: Any,
+    path: FilePath | str,
+    *,
+    dtype: Any = None,
+    max_shard_size: int | str = "10GB",
+    force: bool = False,
+) -> FilePath:
+    """Write a model or a pipeline as a folder that diffusers and transformers load.
+
+    The folder appears only when it is complete.  The same parameters give the same bytes.
+
+    Args:
+      model_or_pipeline: an NNX model of this package, or a `StableDiffusionPipeline`; parts that
+        are None are left out.
+      path: the folder to make.
+      dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
+      max_shard_size: bytes, or text such as "5GB"; larger weights are split over several files.
+      force: replace an earlier checkpoint at `path`, once the new one is complete.
+
+    Returns:
+      The folder's path.
+
+    Raises:
+      OutputError: `path` is occupied, unwritable or full, or a parameter is NaN or infinite.
+        Nothing is left on disk, and an earlier checkpoint stays as it was.
+    """
+    from ..flax_models.stable_diffusion import StableDiffusionPipeline
+
+    options = {"dtype": None if dtype is None else np.dtype(dtype), "limit": _bytes(max_shard_size)}
+    if options["dtype"] not in (None, *FLOAT_NAMES):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, received {dtype}.")
+    with atomic_folder(path, force=force) as folder:
+        if isinstance(model_or_pipeline, StableDiffusionPipeline):
+            _write_pipeline(model_or_pipeline, folder, **options)
+        elif hasattr(model_or_pipeline, "pytorch_class"):
+            _write_component(model_or_pipeline, folder, **options)
+        else:
+            raise TypeError(
+                "save_pytorch takes a model with a PyTorch counterpart or a "
+                f"StableDiffusionPipeline, received {type(model_or_pipeline).__name__}."
+            )
+    return FilePath(path)
+
+
+def _bytes(size: int | str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    if isinstance(size, str):
+        try:
+            size = int(float(size[:-2]) * units[size[-2:].upper()])
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"max_shard_size takes bytes or text such as '5GB', received {size!r}."
+            ) from None
+    if size <= 0:
+        raise ValueError(f"max_shard_size must be positive, received {size}.")
+    return size
+
+
+def _write_json(path: FilePath, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", **pipeline.model_index}
+    carried = {}
+    for name in _MODELS:
+        model = getattr(pipeline, name)
+        if model is not None:
+            (folder / name).mkdir()
+            _write_component(model, folder / name, **options)
+            carried[name] = [model.pytorch_library, model.pytorch_class]
+    if pipeline.tokenizer is not None:
+        write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
+        carried["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    if pipeline.scheduler_config:
+        config = dict(pipeline.scheduler_config)
+        entry = index.get("scheduler") or ["diffusers", None]
+        kind = config.setdefault("_class_name", entry[1] or "DDIMScheduler")
+        _write_json(folder / "scheduler" / "scheduler_config.json", config)
+        carried["scheduler"] = ["diffusers", kind]
+    # What diffusers asks for and what the original named, as absent unless it is written here.
+    for name in (*COMPONENTS, "safety_checker", "feature_extractor", "image_encoder"):
+        index[name] = carried.get(name, [None, None])
+    index["requires_safety_checker"] = False
+    _write_json(folder / "model_index.json", index)
+
+
+def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
+    """The config as it was loaded, unless it has been edited, and with what readers need."""
+    raw = json.loads(getattr(model, "published_config", "{}"))
+    if not raw or model.config_class.from_dict(raw) != model.config:
+        raw = {**raw, **model.config.to_dict()}
+    if model.pytorch_library == "diffusers":
+        raw = {"_class_name": model.pytorch_class, **raw}
+    else:
+        raw = {**raw, "architectures": [model.pytorch_class]}
+        for name in ("dtype", "torch_dtype"):  # transformers loads in the type that is named here
+            if dtype is not None and name in raw:
+                raw[name] = dtype.name
+    return raw
+
+
+def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, limit: int) -> None:
+    slots = variables(model)
+    prefix = getattr(model, "pytorch_prefix", "")
+    tensors = []
+    for spec in tensor_specs(model):
+        array = slots[spec.path].get_value()
+        kind = np.dtype(array.dtype) if dtype is None else dtype
+        if kind not in FLOAT_NAMES:
+            raise OutputError(
+                f"{spec.key} is {kind}, which is not stored as a weight. Convert it to float32."
+            )
+        produce = functools.partial(_export, spec, array, kind)
+        tensors.append(PendingTensor(prefix + spec.key, kind, spec.shape, produce))
+    _write_json(folder / "config.json", _published_config(model, dtype))
+    _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)
+
+
+def _write_weights(folder: FilePath, stem: str, tensors: list[PendingTensor], limit: int) -> None:
+    shards: list[list[PendingTensor]] = [[]]
+    size = 0
+    for tensor in file_order(tensors):
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", shards[0], metadata)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard, metadata)
+        weight_map |= {tensor.key: name for tensor in shard}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    _write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _export(spec: TensorSpec, array: Any, dtype: np.dtype) -> np.ndarray:
+    """One parameter in PyTorch's layout, on the host, C-contiguous."""
+    values = spec.to_torch(_on_host(array))
+    if not values.flags.c_contiguous:
+        values = np.asarray(jax.device_put(values, _host()))  # transposes faster than NumPy
+    if not is_finite(values, FLOAT_NAMES[values.dtype]):
+        raise OutputError(
+            f"{spec.key} holds NaN or infinite values, so nothing was written. The training has "
+            "diverged; go back to an earlier state."
+        )
+    return values if values.dtype == dtype else _convert(values, dtype, spec.key)
+
+
+def _host() -> jax.Device:
+    return jax.local_devices(backend="cpu")[0]
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """Values of an array on any devices; unlike `np.asarray`, leaves no cached copy behind."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if not array.is_fully_addressable:
+        raise OutputError(
+            "A parameter is spread over several processes. Gather the model onto one first "
+            "(jax.experimental.multihost_utils.process_allgather)."
+        )
+    if array.is_fully_replicated:
+        return np.asarray(jax.device_put(array.addressable_shards[0].data, _host()))
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = np.asarray(jax.device_put(shard.data, _host()))
+    return whole

@@ -1,0 +1,211 @@
+"""Safetensors files, memory-mapped for reading and written one tensor at a time.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, a JSON
+header `{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}`, then the tensors,
+C-ordered and without gaps; all of it little endian.
+
+Mapped pages belong to the file and not to the process, so a checkpoint can be read without a second
+copy of it in memory.  The views returned here stay valid only while the file keeps its content:
+copy out of them before returning to the caller.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .errors import CheckpointError
+
+# Floating-point types that become parameters, under their names in the format.
+FLOAT_TYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+# Bytes per element of everything else a file may hold; a type not listed is not checked further.
+_ITEM_SIZES = {
+    **{name: dtype.itemsize for name, dtype in FLOAT_TYPES.items()},
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2,
+    "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # the reference implementation's limit
+_AGAIN = "Download or copy it again."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor on disk: its type's name, its shape, and a function that maps its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PendingTensor:
+    """A tensor to be written: `produce` is called once, when its turn comes."""
+
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_json(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object from untrusted bytes; a repeated key is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise CheckpointError(f"{what} names {repeated[0]!r} more than once. {_AGAIN}")
+        return seen
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON ({error}). {_AGAIN}") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{what} must be a JSON object, received {type(parsed).__name__}.")
+    return parsed
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_entry(path: Path, key: str, entry: Any, data_size: int) -> tuple[int, int]:
+    """The byte range of one header entry, after checking everything about it."""
+    damaged = f"{path}: the header entry of {key!r}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{damaged} is not an object. {_AGAIN}")
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not (
+        isinstance(dtype, str)
+        and isinstance(shape, list)
+        and all(map(_is_count, shape))
+        and isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(map(_is_count, offsets))
+    ):
+        raise CheckpointError(
+            f"{damaged} needs a dtype, a shape and two data_offsets, received {entry}"[:400]
+            + f". {_AGAIN}"
+        )
+    start, stop = offsets
+    if stop > data_size:
+        raise CheckpointError(
+            f"{path} is truncated: {key!r} ends at byte {stop} of the data, "
+            f"but only {data_size} bytes are there. {_AGAIN}"
+        )
+    size = math.prod(shape) * _ITEM_SIZES[dtype] if dtype in _ITEM_SIZES else stop - start
+    if start > stop or stop - start != size:
+        raise CheckpointError(
+            f"{damaged} gives {stop - start} bytes to a {dtype} tensor of shape {shape}, "
+            f"which takes {size}. {_AGAIN}"
+        )
+    return start, stop
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Map a file and check its header completely, without touching the data.
+
+    Returns:
+      Tensor name -> stored tensor; its `read()` is a read-only view into the mapped file, whose
+      type is one of `FLOAT_TYPES` (other types are listed, but cannot be read).
+
+    Raises:
+      CheckpointError: not a safetensors file, truncated, or with an inconsistent header.
+    """
+    size = path.stat().st_size
+    if size < 8:
+        raise CheckpointError(
+            f"{path} is truncated: a safetensors file has at least 8 bytes, this has {size}. "
+            f"{_AGAIN}"
+        )
+    mapped = np.memmap(path, np.uint8, mode="r")
+    length = int.from_bytes(mapped[:8].tobytes(), "little")
+    if length > _MAX_HEADER or mapped[8:9].tobytes() not in (b"{", b""):
+        raise CheckpointError(
+            f"{path} is not a safetensors file: it does not start with a header of at most "
+            f"{_MAX_HEADER} bytes. {_AGAIN}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path} is truncated: its header takes {length} bytes, but the file has only {size}. "
+            f"{_AGAIN}"
+        )
+    header = parse_json(mapped[8 : 8 + length].tobytes(), f"{path}: the header")
+    header.pop("__metadata__", None)
+    data = mapped[8 + length :]
+
+    end = 0
+    ranges = {key: _check_entry(path, key, entry, len(data)) for key, entry in header.items()}
+    for key, (start, stop) in sorted(ranges.items(), key=lambda item: item[1]):
+        if start != end:
+            problem = "overlaps the one before it" if start < end else "leaves a gap before it"
+            raise CheckpointError(f"{path}: the data of {key!r} {problem}. {_AGAIN}")
+        end = stop
+    if end != len(data):
+        raise CheckpointError(
+            f"{path} has {len(data) - end} bytes that belong to no tensor. {_AGAIN}"
+        )
+
+    def stored(entry: Mapping[str, Any], start: int, stop: int) -> StoredTensor:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        return StoredTensor(
+            dtype, shape, lambda: data[start:stop].view(FLOAT_TYPES[dtype]).reshape(shape)
+        )
+
+    return {key: stored(header[key], *span) for key, span in ranges.items()}
+
+
+def file_order(tensors: Iterable[PendingTensor]) -> list[PendingTensor]:
+    """The order in which tensors are written: widest type first, so that all are aligned."""
+    return sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.key))
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[PendingTensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file tensor by tensor; the bytes depend on the content alone.
+
+    Raises:
+      OSError: what the file system reports; the file is then incomplete.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    ordered = file_order(tensors)
+    for tensor in ordered:
+        header[tensor.key] = {
+            "dtype": FLOAT_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            values = tensor.produce()
+            if values.shape != tensor.shape or values.dtype != tensor.dtype:
+                raise AssertionError(
+                    f"{tensor.key}: {values.dtype}{values.shape} was not announced"
+                )
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,190 @@
+"""The one table between NNX parameters and PyTorch tensors, and what follows from it.
+
+Attribute paths of our models are PyTorch's state-dict paths, so a parameter's key follows from its
+path, and its layout from the type of the module that owns it.  Loading and exporting read the same
+list of `TensorSpec`, made by walking the model.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from .errors import CheckpointError, listing
+from .safetensors_file import FLOAT_TYPES, StoredTensor
+
+_SAME = lambda rank: tuple(range(rank))  # noqa: E731
+_REVERSED = lambda rank: tuple(range(rank))[::-1]  # noqa: E731  [out, in] -> [in, out]
+# [out, in, *spatial] -> [*spatial, in, out]
+_SPATIAL_FIRST = lambda rank: (*range(2, rank), 1, 0)  # noqa: E731
+
+# (module type, leaf) -> (PyTorch's leaf, PyTorch's axes in NNX's order).  Parameters of other
+# modules (raw `nnx.Param` attributes) keep name and layout.
+LEAVES = {
+    (nnx.Linear, "kernel"): ("weight", _REVERSED),
+    (nnx.Linear, "bias"): ("bias", _SAME),
+    (nnx.Conv, "kernel"): ("weight", _SPATIAL_FIRST),
+    (nnx.Conv, "bias"): ("bias", _SAME),
+    (nnx.LayerNorm, "scale"): ("weight", _SAME),
+    (nnx.LayerNorm, "bias"): ("bias", _SAME),
+    (nnx.GroupNorm, "scale"): ("weight", _SAME),
+    (nnx.GroupNorm, "bias"): ("bias", _SAME),
+    (nnx.RMSNorm, "scale"): ("weight", _SAME),
+    (nnx.Embed, "embedding"): ("weight", _SAME),
+}
+
+Path = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One parameter: where it is in each world and how the axes correspond.
+
+    Attributes:
+      key: PyTorch state-dict key, without the model's on-disk prefix.
+      path: attribute path in the NNX model.
+      shape: PyTorch's shape.
+      axes: `nnx = torch.transpose(axes)`.
+    """
+
+    key: str
+    path: Path
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def to_nnx(self, tensor: np.ndarray) -> np.ndarray:
+        """View of a PyTorch tensor in NNX layout."""
+        return tensor.transpose(self.axes)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """View of an NNX array in PyTorch layout."""
+        return array.transpose(np.argsort(self.axes))
+
+
+def variables(model: nnx.Module) -> dict[Path, nnx.Variable]:
+    """Everything that is stored, by attribute path; random state is not."""
+    return {
+        path: node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState)
+    }
+
+
+def _rule(owner: Any, leaf: str | int):
+    for kind in type(owner).__mro__:
+        if (kind, leaf) in LEAVES:
+            return LEAVES[kind, leaf]
+    if type(owner).__module__.startswith("flax.nnx.nn."):
+        raise TypeError(
+            f"The converter has no rule for nnx.{type(owner).__name__}.{leaf}: add it to LEAVES."
+        )
+    return str(leaf), _SAME
+
+
+def tensor_specs(model: nnx.Module) -> list[TensorSpec]:
+    """The specification of a model, abstract or not, sorted by key."""
+    owners = dict(nnx.iter_graph(model))
+    specs = []
+    for path, variable in variables(model).items():
+        *parents, leaf = path
+        torch_leaf, order = _rule(owners[tuple(parents)], leaf)
+        shape = tuple(variable.get_value().shape)
+        axes = order(len(shape))
+        torch_shape = tuple(shape[i] for i in np.argsort(axes)) if axes else ()
+        key = ".".join([*map(str, parents), torch_leaf])
+        specs.append(TensorSpec(key, path, torch_shape, axes))
+    return sorted(specs, key=lambda spec: spec.key)
+
+
+def _rename(key: str, renames: Mapping[str, str]) -> str:
+    return ".".join(renames.get(part, part) for part in key.split("."))
+
+
+def match(
+    specs: list[TensorSpec],
+    stored: Mapping[str, StoredTensor],
+    *,
+    source: str,
+    model_class: Any,
+    double: bool,
+) -> dict[str, StoredTensor]:
+    """Pair every parameter with its tensor: totally, or not at all.
+
+    Args:
+      specs: the model's specification.
+      stored: what the checkpoint holds.
+      source: the checkpoint's name in messages.
+      model_class: declares `pytorch_prefix`, `pytorch_renames`, `pytorch_ignored`, all optional.
+      double: whether float64 tensors are accepted (they can only be kept by converting them).
+
+    Returns:
+      key -> stored tensor, with exactly the keys of `specs`.
+
+    Raises:
+      CheckpointError: names everything missing, unexpected, mis-shaped and mis-typed.
+    """
+    prefix = getattr(model_class, "pytorch_prefix", "")
+    renames = getattr(model_class, "pytorch_renames", {})
+    ignored = getattr(model_class, "pytorch_ignored", ())
+    expected = {spec.key: spec for spec in specs}
+
+    found: dict[str, StoredTensor] = {}
+    names: dict[str, str] = {}  # key -> its name on disk
+    unexpected, repeated = [], []
+    for name, tensor in stored.items():
+        bare = name.removeprefix(prefix)
+        key = next((k for k in (name, bare, _rename(bare, renames)) if k in expected), None)
+        if key is None:
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
+                unexpected.append(name)
+        elif key in found:
+            repeated.append(f"{names[key]} and {name}")
+        else:
+            found[key], names[key] = tensor, name
+
+    accepted = [name for name in FLOAT_TYPES if name != "F64" or double]
+    misshaped = [
+        f"{names[key]} {list(tensor.shape)} instead of {list(expected[key].shape)}"
+        for key, tensor in found.items()
+        if tensor.shape != expected[key].shape
+    ]
+    mistyped = [
+        f"{names[key]} ({tensor.dtype})"
+        for key, tensor in found.items()
+        if tensor.dtype not in accepted
+    ]
+    problems = {
+        "missing": [prefix + key for key in expected if key not in found],
+        "unexpected": unexpected,
+        "stored twice": repeated,
+        "of the wrong shape": misshaped,
+        f"of the wrong type (accepted: {', '.join(accepted)})": mistyped,
+    }
+    found_problems = [
+        f"{len(names)} {kind}: {listing(sorted(names))}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found_problems:
+        advice = "Check that config.json and the weights belong together."
+        if "F64" not in accepted and any(found[k].dtype == "F64" for k in found):
+            advice = "Pass param_dtype to convert float64 weights."
+        raise CheckpointError(
+            f"{source} does not fit {model_class.__name__}: {'; '.join(found_problems)}. {advice}"
+        )
+    return found
+
+
+_EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+_CHUNK = 1 << 20
+
+
+def is_finite(values: np.ndarray, dtype: str) -> bool:
+    """Whether a C-contiguous float array has neither NaN nor infinity, in constant memory."""
+    mask = _EXPONENT_BITS[dtype]
+    bits = values.reshape(-1).view(f"u{FLOAT_TYPES[dtype].itemsize}")
+    mask = bits.dtype.type(mask)
+    return all((bits[i : i + _CHUNK] & mask).max() != mask for i in range(0, bits.size, _CHUNK))

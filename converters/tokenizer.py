@@ -1,0 +1,70 @@
+"""CLIP tokenizers in and out; transformers is imported when one is used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The `CLIPTokenizer` of a folder.
+
+    Raises:
+      CheckpointError: absent or unreadable.
+    """
+    from transformers import CLIPTokenizer
+
+    if not folder.is_dir() or not any(folder.glob("*.json")):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt). "
+            "Check that the download is complete."
+        )
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many types, some from Rust
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{folder} is not a CLIP tokenizer: {reason[:200]} Download it again."
+        ) from error
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a `CLIPTokenizer` so that transformers 4.57 and 5 both load it.
+
+    Version 5 reads and writes `tokenizer.json`; the slow tokenizer of 4.57, which diffusers
+    pipelines name, needs `vocab.json`, `merges.txt` and the added tokens in files of their own.
+
+    Raises:
+      OSError: what the file system reports.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer.save_pretrained(folder)
+        tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+    except OSError:
+        raise
+    except Exception as error:  # Rust's input/output errors have no type of their own
+        raise OSError(str(error)) from error
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    for leftover in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+        config.pop(leftover, None)
+    _write_json(folder / "tokenizer_config.json", config)
+    vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+    added = {
+        token: index for token, index in tokenizer.get_added_vocab().items()
+        if token not in vocabulary
+    }  # fmt: skip
+    if added:
+        _write_json(folder / "added_tokens.json", added)
+    specials = {name: str(token) for name, token in _special_tokens(tokenizer).items()}
+    _write_json(folder / "special_tokens_map.json", specials)
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, Any]:
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name)}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
