@@ -1,0 +1,326 @@
+"""The judge: an independent classifier that says what an image of the glyphs world shows.
+
+It is trained only on renders of the handwritten digits of the ``judge`` split, which the
+text-to-image model never sees, and measured on those of ``judge_test``, which neither sees. Its
+renders vary more than the world's, and are blurred, faded and given noise, so that it
+looks past a generator's mild artefacts. Its own accuracy travels with its weights.
+
+    python -m conceptax.methods.glyphs.judge FOLDER     trains it, measures it, writes the folder
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from ...flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
+from .captions import COLOURS, TEXTURES
+from .world import IMAGE_SIZE, Jitter, load_split, render_many
+
+ATTRIBUTES = ("digit", "colour", "texture")
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+TRAINING_JITTER = Jitter(
+    shift=4.0, scale=0.14, stretch=0.12, shear=0.12, rotation=0.20, weight=0.10, colour=0.06
+)
+_BATCH = 64  # images judged at once; shorter batches are filled up, so one compilation serves all
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JudgeConfig:
+    """How the judge is trained.
+
+    Each handwritten sample is drawn ``renders`` times, in random colours and textures; AdamW runs
+    ``steps`` batches over them with a cosine learning rate after a short warm-up. The judge is the
+    moving average of the weights with factor ``average`` per step.
+    """
+
+    seed: int = 0
+    steps: int = 1200
+    batch_size: int = 96
+    renders: int = 30
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+    average: float = 0.99
+
+
+def render_set(
+    split: str, renders: int, seed: int, jitter: Jitter | None = None
+) -> tuple[UInt8[np.ndarray, "N 64 64 3"], dict[str, Int[np.ndarray, "N"]]]:
+    """Every handwritten sample of ``split`` drawn ``renders`` times, with its labels."""
+    count = len(load_split(split).labels) * renders
+    samples = np.arange(count) % (count // renders)
+    rng = np.random.default_rng(seed)
+    labels = {
+        "digit": load_split(split).labels[samples].astype(np.int32),
+        "colour": rng.integers(len(COLOURS), size=count, dtype=np.int32),
+        "texture": rng.integers(len(TEXTURES), size=count, dtype=np.int32),
+    }
+    images = render_many(
+        *(labels[each] for each in ATTRIBUTES),
+        split=split, seed=seed, jitter=jitter, samples=samples,
+    )  # fmt: skip
+    return images, labels
+
+
+def _blur(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Binomial filter [1 4 6 4 1] / 16 along both axes, edges repeated."""
+    for axis in (1, 2):
+        padding = [(2, 2) if each == axis else (0, 0) for each in range(4)]
+        padded = jnp.pad(images, padding, mode="edge")
+        shifts = [
+            jax.lax.slice_in_dim(padded, i, i + images.shape[axis], axis=axis) for i in range(5)
+        ]
+        images = sum(w * s for w, s in zip((1, 4, 6, 4, 1), shifts, strict=True)) / 16.0
+    return images
+
+
+def augment(key: Array, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Images [0,1] as a mediocre generator might return them: soft or over-sharp, faded, noisy."""
+    blur_key, contrast_key, shade_key, level_key, noise_key, grain_key = jax.random.split(key, 6)
+    one_each = (images.shape[0], 1, 1, 1)
+    amount = jax.random.uniform(blur_key, one_each, minval=-0.5, maxval=1.0)
+    images = images + amount * (_blur(images) - images)
+    contrast = jax.random.uniform(contrast_key, one_each, minval=0.8, maxval=1.15)
+    shade = jax.random.uniform(shade_key, one_each, minval=-0.06, maxval=0.06)
+    images = 0.45 + contrast * (images - 0.45) + shade
+    level = jax.random.uniform(level_key, one_each, maxval=0.05)
+    coarse = jax.random.normal(grain_key, (images.shape[0], IMAGE_SIZE // 4, IMAGE_SIZE // 4, 3))
+    coarse = jax.image.resize(coarse, images.shape, "linear")
+    noise = jax.random.normal(noise_key, images.shape)
+    return jnp.clip(images + level * (noise + coarse), 0.0, 1.0)
+
+
+def judge_loss(
+    logits: dict[str, Float[Array, "B _"]], labels: dict[str, Int[Array, "B"]], smoothing: float
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Cross-entropy summed over the three heads (labels smoothed), and each head's accuracy."""
+    loss = jnp.zeros(())
+    metrics = {}
+    for name, values in logits.items():
+        target = optax.smooth_labels(jax.nn.one_hot(labels[name], values.shape[-1]), smoothing)
+        loss += optax.softmax_cross_entropy(values, target).mean()
+        metrics[name] = jnp.mean(values.argmax(-1) == labels[name])
+    return loss, metrics | {"loss": loss}
+
+
+def _optimizer(config: JudgeConfig) -> optax.GradientTransformation:
+    warm_up = max(1, config.steps // 20)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warm_up, max(config.steps, warm_up + 1)
+    )
+    return optax.adamw(rate, weight_decay=config.weight_decay)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames="state")
+def judge_step(graphdef, config: JudgeConfig, state, images, labels, key):
+    """One training step. ``state``: params, average, optimizer; images uint8 [B,64,64,3]."""
+    pixels = augment(key, images.astype(jnp.float32) / 255.0)
+
+    def loss_of(params):
+        logits = nnx.merge(graphdef, params)(pixels)
+        return judge_loss(logits, labels, config.label_smoothing)
+
+    (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+    updates, optimizer = _optimizer(config).update(gradients, state["optimizer"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    average = optax.incremental_update(params, state["average"], 1.0 - config.average)
+    return {"params": params, "average": average, "optimizer": optimizer}, metrics
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _predict(graphdef, params, images):
+    logits = nnx.merge(graphdef, params)(images)
+    return {name: jax.nn.softmax(values) for name, values in logits.items()}
+
+
+class Judge:
+    """The trained classifier with its measured accuracy (``measured``: a JSON-like dict)."""
+
+    def __init__(self, model: GlyphClassifier, measured: dict[str, Any] | None = None):
+        self.config = model.config
+        self.graphdef, state = nnx.split(model)
+        self.params = nnx.to_pure_dict(state)
+        self.measured = measured or {}
+
+    def __call__(self, images: Any) -> dict[str, np.ndarray]:
+        """Say what images show.
+
+        Takes uint8 [N,64,64,3], or floats of that shape in [0, 1]. Returns int arrays [N] under
+        ``digit``, ``colour`` and ``texture`` (indices), and class probabilities under
+        ``digit_probabilities`` [N,10], ``colour_probabilities`` [N,6] and
+        ``texture_probabilities`` [N,3]. Raises ValueError for another shape or range.
+        """
+        pixels = _as_pixels(images, self.config.image_size)
+        parts = []
+        for first in range(0, len(pixels), _BATCH):
+            batch = pixels[first : first + _BATCH]
+            filled = np.zeros((_BATCH, *pixels.shape[1:]), np.float32)
+            filled[: len(batch)] = batch
+            found = jax.device_get(_predict(self.graphdef, self.params, filled))
+            parts.append({name: values[: len(batch)] for name, values in found.items()})
+        result: dict[str, np.ndarray] = {}
+        for name in ATTRIBUTES:
+            width = getattr(self.config, name + "s")
+            empty = np.zeros((0, width), np.float32)
+            probabilities = np.concatenate([empty, *(part[name] for part in parts)])
+            result[name] = probabilities.argmax(-1)
+            result[name + "_probabilities"] = probabilities
+        return result
+
+
+def _as_pixels(images: Any, size: int) -> Float[np.ndarray, "N H W 3"]:
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"the judge reads images of shape [N, {size}, {size}, 3], got {list(array.shape)}"
+        )
+    if array.dtype == np.uint8:
+        return array.astype(np.float32) / 255.0
+    array = array.astype(np.float32)
+    if array.size and not (array.min() >= -0.01 and array.max() <= 1.01):
+        raise ValueError(
+            "the judge reads uint8 images or floats in [0, 1], got floats from "
+            f"{array.min():.3g} to {array.max():.3g}; rescale them first"
+        )
+    return array
+
+
+def train_judge(
+    config: JudgeConfig | None = None,
+    *,
+    model_config: GlyphClassifierConfig | None = None,
+    split: str = "judge",
+    report: Callable[[int, dict[str, float]], None] | None = None,
+) -> Judge:
+    """Train a judge from scratch, a pure function of the config's seed on a given device.
+
+    ``report(step, metrics)`` is called every 100 steps.
+    """
+    config = config or JudgeConfig()
+    images, labels = render_set(split, config.renders, config.seed + 1, TRAINING_JITTER)
+    model = GlyphClassifier(model_config or GlyphClassifierConfig(), rngs=nnx.Rngs(config.seed))
+    graphdef, initial = nnx.split(model)
+    params = nnx.to_pure_dict(initial)
+    state = {
+        "params": params,
+        "average": jax.tree.map(jnp.copy, params),
+        "optimizer": _optimizer(config).init(params),
+    }
+    order = np.random.default_rng(config.seed)
+    key = jax.random.key(config.seed)
+    for step in range(config.steps):
+        rows = order.integers(len(images), size=config.batch_size)
+        batch = {name: values[rows] for name, values in labels.items()}
+        state, metrics = judge_step(
+            graphdef, config, state, images[rows], batch, jax.random.fold_in(key, step)
+        )
+        if report is not None and (step + 1) % 100 == 0:
+            report(step + 1, {name: float(value) for name, value in metrics.items()})
+    return Judge(nnx.merge(graphdef, state["average"]))
+
+
+def measure_judge(
+    judge: Judge, *, split: str = "judge_test", renders: int = 6, seed: int = 7
+) -> dict[str, Any]:
+    """The judge's accuracy per attribute, with 95 % intervals over images, and per digit."""
+    images, labels = render_set(split, renders, seed)
+    found = judge(images)
+    right = {name: found[name] == labels[name] for name in ATTRIBUTES}
+    measured: dict[str, Any] = {
+        "split": split, "handwritten_samples": len(images) // renders, "images": len(images),
+    }  # fmt: skip
+    for name in ATTRIBUTES:
+        accuracy, low, high = rate(int(right[name].sum()), len(images))
+        measured[name] = {"accuracy": accuracy, "low": low, "high": high}
+    measured["accuracy_of_digit"] = {
+        str(digit): float(right["digit"][labels["digit"] == digit].mean())
+        for digit in np.unique(labels["digit"])
+    }
+    return measured
+
+
+def rate(successes: int, n: int, z: float = 1.959964) -> tuple[float, float, float]:
+    """A proportion and its Wilson score interval (Wilson 1927), by default of 95 %.
+
+    Returns (proportion, low, high). Raises ValueError unless 0 <= successes <= n and n > 0.
+    """
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(f"need 0 <= successes <= n and n > 0, got {successes} of {n}")
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def save_judge(judge: Judge, folder: str | Path, training: JudgeConfig | None = None) -> None:
+    """Write ``model.safetensors`` (float32) and ``config.json`` with the measured accuracy."""
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves = jax.tree_util.tree_leaves_with_path(judge.params)
+    tensors = {_name(path): np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in leaves}
+    save_file(tensors, folder / WEIGHTS_FILE)
+    record = {
+        "_class_name": type(judge).__name__,
+        "model": judge.config.to_dict(),
+        "training": dataclasses.asdict(training) if training else None,
+        "measured": judge.measured,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_judge(folder: str | Path) -> Judge:
+    """Read a judge's folder. Raises ValueError where files are missing or do not fit."""
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no judge's folder: it has no {name}")
+    record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = GlyphClassifierConfig.from_dict(record["model"])
+    abstract = nnx.eval_shape(lambda: GlyphClassifier(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+    expected = {_name(path): leaf.shape for path, leaf in leaves}
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not hold the weights its config asks for")
+    params = jax.tree.unflatten(tree, [jnp.asarray(tensors[_name(path)]) for path, _ in leaves])
+    return Judge(nnx.merge(graphdef, params), record["measured"])
+
+
+def _name(path: tuple) -> str:
+    return ".".join(str(entry.key) for entry in path)
+
+
+def main(arguments: list[str]) -> int:
+    """Train, measure and write the judge."""
+    if len(arguments) != 1:
+        print("usage: python -m conceptax.methods.glyphs.judge FOLDER", file=sys.stderr)
+        return 2
+    config = JudgeConfig()
+    judge = train_judge(config, report=lambda step, metrics: print(step, metrics, flush=True))
+    judge.measured = measure_judge(judge)
+    save_judge(judge, arguments[0], config)
+    print(json.dumps(judge.measured, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
