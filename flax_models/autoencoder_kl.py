@@ -151,9 +151,13 @@ class Encoder(nnx.Module):
         self.down_blocks = nnx.List(
             [
                 EncoderBlock(
-                    channels[max(level - 1, 0)], channels[level], groups=groups,
-                    layers=config.layers_per_block, downsample=level < last, **init,
-                )  # fmt: skip
+                    channels[max(level - 1, 0)],
+                    channels[level],
+                    groups=groups,
+                    layers=config.layers_per_block,
+                    downsample=level < last,
+                    **init,
+                )
                 for level in range(len(channels))
             ]
         )
@@ -184,9 +188,13 @@ class Decoder(nnx.Module):
         self.up_blocks = nnx.List(
             [
                 DecoderBlock(
-                    channels[max(level - 1, 0)], channels[level], groups=groups,
-                    layers=config.layers_per_block + 1, upsample=level < last, **init,
-                )  # fmt: skip
+                    channels[max(level - 1, 0)],
+                    channels[level],
+                    groups=groups,
+                    layers=config.layers_per_block + 1,
+                    upsample=level < last,
+                    **init,
+                )
                 for level in range(len(channels))
             ]
         )
@@ -245,7 +253,9 @@ class AutoencoderKL(nnx.Module):
           mean and log-variance (clipped to [-30, 20]), each [B, h, w, latent_channels], unscaled.
         """
         factor = self.config.downsampling
-        if images.shape[-1] != self.config.in_channels or any(s % factor for s in images.shape[1:3]):
+        if images.shape[-1] != self.config.in_channels or any(
+            s % factor for s in images.shape[1:3]
+        ):
             raise ValueError(
                 f"AutoencoderKL encodes [B, H, W, {self.config.in_channels}] images whose sides "
                 f"are multiples of {factor}, received {images.shape}."

@@ -292,7 +292,9 @@ class CLIPTextModel(nnx.Module):
             )
         if eos_positions is None:
             if input_ids is None:
-                raise ValueError("inputs_embeds alone do not say where to pool: pass eos_positions.")
+                raise ValueError(
+                    "inputs_embeds alone do not say where to pool: pass eos_positions."
+                )
             eos_positions = pooling_positions(self.config, input_ids)
         mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
         if attention_mask is not None:

@@ -255,9 +255,12 @@ class UNet2DConditionModel(nnx.Module):
             widths += [channels[level]] * (layers[level] + (downsample is not None))
             down_blocks.append(
                 DownBlock(
-                    before, shape(level, kind.startswith("CrossAttn")),
-                    layers=layers[level], downsample=downsample, **init,
-                )  # fmt: skip
+                    before,
+                    shape(level, kind.startswith("CrossAttn")),
+                    layers=layers[level],
+                    downsample=downsample,
+                    **init,
+                )
             )
         self.down_blocks = nnx.List(down_blocks)
 
@@ -276,9 +279,11 @@ class UNet2DConditionModel(nnx.Module):
                 current = channels[level]
             up_blocks.append(
                 UpBlock(
-                    tuple(inputs), shape(level, kind.startswith("CrossAttn")),
-                    upsample=level > 0, **init,
-                )  # fmt: skip
+                    tuple(inputs),
+                    shape(level, kind.startswith("CrossAttn")),
+                    upsample=level > 0,
+                    **init,
+                )
             )
         self.up_blocks = nnx.List(up_blocks)
 

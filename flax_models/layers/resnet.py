@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding: int = 1, **init):
     """3x3 convolution with torch's symmetric integer padding (not `SAME`, which differs)."""
-    pads = [(padding, padding)] * 2
+    pads = ((padding, padding),) * 2  # a tuple: static parts of a module are hashed
     return nnx.Conv(in_channels, out_channels, (3, 3), strides=stride, padding=pads, **init)
 
 

@@ -75,7 +75,10 @@ class Transformer2DModel(nnx.Module):
         self.norm = group_norm(features, groups, 1e-6, **init)
         self.proj_in = project(features, features, **init)
         self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(features, heads, context_features, **init) for _ in range(layers)]
+            [
+                BasicTransformerBlock(features, heads, context_features, **init)
+                for _ in range(layers)
+            ]
         )
         self.proj_out = project(features, features, **init)
 

@@ -97,9 +97,9 @@ class Recipe:
         return optax.chain(*chain, *([parameter_ema(self.ema)] if self.ema else []))
 
 
-CLIP_RECIPE = Recipe(steps=1500, batch_size=128, learning_rate=1e-3, weight_decay=0.05)
-AUTOENCODER_RECIPE = Recipe(steps=2500, batch_size=16, learning_rate=2e-3, weight_decay=0.0)
-UNET_RECIPE = Recipe(steps=7000, batch_size=64, learning_rate=1.5e-3, ema=0.999)
+CLIP_RECIPE = Recipe(steps=1200, batch_size=96, learning_rate=1e-3, weight_decay=0.05)
+AUTOENCODER_RECIPE = Recipe(steps=1500, batch_size=16, learning_rate=2e-3, weight_decay=0.0)
+UNET_RECIPE = Recipe(steps=8000, batch_size=32, learning_rate=1e-3, ema=0.999)
 
 
 class ParameterEmaState(NamedTuple):

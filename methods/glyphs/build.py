@@ -1,0 +1,242 @@
+"""Builds the bundled glyphs model from scratch: world, tokenizer, three trainings.
+
+Everything follows from one seed.  Each stage checkpoints in its own folder of `workdir` and leaves
+its weights there, so an interrupted build goes on where it stopped.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ...flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ...flax_models.clip import CLIPModel, CLIPTextModel
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.unet_2d_condition import UNet2DConditionModel
+from ..sampling.schedule import NoiseSchedule
+from ..training import init_state, train
+from . import recipe
+from .captions import caption
+from .recipe import DenoisingStage, Recipe, Stage
+from .tokenizer import build_tokenizer
+from .world import GlyphWorld
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.35.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """What a build is made from.
+
+    Attributes:
+      seed: of the world, the initial parameters, the batches and the noise.
+      images: rendered images in the generator's world.
+      clip, autoencoder, unet: length and speed of the three trainings.
+    """
+
+    seed: int = 0
+    images: int = 24_000
+    clip: Recipe = recipe.CLIP_RECIPE
+    autoencoder: Recipe = recipe.AUTOENCODER_RECIPE
+    unet: Recipe = recipe.UNET_RECIPE
+
+
+def build(config: BuildConfig, workdir: Path) -> tuple[StableDiffusionPipeline, CLIPModel]:
+    """Train all three models (or load those already trained in `workdir`).
+
+    Returns:
+      the pipeline, whose text encoder is the CLIP's text tower, and that CLIP, in float32.
+    """
+    clip = train_clip(config, workdir)
+    vae = train_autoencoder(config, workdir)
+    unet = train_unet(config, workdir, clip.text_model, vae)
+    return assemble(unet, vae, clip), clip
+
+
+def assemble(
+    unet: UNet2DConditionModel, vae: AutoencoderKL, clip: CLIPModel
+) -> StableDiffusionPipeline:
+    """The text-to-image pipeline around the trained parts."""
+    return StableDiffusionPipeline(
+        unet=unet, vae=vae, text_encoder=clip.text_model, tokenizer=build_tokenizer(),
+        scheduler_config=dict(recipe.SCHEDULER), model_index=MODEL_INDEX,
+    )  # fmt: skip
+
+
+def train_clip(config: BuildConfig, workdir: Path) -> CLIPModel:
+    """Stage 1: the small CLIP."""
+    tokenizer = build_tokenizer()
+    model = CLIPModel(
+        recipe.clip_config(
+            len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id,
+            tokenizer.model_max_length,
+        ),
+        rngs=nnx.Rngs(config.seed),
+    )  # fmt: skip
+    world = _world(config, workdir)
+    meaning = world["digit"] * 18 + world["colour"] * 3 + world["texture"]
+
+    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {
+            "image": world["image"][index],
+            "tokens": _caption_tokens(world, index, rng),
+            "meaning": meaning[index],
+        }
+
+    return _run(
+        "clip", model, recipe.contrastive_step, Stage, config.clip, None,
+        _batches(config, config.clip, example), config, workdir,
+    )  # fmt: skip
+
+
+def train_autoencoder(config: BuildConfig, workdir: Path) -> AutoencoderKL:
+    """Stage 2: the autoencoder; its scaling factor makes the latents' variance one."""
+    model = AutoencoderKL(recipe.AUTOENCODER, rngs=nnx.Rngs(config.seed + 1))
+    world = _world(config, workdir)
+    model = _run(
+        "autoencoder", model, recipe.autoencoder_step, Stage, config.autoencoder, None,
+        _batches(config, config.autoencoder, lambda index, rng: {"image": world["image"][index]}),
+        config, workdir,
+    )  # fmt: skip
+    mean, std = encode_all(model, world["image"][:1024])
+    scale = float(
+        1.0 / np.sqrt(mean.astype(np.float32).var() + (std.astype(np.float32) ** 2).mean())
+    )
+    return with_scaling_factor(model, round(scale, 5))
+
+
+def train_unet(
+    config: BuildConfig, workdir: Path, text_encoder: CLIPTextModel, vae: AutoencoderKL
+) -> UNet2DConditionModel:
+    """Stage 3: the denoiser, on cached latents, with the text encoder frozen."""
+    model = UNet2DConditionModel(recipe.UNET, rngs=nnx.Rngs(config.seed + 2))
+    world = _world(config, workdir)
+    scale = np.float16(vae.config.scaling_factor)
+    mean, std = (scale * part for part in encode_all(vae, world["image"]))
+
+    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {
+            "latent_mean": mean[index],
+            "latent_std": std[index],
+            "tokens": _caption_tokens(world, index, rng),
+        }
+
+    text_graphdef, text_state = nnx.split(text_encoder)
+    frozen = {"text_encoder": nnx.to_pure_dict(text_state), "empty": jnp.asarray(_token_ids(""))}
+    stage = functools.partial(
+        DenoisingStage, text_graphdef=text_graphdef,
+        schedule=NoiseSchedule.from_config(recipe.SCHEDULER),
+    )  # fmt: skip
+    return _run(
+        "unet", model, recipe.denoising_step, stage, config.unet, frozen,
+        _batches(config, config.unet, example), config, workdir,
+    )  # fmt: skip
+
+
+def _run(
+    name: str, model: Any, step: Any, stage: Any, plan: Recipe, frozen: Any,
+    batches: Iterator[Any], config: BuildConfig, workdir: Path,
+) -> Any:  # fmt: skip
+    """Train one stage to its end and return the model with the parameters to ship."""
+    graphdef, params = nnx.split(model)
+    optimizer = plan.optimizer()
+    state = train(
+        step, stage(graphdef, optimizer), init_state(nnx.to_pure_dict(params), optimizer), frozen,
+        batches, key=jax.random.key(config.seed), num_steps=plan.steps,
+        checkpoint_dir=(workdir / name).absolute(), checkpoint_every=500, keep=2,
+        metrics_path=workdir / f"{name}.jsonl", log_every=10,
+    )  # fmt: skip
+    return nnx.merge(graphdef, recipe.final_params(state))
+
+
+def encode_all(
+    vae: AutoencoderKL, images: np.ndarray, batch_size: int = 50
+) -> tuple[Float[np.ndarray, "N h w Z"], Float[np.ndarray, "N h w Z"]]:
+    """Posterior mean and standard deviation (float16, unscaled) of uint8 images [N,H,W,3]."""
+    graphdef, state = nnx.split(vae)
+
+    @jax.jit
+    def encode(state: Any, batch: Array) -> tuple[Array, Array]:
+        mean, logvar = nnx.merge(graphdef, state).encode(recipe.to_unit(batch))
+        return mean.astype(jnp.float16), jnp.exp(0.5 * logvar).astype(jnp.float16)
+
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padded = np.concatenate([batch, np.zeros_like(images[: batch_size - len(batch)])])
+        parts.append([np.asarray(part)[: len(batch)] for part in encode(state, padded)])
+    mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return mean, std
+
+
+def with_scaling_factor(vae: AutoencoderKL, scaling_factor: float) -> AutoencoderKL:
+    """The same autoencoder with another `scaling_factor` in its config."""
+    vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor)
+    assert isinstance(vae.config, AutoencoderKLConfig)
+    return vae
+
+
+def _world(config: BuildConfig, workdir: Path) -> Mapping[str, np.ndarray]:
+    """The rendered images and their attributes, cached in `workdir`."""
+    path = workdir / f"world_{config.seed}_{config.images}.npz"
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        items = GlyphWorld("generator", config.images, config.seed)
+        fields = ("image", "digit", "colour", "texture")
+        columns: dict[str, list[Any]] = {field: [] for field in fields}
+        for item in (items[i] for i in range(len(items))):
+            for field in fields:
+                columns[field].append(item[field])
+        np.savez(path, **{field: np.asarray(column) for field, column in columns.items()})
+    return dict(np.load(path))
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@functools.cache
+def _token_ids(text: str) -> np.ndarray:
+    tokens = _tokenizer()(text, padding="max_length")["input_ids"]
+    return np.asarray(tokens, np.int32)
+
+
+def _caption_tokens(
+    world: Mapping[str, np.ndarray], index: int, rng: np.random.Generator
+) -> np.ndarray:
+    triple = (int(world[field][index]) for field in ("digit", "colour", "texture"))
+    return _token_ids(caption(rng, *triple))
+
+
+def _batches(config: BuildConfig, plan: Recipe, example: Any) -> Any:
+    """Endless shuffled batches; the grain iterator's position is part of a checkpoint."""
+    dataset = (
+        grain.MapDataset.range(config.images)
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .random_map(example)
+        .batch(plan.batch_size)
+    )
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -1,0 +1,546 @@
+"""SAGE: semantic-augment erasing of a concept *domain* from a text encoder.
+
+Source: arXiv 2506.09363.  The authors published no code; the paper and its public summaries fix the
+components (self-check, self-erasure, global and local retention, inside-out exploration), and the
+exact equations below are this project's formulation of them.
+
+Frozen are the original text encoder T0 and the UNet e; trained is T, a copy of T0.  For a concept
+phrase c, an anchor phrase a (default: the empty prompt) and prompts p around c, one *cycle* is
+
+  self-check    K steps on the input embeddings E of a prompt's template words, starting at the
+                prompt itself, towards  min_E J(E)  (`self_check_objective`)
+  self-erasure  M updates of T on  L_erase + lambda_g L_global + lambda_l L_local, for the plain
+                prompts and the attacked ones
+
+and one cycle is one pure step of `conceptax.methods.training.train`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ..flax_models.clip import CLIPTextOutput, pooling_positions
+from ..flax_models.stable_diffusion import StableDiffusionPipeline
+from .concepts import (
+    TEMPLATES,
+    ConceptError,
+    concept_prompts,
+    context_length,
+    encode_phrases,
+    vocabulary_words,
+)
+from .sampling import NoiseSchedule, make_sampler
+from .training import (
+    TrainState,
+    apply_gradients,
+    constrain_batch,
+    init_state,
+    split_trainable,
+    train,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SageConfig:
+    """All settings of a SAGE run.
+
+    Attributes:
+      anchor: what the concept is turned into; the empty prompt means "anything".
+      templates: phrases around the concept, "{}" its place.
+      cycles: outer cycles, each one self-check and `erase_updates` updates.
+      erase_updates: updates of the text encoder per cycle (M).
+      prompts: plain prompts per cycle, and as many attacked ones (P).
+      learning_rate: of AdamW on the text encoder.
+      weight_decay: AdamW's decay.
+      trainable: patterns of the text encoder's parameters that train.
+      check: what an attack looks for besides what T0 takes for the concept: "anchor" (T is far
+        from the anchor) or "recall" (T still encodes what T0 encodes).
+      check_steps: steps of the self-check (K); 0 is word erasure.
+      check_rate: step size of the self-check (alpha), in units of the token embeddings.
+      check_optimizer: "adam" or "sign" (sign-gradient descent).
+      check_weight: weight of the second term of J (gamma).
+      check_radius: largest change of an embedding entry (delta, l-infinity); None is unbounded.
+      free_concept: let the attack move the concept's own token embeddings too.
+      eta: strength of the negative guidance in the target; 0 maps the concept onto the anchor.
+      latents: "noise" (z ~ N(0, I), upper timesteps) or "ddim" (points of the original model's own
+        trajectories under the concept, computed once).
+      min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
+      ddim_steps: length of the cached trajectories.
+      ddim_samples: number of the cached trajectories.
+      vocabulary: how many of the tokenizer's whole words are retained.
+      similarity_cap: retained phrases more similar to a concept than this (cosine of T0's pooled
+        states, kappa) are taken for the concept and dropped.
+      global_rows: retained phrases per update in the global loss.
+      global_form: "cross" (U U0^T, keeps the frame that the UNet reads) or "self" (U U^T).
+      global_weight: lambda_g.
+      local_rows: retained phrases per update in the local loss.
+      local_weight: lambda_l.
+    """
+
+    anchor: str = ""
+    templates: tuple[str, ...] = TEMPLATES
+    cycles: int = 300
+    erase_updates: int = 1
+    prompts: int = 4
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
+    check: Literal["anchor", "recall"] = "recall"
+    check_steps: int = 20
+    check_rate: float = 0.05
+    check_optimizer: Literal["adam", "sign"] = "adam"
+    check_weight: float = 1.0
+    check_radius: float | None = None
+    free_concept: bool = False
+    eta: float = 1.0
+    latents: Literal["noise", "ddim"] = "noise"
+    min_timestep: float = 0.7
+    ddim_steps: int = 10
+    ddim_samples: int = 16
+    vocabulary: int = 2000
+    similarity_cap: float = 0.9
+    global_rows: int = 64
+    global_form: Literal["cross", "self"] = "cross"
+    global_weight: float = 50.0
+    local_rows: int = 4
+    local_weight: float = 1.0
+
+    def __post_init__(self):
+        for name, least in (
+            ("cycles", 1), ("erase_updates", 1), ("prompts", 1), ("check_steps", 0),
+            ("vocabulary", 1), ("global_rows", 1), ("local_rows", 1), ("ddim_steps", 1),
+            ("ddim_samples", 1), ("learning_rate", 0), ("check_rate", 0), ("check_weight", 0),
+            ("global_weight", 0), ("local_weight", 0), ("weight_decay", 0), ("eta", 0),
+        ):  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise ValueError(
+                    f"{name} must be at least {least}, received {getattr(self, name)}."
+                )
+        if not 0 <= self.min_timestep < 1:
+            raise ValueError(f"min_timestep is a fraction in [0, 1), received {self.min_timestep}.")
+        if not -1 <= self.similarity_cap <= 1:
+            raise ValueError(f"similarity_cap is a cosine, received {self.similarity_cap}.")
+        if self.check_radius is not None and not self.check_radius > 0:
+            raise ValueError(f"check_radius must be positive or None, got {self.check_radius}.")
+        for name, accepted in (
+            ("check", ("anchor", "recall")), ("check_optimizer", ("adam", "sign")),
+            ("latents", ("noise", "ddim")), ("global_form", ("cross", "self")),
+        ):  # fmt: skip
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} accepts {accepted}, received {getattr(self, name)!r}.")
+
+
+# ---- losses: functions of arrays ----
+
+
+def cosine(first: Float[Array, "*B C"], second: Float[Array, "*B C"]) -> Float[Array, "*B"]:
+    """Cosine similarity along the last axis."""
+    return jnp.sum(_normalise(first) * _normalise(second), axis=-1)
+
+
+def _normalise(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+def self_check_objective(
+    original: Float[Array, "P C"], current: Float[Array, "P C"], concept: Float[Array, " C"],
+    anchor: Float[Array, " C"], *, form: str, weight: float,
+) -> Float[Array, " P"]:  # fmt: skip
+    """J(E) of each attacked prompt; the attack minimises it.
+
+    form "anchor":  -cos(T0(E), T0(c)) + weight cos(T(E), T0(a))
+    form "recall":  -cos(T0(E), T0(c)) + weight (1 - cos(T(E), T0(c)))
+
+    Args:
+      original, current: pooled states T0(E) and T(E) of the attacked prompts, [P, C].
+      concept, anchor: pooled states T0(c) and T0(a), [C].
+    """
+    still = -cosine(original, concept)
+    if form == "anchor":
+        return still + weight * cosine(current, anchor)
+    return still + weight * (1.0 - cosine(current, concept))
+
+
+def erase_target(
+    anchor: Float[Array, "P *S"], concept: Float[Array, "P *S"], eta: float
+) -> Float[Array, "P *S"]:
+    """y = e(a) - eta (e(p) - e(a)): the anchor's prediction, pushed away from the concept's."""
+    return anchor - eta * (concept - anchor)
+
+
+def prediction_loss(
+    prediction: Float[Array, "P *S"], target: Float[Array, "P *S"]
+) -> Float[Array, ""]:
+    """Mean squared difference of predictions; the target carries no gradient."""
+    return jnp.mean((prediction - jax.lax.stop_gradient(target)) ** 2)
+
+
+def global_retention_loss(
+    rows: Float[Array, "R C"], original_rows: Float[Array, "R C"],
+    original: Float[Array, "N C"], current: Float[Array, "N C"] | None = None,
+) -> Float[Array, ""]:  # fmt: skip
+    """Mean over (i, j) of (U_i . V_j - U0_i . U0_j)^2 for pooled states, normalised here.
+
+    Args:
+      rows, original_rows: trained and original states of the same R phrases.
+      original: original states of the N phrases they are related to.
+      current: V: None relates to the original states (cross form); the self form passes the
+        trained states of those N phrases.
+    """
+    related = _normalise(original if current is None else current)
+    now = _normalise(rows) @ related.T
+    before = _normalise(original_rows) @ _normalise(original).T
+    return jnp.mean((now - before) ** 2)
+
+
+# ---- the step ----
+
+
+@dataclasses.dataclass(frozen=True)
+class SageStatic:
+    """What a cycle needs and never changes: structures, optimizer, settings.
+
+    Attributes:
+      text: structure of the text encoder (its parameters: trained and `frozen["text"]` merged, or
+        `frozen["original"]`).
+      unet: structure of the UNet.
+      optimizer: of the trained parameters.
+      config: settings.
+      timesteps: number of training timesteps of the schedule.
+      latent_shape: [h, w, c] of a latent.
+    """
+
+    text: nnx.GraphDef[Any]
+    unet: nnx.GraphDef[Any]
+    optimizer: optax.GradientTransformation
+    config: SageConfig
+    timesteps: int
+    latent_shape: tuple[int, int, int]
+
+
+def self_check(
+    static: SageStatic, params: Any, frozen: Mapping[str, Any], tokens: Int[Array, "P L"],
+    free: Bool[Array, "P L"], concept: Float[Array, " C"],
+) -> tuple[Float[Array, "P L C"], dict[str, Array]]:  # fmt: skip
+    """Walk from prompts of the concept to the edge of what T still takes for it.
+
+    Args:
+      static: structures and settings.
+      params: the trained parameters of T.
+      frozen: as `prepare` makes it.
+      tokens: [P, L] prompts to start from.
+      free: [P, L] positions whose embeddings may move.
+      concept: [C] pooled state T0(c).
+
+    Returns:
+      token embeddings [P, L, C] of the attacked prompts, without gradient, and the mean cosines
+      to T0(c) after the attack, as T0 and as T see them.
+    """
+    config = static.config
+    now = nnx.merge(static.text, jax.lax.stop_gradient(params), frozen["text"])
+    before = nnx.merge(static.text, frozen["original"])
+    ends = pooling_positions(now.config, tokens)
+    start = before.embeddings.token_embedding(tokens).astype(jnp.float32)
+
+    def pooled(embeddings: Array) -> tuple[Array, Array]:
+        return tuple(
+            model(inputs_embeds=embeddings, eos_positions=ends).pooled for model in (before, now)
+        )
+
+    def objective(embeddings: Array) -> Array:
+        return self_check_objective(
+            *pooled(embeddings), concept, frozen["anchor_pooled"],
+            form=config.check, weight=config.check_weight,
+        ).sum()  # fmt: skip
+
+    optimizer = (
+        optax.adam(config.check_rate)
+        if config.check_optimizer == "adam"
+        else optax.sign_sgd(config.check_rate)
+    )
+
+    def advance(_: int, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        embeddings, memory = carry
+        gradient = jnp.where(free[..., None], jax.grad(objective)(embeddings), 0.0)
+        updates, memory = optimizer.update(gradient, memory)
+        embeddings = jnp.where(free[..., None], embeddings + updates, start)
+        if config.check_radius is not None:
+            low, high = start - config.check_radius, start + config.check_radius
+            embeddings = jnp.clip(embeddings, low, high)
+        return embeddings, memory
+
+    attacked, _ = jax.lax.fori_loop(0, config.check_steps, advance, (start, optimizer.init(start)))
+    attacked = jax.lax.stop_gradient(attacked)
+    original, current = pooled(attacked)
+    return attacked, {
+        "check_original": cosine(original, concept).mean(),
+        "check_current": cosine(current, concept).mean(),
+    }
+
+
+def erase_step(
+    static: SageStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One SAGE cycle: one self-check, then `erase_updates` updates of the text encoder.
+
+    Args:
+      static, state, frozen: from `prepare`.
+      batch: None; a cycle needs no data.
+      key: this cycle's key.
+
+    Returns:
+      the new state and metrics: loss, erase, global_, local (of the last update), check_original
+      and check_current (cosines to T0(c) after the attack).
+    """
+    del batch
+    config = static.config
+    concept_key, prompt_key, update_key = jax.random.split(key, 3)
+    which = jax.random.randint(concept_key, (), 0, frozen["tokens"].shape[0])
+    tokens, free, concept_pooled = (
+        frozen[name][which] for name in ("tokens", "free", "concept_pooled")
+    )
+    rows = jax.random.choice(prompt_key, tokens.shape[0], (config.prompts,))
+    tokens, free = constrain_batch((tokens[rows], free[rows]))
+    attacked, metrics = self_check(static, state.params, frozen, tokens, free, concept_pooled)
+
+    def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
+        loss_of = functools.partial(_erase_loss, static, frozen, which, tokens, attacked, key)
+        (_, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return apply_gradients(state, gradients, static.optimizer), parts
+
+    keys = jax.random.split(update_key, config.erase_updates)
+    after, parts = jax.lax.scan(update, state, keys)
+    metrics |= jax.tree.map(lambda series: series[-1], parts)
+    return dataclasses.replace(after, step=state.step + 1), metrics
+
+
+def _erase_loss(
+    static: SageStatic, frozen: Mapping[str, Any], which: Array, tokens: Array, attacked: Array,
+    key: PRNGKeyArray, params: Any,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    """L_erase + lambda_g L_global + lambda_l L_local, and its parts."""
+    config = static.config
+    latent_key, local_key, global_key = jax.random.split(key, 3)
+    now = nnx.merge(static.text, params, frozen["text"])
+    before = nnx.merge(static.text, frozen["original"])
+    unet = nnx.merge(static.unet, frozen["unet"])
+    ends = pooling_positions(now.config, tokens)
+    retained = frozen["retained_tokens"]
+    local = retained[jax.random.choice(local_key, retained.shape[0], (config.local_rows,))]
+    some = jax.random.choice(global_key, retained.shape[0], (config.global_rows,))
+
+    # One latent per prompt, shared by its plain and its attacked form; one per retained phrase.
+    latents, timesteps = _draw_latents(
+        static, frozen, which, latent_key, tokens.shape[0] + config.local_rows
+    )
+    prompts = tokens.shape[0]
+
+    # Targets, all without gradient: the anchor, the concept, the retained phrases.
+    anchor = jnp.broadcast_to(frozen["anchor_tokens"], tokens.shape)
+    original: CLIPTextOutput = before(jnp.concatenate([anchor, tokens, local]))
+    order = jnp.concatenate([jnp.arange(prompts), jnp.arange(latents.shape[0])])
+    targets = jax.lax.stop_gradient(
+        unet(*constrain_batch((latents[order], timesteps[order], original.last_hidden_state)))
+    )
+    target_anchor, target_concept, target_local = jnp.split(targets, [prompts, 2 * prompts])
+    target = erase_target(target_anchor, target_concept, config.eta)
+
+    # Predictions: plain prompts, attacked prompts, retained phrases.
+    plain = now(jnp.concatenate([tokens, local, retained[some]]))
+    states, pooled = plain
+    perturbed = now(inputs_embeds=attacked, eos_positions=ends).last_hidden_state
+    context = jnp.concatenate(
+        [states[:prompts], perturbed, states[prompts : prompts + config.local_rows]]
+    )
+    predictions = unet(*constrain_batch((latents[order], timesteps[order], context)))
+    erased, kept = predictions[: 2 * prompts], predictions[2 * prompts :]
+
+    erase = prediction_loss(erased, jnp.concatenate([target, target]))
+    local_loss = prediction_loss(kept, target_local)
+    rows = pooled[prompts + config.local_rows :]
+    before_rows = frozen["retained_pooled"][some]
+    global_loss = (
+        global_retention_loss(rows, before_rows, frozen["retained_pooled"])
+        if config.global_form == "cross"
+        else global_retention_loss(rows, before_rows, before_rows, rows)
+    )
+    loss = erase + config.global_weight * global_loss + config.local_weight * local_loss
+    return loss, {"loss": loss, "erase": erase, "global_": global_loss, "local": local_loss}
+
+
+def _draw_latents(
+    static: SageStatic, frozen: Mapping[str, Any], which: Array, key: PRNGKeyArray, size: int
+) -> tuple[Array, Array]:
+    """Latents [size, h, w, c] and timesteps [size] to compare predictions at."""
+    first, second = jax.random.split(key)
+    if static.config.latents == "ddim":
+        cached, times = frozen["latents"][which], frozen["latent_times"]
+        sample = jax.random.randint(first, (size,), 0, cached.shape[1])
+        point = jax.random.randint(second, (size,), 0, cached.shape[0])
+        return cached[point, sample], times[point]
+    lowest = int(static.config.min_timestep * static.timesteps)
+    times = jax.random.randint(first, (size,), lowest, static.timesteps)
+    return jax.random.normal(second, (size, *static.latent_shape)), times
+
+
+# ---- from a pipeline to a run, and back ----
+
+
+def prepare(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig, *,
+    retain: Sequence[str] | None = None, seed: int = 0,
+) -> tuple[SageStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    """Everything `erase_step` needs, computed once.
+
+    Args:
+      pipeline: the model; its parts are read, never changed.
+      concepts: what to erase, one phrase each.
+      config: settings.
+      retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary. Those
+        closer to a concept than `config.similarity_cap` are dropped in either case.
+      seed: of the cached trajectories and the templates around retained phrases.
+
+    Raises:
+      ConceptError: no or unusable concepts, or nothing left to retain.
+      ValueError: a pattern of trainable parameters that matches nothing.
+    """
+    if not concepts:
+        raise ConceptError("no concept was given: name at least one, for example 'three'.")
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    length = context_length(tokenizer, encoder.config.max_position_embeddings)
+    prompts = [concept_prompts(tokenizer, each, length, config.templates) for each in concepts]
+    if config.free_concept:
+        prompts = [each._replace(free=each.free | each.concept) for each in prompts]
+
+    text, train, rest = split_trainable(encoder, config.trainable)
+    train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
+    original = nnx.to_pure_dict(nnx.state(encoder))
+    pool = jax.jit(lambda params, ids: nnx.merge(text, params)(ids).pooled.astype(jnp.float32))
+    concept_pooled = pool(original, np.stack([each.phrase for each in prompts]))
+    anchor_tokens = encode_phrases(tokenizer, [config.anchor], length)[0]
+    retained = _retained_phrases(
+        tokenizer, retain, concepts, config, length, lambda ids: pool(original, ids),
+        concept_pooled, seed,
+    )  # fmt: skip
+
+    unet, unet_params = nnx.split(pipeline.unet)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
+    )
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    size = pipeline.unet.config.sample_size or 64
+    static = SageStatic(
+        text, unet, optimizer, config, schedule.num_train_timesteps,
+        (size, size, pipeline.unet.config.in_channels),
+    )  # fmt: skip
+    least = min(len(each.tokens) for each in prompts)  # a long concept fits fewer templates
+    frozen = {
+        "text": rest,
+        "original": original,
+        "unet": nnx.to_pure_dict(unet_params),
+        "tokens": np.stack([each.tokens[:least] for each in prompts]),  # [C, T, L]
+        "free": np.stack([each.free[:least] for each in prompts]),
+        "concept_pooled": concept_pooled,  # [C, D]
+        "anchor_tokens": anchor_tokens,
+        "anchor_pooled": pool(original, anchor_tokens[None])[0],
+        "retained_tokens": retained,  # [N, L]
+        "retained_pooled": _in_chunks(lambda ids: pool(original, ids), retained),
+    }
+    if config.latents == "ddim":
+        frozen |= _trajectories(static, frozen, schedule, seed)
+    return static, init_state(train, optimizer), frozen
+
+
+def _in_chunks(function: Any, rows: np.ndarray, size: int = 256) -> Array:
+    """`function` of [N, ...] rows, `size` at a time, compiled once."""
+    padded = np.pad(rows, ((0, -len(rows) % size), (0, 0)), mode="edge")
+    parts = [function(padded[i : i + size]) for i in range(0, len(padded), size)]
+    return jnp.concatenate(parts)[: len(rows)]
+
+
+def _retained_phrases(
+    tokenizer: Any, retain: Sequence[str] | None, concepts: Sequence[str], config: SageConfig,
+    length: int, pool: Any, concept_pooled: Array, seed: int,
+) -> np.ndarray:  # fmt: skip
+    """Tokens [N, L]: every phrase bare and in one template, unless it means the concept."""
+    phrases = list(retain) if retain is not None else vocabulary_words(tokenizer, config.vocabulary)
+    if not phrases:
+        raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
+    bare = encode_phrases(tokenizer, phrases, length)
+    closeness = cosine(_in_chunks(pool, bare)[:, None], concept_pooled[None]).max(axis=1)
+    kept = [
+        phrase
+        for phrase, near in zip(phrases, np.asarray(closeness), strict=True)
+        if near <= config.similarity_cap and phrase not in concepts
+    ]
+    if not kept:
+        raise ConceptError(
+            f"all {len(phrases)} retained phrases are closer to {list(concepts)} than "
+            f"similarity_cap={config.similarity_cap}: raise it, or retain other phrases."
+        )
+    rng = np.random.default_rng(seed)
+    framed = [config.templates[rng.integers(len(config.templates))].format(each) for each in kept]
+    return encode_phrases(tokenizer, kept + framed, length)
+
+
+def _trajectories(
+    static: SageStatic, frozen: Mapping[str, Any], schedule: NoiseSchedule, seed: int
+) -> dict[str, Array]:
+    """DDIM trajectories of the original model: latents [C, steps, samples, h, w, c], times."""
+    config = static.config
+    sampler = make_sampler(schedule, "ddim", num_inference_steps=config.ddim_steps)
+
+    @jax.jit
+    def run(frozen: Mapping[str, Any], tokens: Array, key: PRNGKeyArray) -> Array:
+        before = nnx.merge(static.text, frozen["original"])
+        unet = nnx.merge(static.unet, frozen["unet"])
+        pick_key, noise_key = jax.random.split(key)
+        rows = jax.random.choice(pick_key, tokens.shape[0], (config.ddim_samples,))
+        context = before(tokens[rows]).last_hidden_state
+
+        def step(x: Array, i: Array) -> tuple[Array, Array]:
+            return sampler.step(x, unet(x, sampler.timesteps[i], context), i, None), x
+
+        start = jax.random.normal(noise_key, (config.ddim_samples, *static.latent_shape))
+        return jax.lax.scan(step, start, jnp.arange(config.ddim_steps))[1]
+
+    keys = jax.random.split(jax.random.key(seed), len(frozen["tokens"]))
+    runs = [run(frozen, tokens, key) for tokens, key in zip(frozen["tokens"], keys, strict=True)]
+    return {"latents": jnp.stack(runs), "latent_times": jnp.asarray(sampler.timesteps)}
+
+
+def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Mapping[str, Any]) -> Any:
+    """The trained text encoder as a module."""
+    return nnx.merge(static.text, state.params, frozen["text"])
+
+
+def erase(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig | None = None, *,
+    retain: Sequence[str] | None = None, seed: int = 0, **options: Any,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Erase concepts and return the pipeline with the edited text encoder in its place.
+
+    Only the text encoder differs; it can be plugged into any model that shares it.
+
+    Args:
+      pipeline, concepts, config, retain: as for `prepare`; the pipeline itself stays as it is.
+      seed: of everything random in the run.
+      options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
+    """
+    config = config or SageConfig()
+    static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
+    state = train(
+        erase_step, static, state, frozen,
+        key=jax.random.key(seed), num_steps=config.cycles, **options,
+    )  # fmt: skip
+    return dataclasses.replace(pipeline, text_encoder=edited_text_encoder(static, state, frozen))
