@@ -7,7 +7,7 @@ standard deviation.  Attribute paths are those of transformers' state dicts.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class CLIPTextConfig(_TowerConfig):
         return {"model_type": "clip_text_model", **super().to_dict()}
 
     @classmethod
-    def stable_diffusion_1_5(cls) -> Self:
+    def stable_diffusion_1_5(cls) -> "CLIPTextConfig":
         """The published SD 1.x text encoder (CLIP ViT-L/14's): 123,060,480 parameters."""
         return cls(projection_dim=768, eos_token_id=2, bos_token_id=0)
 
@@ -113,7 +113,7 @@ class CLIPConfig(ModelConfig):
     STRICT: ClassVar[bool] = False
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+    def from_dict(cls, raw: Mapping[str, Any]) -> "CLIPConfig":
         towers = {
             "text_config": CLIPTextConfig.from_dict(raw.get("text_config") or {}),
             "vision_config": CLIPVisionConfig.from_dict(raw.get("vision_config") or {}),

@@ -7,7 +7,10 @@ with that value, and any other value is an error instead of a silent difference.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
+
+
+Config = TypeVar("Config", bound="ModelConfig")
 
 
 def _freeze(value: Any) -> Any:
@@ -34,7 +37,7 @@ class ModelConfig:
     STRICT: ClassVar[bool] = True
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[Config], raw: Mapping[str, Any]) -> Config:
         """Read a parsed `config.json`.
 
         Raises:

@@ -29,6 +29,8 @@ from .recipe import DenoisingStage, Recipe, Stage
 from .tokenizer import build_tokenizer
 from .world import GlyphWorld
 
+_GROUP = 16  # images in a group of the contrastive batches
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.35.0",
@@ -94,19 +96,32 @@ def train_clip(config: BuildConfig, workdir: Path) -> CLIPModel:
         rngs=nnx.Rngs(config.seed),
     )  # fmt: skip
     world = _world(config, workdir)
-    meaning = world["digit"] * 18 + world["colour"] * 3 + world["texture"]
+    kinds = world["colour"] * 3 + world["texture"]
+    members = [np.flatnonzero(kinds == kind) for kind in range(kinds.max() + 1)]
 
-    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def batch(_: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        # Groups of one colour on one texture, so that only the digit tells their members apart:
+        # batches of unrelated images teach colours and textures and never arrive at digits.
+        groups = rng.choice(len(members), config.clip.batch_size // _GROUP, replace=False)
+        rows = np.concatenate([rng.choice(members[group], _GROUP) for group in groups])
         return {
-            "image": world["image"][index],
-            "tokens": _caption_tokens(world, index, rng),
-            "meaning": meaning[index],
+            "image": world["image"][rows],
+            "tokens": np.stack([_caption_tokens(world, row, rng) for row in rows]),
+            "meaning": world["digit"][rows] * len(members) + kinds[rows],
         }
 
+    dataset = grain.MapDataset.range(config.clip.steps).seed(config.seed).random_map(batch)
     return _run(
-        "clip", model, recipe.contrastive_step, Stage, config.clip, None,
-        _batches(config, config.clip, example), config, workdir,
-    )  # fmt: skip
+        "clip",
+        model,
+        recipe.contrastive_step,
+        Stage,
+        config.clip,
+        None,
+        iter(dataset.to_iter_dataset(_READ)),
+        config,
+        workdir,
+    )
 
 
 def train_autoencoder(config: BuildConfig, workdir: Path) -> AutoencoderKL:
@@ -239,4 +254,4 @@ def _batches(config: BuildConfig, plan: Recipe, example: Any) -> Any:
         .random_map(example)
         .batch(plan.batch_size)
     )
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    return iter(dataset.to_iter_dataset(_READ))

@@ -1,0 +1,185 @@
+"""PyTorch oracles: tiny random models of the real classes, and how both sides are called.
+
+An oracle's inputs are numpy arrays in our layout (images NHWC); `torch_call` brings them to torch's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from conceptax.converters.tensors import tensor_specs
+
+
+@dataclasses.dataclass
+class Oracle:
+    """A torch module, differentiable inputs, integer inputs, and the two ways to call it."""
+
+    module: Any
+    inputs: dict[str, np.ndarray]
+    fixed: dict[str, np.ndarray]
+    torch_call: Callable[..., Any]
+    jax_call: Callable[..., Any]
+
+
+def nchw(x: Any) -> Any:
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x: Any) -> Any:
+    return x.permute(0, 2, 3, 1)
+
+
+def unet(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracle:
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    settings = {
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    } | changes  # fmt: skip
+    module = diffusers.UNet2DConditionModel(**settings).eval()
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, *size, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 5, 8)).astype(np.float32),
+        },
+        {"timesteps": np.array([3, 901])},
+        lambda sample, text, timesteps: nhwc(module(nchw(sample), timesteps, text).sample),
+        lambda model, sample, text, timesteps: model(sample, timesteps, text),
+    )
+
+
+def autoencoder(seed: int = 0, **changes: Any) -> Oracle:
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    settings = {
+        "block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1,
+        "norm_num_groups": 4, "latent_channels": 4,
+    } | changes  # fmt: skip
+    module = diffusers.AutoencoderKL(**settings).eval()
+
+    def torch_call(image: Any) -> Any:
+        posterior = module.encode(nchw(image)).latent_dist
+        decoded = module.decode(posterior.mean).sample
+        return torch.cat([nhwc(x).flatten() for x in (posterior.mean, posterior.logvar, decoded)])
+
+    def jax_call(model: Any, image: Any) -> Any:
+        mean, logvar = model.encode(image)
+        return jnp.concatenate([x.ravel() for x in (mean, logvar, model.decode(mean))])
+
+    image = np.random.default_rng(seed).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    return Oracle(module, {"image": image}, {}, torch_call, jax_call)
+
+
+_TOWER = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def _token_ids(eos: int) -> np.ndarray:
+    ids = np.random.default_rng(1).integers(3, 90, (3, 7))
+    ids[0, 4:], ids[1, 6], ids[2, 2:] = eos, eos, eos
+    return ids
+
+
+def clip_text(seed: int = 0, *, eos_token_id: int = 98, **changes: Any) -> Oracle:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.CLIPTextConfig(
+        **_TOWER, vocab_size=99, bos_token_id=0, pad_token_id=1, eos_token_id=eos_token_id, **changes
+    )
+    module = transformers.CLIPTextModel(config).eval()
+
+    def torch_call(ids: Any) -> Any:
+        out = module(input_ids=ids)
+        return torch.cat([out.last_hidden_state.flatten(), out.pooler_output.flatten()])
+
+    def jax_call(model: Any, ids: Any) -> Any:
+        return jnp.concatenate([part.ravel() for part in model(ids)])
+
+    return Oracle(module, {}, {"ids": _token_ids(98)}, torch_call, jax_call)
+
+
+def clip(seed: int = 0) -> Oracle:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.CLIPConfig(
+        text_config={**_TOWER, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 0},
+        vision_config={**_TOWER, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    module = transformers.CLIPModel(config).eval()
+    image = np.random.default_rng(seed).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    return Oracle(
+        module, {"image": image}, {"ids": _token_ids(98)},
+        lambda image, ids: module(input_ids=ids, pixel_values=nchw(image)).logits_per_image,
+        lambda model, image, ids: model(ids, image),
+    )  # fmt: skip
+
+
+def torch_results(oracle: Oracle, dtype: Any, weights: np.ndarray | None = None):
+    """Output, gradients of inputs and of parameters (by state-dict key) of `sum(w * output)`."""
+    import torch
+
+    module = oracle.module.to(dtype)
+    module.zero_grad()
+    inputs = {k: torch.tensor(v, dtype=dtype, requires_grad=True) for k, v in oracle.inputs.items()}
+    output = oracle.torch_call(**inputs, **{k: torch.tensor(v) for k, v in oracle.fixed.items()})
+    if weights is None:
+        weights = np.random.default_rng(7).normal(size=tuple(output.shape))
+    (output * torch.tensor(weights, dtype=dtype)).sum().backward()
+    parameters = {
+        key: None if p.grad is None else p.grad.numpy() for key, p in module.named_parameters()
+    }
+    return output.detach().numpy(), {k: v.grad.numpy() for k, v in inputs.items()}, parameters
+
+
+def jax_results(oracle: Oracle, model: nnx.Module):
+    """The same from our model."""
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+
+    @jax.jit
+    def run(params: Any, inputs: Any, weights: Any) -> Any:
+        def weighted(params: Any, inputs: Any) -> Any:
+            output = oracle.jax_call(nnx.merge(graphdef, params), **inputs, **oracle.fixed)
+            return jnp.sum(output * weights), output
+
+        return jax.grad(weighted, argnums=(0, 1), has_aux=True)(params, inputs)
+
+    shape = jax.eval_shape(
+        lambda p: oracle.jax_call(nnx.merge(graphdef, p), **oracle.inputs, **oracle.fixed), params
+    ).shape
+    weights = np.random.default_rng(7).normal(size=shape)
+    with jax.default_matmul_precision("highest"):
+        (by_parameter, by_input), output = run(params, oracle.inputs, weights)
+    by_path = {
+        tuple(getattr(entry, "key", getattr(entry, "idx", None)) for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(by_parameter)
+    }
+    by_key = {
+        spec.key: spec.to_torch(np.asarray(by_path[spec.path])) for spec in tensor_specs(model)
+    }
+    return np.asarray(output), {k: np.asarray(v) for k, v in by_input.items()}, by_key
+
+
+def relative_error(received: np.ndarray, exact: np.ndarray) -> float:
+    """Norm of the difference over the norm of the exact values."""
+    return float(np.linalg.norm(received - exact) / max(np.linalg.norm(exact), 1e-30))

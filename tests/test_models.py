@@ -1,0 +1,166 @@
+"""Parity of the ports with diffusers and transformers: outputs and all gradients.
+
+The exact values are torch's in float64.  Our float32 error may be twice torch's own float32 error
+plus 1e-6: two float32 programs differ by their order of summation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conceptax.converters import load_pytorch
+from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from conceptax.flax_models.clip import CLIPConfig, CLIPTextConfig, CLIPTextModel
+from conceptax.flax_models.configs import ModelConfig
+from conceptax.flax_models.layers.attention import dot_product_attention
+from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+
+ORACLES = {
+    "unet": ("unet", {}),
+    "unet odd size": ("unet", {"size": (9, 7)}),
+    "unet linear projection": (
+        "unet",
+        {"use_linear_projection": True, "attention_head_dim": (2, 4), "layers_per_block": (1, 2)},
+    ),
+    "unet without middle": (
+        "unet", {"mid_block_type": None, "center_input_sample": True, "flip_sin_to_cos": False}
+    ),
+    "autoencoder": ("autoencoder", {}),
+    "autoencoder without attention": (
+        "autoencoder", {"mid_block_add_attention": False, "use_quant_conv": False,
+                        "use_post_quant_conv": False}
+    ),
+    "clip text": ("clip_text", {}),
+    "clip text, published end of text": ("clip_text", {"eos_token_id": 2, "hidden_act": "gelu"}),
+    "clip": ("clip", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_parity(name, torch, tmp_path):
+    import oracles
+
+    kind, changes = ORACLES[name]
+    oracle = getattr(oracles, kind)(**changes)
+    oracle.module.save_pretrained(tmp_path)
+    single = oracles.torch_results(oracle, torch.float32)
+    exact = oracles.torch_results(oracle, torch.float64)
+    received = oracles.jax_results(oracle, load_pytorch(tmp_path))
+
+    def check(what, ours, theirs, reference):
+        allowed = 2 * oracles.relative_error(theirs, reference) + 1e-6
+        assert oracles.relative_error(ours, reference) <= allowed, what
+
+    check("output", received[0], single[0], exact[0])
+    for key in oracle.inputs:
+        check(f"gradient of {key}", received[1][key], single[1][key], exact[1][key])
+    stored = {key.removeprefix("text_model.") if kind == "clip_text" else key for key in exact[2]}
+    assert stored == set(received[2])
+    largest = max(np.linalg.norm(g) for g in exact[2].values() if g is not None)
+    for key, gradient in exact[2].items():
+        ours = received[2][key.removeprefix("text_model.") if kind == "clip_text" else key]
+        if gradient is None:
+            assert not ours.any(), key
+        elif np.linalg.norm(gradient) > 1e-6 * largest:  # keys' biases: exactly zero in theory
+            check(f"gradient of {key}", ours, single[2][key], gradient)
+
+
+@pytest.mark.parametrize("kind", ["unet", "autoencoder", "clip_text"])
+def test_remat_changes_nothing(kind, torch, tmp_path):
+    import oracles
+
+    oracle = getattr(oracles, kind)()
+    oracle.module.save_pretrained(tmp_path)
+    plain = load_pytorch(tmp_path)
+    graphdef, state = nnx.split(plain)
+    recomputed = nnx.eval_shape(
+        lambda: type(plain)(plain.config, remat=True, rngs=nnx.Rngs(0))  # type: ignore[call-arg]
+    )
+    recomputed = nnx.merge(nnx.split(recomputed)[0], state)
+    output, inputs, parameters = oracles.jax_results(oracle, recomputed)
+    expected = oracles.jax_results(oracle, nnx.merge(graphdef, state))
+    np.testing.assert_allclose(output, expected[0], rtol=1e-5, atol=1e-5)
+    for received, wanted in ((inputs, expected[1]), (parameters, expected[2])):
+        for key in wanted:
+            scale = np.abs(wanted[key]).max() + 1e-3
+            np.testing.assert_allclose(received[key], wanted[key], atol=2e-5 * scale, err_msg=key)
+
+
+def test_published_sizes():
+    def count(model_class, config):
+        model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model)))
+
+    assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_1_5()) == 859_520_964
+    assert count(AutoencoderKL, AutoencoderKLConfig()) == 83_653_863
+    assert count(CLIPTextModel, CLIPTextConfig.stable_diffusion_1_5()) == 123_060_480
+
+
+def test_bfloat16_computes_and_stores():
+    config = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=50, max_position_embeddings=8, eos_token_id=49,
+    )  # fmt: skip
+    model = CLIPTextModel(
+        config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    ids = jnp.array([[3, 4, 49]])
+    assert model(ids).pooled.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
+    full = nnx.merge(
+        nnx.split(CLIPTextModel(config, rngs=nnx.Rngs(0)))[0],
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.to_pure_dict(nnx.state(model))),
+    )
+    difference = model(ids).pooled.astype(jnp.float32) - full(ids).pooled
+    assert jnp.linalg.norm(difference) < 0.03 * jnp.linalg.norm(full(ids).pooled)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunked_attention_is_attention(masked, monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(k, (2, 12, 2, 4)) for k in keys)
+    mask = jnp.tril(jnp.ones((1, 1, 12, 12), bool)) if masked else None
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2.0
+    if masked:
+        logits = jnp.where(mask, logits, -jnp.inf)
+    expected = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
+    monkeypatch.setattr("conceptax.flax_models.layers.attention._CHUNK_LOGITS", 12 * 4)
+    received = dot_product_attention(query, key, value, mask=mask)
+    np.testing.assert_allclose(received, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "raw", "names"),
+    [
+        (UNet2DConditionConfig, {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        (UNet2DConditionConfig, {"no_such_setting": 1}, "no_such_setting"),
+        (UNet2DConditionConfig, {"block_out_channels": [30, 30, 30, 30]}, "32 groups"),
+        (UNet2DConditionConfig, {"down_block_types": ["KDownBlock2D"] * 4}, "KDownBlock2D"),
+        (UNet2DConditionConfig, {"layers_per_block": 0}, "layers_per_block"),
+        (AutoencoderKLConfig, {"act_fn": "gelu"}, "act_fn"),
+        (CLIPTextConfig, {"hidden_act": "relu"}, "relu"),
+        (CLIPTextConfig, {"num_attention_heads": 7}, "7 heads"),
+        (CLIPConfig, {"vision_config": {"image_size": 10, "patch_size": 3}}, "patch_size"),
+    ],
+)
+def test_configs_refuse_what_they_cannot_represent(
+    config: type[ModelConfig], raw: dict, names: str
+):
+    with pytest.raises(ValueError, match=names):
+        config.from_dict(raw)
+
+
+def test_inputs_of_the_wrong_shape_are_named():
+    config = CLIPTextConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=9, max_position_embeddings=4, eos_token_id=8,
+    )  # fmt: skip
+    model = CLIPTextModel(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="at most 4 tokens, received 5"):
+        model(jnp.zeros((1, 5), jnp.int32))
+    with pytest.raises(ValueError, match="eos_positions"):
+        model(inputs_embeds=jnp.zeros((1, 3, 8)))
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model()
