@@ -1,6 +1,7 @@
 """Folders that appear only when complete."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -54,6 +55,9 @@ def atomic_folder(
         _check_target(path, force, markers)
         parent = path.parent
         made = [p for p in (parent, *parent.parents) if not p.exists()]
+        root = made[-1].parent if made else parent
+        if not root.is_dir():
+            raise OutputError(f"{root} is not a folder, so {path} cannot be made in it.")
         parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=parent))
         umask = os.umask(0)
@@ -67,10 +71,11 @@ def atomic_folder(
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise OutputError(
                 f"{path} could not be written: {error.strerror or error}. Nothing was left behind; "
-                "free some space or choose another output path."
+                + ("free some space first." if full else "choose another output path.")
             ) from error
         raise
 

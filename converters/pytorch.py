@@ -134,9 +134,11 @@ def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None
 def _load_component(
     path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable
 ) -> nnx.Module:
+    if not path.exists():  # a part of a pipeline
+        raise CheckpointError(f"{path} does not exist. Check that the download is complete.")
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").exists():
-        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        there = sorted(entry.name for entry in folder.iterdir())
         raise CheckpointError(
             f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json "
             f"(found {listing(there) or 'nothing'}). Pass a diffusers or transformers folder."
@@ -209,7 +211,7 @@ def _fill(
 
 def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        converted = np.ascontiguousarray(values).astype(dtype)
+        converted = values.astype(dtype, order="C")
     if not is_finite(converted, FLOAT_NAMES[dtype]):
         raise CheckpointError(
             f"{source} has values too large for {dtype.name}. Convert to bfloat16 or float32."

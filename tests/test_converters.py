@@ -1,0 +1,530 @@
+"""Checkpoints travel both ways without losing a bit, in every layout that people publish."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from conceptax.converters import CheckpointError, OutputError, load_pytorch, save_pytorch
+from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.configs import ModelConfig
+from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig(ModelConfig):
+    width: int = 4
+
+
+class ToyBlock(nnx.Module):
+    def __init__(self, width, **init):
+        self.linear = nnx.Linear(width, 2 * width, **init)
+        self.norm = nnx.LayerNorm(width, **init)
+        self.to_out = nnx.List([nnx.Linear(2 * width, width, use_bias=False, **init)])
+
+
+class Toy(nnx.Module):
+    """Every kind of parameter that the table knows."""
+
+    config_class = ToyConfig
+    pytorch_class = "Toy"
+    pytorch_library = "diffusers"
+    pytorch_prefix = "toy."
+    pytorch_renames = {"old": "linear", "proj": "to_out.0"}
+    pytorch_ignored = ("*.position_ids",)
+
+    def __init__(self, config, *, dtype=jnp.float32, param_dtype=jnp.float32, remat=False, rngs):
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.conv = nnx.Conv(3, config.width, (3, 2), **init)
+        self.narrow = nnx.Conv(1, 1, (1, 1), use_bias=False, **init)
+        self.group = nnx.GroupNorm(config.width, num_groups=2, **init)
+        self.embed = nnx.Embed(8, config.width, **init)
+        self.blocks = nnx.List([ToyBlock(config.width, **init) for _ in range(2)])
+        self.token = nnx.Param(jnp.ones((config.width,), param_dtype))
+        self.scale = nnx.Param(jnp.ones((), param_dtype))
+        self.drop = nnx.Dropout(0.1, rngs=nnx.Rngs(1))  # its random state is no weight
+
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SHAPES = {
+    "blocks.0.linear.bias": (8,), "blocks.0.linear.weight": (8, 4),
+    "blocks.0.norm.bias": (4,), "blocks.0.norm.weight": (4,), "blocks.0.to_out.0.weight": (4, 8),
+    "blocks.1.linear.bias": (8,), "blocks.1.linear.weight": (8, 4),
+    "blocks.1.norm.bias": (4,), "blocks.1.norm.weight": (4,), "blocks.1.to_out.0.weight": (4, 8),
+    "conv.bias": (4,), "conv.weight": (4, 3, 3, 2), "embed.weight": (8, 4), "group.bias": (4,),
+    "group.weight": (4,), "narrow.weight": (1, 1, 1, 1), "scale": (), "token": (4,),
+}  # fmt: skip
+
+
+def toy_tensors(dtype=np.float32, prefix=""):
+    rng = np.random.default_rng(0)
+    return {prefix + k: rng.standard_normal(s).astype(dtype) for k, s in SHAPES.items()}
+
+
+def write_toy(folder, tensors, name="diffusion_pytorch_model.safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"_class_name": "Toy", "width": 4, "_note": "kept"}')
+    safetensors.numpy.save_file(tensors, folder / name, {"format": "pt"})
+    return folder
+
+
+def same_bits(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert left[key].shape == right[key].shape, key
+        assert left[key].tobytes() == right[key].tobytes(), key
+
+
+def read(folder, name="diffusion_pytorch_model.safetensors"):
+    return safetensors.numpy.load_file(folder / name)
+
+
+def load_toy(folder, **options):
+    return load_pytorch(folder, architecture=Toy, **options)
+
+
+def test_specification_of_every_kind():
+    specs = {s.key: s for s in tensor_specs(Toy(ToyConfig(), rngs=nnx.Rngs(0)))}
+    assert {key: spec.shape for key, spec in specs.items()} == SHAPES
+    assert specs["conv.weight"].axes == (2, 3, 1, 0)
+    assert specs["blocks.1.to_out.0.weight"].path == ("blocks", 1, "to_out", 0, "kernel")
+
+
+def test_a_layer_without_a_rule_is_refused():
+    model = nnx.ConvTranspose(2, 3, (2, 2), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"no rule for nnx.ConvTranspose"):
+        tensor_specs(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("prefix", ["", "toy."])
+def test_round_trip_is_bit_exact(tmp_path, dtype, prefix):
+    tensors = toy_tensors(dtype, prefix)
+    source = write_toy(tmp_path / "source", {**tensors, "embed.position_ids": np.arange(3)})
+    model = load_toy(source)
+    kernel = model.blocks[1].linear.kernel[...]
+    assert kernel.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(kernel), tensors[prefix + "blocks.1.linear.weight"].T)
+    np.testing.assert_array_equal(
+        np.asarray(model.conv.kernel[...]), tensors[prefix + "conv.weight"].transpose(2, 3, 1, 0)
+    )
+    save_pytorch(model, tmp_path / "out")
+    same_bits(read(tmp_path / "out"), toy_tensors(dtype, "toy."))
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
+
+
+def test_same_parameters_give_the_same_bytes(tmp_path):
+    model = load_toy(write_toy(tmp_path / "source", toy_tensors()))
+    for name in ("a", "b"):
+        save_pytorch(model, tmp_path / name)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_mixed_types_stay_mixed_and_aligned(tmp_path):
+    tensors = toy_tensors()
+    tensors["conv.bias"] = tensors["conv.bias"].astype(np.float16)
+    model = load_toy(write_toy(tmp_path / "source", tensors))
+    save_pytorch(model, tmp_path / "out")
+    same_bits(read(tmp_path / "out"), {"toy." + key: value for key, value in tensors.items()})
+
+
+def test_conversion_on_load_and_on_save(tmp_path):
+    tensors = toy_tensors()
+    source = write_toy(tmp_path / "source", tensors)
+    expected = {"toy." + k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+    save_pytorch(load_toy(source, param_dtype=jnp.bfloat16), tmp_path / "a")
+    save_pytorch(load_toy(source), tmp_path / "b", dtype=jnp.bfloat16)
+    same_bits(read(tmp_path / "a"), expected)
+    same_bits(read(tmp_path / "b"), expected)
+
+
+def test_float64_is_converted_only_on_request(tmp_path):
+    source = write_toy(tmp_path / "source", toy_tensors(np.float64))
+    with pytest.raises(CheckpointError, match=r"wrong type .*\(F64\).* Pass param_dtype"):
+        load_toy(source)
+    model = load_toy(source, param_dtype=jnp.float32)
+    np.testing.assert_array_equal(
+        np.asarray(model.token[...]), toy_tensors(np.float64)["token"].astype(np.float32)
+    )
+
+
+def test_values_that_do_not_fit_the_new_type(tmp_path):
+    tensors = toy_tensors()
+    tensors["conv.bias"][0] = 1e6
+    source = write_toy(tmp_path / "source", tensors)
+    with pytest.raises(CheckpointError, match=r"conv.bias has values too large for float16"):
+        load_toy(source, param_dtype=jnp.float16)
+    with pytest.raises(ValueError, match=r"conv.bias has values too large for float16"):
+        save_pytorch(load_toy(source), tmp_path / "out", dtype=jnp.float16)
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_old_names_are_accepted_and_new_ones_written(tmp_path):
+    tensors = {
+        k.replace("linear", "old").replace("to_out.0", "proj"): v for k, v in toy_tensors().items()
+    }
+    save_pytorch(load_toy(write_toy(tmp_path / "source", tensors)), tmp_path / "out")
+    same_bits(read(tmp_path / "out"), toy_tensors(prefix="toy."))
+
+
+def test_sharded_files_with_index(tmp_path):
+    model = load_toy(write_toy(tmp_path / "source", toy_tensors()))
+    save_pytorch(model, tmp_path / "out", max_shard_size=300)
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert len(names) > 4
+    assert names[1].startswith("diffusion_pytorch_model-00001-of-")
+    index = json.loads(
+        (tmp_path / "out/diffusion_pytorch_model.safetensors.index.json").read_text()
+    )
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in toy_tensors().values())
+    save_pytorch(load_toy(tmp_path / "out"), tmp_path / "whole")
+    same_bits(read(tmp_path / "whole"), toy_tensors(prefix="toy."))
+
+
+@pytest.mark.parametrize("size", ["5 apples", 0, "-1GB"])
+def test_shard_size_must_make_sense(tmp_path, size):
+    with pytest.raises(ValueError, match="max_shard_size"):
+        save_pytorch(Toy(ToyConfig(), rngs=nnx.Rngs(0)), tmp_path / "out", max_shard_size=size)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"],
+)
+def test_other_file_names(tmp_path, name):
+    model = load_toy(write_toy(tmp_path, toy_tensors(), name))
+    np.testing.assert_array_equal(np.asarray(model.token[...]), toy_tensors()["token"])
+
+
+def test_single_file_beside_its_config(tmp_path):
+    write_toy(tmp_path, toy_tensors())
+    write_toy(
+        tmp_path, {k: np.asarray(v + 1) for k, v in toy_tensors().items()}, "other.safetensors"
+    )
+    model = load_toy(str(tmp_path / "other.safetensors"))
+    np.testing.assert_array_equal(np.asarray(model.token[...]), toy_tensors()["token"] + 1)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickles_without_execution(tmp_path, torch, sharded):
+    tensors = {k: torch.from_numpy(v.copy()) for k, v in toy_tensors().items()}
+    tensors["token"] = tensors["token"].bfloat16()
+    tensors["blocks.0.linear.weight"] = tensors["blocks.0.linear.weight"].T.contiguous().T
+    write_toy(tmp_path / "source", toy_tensors())
+    (tmp_path / "source/diffusion_pytorch_model.safetensors").unlink()
+    stem = tmp_path / "source/diffusion_pytorch_model"
+    if sharded:
+        files = {"a.bin": {"token": tensors["token"]}}
+        files["b.bin"] = {k: v for k, v in tensors.items() if k != "token"}
+        for name, part in files.items():
+            torch.save(part, tmp_path / "source" / name)
+        weight_map = {k: name for name, part in files.items() for k in part}
+        stem.with_suffix(".bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(tensors, stem.with_suffix(".bin"))
+    save_pytorch(load_toy(tmp_path / "source"), tmp_path / "out")
+    expected = toy_tensors(prefix="toy.")
+    expected["toy.token"] = expected["toy.token"].astype(ml_dtypes.bfloat16)
+    same_bits(read(tmp_path / "out"), expected)
+
+
+def test_the_model_outlives_its_files(tmp_path):
+    source = write_toy(tmp_path / "source", toy_tensors())
+    model = load_toy(source)
+    file = source / "diffusion_pytorch_model.safetensors"
+    with open(file, "r+b") as handle:  # the same pages that were mapped
+        handle.write(b"\xff" * file.stat().st_size)
+    shutil.rmtree(source)
+    save_pytorch(model, tmp_path / "out")
+    same_bits(read(tmp_path / "out"), toy_tensors(prefix="toy."))
+
+
+def test_loaded_model_splits_merges_and_jits(tmp_path):
+    model = load_toy(write_toy(tmp_path, toy_tensors()))
+    graphdef, state = nnx.split(model, nnx.Param, ...)[:2]
+    hash(graphdef)
+    total = jax.jit(lambda s: sum(x.sum() for x in jax.tree.leaves(s)))(state)
+    assert np.isclose(total, sum(v.sum() for v in toy_tensors().values()), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    if jax.device_count() < 8:
+        pytest.skip("needs eight host devices")
+    return jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_parameters_land_on_their_sharding(tmp_path, mesh):
+    source = write_toy(tmp_path / "source", toy_tensors())
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    seen = {}
+
+    def rule(path, shape):
+        seen[path] = shape
+        return rows if path[-1] == "embedding" else everywhere
+
+    model = load_toy(source, sharding=rule)
+    assert seen["blocks", 1, "linear", "kernel"] == (4, 8)
+    embedding = model.embed.embedding[...]
+    assert embedding.sharding == rows
+    assert {s.data.shape for s in embedding.addressable_shards} == {(4, 4)}
+    assert model.conv.kernel[...].sharding == everywhere
+    np.testing.assert_array_equal(np.asarray(embedding), toy_tensors()["embed.weight"])
+    save_pytorch(model, tmp_path / "out")
+    same_bits(read(tmp_path / "out"), toy_tensors(prefix="toy."))
+
+    for leaf in jax.tree.leaves(nnx.state(load_toy(source, sharding=everywhere), nnx.Param)):
+        assert leaf.sharding == everywhere
+
+
+# What is written for people is refused or replaced, never damaged.
+
+
+def test_refuses_to_overwrite_without_force(tmp_path):
+    model = load_toy(write_toy(tmp_path / "source", toy_tensors()))
+    save_pytorch(model, tmp_path / "out")
+    with pytest.raises(OutputError, match=r"already exists and is not empty.*--force"):
+        save_pytorch(model, tmp_path / "out")
+    model.token[...] = model.token[...] + 1
+    (tmp_path / "out/stale").write_text("")
+    save_pytorch(model, tmp_path / "out", force=True)
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(read(tmp_path / "out")["toy.token"], np.asarray(model.token[...]))
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+
+
+def test_saving_over_the_source(tmp_path):
+    source = write_toy(tmp_path / "source", toy_tensors())
+    save_pytorch(load_toy(source), source, force=True)
+    same_bits(read(source), toy_tensors(prefix="toy."))
+
+
+def test_force_replaces_checkpoints_only(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    model = Toy(ToyConfig(), rngs=nnx.Rngs(0))
+    with pytest.raises(OutputError, match="does not look like an earlier result"):
+        save_pytorch(model, tmp_path / "home", force=True)
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="exists and is not a folder"):
+            save_pytorch(model, tmp_path / name, force=True)
+    assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
+    assert sorted(os.listdir(tmp_path)) == ["file", "home", "link"]
+
+
+def test_only_models_and_pipelines_are_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"received Linear"):
+        save_pytorch(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tmp_path / "out")
+    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16"):
+        save_pytorch(Toy(ToyConfig(), rngs=nnx.Rngs(0)), tmp_path / "out", dtype=np.int8)
+    assert os.listdir(tmp_path) == []
+
+
+# Real models, written by and read by diffusers and transformers.
+
+WORDS = ["a", "cat", "the"]
+
+
+def build_tokenizer():
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(c) for c in range(97, 123)]
+    symbols = [*letters, *(x + "</w>" for x in letters), "th", "the</w>"]
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(
+        vocab={s: i for i, s in enumerate(symbols + specials)},
+        merges=[("t", "h"), ("th", "e</w>")],
+        model_max_length=12,
+    )
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, torch):
+    """A tiny pipeline folder written by diffusers, and the pipeline."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text_config = transformers.CLIPTextConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=12, projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    text = transformers.CLIPTextModel(text_config)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, sample_size=16,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("published") / "pipeline"
+    pipeline.save_pretrained(folder)
+    return folder, pipeline
+
+
+@pytest.fixture(scope="module")
+def exported(published, tmp_path_factory):
+    """The same pipeline after a journey through JAX: (JAX pipeline, its folder)."""
+    pipeline = load_pytorch(published[0])
+    folder = tmp_path_factory.mktemp("exported") / "deep/er/pipeline"
+    assert save_pytorch(pipeline, folder) == folder
+    return pipeline, folder
+
+
+def test_pipeline_round_trip_is_bit_exact(published, exported):
+    source, target = published[0], exported[1]
+    for name in ("unet", "vae"):
+        same_bits(read(target / name), read(source / name))
+    same_bits(
+        read(target / "text_encoder", "model.safetensors"),
+        read(source / "text_encoder", "model.safetensors"),
+    )
+    for name in (
+        "unet/config.json", "vae/config.json", "text_encoder/config.json", "model_index.json",
+        "scheduler/scheduler_config.json",
+    ):  # fmt: skip
+        assert json.loads((target / name).read_text()) == json.loads((source / name).read_text())
+
+
+def test_diffusers_draws_the_same_image_from_the_exported_folder(published, exported, torch):
+    import diffusers
+
+    restored = diffusers.StableDiffusionPipeline.from_pretrained(exported[1])
+    restored.set_progress_bar_config(disable=True)
+    options = {
+        "latents": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "num_inference_steps": 2, "output_type": "np",
+    }  # fmt: skip
+    images = [pipe("the cat", **options).images for pipe in (published[1], restored)]
+    np.testing.assert_array_equal(*images)
+
+
+def test_an_edited_text_encoder_means_the_same_in_torch(exported, torch, tmp_path):
+    import transformers
+
+    model = load_pytorch(exported[1] / "text_encoder")
+    q_proj = model.encoder.layers[0].self_attn.q_proj
+    q_proj.kernel[...] = 3 * q_proj.kernel[...]
+    save_pytorch(model, tmp_path / "text_encoder")
+    restored, report = transformers.CLIPTextModel.from_pretrained(
+        tmp_path / "text_encoder", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = np.array([[54, 1, 2, 55, 55], [54, 9, 55, 55, 55]], np.int32)
+    with jax.default_matmul_precision("highest"):
+        ours = jax.jit(lambda ids: model(ids))(ids)
+    with torch.no_grad():
+        theirs = restored(torch.from_numpy(ids).long())
+    # Two float32 computations of order-one values in two layers.
+    np.testing.assert_allclose(ours.last_hidden_state, theirs.last_hidden_state, atol=2e-6)
+    np.testing.assert_allclose(ours.pooled, theirs.pooler_output, atol=2e-6)
+
+
+def test_tokenizer_survives_with_an_added_token(exported, tmp_path):
+    import transformers
+
+    pipeline, _ = exported
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens("<new1>")
+    save_pytorch(dataclasses.replace(pipeline, tokenizer=tokenizer), tmp_path / "out")
+    folder = tmp_path / "out/tokenizer"
+    assert sorted(os.listdir(folder)) == [
+        "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
+        "tokenizer_config.json", "vocab.json",
+    ]  # fmt: skip
+    assert json.loads((folder / "added_tokens.json").read_text()) == {"<new1>": 56}
+    restored = transformers.CLIPTokenizer.from_pretrained(folder)
+    from_vocabulary = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt")
+    )
+    text = "the <new1> cat"
+    assert restored(text).input_ids == tokenizer(text).input_ids
+    assert restored.model_max_length == 12
+    assert from_vocabulary("the cat").input_ids == tokenizer("the cat").input_ids
+
+
+def test_components_can_be_chosen(published, tmp_path):
+    part = load_pytorch(published[0], components=["text_encoder", "tokenizer"])
+    assert isinstance(part, StableDiffusionPipeline)
+    assert part.unet is None
+    assert part.vae is None
+    save_pytorch(part, tmp_path / "out")
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index["unet"] == index["scheduler"] == [None, None]
+    assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
+    with pytest.raises(ValueError, match=r"components accepts .*received \['unett'\]"):
+        load_pytorch(published[0], components=["unett"])
+    with pytest.raises(ValueError, match="components= does not apply"):
+        load_pytorch(published[0] / "unet", components=["unet"])
+
+
+def test_a_pipeline_rule_sees_the_component(published, mesh):
+    owners = set()
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def rule(path, shape):
+        owners.add(path[0])
+        return everywhere
+
+    load_pytorch(published[0], components=["text_encoder", "vae"], sharding=rule)
+    assert owners == {"text_encoder", "vae"}
+
+
+def test_half_precision_export_says_so_to_transformers(exported, tmp_path, torch):
+    import transformers
+
+    model = load_pytorch(exported[1] / "text_encoder")
+    save_pytorch(model, tmp_path / "half", dtype=jnp.float16)
+    restored = transformers.CLIPTextModel.from_pretrained(tmp_path / "half", dtype="auto")
+    assert restored.dtype == torch.float16
+
+
+def test_clip_with_both_towers(tmp_path, torch):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "projection_dim": 4,
+    }  # fmt: skip
+    original = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**small, "vocab_size": 20, "max_position_embeddings": 6},
+            vision_config={**small, "image_size": 8, "patch_size": 4},
+            projection_dim=4,
+        )
+    )
+    original.save_pretrained(tmp_path / "source")
+    save_pytorch(load_pytorch(tmp_path / "source"), tmp_path / "out")
+    same_bits(
+        read(tmp_path / "out", "model.safetensors"), read(tmp_path / "source", "model.safetensors")
+    )
+    restored = transformers.CLIPModel.from_pretrained(tmp_path / "out")
+    for key, value in original.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[key]), key
