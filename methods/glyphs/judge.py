@@ -84,7 +84,8 @@ def _blur(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         shifts = [
             jax.lax.slice_in_dim(padded, i, i + images.shape[axis], axis=axis) for i in range(5)
         ]
-        images = sum(w * s for w, s in zip((1, 4, 6, 4, 1), shifts, strict=True)) / 16.0
+        first, second, middle, fourth, fifth = shifts
+        images = (first + 4.0 * second + 6.0 * middle + 4.0 * fourth + fifth) / 16.0
     return images
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from .captions import WORDS
 
@@ -73,7 +73,7 @@ def build_tokenizer(words: Sequence[str] = WORDS, max_length: int = MAX_LENGTH) 
     merges = build_merges(words)
     return CLIPTokenizer(
         vocab=build_vocabulary(merges),
-        merges=merges,
+        merges=cast(Any, merges),  # pairs; the annotation there knows files only
         bos_token=START,
         eos_token=END,
         unk_token=END,

@@ -124,7 +124,7 @@ def _textures() -> tuple[np.ndarray, ...]:
         gray = photograph.astype(np.float32) / 255.0
         gray = gray - ndimage.gaussian_filter(gray, 0.12 * gray.shape[0])  # even lighting
         gray = ndimage.gaussian_filter(gray, blur / zoom)
-        gray = ndimage.zoom(gray, zoom, order=1)
+        gray = np.asarray(ndimage.zoom(gray, zoom, order=1))
         gray = (gray - gray.mean()) / gray.std()
         result.append(np.clip(gray, -2.5, 2.5).astype(np.float32))
     return tuple(result)
@@ -163,9 +163,8 @@ def _ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.nda
     matrix = rotation @ form / (_PIXELS_PER_CELL * scale)  # output pixel -> digit cell
     centre = np.full(2, (spline.shape[0] - 1) / 2)
     offset = centre - matrix @ (np.full(2, (IMAGE_SIZE - 1) / 2) + shift)
-    field = ndimage.affine_transform(
-        spline, matrix, offset, (IMAGE_SIZE, IMAGE_SIZE), order=3, prefilter=False
-    )
+    shape = (IMAGE_SIZE, IMAGE_SIZE)
+    field = ndimage.affine_transform(spline, matrix, tuple(offset), shape, order=3, prefilter=False)
     return _smoothstep(field, 0.42 + weight, 0.62 + weight)
 
 
