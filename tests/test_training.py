@@ -1,8 +1,10 @@
 """The training loop, checkpoints, path predicates and the sharding table, on a toy model."""
 
+import importlib
 import importlib.util
 import io
 import json
+import math
 import re
 import signal
 import struct
@@ -248,7 +250,8 @@ class TestCheckpoints:
             with pytest.raises(ValueError, match="does not fit this model"):
                 checkpoints.restore(wrong)
             narrow = jax.tree.map(lambda leaf: leaf[..., :4] if leaf.ndim else leaf, final)
-            with pytest.raises(ValueError, match="does not fit this model"):
+            line = r"params\.layers\.0\.bias: saved float32\(256,\), needed float32\(4,\)"
+            with pytest.raises(ValueError, match=line):
                 checkpoints.restore(narrow)
         with pytest.raises(ValueError, match="already holds checkpoints"):
             toy.run(resume=False, **options)
@@ -441,6 +444,25 @@ class TestSharding:
             tree = {part: tree}
         (found,) = jax.tree.leaves(training.shard_tree(tree, mesh, RULES[family]))
         assert found == NamedSharding(mesh, PartitionSpec(*spec))
+
+    @pytest.mark.parametrize(
+        ("module", "name"),
+        [
+            ("unet_2d_condition", "UNet2DConditionModel"),
+            ("autoencoder_kl", "AutoencoderKL"),
+            ("clip", "CLIPTextModel"),
+            ("clip", "CLIPModel"),
+        ],
+    )
+    def test_published_sizes_split_evenly(self, module, name):
+        model = getattr(importlib.import_module(f"conceptax.flax_models.{module}"), name)
+        abstract = nnx.eval_shape(lambda: model(model.config_class(), rngs=nnx.Rngs(0)))
+        params = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
+        shardings = training.shard_tree(params, training.make_mesh(1, 8), RULES[name])
+        leaves, places = jax.tree.leaves(params), jax.tree.leaves(shardings)
+        total = sum(leaf.size for leaf in leaves)
+        here = [s.shard_shape(leaf.shape) for leaf, s in zip(leaves, places, strict=True)]
+        assert total / 8 <= sum(map(math.prod, here)) <= 1.01 * total / 8
 
     def test_errors(self):
         mesh = training.make_mesh(4, 2)

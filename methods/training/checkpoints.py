@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from .paths import dotted
 from .state import TrainState
 
 
@@ -32,6 +33,10 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
             ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -88,18 +93,13 @@ class Checkpoints:
             ValueError: there is no such checkpoint, or it does not fit `target`.
         """
         step = self._existing(step)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_as_dict(target)), data=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"the checkpoint after step {step} in {self.directory} does not fit this model and "
-                f"optimizer (another architecture, trainable set or optimizer?): {error}"
-            ) from error
+        self._check_fits(step, _as_dict(target))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(_as_dict(target)), data=ocp.args.JsonRestore()
+            ),
+        )
         if iterator is not None and hasattr(iterator, "set_state"):
             position = _from_json(restored["data"]["position"])
             if position is None:
@@ -129,6 +129,23 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
+    def _check_fits(self, step: int, target: dict[str, Any]) -> None:
+        saved = _describe(self._manager.item_metadata(step)["state"].tree)
+        wanted = _describe(target)
+        lines = [
+            f"{path}: saved {saved.get(path, 'not')}, needed {wanted.get(path, 'not')}"
+            for path in sorted(saved.keys() | wanted.keys())
+            if saved.get(path) != wanted.get(path)
+        ]
+        if lines:
+            more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+            raise ValueError(
+                f"the checkpoint after step {step} in {self.directory} does not fit this model and "
+                "optimizer (another architecture, trainable set, precision or optimizer?):\n  "
+                + "\n  ".join(lines[:10])
+                + more
+            )
+
     def _existing(self, step: int | None) -> int:
         self.wait()
         there = self.steps
@@ -140,6 +157,14 @@ class Checkpoints:
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """``{path: "float32(8, 256)"}`` of a tree of arrays or of Orbax's array metadata."""
+    return {
+        dotted(path): f"{np.dtype(leaf.dtype)}{tuple(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _to_json(position: Any) -> Any:
