@@ -101,7 +101,12 @@ def clip_text(seed: int = 0, *, eos_token_id: int = 98, **changes: Any) -> Oracl
 
     torch.manual_seed(seed)
     config = transformers.CLIPTextConfig(
-        **_TOWER, vocab_size=99, bos_token_id=0, pad_token_id=1, eos_token_id=eos_token_id, **changes
+        **_TOWER,
+        vocab_size=99,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=eos_token_id,
+        **changes,
     )
     module = transformers.CLIPTextModel(config).eval()
 

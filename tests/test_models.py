@@ -103,9 +103,7 @@ def test_bfloat16_computes_and_stores():
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         vocab_size=50, max_position_embeddings=8, eos_token_id=49,
     )  # fmt: skip
-    model = CLIPTextModel(
-        config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
+    model = CLIPTextModel(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     ids = jnp.array([[3, 4, 49]])
     assert model(ids).pooled.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}

@@ -1,4 +1,4 @@
-"""Builds the bundled glyphs model from scratch: world, tokenizer, three trainings.
+"""Builds the bundled glyphs model from scratch: world, tokenizer, four trainings.
 
 Everything follows from one seed.  Each stage checkpoints in its own folder of `workdir` and leaves
 its weights there, so an interrupted build goes on where it stopped.
@@ -15,21 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ...flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ...flax_models.clip import CLIPModel, CLIPTextModel
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import UNet2DConditionModel
 from ..sampling.schedule import NoiseSchedule
-from ..training import init_state, train
+from ..training import init_state, split_trainable, train
 from . import recipe
 from .captions import caption
 from .recipe import DenoisingStage, Recipe, Stage
 from .tokenizer import build_tokenizer
 from .world import GlyphWorld
 
-_GROUP = 16  # images in a group of the contrastive batches
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -53,23 +52,25 @@ class BuildConfig:
     Attributes:
       seed: of the world, the initial parameters, the batches and the noise.
       images: rendered images in the generator's world.
-      clip, autoencoder, unet: length and speed of the three trainings.
+      text, vision, autoencoder, unet: length and speed of the four trainings.
     """
 
     seed: int = 0
     images: int = 24_000
-    clip: Recipe = recipe.CLIP_RECIPE
+    text: Recipe = recipe.TEXT_RECIPE
+    vision: Recipe = recipe.VISION_RECIPE
     autoencoder: Recipe = recipe.AUTOENCODER_RECIPE
     unet: Recipe = recipe.UNET_RECIPE
 
 
 def build(config: BuildConfig, workdir: Path) -> tuple[StableDiffusionPipeline, CLIPModel]:
-    """Train all three models (or load those already trained in `workdir`).
+    """Train all models (or load those already trained in `workdir`).
 
     Returns:
       the pipeline, whose text encoder is the CLIP's text tower, and that CLIP, in float32.
     """
-    clip = train_clip(config, workdir)
+    captioned = train_vision(config, workdir, train_text(config, workdir))
+    clip = captioned.clip
     vae = train_autoencoder(config, workdir)
     unet = train_unet(config, workdir, clip.text_model, vae)
     return assemble(unet, vae, clip), clip
@@ -85,47 +86,68 @@ def assemble(
     )  # fmt: skip
 
 
-def train_clip(config: BuildConfig, workdir: Path) -> CLIPModel:
-    """Stage 1: the small CLIP."""
+def train_text(config: BuildConfig, workdir: Path) -> recipe.CaptionedClip:
+    """Stage 1: the small CLIP's text tower."""
     tokenizer = build_tokenizer()
-    model = CLIPModel(
+    model = recipe.CaptionedClip(
         recipe.clip_config(
-            len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id,
+            len(tokenizer),
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
             tokenizer.model_max_length,
         ),
         rngs=nnx.Rngs(config.seed),
-    )  # fmt: skip
+    )
     world = _world(config, workdir)
-    kinds = world["colour"] * 3 + world["texture"]
-    members = [np.flatnonzero(kinds == kind) for kind in range(kinds.max() + 1)]
+    labels = _labels(world)
 
-    def batch(_: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        # Groups of one colour on one texture, so that only the digit tells their members apart:
-        # batches of unrelated images teach colours and textures and never arrive at digits.
-        groups = rng.choice(len(members), config.clip.batch_size // _GROUP, replace=False)
-        rows = np.concatenate([rng.choice(members[group], _GROUP) for group in groups])
+    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"tokens": _caption_tokens(world, index, rng), "labels": labels[index]}
+
+    return _run(
+        "text",
+        model,
+        recipe.text_step,
+        Stage,
+        config.text,
+        None,
+        _batches(config, config.text, example),
+        config,
+        workdir,
+        trainable=("clip.text_*", "head"),
+    )
+
+
+def train_vision(
+    config: BuildConfig, workdir: Path, model: recipe.CaptionedClip
+) -> recipe.CaptionedClip:
+    """Stage 2: its vision tower, against the texts of stage 1."""
+    world = _world(config, workdir)
+    labels = _labels(world)
+
+    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return {
-            "image": world["image"][rows],
-            "tokens": np.stack([_caption_tokens(world, row, rng) for row in rows]),
-            "meaning": world["digit"][rows] * len(members) + kinds[rows],
+            "image": world["image"][index],
+            "tokens": _caption_tokens(world, index, rng),
+            "labels": labels[index],
         }
 
-    dataset = grain.MapDataset.range(config.clip.steps).seed(config.seed).random_map(batch)
     return _run(
-        "clip",
+        "vision",
         model,
         recipe.contrastive_step,
         Stage,
-        config.clip,
+        config.vision,
         None,
-        iter(dataset.to_iter_dataset(_READ)),
+        _batches(config, config.vision, example),
         config,
         workdir,
+        trainable=("clip.vis*", "clip.logit_scale"),
     )
 
 
 def train_autoencoder(config: BuildConfig, workdir: Path) -> AutoencoderKL:
-    """Stage 2: the autoencoder; its scaling factor makes the latents' variance one."""
+    """Stage 3: the autoencoder; its scaling factor makes the latents' variance one."""
     model = AutoencoderKL(recipe.AUTOENCODER, rngs=nnx.Rngs(config.seed + 1))
     world = _world(config, workdir)
     model = _run(
@@ -143,7 +165,7 @@ def train_autoencoder(config: BuildConfig, workdir: Path) -> AutoencoderKL:
 def train_unet(
     config: BuildConfig, workdir: Path, text_encoder: CLIPTextModel, vae: AutoencoderKL
 ) -> UNet2DConditionModel:
-    """Stage 3: the denoiser, on cached latents, with the text encoder frozen."""
+    """Stage 4: the denoiser, on cached latents, with the text encoder frozen."""
     model = UNet2DConditionModel(recipe.UNET, rngs=nnx.Rngs(config.seed + 2))
     world = _world(config, workdir)
     scale = np.float16(vae.config.scaling_factor)
@@ -169,19 +191,43 @@ def train_unet(
 
 
 def _run(
-    name: str, model: Any, step: Any, stage: Any, plan: Recipe, frozen: Any,
-    batches: Iterator[Any], config: BuildConfig, workdir: Path,
-) -> Any:  # fmt: skip
-    """Train one stage to its end and return the model with the parameters to ship."""
-    graphdef, params = nnx.split(model)
+    name: str,
+    model: Any,
+    step: Any,
+    stage: Any,
+    plan: Recipe,
+    frozen: Any,
+    batches: Iterator[Any],
+    config: BuildConfig,
+    workdir: Path,
+    trainable: tuple[str, ...] = ("*",),
+) -> Any:
+    """Train one stage to its end and return the model with the parameters to ship.
+
+    `frozen` is what the step reads beside the model; None hands it the model's own frozen part.
+    """
+    graphdef, params, rest = split_trainable(model, trainable)
     optimizer = plan.optimizer()
     state = train(
-        step, stage(graphdef, optimizer), init_state(nnx.to_pure_dict(params), optimizer), frozen,
-        batches, key=jax.random.key(config.seed), num_steps=plan.steps,
-        checkpoint_dir=(workdir / name).absolute(), checkpoint_every=500, keep=2,
-        metrics_path=workdir / f"{name}.jsonl", log_every=10,
-    )  # fmt: skip
-    return nnx.merge(graphdef, recipe.final_params(state))
+        step,
+        stage(graphdef, optimizer),
+        init_state(params, optimizer),
+        rest if frozen is None else frozen,
+        batches,
+        key=jax.random.key(config.seed),
+        num_steps=plan.steps,
+        checkpoint_dir=(workdir / name).absolute(),
+        checkpoint_every=500,
+        keep=2,
+        metrics_path=workdir / f"{name}.jsonl",
+        log_every=10,
+    )
+    return nnx.merge(graphdef, recipe.final_params(state), rest)
+
+
+def _labels(world: Mapping[str, np.ndarray]) -> Int[np.ndarray, "N 3"]:
+    """Digit, colour and texture of every image."""
+    return np.stack([world[field] for field in ("digit", "colour", "texture")], axis=1)
 
 
 def encode_all(

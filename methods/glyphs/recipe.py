@@ -1,10 +1,11 @@
-"""How the bundled glyphs model is trained: three pure steps, each with its own recipe.
+"""How the bundled glyphs model is trained: four pure steps, each with its own recipe.
 
-1. `contrastive_step`: a small CLIP learns texts and images together (Radford et al. 2021, eq. of
-   figure 3); its text tower becomes the pipeline's text encoder, as in Stable Diffusion.
-2. `autoencoder_step`: an `AutoencoderKL` learns to compress the images (Rombach et al. 2022, eq. 25
+1. `text_step`: the text tower of a small CLIP learns what captions say; it becomes the pipeline's
+   text encoder, as in Stable Diffusion.
+2. `contrastive_step`: that CLIP's vision tower learns to agree with the frozen texts.
+3. `autoencoder_step`: an `AutoencoderKL` learns to compress the images (Rombach et al. 2022, eq. 25
    without the discriminator, plus an edge term that keeps strokes crisp).
-3. `denoising_step`: a `UNet2DConditionModel` learns to predict the noise of cached latents, with
+4. `denoising_step`: a `UNet2DConditionModel` learns to predict the noise of cached latents, with
    min-SNR weights (Hang et al. 2023, eq. 8) and caption dropout (Ho & Salimans 2022).
 
 Images are `[B, 64, 64, 3]` uint8, latents `[B, 16, 16, 4]`, texts `[B, 24]` int32.
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from ...flax_models.autoencoder_kl import AutoencoderKLConfig
-from ...flax_models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from ...flax_models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from ...flax_models.unet_2d_condition import UNet2DConditionConfig
 from ..sampling.schedule import NoiseSchedule, add_noise, alphas_cumprod
 from ..training.state import TrainState, apply_gradients
@@ -97,7 +99,8 @@ class Recipe:
         return optax.chain(*chain, *([parameter_ema(self.ema)] if self.ema else []))
 
 
-CLIP_RECIPE = Recipe(steps=1200, batch_size=96, learning_rate=1e-3, weight_decay=0.05)
+TEXT_RECIPE = Recipe(steps=500, batch_size=256, learning_rate=1e-3, weight_decay=0.05)
+VISION_RECIPE = Recipe(steps=2000, batch_size=96, learning_rate=1e-3, weight_decay=0.05)
 AUTOENCODER_RECIPE = Recipe(steps=1500, batch_size=16, learning_rate=2e-3, weight_decay=0.0)
 UNET_RECIPE = Recipe(steps=8000, batch_size=32, learning_rate=1e-3, ema=0.999)
 
@@ -169,19 +172,68 @@ def contrastive_loss(logits: Float[Array, "N N"], same: Float[Array, "N N"]) -> 
     return 0.5 * (rows + columns)
 
 
-def contrastive_step(
+class CaptionedClip(nnx.Module):
+    """A CLIP and the linear head that reads digit, colour and texture off either modality.
+
+    The head exists in training only.  Texts learn first, by the head alone; then the vision tower
+    learns against the frozen texts (contrastive tuning with one tower locked, Zhai et al. 2022)
+    and against the same head, which digits need: contrasts alone stop at colours and textures.
+    """
+
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+        self.clip = CLIPModel(config, rngs=rngs)
+        self.head = nnx.Linear(config.projection_dim, sum(ATTRIBUTES), rngs=rngs)
+
+
+ATTRIBUTES = (10, 6, 3)  # digits, colours, textures
+
+
+def attribute_loss(logits: Float[Array, "B A"], labels: Int[Array, "B 3"]) -> Float[Array, ""]:
+    """Mean cross-entropy of digit, colour and texture, summed over the three."""
+    parts = jnp.split(logits, np.cumsum(ATTRIBUTES)[:-1].tolist(), axis=-1)
+    losses = [
+        optax.softmax_cross_entropy_with_integer_labels(part, labels[:, i]).mean()
+        for i, part in enumerate(parts)
+    ]
+    return sum(losses, jnp.zeros(()))
+
+
+def text_step(
     static: Stage, state: TrainState, frozen: Any, batch: Mapping[str, Array], key: PRNGKeyArray
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One CLIP update on `batch` = {image uint8 [B,64,64,3], tokens [B,L], meaning int [B]}."""
-    del frozen, key
-    same = (batch["meaning"][:, None] == batch["meaning"][None]).astype(jnp.float32)
+    """One update of the text tower on `batch` = {tokens [B,L], labels int [B,3]}."""
+    del key
 
     def loss_of(params):
-        clip = nnx.merge(static.graphdef, params)
-        return contrastive_loss(clip(batch["tokens"], to_clip_pixels(batch["image"])), same)
+        model = nnx.merge(static.graphdef, params, frozen)
+        features = model.clip.get_text_features(batch["tokens"])
+        return attribute_loss(model.head(features), batch["labels"])
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     return apply_gradients(state, gradients, static.optimizer), {"loss": loss}
+
+
+def contrastive_step(
+    static: Stage, state: TrainState, frozen: Any, batch: Mapping[str, Array], key: PRNGKeyArray
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update of the vision tower on `batch` = {image uint8, tokens [B,L], labels int [B,3]}."""
+    del key
+    labels = batch["labels"]
+    same = (labels[:, None] == labels[None]).all(axis=-1).astype(jnp.float32)
+
+    def loss_of(params):
+        model = nnx.merge(static.graphdef, params, frozen)
+        image = model.clip.get_image_features(to_clip_pixels(batch["image"]))
+        text = model.clip.get_text_features(batch["tokens"])
+        attributes = attribute_loss(model.head(image), labels)
+        image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
+        logits = jnp.exp(model.clip.logit_scale[...]) * image @ text.T
+        contrast = contrastive_loss(logits, same)
+        return contrast + attributes, (contrast, attributes)
+
+    (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    metrics = {"loss": loss, "contrast": parts[0], "attributes": parts[1]}
+    return apply_gradients(state, gradients, static.optimizer), metrics
 
 
 def reconstruction_loss(

@@ -1,0 +1,344 @@
+"""SAGE: its losses against transcriptions of the equations, its step, and its meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conceptax import bundled_model
+from conceptax.converters import load_pytorch
+from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
+from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods import sage
+from conceptax.methods.concepts import ConceptError, concept_prompts, vocabulary_words
+from conceptax.methods.glyphs.recipe import SCHEDULER
+from conceptax.methods.glyphs.tokenizer import build_tokenizer
+from conceptax.methods.sage import SageConfig
+from conceptax.methods.training import leaf_paths, make_mesh, step_key, train
+
+TINY = SageConfig(
+    cycles=4, prompts=2, check_steps=3, check_rate=0.1, vocabulary=40, similarity_cap=1.0,
+    global_rows=5, local_rows=2, learning_rate=1e-3, templates=("a {}", "a photo of a {}"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    tokenizer = build_tokenizer()
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    unet = UNet2DConditionConfig(
+        sample_size=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16, attention_head_dim=2,
+    )  # fmt: skip
+    vae = AutoencoderKLConfig(
+        block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), layers_per_block=1, norm_num_groups=2, sample_size=4,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        UNet2DConditionModel(unet, rngs=nnx.Rngs(0)), AutoencoderKL(vae, rngs=nnx.Rngs(1)),
+        CLIPTextModel(text, rngs=nnx.Rngs(2)), tokenizer, SCHEDULER,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(pipeline):
+    return sage.prepare(pipeline, ["three"], TINY)
+
+
+@pytest.fixture(scope="module")
+def cycle(prepared):
+    static, _, _ = prepared
+    return jax.jit(lambda state, frozen, key: sage.erase_step(static, state, frozen, None, key))
+
+
+# ---- losses ----
+
+
+def _cos(a, b):
+    return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("form", ["anchor", "recall"])
+def test_self_check_objective(form):
+    rng = np.random.default_rng(0)
+    original, current = rng.normal(size=(2, 3, 5))
+    concept, anchor = rng.normal(size=(2, 5))
+    received = sage.self_check_objective(original, current, concept, anchor, form=form, weight=0.7)
+    for i in range(3):
+        second = _cos(current[i], anchor) if form == "anchor" else 1 - _cos(current[i], concept)
+        assert received[i] == pytest.approx(-_cos(original[i], concept) + 0.7 * second, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["cross", "self"])
+def test_global_retention_loss(form):
+    rng = np.random.default_rng(1)
+    now, before = rng.normal(size=(2, 4, 6))
+    every = before if form == "self" else rng.normal(size=(7, 6))
+    related = now if form == "self" else every
+    wanted = np.mean(
+        [
+            [(_cos(now[i], related[j]) - _cos(before[i], every[j])) ** 2 for j in range(len(every))]
+            for i in range(4)
+        ]
+    )
+    received = sage.global_retention_loss(now, before, every, now if form == "self" else None)
+    assert float(received) == pytest.approx(wanted, rel=1e-4)
+    assert float(sage.global_retention_loss(before, before, every)) == pytest.approx(0, abs=1e-12)
+
+
+def test_erase_target_pushes_away_and_carries_no_gradient():
+    anchor, concept = jnp.ones((2, 3)), jnp.full((2, 3), 3.0)
+    np.testing.assert_allclose(sage.erase_target(anchor, concept, 0.0), anchor)
+    np.testing.assert_allclose(sage.erase_target(anchor, concept, 1.5), -2.0)
+    gradient = jax.grad(lambda target: sage.prediction_loss(anchor, target))(concept)
+    assert not gradient.any()
+
+
+def test_total_loss_and_gradient_follow_the_equations(pipeline, prepared):
+    """The batched loss against a transcription that calls the models one prompt at a time."""
+    static, state, frozen = prepared
+    key = jax.random.key(5)
+    tokens = jnp.asarray(frozen["tokens"][0])
+    attacked = 0.1 + jnp.asarray(
+        pipeline.text_encoder.embeddings.token_embedding(tokens), jnp.float32
+    )
+
+    def transcription(params):
+        config = static.config
+        t, t0 = nnx.merge(static.text, params, frozen["text"]), pipeline.text_encoder
+        latent_key, local_key, global_key = jax.random.split(key, 3)
+        words = frozen["retained_tokens"]
+        local = words[jax.random.choice(local_key, len(words), (config.local_rows,))]
+        some = np.asarray(jax.random.choice(global_key, len(words), (config.global_rows,)))
+        time_key, noise_key = jax.random.split(latent_key)
+        times = jax.random.randint(time_key, (4,), 700, 1000)
+        z = jax.random.normal(noise_key, (4, 4, 4, 4))
+
+        def e(i, hidden):
+            return pipeline.unet(z[i : i + 1], times[i], hidden)[0]
+
+        erase, kept = [], []
+        for i in range(2):
+            anchor = e(i, t0(frozen["anchor_tokens"][None])[0])
+            y = anchor - config.eta * (e(i, t0(tokens[i : i + 1])[0]) - anchor)
+            ends = jnp.array([int(np.argmax(tokens[i]))])
+            for hidden in (
+                t(tokens[i : i + 1])[0],
+                t(inputs_embeds=attacked[i : i + 1], eos_positions=ends)[0],
+            ):
+                erase.append(jnp.mean((e(i, hidden) - jax.lax.stop_gradient(y)) ** 2))
+        for i in range(2):
+            row = local[i : i + 1]
+            kept.append(jnp.mean((e(2 + i, t(row)[0]) - e(2 + i, t0(row)[0])) ** 2))
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+        u0 = unit(t0(words)[1])
+        u = unit(t(words[some])[1])
+        global_ = jnp.mean((u @ u0.T - u0[some] @ u0.T) ** 2)
+        return sum(erase) / 4 + config.global_weight * global_ + config.local_weight * sum(kept) / 2
+
+    loss = lambda params: sage._erase_loss(  # noqa: E731
+        static, frozen, jnp.array(0), tokens, attacked, key, params
+    )[0]
+    # Away from T = T0, where the retention terms have no gradient.
+    params = jax.tree.map(lambda p: p + 0.02 * jnp.sin(jnp.arange(p.size).reshape(p.shape)),
+                          state.params)  # fmt: skip
+    with jax.default_matmul_precision("highest"):
+        received, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        wanted, expected = jax.jit(jax.value_and_grad(transcription))(params)
+    assert float(received) == pytest.approx(float(wanted), rel=1e-5)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * scale)
+
+
+# ---- self-check ----
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_self_check_moves_free_words_only_and_finds_worse_prompts(prepared, optimizer):
+    static, state, frozen = prepared
+    config = dataclasses.replace(
+        TINY, check_steps=15, check_rate=0.03, check_radius=0.25, check_optimizer=optimizer
+    )
+    static = dataclasses.replace(static, config=config)
+    tokens, free = (jnp.asarray(frozen[name][0]) for name in ("tokens", "free"))
+    # A T that differs from T0, or nothing is left to find.
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
+                          state.params)  # fmt: skip
+    concept = frozen["concept_pooled"][0]
+    run = jax.jit(lambda params: sage.self_check(static, params, frozen, tokens, free, concept))
+    attacked, metrics = run(params)
+    before = nnx.merge(static.text, frozen["original"])
+    now = nnx.merge(static.text, params, frozen["text"])
+    start = before.embeddings.token_embedding(tokens)
+    moved = np.abs(attacked - start).max(axis=-1)
+    assert (moved[~np.asarray(free)] == 0).all()
+    assert (moved[np.asarray(free)] > 0.01).all()
+    assert moved.max() <= 0.25 + 1e-6
+
+    def objective(embeddings):
+        ends = jnp.argmax(tokens, axis=-1)
+        pooled = [m(inputs_embeds=embeddings, eos_positions=ends).pooled for m in (before, now)]
+        return sage.self_check_objective(
+            *pooled, concept, frozen["anchor_pooled"], form="recall", weight=1.0
+        )
+
+    assert (objective(attacked) < objective(start)).all()
+    assert set(metrics) == {"check_original", "check_current"}
+    leak = jax.grad(lambda p: run(p)[0].sum())(params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(leak))
+
+
+def test_no_self_check_is_word_erasure(prepared):
+    static, state, frozen = prepared
+    static = dataclasses.replace(static, config=dataclasses.replace(TINY, check_steps=0))
+    tokens, free = (jnp.asarray(frozen[name][0]) for name in ("tokens", "free"))
+    attacked, _ = sage.self_check(
+        static, state.params, frozen, tokens, free, frozen["concept_pooled"][0]
+    )
+    encoder = nnx.merge(static.text, frozen["original"])
+    np.testing.assert_array_equal(attacked, encoder.embeddings.token_embedding(tokens))
+
+
+# ---- the cycle ----
+
+
+def test_a_cycle_changes_exactly_the_trainable_parameters(pipeline, prepared, cycle):
+    static, state, frozen = prepared
+    before = jax.tree.map(np.array, (frozen, state.params))
+    after, metrics = cycle(state, frozen, jax.random.key(0))
+    assert int(after.step) == 1
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    for old, new in zip(jax.tree.leaves(before[1]), jax.tree.leaves(after.params), strict=True):
+        assert (old != new).any()
+    for old, new in zip(jax.tree.leaves(before[0]), jax.tree.leaves(frozen), strict=True):
+        np.testing.assert_array_equal(old, new)
+    edited = sage.edited_text_encoder(static, after, frozen)
+    original = nnx.to_pure_dict(nnx.state(pipeline.text_encoder))
+    changed = {
+        path
+        for path, old, new in zip(
+            leaf_paths(original), jax.tree.leaves(original),
+            jax.tree.leaves(nnx.to_pure_dict(nnx.state(edited))), strict=True,
+        )
+        if (old != new).any()
+    }  # fmt: skip
+    assert changed == {p for p in leaf_paths(original) if not p.startswith("embeddings")}
+
+
+def test_same_key_same_cycle(prepared, cycle):
+    _, state, frozen = prepared
+    first, second, other = (cycle(state, frozen, jax.random.key(k))[0] for k in (3, 3, 4))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+    leaves = zip(jax.tree.leaves(first.params), jax.tree.leaves(other.params), strict=True)
+    assert any((a != b).any() for a, b in leaves)
+
+
+def test_erasing_brings_the_erase_loss_down(prepared, cycle):
+    _, state, frozen = prepared
+    losses = []
+    for n in range(40):
+        state, metrics = cycle(state, frozen, step_key(jax.random.key(1), n))
+        losses.append(float(metrics["erase"]))
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latents": "ddim", "ddim_steps": 2, "ddim_samples": 2},
+        {"erase_updates": 2, "check": "anchor", "global_form": "self", "free_concept": True},
+    ],
+)
+def test_options_run(pipeline, changes):
+    config = dataclasses.replace(TINY, cycles=1, **changes)
+    edited = sage.erase(pipeline, ["three", "a red seven"], config, progress=False)
+    assert edited.unet is pipeline.unet
+    old, new = (nnx.to_pure_dict(nnx.state(p.text_encoder)) for p in (pipeline, edited))
+    assert (old["final_layer_norm"]["scale"] != new["final_layer_norm"]["scale"]).any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+
+
+# ---- preparation ----
+
+
+def test_prompts_mark_the_concept_in_each_template():
+    tokenizer = build_tokenizer()
+    prompts = concept_prompts(tokenizer, " red  three ", 24, ("a {}", "the {} on grass"))
+    text = [tokenizer.convert_ids_to_tokens(row) for row in prompts.tokens]
+    for row, free, place in zip(text, prompts.free, prompts.concept, strict=True):
+        assert [t for t, c in zip(row, place, strict=True) if c] == ["red</w>", "three</w>"]
+        assert not (free & place).any()
+    words = [t for t, f in zip(text[1], prompts.free[1], strict=True) if f]
+    assert words == ["the</w>", "on</w>", "grass</w>"]
+
+
+@pytest.mark.parametrize(
+    ("concepts", "changes", "retain", "message"),
+    [
+        ([], {}, None, "no concept"),
+        (["  "], {}, None, "concept is empty"),
+        (["three " * 40], {}, None, "takes 42 tokens"),
+        (["three"], {"templates": ("no place",)}, None, "exactly one"),
+        (["three"], {"similarity_cap": -1.0}, None, "similarity_cap"),
+        (["three"], {}, [], "nothing to retain"),
+        (["three"], {"trainable": ("encodre",)}, None, "encodre"),
+    ],
+)
+def test_unusable_requests_are_explained(pipeline, concepts, changes, retain, message):
+    with pytest.raises(ValueError, match=message):
+        sage.prepare(pipeline, concepts, dataclasses.replace(TINY, **changes), retain=retain)
+
+
+def test_retained_words_exclude_the_concept(pipeline):
+    words = vocabulary_words(pipeline.tokenizer, 1000)
+    assert {"red", "seven", "grass", "7"} <= set(words)
+    _, _, frozen = sage.prepare(pipeline, ["three"], TINY, retain=["three", "four"])
+    assert len(frozen["retained_tokens"]) == 2  # "four", bare and in a template
+    with pytest.raises(ConceptError, match="closer"):
+        sage.prepare(pipeline, ["three"], TINY, retain=["three"])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"cycles": 0}, {"min_timestep": 1.0}, {"check": "?"}, {"check_radius": 0.0}]
+)
+def test_settings_are_checked(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        SageConfig(**setting)
+
+
+# ---- meshes ----
+
+
+def test_meshes_give_the_single_device_losses_on_glyphs(tmp_path):
+    import json
+
+    pipeline = load_pytorch(bundled_model(), param_dtype=jnp.float32)
+    config = SageConfig(cycles=3, prompts=8, local_rows=8, check_steps=4)
+    static, state, frozen = sage.prepare(pipeline, ["three"], config)
+
+    def losses(mesh):
+        path = tmp_path / "metrics.jsonl"
+        path.unlink(missing_ok=True)
+        train(
+            sage.erase_step, static, state, frozen, key=jax.random.key(0), num_steps=3,
+            mesh=mesh, metrics_path=path, progress=False,
+        )  # fmt: skip
+        return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+    single = losses(None)
+    assert len(single) == 3
+    for shape in ((8, 1), (4, 2), (2, 4)):
+        mesh = make_mesh(data=shape[0], fsdp=shape[1])
+        np.testing.assert_allclose(losses(mesh), single, atol=1e-5)
