@@ -1,7 +1,7 @@
 """`AutoencoderKL`: the image autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1).
 
-Images are `[B, H, W, 3]` in [-1, 1], latents `[B, h, w, latent_channels]` *before* scaling: multiply
-by `config.scaling_factor` for the diffusion model, divide before decoding.
+Images are `[B, H, W, 3]` in [-1, 1], latents `[B, h, w, latent_channels]` *before* scaling:
+`scale` brings them to what the diffusion model sees, `unscale` back.
 """
 
 import dataclasses

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-
 Config = TypeVar("Config", bound="ModelConfig")
 
 

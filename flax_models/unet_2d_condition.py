@@ -1,7 +1,7 @@
 """`UNet2DConditionModel`: the text-conditioned denoiser of Stable Diffusion (Rombach et al. 2022).
 
-Images and latents are `[B, H, W, C]`, text is `[B, L, E]`.  Attribute paths are diffusers' state-dict
-keys, so `unet.down_blocks[0].attentions[1].transformer_blocks[0].attn2.to_k` is
+Images and latents are `[B, H, W, C]`, text is `[B, L, E]`.  Attribute paths are diffusers'
+state-dict keys, so `unet.down_blocks[0].attentions[1].transformer_blocks[0].attn2.to_k` is
 `down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k`.
 """
 

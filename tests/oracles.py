@@ -1,6 +1,7 @@
 """PyTorch oracles: tiny random models of the real classes, and how both sides are called.
 
-An oracle's inputs are numpy arrays in our layout (images NHWC); `torch_call` brings them to torch's.
+An oracle's inputs are numpy arrays in our layout (images NHWC); `torch_call` brings them to
+torch's.
 """
 
 import dataclasses
