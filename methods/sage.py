@@ -141,8 +141,8 @@ class SageConfig:
 # ---- losses: functions of arrays ----
 
 
-def cosine(first: Float[Array, "*B C"], second: Float[Array, "*B C"]) -> Float[Array, "*B"]:
-    """Cosine similarity along the last axis."""
+def cosine(first: Float[Array, "... C"], second: Float[Array, "... C"]) -> Float[Array, "..."]:
+    """Cosine similarity along the last axis; the others broadcast."""
     return jnp.sum(_normalise(first) * _normalise(second), axis=-1)
 
 
