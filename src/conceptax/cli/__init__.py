@@ -1,7 +1,148 @@
-"""The `conceptax` command."""
+"""The `conceptax` command: one module per subcommand, imported only when it is asked for.
+
+A command's module holds a frozen dataclass `Command`, whose fields are the flags and whose
+docstring is the help, and `run(command)`.
+"""
+
+import contextlib
+import dis
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import conceptax
+
+COMMANDS = {
+    "demo": "erase 'three' from the bundled model and show what changed",
+    "erase": "erase concepts from a Stable Diffusion folder by editing its text encoder",
+    "sample": "draw images from prompts",
+    "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
+    "glyphs train": "build the bundled model from scratch",
+}
 
 
-def main() -> int:
-    """Run the command line and return its exit status."""
-    print("conceptax: no command is installed yet")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0 is success, 1 a failure that is told in one sentence on stderr, 2 a wrong command line,
+    128 + n the end by signal n.  A bug keeps its traceback, as does everything with `--debug`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments[:1] == ["--version"]:
+        print(f"conceptax {conceptax.__version__}")
+        return 0
+    name = next((" ".join(arguments[:n]) for n in (1, 2) if _is_command(arguments[:n])), None)
+    if name is None:
+        return _overview(arguments)
+    try:
+        with _quiet():
+            return _run(name, arguments[len(name.split()) :])
+    except SystemExit as stop:  # a signal that ended training
+        if stop.args and not isinstance(stop.code, int):
+            raise
+        print(f"conceptax {name}: {stop}", file=sys.stderr)
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print(f"conceptax {name}: interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug or not is_for_people(error):
+            raise
+        print(f"conceptax {name}: error: {sentence(error)}", file=sys.stderr)
+        return 1
+
+
+def is_for_people(error: BaseException) -> bool:
+    """Whether an error describes bad input or a refusing system, and not a bug.
+
+    Those are the operating system's errors, and the `ValueError`s and `ArithmeticError`s that a
+    `raise` statement of this package raised; the same types from inside a library, or from an
+    operation that went wrong, are bugs.
+    """
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError | ArithmeticError) or error.__traceback__ is None:
+        return False
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    module = last.tb_frame.f_globals.get("__name__", "")
+    raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return raised and module.split(".")[0] == "conceptax"
+
+
+def sentence(error: BaseException) -> str:
+    """An error's message on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_command(words: Sequence[str]) -> bool:
+    return " ".join(words) in COMMANDS
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    import tyro
+
+    module: Any = importlib.import_module(f"conceptax.cli.{name.split()[0]}")
+    try:
+        command = tyro.cli(
+            module.Command,
+            prog=f"conceptax {name}",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:  # help was shown, or the command line was wrong
+        return int(stop.code or 0)
+    module.run(command)
     return 0
+
+
+def _overview(arguments: Sequence[str]) -> int:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    text = "\n".join(
+        [
+            "usage: conceptax COMMAND [OPTIONS]",
+            "",
+            "Erase, learn and locate visual concepts in JAX.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`conceptax COMMAND --help` lists a command's options; --debug shows the traceback of",
+            "any error; --version shows the version.",
+        ]
+    )
+    first = next(iter(arguments), "--help")
+    if first in ("-h", "--help") or {"-h", "--help"} & set(arguments[1:2]):
+        print(text)
+        return 0
+    if any(command.split()[0] == first for command in COMMANDS):
+        wrong = f"{first!r} needs a second word"
+    else:
+        wrong = f"there is no command {first!r}"
+    print(f"conceptax: error: {wrong}; choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is downloaded, libraries keep their advice, and warnings take one line each."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    def show(message: Any, *_: Any) -> None:
+        print(f"conceptax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

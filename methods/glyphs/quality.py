@@ -1,0 +1,212 @@
+"""What the judge finds in images of the glyphs world: how good a model is, and what erasing did.
+
+The prompts are held-out wordings unless stated, chosen so that every name of a digit counts
+equally; nothing here is tuned to a model.  `draw(texts, seed=, first_index=)` returns uint8
+[N, 64, 64, 3]; a `methods.text_to_image.TextToImage` with its settings bound is one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from .captions import DIGIT_NAMES, TRAIN_TEMPLATES, Prompt, prompts
+from .judge import ATTRIBUTES, Judge, rate
+from .world import held_out_combinations
+
+Draw = Callable[..., UInt8[np.ndarray, "N 64 64 3"]]
+
+# The figures of an erasure, in the order to show them, with "{}" the concept's place.
+FIGURES = {
+    "plain": "“{}” shown as itself",
+    "synonyms": "its other names shown as it",
+    "others": "other digits shown right",
+    "colours": "colours right (other digits)",
+    "textures": "textures right (other digits)",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Findings:
+    """Images of N prompts and what the judge takes them for (indices)."""
+
+    prompts: tuple[Prompt, ...]
+    images: UInt8[np.ndarray, "N 64 64 3"]
+    digit: Int[np.ndarray, " N"]
+    colour: Int[np.ndarray, " N"]
+    texture: Int[np.ndarray, " N"]
+
+    def right(self, attribute: str) -> Bool[np.ndarray, " N"]:
+        """Whether each image shows the digit, colour or texture that its prompt asks for."""
+        asked = np.asarray([getattr(prompt, attribute) for prompt in self.prompts])
+        return getattr(self, attribute) == asked
+
+    def of(self, keep: Callable[[Prompt], bool]) -> "Findings":
+        """The findings of some of the prompts."""
+        rows = np.asarray([keep(prompt) for prompt in self.prompts], bool)
+        kept = tuple(prompt for prompt, row in zip(self.prompts, rows, strict=True) if row)
+        arrays = (getattr(self, name)[rows] for name in ("images", *ATTRIBUTES))
+        return Findings(kept, *arrays)
+
+
+def join(parts: Sequence[Findings]) -> Findings:
+    """All findings in one, for example those of several seeds."""
+    arrays = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", *ATTRIBUTES)
+    )
+    return Findings(tuple(prompt for part in parts for prompt in part.prompts), *arrays)
+
+
+def choose(candidates: Iterable[Prompt], count: int, seed: int) -> list[Prompt]:
+    """`count` prompts in which every name is equally frequent (to within one).
+
+    Within a name they are drawn without repetition, as long as there are enough.
+    """
+    rng = np.random.default_rng(seed)
+    groups: dict[tuple[int, str], list[Prompt]] = {}
+    for prompt in candidates:
+        groups.setdefault((prompt.digit, prompt.name), []).append(prompt)
+    if count < 1 or not groups:
+        raise ValueError(f"need at least one image and one prompt, got {count} of {len(groups)}.")
+    queues = [[group[i] for i in rng.permutation(len(group))] for group in groups.values()]
+    queues = [queues[i] for i in rng.permutation(len(queues))]
+    turns = math.ceil(count / len(queues))
+    return [queue[turn % len(queue)] for turn in range(turns) for queue in queues][:count]
+
+
+def examine(
+    draw: Draw, judge: Judge, chosen: Sequence[Prompt], *, seed: int, first_index: int = 0
+) -> Findings:
+    """Draw one image per prompt and ask the judge what they show."""
+    images = draw([prompt.text for prompt in chosen], seed=seed, first_index=first_index)
+    found = judge(images)
+    return Findings(tuple(chosen), images, *(found[name] for name in ATTRIBUTES))
+
+
+def proportion(hits: Bool[np.ndarray, " N"]) -> dict[str, Any]:
+    """How many of N, as a rate with its 95 % Wilson interval."""
+    value, low, high = rate(int(hits.sum()), len(hits))
+    return {"count": int(hits.sum()), "of": len(hits), "rate": value, "low": low, "high": high}
+
+
+# ---- what erasing did ----
+
+
+def digit_called(name: str) -> int:
+    """The digit that a name stands for. Raises ValueError for none of the world's names."""
+    for digit, names in enumerate(DIGIT_NAMES):
+        if name in names:
+            return digit
+    raise ValueError(f"{name!r} names no digit of the glyphs world.")
+
+
+def erasure_prompts(concept: str, images: int, seed: int) -> dict[str, list[Prompt]]:
+    """Prompts to judge an erasure by, `images` of each kind, in held-out wordings.
+
+    `plain` call the digit by the concept's word, `synonyms` by its other names, `others` ask for
+    the nine other digits, by all their names.
+    """
+    digit = digit_called(concept)
+    synonyms = [name for name in DIGIT_NAMES[digit] if name != concept]
+    candidates = {
+        "plain": prompts(digit=digit, name=concept),
+        "synonyms": prompts(digit=digit, name=synonyms),
+        "others": prompts(digit=[each for each in range(len(DIGIT_NAMES)) if each != digit]),
+    }
+    return {name: choose(each, images, seed) for name, each in candidates.items()}
+
+
+def examine_all(
+    draw: Draw, judge: Judge, sets: Mapping[str, Sequence[Prompt]], *, seed: int
+) -> dict[str, Findings]:
+    """`examine` for every set; the sets' images start from different noise."""
+    found, first = {}, 0
+    for name, chosen in sets.items():
+        found[name] = examine(draw, judge, chosen, seed=seed, first_index=first)
+        first += len(chosen)
+    return found
+
+
+def erasure_figures(found: Mapping[str, Findings], concept: str) -> dict[str, dict[str, Any]]:
+    """`FIGURES`, each synonym on its own, and what stays of the prompts that ask for the concept.
+
+    Args:
+      found: findings of the sets of `erasure_prompts`.
+      concept: the erased word.
+    """
+    digit = digit_called(concept)
+    synonyms, others = found["synonyms"], found["others"]
+    asked = join([found["plain"], synonyms])
+    figures = {
+        "plain": proportion(found["plain"].digit == digit),
+        "synonyms": proportion(synonyms.digit == digit),
+        "others": proportion(others.right("digit")),
+        "colours": proportion(others.right("colour")),
+        "textures": proportion(others.right("texture")),
+        "colours_where_asked": proportion(asked.right("colour")),
+        "textures_where_asked": proportion(asked.right("texture")),
+    }
+    for name in dict.fromkeys(prompt.name for prompt in synonyms.prompts):
+        part = synonyms.of(lambda prompt, name=name: prompt.name == name)
+        figures[f"synonym {name}"] = proportion(part.digit == digit)
+    return figures
+
+
+# ---- how good a model is ----
+
+
+def quality_prompts(images: int, seed: int) -> dict[str, list[Prompt]]:
+    """Prompts to judge a model by: `images` in held-out wordings, of unseen combinations of digit,
+    colour and texture (in held-out wordings too), and in the wordings of training."""
+    held_out = prompts()
+    unseen = held_out_combinations()
+    trained = [
+        prompt
+        for template in TRAIN_TEMPLATES
+        if template.is_complete
+        for prompt in prompts(templates=[template])
+        if DIGIT_NAMES[prompt.digit][prompt.name] in template.kinds
+    ]
+    candidates = {
+        "held-out wordings": held_out,
+        "unseen combinations": [
+            each for each in held_out if (each.digit, each.colour, each.texture) in unseen
+        ],
+        "training wordings": trained,
+    }
+    return {name: choose(each, images, seed) for name, each in candidates.items()}
+
+
+def measure_quality(draw: Draw, judge: Judge, *, images: int = 390, seed: int = 0) -> dict:
+    """How often a model's images show what the prompt names.
+
+    Returns:
+      for each set of `quality_prompts` the proportions of right digits, colours and textures, and
+      those of digits `by_kind` of name and `by_digit`; with `images`, `seed` and the judge's own
+      accuracy.
+    """
+    sets: dict[str, Any] = {}
+    for name, found in examine_all(draw, judge, quality_prompts(images, seed), seed=seed).items():
+        kinds = dict.fromkeys(DIGIT_NAMES[each.digit][each.name] for each in found.prompts)
+        digits = sorted({each.digit for each in found.prompts})
+        sets[name] = {
+            **{each: proportion(found.right(each)) for each in ATTRIBUTES},
+            "by_kind": {
+                kind: proportion(
+                    found.of(lambda p, kind=kind: DIGIT_NAMES[p.digit][p.name] == kind).right(
+                        "digit"
+                    )
+                )
+                for kind in kinds
+            },
+            "by_digit": {
+                str(digit): proportion(
+                    found.of(lambda p, digit=digit: p.digit == digit).right("digit")
+                )
+                for digit in digits
+            },
+        }
+    return {"images_per_set": images, "seed": seed, "sets": sets, "judge": judge.measured}

@@ -1,0 +1,112 @@
+"""The demo's report: one HTML file that needs nothing beside it."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1b1f24; --quiet: #6a737d; --line: #d8dee4; }
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink);
+  max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem; background: #fff; }
+h1 { font-size: 1.9rem; margin-bottom: .2rem; } h2 { margin-top: 2.6rem; }
+.lead { color: var(--quiet); margin-top: 0; max-width: 50rem; }
+img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { text-align: left; padding: .45rem 1.1rem .45rem 0; border-bottom: 1px solid var(--line); }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td small { color: var(--quiet); }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { color: var(--quiet); font-size: .9rem; }
+code, pre { font: .85rem/1.5 ui-monospace, "Cascadia Mono", Menlo, monospace; }
+pre { background: #f6f8fa; padding: 1rem; border-radius: 6px; overflow-x: auto; }
+"""
+
+
+class Picture(NamedTuple):
+    """The bytes of a PNG file and a caption."""
+
+    png: bytes
+    caption: str
+
+
+class Gallery(NamedTuple):
+    """Pictures side by side under a heading."""
+
+    title: str
+    text: str
+    pictures: Sequence[Picture]
+
+
+def share(figure: Mapping[str, Any]) -> str:
+    """A proportion for people: "47/48 (98 %)"."""
+    return f"{figure['count']}/{figure['of']} ({100 * figure['rate']:.0f} %)"
+
+
+def interval(figure: Mapping[str, Any]) -> str:
+    """Its 95 % interval in per cent: "89–100 %"."""
+    return f"{100 * figure['low']:.0f}–{100 * figure['high']:.0f} %"
+
+
+def html_report(
+    *, title: str, lead: str, figures: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]],
+    note: str, grid: Picture, galleries: Sequence[Gallery], record: str,
+) -> str:  # fmt: skip
+    """The whole page.
+
+    Args:
+      title, lead: what happened, in a line and in a paragraph.
+      figures: (what is counted, before, after), proportions as `quality.proportion` gives them.
+      note: how the figures came about.
+      grid: the main picture.
+      galleries: every image that was counted.
+      record: settings and versions, shown as they are.
+    """
+    rows = "\n".join(
+        f"<tr><td>{html.escape(label)}</td>{_cell(before)}{_cell(after)}</tr>"
+        for label, before, after in figures
+    )
+    sections = "\n".join(
+        f"<h2>{html.escape(each.title)}</h2>\n<p>{html.escape(each.text)}</p>\n"
+        f'<div class="pair">{"".join(map(_figure, each.pictures))}</div>'
+        for each in galleries
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p class="lead">{html.escape(lead)}</p>
+{_figure(grid)}
+<h2>What an independent classifier sees</h2>
+<table>
+<thead><tr><th>images</th><th>before</th><th>after</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+<p>{html.escape(note)}</p>
+{sections}
+<h2>Settings and versions</h2>
+<pre>{html.escape(record)}</pre>
+</body>
+</html>
+"""
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    return f'<td class="number">{share(figure)} <small>{interval(figure)}</small></td>'
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode("ascii")
+    caption = html.escape(picture.caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
