@@ -158,8 +158,8 @@ def _load_component(
     stored = open_weights(file)
 
     kinds = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in FLOAT_TYPES)
-    common = FLOAT_TYPES[kinds.most_common(1)[0][0]] if kinds else jnp.float32
-    init_dtype = jnp.dtype(param_dtype or (common if common.itemsize < 8 else jnp.float32))
+    common = kinds.most_common(1)[0][0] if kinds else "F32"
+    init_dtype = np.dtype(param_dtype or FLOAT_TYPES["F32" if common == "F64" else common])
     try:
         model = nnx.eval_shape(
             lambda: model_class(config, dtype=dtype, param_dtype=init_dtype, rngs=nnx.Rngs(0))
@@ -226,7 +226,9 @@ def _place(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = (
     )  # fmt: skip
     if sharding is None:
         return jax.device_put(_detached(view))
-    return jax.make_array_from_callback(view.shape, sharding, lambda index: _detached(view[index]))
+    return jax.make_array_from_callback(
+        view.shape, sharding, lambda index: _detached(view[(*index, ...)])
+    )
 
 
 def _detached(view: np.ndarray) -> np.ndarray:

@@ -1,0 +1,205 @@
+"""Loading and saving a UNet: time and peak memory, beside diffusers' own.
+
+    python benchmarks/load_save.py            # the published SD 1.5 size, 3.4 GB in float32
+    python benchmarks/load_save.py --small    # the same architecture at a quarter of the width
+
+Every measurement runs in a process of its own.  Peak memory is *anonymous* memory (`RssAnon`: what
+the process owns; pages of mapped files are not counted, since the system can drop them at any
+moment), sampled from outside every two milliseconds, less what the process held before it began.
+Loading ends when every parameter has been touched; diffusers may keep parameters as views of the
+mapped file, which shows as less anonymous memory.  The file is in the page cache for both.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LIBRARIES = ("conceptax", "diffusers")
+SMALL = {"block_out_channels": [96, 160, 320, 320], "cross_attention_dim": 768}
+
+
+def wait_for_parent(word: str) -> None:
+    """Tell the measuring process where we are, and wait until it has taken note."""
+    print(word, flush=True)
+    sys.stdin.readline()
+
+
+def make_checkpoint(folder: Path, small: bool) -> None:
+    import jax
+    from flax import nnx
+
+    from conceptax.converters import save_pytorch
+    from conceptax.flax_models.unet_2d_condition import (
+        UNet2DConditionConfig,
+        UNet2DConditionModel,
+    )
+
+    config = UNet2DConditionConfig.from_dict(SMALL if small else {})
+    model = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+    key = jax.random.key(0)
+    for index, (_, leaf) in enumerate(nnx.iter_graph(model)):
+        if isinstance(leaf, nnx.Param):
+            leaf.set_value(jax.random.normal(jax.random.fold_in(key, index), leaf.shape))
+    save_pytorch(model, folder)
+
+
+def run_conceptax(folder: Path, output: Path) -> None:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from conceptax.converters import load_pytorch, save_pytorch
+    from conceptax.flax_models import unet_2d_condition  # noqa: F401  imports are not measured
+
+    jax.block_until_ready(jnp.zeros(1))
+    wait_for_parent("load")
+    model = load_pytorch(folder)
+    jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    wait_for_parent("save")
+    save_pytorch(model, output)
+    wait_for_parent("end")
+
+
+def run_diffusers(folder: Path, output: Path) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.zeros(1)
+    wait_for_parent("load")
+    model = UNet2DConditionModel.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.detach().flatten()[::1024].sum()  # one number of each page
+    wait_for_parent("save")
+    model.save_pretrained(output)
+    wait_for_parent("end")
+
+
+def anonymous_memory(pid: int) -> int:
+    """Bytes of anonymous memory that a process holds now."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class Peak(threading.Thread):
+    """Samples a process until told to stop."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.pid, self.peak, self.running = pid, anonymous_memory(pid), True
+        self.start()
+
+    def run(self) -> None:
+        while self.running:
+            self.peak = max(self.peak, anonymous_memory(self.pid))
+            time.sleep(0.002)
+
+    def stop(self) -> int:
+        self.running = False
+        self.join()
+        return self.peak
+
+
+def child(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, __file__, "--child", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def measure(library: str, folder: Path, work: Path) -> dict[str, dict[str, float]]:
+    """Seconds and peak bytes of loading and of saving, in one fresh process."""
+    with tempfile.TemporaryDirectory(dir=work) as output:
+        process = child(library, str(folder), str(Path(output) / "saved"))
+        assert process.stdin is not None and process.stdout is not None
+
+        def reached(word: str) -> None:
+            line = process.stdout.readline().strip()
+            while line and line != word:  # a library's own words
+                line = process.stdout.readline().strip()
+            if line != word:
+                raise RuntimeError(f"{library} stopped before {word!r}.")
+
+        def proceed() -> None:
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+        reached("load")
+        baseline = anonymous_memory(process.pid)
+        figures = {}
+        for phase, end in (("load", "save"), ("save", "end")):
+            sampler = Peak(process.pid)
+            start = time.perf_counter()
+            proceed()
+            reached(end)
+            seconds = time.perf_counter() - start
+            figures[phase] = {"seconds": seconds, "peak_bytes": sampler.stop() - baseline}
+        proceed()
+        process.wait()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a quarter of the width")
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest run counts")
+    parser.add_argument("--work", type=Path, default=None, help="folder for the checkpoint")
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        folder = Path(work) / "unet"
+        if child("make", str(folder), str(int(arguments.small))).wait():
+            raise SystemExit("The checkpoint could not be made.")
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        runs = {name: [] for name in LIBRARIES}
+        for _ in range(arguments.repeats):
+            for name in LIBRARIES:  # alternating, so that both meet the same machine
+                runs[name].append(measure(name, folder, Path(work)))
+
+    print(f"UNet2DConditionModel, float32, {size / 1e9:.2f} GB, CPU, {os.cpu_count()} cores")
+    print(f"{'':10} {'':5} {'seconds':>8} {'peak GB':>8} {'peak / checkpoint':>18}")
+    rows = []
+    for phase in ("load", "save"):
+        for name in LIBRARIES:
+            seconds = min(run[phase]["seconds"] for run in runs[name])
+            peak = max(run[phase]["peak_bytes"] for run in runs[name])
+            rows.append(
+                {"library": name, "phase": phase, "seconds": seconds, "peak_bytes": peak,
+                 "peak_ratio": peak / size}
+            )  # fmt: skip
+            print(f"{name:10} {phase:5} {seconds:8.2f} {peak / 1e9:8.2f} {peak / size:18.3f}")
+    versions = ("conceptax", "jax", "flax", "torch", "diffusers", "safetensors")
+    report = {
+        "benchmark": "load_save", "date": datetime.date.today().isoformat(),
+        "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in versions},
+        "checkpoint_bytes": size, "small": arguments.small, "repeats": arguments.repeats,
+        "rows": rows,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"load_save{'_small' if arguments.small else ''}.json"
+    target.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        kind, path, last = sys.argv[2:]
+        if kind == "make":
+            make_checkpoint(Path(path), bool(int(last)))
+        else:
+            {"conceptax": run_conceptax, "diffusers": run_diffusers}[kind](Path(path), Path(last))
+    else:
+        main()
