@@ -201,8 +201,11 @@ class TestCheckpoints:
         with training.Checkpoints(tmp_path / "run") as checkpoints:
             # the checkpoint after step 6 is complete, or the kill came before its rename
             assert checkpoints.steps in ([3], [3, 6])
+        half = tmp_path / "run" / "6.orbax-checkpoint-tmp"
+        (half / "state").mkdir(parents=True, exist_ok=True)
         final = toy.run(checkpoint_dir=tmp_path / "run", checkpoint_every=3)
         assert identical(final, reference[0])
+        assert not half.exists()
 
     def test_sigterm_saves_and_exits_cleanly(self, tmp_path, reference):
         ended = self.run_and_die(tmp_path / "run", "SIGTERM", 4)

@@ -5,6 +5,7 @@ the data iterator, JSON). A folder appears under its final name only when it is 
 """
 
 import base64
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,13 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
             },
         )
+        self._swept = False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -65,6 +65,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step:
             return
+        self._sweep()
         position = iterator.get_state() if hasattr(iterator, "get_state") else None
         self._manager.save(
             step,
@@ -128,6 +129,13 @@ class Checkpoints:
         """Wait until everything is written and release the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def _sweep(self) -> None:
+        """Before the first save, remove what an earlier, killed run left half-written."""
+        if not self._swept and jax.process_index() == 0:
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._swept = True
 
     def _check_fits(self, step: int, target: dict[str, Any]) -> None:
         saved = _describe(self._manager.item_metadata(step)["state"].tree)
