@@ -3,6 +3,7 @@
 The prompts are held-out wordings unless stated, chosen so that every name of a digit counts
 equally; nothing here is tuned to a model.  `draw(texts, seed=, first_index=)` returns uint8
 [N, 64, 64, 3]; a `methods.text_to_image.TextToImage` with its settings bound is one.
+`judge(images)` returns arrays [N] under digit, colour and texture, as a `judge.Judge` does.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from .captions import DIGIT_NAMES, TRAIN_TEMPLATES, Prompt, prompts
-from .judge import ATTRIBUTES, Judge, rate
+from .judge import ATTRIBUTES, rate
 from .world import held_out_combinations
 
 Draw = Callable[..., UInt8[np.ndarray, "N 64 64 3"]]
+Look = Callable[[Any], Mapping[str, np.ndarray]]
 
 # The figures of an erasure, in the order to show them, with "{}" the concept's place.
 FIGURES = {
@@ -78,7 +80,7 @@ def choose(candidates: Iterable[Prompt], count: int, seed: int) -> list[Prompt]:
 
 
 def examine(
-    draw: Draw, judge: Judge, chosen: Sequence[Prompt], *, seed: int, first_index: int = 0
+    draw: Draw, judge: Look, chosen: Sequence[Prompt], *, seed: int, first_index: int = 0
 ) -> Findings:
     """Draw one image per prompt and ask the judge what they show."""
     images = draw([prompt.text for prompt in chosen], seed=seed, first_index=first_index)
@@ -120,7 +122,7 @@ def erasure_prompts(concept: str, images: int, seed: int) -> dict[str, list[Prom
 
 
 def examine_all(
-    draw: Draw, judge: Judge, sets: Mapping[str, Sequence[Prompt]], *, seed: int
+    draw: Draw, judge: Look, sets: Mapping[str, Sequence[Prompt]], *, seed: int
 ) -> dict[str, Findings]:
     """`examine` for every set; the sets' images start from different noise."""
     found, first = {}, 0
@@ -180,13 +182,12 @@ def quality_prompts(images: int, seed: int) -> dict[str, list[Prompt]]:
     return {name: choose(each, images, seed) for name, each in candidates.items()}
 
 
-def measure_quality(draw: Draw, judge: Judge, *, images: int = 390, seed: int = 0) -> dict:
+def measure_quality(draw: Draw, judge: Look, *, images: int = 390, seed: int = 0) -> dict:
     """How often a model's images show what the prompt names.
 
     Returns:
       for each set of `quality_prompts` the proportions of right digits, colours and textures, and
-      those of digits `by_kind` of name and `by_digit`; with `images`, `seed` and the judge's own
-      accuracy.
+      those of digits `by_kind` of name and `by_digit`; with `images` and `seed`.
     """
     sets: dict[str, Any] = {}
     for name, found in examine_all(draw, judge, quality_prompts(images, seed), seed=seed).items():
@@ -209,4 +210,4 @@ def measure_quality(draw: Draw, judge: Judge, *, images: int = 390, seed: int = 
                 for digit in digits
             },
         }
-    return {"images_per_set": images, "seed": seed, "sets": sets, "judge": judge.measured}
+    return {"images_per_set": images, "seed": seed, "sets": sets}

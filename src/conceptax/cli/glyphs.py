@@ -77,6 +77,7 @@ def publish(
         num_inference_steps=25, guidance_scale=5.0, batch_size=16,
     )  # fmt: skip
     quality = measure_quality(draw, judge, images=command.measure, seed=command.build.seed)
+    quality["judge"] = judge.measured
     record = {
         "quality": quality,
         "sampling": {"steps": 25, "guidance": 5.0},
