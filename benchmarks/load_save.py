@@ -35,7 +35,8 @@ def wait_for_parent(word: str) -> None:
 
 
 def make_checkpoint(folder: Path, small: bool) -> None:
-    import jax
+    import jax.numpy as jnp
+    import numpy as np
     from flax import nnx
 
     from conceptax.converters import save_pytorch
@@ -46,10 +47,10 @@ def make_checkpoint(folder: Path, small: bool) -> None:
 
     config = UNet2DConditionConfig.from_dict(SMALL if small else {})
     model = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
-    key = jax.random.key(0)
-    for index, (_, leaf) in enumerate(nnx.iter_graph(model)):
+    rng = np.random.default_rng(0)
+    for _, leaf in nnx.iter_graph(model):
         if isinstance(leaf, nnx.Param):
-            leaf.set_value(jax.random.normal(jax.random.fold_in(key, index), leaf.shape))
+            leaf.set_value(jnp.asarray(rng.standard_normal(leaf.shape, np.float32)))
     save_pytorch(model, folder)
 
 
