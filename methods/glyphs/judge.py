@@ -269,13 +269,13 @@ def rate(successes: int, n: int, z: float = 1.959964) -> tuple[float, float, flo
 
 def save_judge(judge: Judge, folder: str | Path, training: JudgeConfig | None = None) -> None:
     """Write ``model.safetensors`` (float32) and ``config.json`` with the measured accuracy."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree_util.tree_leaves_with_path(judge.params)
     tensors = {_name(path): np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in leaves}
-    save_file(tensors, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors))
     record = {
         "_class_name": type(judge).__name__,
         "model": judge.config.to_dict(),

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from scipy import ndimage
@@ -278,8 +279,8 @@ class GlyphWorld:
     def __repr__(self) -> str:
         return f"GlyphWorld(split={self.split!r}, size={self.size}, seed={self.seed})"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = int(index)
+    def __getitem__(self, record_key: SupportsIndex) -> dict[str, Any]:
+        index = operator.index(record_key)
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside 0..{self.size - 1}")
         rng = _generator(self.seed, self.split, index)
