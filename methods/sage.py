@@ -64,10 +64,12 @@ class SageConfig:
       check: what an attack looks for besides what T0 takes for the concept: "anchor" (T is far
         from the anchor) or "recall" (T still encodes what T0 encodes).
       check_steps: steps of the self-check (K); 0 is word erasure.
-      check_rate: step size of the self-check (alpha), in units of the token embeddings.
+      check_rate: step size of the self-check (alpha), relative to the root mean square of the token
+        embeddings' entries, which differs a hundredfold between models.
       check_optimizer: "adam" or "sign" (sign-gradient descent).
       check_weight: weight of the second term of J (gamma).
-      check_radius: largest change of an embedding entry (delta, l-infinity); None is unbounded.
+      check_radius: largest change of an embedding entry (delta, l-infinity), in the same unit; None
+        is unbounded.
       free_concept: let the attack move the concept's own token embeddings too.
       eta: strength of the negative guidance in the target; 0 maps the concept onto the anchor.
       latents: "noise" (z ~ N(0, I), upper timesteps) or "ddim" (points of the original model's own
@@ -249,6 +251,7 @@ def self_check(
     before = nnx.merge(static.text, frozen["original"])
     ends = pooling_positions(now.config, tokens)
     start = before.embeddings.token_embedding(tokens).astype(jnp.float32)
+    unit = frozen["embedding_rms"]
 
     def pooled(embeddings: Array) -> tuple[Array, Array]:
         return tuple(
@@ -271,10 +274,10 @@ def self_check(
         embeddings, memory = carry
         gradient = jnp.where(free[..., None], jax.grad(objective)(embeddings), 0.0)
         updates, memory = optimizer.update(gradient, memory)
-        embeddings = jnp.where(free[..., None], embeddings + updates, start)
+        embeddings = jnp.where(free[..., None], embeddings + unit * updates, start)
         if config.check_radius is not None:
-            low, high = start - config.check_radius, start + config.check_radius
-            embeddings = jnp.clip(embeddings, low, high)
+            radius = unit * config.check_radius
+            embeddings = jnp.clip(embeddings, start - radius, start + radius)
         return embeddings, memory
 
     attacked, _ = jax.lax.fori_loop(0, config.check_steps, advance, (start, optimizer.init(start)))
@@ -453,6 +456,9 @@ def prepare(
         "concept_pooled": concept_pooled,  # [C, D]
         "anchor_tokens": anchor_tokens,
         "anchor_pooled": pool(original, anchor_tokens[None])[0],
+        "embedding_rms": jnp.sqrt(
+            jnp.mean(encoder.embeddings.token_embedding.embedding[...].astype(jnp.float32) ** 2)
+        ),
         "retained_tokens": retained,  # [N, L]
         "retained_pooled": _in_chunks(lambda ids: pool(original, ids), retained),
     }
