@@ -131,6 +131,19 @@ def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None
         )
 
 
+class _OneKey(nnx.Rngs):
+    """Gives the same key every time: enough for shapes, and without a counter, whose updates make
+    the tracing of a large model slow (its time grows with the square of the parameters)."""
+
+    def __init__(self):
+        self._key = jax.random.key(0)
+
+    def __getattr__(self, name: str) -> Callable[[], jax.Array]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda: self._key
+
+
 def _load_component(
     path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable
 ) -> nnx.Module:
@@ -160,9 +173,10 @@ def _load_component(
     kinds = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in FLOAT_TYPES)
     common = kinds.most_common(1)[0][0] if kinds else "F32"
     init_dtype = np.dtype(param_dtype or FLOAT_TYPES["F32" if common == "F64" else common])
+    rngs = _OneKey()
     try:
         model = nnx.eval_shape(
-            lambda: model_class(config, dtype=dtype, param_dtype=init_dtype, rngs=nnx.Rngs(0))
+            lambda: model_class(config, dtype=dtype, param_dtype=init_dtype, rngs=rngs)
         )
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{source} describes no buildable model: {error}") from error
@@ -393,7 +407,7 @@ def _export(spec: TensorSpec, array: Any, dtype: np.dtype) -> np.ndarray:
     """One parameter in PyTorch's layout, on the host, C-contiguous."""
     values = spec.to_torch(_on_host(array))
     if not values.flags.c_contiguous:
-        values = np.asarray(jax.device_put(values, _host()))  # transposes faster than NumPy
+        values = np.ascontiguousarray(values)
     if not is_finite(values, FLOAT_NAMES[values.dtype]):
         raise OutputError(
             f"{spec.key} holds NaN or infinite values, so nothing was written. The training has "
