@@ -52,7 +52,8 @@ class BuildConfig:
     Attributes:
       seed: of the world, the initial parameters, the batches and the noise.
       images: rendered images in the generator's world.
-      text, vision, autoencoder, unet: length and speed of the four trainings.
+      text, vision, autoencoder, unet: length and speed of the trainings.
+      refine: of a second training of the UNet, from where the first one ended.
     """
 
     seed: int = 0
@@ -61,6 +62,7 @@ class BuildConfig:
     vision: Recipe = recipe.VISION_RECIPE
     autoencoder: Recipe = recipe.AUTOENCODER_RECIPE
     unet: Recipe = recipe.UNET_RECIPE
+    refine: Recipe = recipe.REFINE_RECIPE
 
 
 def build(config: BuildConfig, workdir: Path) -> tuple[StableDiffusionPipeline, CLIPModel]:
@@ -184,10 +186,11 @@ def train_unet(
         DenoisingStage, text_graphdef=text_graphdef,
         schedule=NoiseSchedule.from_config(recipe.SCHEDULER),
     )  # fmt: skip
-    return _run(
-        "unet", model, recipe.denoising_step, stage, config.unet, frozen,
-        _batches(config, config.unet, example), config, workdir,
-    )  # fmt: skip
+    later = dataclasses.replace(config, seed=config.seed + 1)  # other batches, other noise
+    for name, plan, run in (("unet", config.unet, config), ("refine", config.refine, later)):
+        batches = _batches(run, plan, example)
+        model = _run(name, model, recipe.denoising_step, stage, plan, frozen, batches, run, workdir)
+    return model
 
 
 def _run(
