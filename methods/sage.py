@@ -270,7 +270,7 @@ def self_check(
         else optax.sign_sgd(config.check_rate)
     )
 
-    def advance(_: int, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    def advance(_: Any, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         embeddings, memory = carry
         gradient = jnp.where(free[..., None], jax.grad(objective)(embeddings), 0.0)
         updates, memory = optimizer.update(gradient, memory)
@@ -436,10 +436,7 @@ def prepare(
     )  # fmt: skip
 
     unet, unet_params = nnx.split(pipeline.unet)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
-    )
+    optimizer = _optimizer(config.learning_rate, config.weight_decay)
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     size = pipeline.unet.config.sample_size or 64
     static = SageStatic(
@@ -465,6 +462,14 @@ def prepare(
     if config.latents == "ddim":
         frozen |= _trajectories(static, frozen, schedule, seed)
     return static, init_state(train, optimizer), frozen
+
+
+@functools.lru_cache
+def _optimizer(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+    """One object per setting, so that equal runs share their compiled step."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
+    )
 
 
 def _in_chunks(function: Any, rows: np.ndarray, size: int = 256) -> Array:

@@ -11,7 +11,7 @@ Dtype = jnp.dtype | type
 
 
 def sinusoidal_embedding(
-    timesteps: Num[Array, " B"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+    timesteps: Num[Array, " B"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float | int
 ) -> Float[Array, "B dim"]:
     """Sinusoidal features of (possibly fractional) timesteps, in float32.
 
