@@ -241,7 +241,7 @@ def _place(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = (
     if sharding is None:
         return jax.device_put(_detached(view))
     return jax.make_array_from_callback(
-        view.shape, sharding, lambda index: _detached(view[(*index, ...)])
+        view.shape, sharding, lambda index: _detached(view[(*(index or ()), ...)])
     )
 
 

@@ -36,7 +36,7 @@ LEAVES = {
     (nnx.Embed, "embedding"): ("weight", _SAME),
 }
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # attribute names and list indices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
