@@ -45,6 +45,9 @@ class ModelConfig:
         """
         names = {f.name for f in dataclasses.fields(cls)}
         known = {k: _freeze(v) for k, v in raw.items() if k in names}
+        for field in dataclasses.fields(cls):  # JSON writes 1.0 as 1
+            if isinstance(field.default, float) and type(known.get(field.name)) is int:
+                known[field.name] = float(known[field.name])
         problems = []
         for key, value in sorted(raw.items()):
             if key in names or key in cls.INERT or key.startswith("_"):

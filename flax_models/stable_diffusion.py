@@ -20,9 +20,9 @@ class StableDiffusionPipeline:
       model_index: the parsed `model_index.json`, kept so that a saved folder names the same parts.
     """
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel | Any
+    vae: AutoencoderKL | Any
+    text_encoder: CLIPTextModel | Any
     tokenizer: Any
     scheduler_config: Mapping[str, Any]
     model_index: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -512,7 +512,7 @@ def _trajectories(
     sampler = make_sampler(schedule, "ddim", num_inference_steps=config.ddim_steps)
 
     @jax.jit
-    def run(frozen: Mapping[str, Any], tokens: Array, key: PRNGKeyArray) -> Array:
+    def run(sampler: Any, frozen: Mapping[str, Any], tokens: Array, key: PRNGKeyArray) -> Array:
         before = nnx.merge(static.text, frozen["original"])
         unet = nnx.merge(static.unet, frozen["unet"])
         pick_key, noise_key = jax.random.split(key)
@@ -526,7 +526,10 @@ def _trajectories(
         return jax.lax.scan(step, start, jnp.arange(config.ddim_steps))[1]
 
     keys = jax.random.split(jax.random.key(seed), len(frozen["tokens"]))
-    runs = [run(frozen, tokens, key) for tokens, key in zip(frozen["tokens"], keys, strict=True)]
+    runs = [
+        run(sampler, frozen, tokens, key)
+        for tokens, key in zip(frozen["tokens"], keys, strict=True)
+    ]
     return {"latents": jnp.stack(runs), "latent_times": jnp.asarray(sampler.timesteps)}
 
 
