@@ -74,7 +74,8 @@ def test_the_grid_shows_before_and_after_side_by_side():
 def test_png_files_carry_text(tmp_path):
     image = images(1)[0]
     save_png(image, tmp_path / "x.png", {"conceptax": "settings"})
-    loaded = Image.open(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as loaded:
+        loaded.load()
     assert loaded.text == {"conceptax": "settings"}
     assert np.array_equal(np.asarray(loaded), image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(image)))), image)

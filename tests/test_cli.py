@@ -1,0 +1,513 @@
+"""The command line end to end, on a tiny pipeline of the real classes."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from PIL import Image
+
+from conceptax.cli import COMMANDS, is_for_people, main
+from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
+from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
+from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods.glyphs import recipe
+from conceptax.methods.glyphs.judge import Judge, save_judge
+from conceptax.methods.glyphs.tokenizer import build_tokenizer
+from conceptax.methods.text_to_image import TextToImage
+
+# 64 pixels from an 8x8 latent, so that the judge can look at them.
+UNET = UNet2DConditionConfig(
+    sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    cross_attention_dim=16, attention_head_dim=2,
+)  # fmt: skip
+VAE = AutoencoderKLConfig(
+    block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
+ERASE = [
+    *("--cycles", "2", "--check-steps", "1", "--prompts", "2", "--global-rows", "4"),
+    *("--local-rows", "2", "--learning-rate", "0.01", "--similarity-cap", "1"),
+]
+
+
+def random_model(model_class, config, rng, dtype=jnp.float16):
+    abstract = nnx.eval_shape(
+        lambda: model_class(config, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    )
+    graphdef, state = nnx.split(abstract)
+
+    def fill(path, leaf):
+        fan_in = 1 if path[-1].key == "embedding" else np.prod(leaf.shape[:-1])
+        values = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+        return jnp.asarray(values if len(leaf.shape) > 1 else 1 + 0.1 * values, leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(state))
+    return nnx.merge(graphdef, params)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A pipeline folder in float16 with a judge beside it, as the bundled model has."""
+    rng = np.random.default_rng(0)
+    tokenizer = build_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, hidden_size=16,
+        intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        unet=random_model(UNet2DConditionModel, UNET, rng),
+        vae=random_model(AutoencoderKL, VAE, rng),
+        text_encoder=random_model(CLIPTextModel, text, rng),
+        tokenizer=tokenizer,
+        scheduler_config=dict(recipe.SCHEDULER),
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_pytorch(pipeline, folder)
+    classifier = GlyphClassifierConfig(channels=(4, 4), strides=(4, 4), groups=2, features=4)
+    eye = random_model(GlyphClassifier, classifier, rng, jnp.float32)
+    save_judge(Judge(eye, {"digit": {"accuracy": 0.1}}), folder / "judge")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def erased(model, tmp_path_factory):
+    """The tiny pipeline with `three` erased for two cycles."""
+    folder = tmp_path_factory.mktemp("erasing") / "out"
+    arguments = ["erase", "--model", str(model), "--concept", "three", "--output", str(folder)]
+    assert main([*arguments, "--seed", "3", *ERASE]) == 0
+    return folder
+
+
+@pytest.fixture
+def broken(model, tmp_path):
+    """A copy of the tiny pipeline to damage."""
+    return Path(shutil.copytree(model, tmp_path / "broken", ignore=lambda *_: ["judge"]))
+
+
+def refused(capsys, arguments, text, status=1):
+    """Run a command that must fail with one sentence on stderr."""
+    assert main([str(argument) for argument in arguments]) == status
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("conceptax"), err
+    assert "Traceback" not in err
+    assert text in err, err
+
+
+def read_png(file):
+    with Image.open(file) as image:
+        image.load()
+    return image
+
+
+def tensors_of(folder):
+    return {
+        f"{file.parent.name}/{key}": value
+        for file in folder.rglob("*.safetensors")
+        for key, value in safetensors.numpy.load_file(file).items()
+    }
+
+
+# ---- the command itself ----
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy():
+    script = (
+        "import sys; from conceptax.cli import main; assert main(['--help']) == 0;"
+        "heavy = {'jax', 'flax', 'transformers', 'torch', 'tyro'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert all(f"  {name} " in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_its_options(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"usage: conceptax {name}" in out
+    # Every option is followed by words, not by its default alone.
+    assert "│ (default" not in out.replace("  ", ""), out
+
+
+def test_wrong_words_are_told(capsys):
+    refused(capsys, ["erode"], "there is no command 'erode'", status=2)
+    refused(capsys, ["glyphs"], "'glyphs' needs a second word", status=2)
+    assert main(["erase", "--nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert main([]) == 0
+
+
+def test_bugs_keep_their_traceback():
+    def error_of(function):
+        try:
+            function()
+        except Exception as error:
+            return error
+
+    assert not is_for_people(error_of(lambda: int("x")))
+    assert not is_for_people(error_of(lambda: [][0]))
+    assert not is_for_people(error_of(lambda: jnp.zeros(2).reshape(3)))
+    assert is_for_people(error_of(lambda: load_pytorch("/nowhere")))
+    assert is_for_people(error_of(lambda: os.listdir("/nowhere/at/all")))
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["convert", str(tmp_path / "none"), str(tmp_path / "out"), "--debug"])
+
+
+# ---- convert ----
+
+
+def test_convert_keeps_every_bit(model, tmp_path, capsys):
+    out = tmp_path / "deeper" / "out"
+    assert main(["convert", str(model), str(out)]) == 0
+    before, after = tensors_of(model), tensors_of(out)
+    before = {key: value for key, value in before.items() if not key.startswith("judge/")}
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    assert "StableDiffusionPipeline" in capsys.readouterr().out
+
+    refused(capsys, ["convert", model, out], "already exists")
+    options = ["--force", "--dtype", "float32", "--max-shard-size", "20KB"]
+    assert main(["convert", str(model), str(out), *options]) == 0
+    assert all(value.dtype == np.float32 for value in tensors_of(out).values())
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+
+
+# ---- erase ----
+
+
+def test_erase_changes_the_text_encoder_alone(model, erased):
+    before, after = tensors_of(model), tensors_of(erased)
+    changed = {key for key, value in after.items() if not np.array_equal(value, before[key])}
+    assert changed and all(key.startswith("text_encoder/") for key in changed)
+    assert not any("embedding" in key for key in changed)
+    assert all(value.dtype == np.float16 for value in after.values())
+    record = json.loads((erased / "erasing.json").read_text())
+    assert record["concepts"] == ["three"] and record["seed"] == 3
+    assert record["settings"]["cycles"] == 2 and np.isfinite(record["last_cycle"]["loss"])
+    assert {"conceptax", "jax", "flax"} <= record["versions"].keys()
+    assert len((erased / "training.jsonl").read_text().splitlines()) == 2
+    assert os.listdir(erased.parent) == ["out"]
+
+
+def test_the_erased_folder_draws_the_same_in_diffusers(torch, erased):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(erased).to(dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    drawer = TextToImage.from_pipeline(load_pytorch(erased))
+    latents = np.random.default_rng(1).normal(size=(2, *drawer.latent_shape)).astype(np.float32)
+    prompts = ["a red three on brick", "a blue seven on grass"]
+    with torch.no_grad():
+        expected = theirs(
+            prompts, num_inference_steps=3, guidance_scale=5.0, output_type="np",
+            latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
+        ).images  # fmt: skip
+
+    from conceptax.methods.sampling import make_sampler
+    from conceptax.methods.text_to_image import jitted_generate, tokenize
+
+    actual = jitted_generate(
+        drawer.static, drawer.params, tokenize(drawer.tokenizer, prompts),
+        tokenize(drawer.tokenizer, [""])[0], latents,
+        make_sampler(drawer.schedule, num_inference_steps=3), 5.0, keys=None,
+    )  # fmt: skip
+    actual = np.asarray(actual) * 0.5 + 0.5
+    assert expected.std() > 0.01
+    assert np.linalg.norm(actual - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_erase_repeats_itself_and_exports_the_text_encoder_alone(
+    model, erased, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "encoder"
+    arguments = ["erase", "--model", model, "--concept", "three", "--output", out, "--seed", "3"]
+    arguments = [*map(str, arguments), "--export", "text-encoder", *ERASE]
+    assert main(arguments) == 0
+    expected = safetensors.numpy.load_file(erased / "text_encoder" / "model.safetensors")
+    found = safetensors.numpy.load_file(out / "model.safetensors")
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert type(load_pytorch(out)).__name__ == "CLIPTextModel"
+    capsys.readouterr()
+
+    # Before any work: a second run is refused although the model it names does not exist.
+    arguments[arguments.index(str(model))] = str(tmp_path / "none")
+    refused(capsys, arguments, "already exists and is not empty")
+
+
+def test_erase_checkpoints_belong_to_one_run(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    base = ["erase", "--model", str(model), "--checkpoint-dir", str(run), *ERASE]
+    assert main([*base, "--concept", "three", "--output", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    other = [*base, "--concept", "four", "--output", str(tmp_path / "b")]
+    refused(capsys, other, "another ['concepts']")
+    # Continuing for longer is the same run.
+    longer = [*base, "--concept", "three", "--output", str(tmp_path / "b"), "--cycles", "3"]
+    assert main(longer) == 0
+    assert len((tmp_path / "b" / "training.jsonl").read_text().splitlines()) == 3
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "run"]
+
+
+def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
+    base = ["erase", "--model", model, "--output", tmp_path / "out"]
+    refused(capsys, base, "no concept was given")
+    refused(capsys, [*base, "--concept", "  "], "no concept was given")
+    refused(capsys, [*base, "--concept", "three", "--concept", ""], "the concept is empty")
+    refused(capsys, [*base, "--concept", "three " * 40], "this text encoder reads 24")
+    refused(capsys, [*base, "--concept", "three", "--cycles", "0"], "cycles must be at least 1")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("# nothing\n")
+    refused(capsys, [*base, "--concept", "three", "--retain", empty], "holds no phrases")
+    refused(capsys, [*base, "--concept", "three", "--mesh", "64", "2"], "needs positive sizes and")
+    component = [*base, "--concept", "three"]
+    component[2] = model / "unet"
+    refused(capsys, component, "needs the whole pipeline")
+    assert os.listdir(tmp_path) == ["empty.txt"]
+
+
+def test_a_diverging_run_writes_nothing(model, tmp_path, capsys):
+    arguments = ["erase", "--model", model, "--concept", "three", "--output", tmp_path / "out"]
+    arguments += [*ERASE, "--learning-rate", "1e38", "--cycles", "4"]
+    assert main([str(argument) for argument in arguments]) == 1
+    err = capsys.readouterr().err
+    assert "the loss is" in err and "training stopped" in err and "Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+# ---- sample ----
+
+
+def test_sample_draws_files_and_sheets(model, tmp_path, capsys):
+    base = ["sample", "--model", str(model), "--steps", "2", "--batch-size", "2"]
+    base += ["--prompt", "a red three", "--prompt", "a blue seven"]
+    assert main([*base, "--output", str(tmp_path / "some")]) == 0
+    names = sorted(os.listdir(tmp_path / "some"))
+    assert names == ["0000_a-red-three.png", "0001_a-blue-seven.png", "sample.json"]
+    first = read_png(tmp_path / "some" / names[0])
+    assert first.size == (64, 64) and json.loads(first.text["conceptax"])["steps"] == 2
+
+    assert main([*base, "--output", str(tmp_path / "sheet.png")]) == 0
+    sheet = np.asarray(read_png(tmp_path / "sheet.png"))
+    assert np.array_equal(sheet[4:68, 4:68], np.asarray(first))
+
+    refused(capsys, [*base, "--output", tmp_path / "sheet.png"], "already exists")
+    refused(capsys, [*base, "--output", tmp_path / "some"], "already exists")
+    refused(capsys, [*base, "--output", tmp_path / "x.jpg"], "takes a .png file")
+    refused(capsys, [*base, "--output", tmp_path / "x.png", "--height", "63"], "height=63")
+    refused(capsys, [*base, "--output", tmp_path / "x.png", "--count", "0"], "--count")
+    refused(capsys, ["sample", "--output", tmp_path / "x.png"], "at least one --prompt")
+    component = ["sample", "--model", model / "vae", "--prompt", "x", "--output", tmp_path / "x"]
+    refused(capsys, component, "is no pipeline")
+    assert sorted(os.listdir(tmp_path)) == ["sheet.png", "some"]
+
+
+# ---- bad input ----
+
+
+def weights(folder):
+    return folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def remove(folder):
+    shutil.rmtree(folder)
+
+
+def not_a_checkpoint(folder):
+    remove(folder)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("nothing here")
+
+
+def truncated(folder):
+    os.truncate(weights(folder), weights(folder).stat().st_size // 2)
+
+
+def corrupted_header(folder):
+    data = bytearray(weights(folder).read_bytes())
+    data[8:40] = b"\xff" * 32
+    weights(folder).write_bytes(data)
+
+
+def escaping_index(folder):
+    file = weights(folder)
+    keys = safetensors.numpy.load_file(file).keys()
+    shutil.move(file, folder / "shard.safetensors")
+    index = {"weight_map": dict.fromkeys(keys, "../shard.safetensors")}
+    Path(f"{file}.index.json").write_text(json.dumps(index))
+
+
+def wrong_shape(folder):
+    tensors = safetensors.numpy.load_file(weights(folder))
+    tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :2].copy()
+    safetensors.numpy.save_file(tensors, weights(folder))
+
+
+def missing_tensor(folder):
+    tensors = safetensors.numpy.load_file(weights(folder))
+    del tensors["conv_in.weight"]
+    safetensors.numpy.save_file(tensors, weights(folder))
+
+
+def unknown_architecture(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "HolographicUNet"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def unknown_pipeline(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "HolographicPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def not_a_number(folder):
+    file = weights(folder)
+    tensors = safetensors.numpy.load_file(file)
+    tensors["conv_in.weight"][0, 0, 0, 0] = np.nan
+    safetensors.numpy.save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (remove, "does not exist"),
+        (not_a_checkpoint, "is not a checkpoint"),
+        (truncated, "safetensors"),
+        (corrupted_header, "safetensors"),
+        (escaping_index, "points outside its folder"),
+        (wrong_shape, "conv_in.weight"),
+        (missing_tensor, "conv_in.weight"),
+        (unknown_architecture, "HolographicUNet"),
+        (unknown_pipeline, "HolographicPipeline"),
+        (not_a_number, "NaN or infinite"),
+    ],
+)
+def test_bad_checkpoints_are_told_in_a_sentence(broken, capsys, damage, text):
+    damage(broken)
+    there = set(broken.parent.iterdir())
+    out = broken.parent / "deeper" / "out"
+    for arguments in (
+        ["convert", broken, out],
+        ["erase", "--model", broken, "--concept", "three", "--output", out],
+        ["sample", "--model", broken, "--prompt", "three", "--output", out],
+    ):
+        refused(capsys, arguments, text)
+        assert set(broken.parent.iterdir()) == there
+
+
+def test_unwritable_outputs_are_refused_before_the_work(model, tmp_path, capsys):
+    occupied = tmp_path / "file"
+    occupied.write_text("mine")
+    below = occupied / "out"
+    nowhere = tmp_path / "no model"
+    for arguments in (
+        ["convert", nowhere, below],
+        ["erase", "--model", nowhere, "--concept", "three", "--output", below],
+        ["sample", "--model", nowhere, "--prompt", "three", "--output", below],
+        ["sample", "--model", nowhere, "--prompt", "three", "--output", below / "x.png"],
+        ["demo", "--model", nowhere, "--output", below],
+        ["glyphs", "train", "--workdir", nowhere, "--output", below],
+    ):
+        refused(capsys, arguments, "is not a folder, so")
+    assert occupied.read_text() == "mine" and os.listdir(tmp_path) == ["file"]
+
+
+def test_force_does_not_replace_what_is_no_result(model, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("dear")
+    for arguments in (
+        ["convert", model, tmp_path / "photos", "--force"],
+        ["demo", "--output", tmp_path / "photos", "--force"],
+        ["sample", "--prompt", "three", "--output", tmp_path / "photos", "--force"],
+    ):
+        refused(capsys, arguments, "does not look like an earlier result")
+    assert (tmp_path / "photos" / "cat.png").read_text() == "dear"
+
+
+def test_a_full_disk_leaves_nothing(model, tmp_path, capsys, monkeypatch):
+    def full(file, mode="r", *arguments, **options):
+        if "r" in mode:
+            return open(file, mode, *arguments, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    out = tmp_path / "deeper" / "out"
+    monkeypatch.setattr("conceptax.converters.safetensors_file.open", full, raising=False)
+    refused(capsys, ["convert", model, out], f"{out} could not be written: No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+# ---- demo and glyphs ----
+
+
+def test_demo_counts_shows_and_leaves_an_erased_model(model, tmp_path, capsys):
+    out = tmp_path / "demo"
+    arguments = ["demo", "--model", str(model), "--output", str(out), "--images", "16", *ERASE]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "“three” shown as itself" in shown and "other digits shown right" in shown
+    assert sorted(os.listdir(out)) == ["erased", "grid.png", "metrics.json", "report.html"]
+
+    record = json.loads((out / "metrics.json").read_text())
+    for when in ("before", "after"):
+        figures = record["figures"][when]
+        assert figures["plain"]["of"] == figures["others"]["of"] == 16
+        assert {"synonym 3", "synonym III", "synonym trio"} <= figures.keys()
+        assert all(0 <= each["low"] <= each["rate"] <= each["high"] <= 1
+                   for each in figures.values())  # fmt: skip
+    assert record["seconds"]["total"] > 0 and record["settings"]["cycles"] == 2
+
+    grid = read_png(out / "grid.png")
+    assert grid.width > 8 * 192 and grid.height > 5 * 192
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 7
+    assert "http" not in page and 'src="data:' in page and "<script" not in page
+    assert type(load_pytorch(out / "erased")).__name__ == "StableDiffusionPipeline"
+    assert os.listdir(tmp_path) == ["demo"]
+
+    refused(capsys, arguments, "already exists and is not empty")
+
+
+def test_a_built_model_is_written_measured_and_described(model, tmp_path):
+    from conceptax.cli import glyphs
+    from conceptax.flax_models.clip import CLIPModel
+    from conceptax.methods.glyphs.judge import load_judge
+
+    tokenizer = build_tokenizer()
+    config = recipe.clip_config(
+        len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length
+    )
+    clip = random_model(CLIPModel, config, np.random.default_rng(0), jnp.float32)
+    judge = load_judge(model / "judge")
+    command = glyphs.Command(measure=16)
+    quality = glyphs.publish(tmp_path, load_pytorch(model), clip, judge, command)
+
+    assert list(quality["sets"]) == [
+        "held-out wordings", "unseen combinations", "training wordings",
+    ]  # fmt: skip
+    assert all(found["digit"]["of"] == 16 for found in quality["sets"].values())
+    card = (tmp_path / "README.md").read_text()
+    assert glyphs.quality_table(quality) in card and "| roman |" in card
+    assert type(load_pytorch(tmp_path / "clip")).__name__ == "CLIPModel"
+    assert tensors_of(tmp_path / "clip")["clip/logit_scale"].dtype == np.float16
+    assert load_judge(tmp_path / "judge").measured == judge.measured
+    assert json.loads((tmp_path / "quality.json").read_text())["quality"]["sets"].keys()
