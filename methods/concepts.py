@@ -17,6 +17,11 @@ TEMPLATES = (
     "a picture of {}", "a picture of a {}", "this is a {}", "a painted {}", "a {} on a background",
     "a photo with a {} on it",
 )  # fmt: skip
+# The same with words of the vocabulary in them: "{w}" stands for one each.
+_CONTEXTS = (
+    "a {w} {}", "{} on {w}", "a {} and a {w}", "{w} with a {}", "a {w} {} on {w}",
+    "a photo of a {w} {}", "{w}, a {} in {w}", "the {} is {w}",
+)  # fmt: skip
 
 
 class ConceptError(ValueError):
@@ -30,13 +35,27 @@ class ConceptPrompts(NamedTuple):
       tokens: [T, L] prompts.
       free: [T, L] true at the template's own tokens, false at the concept, specials and padding.
       concept: [T, L] true at the concept's tokens.
+      without: [T, L] the templates with the anchor in the concept's place.
       phrase: [L] the bare concept.
     """
 
     tokens: Int[np.ndarray, "T L"]
     free: Bool[np.ndarray, "T L"]
     concept: Bool[np.ndarray, "T L"]
+    without: Int[np.ndarray, "T L"]
     phrase: Int[np.ndarray, " L"]
+
+
+def context_templates(words: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+    """`count` templates that put random `words` around a concept, so that it is met in company."""
+    rng = np.random.default_rng(seed)
+    templates = []
+    for _ in range(count):
+        pattern = _CONTEXTS[rng.integers(len(_CONTEXTS))]
+        while "{w}" in pattern:
+            pattern = pattern.replace("{w}", words[rng.integers(len(words))], 1)
+        templates.append(pattern)
+    return tuple(templates)
 
 
 def context_length(tokenizer: Any, max_positions: int) -> int:
@@ -66,9 +85,13 @@ def encode_phrases(
 
 
 def concept_prompts(
-    tokenizer: Any, concept: str, length: int, templates: Sequence[str] = TEMPLATES
+    tokenizer: Any,
+    concept: str,
+    length: int,
+    templates: Sequence[str] = TEMPLATES,
+    anchor: str = "",
 ) -> ConceptPrompts:
-    """Put a concept into templates and mark which tokens are whose.
+    """Put a concept, and the anchor, into templates and mark which tokens are whose.
 
     Raises:
       ConceptError: an empty concept, one that is too long for the context, or templates without
@@ -86,7 +109,7 @@ def concept_prompts(
     inner = tokenizer(concept, add_special_tokens=False)["input_ids"]
     if not inner:
         raise ConceptError(f"the tokenizer knows no token of the concept {concept!r}.")
-    rows, free, places = [], [], []
+    rows, free, places, without = [], [], [], []
     for template in templates:
         ids = tokenizer(template.format(concept), truncation=False)["input_ids"]
         start = _find(ids, inner)
@@ -98,12 +121,15 @@ def concept_prompts(
         words[1 : len(ids) - 1] = True  # between the start and the end token
         rows.append(encode_phrases(tokenizer, [template.format(concept)], length)[0])
         places.append(place)
+        without.append(
+            encode_phrases(tokenizer, [" ".join(template.format(anchor).split())], length)[0]
+        )
         free.append(words & ~place)
     if not rows:
         raise ConceptError(
             f"no template fits around {concept!r} in a context of {length} tokens; shorten it."
         )
-    return ConceptPrompts(np.stack(rows), np.stack(free), np.stack(places), phrase)
+    return ConceptPrompts(*map(np.stack, (rows, free, places, without)), phrase)
 
 
 def _find(ids: Sequence[int], part: Sequence[int]) -> int | None:

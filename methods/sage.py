@@ -34,6 +34,7 @@ from .concepts import (
     ConceptError,
     concept_prompts,
     context_length,
+    context_templates,
     encode_phrases,
     vocabulary_words,
 )
@@ -53,8 +54,10 @@ class SageConfig:
     """All settings of a SAGE run.
 
     Attributes:
-      anchor: what the concept is turned into; the empty prompt means "anything".
+      anchor: what the concept is turned into; the empty phrase means "nothing in particular". It
+        takes the concept's place in each prompt, so that the other words keep their effect.
       templates: phrases around the concept, "{}" its place.
+      contexts: how many templates are added with retained words in them ("a {word} {}").
       cycles: outer cycles, each one self-check and `erase_updates` updates.
       erase_updates: updates of the text encoder per cycle (M).
       prompts: plain prompts per cycle, and as many attacked ones (P).
@@ -89,29 +92,30 @@ class SageConfig:
 
     anchor: str = ""
     templates: tuple[str, ...] = TEMPLATES
-    cycles: int = 300
+    contexts: int = 96
+    cycles: int = 240
     erase_updates: int = 1
     prompts: int = 4
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
     check: Literal["anchor", "recall"] = "recall"
-    check_steps: int = 20
-    check_rate: float = 0.05
+    check_steps: int = 10
+    check_rate: float = 0.1
     check_optimizer: Literal["adam", "sign"] = "adam"
     check_weight: float = 1.0
     check_radius: float | None = None
     free_concept: bool = False
-    eta: float = 1.0
+    eta: float = 4.0
     latents: Literal["noise", "ddim"] = "noise"
-    min_timestep: float = 0.7
+    min_timestep: float = 0.5
     ddim_steps: int = 10
     ddim_samples: int = 16
     vocabulary: int = 2000
     similarity_cap: float = 0.9
     global_rows: int = 64
     global_form: Literal["cross", "self"] = "cross"
-    global_weight: float = 50.0
+    global_weight: float = 5.0
     local_rows: int = 4
     local_weight: float = 1.0
 
@@ -119,7 +123,8 @@ class SageConfig:
         for name, least in (
             ("cycles", 1), ("erase_updates", 1), ("prompts", 1), ("check_steps", 0),
             ("vocabulary", 1), ("global_rows", 1), ("local_rows", 1), ("ddim_steps", 1),
-            ("ddim_samples", 1), ("learning_rate", 0), ("check_rate", 0), ("check_weight", 0),
+            ("ddim_samples", 1), ("contexts", 0), ("learning_rate", 0), ("check_rate", 0),
+            ("check_weight", 0),
             ("global_weight", 0), ("local_weight", 0), ("weight_decay", 0), ("eta", 0),
         ):  # fmt: skip
             if not getattr(self, name) >= least:
@@ -308,15 +313,17 @@ def erase_step(
     config = static.config
     concept_key, prompt_key, update_key = jax.random.split(key, 3)
     which = jax.random.randint(concept_key, (), 0, frozen["tokens"].shape[0])
-    tokens, free, concept_pooled = (
-        frozen[name][which] for name in ("tokens", "free", "concept_pooled")
+    rows = jax.random.choice(prompt_key, frozen["tokens"].shape[1], (config.prompts,))
+    tokens, without, free = constrain_batch(
+        tuple(frozen[name][which, rows] for name in ("tokens", "without", "free"))
     )
-    rows = jax.random.choice(prompt_key, tokens.shape[0], (config.prompts,))
-    tokens, free = constrain_batch((tokens[rows], free[rows]))
+    concept_pooled = frozen["concept_pooled"][which]
     attacked, metrics = self_check(static, state.params, frozen, tokens, free, concept_pooled)
 
     def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
-        loss_of = functools.partial(_erase_loss, static, frozen, which, tokens, attacked, key)
+        loss_of = functools.partial(
+            _erase_loss, static, frozen, which, tokens, without, attacked, key
+        )
         (_, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         return apply_gradients(state, gradients, static.optimizer), parts
 
@@ -327,7 +334,8 @@ def erase_step(
 
 
 def _erase_loss(
-    static: SageStatic, frozen: Mapping[str, Any], which: Array, tokens: Array, attacked: Array,
+    static: SageStatic, frozen: Mapping[str, Any], which: Array, tokens: Array,
+    without: Array, attacked: Array,
     key: PRNGKeyArray, params: Any,
 ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """L_erase + lambda_g L_global + lambda_l L_local, and its parts."""
@@ -342,14 +350,11 @@ def _erase_loss(
     some = jax.random.choice(global_key, retained.shape[0], (config.global_rows,))
 
     # One latent per prompt, shared by its plain and its attacked form; one per retained phrase.
-    latents, timesteps = _draw_latents(
-        static, frozen, which, latent_key, tokens.shape[0] + config.local_rows
-    )
     prompts = tokens.shape[0]
+    latents, timesteps = _draw_latents(static, frozen, which, latent_key, prompts)
 
     # Targets, all without gradient: the anchor, the concept, the retained phrases.
-    anchor = jnp.broadcast_to(frozen["anchor_tokens"], tokens.shape)
-    original: CLIPTextOutput = before(jnp.concatenate([anchor, tokens, local]))
+    original: CLIPTextOutput = before(jnp.concatenate([without, tokens, local]))
     order = jnp.concatenate([jnp.arange(prompts), jnp.arange(latents.shape[0])])
     targets = jax.lax.stop_gradient(
         unet(*constrain_batch((latents[order], timesteps[order], original.last_hidden_state)))
@@ -381,16 +386,22 @@ def _erase_loss(
 
 
 def _draw_latents(
-    static: SageStatic, frozen: Mapping[str, Any], which: Array, key: PRNGKeyArray, size: int
+    static: SageStatic, frozen: Mapping[str, Any], which: Array, key: PRNGKeyArray, prompts: int
 ) -> tuple[Array, Array]:
-    """Latents [size, h, w, c] and timesteps [size] to compare predictions at."""
+    """Latents [P + R, h, w, c] and timesteps [P + R] to compare predictions at.
+
+    The first P are for prompts of concept `which`, the others for retained phrases.
+    """
+    config = static.config
+    size = prompts + config.local_rows
     first, second = jax.random.split(key)
-    if static.config.latents == "ddim":
-        cached, times = frozen["latents"][which], frozen["latent_times"]
-        sample = jax.random.randint(first, (size,), 0, cached.shape[1])
-        point = jax.random.randint(second, (size,), 0, cached.shape[0])
-        return cached[point, sample], times[point]
-    lowest = int(static.config.min_timestep * static.timesteps)
+    if config.latents == "ddim":
+        cached, times = frozen["latents"], frozen["latent_times"]
+        subject = jnp.where(jnp.arange(size) < prompts, which, cached.shape[0] - 1)
+        point = jax.random.randint(first, (size,), 0, cached.shape[1])
+        sample = jax.random.randint(second, (size,), 0, cached.shape[2])
+        return cached[subject, point, sample], times[point]
+    lowest = int(config.min_timestep * static.timesteps)
     times = jax.random.randint(first, (size,), lowest, static.timesteps)
     return jax.random.normal(second, (size, *static.latent_shape)), times
 
@@ -420,20 +431,24 @@ def prepare(
         raise ConceptError("no concept was given: name at least one, for example 'three'.")
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
     length = context_length(tokenizer, encoder.config.max_position_embeddings)
-    prompts = [concept_prompts(tokenizer, each, length, config.templates) for each in concepts]
-    if config.free_concept:
-        prompts = [each._replace(free=each.free | each.concept) for each in prompts]
+    bare = [concept_prompts(tokenizer, each, length, config.templates) for each in concepts]
 
     text, train, rest = split_trainable(encoder, config.trainable)
     train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
     original = nnx.to_pure_dict(nnx.state(encoder))
-    pool = jax.jit(lambda params, ids: nnx.merge(text, params)(ids).pooled.astype(jnp.float32))
-    concept_pooled = pool(original, np.stack([each.phrase for each in prompts]))
-    anchor_tokens = encode_phrases(tokenizer, [config.anchor], length)[0]
-    retained = _retained_phrases(
-        tokenizer, retain, concepts, config, length, lambda ids: pool(original, ids),
-        concept_pooled, seed,
-    )  # fmt: skip
+    jitted = jax.jit(lambda params, ids: nnx.merge(text, params)(ids).pooled.astype(jnp.float32))
+    pool = functools.partial(_in_chunks, functools.partial(jitted, original))
+    concept_pooled = pool(np.stack([each.phrase for each in bare]))
+    words = _retained_phrases(tokenizer, retain, concepts, config, length, pool, concept_pooled)
+    templates = config.templates + context_templates(words, config.contexts, seed)
+    prompts = [
+        concept_prompts(tokenizer, each, length, templates, config.anchor) for each in concepts
+    ]
+    if config.free_concept:
+        prompts = [each._replace(free=each.free | each.concept) for each in prompts]
+    rng = np.random.default_rng(seed)
+    framed = [templates[rng.integers(len(templates))].format(word) for word in words]
+    retained = encode_phrases(tokenizer, [*words, *framed], length)
 
     unet, unet_params = nnx.split(pipeline.unet)
     optimizer = _optimizer(config.learning_rate, config.weight_decay)
@@ -449,15 +464,15 @@ def prepare(
         "original": original,
         "unet": nnx.to_pure_dict(unet_params),
         "tokens": np.stack([each.tokens[:least] for each in prompts]),  # [C, T, L]
+        "without": np.stack([each.without[:least] for each in prompts]),
         "free": np.stack([each.free[:least] for each in prompts]),
         "concept_pooled": concept_pooled,  # [C, D]
-        "anchor_tokens": anchor_tokens,
-        "anchor_pooled": pool(original, anchor_tokens[None])[0],
+        "anchor_pooled": pool(encode_phrases(tokenizer, [config.anchor], length))[0],
         "embedding_rms": jnp.sqrt(
             jnp.mean(encoder.embeddings.token_embedding.embedding[...].astype(jnp.float32) ** 2)
         ),
         "retained_tokens": retained,  # [N, L]
-        "retained_pooled": _in_chunks(lambda ids: pool(original, ids), retained),
+        "retained_pooled": pool(retained),
     }
     if config.latents == "ddim":
         frozen |= _trajectories(static, frozen, schedule, seed)
@@ -481,17 +496,17 @@ def _in_chunks(function: Any, rows: np.ndarray, size: int = 256) -> Array:
 
 def _retained_phrases(
     tokenizer: Any, retain: Sequence[str] | None, concepts: Sequence[str], config: SageConfig,
-    length: int, pool: Any, concept_pooled: Array, seed: int,
-) -> np.ndarray:  # fmt: skip
-    """Tokens [N, L]: every phrase bare and in one template, unless it means the concept."""
+    length: int, pool: Any, concept_pooled: Array,
+) -> list[str]:  # fmt: skip
+    """The phrases to retain, less those that mean a concept."""
     phrases = list(retain) if retain is not None else vocabulary_words(tokenizer, config.vocabulary)
     if not phrases:
         raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
-    bare = encode_phrases(tokenizer, phrases, length)
-    closeness = cosine(_in_chunks(pool, bare)[:, None], concept_pooled[None]).max(axis=1)
+    states = pool(encode_phrases(tokenizer, phrases, length))
+    closeness = np.asarray(cosine(states[:, None], concept_pooled[None]).max(axis=1))
     kept = [
         phrase
-        for phrase, near in zip(phrases, np.asarray(closeness), strict=True)
+        for phrase, near in zip(phrases, closeness, strict=True)
         if near <= config.similarity_cap and phrase not in concepts
     ]
     if not kept:
@@ -499,15 +514,17 @@ def _retained_phrases(
             f"all {len(phrases)} retained phrases are closer to {list(concepts)} than "
             f"similarity_cap={config.similarity_cap}: raise it, or retain other phrases."
         )
-    rng = np.random.default_rng(seed)
-    framed = [config.templates[rng.integers(len(config.templates))].format(each) for each in kept]
-    return encode_phrases(tokenizer, kept + framed, length)
+    return kept
 
 
 def _trajectories(
     static: SageStatic, frozen: Mapping[str, Any], schedule: NoiseSchedule, seed: int
 ) -> dict[str, Array]:
-    """DDIM trajectories of the original model: latents [C, steps, samples, h, w, c], times."""
+    """DDIM trajectories of the original model under each concept and, last, retained phrases.
+
+    Returns:
+      latents [C + 1, steps, samples, h, w, c] and their times [steps].
+    """
     config = static.config
     sampler = make_sampler(schedule, "ddim", num_inference_steps=config.ddim_steps)
 
@@ -525,11 +542,9 @@ def _trajectories(
         start = jax.random.normal(noise_key, (config.ddim_samples, *static.latent_shape))
         return jax.lax.scan(step, start, jnp.arange(config.ddim_steps))[1]
 
-    keys = jax.random.split(jax.random.key(seed), len(frozen["tokens"]))
-    runs = [
-        run(sampler, frozen, tokens, key)
-        for tokens, key in zip(frozen["tokens"], keys, strict=True)
-    ]
+    subjects = [*frozen["tokens"], frozen["retained_tokens"]]
+    keys = jax.random.split(jax.random.key(seed), len(subjects))
+    runs = [run(sampler, frozen, *each) for each in zip(subjects, keys, strict=True)]
     return {"latents": jnp.stack(runs), "latent_times": jnp.asarray(sampler.timesteps)}
 
 

@@ -100,7 +100,7 @@ class Recipe:
 
 
 TEXT_RECIPE = Recipe(steps=500, batch_size=256, learning_rate=1e-3, weight_decay=0.05)
-VISION_RECIPE = Recipe(steps=1200, batch_size=96, learning_rate=1e-3, weight_decay=0.05)
+VISION_RECIPE = Recipe(steps=700, batch_size=96, learning_rate=1e-3, weight_decay=0.05)
 AUTOENCODER_RECIPE = Recipe(steps=1500, batch_size=16, learning_rate=2e-3, weight_decay=0.0)
 UNET_RECIPE = Recipe(steps=6000, batch_size=32, learning_rate=1e-3, ema=0.999)
 REFINE_RECIPE = Recipe(steps=2000, batch_size=32, learning_rate=6e-4, ema=0.998)
