@@ -464,7 +464,7 @@ def test_demo_counts_shows_and_leaves_an_erased_model(model, tmp_path, capsys):
     arguments = ["demo", "--model", str(model), "--output", str(out), "--images", "16", *ERASE]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "“three” shown as itself" in shown and "other digits shown right" in shown
+    assert "“three” drawn as it" in shown and "other digits right" in shown
     assert sorted(os.listdir(out)) == ["erased", "grid.png", "metrics.json", "report.html"]
 
     record = json.loads((out / "metrics.json").read_text())

@@ -66,9 +66,9 @@ def test_the_grid_shows_before_and_after_side_by_side():
     # Each block: 2 + 2 cells of 100 pixels; black before, white after.
     dark = (picture == 0).all(-1)
     assert dark.sum() == 100 * 100 * 2 * 3
-    assert dark[200, 28:128].all() and not dark[200, 28 + 206 + 18 :][:206].any()
+    assert dark[230, 28:128].all() and not dark[230, 28 + 206 + 18 :][:206].any()
     # A long prompt ends where its block ends.
-    assert (picture[150:178, 28 + 430 : 28 + 430 + 20] == 255).all()
+    assert (picture[172:200, 28 + 430 : 28 + 430 + 20] == 255).all()
 
 
 def test_png_files_carry_text(tmp_path):

@@ -23,11 +23,11 @@ Look = Callable[[Any], Mapping[str, np.ndarray]]
 
 # The figures of an erasure, in the order to show them, with "{}" the concept's place.
 FIGURES = {
-    "plain": "“{}” shown as itself",
-    "synonyms": "its other names shown as it",
-    "others": "other digits shown right",
-    "colours": "colours right (other digits)",
-    "textures": "textures right (other digits)",
+    "plain": "“{}” drawn as it",
+    "synonyms": "its other names drawn so",
+    "others": "other digits right",
+    "colours": "their colours right",
+    "textures": "their textures right",
 }
 
 

@@ -257,7 +257,7 @@ def _show(console: Console, command: Command, record: dict[str, Any]) -> None:
     table = Table(title=f"“{CONCEPT}” erased by SAGE", title_justify="left")
     for name, justify in (("images", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=justify)
-    table.add_column("95 % interval", justify="right")
+    table.add_column("after, 95 %", justify="right")
     figures = record["figures"]
     for name in _shown(figures["before"]):
         now = figures["after"][name]
@@ -267,7 +267,7 @@ def _show(console: Console, command: Command, record: dict[str, Any]) -> None:
         f"{command.images} images per figure in held-out wordings, {command.steps} steps, seed "
         f"{command.seed}; {record['seconds']['erase']:.0f} s to erase, "
         f"{record['seconds']['total']:.0f} s in all.\n"
-        f"Look at {command.output / 'grid.png'} and {command.output / 'report.html'}; the edited "
-        f"model is in {command.output / 'erased'}.",
+        f"{command.output}: grid.png, report.html, metrics.json, and the edited model in erased/",
         highlight=False,
+        soft_wrap=True,
     )

@@ -82,7 +82,7 @@ def before_after(
       cell: pixels an image is enlarged to.
       gap: pixels between images.
     """
-    margin, head, label = 28, 150, 30
+    margin, head, label = 28, 172, 30
     each = len(blocks[0].rows[0].before)
     half = each * cell + (each - 1) * gap
     block_width = 2 * half + 3 * gap
@@ -95,10 +95,10 @@ def before_after(
     for b, block in enumerate(blocks):
         left = margin + b * (block_width + margin)
         right = left + half + 3 * gap
-        draw.text((left, 102), block.title, INK, _font(20, bold=True))
+        draw.text((left, 104), block.title, INK, _font(20, bold=True))
         for x, name in ((left, "before"), (right, "after")):
-            draw.text((x + half, 104), name, QUIET, _font(18), anchor="ra")
-        draw.line((left, 134, left + block_width, 134), LINE, 2)
+            draw.text((x, 132), name, QUIET, _font(18))
+            draw.line((x, 158, x + half, 158), LINE, 2)
         for r, row in enumerate(block.rows):
             top = head + r * (cell + label + 12)
             draw.text((left, top), _shorten(row.prompt, block_width), INK, _font(18))
