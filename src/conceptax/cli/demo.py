@@ -227,8 +227,7 @@ def _report(
             f"that the model was never trained on; seed {command.seed}; in grey the 95 % Wilson "
             "intervals. The classifier learnt from handwriting that the model never saw"
             + _judge_accuracy(record["judge"])
-            + ". An image always gets some digit from it, so a vanished three counts as another "
-            "digit or none."
+            + ". It always names some digit: an image that shows none counts as another digit."
         ),
         grid=Picture(grid, "The same prompts before and after."),
         galleries=galleries,
@@ -238,7 +237,7 @@ def _report(
 
 def _judge_accuracy(measured: dict[str, Any]) -> str:
     accuracy = measured.get("digit", {}).get("accuracy")
-    return "" if accuracy is None else f" and names {100 * accuracy:.1f} % of real digits right"
+    return "" if accuracy is None else f" and names {100 * accuracy:.1f} % of its renders right"
 
 
 def _shown(figures: dict[str, Any]) -> list[str]:
@@ -249,15 +248,15 @@ def _shown(figures: dict[str, Any]) -> list[str]:
 
 def _label(name: str) -> str:
     if name.startswith("synonym "):
-        return f"    “{name.removeprefix('synonym ')}”"
+        return f"· “{name.removeprefix('synonym ')}”"
     return FIGURES[name].format(CONCEPT)
 
 
 def _show(console: Console, command: Command, record: dict[str, Any]) -> None:
     table = Table(title=f"“{CONCEPT}” erased by SAGE", title_justify="left")
-    for name, justify in (("images", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(name, justify=justify)
-    table.add_column("after, 95 %", justify="right")
+    table.add_column("images")
+    for name in ("before", "after", "after, 95 %"):
+        table.add_column(name, justify="right")
     figures = record["figures"]
     for name in _shown(figures["before"]):
         now = figures["after"][name]
