@@ -203,7 +203,8 @@ class UpBlock(_Layers):
             x = self.layer(index, x, time, context)
         if hasattr(self, "upsamplers"):
             # The next skip connection has the size to reach, also where it is odd.
-            x = self.upsamplers[0](x, skips[-1].shape[1:3])
+            height, width = skips[-1].shape[1:3]
+            x = self.upsamplers[0](x, (height, width))
         return x
 
 

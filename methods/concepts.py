@@ -53,7 +53,7 @@ def context_templates(words: Sequence[str], count: int, seed: int) -> tuple[str,
     for _ in range(count):
         pattern = _CONTEXTS[rng.integers(len(_CONTEXTS))]
         while "{w}" in pattern:
-            pattern = pattern.replace("{w}", words[rng.integers(len(words))], 1)
+            pattern = pattern.replace("{w}", words[int(rng.integers(len(words)))], 1)
         templates.append(pattern)
     return tuple(templates)
 
@@ -129,7 +129,9 @@ def concept_prompts(
         raise ConceptError(
             f"no template fits around {concept!r} in a context of {length} tokens; shorten it."
         )
-    return ConceptPrompts(*map(np.stack, (rows, free, places, without)), phrase)
+    return ConceptPrompts(
+        np.stack(rows), np.stack(free), np.stack(places), np.stack(without), phrase
+    )
 
 
 def _find(ids: Sequence[int], part: Sequence[int]) -> int | None:

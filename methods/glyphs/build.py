@@ -271,7 +271,8 @@ def _world(config: BuildConfig, workdir: Path) -> Mapping[str, np.ndarray]:
         for item in (items[i] for i in range(len(items))):
             for field in fields:
                 columns[field].append(item[field])
-        np.savez(path, **{field: np.asarray(column) for field, column in columns.items()})
+        arrays: dict[str, Any] = {field: np.asarray(column) for field, column in columns.items()}
+        np.savez(path, **arrays)
     return dict(np.load(path))
 
 

@@ -52,9 +52,9 @@ SCHEDULER: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def clip_config(vocab_size: int, bos: int, eos: int, max_length: int) -> CLIPConfig:
+def clip_config(vocab_size: int, bos: Any, eos: Any, max_length: int) -> CLIPConfig:
     """The small CLIP: both towers four layers of width 96."""
-    size = {
+    size: dict[str, Any] = {
         "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "projection_dim": 64,
     }  # fmt: skip
@@ -121,7 +121,8 @@ def parameter_ema(decay: float) -> optax.GradientTransformation:
         return updates, ParameterEmaState(mean)
 
     return optax.GradientTransformation(
-        lambda params: ParameterEmaState(jax.tree.map(jnp.copy, params)), update
+        lambda params: ParameterEmaState(jax.tree.map(jnp.copy, params)),
+        update,  # type: ignore[arg-type]  # without extra arguments
     )
 
 
