@@ -165,7 +165,14 @@ def _ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.nda
     centre = np.full(2, (spline.shape[0] - 1) / 2)
     offset = centre - matrix @ (np.full(2, (IMAGE_SIZE - 1) / 2) + shift)
     shape = (IMAGE_SIZE, IMAGE_SIZE)
-    field = ndimage.affine_transform(spline, matrix, tuple(offset), shape, order=3, prefilter=False)
+    field = ndimage.affine_transform(
+        spline,
+        matrix,
+        offset,
+        shape,
+        order=3,
+        prefilter=False,  # type: ignore[arg-type]
+    )
     return _smoothstep(field, 0.42 + weight, 0.62 + weight)
 
 
