@@ -163,16 +163,9 @@ def _ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.nda
     form = np.array([[1.0 / stretch, 0.0], [shear, stretch]])
     matrix = rotation @ form / (_PIXELS_PER_CELL * scale)  # output pixel -> digit cell
     centre = np.full(2, (spline.shape[0] - 1) / 2)
-    offset = centre - matrix @ (np.full(2, (IMAGE_SIZE - 1) / 2) + shift)
+    offset: Any = centre - matrix @ (np.full(2, (IMAGE_SIZE - 1) / 2) + shift)
     shape = (IMAGE_SIZE, IMAGE_SIZE)
-    field = ndimage.affine_transform(
-        spline,
-        matrix,
-        offset,
-        shape,
-        order=3,
-        prefilter=False,  # type: ignore[arg-type]
-    )
+    field = ndimage.affine_transform(spline, matrix, offset, shape, order=3, prefilter=False)
     return _smoothstep(field, 0.42 + weight, 0.62 + weight)
 
 
