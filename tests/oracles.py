@@ -161,17 +161,18 @@ def jax_results(oracle: Oracle, model: nnx.Module):
     """The same from our model."""
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
+    fixed = {key: jnp.asarray(value) for key, value in oracle.fixed.items()}
 
     @jax.jit
     def run(params: Any, inputs: Any, weights: Any) -> Any:
         def weighted(params: Any, inputs: Any) -> Any:
-            output = oracle.jax_call(nnx.merge(graphdef, params), **inputs, **oracle.fixed)
+            output = oracle.jax_call(nnx.merge(graphdef, params), **inputs, **fixed)
             return jnp.sum(output * weights), output
 
         return jax.grad(weighted, argnums=(0, 1), has_aux=True)(params, inputs)
 
     shape = jax.eval_shape(
-        lambda p: oracle.jax_call(nnx.merge(graphdef, p), **oracle.inputs, **oracle.fixed), params
+        lambda p, x: oracle.jax_call(nnx.merge(graphdef, p), **x, **fixed), params, oracle.inputs
     ).shape
     weights = np.random.default_rng(7).normal(size=shape)
     with jax.default_matmul_precision("highest"):

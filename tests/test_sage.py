@@ -72,8 +72,8 @@ def _cos(a, b):
 @pytest.mark.parametrize("form", ["anchor", "recall"])
 def test_self_check_objective(form):
     rng = np.random.default_rng(0)
-    original, current = rng.normal(size=(2, 3, 5))
-    concept, anchor = rng.normal(size=(2, 5))
+    original, current = jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32)
+    concept, anchor = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
     received = sage.self_check_objective(original, current, concept, anchor, form=form, weight=0.7)
     for i in range(3):
         second = _cos(current[i], anchor) if form == "anchor" else 1 - _cos(current[i], concept)
@@ -83,8 +83,8 @@ def test_self_check_objective(form):
 @pytest.mark.parametrize("form", ["cross", "self"])
 def test_global_retention_loss(form):
     rng = np.random.default_rng(1)
-    now, before = rng.normal(size=(2, 4, 6))
-    every = before if form == "self" else rng.normal(size=(7, 6))
+    now, before = jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32)
+    every = before if form == "self" else jnp.asarray(rng.normal(size=(7, 6)), jnp.float32)
     related = now if form == "self" else every
     wanted = np.mean(
         [
