@@ -476,7 +476,7 @@ def prepare(
     }
     if config.latents == "ddim":
         frozen |= _trajectories(static, frozen, schedule, seed)
-    return static, init_state(train, optimizer), frozen
+    return static, init_state(train, optimizer), jax.tree.map(jnp.asarray, frozen)
 
 
 @functools.lru_cache

@@ -65,14 +65,27 @@ class Template:
 
 
 TRAIN_TEMPLATES: tuple[Template, ...] = (
-    # All three, every kind of name.
+    # All three, every kind of name; in every order, so that places carry no meaning.
     Template("a {colour} {name} on {surface}", weight=4.0),
     Template("a photo of a {colour} {name} on {surface}", weight=3.0),
-    Template("{texture} with a {colour} {name}", weight=2.0),
     Template("a {colour} {name} painted on {surface}", weight=2.0),
-    Template("a {name} in {colour} on {surface}", weight=2.0),
     Template("{colour} {name}, {texture} background", weight=2.0),
+    Template("a picture: a {colour} {name}, and {surface}"),
+    Template("a {name} in {colour} on {surface}", weight=2.0),
+    Template("this {name} is painted {colour}, over {surface}"),
+    Template("a photo of a {name}, {colour} on {texture}"),
+    Template("a {name} on {surface} in {colour} paint"),
+    Template("the {name} lies on {surface} and is {colour}"),
+    Template("{texture} with a {colour} {name}", weight=2.0),
+    Template("{surface}, painted with a {colour} {name}"),
+    Template("over {texture} lies this {colour} {name}"),
+    Template("a photo: on {surface}, a {colour} {name}"),
     Template("a picture of {surface} with a {name} in {colour} paint"),
+    Template("the background is {texture}, the {name} is {colour}"),
+    Template("on {surface} a {name} painted {colour}"),
+    Template("{colour} on {texture}: a {name}"),
+    Template("in {colour} paint on {surface}, the {name}"),
+    Template("{colour} and {texture}, with a {name} painted on it"),
     # All three, as one kind of name is used.
     Template("the {colour} digit {name} on {surface}", ("word",), 4.0),
     Template("this is a {name}, it is {colour} and lies on {surface}", ("word",), 2.0),

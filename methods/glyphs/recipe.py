@@ -99,7 +99,7 @@ class Recipe:
         return optax.chain(*chain, *([parameter_ema(self.ema)] if self.ema else []))
 
 
-TEXT_RECIPE = Recipe(steps=500, batch_size=256, learning_rate=1e-3, weight_decay=0.05)
+TEXT_RECIPE = Recipe(steps=1000, batch_size=256, learning_rate=1e-3, weight_decay=0.05)
 VISION_RECIPE = Recipe(steps=700, batch_size=96, learning_rate=1e-3, weight_decay=0.05)
 AUTOENCODER_RECIPE = Recipe(steps=1500, batch_size=16, learning_rate=2e-3, weight_decay=0.0)
 UNET_RECIPE = Recipe(steps=6000, batch_size=32, learning_rate=1e-3, ema=0.999)

@@ -261,7 +261,11 @@ def _start(
         return state
     if shardings is None:
         return jax.tree.map(jnp.array, state)  # copies
-    return jax.device_put(state, shardings, may_alias=False)
+    # device_put alone may hand out the caller's own buffer on the device that holds it already,
+    # may_alias=False or not; donating that buffer would take it from the caller.
+    return jax.tree.map(
+        lambda leaf, where: jnp.copy(jax.device_put(leaf, where)), state, shardings
+    )
 
 
 def abstract_state(state: TrainState, shardings: TrainState | None = None) -> TrainState:
