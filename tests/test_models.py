@@ -1,7 +1,8 @@
 """Parity of the ports with diffusers and transformers: outputs and all gradients.
 
-The exact values are torch's in float64.  Our float32 error may be twice torch's own float32 error
-plus 1e-6: two float32 programs differ by their order of summation.
+The exact values are torch's in float64.  Every tensor is within 1e-5 of them, or within twice
+torch's own float32 error where that is larger; all parameters' gradients together are within twice
+torch's error plus 1e-6.  Two float32 programs differ by their order of summation.
 """
 
 import jax
@@ -50,21 +51,32 @@ def test_parity(name, torch, tmp_path):
     received = oracles.jax_results(oracle, load_pytorch(tmp_path))
 
     def check(what, ours, theirs, reference):
-        allowed = 2 * oracles.relative_error(theirs, reference) + 1e-6
+        allowed = max(1e-5, 2 * oracles.relative_error(theirs, reference))
         assert oracles.relative_error(ours, reference) <= allowed, what
 
     check("output", received[0], single[0], exact[0])
     for key in oracle.inputs:
         check(f"gradient of {key}", received[1][key], single[1][key], exact[1][key])
-    stored = {key.removeprefix("text_model.") if kind == "clip_text" else key for key in exact[2]}
-    assert stored == set(received[2])
-    largest = max(np.linalg.norm(g) for g in exact[2].values() if g is not None)
-    for key, gradient in exact[2].items():
-        ours = received[2][key.removeprefix("text_model.") if kind == "clip_text" else key]
-        if gradient is None:
-            assert not ours.any(), key
-        elif np.linalg.norm(gradient) > 1e-6 * largest:  # keys' biases: exactly zero in theory
-            check(f"gradient of {key}", ours, single[2][key], gradient)
+    names = {
+        key: key.removeprefix("text_model.") if kind == "clip_text" else key for key in exact[2]
+    }
+    assert set(names.values()) == set(received[2])
+    assert not any(received[2][names[key]].any() for key, g in exact[2].items() if g is None)
+    gradients = {key: g for key, g in exact[2].items() if g is not None}
+    largest = max(np.linalg.norm(gradient) for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        if np.linalg.norm(gradient) > 1e-6 * largest:  # keys' biases: exactly zero in theory
+            check(f"gradient of {key}", received[2][names[key]], single[2][key], gradient)
+    ours, theirs, reference = (
+        np.concatenate([np.ravel(part) for part in parts])
+        for parts in (
+            [received[2][names[key]] for key in gradients],
+            [single[2][key] for key in gradients],
+            gradients.values(),
+        )
+    )
+    allowed = 2 * oracles.relative_error(theirs, reference) + 1e-6
+    assert oracles.relative_error(ours, reference) <= allowed, "all gradients"
 
 
 @pytest.mark.parametrize("kind", ["unet", "autoencoder", "clip_text"])

@@ -263,9 +263,7 @@ def _start(
         return jax.tree.map(jnp.array, state)  # copies
     # device_put alone may hand out the caller's own buffer on the device that holds it already,
     # may_alias=False or not; donating that buffer would take it from the caller.
-    return jax.tree.map(
-        lambda leaf, where: jnp.copy(jax.device_put(leaf, where)), state, shardings
-    )
+    return jax.tree.map(lambda leaf, where: jnp.copy(jax.device_put(leaf, where)), state, shardings)
 
 
 def abstract_state(state: TrainState, shardings: TrainState | None = None) -> TrainState:
