@@ -110,6 +110,7 @@ def test_total_loss_and_gradient_follow_the_equations(pipeline, prepared):
     static, state, frozen = prepared
     key = jax.random.key(5)
     tokens, without = (jnp.asarray(frozen[name][0]) for name in ("tokens", "without"))
+    ends_of_text = np.argmax(tokens, axis=1)
     attacked = 0.1 + jnp.asarray(
         pipeline.text_encoder.embeddings.token_embedding(tokens), jnp.float32
     )
@@ -132,7 +133,7 @@ def test_total_loss_and_gradient_follow_the_equations(pipeline, prepared):
         for i in range(2):
             anchor = e(i, t0(without[i : i + 1])[0])
             y = anchor - config.eta * (e(i, t0(tokens[i : i + 1])[0]) - anchor)
-            ends = jnp.array([int(np.argmax(tokens[i]))])
+            ends = jnp.array([ends_of_text[i]])
             for hidden in (
                 t(tokens[i : i + 1])[0],
                 t(inputs_embeds=attacked[i : i + 1], eos_positions=ends)[0],
