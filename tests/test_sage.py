@@ -24,7 +24,7 @@ from conceptax.methods.training import leaf_paths, make_mesh, step_key, train
 TINY = SageConfig(
     cycles=4, prompts=2, check_steps=3, check_rate=0.1, vocabulary=40, similarity_cap=1.0,
     global_rows=5, local_rows=2, learning_rate=1e-3, templates=("a {}", "a photo of a {}"),
-    contexts=0,
+    contexts=0, frames=1,
 )  # fmt: skip
 
 
