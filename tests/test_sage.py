@@ -261,7 +261,7 @@ def test_erasing_brings_the_erase_loss_down(prepared, cycle):
     "changes",
     [
         {"latents": "ddim", "ddim_steps": 2, "ddim_samples": 2},
-        {"erase_updates": 2, "check": "anchor", "global_form": "self", "free_concept": True},
+        {"erase_updates": 2, "check": "anchor", "global_form": "self", "free_concept": False},
     ],
 )
 def test_options_run(pipeline, changes):
