@@ -126,7 +126,8 @@ class SageConfig:
             ("cycles", 1), ("erase_updates", 1), ("prompts", 1), ("check_steps", 0),
             ("vocabulary", 1), ("global_rows", 1), ("local_rows", 1), ("ddim_steps", 1),
             ("ddim_samples", 1), ("contexts", 0), ("frames", 0), ("learning_rate", 0),
-            ("check_rate", 0), ("check_weight", 0), ("global_weight", 0), ("local_weight", 0), ("weight_decay", 0), ("eta", 0),
+            ("check_rate", 0), ("check_weight", 0), ("global_weight", 0),
+            ("local_weight", 0), ("weight_decay", 0), ("eta", 0),
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ValueError(
