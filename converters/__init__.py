@@ -2,7 +2,7 @@
 
 from .errors import CheckpointError, ConversionError, OutputError
 from .output import atomic_folder
-from .pytorch import load_pytorch, save_pytorch
+from .pytorch import load_pytorch, save_changes, save_pytorch
 
 __all__ = [
     "CheckpointError",
@@ -10,5 +10,6 @@ __all__ = [
     "OutputError",
     "atomic_folder",
     "load_pytorch",
+    "save_changes",
     "save_pytorch",
 ]

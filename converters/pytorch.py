@@ -302,6 +302,45 @@ def save_pytorch(
     return FilePath(path)
 
 
+def save_changes(
+    edited: nnx.Module, original: nnx.Module, path: FilePath | str, *, dtype: Any = None
+) -> list[str]:
+    """Write the tensors in which an edited model differs from its original as a safetensors file.
+
+    Its keys are those of the whole model's file, so `load_state_dict(..., strict=False)` of the
+    PyTorch model accepts it: nothing unexpected, and what is missing stays as it was.
+
+    Args:
+      edited, original: models of one architecture.
+      path: the file to make; its folder exists.
+      dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
+
+    Returns:
+      the keys that were written, sorted.
+
+    Raises:
+      ValueError: the models differ in their parameters' names or shapes.
+      OutputError: no tensor differs, or a parameter is NaN or infinite.
+    """
+    specs, before, after = tensor_specs(edited), variables(original), variables(edited)
+    if {spec.path: spec.shape for spec in specs} != {
+        spec.path: spec.shape for spec in tensor_specs(original)
+    }:
+        raise ValueError("the edited model and the original are not of one architecture.")
+    changed = [
+        spec
+        for spec in specs
+        if not np.array_equal(
+            _on_host(after[spec.path].get_value()), _on_host(before[spec.path].get_value())
+        )
+    ]
+    if not changed:
+        raise OutputError("the edited model equals the original: there is no change to write.")
+    tensors = _pending(edited, changed, None if dtype is None else np.dtype(dtype))
+    write_safetensors(FilePath(path), tensors, {"format": "pt"})
+    return sorted(tensor.key for tensor in tensors)
+
+
 def _bytes(size: int | str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     if isinstance(size, str):
@@ -362,10 +401,17 @@ def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
 
 
 def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, limit: int) -> None:
+    tensors = _pending(model, tensor_specs(model), dtype)
+    _write_json(folder / "config.json", _published_config(model, dtype))
+    _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)
+
+
+def _pending(model: Any, specs: list[TensorSpec], dtype: np.dtype | None) -> list[PendingTensor]:
+    """The tensors of some of a model's parameters, under their names on disk."""
     slots = variables(model)
     prefix = getattr(model, "pytorch_prefix", "")
     tensors = []
-    for spec in tensor_specs(model):
+    for spec in specs:
         array = slots[spec.path].get_value()
         kind = np.dtype(array.dtype) if dtype is None else dtype
         if kind not in FLOAT_NAMES:
@@ -374,8 +420,7 @@ def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, li
             )
         produce = functools.partial(_export, spec, array, kind)
         tensors.append(PendingTensor(prefix + spec.key, kind, spec.shape, produce))
-    _write_json(folder / "config.json", _published_config(model, dtype))
-    _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)
+    return tensors
 
 
 def _write_weights(folder: FilePath, stem: str, tensors: list[PendingTensor], limit: int) -> None:

@@ -22,27 +22,29 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..flax_models.clip import CLIPTextOutput, pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
-from .concepts import (
-    TEMPLATES,
-    ConceptError,
-    concept_prompts,
-    context_length,
-    context_templates,
-    encode_phrases,
-    vocabulary_words,
+from .concepts import TEMPLATES, encode_phrases
+from .phrases import (
+    Retained,
+    concept_states,
+    framed_phrases,
+    pooled_states,
+    retained_phrases,
+    stacked_prompts,
+    text_length,
 )
-from .sampling import NoiseSchedule, make_sampler
+from .sampling import NoiseSchedule, make_sampler, noise_latents
+from .settings import check_settings
 from .training import (
     TrainState,
     apply_gradients,
     constrain_batch,
+    cosine_adamw,
     init_state,
     split_trainable,
     train,
@@ -122,29 +124,21 @@ class SageConfig:
     local_weight: float = 4.0
 
     def __post_init__(self):
-        for name, least in (
-            ("cycles", 1), ("erase_updates", 1), ("prompts", 1), ("check_steps", 0),
-            ("vocabulary", 1), ("global_rows", 1), ("local_rows", 1), ("ddim_steps", 1),
-            ("ddim_samples", 1), ("contexts", 0), ("frames", 0), ("learning_rate", 0),
-            ("check_rate", 0), ("check_weight", 0), ("global_weight", 0),
-            ("local_weight", 0), ("weight_decay", 0), ("eta", 0),
-        ):  # fmt: skip
-            if not getattr(self, name) >= least:
-                raise ValueError(
-                    f"{name} must be at least {least}, received {getattr(self, name)}."
-                )
-        if not 0 <= self.min_timestep < 1:
-            raise ValueError(f"min_timestep is a fraction in [0, 1), received {self.min_timestep}.")
-        if not -1 <= self.similarity_cap <= 1:
-            raise ValueError(f"similarity_cap is a cosine, received {self.similarity_cap}.")
+        check_settings(
+            self,
+            least={
+                "cycles": 1, "erase_updates": 1, "prompts": 1, "check_steps": 0, "vocabulary": 1,
+                "global_rows": 1, "local_rows": 1, "ddim_steps": 1, "ddim_samples": 1,
+                "contexts": 0, "frames": 0, "learning_rate": 0, "check_rate": 0, "check_weight": 0,
+                "global_weight": 0, "local_weight": 0, "weight_decay": 0, "eta": 0,
+            },
+            accepted={
+                "check": ("anchor", "recall"), "check_optimizer": ("adam", "sign"),
+                "latents": ("noise", "ddim"), "global_form": ("cross", "self"),
+            },
+        )  # fmt: skip
         if self.check_radius is not None and not self.check_radius > 0:
             raise ValueError(f"check_radius must be positive or None, got {self.check_radius}.")
-        for name, accepted in (
-            ("check", ("anchor", "recall")), ("check_optimizer", ("adam", "sign")),
-            ("latents", ("noise", "ddim")), ("global_form", ("cross", "self")),
-        ):  # fmt: skip
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} accepts {accepted}, received {getattr(self, name)!r}.")
 
 
 # ---- losses: functions of arrays ----
@@ -396,16 +390,14 @@ def _draw_latents(
     """
     config = static.config
     size = prompts + config.local_rows
-    first, second = jax.random.split(key)
     if config.latents == "ddim":
+        first, second = jax.random.split(key)
         cached, times = frozen["latents"], frozen["latent_times"]
         subject = jnp.where(jnp.arange(size) < prompts, which, cached.shape[0] - 1)
         point = jax.random.randint(first, (size,), 0, cached.shape[1])
         sample = jax.random.randint(second, (size,), 0, cached.shape[2])
         return cached[subject, point, sample], times[point]
-    lowest = int(config.min_timestep * static.timesteps)
-    times = jax.random.randint(first, (size,), lowest, static.timesteps)
-    return jax.random.normal(second, (size, *static.latent_shape)), times
+    return noise_latents(key, size, static.latent_shape, static.timesteps, config.min_timestep)
 
 
 # ---- from a pipeline to a run, and back ----
@@ -413,7 +405,7 @@ def _draw_latents(
 
 def prepare(
     pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig, *,
-    retain: Sequence[str] | None = None, seed: int = 0,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0,
 ) -> tuple[SageStatic, TrainState, dict[str, Any]]:  # fmt: skip
     """Everything `erase_step` needs, computed once.
 
@@ -422,42 +414,26 @@ def prepare(
       concepts: what to erase, one phrase each.
       config: settings.
       retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary. Those
-        closer to a concept than `config.similarity_cap` are dropped in either case.
+        closer to a concept than `config.similarity_cap` are set aside in either case: see
+        `phrases.retained_phrases`, whose result is taken too.
       seed: of the cached trajectories and the templates around retained phrases.
 
     Raises:
       ConceptError: no or unusable concepts, or nothing left to retain.
       ValueError: a pattern of trainable parameters that matches nothing.
     """
-    if not concepts:
-        raise ConceptError("no concept was given: name at least one, for example 'three'.")
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
-    length = context_length(tokenizer, encoder.config.max_position_embeddings)
-    bare = [concept_prompts(tokenizer, each, length, config.templates) for each in concepts]
+    length = text_length(pipeline)
+    words = retained_phrases(pipeline, concepts, config, retain).kept
+    prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
+    framed = framed_phrases(words, prompts.templates, config.frames, seed)
+    retained = encode_phrases(tokenizer, framed, length)
+    anchor = encode_phrases(tokenizer, [config.anchor], length)
 
     text, train, rest = split_trainable(encoder, config.trainable)
     train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
-    original = nnx.to_pure_dict(nnx.state(encoder))
-    jitted = jax.jit(lambda params, ids: nnx.merge(text, params)(ids).pooled.astype(jnp.float32))
-    pool = functools.partial(_in_chunks, functools.partial(jitted, original))
-    concept_pooled = pool(np.stack([each.phrase for each in bare]))
-    words = _retained_phrases(tokenizer, retain, concepts, config, length, pool, concept_pooled)
-    templates = config.templates + context_templates(words, config.contexts, seed)
-    prompts = [
-        concept_prompts(tokenizer, each, length, templates, config.anchor) for each in concepts
-    ]
-    if config.free_concept:
-        prompts = [each._replace(free=each.free | each.concept) for each in prompts]
-    rng = np.random.default_rng(seed)
-    framed = [
-        templates[rng.integers(len(templates))].format(word)
-        for _ in range(config.frames)
-        for word in words
-    ]
-    retained = encode_phrases(tokenizer, [*words, *framed], length)
-
     unet, unet_params = nnx.split(pipeline.unet)
-    optimizer = _optimizer(
+    optimizer = cosine_adamw(
         config.learning_rate, config.weight_decay, config.cycles * config.erase_updates
     )
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
@@ -466,64 +442,24 @@ def prepare(
         text, unet, optimizer, config, schedule.num_train_timesteps,
         (size, size, pipeline.unet.config.in_channels),
     )  # fmt: skip
-    least = min(len(each.tokens) for each in prompts)  # a long concept fits fewer templates
     frozen = {
         "text": rest,
-        "original": original,
+        "original": nnx.to_pure_dict(nnx.state(encoder)),
         "unet": nnx.to_pure_dict(unet_params),
-        "tokens": np.stack([each.tokens[:least] for each in prompts]),  # [C, T, L]
-        "without": np.stack([each.without[:least] for each in prompts]),
-        "free": np.stack([each.free[:least] for each in prompts]),
-        "concept_pooled": concept_pooled,  # [C, D]
-        "anchor_pooled": pool(encode_phrases(tokenizer, [config.anchor], length))[0],
+        "tokens": prompts.tokens,  # [C, T, L]
+        "without": prompts.without,
+        "free": prompts.free | prompts.concept if config.free_concept else prompts.free,
+        "concept_pooled": concept_states(pipeline, concepts),  # [C, D]
+        "anchor_pooled": pooled_states(encoder, anchor)[0],
         "embedding_rms": jnp.sqrt(
             jnp.mean(encoder.embeddings.token_embedding.embedding[...].astype(jnp.float32) ** 2)
         ),
         "retained_tokens": retained,  # [N, L]
-        "retained_pooled": pool(retained),
+        "retained_pooled": pooled_states(encoder, retained),
     }
     if config.latents == "ddim":
         frozen |= _trajectories(static, frozen, schedule, seed)
     return static, init_state(train, optimizer), jax.tree.map(jnp.asarray, frozen)
-
-
-@functools.lru_cache
-def _optimizer(
-    learning_rate: float, weight_decay: float, updates: int
-) -> optax.GradientTransformation:
-    """One object per setting, so that equal runs share their compiled step."""
-    rate = optax.cosine_decay_schedule(learning_rate, updates)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))
-
-
-def _in_chunks(function: Any, rows: np.ndarray, size: int = 256) -> Array:
-    """`function` of [N, ...] rows, `size` at a time, compiled once."""
-    padded = np.pad(rows, ((0, -len(rows) % size), (0, 0)), mode="edge")
-    parts = [function(padded[i : i + size]) for i in range(0, len(padded), size)]
-    return jnp.concatenate(parts)[: len(rows)]
-
-
-def _retained_phrases(
-    tokenizer: Any, retain: Sequence[str] | None, concepts: Sequence[str], config: SageConfig,
-    length: int, pool: Any, concept_pooled: Array,
-) -> list[str]:  # fmt: skip
-    """The phrases to retain, less those that mean a concept."""
-    phrases = list(retain) if retain is not None else vocabulary_words(tokenizer, config.vocabulary)
-    if not phrases:
-        raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
-    states = pool(encode_phrases(tokenizer, phrases, length))
-    closeness = np.asarray(cosine(states[:, None], concept_pooled[None]).max(axis=1))
-    kept = [
-        phrase
-        for phrase, near in zip(phrases, closeness, strict=True)
-        if near <= config.similarity_cap and phrase not in concepts
-    ]
-    if not kept:
-        raise ConceptError(
-            f"all {len(phrases)} retained phrases are closer to {list(concepts)} than "
-            f"similarity_cap={config.similarity_cap}: raise it, or retain other phrases."
-        )
-    return kept
 
 
 def _trajectories(
@@ -564,7 +500,7 @@ def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Mapping[s
 
 def erase(
     pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig | None = None, *,
-    retain: Sequence[str] | None = None, seed: int = 0, **options: Any,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """Erase concepts and return the pipeline with the edited text encoder in its place.
 

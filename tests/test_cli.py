@@ -23,6 +23,7 @@ from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods.erasing import METHODS
 from conceptax.methods.glyphs import recipe
 from conceptax.methods.glyphs.judge import Judge, save_judge
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
@@ -283,6 +284,75 @@ def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
     component[2] = model / "unet"
     refused(capsys, component, "needs the whole pipeline")
     assert os.listdir(tmp_path) == ["empty.txt"]
+
+
+def test_each_method_has_settings_of_its_own(capsys):
+    def shown(*arguments):
+        assert main(["erase", *arguments, "--help"]) == 0
+        return capsys.readouterr().out
+
+    sage, word = shown(), shown("--method", "word")
+    assert "--check-steps" in sage and shown("--method=sage") == sage
+    assert "--check-steps" not in word and "--global-weight" in word
+    assert "--erase-weight" in shown("--method", "uce")
+    assert "--untrained" in shown("--method", "esd-u")
+    assert "--attack-steps" in shown("--method", "advunlearn")
+    for name in METHODS:
+        text = shown("--method", name)
+        assert "--anchor" in text and "│ (default" not in text.replace("  ", "")
+    assert main(["erase", "--concept", "three", "--method", "uce", "--cycles", "3"]) == 2
+    assert "--cycles" in capsys.readouterr().err
+    assert main(["erase", "--concept", "three", "--method", "magic"]) == 2
+    assert "magic" in capsys.readouterr().err
+
+
+def test_a_rival_edits_the_unet_and_exports_it(model, tmp_path, capsys):
+    words = tmp_path / "concepts.txt"
+    words.write_text("three\n# and\nseven\n")
+    base = ["erase", "--model", model, "--method", "uce", "--concept", words]
+    base = [str(argument) for argument in [*base, "--contexts", "2", "--frames", "0"]]
+    assert main([*base, "--output", str(tmp_path / "whole")]) == 0
+    out = capsys.readouterr().out
+    assert "not retained, because closer to a concept than 0.95: 'three' (1.00 to 'three')" in out
+    assert "erased 'three', 'seven' with UCE" in out
+    before, after = tensors_of(model), tensors_of(tmp_path / "whole")
+    changed = {key for key, value in after.items() if not np.array_equal(value, before[key])}
+    assert changed and all(".attn2.to_" in key and key.startswith("unet/") for key in changed)
+    assert all(value.dtype == np.float16 for value in after.values())
+    record = json.loads((tmp_path / "whole" / "erasing.json").read_text())
+    assert record["method"] == "UCE" and record["concepts"] == ["three", "seven"]
+    near = {(each["phrase"], each["concept"]) for each in record["not_retained"]}
+    assert {("three", "three"), ("seven", "seven")} <= near
+    assert not (tmp_path / "whole" / "training.jsonl").exists()
+
+    assert main([*base, "--output", str(tmp_path / "unet"), "--export", "unet"]) == 0
+    assert type(load_pytorch(tmp_path / "unet")).__name__ == "UNet2DConditionModel"
+    for _ in range(2):  # replaced by its record alone
+        changes = [*base, "--output", str(tmp_path / "changes"), "--export", "changes", "--force"]
+        assert main(changes) == 0
+    assert sorted(os.listdir(tmp_path / "changes")) == ["erasing.json", "unet_changes.safetensors"]
+    found = tensors_of(tmp_path / "changes")
+    assert {key.split("/", 1)[1] for key in found} == {key.split("/", 1)[1] for key in changed}
+    capsys.readouterr()
+    refused(capsys, [*base, "--output", tmp_path / "x", "--export", "text-encoder"],
+            "UCE edits the unet and leaves the text-encoder as it was")  # fmt: skip
+    refused(capsys, [*base, "--output", tmp_path / "x", "--mesh", "1", "1"], "is a closed form")
+
+
+def test_esd_says_that_it_retains_nothing(model, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("four\nred\n")
+    arguments = ["erase", "--model", model, "--method", "esd-x", "--concept", "three"]
+    arguments += ["--retain", words, "--output", tmp_path / "out", "--similarity-cap", "1"]
+    arguments += ["--cycles", "2", "--prompts", "2", "--ddim-steps", "2", "--learning-rate", "0.1"]
+    assert main([str(argument) for argument in arguments]) == 0
+    record = json.loads((tmp_path / "out" / "erasing.json").read_text())
+    assert record["retained_phrases"] == "none: the method retains nothing"
+    assert record["words_beside_the_concept"] == ["four", "red"]
+    assert len((tmp_path / "out" / "training.jsonl").read_text().splitlines()) == 2
+    before, after = tensors_of(model), tensors_of(tmp_path / "out")
+    changed = {key for key, value in after.items() if not np.array_equal(value, before[key])}
+    assert changed and all(".attn2." in key for key in changed)
 
 
 def test_a_diverging_run_writes_nothing(model, tmp_path, capsys):

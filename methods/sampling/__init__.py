@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .ddim import DDIMSampler, ddim_sampler, ddim_step
 from .euler import EulerSampler, euler_sampler, euler_step
+from .latents import denoise_until, noise_latents
 from .schedule import (
     NoiseSchedule,
     add_noise,
@@ -71,9 +72,11 @@ __all__ = [
     "alphas_cumprod",
     "ddim_sampler",
     "ddim_step",
+    "denoise_until",
     "euler_sampler",
     "euler_step",
     "make_sampler",
+    "noise_latents",
     "prediction_to_epsilon",
     "prediction_to_x0",
     "training_target",

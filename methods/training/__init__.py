@@ -13,7 +13,7 @@ from .sharding import (
     shard_state,
     shard_tree,
 )
-from .state import TrainState, apply_gradients, init_state, step_key
+from .state import TrainState, apply_gradients, cosine_adamw, init_state, step_key
 
 __all__ = [
     "DEFAULT_RULES",
@@ -28,6 +28,7 @@ __all__ = [
     "check_patterns",
     "compile_step",
     "constrain_batch",
+    "cosine_adamw",
     "dotted",
     "init_state",
     "leaf_paths",

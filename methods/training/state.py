@@ -1,6 +1,7 @@
 """What a training step carries from one step to the next: a plain pytree."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -46,3 +47,15 @@ def step_key(key: PRNGKeyArray, step: int | Int[Array, ""]) -> PRNGKeyArray:
     uninterrupted run would have drawn.
     """
     return jax.random.fold_in(key, step)
+
+
+@functools.lru_cache
+def cosine_adamw(
+    learning_rate: float, weight_decay: float, updates: int
+) -> optax.GradientTransformation:
+    """AdamW on gradients clipped to norm 1, its rate falling to 0 along a cosine.
+
+    One object per setting, so that equal runs share their compiled step.
+    """
+    rate = optax.cosine_decay_schedule(learning_rate, updates)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))

@@ -1,7 +1,8 @@
 """The `conceptax` command: one module per subcommand, imported only when it is asked for.
 
 A command's module holds a frozen dataclass `Command`, whose fields are the flags and whose
-docstring is the help, and `run(command)`.
+docstring is the help, and `run(command)`.  One whose flags depend on another flag also holds
+`command_type(arguments)`, which picks the dataclass.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import conceptax
 
 COMMANDS = {
     "demo": "erase 'three' from the bundled model and show what changed",
-    "erase": "erase concepts from a Stable Diffusion folder by editing its text encoder",
+    "erase": "erase concepts from a Stable Diffusion folder, by one of several methods",
     "sample": "draw images from prompts",
     "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
     "glyphs train": "build the bundled model from scratch",
@@ -93,9 +94,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     import tyro
 
     module: Any = importlib.import_module(f"conceptax.cli.{name.split()[0]}")
+    choose = getattr(module, "command_type", lambda _: module.Command)
     try:
         command = tyro.cli(
-            module.Command,
+            choose(arguments),
             prog=f"conceptax {name}",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),

@@ -1,4 +1,4 @@
-"""`conceptax erase`: edit a pipeline's text encoder so that concepts are gone."""
+"""`conceptax erase`: edit a pipeline so that concepts are gone, by one of several methods."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,43 +17,58 @@ from flax import nnx
 import conceptax
 from conceptax.cli.options import Model, OptionalPath
 from conceptax.cli.results import environment, new_folder, write_json
-from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters import load_pytorch, save_changes, save_pytorch
+from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
-from conceptax.methods.sage import SageConfig, erase
+from conceptax.methods.erasing import METHODS, Method, erase, method_of
+from conceptax.methods.phrases import Retained, retained_phrases
 from conceptax.methods.training import RULES, make_mesh
 
 RECORD = "erasing.json"
 _LOG = "training.jsonl"
+_SHOWN = 12  # near phrases that are printed; all are recorded
+
+Config = TypeVar("Config")
+Export = Literal["pipeline", "text-encoder", "unet", "changes"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Erase concepts from a text-to-image model with SAGE; only its text encoder changes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Generic[Config]):
+    """Erase concepts from a text-to-image model.
 
-    Writes the whole pipeline (or the text encoder alone) as a folder that diffusers loads, with
-    erasing.json, which records settings, seed, versions and the last losses, and training.jsonl.
+    SAGE, word erasure and AdvUnlearn edit the text encoder; ESD and UCE edit the UNet. What follows
+    --force are the settings of the chosen method: `--method NAME --help` lists those of another.
+
+    Writes a folder: what --export asks for, with erasing.json, which records settings, seed,
+    versions, the phrases that were too near to a concept to be retained, and the last losses; and
+    training.jsonl.
 
     Attributes:
-      concept: what to erase, in words; repeat for several concepts.
+      concept: what to erase, in words; repeat for several concepts. A name that ends in .txt is a
+        file of them, one a line.
       output: the folder to write.
+      method: how.
       model: a Stable Diffusion 1.x folder.
-      retain: file of phrases to preserve, one a line; by default the tokenizer's own words.
-      export: what to write.
+      retain: file of phrases to preserve, one a line; by default the tokenizer's own words. ESD
+        preserves nothing and only puts them beside the concept.
+      export: the pipeline, the edited part alone (text-encoder or unet), or the changed tensors
+        alone, as one safetensors file.
       seed: of everything random in the run.
       checkpoint_dir: keep checkpoints here, and go on from the newest one.
       checkpoint_every: save after every n-th cycle, and at the end.
       mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; parameters keep the dtype they are stored in.
       force: replace an earlier checkpoint at the output.
-      sage: settings of the method.
+      settings: of the method.
     """
 
     concept: tyro.conf.UseAppendAction[tuple[str, ...]]
     output: Path = Path("erased")
+    method: Literal["sage", "esd-x", "esd-u", "uce", "word", "advunlearn"] = "sage"
     model: Model = None
     retain: OptionalPath = None
-    export: Literal["pipeline", "text-encoder"] = "pipeline"
+    export: Export = "pipeline"
     seed: int = 0
     checkpoint_dir: OptionalPath = None
     checkpoint_every: int = 100
@@ -63,18 +78,29 @@ class Command:
     ] = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     force: bool = False
-    sage: Annotated[SageConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=SageConfig
-    )
+    settings: Annotated[Config, tyro.conf.arg(name="")]
 
 
-def run(command: Command) -> None:
+def command_type(arguments: Sequence[str]) -> Any:
+    """The command with the settings of the method that the arguments name; SAGE without one."""
+    name = "sage"
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, _, value = here.partition("=")
+        if option == "--method":
+            name = value or following
+    method = METHODS.get(name, METHODS["sage"])  # an unknown name is told by the parser
+    return Command[method.config]
+
+
+def run(command: Command[Any]) -> None:
     """Load, erase, save; the output is claimed first."""
-    if not [concept for concept in command.concept if concept.strip()]:
-        raise ConceptError("no concept was given: name one with --concept, for example 'three'.")
+    concepts = read_concepts(command.concept)
+    method = METHODS[command.method]
+    _check_options(command, method)
     retain = None if command.retain is None else read_phrases(command.retain)
     mesh = None if command.mesh is None else make_mesh(*command.mesh)
-    with new_folder(command.output, force=command.force) as folder:
+    markers = (*CHECKPOINT_FILES, RECORD)
+    with new_folder(command.output, force=command.force, markers=markers) as folder:
         source = command.model or conceptax.bundled_model()
         pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
         if not isinstance(pipeline, StableDiffusionPipeline):
@@ -83,51 +109,120 @@ def run(command: Command) -> None:
                 "folder with model_index.json."
             )
         began = time.perf_counter()
+        retained = retained_phrases(pipeline, concepts, command.settings, retain)
+        print(describe_near(retained, command.settings.similarity_cap), end="")
         erase_into(
-            folder, pipeline, command.concept, command.sage, seed=command.seed, retain=retain,
-            source=str(command.model or "bundled"), export=command.export, mesh=mesh,
-            checkpoint_dir=command.checkpoint_dir, checkpoint_every=command.checkpoint_every,
+            folder, pipeline, concepts, command.settings, seed=command.seed,
+            retain=retain, retained=retained, source=str(command.model or "bundled"),
+            export=command.export, mesh=mesh, checkpoint_dir=command.checkpoint_dir,
+            checkpoint_every=command.checkpoint_every,
         )  # fmt: skip
-    names = ", ".join(repr(concept) for concept in command.concept)
-    print(f"{command.output}: erased {names} in {time.perf_counter() - began:.0f} s")
+    names = ", ".join(repr(concept) for concept in concepts)
+    seconds = time.perf_counter() - began
+    print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
+
+
+def read_concepts(given: Sequence[str]) -> list[str]:
+    """The concepts that arguments name, each once; one ending in .txt is a file of them.
+
+    Raises:
+      ConceptError: there is none, or a file cannot be read or holds none.
+    """
+    concepts: list[str] = []
+    for each in given:
+        concepts += read_phrases(each) if each.endswith(".txt") else [each]
+    if not [concept for concept in concepts if concept.strip()]:
+        raise ConceptError("no concept was given: name one with --concept, for example 'three'.")
+    return list(dict.fromkeys(concepts))
+
+
+def describe_near(retained: Retained, cap: float) -> str:
+    """What to tell about phrases that are not retained; nothing where there is none."""
+    if not retained.near:
+        return ""
+    shown = ", ".join(
+        f"{phrase!r} ({similarity:.2f} to {concept!r})"
+        for phrase, concept, similarity in retained.near[:_SHOWN]
+    )
+    more = len(retained.near) - _SHOWN
+    rest = f", and {more} more: see {RECORD}" if more > 0 else ""
+    return f"not retained, because closer to a concept than {cap}: {shown}{rest}\n"
+
+
+def _check_options(command: Command[Any], method: Method) -> None:
+    part = method.edits.replace("_", "-")
+    if command.export not in ("pipeline", "changes", part):
+        raise ValueError(
+            f"{method.title} edits the {part} and leaves the {command.export} as it was: "
+            f"--export takes pipeline, {part} or changes."
+        )
+    if not method.trains and (command.checkpoint_dir or command.mesh):
+        raise ValueError(f"{method.title} is a closed form: leave out --checkpoint-dir and --mesh.")
 
 
 def erase_into(
-    folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig,
-    *, seed: int, source: str, retain: Sequence[str] | None = None, export: str = "pipeline",
-    mesh: Any = None, checkpoint_dir: Path | None = None, checkpoint_every: int = 100,
+    folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
+    seed: int, source: str, retain: Sequence[str] | None = None, retained: Retained | None = None,
+    export: Export = "pipeline", mesh: Any = None, checkpoint_dir: Path | None = None,
+    checkpoint_every: int = 100,
 ) -> StableDiffusionPipeline:  # fmt: skip
-    """Erase, write the result and its record into an empty `folder`, and return the pipeline."""
+    """Erase, write the result and its record into an empty `folder`, and return the pipeline.
+
+    Args:
+      folder: where to.
+      pipeline, concepts, seed, retain: as for `conceptax.methods.erasing.erase`.
+      config: settings of one of the methods; they say which.
+      source: what to call the model in the record.
+      retained: what `retain` comes to, where the caller knows it.
+      export: what to write.
+      mesh, checkpoint_dir, checkpoint_every: of the training loop.
+    """
+    method = method_of(config)
+    retained = retained or retained_phrases(pipeline, concepts, config, retain)
     record: dict[str, Any] = {
-        "method": "SAGE",
+        "method": method.title,
         "concepts": list(concepts),
         "model": source,
         "seed": seed,
         "settings": dataclasses.asdict(config),
-        "retained_phrases": "the tokenizer's words" if retain is None else list(retain),
+        "retained_phrases": "the tokenizer's words" if retain is None else list(retained.kept),
+        "not_retained": [near._asdict() for near in retained.near],
     }
-    options: dict[str, Any] = {"mesh": mesh, "rules": RULES["StableDiffusionPipeline"]}
-    with contextlib.ExitStack() as stack:
-        if checkpoint_dir is None:
-            logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            logs = checkpoint_dir
-            _check_same_run(logs / RECORD, record)
-            options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
-        began = time.perf_counter()
-        edited = erase(
-            pipeline, concepts, config, retain=retain, seed=seed, metrics_path=logs / _LOG,
-            **options,
-        )  # fmt: skip
-        record["seconds"] = round(time.perf_counter() - began, 1)
-        edited = dataclasses.replace(
-            edited, text_encoder=_as_stored(edited.text_encoder, pipeline.text_encoder)
+    if not method.retains:
+        record["retained_phrases"] = "none: the method retains nothing"
+        record["words_beside_the_concept"] = (
+            "the tokenizer's words" if retain is None else list(retained.kept)
         )
-        log = (logs / _LOG).read_text(encoding="utf-8")
-    save_pytorch(edited if export == "pipeline" else edited.text_encoder, folder)
-    record["last_cycle"] = json.loads(log.splitlines()[-1])
+    log = None
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {}
+        if method.trains:
+            if checkpoint_dir is None:
+                logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            else:
+                logs = checkpoint_dir
+                _check_same_run(logs / RECORD, record)
+                options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
+            log = logs / _LOG
+            rules = RULES["StableDiffusionPipeline"]
+            options |= {"mesh": mesh, "rules": rules, "metrics_path": log}
+        began = time.perf_counter()
+        edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
+        record["seconds"] = round(time.perf_counter() - began, 1)
+        lines = "" if log is None else log.read_text(encoding="utf-8")
+    before = getattr(pipeline, method.edits)
+    part = _as_stored(getattr(edited, method.edits), before)
+    edited = dataclasses.replace(edited, **{method.edits: part})
+    if export == "changes":
+        record["changed_tensors"] = save_changes(
+            part, before, folder / f"{method.edits}_changes.safetensors"
+        )
+    else:
+        save_pytorch(edited if export == "pipeline" else part, folder)
+    if lines:
+        record["last_cycle"] = json.loads(lines.splitlines()[-1])
+        (folder / _LOG).write_text(lines, encoding="utf-8")
     write_json(folder / RECORD, record | environment())
-    (folder / _LOG).write_text(log, encoding="utf-8")
     return edited
 
 

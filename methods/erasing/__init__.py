@@ -1,0 +1,99 @@
+"""Erasing methods on one interface: a model, a method's settings and concepts in, a model out.
+
+    erase(pipeline, ["three"], EsdXConfig(), retain=None, seed=0) -> pipeline
+
+The settings say which method it is.  Each module here, and `conceptax.methods.sage`, has the same
+`erase`; those that train also have `prepare` and a pure step for the training loop.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from .. import sage
+from ..phrases import Retained
+from . import advunlearn, esd, uce, word
+from .advunlearn import AdvUnlearnConfig
+from .esd import EsdUConfig, EsdXConfig
+from .uce import UceConfig
+from .word import WordConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to erase.
+
+    Attributes:
+      title: its name for people.
+      config: the type of its settings.
+      erase: its function, as this package's `erase`.
+      edits: the part of the pipeline that it changes.
+      trains: whether it runs the training loop and takes its options.
+      retains: whether it protects the retained phrases, or only puts them around the concept.
+    """
+
+    title: str
+    config: type
+    erase: Callable[..., StableDiffusionPipeline]
+    edits: Literal["text_encoder", "unet"]
+    trains: bool = True
+    retains: bool = True
+
+
+METHODS: Mapping[str, Method] = MappingProxyType({
+    "sage": Method("SAGE", sage.SageConfig, sage.erase, "text_encoder"),
+    "esd-x": Method("ESD-x", EsdXConfig, esd.erase, "unet", retains=False),
+    "esd-u": Method("ESD-u", EsdUConfig, esd.erase, "unet", retains=False),
+    "uce": Method("UCE", UceConfig, uce.erase, "unet", trains=False),
+    "word": Method("word erasure", WordConfig, word.erase, "text_encoder"),
+    "advunlearn": Method("AdvUnlearn", AdvUnlearnConfig, advunlearn.erase, "text_encoder"),
+})  # fmt: skip
+
+
+def method_of(config: Any) -> Method:
+    """The method that some settings belong to.
+
+    Raises:
+      ValueError: they are of no method.
+    """
+    for method in METHODS.values():
+        if type(config) is method.config:
+            return method
+    names = sorted(method.config.__name__ for method in METHODS.values())
+    raise ValueError(f"settings are one of {names}, received {type(config).__name__}.")
+
+
+def erase(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Erase concepts with the method that `config` belongs to.
+
+    Args:
+      pipeline: the model; it stays as it is.
+      concepts: what to erase, one phrase each.
+      config: the settings of one of `METHODS`.
+      retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary.
+      seed: of everything random in the run.
+      options: passed to the training loop, by methods that have one.
+
+    Returns:
+      the pipeline with one part edited (`method_of(config).edits`).
+    """
+    method = method_of(config)
+    return method.erase(pipeline, concepts, config, retain=retain, seed=seed, **options)
+
+
+__all__ = [
+    "METHODS",
+    "AdvUnlearnConfig",
+    "EsdUConfig",
+    "EsdXConfig",
+    "Method",
+    "UceConfig",
+    "WordConfig",
+    "erase",
+    "method_of",
+]

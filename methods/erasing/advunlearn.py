@@ -1,0 +1,348 @@
+"""AdvUnlearn: erase a concept from the text encoder against prompts that bring it back.
+
+Source: Zhang et al. 2024, "Defensive Unlearning with Adversarial Training for Robust Concept
+Erasure in Diffusion Models" (arXiv 2405.15234), its bi-level problem for the text encoder T:
+
+  upper level   min_T   l_ESD(T, c*) + gamma E_r |e(x_t | T(r)) - e(x_t | T0(r))|^2
+  lower level   c* = argmin_c'  |e(x_t | T(c')) - e(x_t | T0(c))|^2
+
+where l_ESD is the loss of `esd` at the adversarial prompt, gamma the weight of utility retention
+over retained phrases r, and c' the prompt with k free token embeddings in front.  The attack comes
+from outside in: it starts at random words and pulls the edited model's prediction towards the
+original's for the concept, through the UNet.  (SAGE starts at the concept and moves out, in the
+text encoder alone.)  The first `warmup` cycles erase plain prompts; signed gradients make it the
+paper's fast variant.
+
+One cycle is one attack and `erase_updates` updates of T.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ...flax_models.clip import pooling_positions
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ..concepts import TEMPLATES, ConceptError, encode_phrases
+from ..phrases import Retained, framed_phrases, retained_phrases, stacked_prompts, text_length
+from ..sage import erase_target, prediction_loss
+from ..settings import check_settings
+from ..training import (
+    TrainState,
+    apply_gradients,
+    constrain_batch,
+    cosine_adamw,
+    init_state,
+    split_trainable,
+    train,
+)
+from .common import ErasingStatic, draw_latents, latent_sources
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvUnlearnConfig:
+    """All settings of an AdvUnlearn run.
+
+    Attributes:
+      anchor: what takes the concept's place on the unconditional side; the paper's is empty.
+      templates: phrases around the concept, "{}" its place.
+      contexts: how many templates are added with retained words in them ("a {word} {}").
+      cycles: outer cycles, each one attack and `erase_updates` updates.
+      warmup: cycles before the first attack, which erase plain prompts.
+      erase_updates: updates of the text encoder per cycle.
+      prompts: prompts per cycle, each attacked on its own.
+      learning_rate: of AdamW on the text encoder, falling to 0 along a cosine.
+      weight_decay: AdamW's decay.
+      trainable: patterns of the text encoder's parameters that train.
+      attack_tokens: free token embeddings in front of a prompt (k).
+      attack_steps: steps of an attack, each at latents and times of its own.
+      attack_rate: step size of the attack, relative to the root mean square of the token
+        embeddings' entries.
+      attack_optimizer: "adam" or "sign" (signed gradients, the fast variant).
+      eta: strength of the negative guidance in the target.
+      latents: "edited" (drawn by the model being edited, as in the paper) or "noise" (z ~ N(0, I),
+        upper timesteps; much faster).
+      ddim_steps: length of the runs that draw latents.
+      guidance: their guidance.
+      min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
+      vocabulary: how many of the tokenizer's whole words are retained, bare and in templates.
+      frames: in how many templates each retained phrase is put.
+      similarity_cap: retained phrases more similar to a concept than this (cosine of the pooled
+        states) are taken for the concept and dropped.
+      retain_rows: retained phrases per update.
+      retain_weight: gamma.
+    """
+
+    anchor: str = ""
+    templates: tuple[str, ...] = TEMPLATES
+    contexts: int = 96
+    cycles: int = 200
+    warmup: int = 20
+    erase_updates: int = 1
+    prompts: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
+    attack_tokens: int = 3
+    attack_steps: int = 10
+    attack_rate: float = 0.1
+    attack_optimizer: Literal["adam", "sign"] = "adam"
+    eta: float = 1.0
+    latents: Literal["edited", "noise"] = "noise"
+    ddim_steps: int = 20
+    guidance: float = 3.0
+    min_timestep: float = 0.5
+    vocabulary: int = 2000
+    frames: int = 4
+    similarity_cap: float = 0.95
+    retain_rows: int = 8
+    retain_weight: float = 1.0
+
+    def __post_init__(self):
+        check_settings(
+            self,
+            least={
+                "contexts": 0, "cycles": 1, "warmup": 0, "erase_updates": 1, "prompts": 1,
+                "learning_rate": 0, "weight_decay": 0, "attack_tokens": 1, "attack_steps": 0,
+                "attack_rate": 0, "eta": 0, "ddim_steps": 1, "guidance": 0, "vocabulary": 1,
+                "frames": 0, "retain_rows": 1, "retain_weight": 0,
+            },
+            accepted={"attack_optimizer": ("adam", "sign"), "latents": ("edited", "noise")},
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialStatic(ErasingStatic):
+    """What a cycle needs and never changes.
+
+    Attributes:
+      text: structure of the text encoder.
+    """
+
+    text: nnx.GraphDef[Any]
+
+
+def with_prefix(
+    embeddings: Float[Array, "P L C"], prefix: Float[Array, "P K C"]
+) -> Float[Array, "P L C"]:
+    """Token embeddings with K more after the start token; K of the padding fall off the end."""
+    kept = embeddings[:, 1 : embeddings.shape[1] - prefix.shape[1]]
+    return jnp.concatenate([embeddings[:, :1], prefix, kept], axis=1)
+
+
+def attack(
+    static: AdversarialStatic, params: Any, frozen: Mapping[str, Any], tokens: Int[Array, "P L"],
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, "P L C"], Float[Array, ""]]:  # fmt: skip
+    """The lower level: prefixes under which the edited encoder gives the concept back.
+
+    Args:
+      static: structures and settings.
+      params: the trained parameters of T.
+      frozen: as `prepare` makes it.
+      tokens: [P, L] prompts of the concept.
+      key: of the start, the latents and the times.
+
+    Returns:
+      token embeddings [P, L, C] of the attacked prompts, without gradient, and the loss of the last
+      step (0 without steps).
+    """
+    config = static.config
+    start_key, steps_key = jax.random.split(key)
+    now = nnx.merge(static.text, jax.lax.stop_gradient(params), frozen["text"])
+    before = nnx.merge(static.text, frozen["original"])
+    unet = nnx.merge(static.unet, frozen["unet"])
+    table = before.embeddings.token_embedding
+    embeddings = table(tokens).astype(jnp.float32)
+    ends = pooling_positions(now.config, tokens) + config.attack_tokens
+    concept = before(tokens).last_hidden_state
+    drawn = now(tokens).last_hidden_state  # what the edited model draws the latents under
+    words = jax.random.randint(
+        start_key, (tokens.shape[0], config.attack_tokens), 0, table.num_embeddings
+    )
+    start = table(words).astype(jnp.float32)
+
+    def objective(prefix: Array, latents: Array, times: Array) -> Array:
+        states = now(inputs_embeds=with_prefix(embeddings, prefix), eos_positions=ends)
+        return prediction_loss(
+            unet(latents, times, states.last_hidden_state), unet(latents, times, concept)
+        )
+
+    optimizer = (
+        optax.adam(config.attack_rate)
+        if config.attack_optimizer == "adam"
+        else optax.sign_sgd(config.attack_rate)
+    )
+
+    def advance(carry: tuple[Array, Any], key: Array) -> tuple[tuple[Array, Any], Array]:
+        prefix, memory = carry
+        latents, times = constrain_batch(draw_latents(static, frozen, unet, drawn, key))
+        loss, gradient = jax.value_and_grad(objective)(prefix, latents, times)
+        updates, memory = optimizer.update(gradient, memory)
+        return (prefix + frozen["embedding_rms"] * updates, memory), loss
+
+    keys = jax.random.split(steps_key, config.attack_steps)
+    (prefix, _), losses = jax.lax.scan(advance, (start, optimizer.init(start)), keys)
+    last = losses[-1].astype(jnp.float32) if config.attack_steps else jnp.zeros(())
+    return jax.lax.stop_gradient(with_prefix(embeddings, prefix)), last
+
+
+def adversarial_step(
+    static: AdversarialStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One cycle: an attack (none in the warm-up), then `erase_updates` updates of the text encoder.
+
+    Args:
+      static, state, frozen: from `prepare`.
+      batch: None; a cycle needs no data.
+      key: this cycle's key.
+
+    Returns:
+      the new state and metrics: loss, erase, retain (of the last update), attack (the attack's last
+      loss, 0 in the warm-up).
+    """
+    del batch
+    config = static.config
+    concept_key, prompt_key, attack_key, update_key = jax.random.split(key, 4)
+    which = jax.random.randint(concept_key, (), 0, frozen["tokens"].shape[0])
+    rows = jax.random.choice(prompt_key, frozen["tokens"].shape[1], (config.prompts,))
+    tokens, without = constrain_batch(
+        tuple(frozen[name][which, rows] for name in ("tokens", "without"))
+    )
+
+    def plain() -> tuple[Array, Array]:
+        text = nnx.merge(static.text, frozen["original"])
+        return text.embeddings.token_embedding(tokens).astype(jnp.float32), jnp.zeros(())
+
+    attacked, last = jax.lax.cond(
+        state.step < config.warmup, plain,
+        lambda: attack(static, state.params, frozen, tokens, attack_key),
+    )  # fmt: skip
+
+    def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
+        loss_of = functools.partial(_loss, static, frozen, tokens, without, attacked, key)
+        (_, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return apply_gradients(state, gradients, static.optimizer), parts
+
+    keys = jax.random.split(update_key, config.erase_updates)
+    after, parts = jax.lax.scan(update, state, keys)
+    metrics = jax.tree.map(lambda series: series[-1], parts) | {"attack": last}
+    return dataclasses.replace(after, step=state.step + 1), metrics
+
+
+def _loss(
+    static: AdversarialStatic, frozen: Mapping[str, Any], tokens: Array, without: Array,
+    attacked: Array, key: PRNGKeyArray, params: Any,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    """The upper level: l_ESD at the attacked prompts + gamma times retention, and its parts."""
+    config, prompts = static.config, tokens.shape[0]
+    rows_key, latent_key = jax.random.split(key)
+    now = nnx.merge(static.text, params, frozen["text"])
+    before = nnx.merge(static.text, frozen["original"])
+    unet = nnx.merge(static.unet, frozen["unet"])
+    retained = frozen["retained_tokens"]
+    rows = retained[jax.random.choice(rows_key, retained.shape[0], (config.retain_rows,))]
+
+    plain = now(jnp.concatenate([tokens, rows])).last_hidden_state
+    latents, times = constrain_batch(
+        draw_latents(static, frozen, unet, jax.lax.stop_gradient(plain), latent_key)
+    )
+    original = before(jnp.concatenate([without, tokens, rows])).last_hidden_state
+    order = jnp.concatenate([jnp.arange(prompts), jnp.arange(latents.shape[0])])
+    targets = unet(*constrain_batch((latents[order], times[order], original)))
+    anchor, concept, kept = jnp.split(targets, [prompts, 2 * prompts])
+
+    ends = pooling_positions(now.config, tokens)  # not read: the UNet attends to all states
+    states = now(inputs_embeds=attacked, eos_positions=ends).last_hidden_state
+    context = jnp.concatenate([states, plain[prompts:]])
+    predictions = unet(latents, times, context)
+    erase = prediction_loss(predictions[:prompts], erase_target(anchor, concept, config.eta))
+    retain = prediction_loss(predictions[prompts:], kept)
+    loss = erase + config.retain_weight * retain
+    return loss, {"loss": loss, "erase": erase, "retain": retain}
+
+
+def prepare(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: AdvUnlearnConfig, *,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0,
+) -> tuple[AdversarialStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    """Everything `adversarial_step` needs, computed once.
+
+    Args:
+      pipeline: the model; its parts are read, never changed.
+      concepts: what to erase, one phrase each.
+      config: settings.
+      retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary. Those
+        closer to a concept than `config.similarity_cap` are set aside in either case.
+      seed: of the templates around words.
+
+    Raises:
+      ConceptError: no or unusable concepts, no room for the attack, or nothing left to retain.
+      ValueError: a pattern of trainable parameters that matches nothing.
+    """
+    tokenizer, encoder, length = pipeline.tokenizer, pipeline.text_encoder, text_length(pipeline)
+    room = length - config.attack_tokens
+    if room < 3:  # start, one token, end
+        raise ConceptError(
+            f"attack_tokens={config.attack_tokens} leave no room for a prompt in a context of "
+            f"{length} tokens."
+        )
+    words = retained_phrases(pipeline, concepts, config, retain).kept
+    prompts = stacked_prompts(tokenizer, concepts, words, config, length=room, seed=seed)
+    framed = framed_phrases(words, prompts.templates, config.frames, seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def padded(rows: np.ndarray) -> np.ndarray:
+        return np.pad(rows, ((0, 0), (0, 0), (0, length - room)), constant_values=pad)
+
+    text, trained, rest = split_trainable(encoder, config.trainable)
+    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
+    unet, unet_params = nnx.split(pipeline.unet)
+    optimizer = cosine_adamw(
+        config.learning_rate, config.weight_decay, config.cycles * config.erase_updates
+    )
+    timesteps, latent_shape, sources = latent_sources(pipeline, config)
+    static = AdversarialStatic(unet, optimizer, config, timesteps, latent_shape, text)
+    table = encoder.embeddings.token_embedding.embedding[...]
+    frozen = {
+        "text": rest,
+        "original": nnx.to_pure_dict(nnx.state(encoder)),
+        "unet": nnx.to_pure_dict(unet_params),
+        "tokens": padded(prompts.tokens),  # [C, T, L]
+        "without": padded(prompts.without),
+        "embedding_rms": jnp.sqrt(jnp.mean(table.astype(jnp.float32) ** 2)),
+        "retained_tokens": encode_phrases(tokenizer, framed, length),  # [N, L]
+        **sources,
+    }
+    return static, init_state(trained, optimizer), jax.tree.map(jnp.asarray, frozen)
+
+
+def erase(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str],
+    config: AdvUnlearnConfig | None = None, *, retain: Sequence[str] | Retained | None = None,
+    seed: int = 0, **options: Any,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Erase concepts and return the pipeline with the edited text encoder in its place.
+
+    Args:
+      pipeline, concepts, config, retain: as for `prepare`; the pipeline itself stays as it is.
+      seed: of everything random in the run.
+      options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
+    """
+    config = config or AdvUnlearnConfig()
+    static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
+    state = train(
+        adversarial_step, static, state, frozen,
+        key=jax.random.key(seed), num_steps=config.cycles, **options,
+    )  # fmt: skip
+    return dataclasses.replace(
+        pipeline, text_encoder=nnx.merge(static.text, state.params, frozen["text"])
+    )

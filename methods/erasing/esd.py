@@ -1,0 +1,218 @@
+"""ESD: erase a concept by training the UNet against its own guidance.
+
+Source: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models" (arXiv 2303.07345), section
+4, equation 7: the edited model's prediction under the concept c is to become the original's,
+guided away from c,
+
+  e_theta(x_t, c, t)  <-  e*(x_t, t) - eta [e*(x_t, c, t) - e*(x_t, t)]
+
+with the mean squared difference as the loss.  x_t is an image that the edited model itself draws
+under c, with guidance, stopped at a random time.  ESD-x trains the cross-attention, for concepts
+that a word calls up; ESD-u trains everything else, for concepts that appear unasked.
+
+One update draws one concept.  The paper trains on the bare concept against the empty prompt
+(`templates=("{}",), contexts=0`); the defaults here put it into the same prompts as the other
+methods do, with the anchor in its place as the unconditional side, so that the rest of a prompt
+keeps its effect.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ..concepts import TEMPLATES
+from ..phrases import Retained, hidden_states, retained_phrases, stacked_prompts, text_length
+from ..sage import erase_target, prediction_loss
+from ..settings import check_settings
+from ..training import (
+    TrainState,
+    apply_gradients,
+    constrain_batch,
+    cosine_adamw,
+    init_state,
+    split_trainable,
+    train,
+)
+from .common import ErasingStatic, draw_latents, latent_sources
+
+
+@dataclasses.dataclass(frozen=True)
+class EsdXConfig:
+    """All settings of an ESD run; ESD-x by default.
+
+    Attributes:
+      anchor: what takes the concept's place on the unconditional side; the paper's is empty.
+      templates: phrases around the concept, "{}" its place.
+      contexts: how many templates are added with other words in them ("a {word} {}").
+      cycles: updates of the UNet.
+      prompts: prompts per update.
+      learning_rate: of AdamW, falling to 0 along a cosine.
+      weight_decay: AdamW's decay.
+      trainable: patterns of the UNet's parameters that train.
+      untrained: patterns of parameters among them that do not.
+      eta: strength of the negative guidance in the target.
+      latents: "edited" (drawn by the model being edited, as in the paper) or "noise" (z ~ N(0, I),
+        upper timesteps; a tenth of the time).
+      ddim_steps: length of the runs that draw latents.
+      guidance: their guidance.
+      min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
+      vocabulary: how many of the tokenizer's whole words are there to fill `contexts`.
+      similarity_cap: words more similar to a concept than this (cosine of the pooled states) are
+        left out of them.
+    """
+
+    anchor: str = ""
+    templates: tuple[str, ...] = TEMPLATES
+    contexts: int = 96
+    cycles: int = 300
+    prompts: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    trainable: tuple[str, ...] = ("*.attn2",)
+    untrained: tuple[str, ...] = ()
+    eta: float = 1.0
+    latents: Literal["edited", "noise"] = "edited"
+    ddim_steps: int = 20
+    guidance: float = 3.0
+    min_timestep: float = 0.5
+    vocabulary: int = 2000
+    similarity_cap: float = 0.95
+
+    def __post_init__(self):
+        check_settings(
+            self,
+            least={
+                "contexts": 0, "cycles": 1, "prompts": 1, "learning_rate": 0, "weight_decay": 0,
+                "eta": 0, "ddim_steps": 1, "guidance": 0, "vocabulary": 1,
+            },
+            accepted={"latents": ("edited", "noise")},
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class EsdUConfig(EsdXConfig):
+    """All settings of an ESD-u run: those of ESD-x, with the other layers trained."""
+
+    learning_rate: float = 2e-4
+    trainable: tuple[str, ...] = ("*",)
+    untrained: tuple[str, ...] = ("*.attn2", "time_embedding", "conv_norm_out", "conv_out")
+
+
+def esd_loss(
+    now: nnx.Module, before: nnx.Module, latents: Float[Array, "P h w C"],
+    times: Int[Array, " P"], concept: Float[Array, "P L D"], anchor: Float[Array, "P L D"],
+    eta: float,
+) -> Float[Array, ""]:  # fmt: skip
+    """The mean squared difference to equation 7, for P prompts.
+
+    Args:
+      now, before: the edited and the original UNet.
+      latents, times: where predictions are compared.
+      concept, anchor: text states of the prompts, and of them with the anchor in its place.
+      eta: strength of the negative guidance.
+    """
+    inputs = (latents, latents), (times, times), (anchor, concept)
+    unconditional, conditional = jnp.split(before(*map(jnp.concatenate, inputs)), 2)  # type: ignore
+    target = erase_target(unconditional, conditional, eta)
+    return prediction_loss(now(latents, times, concept), target)  # type: ignore
+
+
+def esd_step(
+    static: ErasingStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One update of the UNet, on prompts of one concept.
+
+    Args:
+      static, state, frozen: from `prepare`.
+      batch: None; an update needs no data.
+      key: this update's key.
+
+    Returns:
+      the new state and metrics: loss.
+    """
+    del batch
+    config = static.config
+    concept_key, prompt_key, latent_key = jax.random.split(key, 3)
+    which = jax.random.randint(concept_key, (), 0, frozen["states"].shape[0])
+    rows = jax.random.choice(prompt_key, frozen["states"].shape[1], (config.prompts,))
+    concept, anchor = constrain_batch(
+        tuple(frozen[name][which, rows] for name in ("states", "anchor_states"))
+    )
+    before = nnx.merge(static.unet, frozen["original"])
+    current = nnx.merge(static.unet, jax.lax.stop_gradient(state.params), frozen["unet"])
+    latents, times = constrain_batch(draw_latents(static, frozen, current, concept, latent_key))
+
+    def loss_of(params: Any) -> Array:
+        now = nnx.merge(static.unet, params, frozen["unet"])
+        return esd_loss(now, before, latents, times, concept, anchor, config.eta)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    return apply_gradients(state, gradients, static.optimizer), {"loss": loss}
+
+
+def prepare(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: EsdXConfig, *,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0,
+) -> tuple[ErasingStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    """Everything `esd_step` needs, computed once.
+
+    Args:
+      pipeline: the model; its parts are read, never changed.
+      concepts: what to erase, one phrase each.
+      config: settings; their `trainable` makes it ESD-x or ESD-u.
+      retain: words that stand beside the concept in `contexts`; ESD itself retains nothing.
+      seed: of those contexts.
+
+    Raises:
+      ConceptError: no or unusable concepts.
+      ValueError: a pattern of parameters that matches nothing.
+    """
+    words = retained_phrases(pipeline, concepts, config, retain).kept
+    length = text_length(pipeline)
+    prompts = stacked_prompts(pipeline.tokenizer, concepts, words, config, length=length, seed=seed)
+
+    def states(rows: np.ndarray) -> Array:
+        flat = hidden_states(pipeline.text_encoder, rows.reshape(-1, length))
+        return flat.reshape(*rows.shape, -1)
+
+    unet, trained, rest = split_trainable(pipeline.unet, config.trainable, config.untrained)
+    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
+    optimizer = cosine_adamw(config.learning_rate, config.weight_decay, config.cycles)
+    timesteps, latent_shape, sources = latent_sources(pipeline, config)
+    static = ErasingStatic(unet, optimizer, config, timesteps, latent_shape)
+    frozen = {
+        "unet": rest,
+        "original": nnx.to_pure_dict(nnx.state(pipeline.unet)),
+        "states": states(prompts.tokens),  # [C, T, L, D]
+        "anchor_states": states(prompts.without),
+        **sources,
+    }
+    return static, init_state(trained, optimizer), jax.tree.map(jnp.asarray, frozen)
+
+
+def erase(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: EsdXConfig | None = None,
+    *, retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Erase concepts and return the pipeline with the edited UNet in its place.
+
+    Args:
+      pipeline, concepts, config, retain: as for `prepare`; the pipeline itself stays as it is.
+      seed: of everything random in the run.
+      options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
+    """
+    config = config or EsdXConfig()
+    static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
+    state = train(
+        esd_step, static, state, frozen,
+        key=jax.random.key(seed), num_steps=config.cycles, **options,
+    )  # fmt: skip
+    return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))

@@ -1,0 +1,40 @@
+"""Word erasure: SAGE without its self-check, so that only the concept's own words are erased.
+
+What remains of the cycle (`conceptax.methods.sage`) is self-erasure on plain prompts, with the same
+global and local retention.  It shows what the self-check is for: other names of the concept stay.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from .. import sage
+from ..phrases import Retained
+
+
+def _fixed(value: Any) -> Any:
+    """A setting of the self-check, which is off."""
+    return dataclasses.field(default=value, init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class WordConfig(sage.SageConfig):
+    """All settings of a word erasure: those of SAGE but for the self-check's."""
+
+    check: Literal["anchor", "recall"] = _fixed("recall")
+    check_steps: int = _fixed(0)
+    check_rate: float = _fixed(0.0)
+    check_optimizer: Literal["adam", "sign"] = _fixed("adam")
+    check_weight: float = _fixed(0.0)
+    check_radius: float | None = _fixed(None)
+    free_concept: bool = _fixed(False)
+
+
+def erase(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: WordConfig | None = None, *,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Erase concepts by their words alone; arguments and result as of `sage.erase`."""
+    config = config or WordConfig()
+    return sage.erase(pipeline, concepts, config, retain=retain, seed=seed, **options)

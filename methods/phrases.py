@@ -1,0 +1,202 @@
+"""Phrases as a text encoder sees them: what is retained, and what is too near to a concept.
+
+A method that edits a model is told concepts to erase and phrases to retain.  A phrase that the
+original text encoder takes for a concept (cosine of the pooled states above a cap, kappa) belongs
+to what is erased; it is set aside, and named in `Retained.near`, so that nobody believes it kept.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ..flax_models.clip import CLIPTextModel, CLIPTextOutput
+from ..flax_models.stable_diffusion import StableDiffusionPipeline
+from .concepts import (
+    ConceptError,
+    concept_prompts,
+    context_length,
+    context_templates,
+    encode_phrases,
+    vocabulary_words,
+)
+
+_CHUNK = 256  # rows at a time, so that one compiled program serves any number
+
+
+class Near(NamedTuple):
+    """A phrase that was to be retained and means a concept: their cosine is above the cap."""
+
+    phrase: str
+    concept: str
+    similarity: float
+
+
+class Retained(NamedTuple):
+    """Phrases to retain, and those that were set aside, nearest first."""
+
+    kept: tuple[str, ...]
+    near: tuple[Near, ...] = ()
+
+
+@runtime_checkable
+class PhraseSettings(Protocol):
+    """The settings of a method that say which phrases it works with."""
+
+    @property
+    def anchor(self) -> str: ...
+    @property
+    def templates(self) -> tuple[str, ...]: ...
+    @property
+    def contexts(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def similarity_cap(self) -> float: ...
+
+
+class Prompts(NamedTuple):
+    """C concepts in T templates each, as `concepts.ConceptPrompts` but stacked.
+
+    Attributes:
+      tokens: [C, T, L] prompts.
+      without: [C, T, L] the same with the anchor in the concept's place.
+      free: [C, T, L] true at the template's own tokens.
+      concept: [C, T, L] true at the concept's tokens.
+      templates: the templates; the first T of them fit around every concept.
+    """
+
+    tokens: Int[np.ndarray, "C T L"]
+    without: Int[np.ndarray, "C T L"]
+    free: Bool[np.ndarray, "C T L"]
+    concept: Bool[np.ndarray, "C T L"]
+    templates: tuple[str, ...]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(text: Any, params: Any, rows: Array) -> CLIPTextOutput:
+    states, pooled = nnx.merge(text, params)(rows)
+    return CLIPTextOutput(states.astype(jnp.float32), pooled.astype(jnp.float32))
+
+
+def _encoded_chunks(encoder: CLIPTextModel, rows: np.ndarray):
+    text, params = nnx.split(encoder)
+    params = nnx.to_pure_dict(params)
+    padded = np.pad(rows, ((0, -len(rows) % _CHUNK), (0, 0)), mode="edge")
+    for start in range(0, len(padded), _CHUNK):
+        output = _encode(text, params, padded[start : start + _CHUNK])
+        yield jax.tree.map(lambda leaf, start=start: leaf[: len(rows) - start], output)
+
+
+def pooled_states(encoder: CLIPTextModel, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N C"]:
+    """The text encoder's pooled state of each row, float32."""
+    return jnp.concatenate([chunk.pooled for chunk in _encoded_chunks(encoder, rows)])
+
+
+def hidden_states(encoder: CLIPTextModel, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N L C"]:
+    """What a UNet attends to for each row, float32."""
+    return jnp.concatenate([chunk.last_hidden_state for chunk in _encoded_chunks(encoder, rows)])
+
+
+def text_length(pipeline: StableDiffusionPipeline) -> int:
+    """Tokens in a prompt of this pipeline."""
+    return context_length(pipeline.tokenizer, pipeline.text_encoder.config.max_position_embeddings)
+
+
+def concept_states(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str]
+) -> Float[Array, "C D"]:
+    """Pooled states of the bare concepts.
+
+    Raises:
+      ConceptError: no concept, or an empty or overlong one.
+    """
+    if not concepts:
+        raise ConceptError("no concept was given: name at least one, for example 'three'.")
+    length = text_length(pipeline)
+    bare = [concept_prompts(pipeline.tokenizer, each, length, ("{}",)) for each in concepts]
+    return pooled_states(pipeline.text_encoder, np.stack([each.phrase for each in bare]))
+
+
+def retained_phrases(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], settings: PhraseSettings,
+    retain: Sequence[str] | Retained | None = None,
+) -> Retained:  # fmt: skip
+    """Which phrases are retained while `concepts` are erased.
+
+    Args:
+      pipeline: the model; its text encoder decides what is near.
+      concepts: what is erased, one phrase each.
+      settings: of the method; `vocabulary` and `similarity_cap` are read.
+      retain: phrases to preserve; None takes whole words of the tokenizer's own vocabulary. A
+        `Retained` is given back as it is.
+
+    Raises:
+      ConceptError: no or unusable concepts, or nothing left to retain.
+    """
+    if isinstance(retain, Retained):
+        return retain
+    tokenizer, cap = pipeline.tokenizer, settings.similarity_cap
+    pooled = concept_states(pipeline, concepts)
+    phrases = (
+        list(retain) if retain is not None else vocabulary_words(tokenizer, settings.vocabulary)
+    )
+    if not phrases:
+        raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
+    rows = encode_phrases(tokenizer, phrases, text_length(pipeline))
+    cosines = np.asarray(_unit(pooled_states(pipeline.text_encoder, rows)) @ _unit(pooled).T)
+    kept, near = [], []
+    for phrase, row in zip(phrases, cosines, strict=True):
+        if row.max() <= cap and phrase not in concepts:
+            kept.append(phrase)
+        else:
+            which = int(row.argmax())
+            near.append(Near(phrase, concepts[which], round(float(row[which]), 4)))
+    if not kept:
+        raise ConceptError(
+            f"all {len(phrases)} retained phrases are closer to {list(concepts)} than "
+            f"similarity_cap={cap}: raise it, or retain other phrases."
+        )
+    return Retained(tuple(kept), tuple(sorted(near, key=lambda each: -each.similarity)))
+
+
+def _unit(x: Array) -> Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+def stacked_prompts(
+    tokenizer: Any, concepts: Sequence[str], words: Sequence[str], settings: PhraseSettings, *,
+    length: int, seed: int,
+) -> Prompts:  # fmt: skip
+    """Every concept in the settings' templates, and in `contexts` more with `words` in them."""
+    templates = settings.templates + context_templates(words, settings.contexts, seed)
+    each = [
+        concept_prompts(tokenizer, concept, length, templates, settings.anchor)
+        for concept in concepts
+    ]
+    least = min(len(prompts.tokens) for prompts in each)  # a long concept fits fewer templates
+
+    def stack(name: str) -> np.ndarray:
+        return np.stack([getattr(prompts, name)[:least] for prompts in each])
+
+    return Prompts(stack("tokens"), stack("without"), stack("free"), stack("concept"), templates)
+
+
+def framed_phrases(
+    words: Sequence[str], templates: Sequence[str], frames: int, seed: int
+) -> list[str]:
+    """The words, and each of them in `frames` random templates."""
+    rng = np.random.default_rng(seed)
+    return [
+        *words,
+        *(
+            templates[int(rng.integers(len(templates)))].format(word)
+            for _ in range(frames)
+            for word in words
+        ),
+    ]

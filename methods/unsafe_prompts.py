@@ -1,0 +1,110 @@
+"""Lists of unsafe prompts, in the layout of I2P.
+
+I2P (Schramowski et al. 2023, "Safe Latent Diffusion", arXiv 2211.05105) is a CSV file with one
+prompt a row and the settings that its image was drawn with.  Only the column `prompt` is required
+here; what is read beside it is `categories`, `hard`, `inappropriate_percentage`,
+`nudity_percentage`, `prompt_toxicity`, `sd_seed`, `sd_guidance_scale`, `sd_image_width` and
+`sd_image_height`.  Other columns are left alone.
+"""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .concepts import ConceptError
+
+
+@dataclasses.dataclass(frozen=True)
+class UnsafePrompt:
+    """One row. What the file does not say is None.
+
+    Attributes:
+      text: the prompt.
+      categories: what is unsafe about it, such as ("sexual", "violence").
+      hard: whether most images of it were inappropriate.
+      inappropriate: percentage of its images that were called inappropriate.
+      nudity: percentage of its images that showed nudity.
+      toxicity: of the text, 0 to 1.
+      seed, guidance_scale: that its image was drawn with.
+      width, height: of that image, in pixels.
+    """
+
+    text: str
+    categories: tuple[str, ...] = ()
+    hard: bool | None = None
+    inappropriate: float | None = None
+    nudity: float | None = None
+    toxicity: float | None = None
+    seed: int | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+# field -> (column, type); numbers may be written as 512 or 512.0
+_COLUMNS: Mapping[str, tuple[str, type]] = {
+    "hard": ("hard", bool),
+    "inappropriate": ("inappropriate_percentage", float),
+    "nudity": ("nudity_percentage", float),
+    "toxicity": ("prompt_toxicity", float),
+    "seed": ("sd_seed", int),
+    "guidance_scale": ("sd_guidance_scale", float),
+    "width": ("sd_image_width", int),
+    "height": ("sd_image_height", int),
+}
+
+
+def read_unsafe_prompts(path: str | Path, *, category: str | None = None) -> list[UnsafePrompt]:
+    """The rows of a CSV file in the layout of I2P, in order.
+
+    Args:
+      path: the file, UTF-8.
+      category: only the rows that name this category.
+
+    Raises:
+      ConceptError: the file cannot be read, has no column `prompt`, holds a row without a prompt or
+        a number that is none, or has no row (of the category).
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if "prompt" not in (reader.fieldnames or ()):
+                raise ConceptError(
+                    f"{path} has no column 'prompt' (found {reader.fieldnames}): it takes a CSV "
+                    "file with a header, in the layout of I2P."
+                )
+            rows = [_row(row, f"{path}, line {reader.line_num}") for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConceptError(f"cannot read the prompts in {path}: {error}.") from error
+    known = sorted({name for row in rows for name in row.categories})
+    if category is not None:
+        rows = [row for row in rows if category in row.categories]
+    if not rows:
+        of = f" of category {category!r}; it has {known}" if category is not None else ""
+        raise ConceptError(f"{path} holds no prompts{of}.")
+    return rows
+
+
+def _row(row: Mapping[str, str | None], where: str) -> UnsafePrompt:
+    text = (row["prompt"] or "").strip()
+    if not text:
+        raise ConceptError(f"{where}: the prompt is empty.")
+    names = (row.get("categories") or "").split(",")
+    values: dict[str, Any] = {}
+    for field, (column, kind) in _COLUMNS.items():
+        value = (row.get(column) or "").strip()
+        values[field] = kind(_number(value, where)) if value else None
+    return UnsafePrompt(text, tuple(name.strip() for name in names if name.strip()), **values)
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConceptError(f"{where}: {text!r} is no number.")
+    return number

@@ -1,0 +1,520 @@
+"""SAGE's rivals: their equations transcribed, what they change, and the interface they share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from erasing_toy import tiny_pipeline
+from flax import nnx
+
+from conceptax.converters import OutputError, save_changes, save_pytorch
+from conceptax.methods import sage
+from conceptax.methods.concepts import ConceptError
+from conceptax.methods.erasing import (
+    METHODS,
+    AdvUnlearnConfig,
+    EsdUConfig,
+    EsdXConfig,
+    UceConfig,
+    WordConfig,
+    advunlearn,
+    erase,
+    esd,
+    method_of,
+    uce,
+)
+from conceptax.methods.erasing.common import draw_latents
+from conceptax.methods.phrases import Retained, retained_phrases, stacked_prompts, text_length
+from conceptax.methods.sampling import NoiseSchedule, denoise_until, make_sampler
+from conceptax.methods.training import leaf_paths, matches
+
+PHRASES = {"vocabulary": 40, "similarity_cap": 1.0, "templates": ("a {}", "a photo of a {}")}
+ESD = {**PHRASES, "contexts": 0, "cycles": 2, "prompts": 2, "ddim_steps": 4}
+TINY = {
+    "sage": sage.SageConfig(
+        **PHRASES, contexts=0, frames=0, cycles=1, prompts=2, check_steps=1, global_rows=4,
+        local_rows=2,
+    ),
+    "word": WordConfig(
+        **PHRASES, contexts=0, frames=0, cycles=1, prompts=2, global_rows=4, local_rows=2
+    ),
+    "esd-x": EsdXConfig(**ESD),
+    "esd-u": EsdUConfig(**ESD),
+    "uce": UceConfig(**PHRASES, contexts=3),
+    "advunlearn": AdvUnlearnConfig(
+        **PHRASES, contexts=0, frames=1, cycles=2, warmup=1, prompts=2, attack_steps=2,
+        attack_tokens=2, retain_rows=3, latents="edited", ddim_steps=3,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline()
+
+
+def moved(params, size=0.02):
+    """Parameters away from the original's, where no gradient vanishes."""
+    return jax.tree.map(lambda p: p + size * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
+
+
+def agree(ours, theirs, tolerance=2e-5):
+    """Two gradients, against the largest entry of the whole."""
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    assert scale > 0
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance * scale)
+
+
+def changed_paths(before, after):
+    old, new = (nnx.to_pure_dict(nnx.state(model)) for model in (before, after))
+    pairs = zip(leaf_paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    return {path for path, a, b in pairs if (a != b).any()}
+
+
+# ---- the interface ----
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_edits_its_part_alone_for_several_concepts(pipeline, name):
+    method, config = METHODS[name], TINY[name]
+    assert method_of(config) is method
+    options = {"progress": False} if method.trains else {}
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(getattr(pipeline, method.edits))))
+    edited = erase(pipeline, ["three", "a red seven"], config, seed=1, **options)
+    other = "unet" if method.edits == "text_encoder" else "text_encoder"
+    assert getattr(edited, other) is getattr(pipeline, other) and edited.vae is pipeline.vae
+    changed = changed_paths(getattr(pipeline, method.edits), getattr(edited, method.edits))
+    assert changed and not any("embedding" in path for path in changed)
+    for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(getattr(edited, method.edits)))):
+        assert np.isfinite(leaf).all()
+    after = nnx.to_pure_dict(nnx.state(getattr(pipeline, method.edits)))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, new)  # the pipeline itself stays as it is
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_explains_unusable_requests(pipeline, name):
+    module = METHODS[name].erase
+    for concepts, changes, message in (
+        ([], {}, "no concept"),
+        (["  "], {}, "concept is empty"),
+        (["three"], {"templates": ("no place",)}, "exactly one"),
+        (["three"], {"similarity_cap": -1.0}, "similarity_cap"),
+    ):
+        with pytest.raises(ConceptError, match=message):
+            module(pipeline, concepts, dataclasses.replace(TINY[name], **changes))
+
+
+def test_settings_are_checked_and_belong_to_a_method():
+    for setting, make in (
+        ("cycles", lambda: EsdXConfig(cycles=0)),
+        ("latents", lambda: EsdUConfig(latents="ddim")),
+        ("min_timestep", lambda: AdvUnlearnConfig(min_timestep=1.0)),
+        ("attack_tokens", lambda: AdvUnlearnConfig(attack_tokens=0)),
+        ("regularization", lambda: UceConfig(regularization=0.0)),
+        ("similarity_cap", lambda: UceConfig(similarity_cap=2.0)),
+        ("learning_rate", lambda: WordConfig(learning_rate=-1.0)),
+    ):
+        with pytest.raises((ValueError, TypeError), match=setting):  # or the type checker
+            make()
+    with pytest.raises(ValueError, match="received int"):
+        method_of(3)
+
+
+def test_word_erasure_is_sage_without_self_check(pipeline):
+    assert not any(f.init for f in dataclasses.fields(WordConfig) if f.name.startswith("check"))
+    word = WordConfig()
+    assert word.check_steps == 0 and word.cycles == sage.SageConfig().cycles
+    assert "check_steps" in dataclasses.asdict(word)
+    with pytest.raises(TypeError, match="check_steps"):
+        WordConfig(check_steps=3)
+
+
+# ---- retained phrases ----
+
+
+def test_phrases_near_a_concept_are_named(pipeline):
+    phrases = ["four", "three", "3", "red"]
+    found = retained_phrases(pipeline, ["three", "red"], TINY["uce"], phrases)
+    assert set(found.kept) == {"four", "3"}
+    assert {(each.phrase, each.concept) for each in found.near} == {
+        ("three", "three"),
+        ("red", "red"),
+    }
+    assert all(each.similarity == pytest.approx(1, abs=1e-4) for each in found.near)
+    strict = dataclasses.replace(TINY["uce"], similarity_cap=0.0)
+    closer = retained_phrases(pipeline, ["three"], strict)
+    cosines = [each.similarity for each in closer.near]
+    assert cosines == sorted(cosines, reverse=True) and min(cosines) > 0
+    assert retained_phrases(pipeline, ["three"], strict, closer) is closer
+    assert not set(closer.kept) & {each.phrase for each in closer.near}
+
+
+# ---- ESD ----
+
+
+@pytest.fixture(scope="module", params=["esd-x", "esd-u"])
+def esd_run(pipeline, request):
+    config = TINY[request.param]
+    run = esd.prepare(pipeline, ["three", "seven"], config)
+    static = run[0]
+    step = jax.jit(lambda state, frozen, key: esd.esd_step(static, state, frozen, None, key))
+    return config, run, step
+
+
+def test_esd_loss_and_gradient_follow_equation_7(pipeline, esd_run):
+    _, (static, state, frozen), _ = esd_run
+    rng = np.random.default_rng(0)
+    z, c, c0 = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 4, 4, 4), (2, 24, 16), (2, 24, 16))
+    )
+    t, eta = jnp.array([700, 30]), 1.7
+
+    def ours(params):
+        now = nnx.merge(static.unet, params, frozen["unet"])
+        return esd.esd_loss(now, pipeline.unet, z, t, c, c0, eta)
+
+    def transcription(params):  # one prompt at a time
+        now = nnx.merge(static.unet, params, frozen["unet"])
+        total = 0.0
+        for i in range(2):
+            at = z[i : i + 1], t[i]
+            without = pipeline.unet(*at, c0[i : i + 1])
+            goal = without - eta * (pipeline.unet(*at, c[i : i + 1]) - without)
+            total += jnp.mean((now(*at, c[i : i + 1]) - goal) ** 2) / 2
+        return total
+
+    params = moved(state.params)
+    with jax.default_matmul_precision("highest"):
+        received, gradient = jax.jit(jax.value_and_grad(ours))(params)
+        wanted, expected = jax.jit(jax.value_and_grad(transcription))(params)
+    assert float(received) == pytest.approx(float(wanted), rel=1e-5)
+    agree(gradient, expected)
+
+
+def test_esd_trains_its_layers_and_repeats_itself(pipeline, esd_run):
+    config, (static, state, frozen), step = esd_run
+    before = jax.tree.map(np.array, frozen)
+    after, metrics = step(state, frozen, jax.random.key(0))
+    again, _ = step(state, frozen, jax.random.key(0))
+    other, _ = step(state, frozen, jax.random.key(1))
+    assert int(after.step) == 1 and np.isfinite(float(metrics["loss"]))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    pairs = zip(jax.tree.leaves(after.params), jax.tree.leaves(other.params), strict=True)
+    assert any((a != b).any() for a, b in pairs)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True):
+        np.testing.assert_array_equal(a, b)
+    changed = changed_paths(pipeline.unet, nnx.merge(static.unet, after.params, frozen["unet"]))
+    every = set(leaf_paths(pipeline.unet))
+    cross = {path for path in every if ".attn2." in path}
+    if isinstance(config, EsdUConfig):
+        left = {path for path in every if matches("conv_out", path) or "time_embedding" in path}
+        assert changed == every - cross - left - {p for p in every if "conv_norm_out" in p}
+    else:
+        assert changed == cross
+
+
+def test_esd_brings_its_loss_down(pipeline):
+    config = dataclasses.replace(
+        TINY["esd-x"], latents="noise", learning_rate=1e-2, cycles=60, prompts=4
+    )
+    static, start, frozen = esd.prepare(pipeline, ["three"], config)
+    step = jax.jit(lambda state, key: esd.esd_step(static, state, frozen, None, key))
+
+    def loss(state):  # on the same prompts, latents and times
+        return np.mean([step(state, jax.random.key(n))[1]["loss"] for n in range(12)])
+
+    state = start
+    for n in range(60):
+        state, _ = step(state, jax.random.key(100 + n))
+    assert loss(state) < 0.5 * loss(start)
+
+
+# ---- latents ----
+
+
+def test_latents_are_those_of_a_guided_run_of_the_edited_model(pipeline, esd_run):
+    _, (static, state, frozen), _ = esd_run
+    unet = nnx.merge(static.unet, moved(state.params), frozen["unet"])
+    condition, empty = frozen["states"][0, :2], frozen["empty_states"]
+    predict = jax.jit(unet.__call__)
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    sampler = make_sampler(schedule, "ddim", num_inference_steps=4)
+    noise = jax.random.normal(jax.random.key(3), (2, 4, 4, 4))
+    run = jax.jit(lambda x, n: denoise_until(unet, sampler, x, n, condition, empty, 3.0))
+    x = noise
+    for i in range(3):
+        np.testing.assert_allclose(run(noise, i), x, atol=1e-4)
+        time = int(sampler.timesteps[i])
+        with_prompt = predict(x, time, condition)
+        without = predict(x, time, jnp.stack([empty, empty]))
+        x = sampler.step(x, without + 3.0 * (with_prompt - without), i)
+
+    key = jax.random.key(0)
+    latents, times = jax.jit(lambda k: draw_latents(static, frozen, unet, condition, k))(key)
+    assert set(np.asarray(times)) <= set(sampler.timesteps) and len(set(np.asarray(times))) == 1
+    first, _ = jax.random.split(key)
+    count = list(sampler.timesteps).index(int(times[0]))
+    start = jax.random.normal(first, (2, 4, 4, 4))
+    expected = run(start, count)
+    np.testing.assert_allclose(latents, expected, atol=1e-4)
+
+
+# ---- UCE ----
+
+
+def test_uce_solves_the_least_squares_problem():
+    rng = np.random.default_rng(0)
+    c, star, kept = rng.normal(size=(5, 8)), rng.normal(size=(5, 8)), rng.normal(size=(40, 8))
+    weights = {"erase_weight": 2.0, "preserve_weight": 0.5, "regularization": 0.1}
+    matrix = uce.edit_matrix(c, star, kept.T @ kept / 40, **weights)
+    for out in (3, 8):  # projections of two sizes, one matrix
+        old = rng.normal(size=(out, 8))
+        # Every term of the objective as rows of one dense problem  min |A W'^T - B|^2.
+        parts = [
+            (np.sqrt(2.0 / 5) * c, np.sqrt(2.0 / 5) * star @ old.T),
+            (np.sqrt(0.5 / 40) * kept, np.sqrt(0.5 / 40) * kept @ old.T),
+            (np.sqrt(0.1) * np.eye(8), np.sqrt(0.1) * old.T),
+        ]
+        left, right = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+        expected = np.linalg.lstsq(left, right, rcond=None)[0].T
+        np.testing.assert_allclose(old @ matrix, expected, atol=1e-10)
+
+
+def test_uce_with_sums_is_the_papers_formula():
+    rng = np.random.default_rng(1)
+    c, star, kept = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(9, 6))
+    old = rng.normal(size=(5, 6))
+    numerator, denominator = 0.3 * old, 0.3 * np.eye(6)
+    for ci, vi in zip(c, star @ old.T, strict=True):
+        numerator, denominator = numerator + np.outer(vi, ci), denominator + np.outer(ci, ci)
+    for cj in kept:
+        numerator = numerator + old @ np.outer(cj, cj)
+        denominator = denominator + np.outer(cj, cj)
+    matrix = uce.edit_matrix(
+        c, star, kept.T @ kept / 9, erase_weight=4.0, preserve_weight=9.0, regularization=0.3
+    )
+    np.testing.assert_allclose(old @ matrix, numerator @ np.linalg.inv(denominator), atol=1e-10)
+
+
+def test_uce_pairs_states_from_the_concept_on(pipeline):
+    length = text_length(pipeline)
+    settings = dataclasses.replace(TINY["uce"], contexts=0, templates=("a {} on grass", "{}"))
+
+    def pairs(anchor):
+        prompts = stacked_prompts(
+            pipeline.tokenizer, ["red three"], [],
+            dataclasses.replace(settings, anchor=anchor), length=length, seed=0,
+        )  # fmt: skip
+        text = pipeline.text_encoder
+        states = [np.asarray(text(jnp.asarray(rows[0]))[0])
+                  for rows in (prompts.tokens, prompts.without)]  # fmt: skip
+        return states, uce.paired_states(pipeline, prompts)
+
+    # start a red three on grass end -> start a on grass end: from "three" and "a", both to the end
+    (with_, without), (concept, anchor) = pairs("")
+    assert len(concept) == (length - 3) + (length - 2)
+    np.testing.assert_allclose(concept[: length - 3], with_[0, 3:], atol=1e-5)
+    np.testing.assert_allclose(anchor[: length - 3], without[0, 1 : length - 2], atol=1e-5)
+    np.testing.assert_allclose(anchor[length - 3], without[1, 0], atol=1e-5)
+    # An anchor of three words: the last position of the concept's prompt has no partner.
+    (with_, without), (concept, anchor) = pairs("one two four")
+    np.testing.assert_allclose(concept[: length - 4], with_[0, 3:-1], atol=1e-5)
+    np.testing.assert_allclose(anchor[: length - 4], without[0, 4:], atol=1e-5)
+
+
+def test_uce_rewrites_the_projections_of_cross_attention(pipeline):
+    strong = dataclasses.replace(TINY["uce"], preserve_weight=0.0, regularization=1e-6, contexts=0)
+    edited = erase(pipeline, ["three"], strong)
+    kinds = {path.split(".attn2.")[-1] for path in changed_paths(pipeline.unet, edited.unet)}
+    assert kinds == {"to_k.kernel", "to_v.kernel"}
+    # Without anything to preserve, the concept is projected as the anchor was.
+    prompts = stacked_prompts(
+        pipeline.tokenizer, ["three"], [], strong, length=text_length(pipeline), seed=0
+    )  # fmt: skip
+    concept, anchor = uce.paired_states(pipeline, prompts)
+    attention = lambda p: p.unet.mid_block.attentions[0].transformer_blocks[0].attn2  # noqa: E731
+    old, new = (np.asarray(attention(p).to_v.kernel[...]) for p in (pipeline, edited))
+    near = np.linalg.norm(concept @ new - anchor @ old)
+    assert near < 0.5 * np.linalg.norm(concept @ old - anchor @ old)
+    with pytest.raises(ValueError, match="reads no text states"):
+        erase(pipeline, ["three"], dataclasses.replace(strong, edited=("conv_in",)))
+
+
+# ---- AdvUnlearn ----
+
+
+@pytest.fixture(scope="module")
+def adversarial(pipeline):
+    config = dataclasses.replace(TINY["advunlearn"], latents="noise", retain_weight=0.7)
+    return advunlearn.prepare(pipeline, ["three"], config)
+
+
+def test_the_upper_level_follows_the_equations(pipeline, adversarial):
+    static, state, frozen = adversarial
+    config, key = static.config, jax.random.key(5)
+    tokens, without = (frozen[name][0] for name in ("tokens", "without"))
+    table = pipeline.text_encoder.embeddings.token_embedding
+    attacked = table(tokens) + 0.01
+
+    def transcription(params):
+        t, t0 = nnx.merge(static.text, params, frozen["text"]), pipeline.text_encoder
+        rows_key, latent_key = jax.random.split(key)
+        words = frozen["retained_tokens"]
+        rows = words[jax.random.choice(rows_key, len(words), (3,))]
+        time_key, noise_key = jax.random.split(latent_key)
+        times = jax.random.randint(time_key, (5,), 500, 1000)
+        z = jax.random.normal(noise_key, (5, 4, 4, 4))
+
+        def e(i, hidden):
+            return pipeline.unet(z[i : i + 1], times[i], hidden)[0]
+
+        loss = 0.0
+        for i in range(2):
+            anchor = e(i, t0(without[i : i + 1])[0])
+            goal = anchor - config.eta * (e(i, t0(tokens[i : i + 1])[0]) - anchor)
+            hidden = t(inputs_embeds=attacked[i : i + 1], eos_positions=jnp.array([3]))[0]
+            loss += jnp.mean((e(i, hidden) - goal) ** 2) / 2
+        for i in range(3):
+            row = rows[i : i + 1]
+            loss += 0.7 * jnp.mean((e(2 + i, t(row)[0]) - e(2 + i, t0(row)[0])) ** 2) / 3
+        return loss
+
+    def ours(params):
+        return advunlearn._loss(static, frozen, tokens, without, attacked, key, params)[0]
+
+    params = moved(state.params)
+    with jax.default_matmul_precision("highest"):
+        received, gradient = jax.jit(jax.value_and_grad(ours))(params)
+        wanted, expected = jax.jit(jax.value_and_grad(transcription))(params)
+    assert float(received) == pytest.approx(float(wanted), rel=1e-5)
+    agree(gradient, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_the_lower_level_follows_its_equation(pipeline, adversarial, optimizer):
+    """Two steps of the attack, transcribed with the models called one prompt at a time."""
+    static, state, frozen = adversarial
+    config = dataclasses.replace(static.config, attack_optimizer=optimizer, attack_rate=0.1)
+    static = dataclasses.replace(static, config=config)
+    params, key, tokens = moved(state.params, 0.1), jax.random.key(2), frozen["tokens"][0]
+    t, t0 = nnx.merge(static.text, params, frozen["text"]), pipeline.text_encoder
+    table = t0.embeddings.token_embedding
+    unit = float(jnp.sqrt(jnp.mean(table.embedding[...] ** 2)))
+    start_key, steps_key = jax.random.split(key)
+    prefix = table(jax.random.randint(start_key, (2, 2), 0, table.num_embeddings))
+    plain = table(tokens)
+
+    def prompt(prefix):  # start, prefix, the rest without its last two
+        return jnp.concatenate([plain[:, :1], prefix, plain[:, 1:-2]], axis=1)
+
+    def distance(prefix, key):
+        time_key, noise_key = jax.random.split(key)
+        times = jax.random.randint(time_key, (2,), 500, 1000)
+        z = jax.random.normal(noise_key, (2, 4, 4, 4))
+        loss = 0.0
+        for i in range(2):
+            row = slice(i, i + 1)
+            hidden = t(inputs_embeds=prompt(prefix)[row], eos_positions=jnp.array([5]))[0]
+            wanted = pipeline.unet(z[row], times[i], t0(tokens[row])[0])
+            loss += jnp.mean((pipeline.unet(z[row], times[i], hidden) - wanted) ** 2) / 2
+        return loss
+
+    with jax.default_matmul_precision("highest"):
+        attacked, last = jax.jit(
+            lambda params: advunlearn.attack(static, params, frozen, tokens, key)
+        )(params)
+        first = second = 0.0
+        slope = jax.jit(jax.value_and_grad(distance))
+        for n, step in enumerate(jax.random.split(steps_key, 2), 1):
+            loss, gradient = slope(prefix, step)
+            if optimizer == "sign":
+                update = jnp.sign(gradient)
+            else:  # Adam (Kingma & Ba 2015), algorithm 1
+                first = 0.9 * first + 0.1 * gradient
+                second = 0.999 * second + 0.001 * gradient**2
+                root = jnp.sqrt(second / (1 - 0.999**n))
+                update = first / (1 - 0.9**n) / (root + 1e-8)
+            prefix = prefix - 0.1 * unit * update
+    assert float(last) == pytest.approx(float(loss), rel=1e-4)
+    np.testing.assert_allclose(attacked, prompt(prefix), atol=2e-3 * unit)
+
+
+def test_a_longer_attack_brings_the_concept_nearer(pipeline, adversarial):
+    static, state, frozen = adversarial
+    tokens = frozen["tokens"][0]
+    params, t0 = moved(state.params, 0.1), pipeline.text_encoder
+    t = nnx.merge(static.text, params, frozen["text"])
+    z = jax.random.normal(jax.random.key(9), (2, 4, 4, 4))
+    wanted = pipeline.unet(z, 800, t0(tokens)[0])
+
+    def distance(steps):
+        config = dataclasses.replace(static.config, attack_steps=steps, attack_rate=0.3)
+        short = dataclasses.replace(static, config=config)
+        run = jax.jit(lambda p: advunlearn.attack(short, p, frozen, tokens, jax.random.key(0)))
+        attacked, _ = run(params)
+        hidden = t(inputs_embeds=attacked, eos_positions=jnp.array([5, 5]))[0]
+        return float(jnp.mean((pipeline.unet(z, 800, hidden) - wanted) ** 2))
+
+    assert distance(40) < distance(0)
+
+
+def test_the_warm_up_erases_plain_prompts(adversarial):
+    static, state, frozen = adversarial
+    step = jax.jit(lambda state, key: advunlearn.adversarial_step(static, state, frozen, None, key))
+    after, metrics = step(state, jax.random.key(0))
+    assert int(after.step) == 1 and float(metrics["attack"]) == 0
+    _, metrics = step(after, jax.random.key(1))
+    assert float(metrics["attack"]) > 0
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+
+
+def test_the_attack_needs_room(pipeline):
+    config = dataclasses.replace(TINY["advunlearn"], attack_tokens=22)
+    with pytest.raises(ConceptError, match="leave no room"):
+        advunlearn.prepare(pipeline, ["three"], config)
+    config = dataclasses.replace(TINY["advunlearn"], attack_tokens=20)
+    with pytest.raises(ConceptError, match="takes 5 tokens"):
+        advunlearn.prepare(pipeline, ["a red three"], config)
+
+
+# ---- exports ----
+
+
+@pytest.fixture(scope="module")
+def uce_edited(pipeline):
+    return erase(pipeline, ["three"], TINY["uce"], retain=Retained(("four", "red")))
+
+
+def test_changed_tensors_fit_the_unet_of_diffusers(torch, pipeline, uce_edited, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from safetensors.torch import load_file
+
+    file = tmp_path / "unet_changes.safetensors"
+    keys = save_changes(uce_edited.unet, pipeline.unet, file)
+    assert keys and all(key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for key in keys)
+    save_pytorch(pipeline.unet, tmp_path / "original")
+    save_pytorch(uce_edited.unet, tmp_path / "edited")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "original")
+    whole = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "edited").state_dict()
+    result = unet.load_state_dict(load_file(file), strict=False)
+    assert result.unexpected_keys == []
+    assert set(result.missing_keys) == set(whole) - set(keys)
+    assert all(torch.equal(value, whole[key]) for key, value in unet.state_dict().items())
+
+
+def test_changes_name_the_text_encoder_as_transformers_does(pipeline, tmp_path):
+    edited = erase(pipeline, ["three"], TINY["word"], progress=False)
+    keys = save_changes(edited.text_encoder, pipeline.text_encoder, tmp_path / "x.safetensors")
+    assert all(key.startswith("text_model.") for key in keys)
+    assert safetensors.numpy.load_file(tmp_path / "x.safetensors").keys() == set(keys)
+    with pytest.raises(OutputError, match="no change"):
+        save_changes(pipeline.unet, edited.unet, tmp_path / "y.safetensors")
+    with pytest.raises(ValueError, match="one architecture"):
+        save_changes(pipeline.unet, pipeline.vae, tmp_path / "y.safetensors")
