@@ -186,7 +186,6 @@ def erase_into(
         "seed": seed,
         "settings": dataclasses.asdict(config),
         "retained_phrases": "the tokenizer's words" if retain is None else list(retained.kept),
-        "not_retained": [near._asdict() for near in retained.near],
     }
     if not method.retains:
         record["retained_phrases"] = "none: the method retains nothing"
@@ -222,6 +221,7 @@ def erase_into(
     if lines:
         record["last_cycle"] = json.loads(lines.splitlines()[-1])
         (folder / _LOG).write_text(lines, encoding="utf-8")
+    record["not_retained"] = [near._asdict() for near in retained.near]
     write_json(folder / RECORD, record | environment())
     return edited
 
