@@ -1,15 +1,19 @@
-"""Which keys a query sees, one dimension at a time: the geometry all backends and the simulator share.
+"""Which keys a query sees, one dimension at a time: the geometry that everything here shares.
 
 Generalized Neighborhood Attention (arXiv 2504.16922) is an AND of independent one-dimensional
-windows.  A dimension of `length` tokens with dilation d falls into d groups, x = i*d + g, that never
-see each other; inside a group, runs of `stride` queries share the window of their leader.
+windows.  A dimension of `length` tokens with dilation d falls into d groups, x = i*d + g, that
+never see each other; inside a group, runs of `stride` queries share the window of their leader.
 Everything here is plain numpy on static arguments.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
+
+Number = int | Int[np.ndarray, "..."]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,6 +34,28 @@ class Window:
     dilation: int = 1
     is_causal: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("length", "kernel_size", "stride", "dilation"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{name} must be a positive int in every dimension, received {value!r}."
+                )
+        if not isinstance(self.is_causal, bool):
+            raise ValueError(
+                f"is_causal must be a bool in every dimension, received {self.is_causal!r}."
+            )
+        if self.kernel_size * self.dilation > self.length:
+            raise ValueError(
+                f"kernel_size x dilation must fit into the dimension, received kernel_size="
+                f"{self.kernel_size} with dilation={self.dilation} in a dimension of {self.length}."
+            )
+        if self.stride > self.kernel_size:
+            raise ValueError(
+                f"stride must be at most kernel_size, or some keys are seen by nobody; received "
+                f"stride={self.stride} with kernel_size={self.kernel_size}."
+            )
+
     def group_lengths(self) -> tuple[int, ...]:
         """Tokens of each dilation group: ceil((length - g) / dilation)."""
         return tuple(-(-(self.length - g) // self.dilation) for g in range(self.dilation))
@@ -42,14 +68,8 @@ class Window:
         `queries` are in-group positions, by default all; positions past the end are taken for the
         last query's.
         """
-        i = np.arange(length) if queries is None else np.minimum(queries, length - 1)
-        k, s = self.kernel_size, self.stride
-        if self.is_causal:
-            leader = np.minimum(i // s * s + s - 1, length - 1)
-            return np.maximum(leader - k + 1, 0), i + 1
-        leader = np.minimum(i // s * s + s // 2, length - 1)
-        start = np.clip(leader - k // 2, 0, length - k)
-        return start, start + k
+        i = np.arange(length) if queries is None else queries
+        return bounds(i, length, self.kernel_size, self.stride, self.is_causal)
 
     def mask(self) -> Bool[np.ndarray, "length length"]:
         """mask[i, j]: whether query i sees key j."""
@@ -66,41 +86,119 @@ class Window:
         return self.kernel_size == self.length and self.dilation == 1 and not self.is_causal
 
 
+def windows_of(
+    token_layout: Sequence[int],
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> tuple[Window, ...]:
+    """One window per dimension of a token layout of rank 1 to 3; single values hold for all.
+
+    Raises:
+      ValueError: an argument has the wrong length, type or value (see `Window`).
+    """
+    if isinstance(token_layout, int) or len(token_layout) not in (1, 2, 3):
+        raise ValueError(f"token_layout must have 1 to 3 dimensions, received {token_layout!r}.")
+    rank = len(token_layout)
+    columns = [tuple(token_layout)]
+    given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    for name, value in (*given.items(), ("is_causal", is_causal)):
+        columns.append(per_dimension(name, value, rank))
+    return tuple(Window(*row) for row in zip(*columns, strict=True))
+
+
+def per_dimension(name: str, value: Any, rank: int) -> tuple[Any, ...]:
+    """A tuple of `rank` values, from one for all dimensions or one for each."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (value,) * rank
+    if len(value) != rank:
+        raise ValueError(
+            f"{name} needs one value or one for each of the {rank} dimensions, received "
+            f"{tuple(value)}."
+        )
+    return tuple(value)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Visits:
     """The key tiles that each query tile of one dilation group visits, along one dimension.
 
     A query tile visits key tiles `first` <= tile < `last`; of these, `free_first` <= tile <
-    `free_last` need no mask (an empty range where none does). Arrays [query tiles].
+    `free_last` need no mask (an empty range where none does). Arrays [..., query tiles].
     """
 
-    first: Int[np.ndarray, " T"]
-    last: Int[np.ndarray, " T"]
-    free_first: Int[np.ndarray, " T"]
-    free_last: Int[np.ndarray, " T"]
+    first: Int[np.ndarray, "*T"]
+    last: Int[np.ndarray, "*T"]
+    free_first: Int[np.ndarray, "*T"]
+    free_last: Int[np.ndarray, "*T"]
 
 
 def visits(
-    window: Window, length: int, query_tile: int, key_tile: int, tiles: int | None = None
+    window: Window,
+    length: int,
+    query_tile: int,
+    key_tile: int,
+    tiles: int | None = None,
+    *,
+    dynamic: bool = False,
 ) -> Visits:
-    """Tiles met along one dimension of a group of `length` tokens, padded at its end to whole tiles.
+    """Tiles met along one dimension of a group of `length` tokens, its end padded to whole tiles.
 
     `tiles` is the number of query tiles, where other groups have more tokens than this one: query
-    tiles past the end behave as the last query.
+    tiles past the end behave as the last query. `dynamic` key tiles start at the first key that a
+    query tile sees, and are counted from there, instead of lying on a grid.
     """
     tiles = -(-length // query_tile) if tiles is None else tiles
-    firsts = np.arange(tiles) * query_tile
-    lasts = firsts + query_tile - 1
-    first_start, first_end = window.bounds(length, firsts)
-    last_start, last_end = window.bounds(length, lasts)
+    k, s, causal = window.kernel_size, window.stride, window.is_causal
+    return tile_visits(
+        np.arange(tiles), length, k, s, causal, query_tile, key_tile, dynamic=dynamic
+    )
+
+
+def bounds(
+    queries: Int[np.ndarray, "..."], length: int, kernel_size: Number, stride: Number, causal: bool
+) -> tuple[Int[np.ndarray, "..."], Int[np.ndarray, "..."]]:
+    """`Window.bounds` for many windows at once: all arguments broadcast."""
+    i = np.minimum(queries, length - 1)
+    if causal:
+        leader = np.minimum(i // stride * stride + stride - 1, length - 1)
+        return np.maximum(leader - kernel_size + 1, 0), i + 1
+    leader = np.minimum(i // stride * stride + stride // 2, length - 1)
+    start = np.clip(leader - kernel_size // 2, 0, length - kernel_size)
+    return start, start + kernel_size
+
+
+def tile_visits(
+    tiles: Int[np.ndarray, "..."],
+    length: int,
+    kernel_size: Number,
+    stride: Number,
+    causal: bool,
+    query_tile: int,
+    key_tile: int,
+    *,
+    dynamic: bool = False,
+) -> Visits:
+    """`visits` for query tiles `tiles` of many windows at once: all arguments broadcast."""
+    firsts = tiles * query_tile
+    first_start, first_end = bounds(firsts, length, kernel_size, stride, causal)
+    last_start, last_end = bounds(firsts + query_tile - 1, length, kernel_size, stride, causal)
+    origin = first_start if dynamic else 0
     # Starts and ends never decrease, so a tile's first query sees the first key and its last one
     # the last, and keys that all of them see lie between the last start and the first end.
-    free_first = -(-last_start // key_tile)
-    ragged = (first_end == length) & (length % key_tile != 0)
-    free_last = np.where(ragged, -(-first_end // key_tile), first_end // key_tile)
+    free_first = _ceil_div(last_start - origin, key_tile)
+    free_end = first_end - origin
+    # Past the group's end there is nothing to mask but padding.
+    free_last = np.where(first_end == length, _ceil_div(free_end, key_tile), free_end // key_tile)
     return Visits(
-        first_start // key_tile,
-        -(-last_end // key_tile),
+        (first_start - origin) // key_tile,
+        _ceil_div(last_end - origin, key_tile),
         free_first,
         np.maximum(free_last, free_first),
     )
+
+
+def _ceil_div(a: Int[np.ndarray, "..."], b: int) -> Int[np.ndarray, "..."]:
+    return -(-a // b)
