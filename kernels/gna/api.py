@@ -1,0 +1,276 @@
+"""The front-end: arguments are checked, an implementation is chosen, gradients are defined.
+
+A backend is a module with three functions:
+
+  unsupported(problem, platform) -> str | None         why it cannot do a problem, or None
+  forward(problem, q, k, v, ak, av) -> (output, lse)   ak, av: additional keys and values, or None
+  backward(problem, residuals, d_output, delta) -> Gradients
+
+It sees raw operands in the layout of the call, with vmapped axes folded into the batch, and need
+have neither derivatives nor batching rules of its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from . import reference
+from .problem import PerDimension, Problem, Residuals, describe, windows_of
+from .windows import Window
+
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+}
+
+# What runs where, best first; the first that can do the problem is taken.
+PREFERENCES = {
+    "cpu": ("reference",),
+    "gpu": ("reference",),
+    "tpu": ("reference",),
+}
+
+
+def unsupported(implementation: str, problem: Problem, platform: str | None = None) -> str | None:
+    """Why an implementation cannot do a problem, or None if it can.
+
+    Args:
+      implementation: a key of `BACKENDS`.
+      problem: what `describe` returns.
+      platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
+    """
+    return BACKENDS[implementation].unsupported(problem, platform or jax.default_backend())
+
+
+def select(problem: Problem, implementation: str | None = None) -> str:
+    """The implementation that runs a problem on jax's default device.
+
+    Raises:
+      ValueError: if `implementation` names none.
+      NotImplementedError: if the one asked for cannot do the problem; another is never taken.
+    """
+    platform = jax.default_backend()
+    if implementation is None:
+        names = PREFERENCES.get(platform, PREFERENCES["tpu"])
+        return next(name for name in names if unsupported(name, problem, platform) is None)
+    if implementation not in BACKENDS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
+            f"{implementation!r}."
+        )
+    reason = unsupported(implementation, problem, platform)
+    if reason is not None:
+        raise NotImplementedError(
+            f"the implementation {implementation!r} cannot do this: {reason}. With "
+            "implementation=None one that can is chosen."
+        )
+    return implementation
+
+
+def neighborhood_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    is_causal: PerDimension = False,
+    scale: float | None = None,
+    additional_keys: Array | None = None,
+    additional_values: Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Generalized Neighborhood Attention over 1, 2 or 3 dimensions (arXiv 2504.16922).
+
+    Each query sees a window of `kernel_size` keys along each dimension, itself in the middle as far
+    as the borders allow: there the window is shifted, never cut. Runs of `stride` queries share the
+    window of their leader; `dilation` spaces a window's keys; a causal dimension shows no key
+    behind the query. `kernel_size` of the whole layout is dense attention, `stride` equal to
+    `kernel_size` attention within blocks.
+
+    It works under jit, vmap, grad (once), jax.checkpoint, and in shard_map over batch and heads;
+    for tokens spread over devices see `context_parallel_attention`.
+
+    Args:
+      query: [B, *X, Hq, D]; float32, bfloat16 or float16, as are the others.
+      key: [B, *X, Hkv, D]; query head h reads key head h // (Hq / Hkv).
+      value: [B, *X, Hkv, Dv].
+      kernel_size: keys seen along each dimension, an integer or one per dimension, as all four.
+      stride: queries that share a window; at most `kernel_size`.
+      dilation: distance between the keys of a window.
+      is_causal: whether no key behind the query is seen.
+      scale: factor of the scores, by default D ** -0.5.
+      additional_keys: keys that every query sees, such as those of a text [B, A, Hkv, D].
+      additional_values: their values [B, A, Hkv, Dv].
+      return_lse: also return the log-sum-exp of the scores, which `merge_attentions` needs.
+      implementation: a backend by name; by default the first in `PREFERENCES` that can.
+
+    Returns:
+      The output [B, *X, Hq, Dv] in the dtype of the operands; with `return_lse`, also the
+      log-sum-exp of the scores [B, *X, Hq], natural logarithm, float32.
+
+    Raises:
+      ValueError: if the call is wrong; the message says what was received and what is accepted.
+      NotImplementedError: if the implementation asked for cannot do the problem.
+    """
+    problem = describe(
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    implementation = select(problem, implementation)
+    operands = (query, key, value)
+    if problem.is_dense:  # the order of tokens does not matter: one row of them, and no mask
+        problem = dataclasses.replace(problem, windows=(Window(problem.tokens, problem.tokens),))
+        operands = tuple(x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in operands)
+    output, lse = attend(problem, implementation, *operands, additional_keys, additional_values)
+    output = output.reshape(*query.shape[:-1], problem.value_dim)
+    return (output, lse.reshape(query.shape[:-1])) if return_lse else output
+
+
+def neighborhood_mask(
+    token_layout: tuple[int, ...] | list[int],
+    *,
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    is_causal: PerDimension = False,
+) -> Bool[Array, "N N"]:
+    """mask[i, j]: whether query i sees key j, tokens in row-major order (last dimension fastest).
+
+    Raises:
+      ValueError: as `neighborhood_attention`.
+    """
+    windows = windows_of(token_layout, kernel_size, stride, dilation, is_causal)
+    return jnp.asarray(reference.mask_of(windows))
+
+
+def joint_neighborhood_attention(
+    image: tuple[Array, Array, Array],
+    text: tuple[Array, Array, Array],
+    *,
+    token_layout: tuple[int, ...],
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Joint attention of image and text tokens, as in MMDiT (FLUX, HunyuanVideo, SD3).
+
+    Image queries see their neighborhood of the image and the whole text; text queries see
+    everything. The layout must be given, because flattened tokens no longer tell it.
+
+    Args:
+      image: query [B, N, Hq, D], key [B, N, Hkv, D] and value [B, N, Hkv, Dv] of the image tokens,
+        in row-major order.
+      text: those of the text tokens [B, A, ...].
+      token_layout: tokens of the image along each dimension; their product is N.
+      kernel_size: as the following, see `neighborhood_attention`.
+      stride: of the image's windows.
+      dilation: of the image's windows.
+      scale: factor of the scores, by default D ** -0.5.
+      implementation: see `neighborhood_attention`.
+
+    Returns:
+      The outputs of image tokens [B, N, Hq, Dv] and text tokens [B, A, Hq, Dv].
+
+    Raises:
+      ValueError: as `neighborhood_attention`, and where the layout does not fit the tokens.
+    """
+    tokens = functools.reduce(lambda n, x: n * x, token_layout, 1)
+    for name, x in zip(("query", "key", "value"), image, strict=True):
+        if x.ndim != 4 or x.shape[1] != tokens:
+            raise ValueError(
+                f"the image's {name} must be [batch, tokens, heads, head_dim] with {tokens} tokens "
+                f"for the token layout {tuple(token_layout)}; received shape {x.shape}."
+            )
+    query, key, value = (x.reshape(x.shape[0], *token_layout, *x.shape[-2:]) for x in image)
+    shared: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    of_image = neighborhood_attention(
+        query,
+        key,
+        value,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        additional_keys=text[1],
+        additional_values=text[2],
+        **shared,
+    )
+    of_text = neighborhood_attention(
+        *text,
+        kernel_size=text[0].shape[1:2],
+        additional_keys=image[1],
+        additional_values=image[2],
+        **shared,
+    )
+    assert isinstance(of_image, jax.Array) and isinstance(of_text, jax.Array)
+    return of_image.reshape(*image[0].shape[:-1], -1), of_text
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(
+    problem: Problem,
+    implementation: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    additional_keys: Array | None,
+    additional_values: Array | None,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
+    run = _foldable(BACKENDS[implementation].forward, problem)
+    return run(query, key, value, additional_keys, additional_values)
+
+
+def _attend_forward(problem: Problem, implementation: str, *operands: Array | None) -> Any:
+    output, lse = attend(problem, implementation, *operands)
+    return (output, lse), Residuals(*operands, output, lse)
+
+
+def _attend_backward(
+    problem: Problem, implementation: str, residuals: Residuals, cotangents: tuple[Array, Array]
+) -> Any:
+    d_output, d_lse = cotangents
+    # P depends on the scores through the log-sum-exp, and the log-sum-exp is itself a result: its
+    # own cotangent enters where the output's does, so merged attentions differentiate.
+    product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
+    delta = product.sum(-1) - d_lse
+    return tuple(_foldable(BACKENDS[implementation].backward, problem)(residuals, d_output, delta))
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.lru_cache(maxsize=1024)
+def _foldable(run: Callable[..., Any], problem: Problem) -> Callable[..., Any]:
+    """A backend's function of arrays [B, ...], whose vmapped axes become part of B."""
+    call = jax.custom_batching.custom_vmap(functools.partial(run, problem))
+
+    @call.def_vmap
+    def fold(size: int, batched: Any, *operands: Any) -> Any:
+        def flat(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(size * x.shape[1], *x.shape[2:])
+
+        larger = dataclasses.replace(problem, batch=size * problem.batch)
+        results = _foldable(run, larger)(*jax.tree.map(flat, operands, tuple(batched)))
+        unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)
+        return unfolded, jax.tree.map(lambda _: True, results)
+
+    return call
