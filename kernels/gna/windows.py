@@ -7,8 +7,6 @@ Everything here is plain numpy on static arguments.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -34,28 +32,6 @@ class Window:
     dilation: int = 1
     is_causal: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("length", "kernel_size", "stride", "dilation"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{name} must be a positive int in every dimension, received {value!r}."
-                )
-        if not isinstance(self.is_causal, bool):
-            raise ValueError(
-                f"is_causal must be a bool in every dimension, received {self.is_causal!r}."
-            )
-        if self.kernel_size * self.dilation > self.length:
-            raise ValueError(
-                f"kernel_size x dilation must fit into the dimension, received kernel_size="
-                f"{self.kernel_size} with dilation={self.dilation} in a dimension of {self.length}."
-            )
-        if self.stride > self.kernel_size:
-            raise ValueError(
-                f"stride must be at most kernel_size, or some keys are seen by nobody; received "
-                f"stride={self.stride} with kernel_size={self.kernel_size}."
-            )
-
     def group_lengths(self) -> tuple[int, ...]:
         """Tokens of each dilation group: ceil((length - g) / dilation)."""
         return tuple(-(-(self.length - g) // self.dilation) for g in range(self.dilation))
@@ -71,54 +47,22 @@ class Window:
         i = np.arange(length) if queries is None else queries
         return bounds(i, length, self.kernel_size, self.stride, self.is_causal)
 
-    def mask(self) -> Bool[np.ndarray, "length length"]:
-        """mask[i, j]: whether query i sees key j."""
-        seen = np.zeros((self.length, self.length), bool)
-        for g, length in enumerate(self.group_lengths()):
-            start, end = self.bounds(length)
-            keys = np.arange(length)
-            inside = (keys >= start[:, None]) & (keys < end[:, None])
-            seen[g :: self.dilation, g :: self.dilation] = inside
-        return seen
+    def mask(self, queries: Int[np.ndarray, " Q"] | None = None) -> Bool[np.ndarray, "Q length"]:
+        """mask[i, j]: whether query i sees key j; `queries` are positions, by default all."""
+        x = np.arange(self.length)
+        i = x if queries is None else queries
+        group = i % self.dilation
+        length = _ceil_div(self.length - group, self.dilation)
+        start, end = bounds(
+            i // self.dilation, length, self.kernel_size, self.stride, self.is_causal
+        )
+        j = x // self.dilation
+        inside = (j >= start[:, None]) & (j < end[:, None])
+        return inside & (x % self.dilation == group[:, None])
 
     def is_dense(self) -> bool:
         """Whether every query sees every key."""
         return self.kernel_size == self.length and self.dilation == 1 and not self.is_causal
-
-
-def windows_of(
-    token_layout: Sequence[int],
-    *,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
-) -> tuple[Window, ...]:
-    """One window per dimension of a token layout of rank 1 to 3; single values hold for all.
-
-    Raises:
-      ValueError: an argument has the wrong length, type or value (see `Window`).
-    """
-    if isinstance(token_layout, int) or len(token_layout) not in (1, 2, 3):
-        raise ValueError(f"token_layout must have 1 to 3 dimensions, received {token_layout!r}.")
-    rank = len(token_layout)
-    columns = [tuple(token_layout)]
-    given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-    for name, value in (*given.items(), ("is_causal", is_causal)):
-        columns.append(per_dimension(name, value, rank))
-    return tuple(Window(*row) for row in zip(*columns, strict=True))
-
-
-def per_dimension(name: str, value: Any, rank: int) -> tuple[Any, ...]:
-    """A tuple of `rank` values, from one for all dimensions or one for each."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return (value,) * rank
-    if len(value) != rank:
-        raise ValueError(
-            f"{name} needs one value or one for each of the {rank} dimensions, received "
-            f"{tuple(value)}."
-        )
-    return tuple(value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,7 +102,11 @@ def visits(
 
 
 def bounds(
-    queries: Int[np.ndarray, "..."], length: int, kernel_size: Number, stride: Number, causal: bool
+    queries: Int[np.ndarray, "..."],
+    length: Number,
+    kernel_size: Number,
+    stride: Number,
+    causal: bool,
 ) -> tuple[Int[np.ndarray, "..."], Int[np.ndarray, "..."]]:
     """`Window.bounds` for many windows at once: all arguments broadcast."""
     i = np.minimum(queries, length - 1)

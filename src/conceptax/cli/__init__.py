@@ -1,7 +1,8 @@
 """The `conceptax` command: one module per subcommand, imported only when it is asked for.
 
 A command's module holds a frozen dataclass `Command`, whose fields are the flags and whose
-docstring is the help, and `run(command)`.
+docstring is the help, and `run(command)`. A module of several commands has a dict `COMMANDS` of
+such dataclasses by the command's second word instead.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ COMMANDS = {
     "sample": "draw images from prompts",
     "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
     "glyphs train": "build the bundled model from scratch",
+    "gna simulate": "predict what a neighborhood attention saves, without a GPU",
+    "gna search": "find the windows and strides that save most, and draw them",
 }
 
 
@@ -92,10 +95,12 @@ def _is_command(words: Sequence[str]) -> bool:
 def _run(name: str, arguments: Sequence[str]) -> int:
     import tyro
 
-    module: Any = importlib.import_module(f"conceptax.cli.{name.split()[0]}")
+    word, *second = name.split()
+    module: Any = importlib.import_module(f"conceptax.cli.{word}")
+    several = getattr(module, "COMMANDS", None)
     try:
         command = tyro.cli(
-            module.Command,
+            several[second[0]] if several else module.Command,
             prog=f"conceptax {name}",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
