@@ -1,5 +1,7 @@
 """Neighborhood attention: meaning, errors, gradients, transformations, backends."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -9,12 +11,13 @@ import pytest
 from gna_oracle import attention, full_mask, operands, random_case, random_heads
 
 from conceptax.kernels import gna
+from conceptax.kernels.gna.boxes import plan
 
 GOLDEN = [
     "1d_w7", "1d_even_w8_s2", "1d_causal_w6_s3", "2d_w5x3", "2d_w4x6_s2x3_d1x1", "2d_gqa",
     "2d_dil_causal", "2d_context", "3d_w3x4x3_s1x2x3",
 ]  # fmt: skip
-CPU_BACKENDS = ["reference"]
+CPU_BACKENDS = ["reference", "xla"]
 
 # Scores and outputs are dot products of a few hundred float32 terms of size one: errors of a few
 # 2**-24 times sqrt(terms) each, against float64.
@@ -142,7 +145,7 @@ Q2 = array(1, 8, 8, 2, 4)
          "(1, 6, 2, 4)."),
         ((Q, Q, Q), X | {"additional_keys": array(5, 2, 4), "additional_values": array(1, 6, 2, 4)},
          "additional_keys must be"),
-        ((Q, Q, Q), X | {"implementation": "fast"}, "implementation must be one of reference"),
+        ((Q, Q, Q), X | {"implementation": "fast"}, "implementation must be one of reference, xla"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(operands, options, message):
@@ -166,3 +169,87 @@ def test_explicit_requests_never_fall_back(monkeypatch):
     monkeypatch.setattr(gna.BACKENDS["reference"], "unsupported", lambda *_: "it is at rest")
     with pytest.raises(NotImplementedError, match="'reference' cannot do this: it is at rest"):
         gna.neighborhood_attention(Q, Q, Q, **X, implementation="reference")
+
+
+def problem_of(case, heads=None, **changes):
+    heads = {"batch": 1, "heads": 1, "kv_heads": 1, "dim": 4, "value_dim": 4, "additional": 0} | (
+        heads or {}
+    )
+    arrays = operands(np.random.default_rng(0), case, heads)[:5]
+    described = gna.describe(
+        *(None if x is None else jnp.asarray(x) for x in arrays), **settings(case)
+    )
+    return dataclasses.replace(described, **changes)
+
+
+def visited(problem, work, shard=0):
+    """How often each query meets each key in the steps of a plan; [N, N] in row-major order."""
+    tokens = np.arange(problem.tokens).reshape(problem.layout)
+    counts = np.zeros((problem.tokens, problem.tokens), int)
+    for loop in work.loops:
+        for n, tile in enumerate(loop.tiles):
+            group, *first = loop.origins[shard, n]
+            groups = np.unravel_index(group, work.dilation)
+            assert group == tile // np.prod(work.grid)
+            places = np.unravel_index(tile % np.prod(work.grid), work.grid)
+            rows, columns, seen = [], [], []
+            for m, (t, b) in enumerate(zip(work.tile, loop.box, strict=True)):
+                assert 0 <= first[m] <= work.keys[m] - b
+                d, g = work.dilation[m], groups[m]
+                rows.append((places[m] * t + np.arange(t)) * d + g)
+                columns.append((first[m] + np.arange(b)) * d + g)
+                inside = np.ones((t, b), int)
+                if loop.bounds[m] is not None:
+                    start, end = loop.bounds[m][shard, n]
+                    keys = np.arange(b)
+                    inside = ((keys >= start[:, None]) & (keys < end[:, None])).astype(int)
+                valid = rows[-1] < problem.layout[m]
+                rows[-1], inside = rows[-1][valid], inside[valid]
+                # What is not masked must exist.
+                assert not inside[:, columns[-1] >= problem.layout[m]].any()
+                columns[-1] = np.minimum(columns[-1], problem.layout[m] - 1)
+                seen.append(inside)
+            part = functools.reduce(np.kron, seen)
+            np.add.at(
+                counts,
+                (tokens[np.ix_(*rows)].reshape(-1, 1), tokens[np.ix_(*columns)].reshape(1, -1)),
+                part,
+            )
+    return counts
+
+
+def test_steps_meet_each_pair_once():
+    """For random problems, classes and pieces: each visible pair is met once, no other is."""
+    rng = np.random.default_rng(1)
+    several = pieces = free = 0
+    for _ in range(600):
+        case = random_case(rng)
+        problem = problem_of(
+            case, {"batch": int(rng.choice([1, 4])), "heads": int(rng.choice([1, 8]))}
+        )
+        work = plan(problem, int(rng.choice([8, 64, 1 << 18])), int(rng.integers(1, 4)))
+        np.testing.assert_array_equal(visited(problem, work), full_mask(case), err_msg=str(case))
+        several += len(work.loops) > 1
+        pieces += any(len(loop.tiles) > len(set(loop.tiles)) for loop in work.loops)
+        free += any(all(b is None for b in loop.bounds) for loop in work.loops)
+    assert min(several, pieces, free) > 50, (several, pieces, free)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_problems(seed):
+    sweep(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40, 600))
+def test_many_random_problems(seed):
+    sweep(seed)
+
+
+def sweep(seed):
+    rng = np.random.default_rng(seed)
+    case, heads = random_case(rng, most=80), random_heads(rng)
+    arrays = operands(rng, case, heads)
+    expected = attention(case, *arrays)
+    for one, other in zip(with_gradients(case, arrays, "xla"), expected, strict=True):
+        np.testing.assert_allclose(one, other, **TOLERANCE, err_msg=f"{seed=} {case} {heads}")

@@ -20,19 +20,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from . import reference
+from . import reference, xla
 from .problem import PerDimension, Problem, Residuals, describe, windows_of
+from .varying import vary, varying_axes
 from .windows import Window
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
+    "xla": xla,
 }
 
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
-    "cpu": ("reference",),
-    "gpu": ("reference",),
-    "tpu": ("reference",),
+    "cpu": ("xla", "reference"),
+    "gpu": ("xla", "reference"),
+    "tpu": ("xla", "reference"),
 }
 
 
@@ -137,7 +139,10 @@ def neighborhood_attention(
     if problem.is_dense:  # the order of tokens does not matter: one row of them, and no mask
         problem = dataclasses.replace(problem, windows=(Window(problem.tokens, problem.tokens),))
         operands = tuple(x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in operands)
-    output, lse = attend(problem, implementation, *operands, additional_keys, additional_values)
+    operands += (additional_keys, additional_values)
+    axes = varying_axes(*operands)
+    operands = (None if x is None else vary(x, axes) for x in operands)
+    output, lse = attend(problem, implementation, *operands)
     output = output.reshape(*query.shape[:-1], problem.value_dim)
     return (output, lse.reshape(query.shape[:-1])) if return_lse else output
 
