@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from . import reference, xla
+from . import cuda, reference, xla
 from .problem import PerDimension, Problem, Residuals, describe, windows_of
 from .varying import vary, varying_axes
 from .windows import Window
@@ -28,6 +28,7 @@ from .windows import Window
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "xla": xla,
+    "cuda": cuda,
 }
 
 # What runs where, best first; the first that can do the problem is taken.
