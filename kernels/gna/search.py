@@ -202,7 +202,7 @@ def _best(
     rows = _products(tables, band)
     picked = [table.take(row) for table, row in zip(tables, rows, strict=True)]
     pairs, visited, free, coarseness = (
-        math.prod(getattr(table, name) for table in picked)
+        np.prod([getattr(table, name) for table in picked], axis=0)
         for name in ("pairs", "visited", "free", "stride")
     )
     query_size, key_size = map(math.prod, tiles)

@@ -73,10 +73,10 @@ class Visits:
     `free_last` need no mask (an empty range where none does). Arrays [..., query tiles].
     """
 
-    first: Int[np.ndarray, "*T"]
-    last: Int[np.ndarray, "*T"]
-    free_first: Int[np.ndarray, "*T"]
-    free_last: Int[np.ndarray, "*T"]
+    first: Int[np.ndarray, "..."]
+    last: Int[np.ndarray, "..."]
+    free_first: Int[np.ndarray, "..."]
+    free_last: Int[np.ndarray, "..."]
 
 
 def visits(

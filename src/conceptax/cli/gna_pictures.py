@@ -10,10 +10,10 @@ from jaxtyping import Int
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
+from conceptax.kernels.gna.problem import windows_of
 from conceptax.kernels.gna.search import ALL_WINDOWS, Choice, tabulate
-from conceptax.kernels.gna.simulator import windows_of
 from conceptax.kernels.gna.windows import Window, visits
 
 SKIPPED, FREE, MASKED, QUERY = "#eceff2", "#2f81c7", "#f0883e", "#d1242f"
@@ -38,8 +38,9 @@ def draw_search(
     finest = min(choices, key=lambda choice: (math.prod(choice.stride), -choice.speedup))
     shown = [fastest] if finest is fastest else [fastest, finest]
     figure = Figure(figsize=(max(4.6 * len(layout), 11), 9.6), layout="constrained", dpi=110)
+    dilated = "" if set(np.atleast_1d(dilation)) == {1} else " (below: the first dilation group)"
     figure.suptitle(
-        f"Neighborhood attention on {_by(layout)} tokens", fontsize=15, fontweight="bold"
+        f"Neighborhood attention on {_by(layout)} tokens{dilated}", fontsize=15, fontweight="bold"
     )
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     windows = [
@@ -116,7 +117,10 @@ def _heat_map(
     if window.length > ALL_WINDOWS:
         axes.set(xscale="log", yscale="log")
     axes.legend(loc="upper left", fontsize=9, facecolor="#c8ced4")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        if window.length <= ALL_WINDOWS:
+            axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_formatter(ScalarFormatter())
 
 
 def _tiles(part: Any, choice: Choice, windows: Sequence[Window]) -> None:
@@ -189,6 +193,8 @@ def _plane(
         image, cmap=CLASSES, vmin=0, vmax=2, edgecolors="white", linewidth=0.4,
     )  # fmt: skip
     axes.set(xlim=(0, lengths[1]), ylim=(lengths[0], 0), aspect="equal")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if len(query):
         corner = (query[1] * q_wide, query[0] * q_high)
         axes.add_patch(Rectangle(corner, q_wide, q_high, fill=False, color=QUERY, linewidth=2))
