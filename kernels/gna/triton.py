@@ -1,0 +1,259 @@
+"""Triton kernels called from jax: what to launch, with which tiles, and how to tune that.
+
+Needs an NVIDIA GPU and jax-triton (`pip install 'conceptax[cuda]'`), which is imported at the first
+call. Kernels are lowered for the GPU at hand, without one for compute capability 9.0.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .problem import Gradients, Problem, Residuals
+from .tiles import Tiling, padded, tiling
+from .varying import vary, varying_axes
+
+LARGEST_DIM = 256
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: tokens of a program's tile and of those that it visits, and resources."""
+
+    own: int
+    seen: int
+    warps: int
+    stages: int
+
+
+# By compute capability, the largest that is not above the GPU's; then by the bytes of a row of keys
+# or values, the smallest that is not below. Own tokens are queries, of "backward_keys" keys.
+BLOCKS: dict[int, dict[str, dict[int, Blocks]]] = {
+    90: {  # H100, H200: 227 KiB of shared memory
+        "forward": {
+            128: Blocks(128, 128, 8, 3),
+            256: Blocks(128, 128, 8, 2),
+            512: Blocks(128, 64, 8, 2),
+            1024: Blocks(64, 32, 4, 2),
+        },
+        "backward_query": {
+            128: Blocks(128, 64, 8, 3),
+            256: Blocks(128, 64, 8, 2),
+            512: Blocks(64, 32, 4, 2),
+            1024: Blocks(32, 16, 4, 1),
+        },
+        "backward_keys": {
+            128: Blocks(128, 64, 8, 3),
+            256: Blocks(128, 64, 8, 2),
+            512: Blocks(64, 32, 4, 2),
+            1024: Blocks(32, 16, 4, 1),
+        },
+    },
+}
+BLOCKS[80] = BLOCKS[90]
+BLOCKS[0] = BLOCKS[90]
+
+# Programs that keep any GPU busy; the additional keys alone may be too few.
+ENOUGH_PROGRAMS = 512
+
+
+def unsupported(problem: Problem, platform: str) -> str | None:
+    """Why this backend cannot do a problem on a platform, or None if it can."""
+    if platform != "gpu":
+        return f"it runs on a GPU, not on {platform}"
+    if problem.shards > 1:
+        return "it does not attend from a shard of the tokens"
+    if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
+        return (
+            f"head dimensions may be {LARGEST_DIM} at most, not {problem.head_dim} (queries and "
+            f"keys) and {problem.value_dim} (values)"
+        )
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        import jax_triton  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"jax-triton cannot be imported ({error}); see pip install 'conceptax[cuda]'"
+    return None
+
+
+def forward(
+    problem: Problem,
+    query: Array,
+    key: Array,
+    value: Array,
+    additional_keys: Array | None,
+    additional_values: Array | None,
+) -> tuple[Array, Array]:
+    """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
+    additional = (
+        key if additional_keys is None else additional_keys,
+        value if additional_values is None else additional_values,
+    )
+    output, lse = call(
+        *_launch(problem, "forward"),
+        (query, key, value, *additional),
+        [
+            jax.ShapeDtypeStruct((*query.shape[:-1], problem.value_dim), query.dtype),
+            jax.ShapeDtypeStruct((problem.batch, problem.heads, *problem.layout), jnp.float32),
+        ],
+    )
+    return output, jnp.moveaxis(lse, 1, -1)
+
+
+def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
+    """Gradients of the inputs; see `reference.backward`."""
+    query, key, value, additional_keys, additional_values, _, lse = residuals
+    lse, delta = (jnp.moveaxis(x, -1, 1) for x in (lse, delta))
+    d_output = d_output.astype(query.dtype)
+    cotangents = (d_output, lse, delta)
+    additional = (
+        key if additional_keys is None else additional_keys,
+        value if additional_values is None else additional_values,
+    )
+    (d_query,) = call(
+        *_launch(problem, "backward_query"),
+        (query, key, value, *additional, *cotangents),
+        [jax.ShapeDtypeStruct(query.shape, query.dtype)],
+    )
+    d_key, d_value = call(
+        *_launch(problem, "backward_keys"),
+        (query, key, value, *cotangents),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
+    )
+    if additional_keys is None or additional_values is None:
+        return Gradients(d_query, d_key, d_value, None, None)
+    name, launch, parts = _launch_additional(problem)
+    partial = call(
+        name,
+        launch,
+        (query, *additional, *cotangents),
+        [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32) for x in additional],
+    )
+    d_additional = (x.sum(0).astype(query.dtype) for x in partial)
+    return Gradients(d_query, d_key, d_value, *d_additional)
+
+
+# Launching
+
+
+class Launch(NamedTuple):
+    """Programs, resources and static arguments of a kernel."""
+
+    programs: int
+    warps: int
+    stages: int
+    static: dict[str, Any]
+
+
+def call(
+    name: str, launch: Launch, operands: Sequence[Array], results: list[jax.ShapeDtypeStruct]
+) -> list[Array]:
+    """Runs a kernel of `triton_kernels`."""
+    import jax_triton
+
+    from . import triton_kernels
+
+    axes = varying_axes(*operands)
+    outputs = jax_triton.triton_call(
+        *operands,
+        kernel=getattr(triton_kernels, name),
+        name=f"gna_{name}",
+        out_shape=results,
+        grid=(launch.programs,),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        compute_capability=_capability(),
+        **launch.static,
+    )
+    return [vary(x, axes) for x in outputs]
+
+
+def _capability() -> int:
+    """Compute capability to lower for, such as 90 for 9.0."""
+    if jax.default_backend() != "gpu":
+        return 90
+    major, minor = str(jax.devices()[0].compute_capability).split(".")
+    return 10 * int(major) + int(minor)
+
+
+def _launch(problem: Problem, name: str) -> tuple[str, Launch]:
+    blocks = blocks_of(problem, name)
+    inverse = name == "backward_keys"
+    tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=inverse)
+    return name, _launch_tiles(problem, name, blocks, tiles)
+
+
+def _launch_tiles(problem: Problem, name: str, blocks: Blocks, tiles: Tiling) -> Launch:
+    inverse = name == "backward_keys"
+    windows = padded(problem.windows)
+    query_tile, key_tile = (tiles.seen, tiles.own) if inverse else (tiles.own, tiles.seen)
+    lanes = problem.batch * (problem.kv_heads if inverse else problem.heads)
+    groups = math.prod(w.dilation for w in windows)
+    row = max(problem.heads, problem.kv_heads) * max(problem.head_dim, problem.value_dim)
+    static = _heads(problem) | {
+        "WINDOWS": tuple(
+            (w.length, w.kernel_size, w.stride, w.dilation, w.is_causal) for w in windows
+        ),
+        "QUERY_TILE": query_tile,
+        "KEY_TILE": key_tile,
+        "TILES": tiles.grid,
+        "HAS_FREE": tiles.free > 0,
+        "HAS_MASKED": tiles.free < tiles.steps,
+        "WIDE": problem.tokens * row >= 2**31,
+    }
+    if not inverse:
+        static["ADDITIONAL"] = problem.additional
+    programs = lanes * groups * math.prod(tiles.grid)
+    return Launch(programs, blocks.warps, blocks.stages, static)
+
+
+def _launch_additional(problem: Problem) -> tuple[str, Launch, int]:
+    """Also the number of parts of the queries."""
+    blocks = blocks_of(problem, "backward_keys")
+    tiles = -(-problem.tokens // blocks.seen)
+    programs = problem.batch * problem.kv_heads * -(-problem.additional // blocks.own)
+    part = -(-tiles // min(tiles, -(-ENOUGH_PROGRAMS // programs)))
+    parts = -(-tiles // part)
+    static = _heads(problem) | {
+        "BATCH": problem.batch,
+        "TOKENS": problem.tokens,
+        "PART": part,
+        "ROWS": blocks.seen,
+        "KEYS": blocks.own,
+        "ADDITIONAL": problem.additional,
+    }
+    launch = Launch(programs * parts, blocks.warps, blocks.stages, static)
+    return "backward_additional", launch, parts
+
+
+def _heads(problem: Problem) -> dict[str, Any]:
+    return {
+        "HEADS": problem.heads,
+        "KV_HEADS": problem.kv_heads,
+        "DIM": problem.head_dim,
+        "VALUE_DIM": problem.value_dim,
+        "BLOCK_DIM": _block(problem.head_dim),
+        "BLOCK_VALUE_DIM": _block(problem.value_dim),
+        "SCALE": problem.scale,
+        "PRECISION": "tf32x3",  # of float32 only: about as precise, on tensor cores
+    }
+
+
+def _block(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def blocks_of(problem: Problem, name: str) -> Blocks:
+    """How a kernel is cut for a problem on this GPU: as tuned, or from the table."""
+    capability = _capability()
+    table = BLOCKS[max(c for c in BLOCKS if c <= capability)][name]
+    dim = max(_block(problem.head_dim), _block(problem.value_dim))
+    size = dim * jnp.dtype(problem.dtype).itemsize
+    return table[min(s for s in table if s >= size)]
