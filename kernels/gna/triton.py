@@ -21,7 +21,7 @@ LARGEST_DIM = 256
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut: tokens of a program's tile and of those that it visits, and resources."""
+    """How a kernel is cut: tokens of its own tile and of those visited, and its resources."""
 
     own: int
     seen: int

@@ -41,10 +41,8 @@ def _start(i, length, WINDOW: tl.constexpr):
 def _end(i, length, WINDOW: tl.constexpr):
     """One past the last key that a query sees."""
     if WINDOW[4]:
-        end = i + 1
-    else:
-        end = _start(i, length, WINDOW) + WINDOW[1]
-    return end
+        return i + 1
+    return _start(i, length, WINDOW) + WINDOW[1]
 
 
 @triton.jit
@@ -98,25 +96,16 @@ def _queries_of(first, length, size: tl.constexpr, tile: tl.constexpr, WINDOW: t
 
 
 @triton.jit
-def _product(x):
-    return x[0] * x[1] * x[2]
-
-
-@triton.jit
 def _unravel(index, n1, n2):
-    return (index // (n1 * n2), index // n2 % n1, index % n2)
+    row = index // n2
+    i0 = row // n1
+    return (i0, row - i0 * n1, index - row * n2)
 
 
 @triton.jit
 def _down(x):
     """Vectors as columns [:, 1]."""
     return (x[0][:, None], x[1][:, None], x[2][:, None])
-
-
-@triton.jit
-def _along(x):
-    """Vectors as rows [1, :]."""
-    return (x[0][None, :], x[1][None, :], x[2][None, :])
 
 
 @triton.jit
@@ -221,14 +210,14 @@ def _are_inside(i, lengths):
     return (i[0] < lengths[0]) & (i[1] < lengths[1]) & (i[2] < lengths[2])
 
 
-# Masks. Along a dimension the keys of a tile that a query does not see are some bits, and a key is
-# one bit; the bits of all dimensions fit in a word, so that one instruction per score tells all.
+# Masks. Along a dimension, the tokens of a visited tile that a token does not see (or is not seen
+# by) are some bits, and a visited token is one bit; the bits of all dimensions fit in a word, so
+# that one instruction per score tells all.
 
 
 @triton.jit
-def _limits(i, lengths, WINDOWS: tl.constexpr):
-    """First keys and ends of the windows of queries; no keys for those past the group's end."""
-    keep = _are_inside(i, lengths)
+def _windows(i, lengths, WINDOWS: tl.constexpr):
+    """First keys, and ends of the keys, that queries see; past the group's end as the last one."""
     i0 = tl.minimum(i[0], lengths[0] - 1)
     i1 = tl.minimum(i[1], lengths[1] - 1)
     i2 = tl.minimum(i[2], lengths[2] - 1)
@@ -240,14 +229,33 @@ def _limits(i, lengths, WINDOWS: tl.constexpr):
     ends = (
         _end(i0, lengths[0], WINDOWS[0]),
         _end(i1, lengths[1], WINDOWS[1]),
-        tl.where(keep, _end(i2, lengths[2], WINDOWS[2]), 0),
+        _end(i2, lengths[2], WINDOWS[2]),
     )
-    return starts, ends
+    return _down(starts), _down(ends)
+
+
+@triton.jit
+def _inverse_windows(j, lengths, WINDOWS: tl.constexpr):
+    """First queries, and ends of the queries, that see keys."""
+    j0 = tl.minimum(j[0], lengths[0] - 1)
+    j1 = tl.minimum(j[1], lengths[1] - 1)
+    j2 = tl.minimum(j[2], lengths[2] - 1)
+    starts = (
+        _first_query(j0, WINDOWS[0]),
+        _first_query(j1, WINDOWS[1]),
+        _first_query(j2, WINDOWS[2]),
+    )
+    ends = (
+        _last_query(j0, lengths[0], WINDOWS[0]),
+        _last_query(j1, lengths[1], WINDOWS[1]),
+        _last_query(j2, lengths[2], WINDOWS[2]),
+    )
+    return _down(starts), _down(ends)
 
 
 @triton.jit
 def _hidden(start, end, first, size: tl.constexpr):
-    """Bits of those keys of a tile that are outside a window, in one dimension."""
+    """Bits of the rows of a tile that are outside a window, in one dimension."""
     one = start * 0 + 1
     low = tl.minimum(tl.maximum(start - first, 0), size)
     high = tl.minimum(tl.maximum(end - first, 0), size)
@@ -255,19 +263,20 @@ def _hidden(start, end, first, size: tl.constexpr):
 
 
 @triton.jit
-def _seen(limits, first, within, SHAPE: tl.constexpr):
-    """Whether queries see the keys of a tile, which are at `within` from `first`."""
-    starts, ends = limits
+def _seen(windows, first, within, SHAPE: tl.constexpr):
+    """mask[token, visited]: visited tokens are at `within` from `first`, their tile's first."""
+    starts, ends = windows
     if SHAPE[0] + SHAPE[1] + SHAPE[2] <= 32:
         hidden = _hidden(starts[0], ends[0], first[0], SHAPE[0])
         hidden |= _hidden(starts[1], ends[1], first[1], SHAPE[1]) << SHAPE[0]
         hidden |= _hidden(starts[2], ends[2], first[2], SHAPE[2]) << (SHAPE[0] + SHAPE[1])
         one = within[0] * 0 + 1
-        key = one << within[0] | one << (within[1] + SHAPE[0])
-        key |= one << (within[2] + (SHAPE[0] + SHAPE[1]))
-        seen = (hidden & key) == 0
+        bits = one << within[0] | one << (within[1] + SHAPE[0])
+        bits |= one << (within[2] + (SHAPE[0] + SHAPE[1]))
+        seen = (hidden & bits[None, :]) == 0
     else:  # the tile is one row, of a layout that is one row
-        seen = (within[2] >= starts[2] - first[2]) & (within[2] < ends[2] - first[2])
+        at = within[2][None, :]
+        seen = (at >= starts[2] - first[2]) & (at < ends[2] - first[2])
     return seen
 
 
@@ -313,7 +322,7 @@ def _key_step(
     box,
     group,
     lengths,
-    limits,
+    windows,
     MASKED: tl.constexpr,
     WINDOWS: tl.constexpr,
     KEY_TILE: tl.constexpr,
@@ -330,7 +339,7 @@ def _key_step(
     if MASKED:
         first = _masked_tile(n, box, KEY_TILE)
         real = _are_inside(_positions(first, within), lengths)
-        seen = _seen(limits, first, _along(within), KEY_TILE)
+        seen = _seen(windows, first, within, KEY_TILE)
     else:
         first = _free_tile(n, box, KEY_TILE)
         real = within[0] >= 0  # that is all, and never asked for
@@ -427,11 +436,9 @@ def forward(
     i = _positions(first, _unravel(tl.arange(0, ROWS), QUERY_TILE[1], QUERY_TILE[2]))
     keep = _are_inside(i, lengths)
     tokens = _token(i, group, WINDOWS)
-    limits = _limits(i, lengths, WINDOWS)
     rows = (start + tokens) * HEADS + head
     q = _load(_pointers(query, rows, DIM, BLOCK_DIM, False), keep, True, DIM, BLOCK_DIM)
 
-    limits = (_down(limits[0]), _down(limits[1]))
     j = _token(_unravel(tl.arange(0, KEYS), KEY_TILE[1], KEY_TILE[2]), (0, 0, 0), WINDOWS)
     row = start * KV_HEADS + kv_head
     pointers = (
@@ -447,14 +454,15 @@ def forward(
     if HAS_FREE:
         for n in range(free):
             k, v, seen = _key_step(
-                n, pointers, box, group, lengths, limits, False, WINDOWS, KEY_TILE, KV_HEADS, DIM,
+                n, pointers, box, group, lengths, None, False, WINDOWS, KEY_TILE, KV_HEADS, DIM,
                 VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
             )
             acc, top, total = _attend(q, k, v, seen, (acc, top, total), FACTOR, False, PRECISION)
     if HAS_MASKED:
+        windows = _windows(i, lengths, WINDOWS)
         for n in range(masked):
             k, v, seen = _key_step(
-                n, pointers, box, group, lengths, limits, True, WINDOWS, KEY_TILE, KV_HEADS, DIM,
+                n, pointers, box, group, lengths, windows, True, WINDOWS, KEY_TILE, KV_HEADS, DIM,
                 VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
             )
             acc, top, total = _attend(q, k, v, seen, (acc, top, total), FACTOR, True, PRECISION)
@@ -487,7 +495,7 @@ def forward(
 
 
 # Backward. Scores are computed again; delta is the sum of d_output * output minus the cotangent of
-# the log-sum-exp, so that d_scores = p * (d_output . value - delta). Every gradient is summed by one
+# the log-sum-exp, so that d_scores = p * (d_output . value - delta). A gradient is summed by one
 # program in a fixed order: results are the same every time.
 
 
@@ -557,8 +565,6 @@ def backward_query(
     log_sum = tl.load(lse + of_head, mask=keep, other=0.0) * 1.4426950408889634
     product = tl.load(delta + of_head, mask=keep, other=0.0)
 
-    limits = _limits(i, lengths, WINDOWS)
-    limits = (_down(limits[0]), _down(limits[1]))
     j = _token(_unravel(tl.arange(0, KEYS), KEY_TILE[1], KEY_TILE[2]), (0, 0, 0), WINDOWS)
     row = start * KV_HEADS + kv_head
     pointers = (
@@ -572,14 +578,15 @@ def backward_query(
     if HAS_FREE:
         for n in range(free):
             k, v, seen = _key_step(
-                n, pointers, box, group, lengths, limits, False, WINDOWS, KEY_TILE, KV_HEADS, DIM,
+                n, pointers, box, group, lengths, None, False, WINDOWS, KEY_TILE, KV_HEADS, DIM,
                 VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
             )
             dq = _add_to_query(q, do, k, v, seen, log_sum, product, dq, FACTOR, False, PRECISION)
     if HAS_MASKED:
+        windows = _windows(i, lengths, WINDOWS)
         for n in range(masked):
             k, v, seen = _key_step(
-                n, pointers, box, group, lengths, limits, True, WINDOWS, KEY_TILE, KV_HEADS, DIM,
+                n, pointers, box, group, lengths, windows, True, WINDOWS, KEY_TILE, KV_HEADS, DIM,
                 VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
             )
             dq = _add_to_query(q, do, k, v, seen, log_sum, product, dq, FACTOR, True, PRECISION)
@@ -633,12 +640,10 @@ def _query_step(
     box,
     group,
     lengths,
-    first_key,
-    within_keys,
+    windows,
     MASKED: tl.constexpr,
     WINDOWS: tl.constexpr,
     QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -653,11 +658,8 @@ def _query_step(
     count = tl.maximum(count, 1)
     if MASKED:
         first = _masked_tile(n % count, box, QUERY_TILE)
-        i = _positions(first, within)
-        keep = _are_inside(i, lengths)
-        limits = _limits(i, lengths, WINDOWS)
-        limits = (_along(limits[0]), _along(limits[1]))
-        seen = _seen(limits, first_key, _down(within_keys), KEY_TILE)
+        keep = _are_inside(_positions(first, within), lengths)
+        seen = _seen(windows, first, within, QUERY_TILE)
     else:
         first = _free_tile(n % count, box, QUERY_TILE)
         keep = within[0] >= 0  # that is all, and never asked for
@@ -720,8 +722,7 @@ def backward_keys(
     start = (lane // KV_HEADS).to(tl.int64) * TOKENS
     group, lengths, first = _place(program % COUNT, KEY_TILE, TILES, WINDOWS)
 
-    within = _unravel(tl.arange(0, KEYS), KEY_TILE[1], KEY_TILE[2])
-    j = _positions(first, within)
+    j = _positions(first, _unravel(tl.arange(0, KEYS), KEY_TILE[1], KEY_TILE[2]))
     keep = _are_inside(j, lengths)
     rows = (start + _token(j, group, WINDOWS)) * KV_HEADS + kv_head
     k = _load(_pointers(key, rows, DIM, BLOCK_DIM, False), keep, True, DIM, BLOCK_DIM)
@@ -745,17 +746,18 @@ def backward_keys(
     if HAS_FREE:
         for n in range(free * REPEATS):
             q, do, seen, log_sum, product = _query_step(
-                n, free, pointers, box, group, lengths, first, within, False, WINDOWS, QUERY_TILE,
-                KEY_TILE, HEADS, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
+                n, free, pointers, box, group, lengths, None, False, WINDOWS, QUERY_TILE, HEADS,
+                DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
             )
             dk, dv = _add_to_keys(
                 q, do, k, v, seen, log_sum, product, dk, dv, FACTOR, False, PRECISION
             )
     if HAS_MASKED:
+        windows = _inverse_windows(j, lengths, WINDOWS)
         for n in range(masked * REPEATS):
             q, do, seen, log_sum, product = _query_step(
-                n, masked, pointers, box, group, lengths, first, within, True, WINDOWS, QUERY_TILE,
-                KEY_TILE, HEADS, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
+                n, masked, pointers, box, group, lengths, windows, True, WINDOWS, QUERY_TILE, HEADS,
+                DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE_DIM,
             )
             dk, dv = _add_to_keys(
                 q, do, k, v, seen, log_sum, product, dk, dv, FACTOR, True, PRECISION
