@@ -8,6 +8,7 @@ from .api import (
     neighborhood_mask,
     unsupported,
 )
+from .context_parallel import context_parallel_attention
 from .merge import merge_attentions
 from .problem import Problem, describe
 
@@ -15,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "PREFERENCES",
     "Problem",
+    "context_parallel_attention",
     "describe",
     "joint_neighborhood_attention",
     "merge_attentions",

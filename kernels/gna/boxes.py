@@ -38,8 +38,10 @@ class Loop:
       tiles: query tile of each step [n].
       origins: dilation group, and the box's first key along each dimension, on each shard [S, n,
         1 + rank].
-      bounds: per dimension, the first key and one past the last that each query of the tile sees,
-        counted from the origin [S, n, 2, tile]; None where all see the whole box.
+      masks: per dimension, the different masks of these steps: the first key and one past the last
+        that each query of the tile sees, counted from the origin [P, 2, tile]; None where every
+        query sees the whole box.
+      mask: mask of each step, on each shard [S, n].
     """
 
     box: tuple[int, ...]
@@ -47,7 +49,8 @@ class Loop:
     queries: int
     tiles: Int[np.ndarray, " n"]
     origins: Int[np.ndarray, "S n C"]
-    bounds: tuple[Int[np.ndarray, "S n 2 _"] | None, ...]
+    masks: tuple[Int[np.ndarray, "P 2 _"] | None, ...]
+    mask: Int[np.ndarray, "S n"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,32 +109,39 @@ class _Side:
         return shared.all((0, 2)) & (last - first == self.sizes).all(0)
 
 
-def halo(window: Window, shards: int) -> tuple[int, int]:
-    """Tokens that a shard of the first dimension needs before and after its own.
+def key_rows(window: Window, shards: int) -> tuple[tuple[int, ...], int]:
+    """The keys at hand where shards of a dimension's queries are attended from, one by one.
 
-    The same for all shards, and whole multiples of the dilation.
+    Returns:
+      The first key of each shard, and the number of keys, the same for all: a shard's own tokens
+      and a halo around them, or all tokens if these are no more. Keys before the first token or
+      after the last one are never seen.
     """
-    rows = window.length // shards // window.dilation
+    own = window.length // shards
+    if shards == 1:
+        return (0,), own
+    d = window.dilation
     before = after = 0
-    for shard in range(shards if shards > 1 else 0):
-        own = np.arange(shard * rows, (shard + 1) * rows)
-        start, end = window.bounds(window.length // window.dilation, own)
-        before = max(before, int(own[0] - start.min()))
-        after = max(after, int(end.max() - own[-1] - 1))
-    return before * window.dilation, after * window.dilation
+    for shard in range(shards):
+        queries = np.arange(shard * own // d, (shard + 1) * own // d)
+        start, end = window.bounds(window.length // d, queries)
+        before = max(before, d * int(queries[0] - start.min()))
+        after = max(after, d * int(end.max() - queries[-1] - 1))
+    if before + own + after >= window.length:
+        return (0,) * shards, window.length
+    return tuple(shard * own - before for shard in range(shards)), before + own + after
 
 
 def _side(window: Window, tile: int, shards: int) -> _Side:
     d = window.dilation
     queries = -(-window.length // d) // shards
     positions = np.minimum(np.arange(-(-queries // tile) * tile), queries - 1)
-    before = halo(window, shards)[0] // d
     bounds = [
         [
-            np.stack(window.bounds(length, positions + s * queries)) - (s * queries - before)
+            np.stack(window.bounds(length, shard * queries + positions)) - first // d
             for length in window.group_lengths()
         ]
-        for s in range(shards)
+        for shard, first in enumerate(key_rows(window, shards)[0])
     ]
     start, end = np.moveaxis(np.array(bounds), 2, 0).reshape(2, shards, -1, tile)
     return _Side(start, end)
@@ -231,16 +241,14 @@ def plan(problem: Problem, budget: int, most_classes: int | None = None) -> Plan
     sides = [_side(w, t, s) for w, t, s in zip(windows, tile, shards, strict=True)]
     dilation = tuple(w.dilation for w in windows)
     grid = tuple(s.sizes.size // d for s, d in zip(sides, dilation, strict=True))
-    before, after = halo(windows[0], problem.shards)
-    own = windows[0].length // problem.shards
-    key_layout = (before + own + after, *problem.layout[1:])
+    key_layout = (key_rows(windows[0], problem.shards)[1], *problem.layout[1:])
     keys = tuple(-(-x // d) for x, d in zip(key_layout, dilation, strict=True))
     rows = problem.repeats * math.prod(tile)
     if most_classes is None:
         work = (
             problem.batch * problem.kv_heads * rows * math.prod(int(s.sizes.sum()) for s in sides)
         )
-        most_classes = (8, 3, 2)[rank - 1] if work > 1 << 24 else 1
+        most_classes = (8, 3, 2)[rank - 1] if work > 1 << 22 else 1
     loops = tuple(
         _loop(problem.shards, sides, classes, grid, keys, rows, budget)
         for classes in itertools.product(*(_classes(side, most_classes) for side in sides))
@@ -249,7 +257,7 @@ def plan(problem: Problem, budget: int, most_classes: int | None = None) -> Plan
     if problem.additional:
         tiles = math.prod(dilation) * math.prod(grid)
         additional = (_additional(tiles, problem.additional, rows, budget),)
-    query_layout = (own, *problem.layout[1:])
+    query_layout = (windows[0].length // problem.shards, *problem.layout[1:])
     return Plan(tile, grid, dilation, keys, query_layout, key_layout, loops, additional)
 
 
@@ -262,7 +270,7 @@ def _loop(shards, sides, classes, grid, keys, rows, budget) -> Loop:
     piece, *entries = (i.reshape(-1) for i in index)
     group = np.zeros(len(piece), int)
     position = np.zeros(len(piece), int)
-    origins, bounds = [], []
+    origins, limits = [], []
     for m in range(rank):
         side, size = sides[m], box[m]
         group = group * (side.sizes.size // grid[m]) + entries[m] // grid[m]
@@ -277,18 +285,19 @@ def _loop(shards, sides, classes, grid, keys, rows, budget) -> Loop:
             origin = np.minimum(first, origin + size - length)
             free = free and size % length == 0
         origins.append(origin)
-        relative = np.stack([start, end], axis=2) - origin[:, :, None, None]
-        bounds.append(None if free else relative.astype(np.int32))
+        limits.append(None if free else np.stack([start, end], axis=2) - origin[:, :, None, None])
     tiles = group * math.prod(grid) + position
     order = np.lexsort((piece, tiles))
-    groups = np.broadcast_to(group, (shards, len(group)))
+    masks, mask = _distinct(limits, (shards, len(order)))
+    places = np.broadcast_arrays(group[None], *origins, np.empty((shards, 1)))[:-1]
     return Loop(
         (length, *box[1:]),
         tuple(side.start.shape[-1] for side in sides),
         rows,
         tiles[order].astype(np.int32),
-        np.stack([groups, *origins], axis=-1)[:, order].astype(np.int32),
-        tuple(None if b is None else b[:, order] for b in bounds),
+        np.stack(places, axis=-1)[:, order].astype(np.int32),
+        masks,
+        mask[:, order],
     )
 
 
@@ -298,12 +307,29 @@ def _additional(tiles: int, length: int, rows: int, budget: int) -> Loop:
     tile, piece = np.indices((tiles, count)).reshape(2, -1)
     first, last = piece * size, np.minimum((piece + 1) * size, length)
     origin = np.minimum(first, length - size)
-    bounds = np.stack([first - origin, last - origin], axis=-1).astype(np.int32)
+    limits = np.stack([first - origin, last - origin], axis=-1)[None, :, :, None]
+    masks, mask = _distinct([limits if length % size else None], (1, len(tile)))
+    origins = np.stack([np.zeros_like(origin), origin], axis=-1)
     return Loop(
-        (size,),
-        (1,),
-        rows,
-        tile.astype(np.int32),
-        np.stack([np.zeros_like(origin), origin], axis=-1).astype(np.int32)[None],
-        (bounds[None, :, :, None] if length % size else None,),
+        (size,), (1,), rows, tile.astype(np.int32), origins.astype(np.int32)[None], masks, mask
     )
+
+
+def _distinct(
+    limits: list[Int[np.ndarray, "_ n 2 _"] | None], steps: tuple[int, int]
+) -> tuple[tuple[Int[np.ndarray, "P 2 _"] | None, ...], Int[np.ndarray, "S n"]]:
+    """The different masks of many steps [shards, n], and the index of each step's."""
+    sizes = [0 if one is None else one.shape[-1] for one in limits]
+    rows = [
+        np.broadcast_to(one, (*steps, *one.shape[2:])).reshape(math.prod(steps), -1)
+        for one in limits
+        if one is not None
+    ]
+    if not rows:
+        return (None,) * len(limits), np.zeros(steps, np.int32)
+    rows, which = np.unique(np.concatenate(rows, axis=1), axis=0, return_inverse=True)
+    parts = np.split(rows.astype(np.int32), 2 * np.cumsum(sizes)[:-1], axis=1)
+    masks = tuple(
+        part.reshape(-1, 2, size) if size else None for part, size in zip(parts, sizes, strict=True)
+    )
+    return masks, which.reshape(steps).astype(np.int32)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -18,6 +19,9 @@ from .windows import Window
 # An integer (or bool) for all dimensions, or one per dimension; what else may come is refused by
 # name in `per_dimension`, which says more than a type checker would.
 PerDimension: TypeAlias = Any
+
+# Descriptions need shapes and dtypes only.
+Operand: TypeAlias = Array | jax.ShapeDtypeStruct
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -97,11 +101,11 @@ class Problem:
 
 
 def describe(
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None = None,
-    additional_values: Array | None = None,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    additional_keys: Operand | None = None,
+    additional_values: Operand | None = None,
     *,
     kernel_size: PerDimension,
     stride: PerDimension = 1,
@@ -178,9 +182,9 @@ def _check_additional(
     kv_heads: int,
     head_dim: int,
     value_dim: int,
-    keys: Array | None,
-    values: Array | None,
-) -> dict[str, Array]:
+    keys: Operand | None,
+    values: Operand | None,
+) -> dict[str, Operand]:
     if keys is None and values is None:
         return {}
     if keys is None or values is None:

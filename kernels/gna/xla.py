@@ -26,6 +26,9 @@ from .varying import vary, varying_axes
 BUDGET = {"cpu": 1 << 18}
 DEFAULT_BUDGET = 1 << 24
 
+# Masks that are made in advance, if all of them together are no larger than this many steps.
+MASKS = 8
+
 # Stands for minus infinity where differences must not be NaN: exp(HIDDEN - x) is 0 for any score x.
 HIDDEN = -1e30
 
@@ -236,7 +239,8 @@ def _run_loop(
     width = max(w for w in range(1, min(most, lanes) + 1) if lanes % w == 0)
     tiles = jnp.asarray(loop.tiles)
     origins = _of_shard(problem, loop.origins)
-    bounds = [None if b is None else _of_shard(problem, b) for b in loop.bounds]
+    mask_of = _masks(loop)
+    mask = _of_shard(problem, loop.mask)
 
     def body(i: Array, state: Any) -> Any:
         # All tiles of some lanes before the next lanes, whose keys would need the cache.
@@ -246,7 +250,6 @@ def _run_loop(
             jax.lax.dynamic_slice(x, (group, lane, *first, 0), (1, width, *loop.box, x.shape[-1]))
             for x in (source.key, source.value)
         )
-        seen = _seen(loop.box, loop.tile, [None if b is None else b[n] for b in bounds])
         at = _Step(
             tiles[n],
             lane,
@@ -254,7 +257,7 @@ def _run_loop(
             loop.box,
             key.reshape(width, size, -1),
             value.reshape(width, size, -1),
-            seen,
+            mask_of(mask[n]),
         )
         return step(at, state)
 
@@ -268,22 +271,30 @@ def _of_shard(problem: Problem, table: np.ndarray) -> Array:
     return jnp.asarray(table)[jax.lax.axis_index(problem.axis_name)]
 
 
-def _seen(
-    box: tuple[int, ...], tile: tuple[int, ...], bounds: list[Int[Array, "2 _"] | None]
-) -> Bool[Array, "K 1 T"] | None:
-    """Which keys of a box the queries of a tile see; None if all."""
-    if all(limits is None for limits in bounds):
-        return None
-    rank = len(box)
-    seen = jnp.ones((*box, *tile), bool)
-    for m, limits in enumerate(bounds):
-        if limits is not None:
-            keys = jnp.arange(box[m])[:, None]
-            inside = (keys >= limits[0]) & (keys < limits[1])  # [box, tile]
-            others = [n for n in range(2 * rank) if n not in (m, rank + m)]
-            seen &= jnp.expand_dims(inside, others)
-    # Made once for all heads, and before its axes are joined, which would cost divisions.
-    return jax.lax.optimization_barrier(seen).reshape(math.prod(box), 1, -1)
+def _masks(loop: Loop) -> Callable[[Array], Bool[Array, "K 1 T"] | None]:
+    """Which keys of the box the queries of the tile see, by the index of the mask; None is all."""
+    if all(limits is None for limits in loop.masks):
+        return lambda mask: None
+    rank = len(loop.box)
+    masks = [None if limits is None else jnp.asarray(limits) for limits in loop.masks]
+
+    def make(mask: Array) -> Array:
+        seen = jnp.ones((*loop.box, *loop.tile), bool)
+        for m, limits in enumerate(masks):
+            if limits is not None:
+                first, last = limits[mask]
+                keys = jnp.arange(loop.box[m])[:, None]
+                inside = (keys >= first) & (keys < last)  # [box, tile]
+                others = [n for n in range(2 * rank) if n not in (m, rank + m)]
+                seen &= jnp.expand_dims(inside, others)
+        # Made once for all heads, and before its axes are joined, which would cost divisions.
+        return jax.lax.optimization_barrier(seen).reshape(math.prod(loop.box), 1, -1)
+
+    count = next(len(limits) for limits in loop.masks if limits is not None)
+    if count * math.prod(loop.box) * math.prod(loop.tile) > MASKS * _budget():
+        return make
+    made = jax.vmap(make)(jnp.arange(count))
+    return lambda mask: made[mask]
 
 
 def _scores(problem: Problem, at: _Step, query: Float[Array, "r Q D"]) -> Float[Array, "r K Q"]:
