@@ -1,6 +1,5 @@
-"""Triton kernels of neighborhood attention, without a GPU: values by the interpreter, lowering."""
+"""Triton kernels of neighborhood attention without a GPU: values by the interpreter, and lowering."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,20 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gna_oracle import attention, operands, random_case, random_heads
+from gna_oracle import attention, full_mask, operands, random_case
 
-from conceptax.kernels.gna import describe
+from conceptax.kernels.gna import describe, unsupported
 from conceptax.kernels.gna import triton as backend
 from conceptax.kernels.gna.problem import Residuals
+from conceptax.kernels.gna.tiles import padded, tiling
+from conceptax.kernels.gna.windows import Window
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+CASES = {
+    # name: layout, kernel_size, stride, dilation, is_causal; B, Hq, Hkv, D, Dv, A; tile sizes
+    "row": ((70,), (21,), (1,), (1,), (False,), (1, 2, 1, 8, 8, 0), (32, 16)),
+    "stride": ((96,), (32,), (16,), (1,), (False,), (2, 1, 1, 16, 8, 0), (16, 16)),
+    "dilated": ((83,), (7,), (3,), (5,), (False,), (1, 1, 1, 8, 8, 0), (16, 16)),
+    "causal": ((50,), (40,), (3,), (1,), (True,), (1, 2, 2, 8, 8, 37), (16, 32)),
+    "blocks": ((16, 16), (8, 8), (8, 8), (1, 1), (False, False), (1, 4, 2, 4, 4, 0), (64, 32)),
+    "image": ((13, 11), (7, 5), (2, 1), (1, 2), (False, False), (1, 4, 2, 20, 8, 5), (32, 16)),
+    "mixed": ((9, 14), (4, 9), (3, 1), (2, 1), (False, True), (1, 1, 1, 8, 24, 32), (16, 32)),
+    "video": ((5, 8, 9), (3, 4, 5), (1, 2, 1), (1, 1, 1), (True, False, False),
+              (1, 2, 1, 8, 8, 0), (64, 64)),
+    "ragged": ((5, 7, 6), (2, 3, 3), (1, 1, 3), (2, 1, 2), (False,) * 3, (1, 1, 1, 4, 8, 3),
+               (16, 16)),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def interpreter(repository, tmp_path_factory):
     """`triton.call` by Triton's interpreter, which must be alone in a process."""
+    pytest.importorskip("triton")
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("interpreter")
     script = [str(repository / "tests/gna_interpreter.py")]
@@ -61,31 +74,114 @@ def interpreter(repository, tmp_path_factory):
     process.stdout.close()
 
 
-def problem_of(case, arrays):
-    settings = {name: case[name] for name in ("kernel_size", "stride", "dilation", "is_causal")}
-    return describe(*(None if x is None else jnp.asarray(x) for x in arrays), **settings)
+def problem_of(name, dtype=jnp.float32):
+    """The problem, its settings and its operands."""
+    layout, kernel_size, stride, dilation, is_causal, heads, _ = CASES[name]
+    case = {
+        "layout": layout,
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "dilation": dilation,
+        "is_causal": is_causal,
+    }
+    names = ("batch", "heads", "kv_heads", "dim", "value_dim", "additional")
+    arrays = operands(np.random.default_rng(0), case, dict(zip(names, heads, strict=True)))
+    inputs = [None if x is None else jnp.asarray(x, dtype) for x in arrays[:5]]
+    settings = {key: value for key, value in case.items() if key != "layout"}
+    cotangents = (jnp.asarray(arrays[5], dtype), jnp.asarray(arrays[6]))
+    return describe(*inputs, **settings), case, inputs, cotangents
 
 
-def run(problem, arrays):
+def with_gradients(problem, inputs, cotangents):
     """Output, log-sum-exp and gradients."""
-    *inputs, d_output, d_lse = arrays
-    inputs = [None if x is None else jnp.asarray(x) for x in inputs]
     output, lse = backend.forward(problem, *inputs)
-    delta = (np.float32(d_output) * np.float32(output)).sum(-1) - d_lse
-    residuals = Residuals(*inputs, output, lse)
-    gradients = backend.backward(problem, residuals, jnp.asarray(d_output), jnp.asarray(delta))
+    d_output, d_lse = cotangents
+    delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_lse
+    gradients = backend.backward(problem, Residuals(*inputs, output, lse), d_output, delta)
     return [output, lse, *(g for g in gradients if g is not None)]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_against_float64(interpreter, monkeypatch, seed):
-    monkeypatch.setattr(backend, "call", interpreter)
-    blocks = backend.Blocks(16, 16, 4, 1)
+def interpreted(monkeypatch, interpreter, name, dtype, wide=False):
+    blocks = backend.Blocks(*CASES[name][-1], 4, 2)
     monkeypatch.setattr(backend, "blocks_of", lambda *_: blocks)
-    rng = np.random.default_rng(seed)
-    case = random_case(rng, rank=1 + seed % 3)
-    heads = random_heads(rng) | {"additional": 20 * (seed % 2)}
-    arrays = operands(rng, case, heads)
-    got = run(problem_of(case, arrays[:5]), arrays)
-    for one, other in zip(got, attention(case, *arrays), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5, err_msg=str(case))
+
+    def call(name, launch, operands, results):
+        if "WIDE" in launch.static:
+            launch.static["WIDE"] = wide
+        return interpreter(name, launch, operands, results)
+
+    monkeypatch.setattr(backend, "call", call)
+    problem, case, inputs, cotangents = problem_of(name, dtype)
+    got = with_gradients(problem, inputs, cotangents)
+    assert [x.dtype for x in got] == [dtype, jnp.float32] + [dtype] * (len(got) - 2)
+    expected = attention(case, *inputs, *cotangents)
+    assert [x.shape for x in got] == [x.shape for x in expected]
+    return zip(got, expected, strict=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(interpreter, monkeypatch, name):
+    wide = name in ("row", "image")
+    for one, other in interpreted(monkeypatch, interpreter, name, jnp.float32, wide):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["causal", "blocks", "ragged"])
+def test_half_precision(interpreter, monkeypatch, name):
+    # Probabilities and score gradients are rounded to 2**-11 before the second product.
+    for one, other in interpreted(monkeypatch, interpreter, name, jnp.float16):
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_tiles_by_counting():
+    rng = np.random.default_rng(0)
+    for n in range(60):
+        case = random_case(rng, rank=1 + n % 3)
+        windows = tuple(
+            map(Window, *(case[x] for x in
+                          ("layout", "kernel_size", "stride", "dilation", "is_causal")))
+        )  # fmt: skip
+        mask = full_mask(case)
+        for inverse in (False, True):
+            tiles = tiling(windows, 16, 8, inverse=inverse)
+            assert (tiles.steps, tiles.free) == count(
+                mask.T if inverse else mask, padded(windows), tiles
+            ), (case, inverse)
+
+
+def count(mask, windows, tiles):
+    """Steps and free steps, by looking at every tile of every box."""
+    layout = tuple(w.length for w in windows)
+    dilation = tuple(w.dilation for w in windows)
+    mask = mask.reshape(layout + layout)
+    steps = free = 0
+    for group in np.ndindex(dilation):
+        every = tuple(slice(g, None, d) for g, d in zip(group, dilation, strict=True))
+        inside = mask[every + every]
+        lengths = inside.shape[:3]
+        for at in np.ndindex(*(-(-n // t) for n, t in zip(lengths, tiles.own, strict=True))):
+            rows = inside[
+                tuple(slice(a * t, a * t + t) for a, t in zip(at, tiles.own, strict=True))
+            ]
+            seen = np.nonzero(rows.any((0, 1, 2)))
+            box = [(x.min(), x.max() + 1) for x in seen]
+            counts = [-(-(b - a) // t) for (a, b), t in zip(box, tiles.seen, strict=True)]
+            for tile in np.ndindex(*counts):
+                first = [a + n * t for (a, _), n, t in zip(box, tile, tiles.seen, strict=True)]
+                part = tuple(slice(a, a + t) for a, t in zip(first, tiles.seen, strict=True))
+                whole = rows[(..., *part)]
+                steps += 1
+                free += bool(whole.all()) and whole.shape[3:] == tiles.seen
+    return steps, free
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_lowers_for_a_gpu_that_is_not_here(dtype):
+    pytest.importorskip("jax_triton", exc_type=AttributeError)
+    problem, _, inputs, cotangents = problem_of("image", dtype)
+    assert unsupported("triton", problem, "gpu") is None
+
+    run = jax.jit(lambda inputs, cotangents: with_gradients(problem, inputs, cotangents))
+    traced = run.trace(inputs, cotangents)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @triton_kernel_call") == 4

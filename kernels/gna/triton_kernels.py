@@ -60,12 +60,10 @@ def _first_query(j, WINDOW: tl.constexpr):
 def _last_query(j, length, WINDOW: tl.constexpr):
     """One past the last query that sees a key."""
     if WINDOW[4]:
-        last = tl.maximum(j + WINDOW[1], WINDOW[2]) // WINDOW[2] * WINDOW[2]
-        last = tl.where(j + WINDOW[1] >= length, length, tl.maximum(last, j))
+        last = (j + WINDOW[1]) // WINDOW[2] * WINDOW[2]
     else:
         last = (j + WINDOW[1] // 2 - WINDOW[2] // 2 + WINDOW[2]) // WINDOW[2] * WINDOW[2]
-        last = tl.where(j + WINDOW[1] >= length, length, last)
-    return tl.minimum(last, length)
+    return tl.where(j + WINDOW[1] >= length, length, tl.minimum(last, length))
 
 
 @triton.jit
