@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from . import cuda, reference, xla
+from . import cuda, reference, triton, xla
 from .problem import PerDimension, Problem, Residuals, describe, windows_of
 from .varying import vary, varying_axes
 from .windows import Window
@@ -29,12 +29,13 @@ BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "xla": xla,
     "cuda": cuda,
+    "triton": triton,
 }
 
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
     "cpu": ("xla", "reference"),
-    "gpu": ("xla", "reference"),
+    "gpu": ("triton", "xla", "reference"),
     "tpu": ("xla", "reference"),
 }
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .problem import Gradients, Problem, Residuals
-from .tiles import Tiling, padded, tiling
+from .tiles import padded, tiling
 from .varying import vary, varying_axes
 
 LARGEST_DIM = 256
@@ -97,7 +97,8 @@ def forward(
         value if additional_values is None else additional_values,
     )
     output, lse = call(
-        *_launch(problem, "forward"),
+        "forward",
+        launch(problem, "forward"),
         (query, key, value, *additional),
         [
             jax.ShapeDtypeStruct((*query.shape[:-1], problem.value_dim), query.dtype),
@@ -118,21 +119,23 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
         value if additional_values is None else additional_values,
     )
     (d_query,) = call(
-        *_launch(problem, "backward_query"),
+        "backward_query",
+        launch(problem, "backward_query"),
         (query, key, value, *additional, *cotangents),
         [jax.ShapeDtypeStruct(query.shape, query.dtype)],
     )
     d_key, d_value = call(
-        *_launch(problem, "backward_keys"),
+        "backward_keys",
+        launch(problem, "backward_keys"),
         (query, key, value, *cotangents),
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
     )
     if additional_keys is None or additional_values is None:
         return Gradients(d_query, d_key, d_value, None, None)
-    name, launch, parts = _launch_additional(problem)
+    how, parts = launch_additional(problem)
     partial = call(
-        name,
-        launch,
+        "backward_additional",
+        how,
         (query, *additional, *cotangents),
         [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32) for x in additional],
     )
@@ -153,7 +156,7 @@ class Launch(NamedTuple):
 
 
 def call(
-    name: str, launch: Launch, operands: Sequence[Array], results: list[jax.ShapeDtypeStruct]
+    name: str, how: Launch, operands: Sequence[Array], results: list[jax.ShapeDtypeStruct]
 ) -> list[Array]:
     """Runs a kernel of `triton_kernels`."""
     import jax_triton
@@ -166,11 +169,11 @@ def call(
         kernel=getattr(triton_kernels, name),
         name=f"gna_{name}",
         out_shape=results,
-        grid=(launch.programs,),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        grid=(how.programs,),
+        num_warps=how.warps,
+        num_stages=how.stages,
         compute_capability=_capability(),
-        **launch.static,
+        **how.static,
     )
     return [vary(x, axes) for x in outputs]
 
@@ -183,26 +186,19 @@ def _capability() -> int:
     return 10 * int(major) + int(minor)
 
 
-def _launch(problem: Problem, name: str) -> tuple[str, Launch]:
+def launch(problem: Problem, name: str) -> Launch:
+    """How to run one of the kernels "forward", "backward_query" and "backward_keys"."""
     blocks = blocks_of(problem, name)
     inverse = name == "backward_keys"
-    tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=inverse)
-    return name, _launch_tiles(problem, name, blocks, tiles)
-
-
-def _launch_tiles(problem: Problem, name: str, blocks: Blocks, tiles: Tiling) -> Launch:
-    inverse = name == "backward_keys"
     windows = padded(problem.windows)
-    query_tile, key_tile = (tiles.seen, tiles.own) if inverse else (tiles.own, tiles.seen)
-    lanes = problem.batch * (problem.kv_heads if inverse else problem.heads)
-    groups = math.prod(w.dilation for w in windows)
-    row = max(problem.heads, problem.kv_heads) * max(problem.head_dim, problem.value_dim)
+    tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=inverse)
+    row = problem.heads * max(problem.head_dim, problem.value_dim)
     static = _heads(problem) | {
         "WINDOWS": tuple(
             (w.length, w.kernel_size, w.stride, w.dilation, w.is_causal) for w in windows
         ),
-        "QUERY_TILE": query_tile,
-        "KEY_TILE": key_tile,
+        "QUERY_TILE": tiles.seen if inverse else tiles.own,
+        "KEY_TILE": tiles.own if inverse else tiles.seen,
         "TILES": tiles.grid,
         "HAS_FREE": tiles.free > 0,
         "HAS_MASKED": tiles.free < tiles.steps,
@@ -210,12 +206,13 @@ def _launch_tiles(problem: Problem, name: str, blocks: Blocks, tiles: Tiling) ->
     }
     if not inverse:
         static["ADDITIONAL"] = problem.additional
-    programs = lanes * groups * math.prod(tiles.grid)
+    lanes = problem.batch * (problem.kv_heads if inverse else problem.heads)
+    programs = lanes * math.prod(w.dilation for w in windows) * math.prod(tiles.grid)
     return Launch(programs, blocks.warps, blocks.stages, static)
 
 
-def _launch_additional(problem: Problem) -> tuple[str, Launch, int]:
-    """Also the number of parts of the queries."""
+def launch_additional(problem: Problem) -> tuple[Launch, int]:
+    """How to run the kernel "backward_additional", and the parts that the queries are cut into."""
     blocks = blocks_of(problem, "backward_keys")
     tiles = -(-problem.tokens // blocks.seen)
     programs = problem.batch * problem.kv_heads * -(-problem.additional // blocks.own)
@@ -229,8 +226,7 @@ def _launch_additional(problem: Problem) -> tuple[str, Launch, int]:
         "KEYS": blocks.own,
         "ADDITIONAL": problem.additional,
     }
-    launch = Launch(programs * parts, blocks.warps, blocks.stages, static)
-    return "backward_additional", launch, parts
+    return Launch(programs * parts, blocks.warps, blocks.stages, static), parts
 
 
 def _heads(problem: Problem) -> dict[str, Any]:
