@@ -1,7 +1,10 @@
 """Custom calls into C++ and CUDA through XLA's foreign function interface.
 
 One call, two targets: on a CPU it runs threads and vectors (`gna_cpu.cc`), on an NVIDIA GPU tensor
-cores (`gna_gpu.cu`).  The libraries are built by the machine's own compilers on first use (`build`).
+cores (`gna_gpu.cu`).  The machine's own compilers build their libraries on first use (`build`).
+
+Both list the keys that a tile of queries meets, first those that all queries see, which need no
+mask, then the others, wherever they lie: windows of any size and stride fill whole tiles of keys.
 """
 
 import functools
@@ -15,16 +18,18 @@ import numpy as np
 from jaxtyping import Array
 
 from ..problem import Gradients, Problem, Residuals
-from ..windows import Window, tile_visits
+from ..windows import Window
 from . import build
 
 FORWARD, BACKWARD = "conceptax_gna_forward", "conceptax_gna_backward"
 PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
 
-# The CPU target takes tiles of at most 64 queries, in vectors of 16: what a key then costs, relative
-# to its products at full speed, by vectors of a tile.
-VECTOR_COSTS = (1.3, 2.1, 3.0, 4.0)
-TILE_COST = 64  # preparing a tile, in keys
+# Meeting a key costs the CPU target its products with a tile of so many queries, in vectors of 16;
+# short rows of vectors run below full speed.
+CPU_COSTS = {16: 1.3, 32: 2.1, 48: 3.0, 64: 4.0}
+TILE_COST = 64  # preparing a tile, in tokens met
+GPU_DTYPES = ("bfloat16", "float16")
+GPU_MOST_DIM = 128
 
 
 def unsupported(problem: Problem, platform: str) -> str | None:
@@ -33,6 +38,15 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return f"it runs on CPUs and NVIDIA GPUs, not on a {platform}"
     if problem.shards > 1:
         return "it does not attend from a shard of the tokens"
+    if platform == "gpu":
+        dims = (problem.head_dim, problem.value_dim)
+        if problem.dtype not in GPU_DTYPES:
+            return f"on a GPU it takes {' and '.join(GPU_DTYPES)}, not {problem.dtype}"
+        if any(dim % 8 or dim > GPU_MOST_DIM for dim in dims):
+            return (
+                f"on a GPU it takes head dimensions that are multiples of 8 up to {GPU_MOST_DIM}, "
+                f"not {dims[0]} for queries and {dims[1]} for values"
+            )
     return build.missing(platform)
 
 
@@ -95,42 +109,62 @@ def _attributes(problem: Problem) -> dict[str, Any]:
     ]
     return {
         "windows": np.array(windows, np.int64).reshape(-1),
-        "tile": np.array(cpu_tile(problem.windows), np.int64),
+        "tiles": np.array(tiles(problem.windows), np.int64).reshape(-1),
         "scale": np.float32(problem.scale),
     }
 
 
 @functools.lru_cache(maxsize=1024)
-def cpu_tile(windows: tuple[Window, ...]) -> tuple[int, ...]:
-    """Queries of a tile along each dimension, at most 64: the tile whose work is least."""
-    choices = [[(tile, *_visits(window, tile)) for tile in _sizes(window)] for window in windows]
+def tiles(windows: tuple[Window, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the tiles whose work is least, in the order of `TileKind` in `problem.h`.
 
-    def cost(combination: tuple[tuple[int, int, int], ...]) -> float:
-        sizes, tiles, keys = zip(*combination, strict=True)
-        queries = math.prod(sizes)
-        if queries > 64:
-            return math.inf
-        work = math.prod(keys) + TILE_COST * math.prod(tiles)
-        return VECTOR_COSTS[-(-queries // 16) - 1] * work
-
-    return tuple(one[0] for one in min(itertools.product(*choices), key=cost))
+    Queries on a CPU; on a GPU queries in the forward pass, queries and keys in the backward pass.
+    """
+    return [
+        _best_tile(windows, CPU_COSTS, by_key=False),
+        _best_tile(windows, {128: 1.0}, by_key=False),
+        _best_tile(windows, {64: 1.0}, by_key=False),
+        _best_tile(windows, {64: 1.0}, by_key=True),
+    ]
 
 
-def _sizes(window: Window) -> list[int]:
+def _best_tile(
+    windows: tuple[Window, ...], costs: dict[int, float], by_key: bool
+) -> tuple[int, ...]:
+    """The shape that meets the fewest tokens of the other side, for all tiles together.
+
+    `costs` is what meeting one costs, by the most tokens that a tile may have.
+    """
+    choices = [
+        [(size, *_meets(w, size, by_key)) for size in _sizes(w, max(costs))] for w in windows
+    ]
+
+    def work(combination: tuple[tuple[int, int, int], ...]) -> float:
+        sizes, tiles, met = zip(*combination, strict=True)
+        cost = next((c for most, c in costs.items() if math.prod(sizes) <= most), math.inf)
+        return cost * (math.prod(met) + TILE_COST * math.prod(tiles))
+
+    return tuple(one[0] for one in min(itertools.product(*choices), key=work))
+
+
+def _sizes(window: Window, most: int) -> list[int]:
     """Tiles worth trying along a dimension: powers of two, and those that fit the stride groups."""
     longest = -(-window.length // window.dilation)
-    sizes = {1 << n for n in range(7)} | {n * window.stride for n in (1, 2, 4)} | {longest}
-    return sorted(size for size in sizes if size <= min(64, longest))
+    sizes = {1 << n for n in range(8)} | {n * window.stride for n in (1, 2, 4)} | {longest}
+    return sorted(size for size in sizes if size <= min(most, longest))
 
 
-def _visits(window: Window, tile: int) -> tuple[int, int]:
-    """Tiles along a dimension, and the keys that they see together."""
-    tiles = keys = 0
+def _meets(window: Window, tile: int, by_key: bool) -> tuple[int, int]:
+    """Tiles along a dimension, and the tokens that they meet, summed over all."""
+    tiles = met = 0
     for length in window.group_lengths():
-        count = -(-length // tile)
-        visits = tile_visits(
-            np.arange(count), length, window.kernel_size, window.stride, window.is_causal, tile, 1
-        )
-        tiles += count
-        keys += int((visits.last - visits.first).sum())
-    return tiles, keys
+        start, end = window.bounds(length)
+        first = np.arange(0, length, tile)
+        last = np.minimum(first + tile, length) - 1
+        if by_key:  # the queries from the first that sees the last key to those past its last
+            sizes = np.searchsorted(start, last, "right") - np.searchsorted(end, first, "right")
+        else:
+            sizes = end[last] - start[first]
+        tiles += len(first)
+        met += int(sizes.sum())
+    return tiles, met

@@ -44,8 +44,8 @@ def missing(target: str) -> str | None:
         return None
     if target == "cpu":
         return (
-            "no C++ compiler was found (g++, c++ or clang++ on PATH, or its path in CXX); on Debian "
-            "and Ubuntu, `apt install g++` provides one"
+            "no C++ compiler was found (g++, c++ or clang++ on PATH, or its path in CXX); Debian's "
+            "and Ubuntu's package g++ provides one"
         )
     return (
         "nvcc was not found (on PATH, in $CUDA_HOME/bin, or its path in NVCC); it is part of the "

@@ -48,4 +48,18 @@ GNA_BOTH Interval window(const Axis& axis, int length, int i) {
   return {start, start + axis.kernel};
 }
 
+// Queries of the group that see key j: `window` read the other way. Keys past the end count as the
+// last; the bounds never decrease with j either, and every key is seen.
+GNA_BOTH Interval inverse_window(const Axis& axis, int length, int j) {
+  j = at_most(j, length - 1);
+  const int k = axis.kernel, s = axis.stride, shift = k / 2 - s / 2;
+  if (axis.causal) {
+    const int end = at_most(((j + k - s) / s + 1) * s, length);
+    return {j, length <= j + k ? length : at_least(j, end)};
+  }
+  const int first = j < k ? 0 : ceil_div(j - k + 1 + shift, s);
+  const int last = j >= length - k ? length / s : (j + shift) / s;
+  return {first * s, at_most((last + 1) * s, length)};
+}
+
 }  // namespace gna

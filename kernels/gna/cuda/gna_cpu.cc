@@ -335,18 +335,19 @@ ffi::Error dispatch(ffi::DataType type, const Run& run) {
                                                    "gna: out of memory");
 }
 
-ffi::Error check(const Problem& problem) {
-  if (problem.tile() <= kMostQueries) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("gna: a tile has at most 64 queries");
+ffi::Error read(Problem& problem, const ffi::AnyBuffer& q, const ffi::AnyBuffer& v,
+                const ffi::AnyBuffer& ak, ffi::Span<const int64_t> windows,
+                ffi::Span<const int64_t> tiles, float scale) {
+  ffi::Error error = decode(problem, q, v, ak, windows, tiles, scale);
+  return error.failure() ? error : set_tile(problem, tiles, kCpuTile, kMostQueries);
 }
 
 ffi::Error run_forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                        ffi::AnyBuffer ak, ffi::AnyBuffer av, ffi::Result<ffi::AnyBuffer> output,
                        ffi::ResultBuffer<ffi::F32> lse, ffi::Span<const int64_t> windows,
-                       ffi::Span<const int64_t> tile, float scale) {
+                       ffi::Span<const int64_t> tiles, float scale) {
   Problem problem;
-  ffi::Error error = decode(problem, q, k, v, ak, windows, tile, scale);
-  if (error.success()) error = check(problem);
+  ffi::Error error = read(problem, q, v, ak, windows, tiles, scale);
   if (error.failure()) return error;
   return dispatch(q.element_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -362,10 +363,9 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k
                         ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
                         ffi::Result<ffi::AnyBuffer> dv, ffi::Result<ffi::AnyBuffer> dak,
                         ffi::Result<ffi::AnyBuffer> dav, ffi::Span<const int64_t> windows,
-                        ffi::Span<const int64_t> tile, float scale) {
+                        ffi::Span<const int64_t> tiles, float scale) {
   Problem problem;
-  ffi::Error error = decode(problem, q, k, v, ak, windows, tile, scale);
-  if (error.success()) error = check(problem);
+  ffi::Error error = read(problem, q, v, ak, windows, tiles, scale);
   if (error.failure()) return error;
   return dispatch(q.element_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -390,7 +390,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
         .Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
         .Attr<ffi::Span<const int64_t>>("windows")
-        .Attr<ffi::Span<const int64_t>>("tile")
+        .Attr<ffi::Span<const int64_t>>("tiles")
         .Attr<float>("scale"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -403,5 +403,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
         .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
         .Attr<ffi::Span<const int64_t>>("windows")
-        .Attr<ffi::Span<const int64_t>>("tile")
+        .Attr<ffi::Span<const int64_t>>("tiles")
         .Attr<float>("scale"));

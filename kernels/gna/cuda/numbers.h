@@ -29,12 +29,17 @@ inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
 
 inline float to_float(Float16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16;
-  const uint32_t rest = (x.bits & 0x7fffu) << 13;
-  // The exponent's bias differs by 112; multiplying also makes subnormal numbers right.
-  const uint32_t finite = as_bits(as_float(rest) * as_float((127 + 112) << 23));
-  const bool special = (x.bits & 0x7c00u) == 0x7c00u;
-  return as_float(sign | (special ? rest | 0x7f800000u : finite));
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  uint32_t size;
+  if (rest >= 0x7c00u) {
+    size = rest << 13 | 0x7f800000u;  // infinite or NaN
+  } else if (rest >= 0x0400u) {
+    size = (rest << 13) + (112u << 23);  // the exponent's bias differs by 112
+  } else {
+    // A multiple of 2^-24, from an integer: subnormal floats may count as zero.
+    size = as_bits(static_cast<float>(rest) * as_float((127 - 24) << 23));
+  }
+  return as_float(sign | size);
 }
 
 inline void from_float(float x, float& y) { y = x; }
