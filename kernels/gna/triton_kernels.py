@@ -26,67 +26,71 @@ import triton.language as tl
 
 
 @triton.jit
-def _start(i, length, WINDOW: tl.constexpr):
+def _start(i, length, M: tl.constexpr, WINDOWS: tl.constexpr):
     """First key that a query sees."""
-    if WINDOW[4]:
-        leader = tl.minimum(i // WINDOW[2] * WINDOW[2] + (WINDOW[2] - 1), length - 1)
-        start = tl.maximum(leader - (WINDOW[1] - 1), 0)
+    k: tl.constexpr = WINDOWS[M][1]
+    s: tl.constexpr = WINDOWS[M][2]
+    if WINDOWS[M][4]:
+        start = tl.maximum(tl.minimum(i // s * s + (s - 1), length - 1) - (k - 1), 0)
     else:
-        leader = tl.minimum(i // WINDOW[2] * WINDOW[2] + WINDOW[2] // 2, length - 1)
-        start = tl.minimum(tl.maximum(leader - WINDOW[1] // 2, 0), length - WINDOW[1])
+        leader = tl.minimum(i // s * s + s // 2, length - 1)
+        start = tl.minimum(tl.maximum(leader - k // 2, 0), length - k)
     return start
 
 
 @triton.jit
-def _end(i, length, WINDOW: tl.constexpr):
+def _end(i, length, M: tl.constexpr, WINDOWS: tl.constexpr):
     """One past the last key that a query sees."""
-    if WINDOW[4]:
+    if WINDOWS[M][4]:
         return i + 1
-    return _start(i, length, WINDOW) + WINDOW[1]
+    return _start(i, length, M, WINDOWS) + WINDOWS[M][1]
 
 
 @triton.jit
-def _first_query(j, WINDOW: tl.constexpr):
+def _first_query(j, M: tl.constexpr, WINDOWS: tl.constexpr):
     """First query that sees a key."""
-    if WINDOW[4]:
-        first = j
-    else:
-        ahead = j - WINDOW[1] + WINDOW[1] // 2 - WINDOW[2] // 2
-        first = tl.where(j < WINDOW[1], 0, (ahead + WINDOW[2]) // WINDOW[2] * WINDOW[2])
-    return first
+    k: tl.constexpr = WINDOWS[M][1]
+    s: tl.constexpr = WINDOWS[M][2]
+    if WINDOWS[M][4]:
+        return j
+    return tl.where(j < k, 0, (j - k + k // 2 - s // 2 + s) // s * s)
 
 
 @triton.jit
-def _last_query(j, length, WINDOW: tl.constexpr):
+def _last_query(j, length, M: tl.constexpr, WINDOWS: tl.constexpr):
     """One past the last query that sees a key."""
-    if WINDOW[4]:
-        last = (j + WINDOW[1]) // WINDOW[2] * WINDOW[2]
-    else:
-        last = (j + WINDOW[1] // 2 - WINDOW[2] // 2 + WINDOW[2]) // WINDOW[2] * WINDOW[2]
-    return tl.where(j + WINDOW[1] >= length, length, tl.minimum(last, length))
+    k: tl.constexpr = WINDOWS[M][1]
+    s: tl.constexpr = WINDOWS[M][2]
+    behind: tl.constexpr = k if WINDOWS[M][4] else k // 2 - s // 2 + s
+    last = (j + behind) // s * s
+    return tl.where(j + k >= length, length, tl.minimum(last, length))
 
 
 @triton.jit
-def _keys_of(first, length, size: tl.constexpr, tile: tl.constexpr, WINDOW: tl.constexpr):
+def _keys_of(
+    first, length, size: tl.constexpr, tile: tl.constexpr, M: tl.constexpr, WINDOWS: tl.constexpr
+):
     """Keys that `size` queries see: (first, tiles, free tiles before them, free tiles)."""
     first = tl.minimum(first, length - 1)
     last = tl.minimum(first + size, length) - 1
-    origin = _start(first, length, WINDOW)
-    free = tl.cdiv(_start(last, length, WINDOW) - origin, tile)
-    until = (_end(first, length, WINDOW) - origin) // tile
-    tiles = tl.cdiv(_end(last, length, WINDOW) - origin, tile)
+    origin = _start(first, length, M, WINDOWS)
+    free = tl.cdiv(_start(last, length, M, WINDOWS) - origin, tile)
+    until = (_end(first, length, M, WINDOWS) - origin) // tile
+    tiles = tl.cdiv(_end(last, length, M, WINDOWS) - origin, tile)
     return (origin, tiles, free, tl.maximum(until - free, 0))
 
 
 @triton.jit
-def _queries_of(first, length, size: tl.constexpr, tile: tl.constexpr, WINDOW: tl.constexpr):
+def _queries_of(
+    first, length, size: tl.constexpr, tile: tl.constexpr, M: tl.constexpr, WINDOWS: tl.constexpr
+):
     """Queries that see any of `size` keys: as `_keys_of`."""
     first = tl.minimum(first, length - 1)
     last = tl.minimum(first + size, length) - 1
-    origin = _first_query(first, WINDOW)
-    free = tl.cdiv(_first_query(last, WINDOW) - origin, tile)
-    until = (_last_query(first, length, WINDOW) - origin) // tile
-    tiles = tl.cdiv(_last_query(last, length, WINDOW) - origin, tile)
+    origin = _first_query(first, M, WINDOWS)
+    free = tl.cdiv(_first_query(last, M, WINDOWS) - origin, tile)
+    until = (_last_query(first, length, M, WINDOWS) - origin) // tile
+    tiles = tl.cdiv(_last_query(last, length, M, WINDOWS) - origin, tile)
     return (origin, tiles, free, tl.maximum(until - free, 0))
 
 
@@ -141,9 +145,9 @@ def _keys_box(
     WINDOWS: tl.constexpr,
 ):
     return (
-        _keys_of(first[0], lengths[0], QUERY_TILE[0], KEY_TILE[0], WINDOWS[0]),
-        _keys_of(first[1], lengths[1], QUERY_TILE[1], KEY_TILE[1], WINDOWS[1]),
-        _keys_of(first[2], lengths[2], QUERY_TILE[2], KEY_TILE[2], WINDOWS[2]),
+        _keys_of(first[0], lengths[0], QUERY_TILE[0], KEY_TILE[0], 0, WINDOWS),
+        _keys_of(first[1], lengths[1], QUERY_TILE[1], KEY_TILE[1], 1, WINDOWS),
+        _keys_of(first[2], lengths[2], QUERY_TILE[2], KEY_TILE[2], 2, WINDOWS),
     )
 
 
@@ -156,9 +160,9 @@ def _queries_box(
     WINDOWS: tl.constexpr,
 ):
     return (
-        _queries_of(first[0], lengths[0], KEY_TILE[0], QUERY_TILE[0], WINDOWS[0]),
-        _queries_of(first[1], lengths[1], KEY_TILE[1], QUERY_TILE[1], WINDOWS[1]),
-        _queries_of(first[2], lengths[2], KEY_TILE[2], QUERY_TILE[2], WINDOWS[2]),
+        _queries_of(first[0], lengths[0], KEY_TILE[0], QUERY_TILE[0], 0, WINDOWS),
+        _queries_of(first[1], lengths[1], KEY_TILE[1], QUERY_TILE[1], 1, WINDOWS),
+        _queries_of(first[2], lengths[2], KEY_TILE[2], QUERY_TILE[2], 2, WINDOWS),
     )
 
 
@@ -220,14 +224,14 @@ def _windows(i, lengths, WINDOWS: tl.constexpr):
     i1 = tl.minimum(i[1], lengths[1] - 1)
     i2 = tl.minimum(i[2], lengths[2] - 1)
     starts = (
-        _start(i0, lengths[0], WINDOWS[0]),
-        _start(i1, lengths[1], WINDOWS[1]),
-        _start(i2, lengths[2], WINDOWS[2]),
+        _start(i0, lengths[0], 0, WINDOWS),
+        _start(i1, lengths[1], 1, WINDOWS),
+        _start(i2, lengths[2], 2, WINDOWS),
     )
     ends = (
-        _end(i0, lengths[0], WINDOWS[0]),
-        _end(i1, lengths[1], WINDOWS[1]),
-        _end(i2, lengths[2], WINDOWS[2]),
+        _end(i0, lengths[0], 0, WINDOWS),
+        _end(i1, lengths[1], 1, WINDOWS),
+        _end(i2, lengths[2], 2, WINDOWS),
     )
     return _down(starts), _down(ends)
 
@@ -239,14 +243,14 @@ def _inverse_windows(j, lengths, WINDOWS: tl.constexpr):
     j1 = tl.minimum(j[1], lengths[1] - 1)
     j2 = tl.minimum(j[2], lengths[2] - 1)
     starts = (
-        _first_query(j0, WINDOWS[0]),
-        _first_query(j1, WINDOWS[1]),
-        _first_query(j2, WINDOWS[2]),
+        _first_query(j0, 0, WINDOWS),
+        _first_query(j1, 1, WINDOWS),
+        _first_query(j2, 2, WINDOWS),
     )
     ends = (
-        _last_query(j0, lengths[0], WINDOWS[0]),
-        _last_query(j1, lengths[1], WINDOWS[1]),
-        _last_query(j2, lengths[2], WINDOWS[2]),
+        _last_query(j0, lengths[0], 0, WINDOWS),
+        _last_query(j1, lengths[1], 1, WINDOWS),
+        _last_query(j2, lengths[2], 2, WINDOWS),
     )
     return _down(starts), _down(ends)
 
