@@ -1,5 +1,6 @@
 """Triton kernels of neighborhood attention without a GPU: values, by the interpreter; lowering."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from gna_oracle import attention, full_mask, operands, random_case
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna import triton as backend
+from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.problem import Residuals
 from conceptax.kernels.gna.tiles import padded, tiling
 from conceptax.kernels.gna.windows import Window
@@ -102,7 +104,7 @@ def with_gradients(problem, inputs, cotangents):
 
 def interpreted(monkeypatch, interpreter, name, dtype, wide=False):
     blocks = backend.Blocks(*CASES[name][-1], 4, 2)
-    monkeypatch.setattr(backend, "blocks_of", lambda *_: blocks)
+    monkeypatch.setattr(backend, "_blocks", lambda *_: blocks)
     monkeypatch.setattr(backend, "ENOUGH_PROGRAMS", 4)
 
     def call(name, launch, operands, results):
@@ -191,14 +193,26 @@ def kernels(repository, monkeypatch):
 
 
 def test_lowers_for_a_gpu_that_is_not_here(kernels, monkeypatch):
-    problem, _, inputs, cotangents = problem_of("mixed", jnp.bfloat16)
+    problem, _, inputs, _ = problem_of("mixed", jnp.bfloat16)
     reason = gna.unsupported("triton", problem, "gpu")
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(backend, "blocks_of", lambda *_: backend.Blocks(64, 64, 4, 2))
-    run = jax.jit(lambda inputs, cotangents: with_gradients(problem, inputs, cotangents))
-    text = run.trace(inputs, cotangents).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @triton_kernel_call") == 4
+    monkeypatch.setattr(backend, "_blocks", lambda *_: backend.Blocks(64, 64, 4, 2))
+
+    def loss(*inputs):
+        output, lse = attend(problem, "triton", *inputs)
+        return output.astype(jnp.float32).sum() + lse.sum()
+
+    def lowered(step, inputs):
+        return jax.jit(step).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+
+    gradients = jax.grad(loss, argnums=range(5))
+    assert lowered(gradients, inputs).count("custom_call @triton_kernel_call") == 4
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("data")
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec)
+    doubled = [jnp.concatenate([x, x]) for x in inputs]
+    assert lowered(sharded, doubled).count("custom_call @triton_kernel_call") == 4
 
 
 @pytest.mark.parametrize("name", ["forward", "backward_query", "backward_keys"])
@@ -233,3 +247,39 @@ def test_compiles_for_hopper(kernels, monkeypatch, tmp_path, name):
     text = compiled.asm["ptx"]
     assert "wgmma.mma_async" in text and "cp.async.cg" in text
     assert compiled.metadata.shared <= 227 * 1024
+
+
+def test_says_what_it_cannot_do(monkeypatch):
+    x = jax.ShapeDtypeStruct((1, 8, 2, 136), jnp.float32)
+    problem = gna.describe(x, x, x, kernel_size=3)
+    assert gna.unsupported("triton", problem, "cpu") == "it runs on a GPU, not on cpu"
+    reason = "head dimensions may be 128 at most in float32, not 136 (queries and keys) and 136"
+    assert reason in (gna.unsupported("triton", problem, "gpu") or "")
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    backend._missing.cache_clear()
+    problem = dataclasses.replace(problem, dtype="float16")
+    assert "pip install 'conceptax[cuda]'" in (gna.unsupported("triton", problem, "gpu") or "")
+    backend._missing.cache_clear()
+
+
+def test_tuning_keeps_the_fastest(monkeypatch):
+    problem = problem_of("mixed")[0]
+    monkeypatch.setattr(backend, "_random_operands", lambda _: ())
+
+    def milliseconds(problem, kernel, operands, repeats):
+        blocks = backend._blocks(problem, kernel)
+        if blocks.own == 128:
+            raise RuntimeError("out of shared memory")
+        return 1000 / blocks.own / blocks.seen
+
+    monkeypatch.setattr(backend, "_milliseconds", milliseconds)
+    try:
+        times = backend.tune(problem)
+        assert list(times) == ["forward", "backward_query", "backward_keys"]
+        for kernel, found in times.items():
+            assert {128} & {blocks.own for blocks in found} == set()
+            assert list(found.values()) == sorted(found.values())
+            larger = dataclasses.replace(problem, batch=3)
+            assert backend._blocks(larger, kernel)[:2] == (64, 128)
+    finally:
+        backend.TUNED.clear()

@@ -4,8 +4,10 @@ Needs an NVIDIA GPU and jax-triton (`pip install 'conceptax[cuda]'`), which is i
 call. Kernels are lowered for the GPU at hand, without one for compute capability 9.0.
 """
 
+import contextlib
 import functools
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,46 +17,8 @@ from jaxtyping import Array
 
 from .problem import Gradients, Problem, Residuals
 from .tiles import padded, tiling
+from .triton_blocks import TUNED, Blocks, blocks_of, largest_dim, tuning_key
 from .varying import vary, varying_axes
-
-LARGEST_DIM = 256
-
-
-class Blocks(NamedTuple):
-    """How a kernel is cut: tokens of its own tile and of those visited, and its resources."""
-
-    own: int
-    seen: int
-    warps: int
-    stages: int
-
-
-# By compute capability, the largest that is not above the GPU's; then by the bytes of a row of keys
-# or values, the smallest that is not below. Own tokens are queries, of "backward_keys" keys.
-BLOCKS: dict[int, dict[str, dict[int, Blocks]]] = {
-    90: {  # H100, H200: 227 KiB of shared memory
-        "forward": {
-            128: Blocks(128, 128, 8, 3),
-            256: Blocks(128, 128, 8, 2),
-            512: Blocks(128, 64, 8, 2),
-            1024: Blocks(64, 32, 4, 2),
-        },
-        "backward_query": {
-            128: Blocks(128, 64, 8, 3),
-            256: Blocks(128, 64, 8, 2),
-            512: Blocks(64, 32, 4, 2),
-            1024: Blocks(32, 16, 4, 1),
-        },
-        "backward_keys": {
-            128: Blocks(128, 64, 8, 3),
-            256: Blocks(128, 64, 8, 2),
-            512: Blocks(64, 32, 4, 2),
-            1024: Blocks(32, 16, 4, 1),
-        },
-    },
-}
-BLOCKS[80] = BLOCKS[90]
-BLOCKS[0] = BLOCKS[90]
 
 # Programs that keep any GPU busy; the additional keys alone may be too few.
 ENOUGH_PROGRAMS = 512
@@ -66,10 +30,11 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return f"it runs on a GPU, not on {platform}"
     if problem.shards > 1:
         return "it does not attend from a shard of the tokens"
-    if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
+    most = largest_dim(problem)
+    if max(problem.head_dim, problem.value_dim) > most:
         return (
-            f"head dimensions may be {LARGEST_DIM} at most, not {problem.head_dim} (queries and "
-            f"keys) and {problem.value_dim} (values)"
+            f"head dimensions may be {most} at most in {problem.dtype}, not {problem.head_dim} "
+            f"(queries and keys) and {problem.value_dim} (values)"
         )
     return _missing()
 
@@ -78,8 +43,10 @@ def unsupported(problem: Problem, platform: str) -> str | None:
 def _missing() -> str | None:
     try:
         import jax_triton  # noqa: F401
-    except (ImportError, AttributeError) as error:
-        return f"jax-triton cannot be imported ({error}); see pip install 'conceptax[cuda]'"
+        import triton  # noqa: F401
+    except Exception as error:  # whatever it is: without them this backend is not to be had
+        reason = str(error).splitlines()[0]
+        return f"jax-triton cannot be imported ({reason}); pip install 'conceptax[cuda]' brings it"
     return None
 
 
@@ -178,6 +145,10 @@ def call(
     return [vary(x, axes) for x in outputs]
 
 
+def _blocks(problem: Problem, kernel: str) -> Blocks:
+    return blocks_of(problem, kernel, _capability())
+
+
 def _capability() -> int:
     """Compute capability to lower for, such as 90 for 9.0."""
     if jax.default_backend() != "gpu":
@@ -188,7 +159,7 @@ def _capability() -> int:
 
 def launch(problem: Problem, name: str) -> Launch:
     """How to run one of the kernels "forward", "backward_query" and "backward_keys"."""
-    blocks = blocks_of(problem, name)
+    blocks = _blocks(problem, name)
     inverse = name == "backward_keys"
     windows = padded(problem.windows)
     tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=inverse)
@@ -213,7 +184,7 @@ def launch(problem: Problem, name: str) -> Launch:
 
 def launch_additional(problem: Problem) -> tuple[Launch, int]:
     """How to run the kernel "backward_additional", and the parts that the queries are cut into."""
-    blocks = blocks_of(problem, "backward_keys")
+    blocks = _blocks(problem, "backward_keys")
     tiles = -(-problem.tokens // blocks.seen)
     programs = problem.batch * problem.kv_heads * -(-problem.additional // blocks.own)
     part = -(-tiles // min(tiles, -(-ENOUGH_PROGRAMS // programs)))
@@ -246,10 +217,79 @@ def _block(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def blocks_of(problem: Problem, name: str) -> Blocks:
-    """How a kernel is cut for a problem on this GPU: as tuned, or from the table."""
-    capability = _capability()
-    table = BLOCKS[max(c for c in BLOCKS if c <= capability)][name]
-    dim = max(_block(problem.head_dim), _block(problem.value_dim))
-    size = dim * jnp.dtype(problem.dtype).itemsize
-    return table[min(s for s in table if s >= size)]
+# Tuning
+
+CANDIDATES = tuple(
+    Blocks(own, seen, warps, stages)
+    for own in (32, 64, 128)
+    for seen in (32, 64, 128)
+    for warps in (4, 8)
+    for stages in (1, 2, 3, 4)
+    if own * seen <= 2048 * warps and own >= 8 * warps
+)
+
+
+def tune(
+    problem: Problem, candidates: Sequence[Blocks] = CANDIDATES, repeats: int = 20
+) -> dict[str, dict[Blocks, float]]:
+    """Times the kernels on this GPU, and uses the fastest for such problems from now on.
+
+    Functions that are compiled already keep what they have. What was found is in
+    `triton_blocks.TUNED`, from where it may be saved.
+
+    Args:
+      problem: what to tune for; see `describe`.
+      candidates: what to try; those that do not fit the GPU are left out.
+      repeats: calls that are timed together, after one that is not.
+
+    Returns:
+      Milliseconds of each candidate that ran, the fastest first, by kernel; of the two kernels of
+      the backward pass together, while one of them is tuned.
+    """
+    times: dict[str, dict[Blocks, float]] = {}
+    operands = _random_operands(problem)
+    for kernel in ("forward", "backward_query", "backward_keys"):
+        key = tuning_key(problem, kernel)
+        found: dict[Blocks, float] = {}
+        for blocks in dict.fromkeys((_blocks(problem, kernel), *candidates)):
+            TUNED[key] = blocks
+            # What is too large for the GPU fails as it is compiled or started.
+            with contextlib.suppress(ValueError, RuntimeError):
+                found[blocks] = _milliseconds(problem, kernel, operands, repeats)
+        TUNED.pop(key)
+        times[kernel] = dict(sorted(found.items(), key=lambda item: item[1]))
+        if found:
+            TUNED[key] = next(iter(times[kernel]))
+    return times
+
+
+def _random_operands(problem: Problem) -> tuple[Residuals, Array, Array]:
+    """What `backward` takes; operands of `forward` are among the residuals."""
+    keys = iter(jax.random.split(jax.random.key(0), 7))
+
+    def draw(*shape: int) -> Array:
+        return jax.random.normal(next(keys), (problem.batch, *shape), problem.dtype)
+
+    tokens, heads, kv_heads = problem.layout, problem.heads, problem.kv_heads
+    query, key = draw(*tokens, heads, problem.head_dim), draw(*tokens, kv_heads, problem.head_dim)
+    value, d_output = (draw(*tokens, n, problem.value_dim) for n in (kv_heads, heads))
+    additional = (None, None)
+    if problem.additional:
+        dims = (problem.head_dim, problem.value_dim)
+        additional = tuple(draw(problem.additional, kv_heads, dim) for dim in dims)
+    lse = jnp.full(query.shape[:-1], 10.0, jnp.float32)
+    return Residuals(query, key, value, *additional, d_output, lse), d_output, jnp.zeros_like(lse)
+
+
+def _milliseconds(problem: Problem, kernel: str, operands: Any, repeats: int) -> float:
+    if kernel == "forward":
+        run, operands = forward, operands[0][:5]
+    else:
+        run = backward
+    run = jax.jit(functools.partial(run, problem))
+    jax.block_until_ready(run(*operands))
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = run(*operands)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / repeats * 1000
