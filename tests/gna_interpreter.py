@@ -1,15 +1,24 @@
-"""Runs Triton kernels on the CPU: `python gna_interpreter.py kernels.py`, with TRITON_INTERPRET=1.
+"""Runs Triton kernels on the CPU: `python gna_interpreter.py FOLDER`, with TRITON_INTERPRET=1.
 
 Calls come as lines of JSON {"kernel", "programs", "static", "operands", "results"}: operands is the
 path of an .npz file, results a list of [shape, dtype]; the answer is the path of another.
 """
 
-import importlib.util
+import importlib
 import json
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
-import torch
+
+
+def load(folder: Path):
+    """`triton_kernels` of a folder, without the package around it, which would import jax."""
+    package = types.ModuleType("gna_kernels")
+    package.__path__ = [str(folder)]
+    sys.modules["gna_kernels"] = package
+    return importlib.import_module("gna_kernels.triton_kernels")
 
 
 def frozen(x):
@@ -17,9 +26,9 @@ def frozen(x):
 
 
 def main():
-    spec = importlib.util.spec_from_file_location("triton_kernels", sys.argv[1])
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
+    import torch
+
+    kernels = load(Path(sys.argv[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -29,8 +38,8 @@ def main():
             torch.full(shape, float("nan"), dtype=getattr(torch, dtype))
             for shape, dtype in asked["results"]
         ]
-        static = {name: frozen(x) for name, x in asked["static"].items()}
-        getattr(kernels, asked["kernel"])[(asked["programs"],)](*operands, *results, **static)
+        static = kernels.Static(**{name: frozen(x) for name, x in asked["static"].items()})
+        getattr(kernels, asked["kernel"])[(asked["programs"],)](*operands, *results, S=static)
         path = asked["operands"].replace("operands", "results")
         np.savez(path, *(x.numpy() for x in results))
         print(path, flush=True)

@@ -1,12 +1,12 @@
 """Triton kernels of neighborhood attention without a GPU: values, by the interpreter; lowering."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
+import gna_interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +40,8 @@ def interpreter(repository, tmp_path_factory):
     pytest.importorskip("triton")
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("interpreter")
-    script = [str(repository / "tests/gna_interpreter.py")]
-    script += [str(repository / "kernels/gna/triton_kernels.py")]
     process = subprocess.Popen(
-        [sys.executable, *script],
+        [sys.executable, gna_interpreter.__file__, str(repository / "kernels/gna")],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -108,8 +106,7 @@ def interpreted(monkeypatch, interpreter, name, dtype, wide=False):
     monkeypatch.setattr(backend, "ENOUGH_PROGRAMS", 4)
 
     def call(name, launch, operands, results):
-        if "WIDE" in launch.static:
-            launch.static["WIDE"] = wide
+        launch.static["wide"] = wide
         return interpreter(name, launch, operands, results)
 
     monkeypatch.setattr(backend, "call", call)
@@ -181,13 +178,8 @@ def count(mask, windows, tiles):
 def kernels(repository, monkeypatch):
     """The kernels imported apart from the hook that checks annotations, which wraps functions."""
     pytest.importorskip("triton")
-    name = "conceptax.kernels.gna.triton_kernels"
-    path = repository / "kernels/gna/triton_kernels.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, name, module)
+    module = gna_interpreter.load(repository / "kernels/gna")
+    monkeypatch.setitem(sys.modules, "conceptax.kernels.gna.triton_kernels", module)
     monkeypatch.setattr(gna, "triton_kernels", module, raising=False)
     return module
 
@@ -224,10 +216,9 @@ def test_compiles_for_hopper(kernels, monkeypatch, tmp_path, name):
     x = jax.ShapeDtypeStruct((1, 30, 48, 80, 24, 128), jnp.bfloat16)
     problem = gna.describe(x, x, x, kernel_size=(18, 24, 24), stride=(16, 8, 8))
     launch = backend.launch(problem, name)
-    assert launch.static["HAS_FREE"] and not launch.static["HAS_MASKED"]
+    assert launch.static["has_free"] and not launch.static["has_masked"]
     kernel = getattr(kernels, name)
-    types = {"lse": "*fp32", "delta": "*fp32"}
-    types |= dict.fromkeys(launch.static, "constexpr")
+    types = {"lse": "*fp32", "delta": "*fp32", "S": "constexpr"}
     signature = {argument: types.get(argument, "*bf16") for argument in kernel.arg_names}
     aligned = {
         (n,): [["tt.divisibility", 16]]
@@ -240,7 +231,9 @@ def test_compiles_for_hopper(kernels, monkeypatch, tmp_path, name):
         "enable_fp_fusion": True,
     }
     compiled = compile(
-        ASTSource(kernel, signature, constexprs=launch.static, attrs=aligned),
+        ASTSource(
+            kernel, signature, constexprs={"S": kernels.Static(**launch.static)}, attrs=aligned
+        ),
         target=GPUTarget("cuda", 90, 32),
         options=options,
     )

@@ -78,7 +78,7 @@ def forward(
 def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
     """Gradients of the inputs; see `reference.backward`."""
     query, key, value, additional_keys, additional_values, _, lse = residuals
-    lse, delta = (jnp.moveaxis(x, -1, 1) for x in (lse, delta))
+    lse, delta = (jnp.moveaxis(x, -1, 1) for x in (lse * math.log2(math.e), delta))
     d_output = d_output.astype(query.dtype)
     cotangents = (d_output, lse, delta)
     additional = (
@@ -114,7 +114,7 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 
 
 class Launch(NamedTuple):
-    """Programs, resources and static arguments of a kernel."""
+    """Programs, resources and `triton_geometry.Static` of a kernel."""
 
     programs: int
     warps: int
@@ -123,9 +123,9 @@ class Launch(NamedTuple):
 
 
 def call(
-    name: str, how: Launch, operands: Sequence[Array], results: list[jax.ShapeDtypeStruct]
+    kernel: str, how: Launch, operands: Sequence[Array], results: list[jax.ShapeDtypeStruct]
 ) -> list[Array]:
-    """Runs a kernel of `triton_kernels`."""
+    """Runs a kernel of `triton_kernels`: operands, then results, then `Static`."""
     import jax_triton
 
     from . import triton_kernels
@@ -133,14 +133,14 @@ def call(
     axes = varying_axes(*operands)
     outputs = jax_triton.triton_call(
         *operands,
-        kernel=getattr(triton_kernels, name),
-        name=f"gna_{name}",
+        kernel=getattr(triton_kernels, kernel),
+        name=f"gna_{kernel}",
         out_shape=results,
         grid=(how.programs,),
         num_warps=how.warps,
         num_stages=how.stages,
         compute_capability=_capability(),
-        **how.static,
+        S=triton_kernels.Static(**how.static),
     )
     return [vary(x, axes) for x in outputs]
 
@@ -157,29 +157,21 @@ def _capability() -> int:
     return 10 * int(major) + int(minor)
 
 
-def launch(problem: Problem, name: str) -> Launch:
+def launch(problem: Problem, kernel: str) -> Launch:
     """How to run one of the kernels "forward", "backward_query" and "backward_keys"."""
-    blocks = _blocks(problem, name)
-    inverse = name == "backward_keys"
-    windows = padded(problem.windows)
-    tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=inverse)
-    row = problem.heads * max(problem.head_dim, problem.value_dim)
-    static = _heads(problem) | {
-        "WINDOWS": tuple(
-            (w.length, w.kernel_size, w.stride, w.dilation, w.is_causal) for w in windows
-        ),
-        "QUERY_TILE": tiles.seen if inverse else tiles.own,
-        "KEY_TILE": tiles.own if inverse else tiles.seen,
-        "TILES": tiles.grid,
-        "HAS_FREE": tiles.free > 0,
-        "HAS_MASKED": tiles.free < tiles.steps,
-        "WIDE": problem.tokens * row >= 2**31,
+    blocks = _blocks(problem, kernel)
+    of_keys = kernel == "backward_keys"
+    tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=of_keys)
+    static = _static(problem) | {
+        "query_tile": tiles.seen if of_keys else tiles.own,
+        "key_tile": tiles.own if of_keys else tiles.seen,
+        "tiles": tiles.grid,
+        "has_free": tiles.free > 0,
+        "has_masked": tiles.free < tiles.steps,
     }
-    if not inverse:
-        static["ADDITIONAL"] = problem.additional
-    lanes = problem.batch * (problem.kv_heads if inverse else problem.heads)
-    programs = lanes * math.prod(w.dilation for w in windows) * math.prod(tiles.grid)
-    return Launch(programs, blocks.warps, blocks.stages, static)
+    lanes = problem.batch * (problem.kv_heads if of_keys else problem.heads)
+    groups = math.prod(w.dilation for w in problem.windows)
+    return Launch(lanes * groups * math.prod(tiles.grid), blocks.warps, blocks.stages, static)
 
 
 def launch_additional(problem: Problem) -> tuple[Launch, int]:
@@ -189,27 +181,32 @@ def launch_additional(problem: Problem) -> tuple[Launch, int]:
     programs = problem.batch * problem.kv_heads * -(-problem.additional // blocks.own)
     part = -(-tiles // min(tiles, -(-ENOUGH_PROGRAMS // programs)))
     parts = -(-tiles // part)
-    static = _heads(problem) | {
-        "BATCH": problem.batch,
-        "TOKENS": problem.tokens,
-        "PART": part,
-        "ROWS": blocks.seen,
-        "KEYS": blocks.own,
-        "ADDITIONAL": problem.additional,
+    static = _static(problem) | {
+        "query_tile": (1, 1, blocks.seen),
+        "key_tile": (1, 1, blocks.own),
+        "part": part,
     }
     return Launch(programs * parts, blocks.warps, blocks.stages, static), parts
 
 
-def _heads(problem: Problem) -> dict[str, Any]:
+def _static(problem: Problem) -> dict[str, Any]:
+    row = problem.heads * max(problem.head_dim, problem.value_dim)
     return {
-        "HEADS": problem.heads,
-        "KV_HEADS": problem.kv_heads,
-        "DIM": problem.head_dim,
-        "VALUE_DIM": problem.value_dim,
-        "BLOCK_DIM": _block(problem.head_dim),
-        "BLOCK_VALUE_DIM": _block(problem.value_dim),
-        "SCALE": problem.scale,
-        "PRECISION": "tf32x3",  # of float32 only: about as precise, on tensor cores
+        "windows": tuple(
+            (w.length, w.kernel_size, w.stride, w.dilation, w.is_causal)
+            for w in padded(problem.windows)
+        ),
+        "wide": problem.tokens * row >= 2**31,
+        "batch": problem.batch,
+        "heads": problem.heads,
+        "kv_heads": problem.kv_heads,
+        "additional": problem.additional,
+        "dim": problem.head_dim,
+        "value_dim": problem.value_dim,
+        "block_dim": _block(problem.head_dim),
+        "block_value_dim": _block(problem.value_dim),
+        "scale": problem.scale,
+        "precision": "tf32x3",  # of float32 only: about as precise, on tensor cores
     }
 
 
