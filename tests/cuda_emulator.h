@@ -28,9 +28,8 @@
 #define threadIdx (emulator::machine().thread_index())
 #define blockIdx (emulator::machine().block_index)
 
-struct dim3 {
-  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-  unsigned x, y, z;
+struct Index {
+  unsigned x = 0;
 };
 struct alignas(16) int4 {
   int x, y, z, w;
@@ -85,10 +84,10 @@ struct Warp {
 
 class Machine {
  public:
-  dim3 block_index;
+  Index block_index;
   std::vector<char> bytes;
 
-  dim3 thread_index() const { return dim3(current_); }
+  Index thread_index() const { return {static_cast<unsigned>(current_)}; }
   int lane() const { return current_ % 32; }
   Fiber& fiber() { return fibers_[current_]; }
   Warp& warp() { return warps_[current_ / 32]; }
@@ -296,16 +295,12 @@ inline void block_barrier() { emulator::machine().meet_block(); }
 inline void warp_barrier() { votes(true); }
 
 template <typename Arguments>
-cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, int bytes, cudaStream_t,
+cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, int bytes, cudaStream_t,
                    const Arguments& arguments) {
   emulator::Machine& machine = emulator::machine();
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        machine.block_index = dim3(x, y, z);
-        machine.run_block(threads, bytes, [&] { kernel(arguments); });
-      }
-    }
+  for (int64_t n = 0; n < blocks; ++n) {
+    machine.block_index.x = static_cast<unsigned>(n);
+    machine.run_block(threads, bytes, [&] { kernel(arguments); });
   }
   return cudaSuccess;
 }

@@ -15,16 +15,17 @@ namespace gna {
 template <typename T>
 struct BackwardArguments {
   Problem p;
+  int tiles;
   Operand<const T> x, y;  // query and d_output, or key and value
   Operand<const T> u, w;  // key and value, or query and d_output
   Operand<T> dx, dy;      // dy only where rows are keys
   const float *lse, *delta;
 };
 
-template <int kD, bool kKeys>
+template <int kD>
 struct Backward {
-  // Two sums where rows are keys leave registers for fewer columns.
-  static constexpr int kRows = 64, kColumns = kKeys && kD > 64 ? 32 : 64, kN = kColumns / 8;
+  // Long rows leave registers, and sm_86's shared memory, for fewer columns.
+  static constexpr int kRows = 64, kColumns = kD > 64 ? 32 : 64, kN = kColumns / 8;
   static constexpr int kStage = 2 * kColumns * kD * 2;
   static constexpr int kBytes = 2 * kRows * kD * 2 + 2 * kStage;
   static constexpr int kShared = kBytes + sizeof(Walk) + 2 * 2 * kColumns * sizeof(float);
@@ -32,7 +33,7 @@ struct Backward {
 
 template <typename T, int kD, bool kKeys>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardArguments<T> a) {
-  using Shape = Backward<kD, kKeys>;
+  using Shape = Backward<kD>;
   constexpr int kN = Shape::kN, kColumns = Shape::kColumns;
   const Problem& p = a.p;
   char* const x = shared_memory();
@@ -40,9 +41,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardArgume
   char* const stages = y + Shape::kRows * kD * 2;
   Walk& walk = *reinterpret_cast<Walk*>(x + Shape::kBytes);
   float* const column_stats = reinterpret_cast<float*>(&walk + 1);
-  if (!start_walk<kKeys>(walk, p, blockIdx.x, Shape::kRows)) return;
+  const Place place(p, a.tiles, kKeys ? p.kv_heads : p.heads);
+  if (!start_walk<kKeys>(walk, p, place.tile, Shape::kRows)) return;
 
-  const int row_head = blockIdx.y, batch = blockIdx.z;
+  const int row_head = place.head, batch = place.batch;
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
   const Places places[1][2] = {{{p, first + lane / 4}, {p, first + lane / 4 + 8}}};
   // Keys meet the queries of all heads that read them, one after the other.

@@ -8,6 +8,7 @@ and machines that share a home folder do not take each other's.
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -17,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
 
 SOURCES = Path(__file__).parent
 TARGETS = {"cpu": "gna_cpu.cc", "gpu": "gna_gpu.cu"}
@@ -74,7 +74,7 @@ def command(target: str, architecture: str | None = None) -> list[str]:
         options = [native, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread"]
     else:
         options = [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        options += ["-Xcompiler", "-fPIC", "--expt-relaxed-constexpr"]
+        options += ["-Xcompiler", "-fPIC"]
     return [str(compiler(target)), *shared, *options]
 
 
@@ -90,11 +90,11 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
       RuntimeError: if there is no compiler, or it fails; with what it said.
     """
     options = command(target, architecture)
-    digest = hashlib.sha256(shlex.join(options[1:]).encode())
+    digest = hashlib.sha256(shlex.join(options).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".h", ".cc", ".cu"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(_version(options[0]).encode() + jaxlib.__version__.encode())
+    digest.update(_version(options[0]).encode() + importlib.metadata.version("jaxlib").encode())
     if target == "cpu":
         digest.update(_instructions().encode())
     folder = folder or _cache_folder()

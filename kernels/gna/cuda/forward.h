@@ -10,6 +10,7 @@ constexpr float kLog2e = 1.44269504088896f;
 template <typename T>
 struct ForwardArguments {
   Problem p;
+  int tiles;
   Operand<const T> query, key, value;
   Operand<T> output;
   float* lse;
@@ -32,9 +33,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgument
   char* const keys = queries + Shape::kRows * kD * 2;
   char* const values = keys + kColumns * kD * 2;
   Walk& walk = *reinterpret_cast<Walk*>(queries + Shape::kBytes);
-  if (!start_walk<false>(walk, p, blockIdx.x, Shape::kRows)) return;
+  const Place place(p, a.tiles, p.heads);
+  if (!start_walk<false>(walk, p, place.tile, Shape::kRows)) return;
 
-  const int head = blockIdx.y, key_head = head / p.repeats(), batch = blockIdx.z;
+  const int head = place.head, key_head = head / p.repeats(), batch = place.batch;
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kM * 16;
   const Places places[kM][2] = {{{p, first + lane / 4}, {p, first + lane / 4 + 8}},
                                 {{p, first + lane / 4 + 16}, {p, first + lane / 4 + 24}}};

@@ -48,7 +48,8 @@ GNA_DEVICE void gather(char* tile, const int* tokens, const Problem& p, const Op
 // Writes kM * 16 rows of a warp, from registers by way of the tile, each row times a factor.
 template <int kD, int kM, typename T>
 GNA_DEVICE void scatter(char* tile, const int* tokens, int first, const Problem& p,
-                        const Operand<T>& x, int batch, int head, const float (&sums)[kM][kD / 8][4],
+                        const Operand<T>& x, int batch, int head,
+                        const float (&sums)[kM][kD / 8][4],
                         const float (&factor)[kM][2]) {
   const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
 #pragma unroll
@@ -135,8 +136,8 @@ GNA_DEVICE void accumulate(float (&sums)[kM][kD / 8][4], const uint32_t (&a)[kM]
   }
 }
 
-// Calls visit(m, n, 2 half + c, met) for the elements of this lane: s[m][n][2 half + c] stands in row
-// 16 m + 8 half + lane / 4 and column 8 n + 2 (lane % 4) + c, `met` says whether they meet.
+// Calls visit(m, n, 2 half + c, met) for the elements of this lane: s[m][n][2 half + c] stands in
+// row 16 m + 8 half + lane / 4 and column 8 n + 2 (lane % 4) + c, `met` says whether they meet.
 template <int kM, int kN, typename Visit>
 GNA_DEVICE void visit_mask(const Walk& walk, int step, const Places (&places)[kM][2],
                            const Visit& visit) {

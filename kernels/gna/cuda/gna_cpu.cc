@@ -251,9 +251,9 @@ bool backward(ffi::ThreadPool& pool, const Problem& problem, const T* query, con
   const int dim = problem.dim, value_dim = problem.value_dim, lanes = plan.lanes;
   const int64_t tiles = plan.tiles.size(), sources = int64_t{problem.batch} * problem.kv_heads;
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t parts = parts_of(sources, threads, tiles);
+  const int parts = static_cast<int>(parts_of(sources, threads, tiles));
   Rows keys(plan, dim), values(plan, value_dim);
-  Rows d_keys(plan, dim, static_cast<int>(parts)), d_values(plan, value_dim, static_cast<int>(parts));
+  Rows d_keys(plan, dim, parts), d_values(plan, value_dim, parts);
   if (!pack(pool, plan, key, more_keys, keys)) return false;
   if (!pack(pool, plan, value, more_values, values)) return false;
 

@@ -1,7 +1,7 @@
 // The GPU target of the custom calls, for 16-bit operands on NVIDIA GPUs from sm_80.
 //
-// The operands stay in the layout of the call: copies of 16 bytes gather the rows of a tile wherever
-// they lie, so that nothing is permuted before or after, and tiles of keys need no grid.
+// The operands stay in the layout of the call: copies of 16 bytes gather the rows of a tile from
+// wherever they lie, so that nothing is permuted before or after, and tiles of keys need no grid.
 
 #include "backward.h"
 #include "forward.h"
@@ -64,9 +64,9 @@ ffi::Error run_forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, 
   return dispatch(p, q.element_type(), [&](auto number, auto dim) {
     using T = decltype(number);
     constexpr int kD = decltype(dim)::value;
-    const ForwardArguments<T> a{p, in<T>(q), in<T>(k, &ak), in<T>(v, &av), out<T>(output),
-                                lse->typed_data()};
-    return launch(forward_kernel<T, kD>, dim3(layout_tiles(p), p.heads, p.batch), kThreads,
+    const ForwardArguments<T> a{p,           layout_tiles(p), in<T>(q),         in<T>(k, &ak),
+                                in<T>(v, &av), out<T>(output),  lse->typed_data()};
+    return launch(forward_kernel<T, kD>, int64_t{a.tiles} * p.heads * p.batch, kThreads,
                   Forward<kD>::kShared, stream, a);
   });
 }
@@ -81,26 +81,30 @@ ffi::Error run_backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k,
   Problem by_query;
   ffi::Error error = decode(by_query, q, v, ak, windows, tiles, scale);
   Problem by_key = by_query;
-  if (error.success()) error = set_tile(by_query, tiles, kQueryTile, Backward<128, false>::kRows);
-  if (error.success()) error = set_tile(by_key, tiles, kKeyTile, Backward<128, true>::kRows);
+  if (error.success()) error = set_tile(by_query, tiles, kQueryTile, Backward<128>::kRows);
+  if (error.success()) error = set_tile(by_key, tiles, kKeyTile, Backward<128>::kRows);
   if (error.failure()) return error;
   return dispatch(by_query, q.element_type(), [&](auto number, auto dim) {
     using T = decltype(number);
     constexpr int kD = decltype(dim)::value;
-    const BackwardArguments<T> queries{by_query,      in<T>(q),   in<T>(d_output),
-                                       in<T>(k, &ak), in<T>(v, &av), out<T>(dq),
-                                       {},            lse.typed_data(), delta.typed_data()};
-    const BackwardArguments<T> keys{by_key,          in<T>(k, &ak),     in<T>(v, &av),
-                                    in<T>(q),        in<T>(d_output),   out<T>(dk, &dak),
-                                    out<T>(dv, &dav), lse.typed_data(), delta.typed_data()};
+    using Shape = Backward<kD>;
+    const int key_tiles = layout_tiles(by_key) + ceil_div(by_key.additional, Shape::kRows);
+    const float *norms = lse.typed_data(), *shifts = delta.typed_data();
+    const BackwardArguments<T> queries{
+        by_query,      layout_tiles(by_query), in<T>(q),   in<T>(d_output),
+        in<T>(k, &ak), in<T>(v, &av),          out<T>(dq), {},
+        norms,         shifts};
+    const BackwardArguments<T> keys{
+        by_key,   key_tiles,       in<T>(k, &ak),    in<T>(v, &av),
+        in<T>(q), in<T>(d_output), out<T>(dk, &dak), out<T>(dv, &dav),
+        norms,    shifts};
+    const int64_t batch = by_query.batch;
     const cudaError_t failed =
-        launch(backward_kernel<T, kD, false>,
-               dim3(layout_tiles(by_query), by_query.heads, by_query.batch), kThreads,
-               Backward<kD, false>::kShared, stream, queries);
+        launch(backward_kernel<T, kD, false>, batch * by_query.heads * queries.tiles, kThreads,
+               Shape::kShared, stream, queries);
     if (failed != cudaSuccess) return failed;
-    const int tiles = layout_tiles(by_key) + ceil_div(by_key.additional, Backward<kD, true>::kRows);
-    return launch(backward_kernel<T, kD, true>, dim3(tiles, by_key.kv_heads, by_key.batch), kThreads,
-                  Backward<kD, true>::kShared, stream, keys);
+    return launch(backward_kernel<T, kD, true>, batch * by_key.kv_heads * key_tiles, kThreads,
+                  Shape::kShared, stream, keys);
   });
 }
 

@@ -56,8 +56,8 @@ GNA_DEVICE void load_transposed(uint32_t (&x)[4], const void* row) {
                : "memory");
 }
 
-// c [16, 8] += a [16, 16] b [16, 8]. The 8x8 quarters of a come in the order (rows, columns) (0, 0),
-// (8, 0), (0, 8), (8, 8); those of b are transposed.
+// c [16, 8] += a [16, 16] b [16, 8]. The 8x8 quarters of a come in the order (rows, columns)
+// (0, 0), (8, 0), (0, 8), (8, 8); those of b are transposed.
 GNA_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                              Float16) {
   asm volatile(
@@ -102,12 +102,13 @@ GNA_DEVICE void warp_barrier() { __syncwarp(); }
 
 // Runs kernel(arguments) in blocks of `threads` with `bytes` of dynamic shared memory.
 template <typename Arguments>
-cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, int bytes,
+cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, int bytes,
                    cudaStream_t stream, const Arguments& arguments) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<grid, threads, bytes, stream>>>(arguments);
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments);
   return cudaGetLastError();
 }
 

@@ -26,8 +26,8 @@ struct Problem {
 };
 
 // query [B, *X, Hq, D], key [B, *X, Hkv, D], value [B, *X, Hkv, Dv], additional [B, A, Hkv, D];
-// `windows` holds length, kernel size, stride, dilation and causality of each dimension, `tiles` the
-// tokens along each dimension of several kinds of tiles.
+// `windows` holds length, kernel size, stride, dilation and causality of each dimension, `tiles`
+// the tokens along each dimension of several kinds of tiles.
 inline ffi::Error decode(Problem& problem, const ffi::AnyBuffer& query, const ffi::AnyBuffer& value,
                          const ffi::AnyBuffer& additional, ffi::Span<const int64_t> windows,
                          ffi::Span<const int64_t> tiles, float scale) {

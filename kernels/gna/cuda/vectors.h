@@ -1,4 +1,5 @@
-// Products of small matrices and the softmax's exponential, vectorised for the machine that compiles.
+// Products of small matrices and the softmax's exponential, vectorised for the machine that
+// compiles.
 //
 // Scores lie [keys, queries]: sums over keys run along vectors of queries, and no sum runs across a
 // vector. Products are built from outer products that stay in registers.
@@ -147,7 +148,9 @@ inline void column_block(const float* const* in, int first, int inner, const flo
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + (first + r) * columns + offset + v * kWidth, sums[r][v]);
+    for (int v = 0; v < V; ++v) {
+      store(out + (first + r) * columns + offset + v * kWidth, sums[r][v]);
+    }
   }
 }
 

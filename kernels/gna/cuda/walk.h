@@ -1,12 +1,13 @@
-// How a thread block of the GPU target goes about: the tokens of its tile (its rows), and all tokens
+// How a thread block of the GPU target goes about: the tokens of its tile (its rows), and all those
 // of the other side that these meet (its columns), a tile of columns at a time.
 //
-// Rows are queries and columns the keys that they see, or rows are keys and columns the queries that
-// see them. Along each dimension a row meets one interval of columns, and the bounds of intervals
-// never decrease from row to row. So the columns that any row meets are a box, and those that all
-// rows meet are a smaller box in it, which comes first and needs no mask. The rest of the box is cut
-// into slabs before and after the smaller box along each dimension. Columns are counted through all
-// of these without gaps: whatever the window's size and stride, only the last tile is not full.
+// Rows are queries and columns the keys that they see, or rows are keys and columns the queries
+// that see them. Along each dimension a row meets one interval of columns, and the bounds of
+// intervals never decrease from row to row. So the columns that any row meets are a box, and those
+// that all rows meet are a smaller box in it, which comes first and needs no mask. The rest of the
+// box is cut into slabs before and after the smaller box along each dimension. Columns are counted
+// through all of these without gaps: whatever the window's size and stride, only the last tile is
+// not full.
 #pragma once
 
 #include "instructions.h"
@@ -27,8 +28,8 @@ struct Slab {
 };
 
 struct Walk {
-  // Columns before those of the layout, which all rows meet: additional keys, or, where the rows are
-  // additional keys, all queries.
+  // Columns before those of the layout, which all rows meet: additional keys, or, where the rows
+  // are additional keys, all queries.
   int plain, plain_token;
   int free;   // columns that all rows meet, which come first
   int count;  // all columns
@@ -55,6 +56,18 @@ GNA_BOTH int tiles_along(const Axis& axis) { return ceil_div(group_length(axis, 
 GNA_BOTH int layout_tiles(const Problem& p) {
   return p.groups() * tiles_along(p.axis[0]) * tiles_along(p.axis[1]) * tiles_along(p.axis[2]);
 }
+
+// What a block works on. All tiles of a head come before the next head, whose keys would need the
+// cache.
+struct Place {
+  int tile, head, batch;
+  GNA_DEVICE Place(const Problem& p, int tiles, int heads) {
+    const int n = blockIdx.x / tiles;
+    tile = blockIdx.x % tiles;
+    head = n % heads;
+    batch = n / heads;
+  }
+};
 
 // Makes up the walk of a tile of `rows` rows; false, for all threads, if the tile is empty.
 // kKeys: rows are keys.
