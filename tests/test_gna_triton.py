@@ -256,10 +256,11 @@ def test_says_what_it_cannot_do(monkeypatch):
 
 
 def test_tuning_keeps_the_fastest(monkeypatch):
-    problem = problem_of("mixed")[0]
-    monkeypatch.setattr(backend, "_random_operands", lambda _: ())
+    problem, case, *_ = problem_of("mixed")
+    settings = {key: value for key, value in case.items() if key != "layout"}
 
     def milliseconds(problem, kernel, operands, repeats):
+        assert gna.describe(*operands[0][:5], **settings) == problem
         blocks = backend._blocks(problem, kernel)
         if blocks.own == 128:
             raise RuntimeError("out of shared memory")

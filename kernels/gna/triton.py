@@ -262,7 +262,7 @@ def tune(
 
 def _random_operands(problem: Problem) -> tuple[Residuals, Array, Array]:
     """What `backward` takes; operands of `forward` are among the residuals."""
-    keys = iter(jax.random.split(jax.random.key(0), 7))
+    keys = iter(jax.random.split(jax.random.key(0), 6))
 
     def draw(*shape: int) -> Array:
         return jax.random.normal(next(keys), (problem.batch, *shape), problem.dtype)
@@ -270,12 +270,13 @@ def _random_operands(problem: Problem) -> tuple[Residuals, Array, Array]:
     tokens, heads, kv_heads = problem.layout, problem.heads, problem.kv_heads
     query, key = draw(*tokens, heads, problem.head_dim), draw(*tokens, kv_heads, problem.head_dim)
     value, d_output = (draw(*tokens, n, problem.value_dim) for n in (kv_heads, heads))
-    additional = (None, None)
+    more_keys = more_values = None
     if problem.additional:
-        dims = (problem.head_dim, problem.value_dim)
-        additional = tuple(draw(problem.additional, kv_heads, dim) for dim in dims)
+        more_keys = draw(problem.additional, kv_heads, problem.head_dim)
+        more_values = draw(problem.additional, kv_heads, problem.value_dim)
     lse = jnp.full(query.shape[:-1], 10.0, jnp.float32)
-    return Residuals(query, key, value, *additional, d_output, lse), d_output, jnp.zeros_like(lse)
+    residuals = Residuals(query, key, value, more_keys, more_values, d_output, lse)
+    return residuals, d_output, jnp.zeros_like(lse)
 
 
 def _milliseconds(problem: Problem, kernel: str, operands: Any, repeats: int) -> float:
@@ -286,7 +287,5 @@ def _milliseconds(problem: Problem, kernel: str, operands: Any, repeats: int) ->
     run = jax.jit(functools.partial(run, problem))
     jax.block_until_ready(run(*operands))
     start = time.perf_counter()
-    for _ in range(repeats):
-        result = run(*operands)
-    jax.block_until_ready(result)
+    jax.block_until_ready([run(*operands) for _ in range(repeats)])
     return (time.perf_counter() - start) / repeats * 1000

@@ -5,7 +5,8 @@ dimension (first position, tiles, free tiles before them, free tiles), where fre
 mask. Positions count inside the dilation group, in three dimensions of which the leading ones may
 be of length 1. `S` is `Static`; nothing but triton is needed.
 """
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# Types here are those of the device, which a checker of Python does not know.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import dataclasses
 import math

@@ -11,7 +11,8 @@ Operands are contiguous: query and output [B, N, Hq, D], key and value [B, N, Hk
 and delta [B, Hq, N] in float32; N is all tokens, in row-major order. `S` is `Static`. Nothing but
 triton is needed.
 """
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# Types here are those of the device, which a checker of Python does not know.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
