@@ -145,6 +145,27 @@ def test_transformations():
 
 
 @needs_compiler
+def test_in_shard_map():
+    """Spread over batch and heads, with jax's checks of what varies between devices."""
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = jax.random.normal(jax.random.key(0), (2, 9, 2, 8))
+
+    def loss(x):
+        return (
+            gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="cuda") ** 2
+        ).sum()
+
+    def spread(x):
+        return jax.lax.psum(loss(x), ("data", "heads"))
+
+    rows = jax.P("data", None, "heads")
+    run = jax.shard_map(spread, mesh=mesh, in_specs=rows, out_specs=jax.P())
+    got = jax.jit(jax.value_and_grad(run))(x)
+    for one, other in zip(got, jax.value_and_grad(loss)(x), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
 def test_results_are_the_same_each_time():
     """Threads share work out as they come, sums do not depend on it."""
     case = {"kernel_size": (7, 5), "stride": (2, 1), "dilation": (1, 2), "is_causal": (False, True)}

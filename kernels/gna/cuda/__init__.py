@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..problem import Gradients, Problem, Residuals
+from ..varying import vary, varying_axes
 from ..windows import Window
 from . import build
 
@@ -59,24 +60,31 @@ def forward(
     additional_values: Array | None,
 ) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
-    _register(jax.default_backend())
     operands = _operands(query, key, value, additional_keys, additional_values)
     shape = (*query.shape[:-1], problem.value_dim)
-    results = (_like(query, shape), _like(query, shape[:-1], jnp.float32))
-    output, lse = jax.ffi.ffi_call(FORWARD, results, vmap_method="sequential")(
-        *operands, **_attributes(problem)
-    )
+    results = [
+        jax.ShapeDtypeStruct(shape, query.dtype),
+        jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
+    ]
+    output, lse = _call(FORWARD, problem, results, operands)
     return output, lse
 
 
 def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
     """Gradients of the inputs; see `reference.backward`."""
-    _register(jax.default_backend())
     operands = _operands(*residuals[:5])
-    results = [_like(x, x.shape) for x in operands]
-    call = jax.ffi.ffi_call(BACKWARD, results, vmap_method="sequential")
-    gradients = call(*operands, residuals.lse, d_output, delta, **_attributes(problem))
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    gradients = _call(BACKWARD, problem, results, [*operands, residuals.lse, d_output, delta])
     return Gradients(*gradients[:3], *(gradients[3:] if problem.additional else (None, None)))
+
+
+def _call(
+    target: str, problem: Problem, results: list[jax.ShapeDtypeStruct], operands: list[Array]
+) -> list[Array]:
+    _register(jax.default_backend())
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    axes = varying_axes(*operands)
+    return [vary(x, axes) for x in call(*operands, **_attributes(problem))]
 
 
 @functools.cache
@@ -84,12 +92,6 @@ def _register(platform: str) -> None:
     library = build.load(platform)
     for name, symbol in ((FORWARD, library.GnaForward), (BACKWARD, library.GnaBackward)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform=PLATFORMS[platform])
-
-
-def _like(x: Array, shape: tuple[int, ...], dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes that `x` varies over."""
-    axes = jax.typeof(x).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype or x.dtype, manual_axis_type=axes)
 
 
 def _operands(query: Array, key: Array, value: Array, *additional: Array | None) -> list[Array]:
