@@ -12,6 +12,7 @@ comparison is `make test-full`'s.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -86,18 +87,18 @@ def measure_jax(task: str, size: str, dtype: str, repeats: int) -> dict:
 
     unet_config, text_config = configs(size)
     kind = jnp.dtype(dtype)
-    settings = {"dtype": kind, "param_dtype": kind, "rngs": nnx.Rngs(0)}
+    settings = {"dtype": kind, "param_dtype": kind}
     rng = np.random.default_rng(0)
 
     def random_model(make):
-        graphdef, abstract = nnx.split(nnx.eval_shape(make))
+        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
         fill = lambda leaf: jnp.asarray(  # noqa: E731
             rng.standard_normal(leaf.shape, np.float32) * 0.02, leaf.dtype
         )
         return graphdef, jax.tree.map(fill, nnx.to_pure_dict(abstract))
 
     unet_def, unet = random_model(
-        lambda: UNet2DConditionModel(UNet2DConditionConfig(**unet_config), **settings)
+        functools.partial(UNet2DConditionModel, UNet2DConditionConfig(**unet_config), **settings)
     )
     latent, length = SIZES[size]["latent"], SIZES[size]["length"]
     x = jnp.asarray(rng.standard_normal((1, latent, latent, 4)), kind)
@@ -111,7 +112,7 @@ def measure_jax(task: str, size: str, dtype: str, repeats: int) -> dict:
         run = lambda: step(unet, x, context)  # noqa: E731
     else:
         text_def, text = random_model(
-            lambda: CLIPTextModel(CLIPTextConfig(**text_config), **settings)
+            functools.partial(CLIPTextModel, CLIPTextConfig(**text_config), **settings)
         )
         optimizer = optax.adamw(1e-5)
         ids = jnp.asarray(rng.integers(0, 49000, (1, length)))

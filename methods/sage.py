@@ -61,7 +61,7 @@ class SageConfig:
       cycles: outer cycles, each one self-check and `erase_updates` updates.
       erase_updates: updates of the text encoder per cycle (M).
       prompts: plain prompts per cycle, and as many attacked ones (P).
-      learning_rate: of AdamW on the text encoder.
+      learning_rate: of AdamW on the text encoder, falling to 0 along a cosine.
       weight_decay: AdamW's decay.
       trainable: patterns of the text encoder's parameters that train.
       check: what an attack looks for besides what T0 takes for the concept: "anchor" (T is far
@@ -80,7 +80,8 @@ class SageConfig:
       min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
       ddim_steps: length of the cached trajectories.
       ddim_samples: number of the cached trajectories.
-      vocabulary: how many of the tokenizer's whole words are retained.
+      vocabulary: how many of the tokenizer's whole words are retained, bare and in templates.
+      frames: in how many templates each retained phrase is put.
       similarity_cap: retained phrases more similar to a concept than this (cosine of T0's pooled
         states, kappa) are taken for the concept and dropped.
       global_rows: retained phrases per update in the global loss.
@@ -93,10 +94,10 @@ class SageConfig:
     anchor: str = ""
     templates: tuple[str, ...] = TEMPLATES
     contexts: int = 96
-    cycles: int = 240
+    cycles: int = 250
     erase_updates: int = 1
     prompts: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.75e-3
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
     check: Literal["anchor", "recall"] = "recall"
@@ -105,27 +106,28 @@ class SageConfig:
     check_optimizer: Literal["adam", "sign"] = "adam"
     check_weight: float = 1.0
     check_radius: float | None = None
-    free_concept: bool = False
+    free_concept: bool = True
     eta: float = 4.0
     latents: Literal["noise", "ddim"] = "noise"
     min_timestep: float = 0.5
     ddim_steps: int = 10
     ddim_samples: int = 16
     vocabulary: int = 2000
-    similarity_cap: float = 0.9
-    global_rows: int = 64
+    frames: int = 4
+    similarity_cap: float = 0.95
+    global_rows: int = 128
     global_form: Literal["cross", "self"] = "cross"
     global_weight: float = 5.0
-    local_rows: int = 4
-    local_weight: float = 1.0
+    local_rows: int = 6
+    local_weight: float = 4.0
 
     def __post_init__(self):
         for name, least in (
             ("cycles", 1), ("erase_updates", 1), ("prompts", 1), ("check_steps", 0),
             ("vocabulary", 1), ("global_rows", 1), ("local_rows", 1), ("ddim_steps", 1),
-            ("ddim_samples", 1), ("contexts", 0), ("learning_rate", 0), ("check_rate", 0),
-            ("check_weight", 0),
-            ("global_weight", 0), ("local_weight", 0), ("weight_decay", 0), ("eta", 0),
+            ("ddim_samples", 1), ("contexts", 0), ("frames", 0), ("learning_rate", 0),
+            ("check_rate", 0), ("check_weight", 0), ("global_weight", 0),
+            ("local_weight", 0), ("weight_decay", 0), ("eta", 0),
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ValueError(
@@ -447,11 +449,17 @@ def prepare(
     if config.free_concept:
         prompts = [each._replace(free=each.free | each.concept) for each in prompts]
     rng = np.random.default_rng(seed)
-    framed = [templates[rng.integers(len(templates))].format(word) for word in words]
+    framed = [
+        templates[rng.integers(len(templates))].format(word)
+        for _ in range(config.frames)
+        for word in words
+    ]
     retained = encode_phrases(tokenizer, [*words, *framed], length)
 
     unet, unet_params = nnx.split(pipeline.unet)
-    optimizer = _optimizer(config.learning_rate, config.weight_decay)
+    optimizer = _optimizer(
+        config.learning_rate, config.weight_decay, config.cycles * config.erase_updates
+    )
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     size = pipeline.unet.config.sample_size or 64
     static = SageStatic(
@@ -480,11 +488,12 @@ def prepare(
 
 
 @functools.lru_cache
-def _optimizer(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+def _optimizer(
+    learning_rate: float, weight_decay: float, updates: int
+) -> optax.GradientTransformation:
     """One object per setting, so that equal runs share their compiled step."""
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
-    )
+    rate = optax.cosine_decay_schedule(learning_rate, updates)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))
 
 
 def _in_chunks(function: Any, rows: np.ndarray, size: int = 256) -> Array:

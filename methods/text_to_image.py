@@ -227,7 +227,7 @@ class TextToImage:
                 something other than the autoencoder's latents (an inpainting model).
         """
         for name in ("tokenizer", "scheduler_config"):
-            if getattr(pipeline, name) is None:
+            if not getattr(pipeline, name):
                 raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
         static, params = split_pipeline(pipeline)
         unet, vae = pipeline.unet.config, pipeline.vae.config

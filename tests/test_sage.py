@@ -22,9 +22,9 @@ from conceptax.methods.sage import SageConfig
 from conceptax.methods.training import leaf_paths, make_mesh, step_key, train
 
 TINY = SageConfig(
-    cycles=4, prompts=2, check_steps=3, check_rate=0.1, vocabulary=40, similarity_cap=1.0,
+    cycles=80, prompts=2, check_steps=3, check_rate=0.1, vocabulary=40, similarity_cap=1.0,
     global_rows=5, local_rows=2, learning_rate=1e-3, templates=("a {}", "a photo of a {}"),
-    contexts=0,
+    contexts=0, frames=1,
 )  # fmt: skip
 
 
@@ -110,6 +110,7 @@ def test_total_loss_and_gradient_follow_the_equations(pipeline, prepared):
     static, state, frozen = prepared
     key = jax.random.key(5)
     tokens, without = (jnp.asarray(frozen[name][0]) for name in ("tokens", "without"))
+    ends_of_text = np.argmax(tokens, axis=1)
     attacked = 0.1 + jnp.asarray(
         pipeline.text_encoder.embeddings.token_embedding(tokens), jnp.float32
     )
@@ -132,7 +133,7 @@ def test_total_loss_and_gradient_follow_the_equations(pipeline, prepared):
         for i in range(2):
             anchor = e(i, t0(without[i : i + 1])[0])
             y = anchor - config.eta * (e(i, t0(tokens[i : i + 1])[0]) - anchor)
-            ends = jnp.array([int(np.argmax(tokens[i]))])
+            ends = jnp.array([ends_of_text[i]])
             for hidden in (
                 t(tokens[i : i + 1])[0],
                 t(inputs_embeds=attacked[i : i + 1], eos_positions=ends)[0],
@@ -248,19 +249,22 @@ def test_same_key_same_cycle(prepared, cycle):
 
 
 def test_erasing_brings_the_erase_loss_down(prepared, cycle):
-    _, state, frozen = prepared
-    losses = []
-    for n in range(40):
-        state, metrics = cycle(state, frozen, step_key(jax.random.key(1), n))
-        losses.append(float(metrics["erase"]))
-    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+    _, start, frozen = prepared
+
+    def erase_loss(state):  # on the same prompts, latents and times
+        return np.mean([cycle(state, frozen, jax.random.key(n))[1]["erase"] for n in range(16)])
+
+    state = start
+    for n in range(TINY.cycles):
+        state, _ = cycle(state, frozen, step_key(jax.random.key(1), n))
+    assert erase_loss(state) < 0.8 * erase_loss(start)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"latents": "ddim", "ddim_steps": 2, "ddim_samples": 2},
-        {"erase_updates": 2, "check": "anchor", "global_form": "self", "free_concept": True},
+        {"erase_updates": 2, "check": "anchor", "global_form": "self", "free_concept": False},
     ],
 )
 def test_options_run(pipeline, changes):

@@ -39,11 +39,34 @@ def dot_product_attention(
     chunk = max(1, _CHUNK_LOGITS // keys)
     if mask is not None or queries <= chunk or queries % chunk:
         return _attend(query, key, value, mask, scale)
-    batch, _, heads, width = query.shape
-    chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
-    # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
-    attend = jax.checkpoint(lambda q: _attend(q, key, value, None, scale))
-    return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
+
+    def all_heads(query: Array, key: Array, value: Array) -> Array:
+        batch, _, heads, width = query.shape
+        chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
+        # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
+        attend = jax.checkpoint(lambda part: _attend(part, key, value, None, scale))
+        return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
+
+    def head_by_head(query: Array, key: Array, value: Array) -> Array:
+        def head(operands: tuple[Array, Array, Array]) -> Array:
+            query, key, value = operands  # [L, D]
+
+            def attend(part: Array) -> Array:
+                logits = jnp.dot(part, key.T, preferred_element_type=jnp.float32) * scale
+                return jax.nn.softmax(logits, axis=-1).astype(value.dtype) @ value
+
+            chunks = query.reshape(queries // chunk, chunk, -1)
+            return jax.lax.map(jax.checkpoint(attend), chunks).reshape(query.shape)
+
+        batch, _, heads, width = query.shape
+        flat = tuple(
+            jnp.moveaxis(x, 2, 1).reshape(batch * heads, -1, width) for x in (query, key, value)
+        )
+        outputs = jax.lax.map(head, flat).reshape(batch, heads, queries, width)
+        return jnp.moveaxis(outputs, 1, 2)
+
+    # A CPU's cache holds the logits of one head, not of all.
+    return jax.lax.platform_dependent(query, key, value, cpu=head_by_head, default=all_heads)
 
 
 class Attention(nnx.Module):
