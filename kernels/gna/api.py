@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import cuda, reference, triton, xla
+from .partition import BACKWARD, FORWARD, partitioned
 from .problem import PerDimension, Problem, Residuals, describe, windows_of
 from .varying import vary, varying_axes
 from .windows import Window
@@ -241,7 +242,7 @@ def attend(
     additional_values: Array | None,
 ) -> tuple[Array, Array]:
     """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
-    run = _foldable(BACKENDS[implementation].forward, problem)
+    run = _foldable(BACKENDS[implementation].forward, problem, FORWARD)
     return run(query, key, value, additional_keys, additional_values)
 
 
@@ -258,16 +259,16 @@ def _attend_backward(
     # own cotangent enters where the output's does, so merged attentions differentiate.
     product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
     delta = product.sum(-1) - d_lse
-    return tuple(_foldable(BACKENDS[implementation].backward, problem)(residuals, d_output, delta))
+    run = _foldable(BACKENDS[implementation].backward, problem, BACKWARD)
+    return tuple(run(residuals, d_output, delta))
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-@functools.lru_cache(maxsize=1024)
-def _foldable(run: Callable[..., Any], problem: Problem) -> Callable[..., Any]:
+def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:
     """A backend's function of arrays [B, ...], whose vmapped axes become part of B."""
-    call = jax.custom_batching.custom_vmap(functools.partial(run, problem))
+    call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 
     @call.def_vmap
     def fold(size: int, batched: Any, *operands: Any) -> Any:
@@ -276,7 +277,7 @@ def _foldable(run: Callable[..., Any], problem: Problem) -> Callable[..., Any]:
             return x.reshape(size * x.shape[1], *x.shape[2:])
 
         larger = dataclasses.replace(problem, batch=size * problem.batch)
-        results = _foldable(run, larger)(*jax.tree.map(flat, operands, tuple(batched)))
+        results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, tuple(batched)))
         unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)
         return unfolded, jax.tree.map(lambda _: True, results)
 
