@@ -16,6 +16,7 @@ from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLCon
 from conceptax.flax_models.clip import CLIPConfig, CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.layers.attention import dot_product_attention
+from conceptax.flax_models.layers.resnet import conv3x3
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 ORACLES = {
@@ -139,6 +140,30 @@ def test_chunked_attention_is_attention(masked, monkeypatch):
     monkeypatch.setattr("conceptax.flax_models.layers.attention._CHUNK_LOGITS", 12 * 4)
     received = dot_product_attention(query, key, value, mask=mask)
     np.testing.assert_allclose(received, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
+def test_a_kernel_larger_than_the_image_convolves(stride, padding):
+    conv = conv3x3(3, 40, stride=stride, padding=padding, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 4, 3))
+    graphdef, params = nnx.split(conv)
+
+    def expected(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["kernel"][...], (stride, stride), ((padding, padding),) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    def both(function):
+        out, pull = jax.vjp(function, params, x)
+        d_params, d_x = pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))
+        return out, d_params["kernel"][...], d_x
+
+    call = jax.jit(lambda: both(lambda params, x: nnx.merge(graphdef, params)(x)))
+    if jax.default_backend() == "cpu":
+        assert "convolution" not in call.lower().compile().as_text()
+    for received, wanted in zip(call(), both(expected), strict=True):
+        np.testing.assert_allclose(received, wanted, atol=3e-6)
 
 
 @pytest.mark.parametrize(

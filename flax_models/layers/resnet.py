@@ -1,15 +1,58 @@
 """Convolutional blocks of the UNet and the autoencoder; images are `[B, H, W, C]`."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 
+def _convolve(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "h w C D"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    **options,
+) -> Float[Array, "B Y X D"]:
+    """`jax.lax.conv_general_dilated`; on a CPU one product, where the kernel exceeds the image.
+
+    There the gradient of XLA's convolution spends its time on turning the kernel around.
+    """
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, precision=precision, **options
+        )
+
+    def product(x: Array, kernel: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        rows, columns = ((size - 1) * stride + 1 for size, stride in zip(out, strides, strict=True))
+        patches = jnp.concatenate(
+            [
+                x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+                for i in range(kernel.shape[0])
+                for j in range(kernel.shape[1])
+            ],
+            axis=-1,
+        )
+        return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+
+    batch, *out, features = jax.eval_shape(convolution, x, kernel).shape
+    if batch * out[0] * out[1] > features:  # then the patches would exceed the kernel
+        return convolution(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
+
+
 def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding: int = 1, **init):
     """3x3 convolution with torch's symmetric integer padding (not `SAME`, which differs)."""
     pads = ((padding, padding),) * 2  # a tuple: static parts of a module are hashed
-    return nnx.Conv(in_channels, out_channels, (3, 3), strides=stride, padding=pads, **init)
+    return nnx.Conv(
+        in_channels, out_channels, (3, 3), strides=stride, padding=pads,
+        conv_general_dilated=_convolve, **init,
+    )  # fmt: skip
 
 
 def conv1x1(in_channels: int, out_channels: int, **init) -> nnx.Conv:
