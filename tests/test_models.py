@@ -128,18 +128,29 @@ def test_bfloat16_computes_and_stores():
     assert jnp.linalg.norm(difference) < 0.03 * jnp.linalg.norm(full(ids).pooled)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_chunked_attention_is_attention(masked, monkeypatch):
-    keys = jax.random.split(jax.random.key(0), 3)
-    query, key, value = (jax.random.normal(k, (2, 12, 2, 4)) for k in keys)
-    mask = jnp.tril(jnp.ones((1, 1, 12, 12), bool)) if masked else None
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2.0
-    if masked:
-        logits = jnp.where(mask, logits, -jnp.inf)
-    expected = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
-    monkeypatch.setattr("conceptax.flax_models.layers.attention._CHUNK_LOGITS", 12 * 4)
-    received = dot_product_attention(query, key, value, mask=mask)
-    np.testing.assert_allclose(received, expected, atol=2e-6)
+@pytest.mark.parametrize(
+    ("keys", "masked"), [(12, False), (10, False), (12, True)], ids=["self", "cross", "masked"]
+)
+def test_long_attention_is_attention(keys, masked, monkeypatch):
+    random = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, 12, 2, 4), (2, keys, 2, 4), (2, keys, 2, 4))
+    operands = [jax.random.normal(*each) for each in zip(random, shapes, strict=True)]
+    mask = jnp.tril(jnp.ones((1, 1, 12, keys), bool)) if masked else None
+
+    def expected(query, key, value):
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2.0
+        if masked:
+            logits = jnp.where(mask, logits, -jnp.inf)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
+
+    def both(function):
+        out, pull = jax.vjp(function, *operands)
+        return out, *pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))
+
+    monkeypatch.setattr("conceptax.flax_models.layers.attention._MANY_LOGITS", keys * 4)
+    received = both(lambda *each: dot_product_attention(*each, mask=mask))
+    for one, other in zip(received, both(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-# Above this many logits per (batch, head) the queries are taken in chunks, so that the logits of
-# one chunk stay in cache and memory stays linear in the number of queries.
-_CHUNK_LOGITS = 1 << 20
+from ...kernels.gna import neighborhood_attention
+
+# With this many logits per (batch, head) or more, queries are taken in chunks, so that memory stays
+# linear in their number.
+_MANY_LOGITS = 1 << 20
 
 
 def _attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
@@ -27,6 +29,9 @@ def dot_product_attention(
 ) -> Float[Array, "B Q H D"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with a float32 softmax.
 
+    Long self-attention on a CPU is that of `kernels.gna`, whose neighborhood may be everything: it
+    keeps blocks of logits in cache, forward and backward, but has no forward-mode derivative.
+
     Args:
       query, key, value: heads second-to-last, any float dtype.
       mask: True where a query may attend, broadcast over batch, heads and queries.
@@ -36,37 +41,21 @@ def dot_product_attention(
     """
     scale = query.shape[-1] ** -0.5
     queries, keys = query.shape[1], key.shape[1]
-    chunk = max(1, _CHUNK_LOGITS // keys)
-    if mask is not None or queries <= chunk or queries % chunk:
+    if mask is not None or queries * keys < _MANY_LOGITS:
         return _attend(query, key, value, mask, scale)
+    if queries == keys and jax.default_backend() == "cpu" and query.dtype != jnp.float64:
+        attended = neighborhood_attention(query, key, value, kernel_size=queries)
+        assert isinstance(attended, jax.Array)
+        return attended
+    chunk = max(1, _MANY_LOGITS // keys)
+    if queries % chunk:
+        return _attend(query, key, value, None, scale)
 
-    def all_heads(query: Array, key: Array, value: Array) -> Array:
-        batch, _, heads, width = query.shape
-        chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
-        # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
-        attend = jax.checkpoint(lambda part: _attend(part, key, value, None, scale))
-        return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
-
-    def head_by_head(query: Array, key: Array, value: Array) -> Array:
-        def head(operands: tuple[Array, Array, Array]) -> Array:
-            query, key, value = operands  # [L, D]
-
-            def attend(part: Array) -> Array:
-                logits = jnp.dot(part, key.T, preferred_element_type=jnp.float32) * scale
-                return jax.nn.softmax(logits, axis=-1).astype(value.dtype) @ value
-
-            chunks = query.reshape(queries // chunk, chunk, -1)
-            return jax.lax.map(jax.checkpoint(attend), chunks).reshape(query.shape)
-
-        batch, _, heads, width = query.shape
-        flat = tuple(
-            jnp.moveaxis(x, 2, 1).reshape(batch * heads, -1, width) for x in (query, key, value)
-        )
-        outputs = jax.lax.map(head, flat).reshape(batch, heads, queries, width)
-        return jnp.moveaxis(outputs, 1, 2)
-
-    # A CPU's cache holds the logits of one head, not of all.
-    return jax.lax.platform_dependent(query, key, value, cpu=head_by_head, default=all_heads)
+    batch, _, heads, width = query.shape
+    chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
+    # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
+    attend = jax.checkpoint(lambda part: _attend(part, key, value, None, scale))
+    return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
 
 
 class Attention(nnx.Module):
