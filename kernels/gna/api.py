@@ -247,7 +247,7 @@ def attend(
 
 def _attend_forward(problem: Problem, implementation: str, *operands: Array | None) -> Any:
     output, lse = attend(problem, implementation, *operands)
-    return (output, lse), Residuals(*operands, output, lse)
+    return (output, lse), Residuals._make((*operands, output, lse))
 
 
 def _attend_backward(
