@@ -291,7 +291,6 @@ def test_lowers_for_a_gpu_without_one():
 
 
 @needs_nvcc
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_compiles_for_gpus(architecture, tmp_path):
     library = ctypes.CDLL(str(build.build("gpu", architecture, tmp_path)))
