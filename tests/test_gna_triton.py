@@ -214,10 +214,10 @@ def test_says_what_it_cannot_do(monkeypatch):
     reason = "head dimensions may be 128 at most in float32, not 136 (queries and keys) and 136"
     assert reason in (gna.unsupported("triton", problem, "gpu") or "")
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    backend._missing.cache_clear()
+    backend.missing.cache_clear()
     problem = dataclasses.replace(problem, dtype="float16")
     assert "pip install 'conceptax[cuda]'" in (gna.unsupported("triton", problem, "gpu") or "")
-    backend._missing.cache_clear()
+    backend.missing.cache_clear()
 
 
 def test_tuning_keeps_the_fastest(monkeypatch):

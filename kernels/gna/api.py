@@ -2,7 +2,8 @@
 
 A backend is a module with three functions:
 
-  unsupported(problem, platform) -> str | None         why it cannot do a problem, or None
+  unsupported(problem, platform) -> str | None         why it cannot do a problem, or None; what is
+                                                       not at hand is said by `NEEDS`
   forward(problem, q, k, v, ak, av) -> (output, lse)   ak, av: additional keys and values, or None
   backward(problem, residuals, d_output, delta) -> Gradients
 
@@ -32,6 +33,12 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
 }
 
+# What must be at hand beside jax, on a platform; what is not is said as `unsupported` does.
+NEEDS: dict[str, Callable[[str], str | None]] = {
+    "cuda": cuda.build.missing,
+    "triton": triton.missing,
+}
+
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
     "cpu": ("xla", "reference"),
@@ -48,7 +55,11 @@ def unsupported(implementation: str, problem: Problem, platform: str | None = No
       problem: what `describe` returns.
       platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
     """
-    return BACKENDS[implementation].unsupported(problem, platform or jax.default_backend())
+    platform = platform or jax.default_backend()
+    reason = BACKENDS[implementation].unsupported(problem, platform)
+    if reason is None and implementation in NEEDS:
+        reason = NEEDS[implementation](platform)
+    return reason
 
 
 def select(problem: Problem, implementation: str | None = None) -> str:
