@@ -87,6 +87,16 @@ def select(problem: Problem, implementation: str | None = None) -> str:
     return implementation
 
 
+def seen_by_backends(problem: Problem) -> Problem:
+    """The problem as backends get it: dense attention is over one row of tokens.
+
+    There the order of tokens does not matter, nor is there a mask.
+    """
+    if not problem.is_dense:
+        return problem
+    return dataclasses.replace(problem, windows=(Window(problem.tokens, problem.tokens),))
+
+
 def neighborhood_attention(
     query: Array,
     key: Array,
@@ -148,11 +158,10 @@ def neighborhood_attention(
         scale=scale,
     )
     implementation = select(problem, implementation)
-    operands = (query, key, value)
-    if problem.is_dense:  # the order of tokens does not matter: one row of them, and no mask
-        problem = dataclasses.replace(problem, windows=(Window(problem.tokens, problem.tokens),))
-        operands = tuple(x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in operands)
-    operands += (additional_keys, additional_values)
+    problem = seen_by_backends(problem)
+    layout = (problem.batch, *problem.layout)
+    operands = [x.reshape(*layout, *x.shape[-2:]) for x in (query, key, value)]
+    operands += [additional_keys, additional_values]
     axes = varying_axes(*operands)
     operands = (None if x is None else vary(x, axes) for x in operands)
     output, lse = attend(problem, implementation, *operands)
