@@ -1,12 +1,10 @@
 """Triton kernels of neighborhood attention without a GPU: values, by the interpreter; lowering."""
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 
 import gna_interpreter
+import gna_machines
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,42 +33,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def interpreter(repository, tmp_path_factory):
-    """`triton.call` by Triton's interpreter, which must be alone in a process."""
-    pytest.importorskip("triton")
-    pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("interpreter")
-    process = subprocess.Popen(
-        [sys.executable, gna_interpreter.__file__, str(repository / "kernels/gna")],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin and process.stdout
-    assert process.stdout.readline() == "ready\n"
-
-    def call(name, launch, operands, results):
-        path = str(folder / "operands.npz")
-        np.savez(path, *map(np.asarray, operands))
-        asked = {
-            "kernel": name,
-            "programs": launch.programs,
-            "static": launch.static,
-            "operands": path,
-            "results": [(x.shape, x.dtype.name) for x in results],
-        }
-        process.stdin.write(json.dumps(asked) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        assert answer, "the interpreter failed; its error is above"
-        with np.load(answer.rstrip()) as file:
-            return [jnp.asarray(file[f"arr_{n}"]) for n in range(len(results))]
-
-    yield call
-    process.stdin.close()
-    process.wait(10)
-    process.stdout.close()
+def interpreter(tmp_path_factory):
+    with gna_machines.interpreter(tmp_path_factory.mktemp("interpreter")) as call:
+        yield call
 
 
 def problem_of(name, dtype=jnp.float32):
@@ -249,10 +214,10 @@ def test_says_what_it_cannot_do(monkeypatch):
     reason = "head dimensions may be 128 at most in float32, not 136 (queries and keys) and 136"
     assert reason in (gna.unsupported("triton", problem, "gpu") or "")
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    backend._missing.cache_clear()
+    backend.missing.cache_clear()
     problem = dataclasses.replace(problem, dtype="float16")
     assert "pip install 'conceptax[cuda]'" in (gna.unsupported("triton", problem, "gpu") or "")
-    backend._missing.cache_clear()
+    backend.missing.cache_clear()
 
 
 def test_tuning_keeps_the_fastest(monkeypatch):

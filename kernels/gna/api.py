@@ -2,7 +2,8 @@
 
 A backend is a module with three functions:
 
-  unsupported(problem, platform) -> str | None         why it cannot do a problem, or None
+  unsupported(problem, platform) -> str | None         why it cannot do a problem, or None; what is
+                                                       not at hand is said by `NEEDS`
   forward(problem, q, k, v, ak, av) -> (output, lse)   ak, av: additional keys and values, or None
   backward(problem, residuals, d_output, delta) -> Gradients
 
@@ -33,6 +34,12 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
 }
 
+# What must be at hand beside jax, on a platform; what is not is said as `unsupported` does.
+NEEDS: dict[str, Callable[[str], str | None]] = {
+    "cuda": cuda.build.missing,
+    "triton": triton.missing,
+}
+
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
     "cpu": ("xla", "reference"),
@@ -49,7 +56,11 @@ def unsupported(implementation: str, problem: Problem, platform: str | None = No
       problem: what `describe` returns.
       platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
     """
-    return BACKENDS[implementation].unsupported(problem, platform or jax.default_backend())
+    platform = platform or jax.default_backend()
+    reason = BACKENDS[implementation].unsupported(problem, platform)
+    if reason is None and implementation in NEEDS:
+        reason = NEEDS[implementation](platform)
+    return reason
 
 
 def select(problem: Problem, implementation: str | None = None) -> str:
@@ -75,6 +86,16 @@ def select(problem: Problem, implementation: str | None = None) -> str:
             "implementation=None one that can is chosen."
         )
     return implementation
+
+
+def seen_by_backends(problem: Problem) -> Problem:
+    """The problem as backends get it: dense attention is over one row of tokens.
+
+    There the order of tokens does not matter, nor is there a mask.
+    """
+    if not problem.is_dense:
+        return problem
+    return dataclasses.replace(problem, windows=(Window(problem.tokens, problem.tokens),))
 
 
 def neighborhood_attention(
@@ -138,11 +159,10 @@ def neighborhood_attention(
         scale=scale,
     )
     implementation = select(problem, implementation)
-    operands = (query, key, value)
-    if problem.is_dense:  # the order of tokens does not matter: one row of them, and no mask
-        problem = dataclasses.replace(problem, windows=(Window(problem.tokens, problem.tokens),))
-        operands = tuple(x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in operands)
-    operands += (additional_keys, additional_values)
+    problem = seen_by_backends(problem)
+    layout = (problem.batch, *problem.layout)
+    operands = [x.reshape(*layout, *x.shape[-2:]) for x in (query, key, value)]
+    operands += [additional_keys, additional_values]
     axes = varying_axes(*operands)
     operands = (None if x is None else vary(x, axes) for x in operands)
     output, lse = attend(problem, implementation, *operands)
@@ -248,7 +268,7 @@ def attend(
 
 def _attend_forward(problem: Problem, implementation: str, *operands: Array | None) -> Any:
     output, lse = attend(problem, implementation, *operands)
-    return (output, lse), Residuals(*operands, output, lse)
+    return (output, lse), Residuals._make((*operands, output, lse))
 
 
 def _attend_backward(

@@ -95,12 +95,10 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
     d_keys = _einsum("bhrqk,bqhrd->bkhd", d_scores, _flat(problem, query))
 
     def split(gradient: Float[Array, "B M Hkv D"], x: Array, additional: Array | None):
-        parts = jnp.split(gradient, [problem.tokens], axis=1)
-        shaped = [
-            None if x is None else part.reshape(x.shape).astype(x.dtype)
-            for part, x in zip(parts, (x, additional), strict=True)
-        ]
-        return shaped[0], shaped[1]
+        own, more = jnp.split(gradient, [problem.tokens], axis=1)
+        if additional is not None:
+            additional = more.reshape(additional.shape).astype(additional.dtype)
+        return own.reshape(x.shape).astype(x.dtype), additional
 
     d_key, d_additional_keys = split(d_keys, key, additional_keys)
     d_value, d_additional_values = split(d_values, value, additional_values)

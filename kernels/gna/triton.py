@@ -36,11 +36,12 @@ def unsupported(problem: Problem, platform: str) -> str | None:
             f"head dimensions may be {most} at most in {problem.dtype}, not {problem.head_dim} "
             f"(queries and keys) and {problem.value_dim} (values)"
         )
-    return _missing()
+    return None
 
 
 @functools.cache
-def _missing() -> str | None:
+def missing(platform: str) -> str | None:
+    """Why jax-triton is not to be had here, and what to do; None if it is."""
     try:
         import jax_triton  # noqa: F401
         import triton  # noqa: F401

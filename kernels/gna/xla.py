@@ -1,14 +1,15 @@
 """Blocked attention in plain jax for any device: memory linear in the number of tokens.
 
-Queries are permuted into tiles and dilation groups become separate rows of keys.  Then each step
-(`boxes`) takes one tile, copies the box of keys that its queries see, and multiplies.  Results of
-the steps of one tile, such as pieces of a large box or additional keys, are merged by their
-log-sum-exps.  Steps run one after the other, which makes sums over them deterministic; batch and
-heads, and the products themselves, are what runs in parallel.
+Each step (`boxes`) copies one tile of queries and the box of keys that they see out of the operands
+as they lie, and multiplies.  Results of the steps of one tile, such as pieces of a large box or
+additional keys, are merged by their log-sum-exps.  Steps run one after the other, which makes sums
+over them deterministic; batch and heads, and the products themselves, are what runs in parallel.
 
-Scores are laid out [keys, queries]: sums over keys then run along vectors of queries.
+Scores are laid out [queries, keys] in the forward pass and [keys, queries] in the backward pass,
+where two of three products contract queries: a product that has to transpose scores takes longer.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,24 +39,28 @@ def unsupported(problem: Problem, platform: str) -> str | None:
     return None
 
 
-class _Keys(NamedTuple):
-    """Keys and values of one source, tokens of the layout or additional ones, and their steps."""
+class _Source(NamedTuple):
+    """Keys and values, those on the token layout or additional ones, and the steps over them."""
 
-    key: Float[Array, "G R *Y D"]
-    value: Float[Array, "G R *Y Dv"]
+    key: Float[Array, "B *GY K 1 D"]
+    value: Float[Array, "B *GY K 1 Dv"]
+    layout: tuple[int, ...]
     loops: tuple[Loop, ...]
 
 
-class _Step(NamedTuple):
-    """Where a step reads and writes, and what it has read of keys and values."""
+class _Box(NamedTuple):
+    """A box of tokens of some batch entries and key heads, within the layout of `_grouped`."""
 
-    tile: Int[Array, ""]
-    lane: Int[Array, ""]
-    origin: tuple[Any, ...]
-    box: tuple[int, ...]
-    key: Float[Array, "r K D"]
-    value: Float[Array, "r K Dv"]
-    seen: Bool[Array, "K 1 T"] | None
+    first: tuple[Int[Array, ""] | int, ...]
+    sizes: tuple[int, ...]
+
+
+class _Step(NamedTuple):
+    """The tile of queries and the box of keys of a step, and which of its pairs are seen."""
+
+    queries: _Box
+    keys: _Box
+    seen: Bool[Array, "Q 1 K"] | Bool[Array, "K Q 1"] | None
 
 
 def forward(
@@ -67,36 +72,41 @@ def forward(
     additional_values: Array | None,
 ) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
-    work = _plan(problem)
-    queries = _to_tiles(problem, work, query)
+    work = plan_of(problem)
+    queries = _grouped(problem, work.dilation, work.queries, query)
     sources = _sources(problem, work, key, value, additional_keys, additional_values)
     # With one step per tile its result is final; otherwise results are merged in float32.
-    once = sum(len(loop.tiles) for source in sources for loop in source.loops) == work.tiles
-    output = _full(
-        (*queries.shape[:-1], problem.value_dim), 0.0, query.dtype if once else jnp.float32, query
+    once = additional_keys is None and all(
+        len(np.unique(loop.queries, axis=0)) == len(loop.queries) for loop in work.loops
     )
-    lse = _full(queries.shape[:-1], HIDDEN, jnp.float32, query)
+    shape = (*queries.shape[:-1], problem.value_dim)
+    output = _full(shape, 0.0, query.dtype if once else jnp.float32, query)
+    lse = _full((*shape[:-1], 1), HIDDEN, jnp.float32, query)
 
-    def step(at: _Step, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(source: _Source, at: _Step, state: Any) -> Any:
         output, lse = state
-        scores = _scores(problem, at, _read(queries, at))
-        top = scores.max(1, keepdims=True)
+        key, value = _read(source.key, at.keys), _read(source.value, at.keys)
+        scores = _dot("lqd,lkd->lqk", _read(queries, at.queries), key) * problem.scale
+        if at.seen is not None:
+            by_head = scores.reshape(len(scores), -1, problem.repeats, scores.shape[-1])
+            scores = jnp.where(at.seen, by_head, HIDDEN).reshape(scores.shape)
+        top = scores.max(-1, keepdims=True)
         p = jnp.exp(scores - top)
-        total = p.sum(1)
-        part = _dot("rkq,rkd->rqd", p.astype(at.value.dtype), at.value) / total[..., None]
-        part_lse = top[:, 0] + jnp.log(total)
+        total = p.sum(-1, keepdims=True)
+        part = _dot("lqk,lkd->lqd", p.astype(value.dtype), value) / total
+        part_lse = top + jnp.log(total)
         if not once:
-            old, old_lse = _read(output, at), _read(lse, at)
-            weight = jax.nn.sigmoid(part_lse - old_lse)[..., None]
-            part = old - weight * (old - part)
+            old, old_lse = _read(output, at.queries), _read(lse, at.queries)
+            part = old - jax.nn.sigmoid(part_lse - old_lse) * (old - part)
             part_lse = jnp.logaddexp(old_lse, part_lse)
-        return _write(output, at, part), _write(lse, at, part_lse)
+        return _write(output, at.queries, part), _write(lse, at.queries, part_lse)
 
     for source in sources:
-        output, lse = _run(problem, source, step, (output, lse))
+        call = functools.partial(step, source)
+        output, lse = _run(problem, source, call, (output, lse), queries_first=True)
     return (
-        _from_tiles(problem, work, output).astype(query.dtype),
-        _from_tiles(problem, work, lse[..., None])[..., 0],
+        _ungrouped(problem, work.query_layout, output).astype(query.dtype),
+        _ungrouped(problem, work.query_layout, lse)[..., 0],
     )
 
 
@@ -106,31 +116,37 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
     One pass: a step adds to the gradients of its tile of queries and of its box of keys.
     """
     query, key, value, additional_keys, additional_values, _, lse = residuals
-    work = _plan(problem)
-    queries, d_outputs = (_to_tiles(problem, work, x) for x in (query, d_output))
-    lses, deltas = (_to_tiles(problem, work, x[..., None])[..., 0] for x in (lse, delta))
+    work = plan_of(problem)
+    queries, d_outputs, lses, deltas = (
+        _grouped(problem, work.dilation, work.queries, x)
+        for x in (query, d_output, lse[..., None], delta[..., None])
+    )
 
-    def step(at: _Step, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(source: _Source, at: _Step, state: Any) -> Any:
         d_query, d_key, d_value = state
-        q, do = _read(queries, at), _read(d_outputs, at)
-        p = jnp.exp(_scores(problem, at, q) - _read(lses, at)[:, None])
-        d_p = _dot("rkd,rqd->rkq", at.value, do)
-        d_scores = (p * (d_p - _read(deltas, at)[:, None]) * problem.scale).astype(q.dtype)
+        q, do = _read(queries, at.queries), _read(d_outputs, at.queries)
+        at_lse, at_delta = (_read(x, at.queries)[:, None, :, 0] for x in (lses, deltas))
+        key = _read(source.key, at.keys)
+        p = jnp.exp(_dot("lkd,lqd->lkq", key, q) * problem.scale - at_lse)
+        if at.seen is not None:
+            by_head = p.reshape(*p.shape[:2], -1, problem.repeats)
+            p = jnp.where(at.seen, by_head, 0).reshape(p.shape)
+        d_p = _dot("lkd,lqd->lkq", _read(source.value, at.keys), do)
+        d_scores = (p * (d_p - at_delta) * problem.scale).astype(q.dtype)
         return (
-            _write(d_query, at, _read(d_query, at) + _dot("rkq,rkd->rqd", d_scores, at.key)),
-            _add_box(d_key, at, _dot("rkq,rqd->rkd", d_scores, q)),
-            _add_box(d_value, at, _dot("rkq,rqd->rkd", p.astype(do.dtype), do)),
+            _add(d_query, at.queries, _dot("lkq,lkd->lqd", d_scores, key)),
+            _add(d_key, at.keys, _dot("lkq,lqd->lkd", d_scores, q)),
+            _add(d_value, at.keys, _dot("lkq,lqd->lkd", p.astype(do.dtype), do)),
         )
 
     d_query = _full(queries.shape, 0.0, jnp.float32, query)
-    d_keys = []
+    gradients = []
     for source in _sources(problem, work, key, value, additional_keys, additional_values):
         zeros = (_full(x.shape, 0.0, jnp.float32, query) for x in (source.key, source.value))
-        d_query, *of_source = _run(problem, source, step, (d_query, *zeros))
-        d_keys += of_source
-    gradients = [_from_tiles(problem, work, d_query)]
-    gradients += [_from_groups(problem, work, x) for x in d_keys[:2]]
-    gradients += [jnp.moveaxis(_unfold(problem, x[0]), 1, 2) for x in d_keys[2:]]
+        call = functools.partial(step, source)
+        d_query, *d_keys = _run(problem, source, call, (d_query, *zeros), queries_first=False)
+        gradients += [_ungrouped(problem, source.layout, x) for x in d_keys]
+    gradients.insert(0, _ungrouped(problem, work.query_layout, d_query))
     cast = (x.astype(query.dtype) for x in gradients)
     return Gradients(*cast, *(None,) * (5 - len(gradients)))
 
@@ -138,7 +154,8 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 # Layouts
 
 
-def _plan(problem: Problem) -> Plan:
+def plan_of(problem: Problem) -> Plan:
+    """The steps that this backend takes on jax's default device."""
     return plan(problem, _budget())
 
 
@@ -148,120 +165,94 @@ def _budget() -> int:
 
 def _sources(
     problem: Problem, work: Plan, key: Array, value: Array, *additional: Array | None
-) -> list[_Keys]:
-    sources = [_Keys(_to_groups(work, key), _to_groups(work, value), work.loops)]
+) -> list[_Source]:
+    keys, values = (_grouped(problem, work.dilation, work.keys, x) for x in (key, value))
+    sources = [_Source(keys, values, work.key_layout, work.loops)]
     if work.additional:
-        keys, values = (_fold(jnp.moveaxis(x, 2, 1))[None] for x in additional if x is not None)
-        sources.append(_Keys(keys, values, work.additional))
+        row = (problem.additional,)
+        keys, values = (_grouped(problem, (1,), row, x) for x in additional if x is not None)
+        sources.append(_Source(keys, values, row, work.additional))
     return sources
 
 
-def _fold(x: Array) -> Array:
-    """[B, H, ...] to [B * H, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+def _grouped(
+    problem: Problem,
+    dilation: tuple[int, ...],
+    extent: tuple[int, ...],
+    x: Float[Array, "B *X H D"],
+) -> Float[Array, "B *GY K r D"]:
+    """Each dimension as [places in a dilation group, groups], padded to `extent` places.
 
-
-def _unfold(problem: Problem, x: Array) -> Array:
-    return x.reshape(problem.batch, -1, *x.shape[1:])
-
-
-def _to_groups(work: Plan, x: Float[Array, "B *X H D"]) -> Float[Array, "G R *Y D"]:
-    """Dilation groups, each a smaller layout of its own; R is batch and heads."""
-    rank = len(work.keys)
-    batch, heads, dim = x.shape[0], *x.shape[-2:]
-    padding = [
-        (0, y * d - n) for y, d, n in zip(work.keys, work.dilation, x.shape[1:], strict=False)
-    ]
+    K is key heads, r the heads that share one.
+    """
+    sizes = [n for pair in zip(extent, dilation, strict=True) for n in pair]
+    padding = [(0, y * d - n) for y, d, n in zip(extent, dilation, x.shape[1:], strict=False)]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0), (0, 0)))
-    both = [n for pair in zip(work.keys, work.dilation, strict=True) for n in pair]
-    x = x.reshape(batch, *both, heads, dim)  # [B, y1, d1, ..., H, D]
-    place, group = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
-    x = x.transpose(*group, 0, 2 * rank + 1, *place, 2 * rank + 2)
-    return x.reshape(math.prod(work.dilation), batch * heads, *work.keys, dim)
+    return x.reshape(x.shape[0], *sizes, problem.kv_heads, -1, x.shape[-1])
 
 
-def _from_groups(
-    problem: Problem, work: Plan, x: Float[Array, "G R *Y D"]
+def _ungrouped(
+    problem: Problem, layout: tuple[int, ...], x: Float[Array, "B *GY K r D"]
 ) -> Float[Array, "B *X H D"]:
-    rank = len(work.keys)
-    x = x.reshape(*work.dilation, problem.batch, -1, *work.keys, x.shape[-1])
-    pairs = [axis for m in range(rank) for axis in (rank + 2 + m, m)]
-    x = x.transpose(rank, *pairs, rank + 1, 2 * rank + 2)
-    full = [y * d for y, d in zip(work.keys, work.dilation, strict=True)]
-    x = x.reshape(problem.batch, *full, *x.shape[-2:])
-    return x[(slice(None), *(slice(n) for n in work.key_layout))]
-
-
-def _to_tiles(
-    problem: Problem, work: Plan, x: Float[Array, "B *X Hq D"]
-) -> Float[Array, "U R Q D"]:
-    """Tiles of queries; Q are those of a tile, for each query head that shares a key head."""
-    rank, batch, dim = len(work.tile), x.shape[0], x.shape[-1]
-    steps = list(zip(work.grid, work.tile, work.dilation, strict=True))
-    padding = [(0, r * t * d - n) for (r, t, d), n in zip(steps, x.shape[1:], strict=False)]
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0), (0, 0)))
-    x = x.reshape(batch, *(n for one in steps for n in one), problem.kv_heads, -1, dim)
-    tile, place, group = (range(first, 3 * rank + 1, 3) for first in (1, 2, 3))
-    head = 3 * rank + 1
-    x = x.transpose(*group, *tile, 0, head, head + 1, *place, head + 2)
-    return x.reshape(work.tiles, batch * problem.kv_heads, -1, dim)
-
-
-def _from_tiles(
-    problem: Problem, work: Plan, x: Float[Array, "U R Q D"]
-) -> Float[Array, "B *X Hq D"]:
-    rank = len(work.tile)
-    heads = (problem.kv_heads, problem.repeats)
-    x = x.reshape(*work.dilation, *work.grid, problem.batch, *heads, *work.tile, x.shape[-1])
-    # Axes are now [group, tile, B, Hkv, repeat, place, D].
-    triples = [axis for m in range(rank) for axis in (rank + m, 2 * rank + 3 + m, m)]
-    x = x.transpose(2 * rank, *triples, 2 * rank + 1, 2 * rank + 2, 3 * rank + 3)
-    full = [math.prod(one) for one in zip(work.grid, work.tile, work.dilation, strict=True)]
-    x = x.reshape(problem.batch, *full, problem.heads, x.shape[-1])
-    return x[(slice(None), *(slice(n) for n in work.query_layout))]
+    """The inverse of `_grouped`, without its padding."""
+    full = (y * d for y, d in zip(x.shape[1:-3:2], x.shape[2:-3:2], strict=True))
+    x = x.reshape(x.shape[0], *full, -1, x.shape[-1])
+    return x[(slice(None), *(slice(n) for n in layout))]
 
 
 # Steps
 
 
-def _run(problem: Problem, source: _Keys, step: Callable[[_Step, Any], Any], state: Any) -> Any:
+def _run(
+    problem: Problem,
+    source: _Source,
+    step: Callable[[_Step, Any], Any],
+    state: Any,
+    *,
+    queries_first: bool,
+) -> Any:
     """All steps over one source of keys; the state passes through them."""
     for loop in source.loops:
-        state = _run_loop(problem, source, loop, step, state)
+        state = _run_loop(problem, loop, step, state, queries_first)
     return state
 
 
 def _run_loop(
-    problem: Problem, source: _Keys, loop: Loop, step: Callable[[_Step, Any], Any], state: Any
+    problem: Problem,
+    loop: Loop,
+    step: Callable[[_Step, Any], Any],
+    state: Any,
+    queries_first: bool,
 ) -> Any:
-    lanes, count, size = source.key.shape[1], len(loop.tiles), math.prod(loop.box)
-    most = max(1, _budget() // (loop.queries * size))
-    width = max(w for w in range(1, min(most, lanes) + 1) if lanes % w == 0)
-    tiles = jnp.asarray(loop.tiles)
-    origins = _of_shard(problem, loop.origins)
-    mask_of = _masks(loop)
-    mask = _of_shard(problem, loop.mask)
+    count = len(loop.queries)
+    scores = problem.repeats * math.prod(loop.tile) * math.prod(loop.box)
+    heads, entries = _lanes(problem, max(1, _budget() // (2 * scores)))
+    queries, seen = jnp.asarray(loop.queries), _masks(loop, queries_first)
+    keys, mask = (_of_shard(problem, table) for table in (loop.keys, loop.mask))
+    across = problem.kv_heads // heads
 
     def body(i: Array, state: Any) -> Any:
-        # All tiles of some lanes before the next lanes, whose keys would need the cache.
-        n, lane = i % count, i // count * width
-        group, *first = origins[n]
-        key, value = (
-            jax.lax.dynamic_slice(x, (group, lane, *first, 0), (1, width, *loop.box, x.shape[-1]))
-            for x in (source.key, source.value)
-        )
-        at = _Step(
-            tiles[n],
-            lane,
-            (group, lane, *first, 0),
-            loop.box,
-            key.reshape(width, size, -1),
-            value.reshape(width, size, -1),
-            mask_of(mask[n]),
-        )
-        return step(at, state)
+        # All tiles of some heads before the next heads, whose keys would need the cache.
+        n, lane = i % count, i // count
+        entry, head = lane // across * entries, lane % across * heads
 
-    return jax.lax.fori_loop(0, lanes // width * count, body, state)
+        def box(first: Array, sizes: tuple[int, ...]) -> _Box:
+            one_group = (n for size in sizes for n in (size, 1))
+            return _Box((entry, *first, head, 0, 0), (entries, *one_group, heads))
+
+        return step(_Step(box(queries[n], loop.tile), box(keys[n], loop.box), seen(mask[n])), state)
+
+    return jax.lax.fori_loop(0, across * (problem.batch // entries) * count, body, state)
+
+
+def _lanes(problem: Problem, most: int) -> tuple[int, int]:
+    """Key heads and batch entries of a step: at most so many pairs, heads first."""
+    heads = _divisor(problem.kv_heads, most)
+    return heads, _divisor(problem.batch, most // heads) if heads == problem.kv_heads else 1
+
+
+def _divisor(number: int, most: int) -> int:
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 def _of_shard(problem: Problem, table: np.ndarray) -> Array:
@@ -271,39 +262,39 @@ def _of_shard(problem: Problem, table: np.ndarray) -> Array:
     return jnp.asarray(table)[jax.lax.axis_index(problem.axis_name)]
 
 
-def _masks(loop: Loop) -> Callable[[Array], Bool[Array, "K 1 T"] | None]:
-    """Which keys of the box the queries of the tile see, by the index of the mask; None is all."""
+def _masks(
+    loop: Loop, queries_first: bool
+) -> Callable[[Array], Bool[Array, "Q 1 K"] | Bool[Array, "K Q 1"] | None]:
+    """Which keys of the box the queries of the tile see, by the index of the mask; None is all.
+
+    One axis is for the query heads that share a key head. Q is 1 where all queries see the same.
+    """
     if all(limits is None for limits in loop.masks):
         return lambda mask: None
-    rank = len(loop.box)
+    rank, keys = len(loop.box), math.prod(loop.box)
     masks = [None if limits is None else jnp.asarray(limits) for limits in loop.masks]
+    tile = tuple(
+        loop.tile[m] if limits is None else limits.shape[-1] for m, limits in enumerate(loop.masks)
+    )
 
     def make(mask: Array) -> Array:
-        seen = jnp.ones((*loop.box, *loop.tile), bool)
+        seen = jnp.ones((*tile, *loop.box) if queries_first else (*loop.box, *tile), bool)
         for m, limits in enumerate(masks):
             if limits is not None:
-                first, last = limits[mask]
-                keys = jnp.arange(loop.box[m])[:, None]
-                inside = (keys >= first) & (keys < last)  # [box, tile]
+                first, last = limits[mask][..., None]
+                inside = jnp.arange(loop.box[m])
+                inside = (inside >= first) & (inside < last)  # [tile, box]
                 others = [n for n in range(2 * rank) if n not in (m, rank + m)]
-                seen &= jnp.expand_dims(inside, others)
+                seen &= jnp.expand_dims(inside if queries_first else inside.T, others)
         # Made once for all heads, and before its axes are joined, which would cost divisions.
-        return jax.lax.optimization_barrier(seen).reshape(math.prod(loop.box), 1, -1)
+        seen = jax.lax.optimization_barrier(seen)
+        return seen.reshape((-1, 1, keys) if queries_first else (keys, -1, 1))
 
     count = next(len(limits) for limits in loop.masks if limits is not None)
-    if count * math.prod(loop.box) * math.prod(loop.tile) > MASKS * _budget():
+    if count * keys * math.prod(tile) > MASKS * _budget():
         return make
     made = jax.vmap(make)(jnp.arange(count))
     return lambda mask: made[mask]
-
-
-def _scores(problem: Problem, at: _Step, query: Float[Array, "r Q D"]) -> Float[Array, "r K Q"]:
-    scores = _dot("rkd,rqd->rkq", at.key, query) * problem.scale
-    if at.seen is None:
-        return scores
-    shape = scores.shape
-    scores = scores.reshape(*shape[:2], -1, at.seen.shape[-1])
-    return jnp.where(at.seen, scores, HIDDEN).reshape(shape)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -312,22 +303,25 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _read(x: Float[Array, "U R *Q"], at: _Step) -> Float[Array, "r *Q"]:
-    """The rows of a step's tile."""
-    index = (at.tile, at.lane, *(0 for _ in x.shape[2:]))
-    return jax.lax.dynamic_slice(x, index, (1, at.key.shape[0], *x.shape[2:]))[0]
+def _read(x: Float[Array, "B *GY K r D"], at: _Box) -> Float[Array, "l N D"]:
+    """The tokens of a box; l is its batch entries and key heads, N its tokens times r."""
+    box = jax.lax.dynamic_slice(
+        x, at.first, (*at.sizes, *x.shape[-2:]), allow_negative_indices=False
+    )
+    lanes = at.sizes[0] * at.sizes[-1]
+    return jnp.moveaxis(box, -3, 1).reshape(lanes, -1, x.shape[-1])
 
 
-def _write(x: Float[Array, "U R *Q"], at: _Step, rows: Float[Array, "r *Q"]) -> Array:
-    index = (at.tile, at.lane, *(0 for _ in x.shape[2:]))
-    return jax.lax.dynamic_update_slice(x, rows[None].astype(x.dtype), index)
+def _write(x: Float[Array, "B *GY K r D"], at: _Box, new: Float[Array, "l N D"]) -> Array:
+    entries, *box, heads = at.sizes
+    new = new.reshape(entries, heads, *box, *x.shape[-2:]).astype(x.dtype)
+    return jax.lax.dynamic_update_slice(
+        x, jnp.moveaxis(new, 1, -3), at.first, allow_negative_indices=False
+    )
 
 
-def _add_box(x: Float[Array, "G R *Y D"], at: _Step, box: Float[Array, "r K D"]) -> Array:
-    """Adds to the keys of a step's box."""
-    shape = (1, box.shape[0], *at.box, x.shape[-1])
-    old = jax.lax.dynamic_slice(x, at.origin, shape)
-    return jax.lax.dynamic_update_slice(x, old + box.reshape(shape), at.origin)
+def _add(x: Float[Array, "B *GY K r D"], at: _Box, new: Float[Array, "l N D"]) -> Array:
+    return _write(x, at, _read(x, at) + new)
 
 
 def _full(shape: tuple[int, ...], value: float, dtype: Any, like: Array) -> Array:

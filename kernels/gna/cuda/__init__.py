@@ -25,6 +25,9 @@ from . import build
 FORWARD, BACKWARD = "conceptax_gna_forward", "conceptax_gna_backward"
 PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
 
+# Places in what `tiles` returns, as in `TileKind` in `problem.h`.
+CPU_TILE, FORWARD_TILE = 0, 1
+
 # Meeting a key costs the CPU target its products with a tile of so many queries, in vectors of 16;
 # short rows of vectors run below full speed.
 CPU_COSTS = {16: 1.3, 32: 2.1, 48: 3.0, 64: 4.0}
@@ -48,7 +51,7 @@ def unsupported(problem: Problem, platform: str) -> str | None:
                 f"on a GPU it takes head dimensions that are multiples of 8 up to {GPU_MOST_DIM}, "
                 f"not {dims[0]} for queries and {dims[1]} for values"
             )
-    return build.missing(platform)
+    return None
 
 
 def forward(
