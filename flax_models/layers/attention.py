@@ -1,11 +1,14 @@
 """Multi-head attention, heads second-to-last: `[B, L, H, D]`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ...kernels.gna import neighborhood_attention
+from ...kernels.gna.problem import PerDimension, windows_of
 
 # With this many logits per (batch, head) or more, queries are taken in chunks, so that memory stays
 # linear in their number.
@@ -83,3 +86,57 @@ class Attention(nnx.Module):
         key = self.to_k(context).reshape(*context.shape[:2], *heads)
         value = self.to_v(context).reshape(*context.shape[:2], *heads)
         return self.to_out[0](dot_product_attention(query, key, value).reshape(x.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class GNA:
+    """Generalized Neighborhood Attention (arXiv 2504.16922) over a grid of tokens.
+
+    It has no parameters: it takes the place of a dense self-attention with the same projections.
+    Each setting is an integer for all dimensions of the grid, or one per dimension, rows first.
+
+    Attributes:
+      window: tokens that a query sees along each dimension, itself in the middle where the borders
+        allow; the whole grid is dense attention.
+      stride: neighbouring queries that share a window, at most `window`. A multiple of a kernel's
+        tiles skips most work; 1 is a sliding window.
+      dilation: distance between the tokens of a window.
+      implementation: a backend of `kernels.gna` by name; None takes the best one for the device.
+    """
+
+    window: PerDimension
+    stride: PerDimension = 1
+    dilation: PerDimension = 1
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("window", "stride", "dilation"):
+            if isinstance(value := getattr(self, name), list):  # settings are hashed
+                object.__setattr__(self, name, tuple(value))
+
+    def require_fit(self, layout: tuple[int, ...]) -> None:
+        """Raise ValueError unless the settings suit a grid of `layout` tokens."""
+        try:
+            windows_of(layout, self.window, self.stride, self.dilation)
+        except ValueError as error:
+            grid = "x".join(map(str, layout))
+            raise ValueError(f"{self} does not fit a grid of {grid} tokens: {error}") from error
+
+    def __call__(
+        self,
+        query: Float[Array, "B *X H D"],
+        key: Float[Array, "B *X H D"],
+        value: Float[Array, "B *X H D"],
+    ) -> Float[Array, "B *X H D"]:
+        """Attend; all three in one dtype: float32, bfloat16 or float16.
+
+        Raises:
+          ValueError: the settings do not fit the grid X.
+        """
+        self.require_fit(query.shape[1:-2])
+        output = neighborhood_attention(
+            query, key, value, kernel_size=self.window, stride=self.stride,
+            dilation=self.dilation, implementation=self.implementation,
+        )  # fmt: skip
+        assert isinstance(output, jax.Array)
+        return output
