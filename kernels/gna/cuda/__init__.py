@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ..platforms import default_platform
 from ..problem import Gradients, Problem, Residuals
 from ..varying import vary, varying_axes
 from ..windows import Window
@@ -84,7 +85,7 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 def _call(
     target: str, problem: Problem, results: list[jax.ShapeDtypeStruct], operands: list[Array]
 ) -> list[Array]:
-    _register(jax.default_backend())
+    _register(default_platform())
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     axes = varying_axes(*operands)
     return [vary(x, axes) for x in call(*operands, **_attributes(problem))]
