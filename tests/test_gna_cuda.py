@@ -202,7 +202,7 @@ def on_the_emulator(emulator, monkeypatch):
         target = f"emulated_{name.lower()}"
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
         monkeypatch.setattr(cuda, name, target)
-    monkeypatch.setattr(cuda, "_register", lambda platform: None)
+    monkeypatch.setattr(cuda, "prepare", lambda platform: None)
 
 
 # Small, and between them: every kernel size, queries that all see a tile of keys, several tiles of
