@@ -7,6 +7,10 @@ A backend is a module with three functions:
   forward(problem, q, k, v, ak, av) -> (output, lse)   ak, av: additional keys and values, or None
   backward(problem, residuals, d_output, delta) -> Gradients
 
+and, where something must be built before its first call,
+
+  prepare(platform) -> None                            RuntimeError if that fails
+
 It sees raw operands in the layout of the call, with vmapped axes folded into the batch, and need
 have neither derivatives nor batching rules of its own.
 """
@@ -14,6 +18,7 @@ have neither derivatives nor batching rules of its own.
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -43,7 +48,7 @@ NEEDS: dict[str, Callable[[str], str | None]] = {
 
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
-    "cpu": ("xla", "reference"),
+    "cpu": ("cuda", "xla", "reference"),
     "gpu": ("triton", "xla", "reference"),
     "tpu": ("xla", "reference"),
 }
@@ -80,8 +85,10 @@ def select(problem: Problem, implementation: str | None = None) -> str:
       NotImplementedError: if the one asked for cannot do the problem; another is never taken.
     """
     if implementation is None:
-        names = PREFERENCES.get(default_platform(), PREFERENCES["tpu"])
-        return next(name for name in names if unsupported(name, problem) is None)
+        platform = default_platform()
+        names = PREFERENCES.get(platform, PREFERENCES["tpu"])
+        able = (name for name in names if unsupported(name, problem, platform) is None)
+        return next(name for name in able if _is_ready(name, platform))
     reason = unsupported(implementation, problem)
     if reason is not None:
         raise NotImplementedError(
@@ -89,6 +96,21 @@ def select(problem: Problem, implementation: str | None = None) -> str:
             "implementation=None one that can is chosen."
         )
     return implementation
+
+
+@functools.cache
+def _is_ready(implementation: str, platform: str) -> bool:
+    """Whether a backend that is not asked for by name can be built; it is said once if not."""
+    prepare = getattr(BACKENDS[implementation], "prepare", None)
+    if prepare is None:
+        return True
+    try:
+        prepare(platform)
+    except (RuntimeError, OSError) as error:
+        message = f"attention runs without the faster {implementation} implementation: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def seen_by_backends(problem: Problem) -> Problem:
