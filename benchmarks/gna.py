@@ -16,6 +16,7 @@ the memory that `xla` takes beyond its operands, in processes of their own.
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import platform
 import subprocess
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conceptax.cli.results import environment, write_json
-from conceptax.kernels.gna import describe, measure, unsupported
+from conceptax.kernels.gna import describe, measure, neighborhood_attention, unsupported
 from conceptax.kernels.gna.problem import Problem
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -111,10 +112,13 @@ MEMORY_SIDES = {"full": (64, 128, 256), "tiny": (16, 32)}
 # and of results to the dtype.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
-SMALL = (
-    Case("1-D", (200,), (64,), (16,)),
-    Case("2-D", (24, 20), (12, 9), (4, 1)),
-    Case("3-D", (6, 8, 10), (4, 5, 6), (2, 5, 3)),
+SMALL: tuple[dict[str, Any], ...] = (
+    {"layout": (200,), "kernel_size": 64, "stride": 16, "additional": 5},
+    {"layout": (70,), "kernel_size": 12, "stride": 5, "dilation": 3, "is_causal": True},
+    {"layout": (24, 20), "kernel_size": (12, 9), "stride": (4, 1), "kv_heads": 2},
+    {"layout": (9, 30), "kernel_size": (4, 5), "dilation": (2, 3), "is_causal": (False, True)},
+    {"layout": (6, 8, 10), "kernel_size": (4, 5, 6), "stride": (2, 5, 3), "additional": 40},
+    {"layout": (8, 8), "kernel_size": (8, 8), "kv_heads": 1},  # dense
 )
 
 
@@ -124,21 +128,33 @@ def relative_error(received: Any, expected: Any) -> float:
 
 
 def check_small(setup: Setup, implementation: str) -> float:
-    """Largest error of values and gradients of small problems over what is allowed."""
+    """Largest error over what is allowed, of values and gradients of small problems."""
     worst = 0.0
-    for case in SMALL:
-        for dtype in setup.dtypes:
-            problem = case.problem(2, setup.dim, dtype)
-            given = measure.operands(problem)
-            exact = measure.Operands(*(x.astype(jnp.float32) for x in given))
-            with jax.default_matmul_precision("highest"):
-                expected = measure.training_step(
-                    measure.attention(dataclasses.replace(problem, dtype="float32"), "reference"),
-                    exact,
-                )()
-            received = measure.training_step(measure.attention(problem, implementation), given)()
-            for one, other in zip(received, expected, strict=True):
-                worst = max(worst, relative_error(one, other) / TOLERANCE[dtype])
+    for number, (settings, dtype) in enumerate(itertools.product(SMALL, setup.dtypes)):
+        rest = dict(settings)
+        layout, kv_heads = rest.pop("layout"), rest.pop("kv_heads", 4)
+        additional = rest.pop("additional", 0)
+        rng = np.random.default_rng(number)
+        shapes = [(1, *layout, heads, setup.dim) for heads in (4, kv_heads, kv_heads)]
+        shapes += [(1, additional, kv_heads, setup.dim)] * (2 if additional else 0)
+        inputs = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+        cotangents = rng.standard_normal(shapes[0]), rng.standard_normal(shapes[0][:-1])
+
+        def results(name, inputs, rest=rest, cotangents=cotangents):
+            def call(q, k, v, ak=None, av=None):
+                return neighborhood_attention(
+                    q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
+                    implementation=name, **rest,
+                )  # fmt: skip
+
+            (output, lse), pull = jax.vjp(jax.jit(call), *inputs)
+            d_output, d_lse = cotangents
+            return output, lse, *pull((jnp.asarray(d_output, output.dtype), jnp.float32(d_lse)))
+
+        with jax.default_matmul_precision("highest"):
+            expected = results("reference", [x.astype(jnp.float32) for x in inputs])
+        for one, other in zip(results(implementation, inputs), expected, strict=True):
+            worst = max(worst, relative_error(one, other) / TOLERANCE[dtype])
     return worst
 
 
@@ -190,17 +206,6 @@ def check_rows(problem: Problem, implementation: str) -> float:
 
 
 # Contenders
-
-
-def dense_attention(implementation: str) -> Callable[..., jax.Array]:
-    """`jax.nn.dot_product_attention` over flattened tokens."""
-
-    def run(query, key, value):
-        flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
-        output = jax.nn.dot_product_attention(*flat, implementation=implementation)
-        return output.reshape(query.shape)
-
-    return run
 
 
 def flex_attention(problem: Problem, given: measure.Operands) -> Callable[[], Any]:
@@ -260,7 +265,9 @@ def contenders_of(
     dense = case.problem(setup.heads, setup.dim, dtype, dense=True)
     given = measure.operands(sparse)
     run: dict[str, Callable[[], Any]] = {}
-    run[f"jax.nn {setup.dense}, dense"] = make(dense_attention(setup.dense), given)
+    run[f"jax.nn {setup.dense}, dense"] = make(
+        functools.partial(measure.dense_attention, setup.dense), given
+    )
     for name in implementations:
         run[f"{name}, dense"] = make(measure.attention(dense, name), given)
         run[name] = make(measure.attention(sparse, name), given)
@@ -385,6 +392,8 @@ def run(arguments: argparse.Namespace) -> int:
         "benchmark": "gna", "date": date.today().isoformat(), "size": arguments.size,
         **environment(), "cpu": cpu_name(), "checks": [], "rows": [], "memory": [],
     }  # fmt: skip
+    output = arguments.output or RESULTS / f"gna_{device}_{arguments.size}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     flex = not arguments.no_flex and has_torch(report)
     good = []
     for name in setup.implementations:
@@ -394,18 +403,12 @@ def run(arguments: argparse.Namespace) -> int:
         if check.get("passed"):
             good.append(name)
     if not arguments.check_only:
-        for case in setup.cases:
-            for dtype in setup.dtypes:
-                for direction in setup.passes:
-                    rows = measure_case(setup, case, dtype, direction, good, flex)
-                    report["rows"] += rows
-                    print(
-                        f"measured {case.name}, {dtype}, {direction}", file=sys.stderr, flush=True
-                    )
+        for dtype, case, direction in itertools.product(setup.dtypes, setup.cases, setup.passes):
+            report["rows"] += measure_case(setup, case, dtype, direction, good, flex)
+            write_json(output, report)  # what is measured stays, whatever comes next
+            print(f"measured {case.name}, {dtype}, {direction}", file=sys.stderr, flush=True)
         if device == "cpu" and "xla" in good and not arguments.no_memory:
             report["memory"] = measure_memory(arguments.size)
-    output = arguments.output or RESULTS / f"gna_{device}_{arguments.size}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
     print_report(report)
     return 0 if all(check.get("passed", True) for check in report["checks"]) else 1

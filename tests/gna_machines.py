@@ -70,7 +70,7 @@ def emulator() -> Iterator[None]:
             target = f"emulated_{name.lower()}"
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
             patch.setattr(cuda, name, target)
-        patch.setattr(cuda, "_register", lambda platform: None)
+        patch.setattr(cuda, "prepare", lambda platform: None)
         yield
 
 

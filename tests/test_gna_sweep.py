@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import triton, xla
-from conceptax.kernels.gna.boxes import plan
+from conceptax.kernels.gna import boxes, triton, xla
 from conceptax.kernels.gna.cuda import build
 from conceptax.kernels.gna.problem import Residuals
 
@@ -123,14 +122,15 @@ def reference():
 
 @pytest.fixture(scope="module")
 def blocked():
-    """`xla`, cut into steps in a random way."""
-    run = compiled("xla")
+    """`xla`, cut into steps of more shapes and smaller ones than so little work would be worth."""
+    run, plan = compiled("xla"), boxes.plan.__wrapped__  # what it keeps is for other costs
 
     def cut(drawn):
-        budget, classes = drawn.cut["budget"], drawn.cut["classes"]
+        how = drawn.cut
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(xla, "_budget", lambda: budget)
-            patch.setattr(xla, "_plan", lambda problem: plan(problem, budget, classes))
+            patch.setattr(boxes, "STEP_COST", how["step_cost"])
+            patch.setattr(boxes, "KEY_COST", how["key_cost"])
+            patch.setattr(xla, "plan_of", lambda x: plan(x, how["budget"], how["shapes"]))
             return run(drawn)
 
     return cut
@@ -214,7 +214,16 @@ ALL = ("float32", "bfloat16", "float16")
 HALF = ("bfloat16", "float16")
 
 for_reference = given(problems(80, ALL))
-for_blocked = given(problems(80, ALL, budget=[16, 64, 1 << 18], classes=[1, 2, 3]))
+for_blocked = given(
+    problems(
+        80,
+        ALL,
+        budget=[16, 64, 1 << 18],
+        shapes=[1, 2, 3],
+        step_cost=[0, 8192],
+        key_cost=[0, 2, 32],
+    )
+)
 for_custom_call = given(problems(200, ALL, (1, 40)))
 for_emulated = given(problems(150, HALF, [8, 16, 24, 64, 88, 128]))
 for_interpreted = given(  # small: the interpreter takes its time; it gets bfloat16 wrong

@@ -7,12 +7,18 @@ A backend is a module with three functions:
   forward(problem, q, k, v, ak, av) -> (output, lse)   ak, av: additional keys and values, or None
   backward(problem, residuals, d_output, delta) -> Gradients
 
+and, where something must be built before its first call,
+
+  prepare(platform) -> None                            RuntimeError if that fails
+
 It sees raw operands in the layout of the call, with vmapped axes folded into the batch, and need
 have neither derivatives nor batching rules of its own.
 """
 
 import dataclasses
 import functools
+import math
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,7 +29,8 @@ from jaxtyping import Array, Bool
 
 from . import cuda, reference, triton, xla
 from .partition import BACKWARD, FORWARD, partitioned
-from .problem import PerDimension, Problem, Residuals, describe, windows_of
+from .platforms import default_platform
+from .problem import Number, PerDimension, Problem, Residuals, describe, windows_of
 from .varying import vary, varying_axes
 from .windows import Window
 
@@ -42,7 +49,7 @@ NEEDS: dict[str, Callable[[str], str | None]] = {
 
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
-    "cpu": ("xla", "reference"),
+    "cpu": ("cuda", "xla", "reference"),
     "gpu": ("triton", "xla", "reference"),
     "tpu": ("xla", "reference"),
 }
@@ -55,8 +62,16 @@ def unsupported(implementation: str, problem: Problem, platform: str | None = No
       implementation: a key of `BACKENDS`.
       problem: what `describe` returns.
       platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
+
+    Raises:
+      ValueError: if `implementation` names none.
     """
-    platform = platform or jax.default_backend()
+    if implementation not in BACKENDS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
+            f"{implementation!r}."
+        )
+    platform = platform or default_platform()
     reason = BACKENDS[implementation].unsupported(problem, platform)
     if reason is None and implementation in NEEDS:
         reason = NEEDS[implementation](platform)
@@ -70,22 +85,33 @@ def select(problem: Problem, implementation: str | None = None) -> str:
       ValueError: if `implementation` names none.
       NotImplementedError: if the one asked for cannot do the problem; another is never taken.
     """
-    platform = jax.default_backend()
     if implementation is None:
+        platform = default_platform()
         names = PREFERENCES.get(platform, PREFERENCES["tpu"])
-        return next(name for name in names if unsupported(name, problem, platform) is None)
-    if implementation not in BACKENDS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
-            f"{implementation!r}."
-        )
-    reason = unsupported(implementation, problem, platform)
+        able = (name for name in names if unsupported(name, problem, platform) is None)
+        return next(name for name in able if _is_ready(name, platform))
+    reason = unsupported(implementation, problem)
     if reason is not None:
         raise NotImplementedError(
             f"the implementation {implementation!r} cannot do this: {reason}. With "
             "implementation=None one that can is chosen."
         )
     return implementation
+
+
+@functools.cache
+def _is_ready(implementation: str, platform: str) -> bool:
+    """Whether a backend that is not asked for by name can be built; it is said once if not."""
+    prepare = getattr(BACKENDS[implementation], "prepare", None)
+    if prepare is None:
+        return True
+    try:
+        prepare(platform)
+    except (RuntimeError, OSError) as error:
+        message = f"attention runs without the faster {implementation} implementation: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def seen_by_backends(problem: Problem) -> Problem:
@@ -107,7 +133,7 @@ def neighborhood_attention(
     stride: PerDimension = 1,
     dilation: PerDimension = 1,
     is_causal: PerDimension = False,
-    scale: float | None = None,
+    scale: Number | None = None,
     additional_keys: Array | None = None,
     additional_values: Array | None = None,
     return_lse: bool = False,
@@ -195,7 +221,7 @@ def joint_neighborhood_attention(
     kernel_size: PerDimension,
     stride: PerDimension = 1,
     dilation: PerDimension = 1,
-    scale: float | None = None,
+    scale: Number | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """Joint attention of image and text tokens, as in MMDiT (FLUX, HunyuanVideo, SD3).
@@ -220,7 +246,8 @@ def joint_neighborhood_attention(
     Raises:
       ValueError: as `neighborhood_attention`, and where the layout does not fit the tokens.
     """
-    tokens = functools.reduce(lambda n, x: n * x, token_layout, 1)
+    windows = windows_of(token_layout, kernel_size, stride, dilation)
+    tokens = math.prod(window.length for window in windows)
     for name, x in zip(("query", "key", "value"), image, strict=True):
         if x.ndim != 4 or x.shape[1] != tokens:
             raise ValueError(
@@ -296,6 +323,15 @@ def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[
             x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
             return x.reshape(size * x.shape[1], *x.shape[2:])
 
+        if size == 0:  # backends take a batch of at least one
+            one = jax.tree.map(
+                lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),
+                operands,
+                tuple(batched),
+            )
+            results = jax.eval_shape(call, *one)
+            none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), results)
+            return none, jax.tree.map(lambda _: True, none)
         larger = dataclasses.replace(problem, batch=size * problem.batch)
         results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, tuple(batched)))
         unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)

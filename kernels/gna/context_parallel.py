@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from .api import attend, select
 from .boxes import key_rows
-from .problem import PerDimension, describe
+from .problem import Number, PerDimension, describe
 from .varying import vary, varying_axes
 from .windows import Window
 
@@ -29,7 +29,7 @@ def context_parallel_attention(
     stride: PerDimension = 1,
     dilation: PerDimension = 1,
     is_causal: PerDimension = False,
-    scale: float | None = None,
+    scale: Number | None = None,
     additional_keys: Array | None = None,
     additional_values: Array | None = None,
     return_lse: bool = False,

@@ -80,8 +80,8 @@ def table() -> str:
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for n, feature in enumerate(FEATURES):
         cells = [
-            "✓" if reasons[n] is None else f"– ({_note(reasons[n], notes)})"
-            for _, reasons in columns
+            "✓" if reason is None else f"– ({_note(reason, notes)})"
+            for reason in (reasons[n] for _, reasons in columns)
         ]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     lines += ["", *(f"{n}. {reason}" for reason, n in notes.items())]

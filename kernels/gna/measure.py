@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,15 @@ def attention(problem: Problem, implementation: str | None) -> Callable[..., Any
     )
 
 
+def dense_attention(
+    implementation: Literal["xla", "cudnn"], query: Array, key: Array, value: Array
+) -> Array:
+    """`jax.nn.dot_product_attention` of all tokens of a layout."""
+    q, k, v = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
+    output = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    return output.reshape(*query.shape[:-1], -1)
+
+
 def forward(run: Callable[..., Any], given: Operands) -> Callable[[], Array]:
     """A compiled call of an attention function."""
     call = jax.jit(run)
@@ -147,9 +156,10 @@ def expected(problem: Problem, implementation: str, machine: Gpu | None = None) 
     have any size: their key tiles count as one token.
     """
     problem = seen_by_backends(problem)
-    return _simulate(
-        problem, *_tiles(problem, implementation), machine or this_machine(implementation)
-    )
+    machine = machine or this_machine(implementation)
+    # A box of `xla` is masked as a whole.
+    whole = implementation == "xla"
+    return _simulate(problem, *_tiles(problem, implementation), machine, mask_every_tile=whole)
 
 
 def bound(problem: Problem, queries: int) -> Simulation:
@@ -170,7 +180,12 @@ def bound(problem: Problem, queries: int) -> Simulation:
 
 
 def _simulate(
-    problem: Problem, query_tile: tuple[int, ...], key_tile: tuple[int, ...], machine: Gpu
+    problem: Problem,
+    query_tile: tuple[int, ...],
+    key_tile: tuple[int, ...],
+    machine: Gpu,
+    *,
+    mask_every_tile: bool = False,
 ) -> Simulation:
     return simulate(
         problem.layout,
@@ -183,6 +198,7 @@ def _simulate(
         kv_heads=problem.kv_heads,
         head_dim=problem.head_dim,
         additional=problem.additional,
+        mask_every_tile=mask_every_tile,
         gpu=machine,
     )
 

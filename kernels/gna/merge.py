@@ -12,7 +12,7 @@ def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[A
 
     With partial results (O1, l1) and (O2, l2), w = sigmoid(l2 - l1), O = O1 - w (O1 - O2) and
     l = log(exp l1 + exp l2), in float32, further ones from left to right. It differentiates, the
-    log-sum-exps included.
+    log-sum-exps included. A part without any keys has the log-sum-exp -inf and counts for nothing.
 
     Args:
       outputs: partial outputs [..., H, Dv].
@@ -24,7 +24,7 @@ def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[A
     Raises:
       ValueError: if there are none, or numbers or shapes do not match.
     """
-    if not outputs or len(outputs) != len(lses):
+    if len(outputs) == 0 or len(outputs) != len(lses):
         raise ValueError(
             "merge_attentions needs one log-sum-exp for each of at least one output; received "
             f"{len(outputs)} outputs and {len(lses)} log-sum-exps."
@@ -39,7 +39,9 @@ def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[A
     merged, total = (x.astype(jnp.float32) for x in (outputs[0], lses[0]))
     for output, lse in zip(outputs[1:], lses[1:], strict=True):
         lse = lse.astype(jnp.float32)
-        weight = jax.nn.sigmoid(lse - total)[..., None]
+        # Infinities are equal where neither part has keys, and have no difference.
+        difference = jnp.where(lse == -jnp.inf, -jnp.inf, lse - total)
+        weight = jax.nn.sigmoid(difference)[..., None]
         merged = merged - weight * (merged - output.astype(jnp.float32))
         total = jnp.logaddexp(total, lse)
     return merged.astype(outputs[0].dtype), total

@@ -20,6 +20,8 @@ from .windows import Window
 # name in `per_dimension`, which says more than a type checker would.
 PerDimension: TypeAlias = Any
 
+Number: TypeAlias = float | int | np.floating
+
 # Descriptions need shapes and dtypes only.
 Operand: TypeAlias = Array | jax.ShapeDtypeStruct
 
@@ -111,7 +113,7 @@ def describe(
     stride: PerDimension = 1,
     dilation: PerDimension = 1,
     is_causal: PerDimension = False,
-    scale: float | None = None,
+    scale: Number | None = None,
 ) -> Problem:
     """Checks the arguments of `neighborhood_attention` and describes them.
 
@@ -160,7 +162,7 @@ def describe(
         )
     if scale is None:
         scale = head_dim**-0.5
-    if isinstance(scale, bool) or not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+    if isinstance(scale, bool) or not (isinstance(scale, Number) and 0 < scale < math.inf):
         raise ValueError(
             f"scale must be a positive number, or None for head_dim ** -0.5; received {scale!r}."
         )
@@ -217,10 +219,12 @@ def windows_of(
       ValueError: for settings of another type or number than the layout's dimensions, and where not
         1 <= kernel_size, kernel_size * dilation <= length, 1 <= stride <= kernel_size.
     """
-    rank = len(layout)
+    rank = len(layout) if isinstance(layout, (tuple, list)) else 0
     if not 1 <= rank <= 3:
-        raise ValueError(f"a token layout has 1 to 3 dimensions; received {tuple(layout)}.")
-    lengths = per_dimension("token_layout", tuple(layout), rank)
+        raise ValueError(
+            f"a token layout is a tuple of the tokens along 1 to 3 dimensions; received {layout!r}."
+        )
+    lengths = per_dimension("token_layout", layout, rank)
     sizes = per_dimension("kernel_size", kernel_size, rank)
     strides = per_dimension("stride", stride, rank)
     dilations = per_dimension("dilation", dilation, rank)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .platforms import default_platform
 from .problem import Gradients, Problem, Residuals
 from .tiles import padded, tiling
 from .triton_blocks import TUNED, Blocks, blocks_of, largest_dim, tuning_key
@@ -152,7 +153,7 @@ def _blocks(problem: Problem, kernel: str) -> Blocks:
 
 def _capability() -> int:
     """Compute capability to lower for, such as 90 for 9.0."""
-    if jax.default_backend() != "gpu":
+    if default_platform() != "gpu":
         return 90
     major, minor = str(jax.devices()[0].compute_capability).split(".")
     return 10 * int(major) + int(minor)

@@ -115,7 +115,7 @@ def _key_step(n, pointers, box, group, lengths, windows, MASKED: tl.constexpr, S
 def _additional_step(n, pointers, MASKED: tl.constexpr, S: tl.constexpr):
     """As `_key_step`, of the n-th tile of the additional keys; only the last may be masked."""
     real = tl.arange(0, S.keys) < S.additional % S.keys
-    row = n * S.keys * S.kv_heads
+    row = tl.cast(n, tl.int64) * S.keys * S.kv_heads
     k = _load(pointers[0] + row * S.dim, real, MASKED, S.dim, S.block_dim)
     v = _load(pointers[1] + row * S.value_dim, real, MASKED, S.value_dim, S.block_value_dim)
     return k, v, real[None, :]

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .boxes import Loop, Plan, plan
+from .platforms import default_platform
 from .problem import Gradients, Problem, Residuals
 from .varying import vary, varying_axes
 
@@ -160,7 +161,7 @@ def plan_of(problem: Problem) -> Plan:
 
 
 def _budget() -> int:
-    return BUDGET.get(jax.default_backend(), DEFAULT_BUDGET)
+    return BUDGET.get(default_platform(), DEFAULT_BUDGET)
 
 
 def _sources(
@@ -238,7 +239,9 @@ def _run_loop(
 
         def box(first: Array, sizes: tuple[int, ...]) -> _Box:
             one_group = (n for size in sizes for n in (size, 1))
-            return _Box((entry, *first, head, 0, 0), (entries, *one_group, heads))
+            # Of one type, also where jax counts in 64 bits.
+            place = (jnp.asarray(n, jnp.int32) for n in (entry, *first, head, 0, 0))
+            return _Box(tuple(place), (entries, *one_group, heads))
 
         return step(_Step(box(queries[n], loop.tile), box(keys[n], loop.box), seen(mask[n])), state)
 

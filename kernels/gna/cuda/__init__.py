@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ..platforms import default_platform
 from ..problem import Gradients, Problem, Residuals
 from ..varying import vary, varying_axes
 from ..windows import Window
@@ -84,14 +85,19 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 def _call(
     target: str, problem: Problem, results: list[jax.ShapeDtypeStruct], operands: list[Array]
 ) -> list[Array]:
-    _register(jax.default_backend())
+    prepare(default_platform())
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     axes = varying_axes(*operands)
     return [vary(x, axes) for x in call(*operands, **_attributes(problem))]
 
 
 @functools.cache
-def _register(platform: str) -> None:
+def prepare(platform: str) -> None:
+    """Builds the library of a platform unless it is there already, and registers its calls.
+
+    Raises:
+      RuntimeError: if there is no compiler, or it fails.
+    """
     library = build.load(platform)
     for name, symbol in ((FORWARD, library.GnaForward), (BACKWARD, library.GnaBackward)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform=PLATFORMS[platform])

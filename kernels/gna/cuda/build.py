@@ -87,7 +87,8 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
       folder: where libraries are kept, by default `conceptax` in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-      RuntimeError: if there is no compiler, or it fails; with what it said.
+      RuntimeError: if there is no compiler, or it fails, with what it said, or the folder cannot be
+        written.
     """
     options = command(target, architecture)
     digest = hashlib.sha256(shlex.join(options).encode())
@@ -101,7 +102,19 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
     library = folder / f"gna-{target}-{digest.hexdigest()[:20]}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(options, target, library)
+    except OSError as error:
+        raise RuntimeError(
+            f"the cuda implementation could not be written to {folder}: {error}. XDG_CACHE_HOME "
+            "chooses another place."
+        ) from error
+    return library
+
+
+def _compile(options: list[str], target: str, library: Path) -> None:
+    folder = library.parent
     # Several processes may build at once: each its own file, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / library.name
@@ -113,7 +126,6 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
                 f"{result.stderr[-4000:]}"
             )
         output.replace(library)
-    return library
 
 
 @functools.cache

@@ -24,6 +24,7 @@ COMMANDS = {
     "glyphs train": "build the bundled model from scratch",
     "gna simulate": "predict what a neighborhood attention saves, without a GPU",
     "gna search": "find the windows and strides that save most, and draw them",
+    "gna bench": "measure a neighborhood attention here, beside what is predicted",
 }
 
 

@@ -1,4 +1,7 @@
-"""`conceptax gna simulate` and `gna search`: what neighborhood attention saves, without a GPU."""
+"""`conceptax gna simulate`, `gna search` and `gna bench`: what neighborhood attention saves.
+
+The first two need no GPU; the last one measures where it runs (`gna_bench`).
+"""
 
 import dataclasses
 import math
@@ -19,6 +22,14 @@ Bools = Annotated[tuple[bool, ...], tyro.conf.arg(metavar="BOOL [BOOL ...]")]
 OptionalInts = Annotated[
     tuple[int, ...] | None,
     tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(optional)"),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    tyro.conf.arg(metavar="DTYPE", help_behavior_hint="(default: by device)"),
+]
+Implementation = Annotated[
+    Literal["xla", "triton", "cuda"] | None,
+    tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the preferred one)"),
 ]
 OptionalFloat = Annotated[
     float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")
@@ -110,15 +121,60 @@ class Search:
     force: bool = False
 
 
-COMMANDS = {"simulate": Simulate, "search": Search}
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure neighborhood attention here and now, beside what the simulator predicts.
+
+    Dense attention and the window with its largest stride and with stride 1 are measured to fit
+    what the prediction needs to know of this machine: seconds of a step (c), of starting a tile
+    (t0), and what masks add (mu). Then the problem asked for is measured and predicted.
+
+    Attributes:
+      layout: tokens along each of one to three dimensions.
+      window: keys that a query sees along each dimension.
+      stride: neighbouring queries that share a window.
+      dilation: distance between a window's keys.
+      causal: whether queries see no key behind them (True or False).
+      batch: sequences in the call.
+      heads: query, key and value heads.
+      head_dim: channels of a head.
+      dtype: of the operands; by default float32 on a CPU, else bfloat16.
+      implementation: what to measure; by default what is taken here for such a problem.
+      training: measure the forward and the backward pass together, instead of the forward pass.
+      rounds: how often all take their turn.
+      output: a .json file for the figures.
+      force: replace an earlier file.
+    """
+
+    layout: Ints = (64, 64)
+    window: Ints = (32, 32)
+    stride: Ints = (8, 8)
+    dilation: Ints = (1,)
+    causal: Bools = (False,)
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+    dtype: Dtype = None
+    implementation: Implementation = None
+    training: bool = False
+    rounds: int = 7
+    output: OptionalPath = None
+    force: bool = False
 
 
-def run(command: Simulate | Search) -> None:
+COMMANDS = {"simulate": Simulate, "search": Search, "bench": Bench}
+
+
+def run(command: Simulate | Search | Bench) -> None:
     """Print what was asked for; a search with an output draws it, too."""
     if isinstance(command, Simulate):
         print(_simulated(command))
-    else:
+    elif isinstance(command, Search):
         _search(command)
+    else:
+        from conceptax.cli.gna_bench import bench
+
+        bench(command)
 
 
 def _simulated(command: Simulate) -> str:
