@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import eval_jaxpr
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,8 +26,8 @@ _OPERANDS = (_QUERY, _KEY, _VALUE, *_ADDITIONAL)
 
 FORWARD = (_OPERANDS, (_OUTPUT, _LSE))
 BACKWARD = (
-    (Residuals(*_OPERANDS, _OUTPUT, _LSE), _OUTPUT, _LSE),
-    Gradients(*_OPERANDS),
+    (Residuals._make((*_OPERANDS, _OUTPUT, _LSE)), _OUTPUT, _LSE),
+    Gradients._make(_OPERANDS),
 )
 
 
@@ -77,7 +78,7 @@ def partitioned(
         program, shapes = jax.make_jaxpr(functools.partial(run, problem), return_shape=True)(*given)
 
         def whole(tables: list[Any], given: Any) -> Any:
-            flat = jax.core.eval_jaxpr(program.jaxpr, tables, *jax.tree.leaves(given))
+            flat = eval_jaxpr(program.jaxpr, tables, *jax.tree.leaves(given))
             return jax.tree.unflatten(jax.tree.structure(shapes), flat)
 
         divided = custom_partitioning(whole)
