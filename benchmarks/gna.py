@@ -21,10 +21,11 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Both allocate as they go, so that jax leaves torch room.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -32,9 +33,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _gna_checks import TOLERANCE, check_rows, check_small, relative_error
 
 from conceptax.cli.results import environment, write_json
-from conceptax.kernels.gna import describe, measure, neighborhood_attention, unsupported
+from conceptax.kernels.gna import describe, measure, unsupported
 from conceptax.kernels.gna.problem import Problem
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -64,7 +66,7 @@ class Setup:
     heads: int
     dim: int
     implementations: tuple[str, ...]
-    dense: str  # of jax.nn.dot_product_attention
+    dense: Literal["xla", "cudnn"]  # of jax.nn.dot_product_attention
     cases: tuple[Case, ...]
     passes: tuple[str, ...]
     rounds: int
@@ -104,105 +106,6 @@ SETUPS = {
 NATTEN_MS = {"FLUX-4K": 7.914, "FLUX-4K, stride 1": 16.201, "Hunyuan": 23.359,
              "Hunyuan, stride 1": 79.043}  # fmt: skip
 MEMORY_SIDES = {"full": (64, 128, 256), "tiny": (16, 32)}
-
-
-# Correctness
-
-# Error of a result against float64 over the largest number in it: rounding of operands' products
-# and of results to the dtype.
-TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
-
-SMALL: tuple[dict[str, Any], ...] = (
-    {"layout": (200,), "kernel_size": 64, "stride": 16, "additional": 5},
-    {"layout": (70,), "kernel_size": 12, "stride": 5, "dilation": 3, "is_causal": True},
-    {"layout": (24, 20), "kernel_size": (12, 9), "stride": (4, 1), "kv_heads": 2},
-    {"layout": (9, 30), "kernel_size": (4, 5), "dilation": (2, 3), "is_causal": (False, True)},
-    {"layout": (6, 8, 10), "kernel_size": (4, 5, 6), "stride": (2, 5, 3), "additional": 40},
-    {"layout": (8, 8), "kernel_size": (8, 8), "kv_heads": 1},  # dense
-)
-
-
-def relative_error(received: Any, expected: Any) -> float:
-    received, expected = np.asarray(received, np.float64), np.asarray(expected, np.float64)
-    return float(np.abs(received - expected).max() / np.abs(expected).max())
-
-
-def check_small(setup: Setup, implementation: str) -> float:
-    """Largest error over what is allowed, of values and gradients of small problems."""
-    worst = 0.0
-    for number, (settings, dtype) in enumerate(itertools.product(SMALL, setup.dtypes)):
-        rest = dict(settings)
-        layout, kv_heads = rest.pop("layout"), rest.pop("kv_heads", 4)
-        additional = rest.pop("additional", 0)
-        rng = np.random.default_rng(number)
-        shapes = [(1, *layout, heads, setup.dim) for heads in (4, kv_heads, kv_heads)]
-        shapes += [(1, additional, kv_heads, setup.dim)] * (2 if additional else 0)
-        inputs = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-        cotangents = rng.standard_normal(shapes[0]), rng.standard_normal(shapes[0][:-1])
-
-        def results(name, inputs, rest=rest, cotangents=cotangents):
-            def call(q, k, v, ak=None, av=None):
-                return neighborhood_attention(
-                    q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
-                    implementation=name, **rest,
-                )  # fmt: skip
-
-            (output, lse), pull = jax.vjp(jax.jit(call), *inputs)
-            d_output, d_lse = cotangents
-            return output, lse, *pull((jnp.asarray(d_output, output.dtype), jnp.float32(d_lse)))
-
-        with jax.default_matmul_precision("highest"):
-            expected = results("reference", [x.astype(jnp.float32) for x in inputs])
-        for one, other in zip(results(implementation, inputs), expected, strict=True):
-            worst = max(worst, relative_error(one, other) / TOLERANCE[dtype])
-    return worst
-
-
-def check_rows(problem: Problem, implementation: str) -> float:
-    """Largest error over what is allowed, at some tokens, of a large problem against float64.
-
-    Of some queries the output and dQ, and of some keys dK and dV, for which the log-sum-exps of the
-    queries that see them are taken as computed.
-    """
-    rng = np.random.default_rng(0)
-    given = measure.operands(problem, seed=1)
-    run = functools.partial(measure.attention(problem, implementation), return_lse=True)
-
-    @jax.jit
-    def step(query, key, value, d_output):
-        (output, lse), pull = jax.vjp(run, query, key, value)
-        return output, lse, *pull((d_output, jnp.zeros_like(lse)))
-
-    def rows(x, head):  # [tokens, dim] of one head
-        return np.asarray(x[0, ..., head, :].astype(jnp.float32), np.float64).reshape(
-            problem.tokens, -1
-        )
-
-    results = step(*given)
-    head = int(rng.integers(problem.heads))
-    q, k, v, do = (rows(x, head) for x in given)
-    output, d_query, d_key, d_value = (rows(results[n], head) for n in (0, 2, 3, 4))
-    lse = rows(results[1][..., None], head)[:, 0]
-    seen = [window.mask() for window in problem.windows]
-    found: dict[str, list] = {name: [] for name in ("O", "LSE", "dQ", "dK", "dV")}
-    for token in [0, problem.tokens - 1, *rng.integers(problem.tokens, size=4)]:
-        place = np.unravel_index(token, problem.layout)
-        keys = functools.reduce(np.kron, [m[x] for m, x in zip(seen, place, strict=True)])
-        scores = problem.scale * (k[keys] @ q[token])
-        exact = scores.max() + np.log(np.exp(scores - scores.max()).sum())
-        p = np.exp(scores - exact)
-        out = p @ v[keys]
-        ds = p * (v[keys] @ do[token] - out @ do[token])
-        found["O"].append((output[token], out))
-        found["LSE"].append((lse[token, None], exact[None]))
-        found["dQ"].append((d_query[token], problem.scale * ds @ k[keys]))
-        by = functools.reduce(np.kron, [m[:, x] for m, x in zip(seen, place, strict=True)])
-        p = np.exp(problem.scale * (q[by] @ k[token]) - lse[by])
-        ds = p * (do[by] @ v[token] - (do[by] * output[by]).sum(-1))
-        found["dK"].append((d_key[token], problem.scale * ds @ q[by]))
-        found["dV"].append((d_value[token], p @ do[by]))
-    errors = [relative_error(*map(np.stack, zip(*pairs, strict=True))) for pairs in found.values()]
-    return max(errors) / TOLERANCE[problem.dtype]
 
 
 # Contenders
@@ -280,8 +183,26 @@ def contenders_of(
         try:
             run["flex"] = flex_attention(sparse, given)
         except Exception as error:  # whatever torch says: the others are measured all the same
-            absent["flex"] = str(error).strip().splitlines()[0][:200]
+            absent["flex"] = first_line(error)
     return run, absent
+
+
+def first_calls(run: dict[str, Callable[[], Any]], absent: dict[str, str]) -> dict[str, float]:
+    """Seconds of the first calls, which compile; what fails leaves the contest and says why."""
+    seconds = {}
+    for name, call in list(run.items()):
+        start = time.perf_counter()
+        try:
+            jax.block_until_ready(call())
+        except Exception as error:
+            absent[name] = first_line(error)
+            del run[name]
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def measure_case(
@@ -294,20 +215,21 @@ def measure_case(
         "head_dim": setup.dim, "pairs_bound": limit.flop_speedup, "bound": limit.tile_speedup,
     }  # fmt: skip
     run, absent = contenders_of(setup, case, dtype, direction, implementations, flex)
+    first = first_calls(run, absent)
     timings = measure.take_turns(run, setup.rounds)
-    base = timings[f"jax.nn {setup.dense}, dense"]
+    base = timings.get(f"jax.nn {setup.dense}, dense")
     rows = []
     for name, timing in timings.items():
         row = head | {
-            "contender": name, "first_s": timing.first, "median_s": timing.median,
+            "contender": name, "first_s": first[name], "median_s": timing.median,
             "best_s": timing.best, "rounds_s": timing.rounds,
-            "over_dense": measure.speedup(base, timing),
+            "over_dense": measure.speedup(base, timing) if base else None,
         }  # fmt: skip
-        if name in implementations:
+        if name in implementations and f"{name}, dense" in timings:
             own = measure.speedup(timings[f"{name}, dense"], timing)
             row |= {
                 "over_own_dense": own, "bound_share_over_own_dense": own / limit.tile_speedup,
-                "bound_share_over_dense": row["over_dense"] / limit.tile_speedup,
+                "bound_share_over_dense": base and row["over_dense"] / limit.tile_speedup,
             }  # fmt: skip
         rows.append(row)
     rows += [head | {"contender": name, "absent": why} for name, why in absent.items()]
@@ -395,23 +317,37 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output or RESULTS / f"gna_{device}_{arguments.size}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     flex = not arguments.no_flex and has_torch(report)
+    ended = False
+    try:
+        measure_all(setup, arguments, report, output, flex)
+        ended = True
+    except KeyboardInterrupt:  # out of time: there is something to show all the same
+        pass
+    print_report(report)
+    return 0 if ended and all(check.get("passed", True) for check in report["checks"]) else 1
+
+
+def measure_all(
+    setup: Setup, arguments: argparse.Namespace, report: dict[str, Any], output: Path, flex: bool
+) -> None:
+    """Checks, then measures what is right; after each step the report is on disk."""
     good = []
     for name in setup.implementations:
         check = check_all(setup, name)
         report["checks"].append(check)
+        write_json(output, report)
         print(f"check {name}: {describe_check(check)}", file=sys.stderr, flush=True)
         if check.get("passed"):
             good.append(name)
-    if not arguments.check_only:
-        for dtype, case, direction in itertools.product(setup.dtypes, setup.cases, setup.passes):
-            report["rows"] += measure_case(setup, case, dtype, direction, good, flex)
-            write_json(output, report)  # what is measured stays, whatever comes next
-            print(f"measured {case.name}, {dtype}, {direction}", file=sys.stderr, flush=True)
-        if device == "cpu" and "xla" in good and not arguments.no_memory:
-            report["memory"] = measure_memory(arguments.size)
-    write_json(output, report)
-    print_report(report)
-    return 0 if all(check.get("passed", True) for check in report["checks"]) else 1
+    if arguments.check_only:
+        return
+    for dtype, case, direction in itertools.product(setup.dtypes, setup.cases, setup.passes):
+        report["rows"] += measure_case(setup, case, dtype, direction, good, flex)
+        write_json(output, report)
+        print(f"measured {case.name}, {dtype}, {direction}", file=sys.stderr, flush=True)
+    if jax.default_backend() == "cpu" and "xla" in good and not arguments.no_memory:
+        report["memory"] = measure_memory(arguments.size)
+        write_json(output, report)
 
 
 def check_all(setup: Setup, implementation: str) -> dict[str, Any]:
@@ -422,11 +358,11 @@ def check_all(setup: Setup, implementation: str) -> dict[str, Any]:
     if reasons:
         return {"implementation": implementation, "unsupported": sorted(map(str, reasons))}
     try:
-        errors = {"small": check_small(setup, implementation)}
+        errors = {"small": check_small(implementation, setup.dtypes, setup.dim)}
         for case in setup.cases:
             for dtype in setup.dtypes:
                 problem = case.problem(setup.heads, setup.dim, dtype)
-                errors[f"{case.name}, {dtype}"] = check_rows(problem, implementation)
+                errors[f"{case.name}, {dtype}"] = check_rows(implementation, problem)
     except Exception as error:  # a backend that fails must not keep others from being measured
         return {"implementation": implementation, "failed": str(error)[-2000:], "passed": False}
     passed = all(error <= 1 for error in errors.values())
@@ -460,6 +396,10 @@ def cpu_name() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
 
 
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def print_report(report: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
     print(f"\nNeighborhood attention, {report['date']}: {report['device']}, {report['cpu']}, "
@@ -480,13 +420,13 @@ def print_report(report: dict[str, Any]) -> None:
         if "absent" in row:
             print(f"  {row['contender']:22}  {row['absent']}")
             continue
-        numbers = [f"{1e3 * row['median_s']:.3f}", f"{1e3 * row['best_s']:.3f}",
-                   f"{row['over_dense']:.2f}"]  # fmt: skip
+        shares = [row.get(f"bound_share_over_{name}") for name in ("dense", "own_dense")]
+        numbers = [f"{1e3 * row['median_s']:.3f}", f"{1e3 * row['best_s']:.3f}"]
+        numbers += [number(row["over_dense"], 2)]
         if "over_own_dense" in row:
-            numbers += [f"{row['over_own_dense']:.2f}", f"{row['bound']:.2f}",
-                        f"{100 * row['bound_share_over_dense']:.0f}",
-                        f"{100 * row['bound_share_over_own_dense']:.0f}"]  # fmt: skip
-        print(f"  {row['contender']:22}" + "".join(f"{number:>11}" for number in numbers))
+            numbers += [number(x, 2) for x in (row["over_own_dense"], row["bound"])]
+            numbers += [number(share and 100 * share, 0) for share in shares]
+        print(f"  {row['contender']:22}" + "".join(f"{x:>11}" for x in numbers))
         if row["name"] in NATTEN_MS and row["pass"] == "forward" and "over_own_dense" in row:
             print(f"  {'':22}  NATTEN on an H100, as published: {NATTEN_MS[row['name']]} ms")
     if report["memory"]:

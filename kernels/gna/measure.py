@@ -130,9 +130,9 @@ def forward(run: Callable[..., Any], given: Operands) -> Callable[[], Array]:
 
 def backward(run: Callable[..., Any], given: Operands) -> Callable[[], tuple[Array, ...]]:
     """A compiled call of an attention function's backward pass alone: dQ, dK and dV."""
-    _, pull = jax.vjp(jax.jit(run), *given[:3])
     call = jax.jit(lambda pull, d_output: pull(d_output))
-    return lambda: call(pull, given.d_output)
+    pullback = functools.cache(lambda: jax.vjp(jax.jit(run), *given[:3])[1])
+    return lambda: call(pullback(), given.d_output)
 
 
 def training_step(run: Callable[..., Any], given: Operands) -> Callable[[], tuple[Array, ...]]:
