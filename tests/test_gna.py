@@ -11,7 +11,7 @@ import pytest
 from gna_oracle import attention, full_mask, operands, random_case, random_heads
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import boxes, xla
+from conceptax.kernels.gna import boxes
 from conceptax.kernels.gna.boxes import key_rows
 
 GOLDEN = [
@@ -254,25 +254,3 @@ def test_steps_of_shards_meet_each_pair_once():
         np.testing.assert_array_equal(visited(problem, work), full_mask(case), err_msg=str(case))
         halos += work.key_layout[0] < first
     assert halos > 50, halos
-
-
-def sweep(seed, monkeypatch):
-    """A random problem cut into steps in a random way, against float64."""
-    rng = np.random.default_rng(seed)
-    case, heads = random_case(rng, most=80), random_heads(rng)
-    monkeypatch.setattr(xla, "plan_of", lambda problem: cut(problem, np.random.default_rng(seed)))
-    arrays = operands(rng, case, heads)
-    expected = attention(case, *arrays)
-    for one, other in zip(with_gradients(case, arrays, "xla"), expected, strict=True):
-        np.testing.assert_allclose(one, other, **TOLERANCE, err_msg=f"{seed=} {case} {heads}")
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_random_problems(seed, monkeypatch):
-    sweep(seed, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20, 580))
-def test_many_random_problems(seed, monkeypatch):
-    sweep(seed, monkeypatch)
