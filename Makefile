@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything they need; `make help` lists the rest.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-full test-py312 lint format types contract wheel bench clean
+.PHONY: help install dev demo test test-full test-py312 test-natten lint format types contract wheel bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,17 @@ PY312_STAMP := .venv312/stamps/dev-$(DIGEST)
 # newest build, which brings gigabytes of CUDA where a CPU build of this version is at hand.
 TORCH := torch==2.13.0
 
+# Lowering Triton kernels takes a part of jax for NVIDIA, not the CUDA libraries that it depends on,
+# nor a GPU. $(call lowering,PYTHON) installs it; where there is none, the tests that lower skip.
+define lowering
+$(1) -m pip --disable-pip-version-check install -q --no-deps \
+	"jax-cuda13-plugin==$$($(1) -c 'import jaxlib; print(jaxlib.__version__)')" || \
+	echo "no jax-cuda13-plugin for this jax: tests that lower Triton kernels will skip"
+endef
+
+# NATTEN, whose Flex backend runs on a CPU; apart, so that other tests do not find it.
+NATTEN := .cache/natten-0.21.7
+
 # Test files go whole to a worker, so that fixtures that compile are shared.
 PYTEST := pytest -n 2 --dist loadfile
 
@@ -31,6 +42,7 @@ help:
 	@echo "make test        install what tests need, then run the fast tests"
 	@echo "make test-full   all tests, full-size ones included"
 	@echo "make test-py312  the tests that need no torch, on Python 3.12 and jax 0.11"
+	@echo "make test-natten compare neighborhood attention with NATTEN, which this installs"
 	@echo "make lint | format | types | contract | wheel | bench | clean"
 
 install: $(RUNTIME_STAMP)
@@ -62,6 +74,7 @@ $(DEV_STAMP): | $(BIN)/python
 		echo "no CPU build of $(TORCH) for this Python: tests that compare with torch will skip"; \
 		set -x; $(PIP) install -q $(EDITABLE) '.[dev]'; \
 	fi
+	@$(call lowering,$(BIN)/python)
 	@mkdir -p $(@D) && touch $@ $(RUNTIME_STAMP)
 
 test: $(DEV_STAMP)
@@ -74,11 +87,20 @@ $(PY312_STAMP):
 	@python=$$(.ci/find-python 3.12) || { echo "no Python 3.12 with venv on this machine" >&2; exit 1; }; \
 	[ -x .venv312/bin/python ] || "$$python" -m venv .venv312
 	.venv312/bin/python -m pip install -q --disable-pip-version-check 'jax>=0.11,<0.12' $(EDITABLE) '.[dev]'
+	@$(call lowering,.venv312/bin/python)
 	@mkdir -p $(@D) && touch $@
 
 # Also with NNX's tree mode, which a later flax may make the default: models must not rely on graphs.
+# What nvcc makes of the sources does not depend on Python.
 test-py312: $(PY312_STAMP)
-	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false .venv312/bin/$(PYTEST)
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false .venv312/bin/$(PYTEST) -k 'not compiles_for_gpus'
+
+$(NATTEN): $(DEV_STAMP)
+	$(PIP) install -q wheel packaging
+	$(PIP) install -q --no-deps --no-build-isolation --upgrade --target $@ natten==0.21.7
+
+test-natten: $(NATTEN)
+	PYTHONPATH=$(NATTEN) $(BIN)/pytest tests/test_gna_natten.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ MODULES = {
     "CLIPTextModel": "clip",
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
+    "DiTTransformer2DModel": "dit_transformer_2d",
 }
 PIPELINES = ("StableDiffusionPipeline",)
 
@@ -21,6 +22,8 @@ def published_name(config: Mapping[str, Any]) -> str | None:
     """The class in a `config.json`: diffusers' `_class_name`, transformers' `architectures`."""
     names = config.get("architectures")
     name = config.get("_class_name") or (names[0] if isinstance(names, list) and names else None)
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        return "DiTTransformer2DModel"  # under its first name
     return name if isinstance(name, str) else None
 
 

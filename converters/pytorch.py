@@ -6,6 +6,7 @@ model itself plus about one tensor, in both directions.
 """
 
 import functools
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -46,6 +47,7 @@ def load_pytorch(
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
     architecture: str | type[nnx.Module] | None = None,
+    **model_options: Any,
 ) -> Any:
     """Load a component folder, a pipeline folder, or one weight file beside its `config.json`.
 
@@ -65,6 +67,8 @@ def load_pytorch(
         `scheduler`; the others are None.
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
+      model_options: of a component, further arguments of its model class: `remat=True`, or
+        `attention=GNA(...)` for a `DiTTransformer2DModel`.
 
     Returns:
       An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline`.
@@ -73,6 +77,7 @@ def load_pytorch(
       CheckpointError: whatever is wrong with the checkpoint, in one message: absent, damaged or
         unsafe files, an unknown architecture, tensors that are missing, unexpected, of the wrong
         shape or type, NaN or infinite.
+      ValueError: an argument that does not apply to this checkpoint.
     """
     path = FilePath(path).expanduser()
     if not path.exists():
@@ -81,10 +86,13 @@ def load_pytorch(
             "are not downloaded here."
         )
     place = functools.partial(_place, rule=sharding)
-    options = {"dtype": dtype, "param_dtype": param_dtype}
+    options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
     if (path / "model_index.json").is_file():
         if architecture is not None:
             raise ValueError(f"{path} is a pipeline: architecture= is for a component folder.")
+        if model_options:
+            names = ", ".join(f"{name}=" for name in model_options)
+            raise ValueError(f"{path} is a pipeline: {names} is for a component folder.")
         return _load_pipeline(path, components, place=place, **options)
     if components is not None:
         raise ValueError(f"{path} is no pipeline folder: components= does not apply to it.")
@@ -145,8 +153,9 @@ class _OneKey(nnx.Rngs):
 
 
 def _load_component(
-    path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable
-) -> nnx.Module:
+    path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable,
+    model_options: Mapping[str, Any],
+) -> nnx.Module:  # fmt: skip
     if not path.exists():  # a part of a pipeline
         raise CheckpointError(f"{path} does not exist. Check that the download is complete.")
     folder = path if path.is_dir() else path.parent
@@ -163,6 +172,12 @@ def _load_component(
         model_class = architectures.model_class(name, source)
     else:
         model_class = architecture
+    accepted = set(inspect.signature(model_class.__init__).parameters) - {"self", "config", "rngs"}
+    if unknown := sorted(set(model_options) - accepted):
+        raise ValueError(
+            f"{model_class.__name__} takes no {', '.join(unknown)}; beside the checkpoint it takes "
+            f"{', '.join(sorted(accepted))}."
+        )
     try:
         config = model_class.config_class.from_dict(raw)
     except (ValueError, TypeError, AttributeError) as error:
@@ -176,10 +191,16 @@ def _load_component(
     rngs = _OneKey()
     try:
         model = nnx.eval_shape(
-            lambda: model_class(config, dtype=dtype, param_dtype=init_dtype, rngs=rngs)
+            lambda: model_class(
+                config, dtype=dtype, param_dtype=init_dtype, rngs=rngs, **model_options
+            )
         )
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
-        raise CheckpointError(f"{source} describes no buildable model: {error}") from error
+        options = ", ".join(f"{name}={value!r}" for name, value in model_options.items())
+        raise CheckpointError(
+            f"{source} describes no model that can be built{options and f' with {options}'}: "
+            f"{error}"
+        ) from error
     specs = tensor_specs(model)
     tensors = match(
         specs, stored, source=str(file), model_class=model_class, double=param_dtype is not None

@@ -58,10 +58,10 @@ def encode_tokens(
 
 
 def sample_latents(
-    unet: Any,
+    denoiser: Any,
     params: Any,
-    condition: Float[Array, "B L D"],
-    negative: Float[Array, "... L D"] | None,
+    condition: Float[Array, "B L D"] | Int[Array, " B"],
+    negative: Float[Array, "... L D"] | Int[Array, "..."] | None,
     noise: Float[Array, "B H W C"],
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 1.0,
@@ -71,10 +71,12 @@ def sample_latents(
     """Runs the sampler from unit normal noise to latents, in float32.
 
     Args:
-        unet, params: graph definition and parameters of the UNet.
-        condition: hidden states of the prompts.
-        negative: hidden states of the negative prompts, [B, L, D] or one [L, D] for all; None
-            samples without guidance, at half the cost, whatever `guidance_scale`.
+        denoiser, params: graph definition and parameters of a UNet or a DiT. Output channels behind
+            the noise, such as a DiT's variances, are not used.
+        condition: hidden states of the prompts; for a DiT, class labels.
+        negative: hidden states of the negative prompts, [B, L, D] or one [L, D] for all; for a DiT
+            the null class. None samples without guidance, at half the cost, whatever
+            `guidance_scale`.
         noise: unit normal; the sampler scales it.
         sampler: tables of the run.
         guidance_scale: g in ε_uncond + g·(ε_cond − ε_uncond).
@@ -85,7 +87,7 @@ def sample_latents(
     """
     if sampler.stochastic and keys is None:
         raise ValueError("This sampler adds noise at every step: pass `keys`, one per image.")
-    model = nnx.merge(unet, params)
+    model = nnx.merge(denoiser, params)
     if negative is not None:
         # Unconditional half first, as in diffusers.
         condition = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
@@ -95,7 +97,7 @@ def sample_latents(
         if negative is not None:
             inputs = jnp.concatenate([inputs, inputs])
         timestep = jnp.asarray(sampler.timesteps)[i]
-        output = model(inputs, timestep, condition).astype(jnp.float32)
+        output = model(inputs, timestep, condition)[..., : x.shape[-1]].astype(jnp.float32)
         if negative is not None:
             without, with_prompt = jnp.split(output, 2)
             output = without + guidance_scale * (with_prompt - without)

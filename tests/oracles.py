@@ -60,6 +60,26 @@ def unet(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracl
     )
 
 
+def dit(seed: int = 0, **changes: Any) -> Oracle:
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "out_channels": 8,
+        "sample_size": 8, "num_embeds_ada_norm": 10,
+    } | changes  # fmt: skip
+    module = diffusers.DiTTransformer2DModel(**settings).eval()
+    return Oracle(
+        module,
+        {"sample": rng.normal(size=(2, 8, 8, 4)).astype(np.float32)},
+        {"timesteps": np.array([3, 901]), "labels": np.array([4, 10])},
+        lambda sample, timesteps, labels: nhwc(module(nchw(sample), timesteps, labels).sample),
+        lambda model, sample, timesteps, labels: model(sample, timesteps, labels),
+    )
+
+
 def autoencoder(seed: int = 0, **changes: Any) -> Oracle:
     import diffusers
     import torch

@@ -1,7 +1,7 @@
-"""The SD-1.5 UNet at its published size (860 M parameters) against diffusers, once.
+"""The SD-1.5 UNet and DiT-XL/2 at their published sizes against diffusers, once.
 
-Torch runs and is freed before JAX starts, its gradients waiting on disk: about 12 GB of memory at
-the peak, and a few minutes.
+Torch runs and is freed before JAX starts, the UNet's gradients waiting on disk: about 12 GB of
+memory at the peak, and a few minutes.
 """
 
 import gc
@@ -13,6 +13,11 @@ from flax import nnx
 
 from conceptax.converters import load_pytorch
 from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.dit_transformer_2d import (
+    GNA,
+    DiTTransformer2DConfig,
+    DiTTransformer2DModel,
+)
 
 TOLERANCE = 1e-5  # relative, float32 at the highest matmul precision
 
@@ -82,3 +87,39 @@ def test_sd15_unet_output_and_gradients(torch, tmp_path):
     worst = sorted(errors, key=errors.get)[-5:]
     # A single tensor sums fewer terms than all of them, so rounding averages out less.
     assert errors[worst[-1]] < 5 * TOLERANCE, {key: errors[key] for key in worst}
+
+
+def test_dit_xl_2_output(torch, tmp_path):
+    import diffusers
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((2, 32, 32, 4), np.float32)
+    timesteps, labels = np.array([17, 901]), np.array([207, 1000])
+
+    dit = diffusers.DiTTransformer2DModel(out_channels=8).eval()
+    dit.save_pretrained(tmp_path / "dit")
+    with torch.no_grad():
+        expected = dit(
+            torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor(timesteps), torch.tensor(labels)
+        ).sample.permute(0, 2, 3, 1)
+    expected = expected.numpy().copy()
+    del dit
+    gc.collect()
+
+    model = load_pytorch(tmp_path / "dit")
+    assert model.config == DiTTransformer2DConfig.xl_2()
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
+    with jax.default_matmul_precision("highest"):
+        received = run(state, latents, timesteps, labels)
+    assert relative(np.asarray(received), expected) < TOLERANCE
+
+    # A window of all 16x16 tokens is dense attention, through the kernels.
+    sparse = nnx.eval_shape(
+        lambda: DiTTransformer2DModel(model.config, attention=GNA(window=16), rngs=nnx.Rngs(0))
+    )
+    graphdef = nnx.split(sparse)[0]
+    run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
+    with jax.default_matmul_precision("highest"):
+        assert relative(np.asarray(run(state, latents, timesteps, labels)), expected) < TOLERANCE

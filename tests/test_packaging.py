@@ -17,7 +17,7 @@ def setuptools_table(repository):
 
 
 def tree_files(repository: Path) -> dict[str, Path]:
-    """Path inside the wheel -> path in the tree, for every Python file and asset."""
+    """Path inside the wheel -> path in the tree, for every source file and asset."""
     front_door = repository / "src" / "conceptax"
     files = {f"conceptax/{path.relative_to(front_door)}": path for path in front_door.rglob("*")}
     for room in ROOMS:
@@ -26,7 +26,8 @@ def tree_files(repository: Path) -> dict[str, Path]:
     return {
         name: path
         for name, path in files.items()
-        if path.is_file() and (path.suffix == ".py" or name.startswith("conceptax/assets/"))
+        if path.is_file()
+        and (path.suffix in (".py", ".cc", ".cu", ".h") or name.startswith("conceptax/assets/"))
     }
 
 

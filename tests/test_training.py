@@ -452,6 +452,7 @@ class TestSharding:
         ("module", "name"),
         [
             ("unet_2d_condition", "UNet2DConditionModel"),
+            ("dit_transformer_2d", "DiTTransformer2DModel"),
             ("autoencoder_kl", "AutoencoderKL"),
             ("clip", "CLIPTextModel"),
             ("clip", "CLIPModel"),

@@ -1,13 +1,18 @@
 """Multi-head attention, heads second-to-last: `[B, L, H, D]`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-# Above this many logits per (batch, head) the queries are taken in chunks, so that the logits of
-# one chunk stay in cache and memory stays linear in the number of queries.
-_CHUNK_LOGITS = 1 << 20
+from ...kernels.gna import neighborhood_attention
+from ...kernels.gna.problem import PerDimension, windows_of
+
+# With this many logits per (batch, head) or more, queries are taken in chunks, so that memory stays
+# linear in their number.
+_MANY_LOGITS = 1 << 20
 
 
 def _attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
@@ -27,6 +32,9 @@ def dot_product_attention(
 ) -> Float[Array, "B Q H D"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with a float32 softmax.
 
+    Long self-attention on a CPU is that of `kernels.gna`, whose neighborhood may be everything: it
+    keeps blocks of logits in cache, forward and backward, but has no forward-mode derivative.
+
     Args:
       query, key, value: heads second-to-last, any float dtype.
       mask: True where a query may attend, broadcast over batch, heads and queries.
@@ -36,37 +44,21 @@ def dot_product_attention(
     """
     scale = query.shape[-1] ** -0.5
     queries, keys = query.shape[1], key.shape[1]
-    chunk = max(1, _CHUNK_LOGITS // keys)
-    if mask is not None or queries <= chunk or queries % chunk:
+    if mask is not None or queries * keys < _MANY_LOGITS:
         return _attend(query, key, value, mask, scale)
+    if queries == keys and jax.default_backend() == "cpu" and query.dtype != jnp.float64:
+        attended = neighborhood_attention(query, key, value, kernel_size=queries)
+        assert isinstance(attended, jax.Array)
+        return attended
+    chunk = max(1, _MANY_LOGITS // keys)
+    if queries % chunk:
+        return _attend(query, key, value, None, scale)
 
-    def all_heads(query: Array, key: Array, value: Array) -> Array:
-        batch, _, heads, width = query.shape
-        chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
-        # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
-        attend = jax.checkpoint(lambda part: _attend(part, key, value, None, scale))
-        return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
-
-    def head_by_head(query: Array, key: Array, value: Array) -> Array:
-        def head(operands: tuple[Array, Array, Array]) -> Array:
-            query, key, value = operands  # [L, D]
-
-            def attend(part: Array) -> Array:
-                logits = jnp.dot(part, key.T, preferred_element_type=jnp.float32) * scale
-                return jax.nn.softmax(logits, axis=-1).astype(value.dtype) @ value
-
-            chunks = query.reshape(queries // chunk, chunk, -1)
-            return jax.lax.map(jax.checkpoint(attend), chunks).reshape(query.shape)
-
-        batch, _, heads, width = query.shape
-        flat = tuple(
-            jnp.moveaxis(x, 2, 1).reshape(batch * heads, -1, width) for x in (query, key, value)
-        )
-        outputs = jax.lax.map(head, flat).reshape(batch, heads, queries, width)
-        return jnp.moveaxis(outputs, 1, 2)
-
-    # A CPU's cache holds the logits of one head, not of all.
-    return jax.lax.platform_dependent(query, key, value, cpu=head_by_head, default=all_heads)
+    batch, _, heads, width = query.shape
+    chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
+    # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
+    attend = jax.checkpoint(lambda part: _attend(part, key, value, None, scale))
+    return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
 
 
 class Attention(nnx.Module):
@@ -94,3 +86,57 @@ class Attention(nnx.Module):
         key = self.to_k(context).reshape(*context.shape[:2], *heads)
         value = self.to_v(context).reshape(*context.shape[:2], *heads)
         return self.to_out[0](dot_product_attention(query, key, value).reshape(x.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class GNA:
+    """Generalized Neighborhood Attention (arXiv 2504.16922) over a grid of tokens.
+
+    It has no parameters: it takes the place of a dense self-attention with the same projections.
+    Each setting is an integer for all dimensions of the grid, or one per dimension, rows first.
+
+    Attributes:
+      window: tokens that a query sees along each dimension, itself in the middle where the borders
+        allow; the whole grid is dense attention.
+      stride: neighbouring queries that share a window, at most `window`. A multiple of a kernel's
+        tiles skips most work; 1 is a sliding window.
+      dilation: distance between the tokens of a window.
+      implementation: a backend of `kernels.gna` by name; None takes the best one for the device.
+    """
+
+    window: PerDimension
+    stride: PerDimension = 1
+    dilation: PerDimension = 1
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("window", "stride", "dilation"):
+            if isinstance(value := getattr(self, name), list):  # settings are hashed
+                object.__setattr__(self, name, tuple(value))
+
+    def require_fit(self, layout: tuple[int, ...]) -> None:
+        """Raise ValueError unless the settings suit a grid of `layout` tokens."""
+        try:
+            windows_of(layout, self.window, self.stride, self.dilation)
+        except ValueError as error:
+            grid = "x".join(map(str, layout))
+            raise ValueError(f"{self} does not fit a grid of {grid} tokens: {error}") from error
+
+    def __call__(
+        self,
+        query: Float[Array, "B *X H D"],
+        key: Float[Array, "B *X H D"],
+        value: Float[Array, "B *X H D"],
+    ) -> Float[Array, "B *X H D"]:
+        """Attend; all three in one dtype: float32, bfloat16 or float16.
+
+        Raises:
+          ValueError: the settings do not fit the grid X.
+        """
+        self.require_fit(query.shape[1:-2])
+        output = neighborhood_attention(
+            query, key, value, kernel_size=self.window, stride=self.stride,
+            dilation=self.dilation, implementation=self.implementation,
+        )  # fmt: skip
+        assert isinstance(output, jax.Array)
+        return output

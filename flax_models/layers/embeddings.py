@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
@@ -22,8 +23,11 @@ def sinusoidal_embedding(
       freq_shift: shifts the lowest frequency: the exponent divides by `dim/2 - freq_shift`.
     """
     half = dim // 2
-    exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
-    angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None]
+    exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
+    exponent /= np.float32(half - freq_shift)
+    # Rounded once: timesteps of hundreds would magnify an error of the last bit.
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]
     parts = [jnp.sin(angles), jnp.cos(angles)]
     features = jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
     return jnp.pad(features, ((0, 0), (0, dim - 2 * half)))

@@ -61,6 +61,20 @@ UNET_RULES: Rules = (
     *DEFAULT_RULES,  # proj_in, proj_out (linear or 1x1 conv), shortcuts, samplers, conv_in/out
 )
 
+DIT_RULES: Rules = (
+    ("*.attn1.to_[qkv].kernel", _COLUMN),
+    ("*.attn1.to_out.0.kernel", _ROW),
+    ("*.ff.net.0.proj.kernel", _COLUMN),
+    ("*.ff.net.2.kernel", _ROW),
+    ("*.norm1.linear.kernel", _COLUMN),
+    ("*.timestep_embedder.linear_1.kernel", _COLUMN),
+    ("*.timestep_embedder.linear_2.kernel", _ROW),
+    ("*.embedding_table.embedding", _P(None, "fsdp")),  # an odd number of classes
+    ("*.bias", _P()),
+    ("*norm*.scale", _P()),
+    *DEFAULT_RULES,
+)
+
 AUTOENCODER_RULES: Rules = (
     ("*.attentions.*.to_[qkv].kernel", _COLUMN),
     ("*.attentions.*.to_out.0.kernel", _ROW),
@@ -77,6 +91,7 @@ STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLI
 RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "UNet2DConditionModel": UNET_RULES,
+    "DiTTransformer2DModel": DIT_RULES,
     "AutoencoderKL": AUTOENCODER_RULES,
     "CLIPTextModel": CLIP_RULES,
     "CLIPModel": CLIP_RULES,

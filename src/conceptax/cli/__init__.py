@@ -1,8 +1,9 @@
 """The `conceptax` command: one module per subcommand, imported only when it is asked for.
 
 A command's module holds a frozen dataclass `Command`, whose fields are the flags and whose
-docstring is the help, and `run(command)`.  One whose flags depend on another flag also holds
-`command_type(arguments)`, which picks the dataclass.
+docstring is the help, and `run(command)`. A module of several commands has a dict `COMMANDS` of
+such dataclasses by the command's second word instead; one whose flags depend on another flag also
+has `command_type(arguments)`, which picks the dataclass.
 """
 
 import contextlib
@@ -22,6 +23,9 @@ COMMANDS = {
     "sample": "draw images from prompts",
     "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
     "glyphs train": "build the bundled model from scratch",
+    "gna simulate": "predict what a neighborhood attention saves, without a GPU",
+    "gna search": "find the windows and strides that save most, and draw them",
+    "gna bench": "measure a neighborhood attention here, beside what is predicted",
 }
 
 
@@ -93,11 +97,13 @@ def _is_command(words: Sequence[str]) -> bool:
 def _run(name: str, arguments: Sequence[str]) -> int:
     import tyro
 
-    module: Any = importlib.import_module(f"conceptax.cli.{name.split()[0]}")
-    choose = getattr(module, "command_type", lambda _: module.Command)
+    word, *second = name.split()
+    module: Any = importlib.import_module(f"conceptax.cli.{word}")
+    several = getattr(module, "COMMANDS", None)
+    choose = getattr(module, "command_type", None)
     try:
         command = tyro.cli(
-            choose(arguments),
+            several[second[0]] if several else choose(arguments) if choose else module.Command,
             prog=f"conceptax {name}",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),

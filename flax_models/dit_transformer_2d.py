@@ -1,0 +1,363 @@
+"""`DiTTransformer2DModel`: the class-conditional diffusion transformer (Peebles & Xie 2023).
+
+Latents are `[B, H, W, C]`, tokens stay on their grid, `[B, h, w, D]`.  Attribute paths are
+diffusers' state-dict keys.  Self-attention may be sparse, layer by layer (`GNA`): that changes no
+parameter, so a checkpoint of the dense model loads and runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num
+
+from .configs import ModelConfig
+from .layers.attention import GNA, Attention
+from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.transformer import Identity
+
+_TIME_FEATURES = 256  # sinusoidal features of the timestep, for every size of model
+# What the class of the first published DiT folders, `Transformer2DModel`, could do beside.
+_TRANSFORMER_2D: Mapping[str, Any] = {
+    "attention_type": "default", "caption_channels": None, "cross_attention_dim": None,
+    "double_self_attention": False, "num_vector_embeds": None, "only_cross_attention": False,
+    "use_linear_projection": False,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTTransformer2DConfig(ModelConfig):
+    """Settings of `DiTTransformer2DModel`; the defaults are diffusers', at DiT-XL/2's size.
+
+    `num_embeds_ada_norm` is the number of classes; one more embedding, `null_class`, stands for
+    none of them and serves classifier-free guidance.
+    """
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int | None = None
+    num_layers: int = 28
+    attention_bias: bool = True
+    sample_size: int = 32
+    patch_size: int = 2
+    num_embeds_ada_norm: int = 1000
+    norm_elementwise_affine: bool = False
+    norm_eps: float = 1e-5
+
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        "activation_fn": "gelu-approximate", "dropout": 0.0, "norm_type": "ada_norm_zero",
+        **_TRANSFORMER_2D,
+    }  # fmt: skip
+    INERT: ClassVar[frozenset[str]] = frozenset({"norm_num_groups", "upcast_attention"})
+
+    def __post_init__(self):
+        self.require_positive(
+            "num_attention_heads", "attention_head_dim", "in_channels", "num_layers",
+            "sample_size", "patch_size", "num_embeds_ada_norm",
+        )  # fmt: skip
+        if self.out_channels is not None:
+            self.require_positive("out_channels")
+        self.require(
+            self.features % 4 == 0,
+            f"{self.num_attention_heads} heads of {self.attention_head_dim} are {self.features} "
+            "features; positions need a multiple of 4.",
+        )
+        self.require(
+            self.sample_size % self.patch_size == 0,
+            f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}.",
+        )
+
+    @property
+    def features(self) -> int:
+        """Width of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def null_class(self) -> int:
+        """The class label that stands for no class."""
+        return self.num_embeds_ada_norm
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if k not in _TRANSFORMER_2D}
+
+    @classmethod
+    def xl_2(cls, sample_size: int = 32) -> "DiTTransformer2DConfig":
+        """The published DiT-XL/2: `sample_size` 32 for images of 256 pixels, 64 for 512.
+
+        Its 8 output channels are the noise and, behind it, the interpolation of the variance.
+        """
+        return cls(sample_size=sample_size, out_channels=8)
+
+
+@functools.lru_cache(maxsize=16)
+def position_embedding(
+    layout: tuple[int, int], dim: int, base: int
+) -> Float[np.ndarray, "h w dim"]:
+    """Fixed sine-cosine positions: `dim / 2` features of the column, then as many of the row.
+
+    Args:
+      layout: rows and columns of tokens.
+      dim: features, a multiple of 4.
+      base: tokens along each side at the size of training; other sizes are stretched to it.
+    """
+    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
+
+    def embed(count: int) -> np.ndarray:
+        positions = np.arange(count, dtype=np.float32) / np.float32(count / base)
+        angles = positions.astype(np.float64)[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = (embed(count) for count in layout)
+    shape = (*layout, dim // 2)
+    halves = [np.broadcast_to(columns[None], shape), np.broadcast_to(rows[:, None], shape)]
+    return np.concatenate(halves, axis=-1).astype(np.float32)
+
+
+class PatchEmbed(nnx.Module):
+    """Patches as tokens, with their positions: [B, H, W, C] -> [B, h, w, D]."""
+
+    def __init__(self, config: DiTTransformer2DConfig, **init):
+        patch = (config.patch_size,) * 2
+        self.base = config.sample_size // config.patch_size
+        self.proj = nnx.Conv(
+            config.in_channels, config.features, patch, strides=patch, padding="VALID", **init
+        )
+
+    def __call__(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        tokens = self.proj(latents)
+        positions = position_embedding(tokens.shape[1:3], tokens.shape[3], self.base)
+        return (tokens + positions).astype(tokens.dtype)
+
+
+class LabelEmbedding(nnx.Module):
+    """One vector per class and one for no class."""
+
+    def __init__(self, classes: int, features: int, **init):
+        self.embedding_table = nnx.Embed(classes + 1, features, **init)
+
+
+class CombinedTimestepLabelEmbeddings(nnx.Module):
+    """What a layer is told: timestep plus class, [B, D]."""
+
+    def __init__(self, config: DiTTransformer2DConfig, **init):
+        self.timestep_embedder = TimestepEmbedding(_TIME_FEATURES, config.features, **init)
+        self.class_embedder = LabelEmbedding(config.num_embeds_ada_norm, config.features, **init)
+
+    def __call__(
+        self, time: Float[Array, "B T"], class_labels: Int[Array, " B"]
+    ) -> Float[Array, "B D"]:
+        return self.timestep_embedder(time) + self.class_embedder.embedding_table(class_labels)
+
+
+def _layer_norm(features: int, epsilon: float, *, affine: bool, **init) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        features, epsilon=epsilon, use_bias=affine, use_scale=affine, use_fast_variance=False,
+        **init,
+    )  # fmt: skip
+
+
+def _zero_linear(features: int, out_features: int, **init) -> nnx.Linear:
+    return nnx.Linear(features, out_features, kernel_init=nnx.initializers.zeros, **init)
+
+
+def modulate(
+    x: Float[Array, "B h w D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
+) -> Float[Array, "B h w D"]:
+    """x·(1 + scale) + shift, the same for all tokens of an image."""
+    return x * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+class AdaLayerNormZero(nnx.Module):
+    """Each layer embeds timestep and class by itself and regresses from them its six modulations.
+
+    They start at zero, so that a new model's layers are identities.
+    """
+
+    def __init__(self, config: DiTTransformer2DConfig, **init):
+        self.emb = CombinedTimestepLabelEmbeddings(config, **init)
+        self.linear = _zero_linear(config.features, 6 * config.features, **init)
+        self.norm = _layer_norm(config.features, 1e-6, affine=False, **init)
+
+    def __call__(self, conditioning: Float[Array, "B D"]) -> list[Float[Array, "B D"]]:
+        """Shift, scale and gate of the attention, then those of the perceptron."""
+        return jnp.split(self.linear(jax.nn.silu(conditioning)), 6, axis=-1)
+
+
+class SelfAttention(Attention):
+    """Self-attention over a grid of tokens: dense, or within neighborhoods."""
+
+    def __init__(self, config: DiTTransformer2DConfig, neighborhood: GNA | None, **init):
+        super().__init__(
+            config.features, config.num_attention_heads, use_bias=config.attention_bias, **init
+        )
+        self.neighborhood = neighborhood
+
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        if self.neighborhood is None:
+            return super().__call__(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
+        query, key, value = (
+            project(x).reshape(*x.shape[:3], self.heads, -1)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.to_out[0](self.neighborhood(query, key, value).reshape(x.shape))
+
+
+class GELU(nnx.Module):
+    """Linear layer and the tanh approximation of GELU."""
+
+    def __init__(self, features: int, hidden: int, **init):
+        self.proj = nnx.Linear(features, hidden, **init)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... hidden"]:
+        return jax.nn.gelu(self.proj(x), approximate=True)
+
+
+class FeedForward(nnx.Module):
+    """Perceptron four times as wide inside."""
+
+    def __init__(self, features: int, **init):
+        self.net = nnx.List(
+            [
+                GELU(features, 4 * features, **init),
+                Identity(),
+                nnx.Linear(4 * features, features, **init),
+            ]
+        )
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention and perceptron, each normalised, modulated and gated by the condition."""
+
+    def __init__(self, config: DiTTransformer2DConfig, neighborhood: GNA | None, **init):
+        self.norm1 = AdaLayerNormZero(config, **init)
+        self.attn1 = SelfAttention(config, neighborhood, **init)
+        self.norm3 = _layer_norm(
+            config.features, config.norm_eps, affine=config.norm_elementwise_affine, **init
+        )
+        self.ff = FeedForward(config.features, **init)
+
+    def __call__(
+        self, x: Float[Array, "B h w D"], time: Float[Array, "B T"], class_labels: Int[Array, " B"]
+    ) -> Float[Array, "B h w D"]:
+        conditioning = self.norm1.emb(time, class_labels)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(conditioning)
+        attended = self.attn1(modulate(self.norm1.norm(x), shift, scale))
+        x = x + gate[:, None, None] * attended
+        return x + gate_ff[:, None, None] * self.ff(modulate(self.norm3(x), shift_ff, scale_ff))
+
+
+# GNA, a sequence of GNA and None, or None; anything else is refused by name in `_per_layer`.
+Neighborhoods: TypeAlias = Any
+
+
+def _per_layer(attention: Neighborhoods, layers: int) -> tuple[GNA | None, ...]:
+    one_each = isinstance(attention, Sequence)
+    settings = tuple(attention) if one_each else (attention,) * layers
+    if len(settings) != layers:
+        raise ValueError(
+            f"attention takes one setting for all layers or {layers}, one per layer; received "
+            f"{len(settings)}."
+        )
+    for index, setting in enumerate(settings):
+        if not (setting is None or isinstance(setting, GNA)):
+            raise ValueError(
+                f"attention takes GNA(...), or None for dense attention; received {setting!r} for "
+                f"layer {index}."
+            )
+    return settings
+
+
+class DiTTransformer2DModel(nnx.Module):
+    """Class-conditional diffusion transformer.
+
+    Args:
+      config: architecture.
+      attention: `GNA` settings of the self-attention: one for all layers, or a sequence of one per
+        layer, in which None is dense. None, the default, is dense everywhere. Parameters are the
+        same whatever it is.
+      dtype: computation dtype; norms and softmax accumulate in float32.
+      param_dtype: dtype of the parameters.
+      remat: recompute each layer's activations in the backward pass.
+      rngs: source of the initial parameters.
+
+    Raises:
+      ValueError: `attention` has another number of layers than the config.
+    """
+
+    config_class = DiTTransformer2DConfig
+    pytorch_class = "DiTTransformer2DModel"
+    pytorch_library = "diffusers"
+
+    def __init__(
+        self, config: DiTTransformer2DConfig, *, attention: Neighborhoods = None,
+        dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32, remat: bool = False,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        features = config.features
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        self.pos_embed = PatchEmbed(config, **init)
+        self.transformer_blocks = nnx.List(
+            [
+                BasicTransformerBlock(config, setting, **init)
+                for setting in _per_layer(attention, config.num_layers)
+            ]
+        )
+        self.norm_out = _layer_norm(features, 1e-6, affine=False, **init)
+        self.proj_out_1 = _zero_linear(features, 2 * features, **init)
+        self.proj_out_2 = _zero_linear(
+            features, config.patch_size**2 * (config.out_channels or config.in_channels), **init
+        )
+
+    def __call__(
+        self,
+        latents: Float[Array, "B H W C"],
+        timesteps: Num[Array, "*B"] | float | int,
+        class_labels: Int[Array, " B"],
+    ) -> Float[Array, "B H W O"]:
+        """Predict noise (or whatever the checkpoint was trained to predict).
+
+        Args:
+          latents: noisy latents [B, H, W, in_channels], H and W multiples of `patch_size`.
+          timesteps: scalar or [B], in units of training timesteps.
+          class_labels: [B], below `config.num_embeds_ada_norm`, or `config.null_class` for none.
+
+        Returns:
+          [B, H, W, out_channels] in the computation dtype.
+
+        Raises:
+          ValueError: latents of another shape, or a window larger than their grid of tokens.
+        """
+        patch = self.config.patch_size
+        batch, height, width, channels = latents.shape
+        if channels != self.config.in_channels or height % patch or width % patch:
+            raise ValueError(
+                f"DiTTransformer2DModel takes [B, H, W, {self.config.in_channels}] latents with H "
+                f"and W multiples of patch_size {patch}, received {latents.shape}."
+            )
+        timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
+        time = sinusoidal_embedding(
+            timesteps, _TIME_FEATURES, flip_sin_to_cos=True, freq_shift=1
+        ).astype(self.dtype)
+        x = self.pos_embed(latents.astype(self.dtype))
+        for block in self.transformer_blocks:
+            run = jax.checkpoint(block.__call__) if self.remat else block
+            x = run(x, time, class_labels)
+
+        # The output is modulated by what the first layer embeds.
+        conditioning = self.transformer_blocks[0].norm1.emb(time, class_labels)
+        shift, scale = jnp.split(self.proj_out_1(jax.nn.silu(conditioning)), 2, axis=-1)
+        x = self.proj_out_2(modulate(self.norm_out(x), shift, scale))  # [B, h, w, p*p*O]
+        x = x.reshape(batch, height // patch, width // patch, patch, patch, -1)
+        return x.swapaxes(2, 3).reshape(batch, height, width, -1)

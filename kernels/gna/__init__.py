@@ -1,0 +1,26 @@
+"""Generalized Neighborhood Attention (arXiv 2504.16922): sparse multi-dimensional attention."""
+
+from .api import (
+    BACKENDS,
+    PREFERENCES,
+    joint_neighborhood_attention,
+    neighborhood_attention,
+    neighborhood_mask,
+    unsupported,
+)
+from .context_parallel import context_parallel_attention
+from .merge import merge_attentions
+from .problem import Problem, describe
+
+__all__ = [
+    "BACKENDS",
+    "PREFERENCES",
+    "Problem",
+    "context_parallel_attention",
+    "describe",
+    "joint_neighborhood_attention",
+    "merge_attentions",
+    "neighborhood_attention",
+    "neighborhood_mask",
+    "unsupported",
+]

@@ -1,0 +1,340 @@
+"""The front-end: arguments are checked, an implementation is chosen, gradients are defined.
+
+A backend is a module with three functions:
+
+  unsupported(problem, platform) -> str | None         why it cannot do a problem, or None; what is
+                                                       not at hand is said by `NEEDS`
+  forward(problem, q, k, v, ak, av) -> (output, lse)   ak, av: additional keys and values, or None
+  backward(problem, residuals, d_output, delta) -> Gradients
+
+and, where something must be built before its first call,
+
+  prepare(platform) -> None                            RuntimeError if that fails
+
+It sees raw operands in the layout of the call, with vmapped axes folded into the batch, and need
+have neither derivatives nor batching rules of its own.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from . import cuda, reference, triton, xla
+from .partition import BACKWARD, FORWARD, partitioned
+from .platforms import default_platform
+from .problem import Number, PerDimension, Problem, Residuals, describe, windows_of
+from .varying import vary, varying_axes
+from .windows import Window
+
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "xla": xla,
+    "cuda": cuda,
+    "triton": triton,
+}
+
+# What must be at hand beside jax, on a platform; what is not is said as `unsupported` does.
+NEEDS: dict[str, Callable[[str], str | None]] = {
+    "cuda": cuda.build.missing,
+    "triton": triton.missing,
+}
+
+# What runs where, best first; the first that can do the problem is taken.
+PREFERENCES = {
+    "cpu": ("cuda", "xla", "reference"),
+    "gpu": ("triton", "xla", "reference"),
+    "tpu": ("xla", "reference"),
+}
+
+
+def unsupported(implementation: str, problem: Problem, platform: str | None = None) -> str | None:
+    """Why an implementation cannot do a problem, or None if it can.
+
+    Args:
+      implementation: a key of `BACKENDS`.
+      problem: what `describe` returns.
+      platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
+
+    Raises:
+      ValueError: if `implementation` names none.
+    """
+    if implementation not in BACKENDS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
+            f"{implementation!r}."
+        )
+    platform = platform or default_platform()
+    reason = BACKENDS[implementation].unsupported(problem, platform)
+    if reason is None and implementation in NEEDS:
+        reason = NEEDS[implementation](platform)
+    return reason
+
+
+def select(problem: Problem, implementation: str | None = None) -> str:
+    """The implementation that runs a problem on jax's default device.
+
+    Raises:
+      ValueError: if `implementation` names none.
+      NotImplementedError: if the one asked for cannot do the problem; another is never taken.
+    """
+    if implementation is None:
+        platform = default_platform()
+        names = PREFERENCES.get(platform, PREFERENCES["tpu"])
+        able = (name for name in names if unsupported(name, problem, platform) is None)
+        return next(name for name in able if _is_ready(name, platform))
+    reason = unsupported(implementation, problem)
+    if reason is not None:
+        raise NotImplementedError(
+            f"the implementation {implementation!r} cannot do this: {reason}. With "
+            "implementation=None one that can is chosen."
+        )
+    return implementation
+
+
+@functools.cache
+def _is_ready(implementation: str, platform: str) -> bool:
+    """Whether a backend that is not asked for by name can be built; it is said once if not."""
+    prepare = getattr(BACKENDS[implementation], "prepare", None)
+    if prepare is None:
+        return True
+    try:
+        prepare(platform)
+    except (RuntimeError, OSError) as error:
+        message = f"attention runs without the faster {implementation} implementation: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+def seen_by_backends(problem: Problem) -> Problem:
+    """The problem as backends get it: dense attention is over one row of tokens.
+
+    There the order of tokens does not matter, nor is there a mask.
+    """
+    if not problem.is_dense:
+        return problem
+    return dataclasses.replace(problem, windows=(Window(problem.tokens, problem.tokens),))
+
+
+def neighborhood_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    is_causal: PerDimension = False,
+    scale: Number | None = None,
+    additional_keys: Array | None = None,
+    additional_values: Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Generalized Neighborhood Attention over 1, 2 or 3 dimensions (arXiv 2504.16922).
+
+    Each query sees a window of `kernel_size` keys along each dimension, itself in the middle as far
+    as the borders allow: there the window is shifted, never cut. Runs of `stride` queries share the
+    window of their leader; `dilation` spaces a window's keys; a causal dimension shows no key
+    behind the query. `kernel_size` of the whole layout is dense attention, `stride` equal to
+    `kernel_size` attention within blocks.
+
+    It works under jit, vmap, grad (once), jax.checkpoint, and in shard_map over batch and heads;
+    for tokens spread over devices see `context_parallel_attention`.
+
+    Args:
+      query: [B, *X, Hq, D]; float32, bfloat16 or float16, as are the others.
+      key: [B, *X, Hkv, D]; query head h reads key head h // (Hq / Hkv).
+      value: [B, *X, Hkv, Dv].
+      kernel_size: keys seen along each dimension, an integer or one per dimension, as all four.
+      stride: queries that share a window; at most `kernel_size`.
+      dilation: distance between the keys of a window.
+      is_causal: whether no key behind the query is seen.
+      scale: factor of the scores, by default D ** -0.5.
+      additional_keys: keys that every query sees, such as those of a text [B, A, Hkv, D].
+      additional_values: their values [B, A, Hkv, Dv].
+      return_lse: also return the log-sum-exp of the scores, which `merge_attentions` needs.
+      implementation: a backend by name; by default the first in `PREFERENCES` that can.
+
+    Returns:
+      The output [B, *X, Hq, Dv] in the dtype of the operands; with `return_lse`, also the
+      log-sum-exp of the scores [B, *X, Hq], natural logarithm, float32.
+
+    Raises:
+      ValueError: if the call is wrong; the message says what was received and what is accepted.
+      NotImplementedError: if the implementation asked for cannot do the problem.
+    """
+    problem = describe(
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    implementation = select(problem, implementation)
+    problem = seen_by_backends(problem)
+    layout = (problem.batch, *problem.layout)
+    operands = [x.reshape(*layout, *x.shape[-2:]) for x in (query, key, value)]
+    operands += [additional_keys, additional_values]
+    axes = varying_axes(*operands)
+    operands = (None if x is None else vary(x, axes) for x in operands)
+    output, lse = attend(problem, implementation, *operands)
+    output = output.reshape(*query.shape[:-1], problem.value_dim)
+    return (output, lse.reshape(query.shape[:-1])) if return_lse else output
+
+
+def neighborhood_mask(
+    token_layout: tuple[int, ...] | list[int],
+    *,
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    is_causal: PerDimension = False,
+) -> Bool[Array, "N N"]:
+    """mask[i, j]: whether query i sees key j, tokens in row-major order (last dimension fastest).
+
+    Raises:
+      ValueError: as `neighborhood_attention`.
+    """
+    windows = windows_of(token_layout, kernel_size, stride, dilation, is_causal)
+    return jnp.asarray(reference.mask_of(windows))
+
+
+def joint_neighborhood_attention(
+    image: tuple[Array, Array, Array],
+    text: tuple[Array, Array, Array],
+    *,
+    token_layout: tuple[int, ...],
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    scale: Number | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Joint attention of image and text tokens, as in MMDiT (FLUX, HunyuanVideo, SD3).
+
+    Image queries see their neighborhood of the image and the whole text; text queries see
+    everything. The layout must be given, because flattened tokens no longer tell it.
+
+    Args:
+      image: query [B, N, Hq, D], key [B, N, Hkv, D] and value [B, N, Hkv, Dv] of the image tokens,
+        in row-major order.
+      text: those of the text tokens [B, A, ...].
+      token_layout: tokens of the image along each dimension; their product is N.
+      kernel_size: as the following, see `neighborhood_attention`.
+      stride: of the image's windows.
+      dilation: of the image's windows.
+      scale: factor of the scores, by default D ** -0.5.
+      implementation: see `neighborhood_attention`.
+
+    Returns:
+      The outputs of image tokens [B, N, Hq, Dv] and text tokens [B, A, Hq, Dv].
+
+    Raises:
+      ValueError: as `neighborhood_attention`, and where the layout does not fit the tokens.
+    """
+    windows = windows_of(token_layout, kernel_size, stride, dilation)
+    tokens = math.prod(window.length for window in windows)
+    for name, x in zip(("query", "key", "value"), image, strict=True):
+        if x.ndim != 4 or x.shape[1] != tokens:
+            raise ValueError(
+                f"the image's {name} must be [batch, tokens, heads, head_dim] with {tokens} tokens "
+                f"for the token layout {tuple(token_layout)}; received shape {x.shape}."
+            )
+    query, key, value = (x.reshape(x.shape[0], *token_layout, *x.shape[-2:]) for x in image)
+    shared: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    of_image = neighborhood_attention(
+        query,
+        key,
+        value,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        additional_keys=text[1],
+        additional_values=text[2],
+        **shared,
+    )
+    of_text = neighborhood_attention(
+        *text,
+        kernel_size=text[0].shape[1:2],
+        additional_keys=image[1],
+        additional_values=image[2],
+        **shared,
+    )
+    assert isinstance(of_image, jax.Array) and isinstance(of_text, jax.Array)
+    return of_image.reshape(*image[0].shape[:-1], -1), of_text
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(
+    problem: Problem,
+    implementation: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    additional_keys: Array | None,
+    additional_values: Array | None,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
+    run = _foldable(BACKENDS[implementation].forward, problem, FORWARD)
+    return run(query, key, value, additional_keys, additional_values)
+
+
+def _attend_forward(problem: Problem, implementation: str, *operands: Array | None) -> Any:
+    output, lse = attend(problem, implementation, *operands)
+    return (output, lse), Residuals._make((*operands, output, lse))
+
+
+def _attend_backward(
+    problem: Problem, implementation: str, residuals: Residuals, cotangents: tuple[Array, Array]
+) -> Any:
+    d_output, d_lse = cotangents
+    # P depends on the scores through the log-sum-exp, and the log-sum-exp is itself a result: its
+    # own cotangent enters where the output's does, so merged attentions differentiate.
+    product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
+    delta = product.sum(-1) - d_lse
+    run = _foldable(BACKENDS[implementation].backward, problem, BACKWARD)
+    return tuple(run(residuals, d_output, delta))
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:
+    """A backend's function of arrays [B, ...], whose vmapped axes become part of B."""
+    call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
+
+    @call.def_vmap
+    def fold(size: int, batched: Any, *operands: Any) -> Any:
+        def flat(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(size * x.shape[1], *x.shape[2:])
+
+        if size == 0:  # backends take a batch of at least one
+            one = jax.tree.map(
+                lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),
+                operands,
+                tuple(batched),
+            )
+            results = jax.eval_shape(call, *one)
+            none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), results)
+            return none, jax.tree.map(lambda _: True, none)
+        larger = dataclasses.replace(problem, batch=size * problem.batch)
+        results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, tuple(batched)))
+        unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)
+        return unfolded, jax.tree.map(lambda _: True, results)
+
+    return call

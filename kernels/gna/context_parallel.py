@@ -1,0 +1,120 @@
+"""Neighborhood attention over tokens that are spread over devices.
+
+Each device holds a slab of the token layout, cut along its first dimension.  Its queries see keys
+in a bounded neighborhood, so it needs its own slab and a halo from its neighbours, not all tokens.
+At the ends of the layout windows are shifted inwards, which makes the halo there wider on one side;
+one program runs on all devices, so all fetch the widest.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .api import attend, select
+from .boxes import key_rows
+from .problem import Number, PerDimension, describe
+from .varying import vary, varying_axes
+from .windows import Window
+
+
+def context_parallel_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis_name: str,
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    is_causal: PerDimension = False,
+    scale: Number | None = None,
+    additional_keys: Array | None = None,
+    additional_values: Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """`neighborhood_attention` inside `jax.shard_map`, tokens sharded along their first dimension.
+
+    Equal to `neighborhood_attention` of the whole arrays, gradients included.
+
+    Args:
+      query: this device's slab [B, X1 / devices, ..., Hq, D].
+      key: its keys [B, X1 / devices, ..., Hkv, D].
+      value: its values [B, X1 / devices, ..., Hkv, Dv].
+      axis_name: the mesh axis along which slabs follow each other.
+      kernel_size: of the whole layout, as the following; see `neighborhood_attention`.
+      stride: queries that share a window.
+      dilation: distance between the keys of a window; along the first dimension it must divide the
+        tokens of a device.
+      is_causal: whether no key behind the query is seen.
+      scale: factor of the scores, by default D ** -0.5.
+      additional_keys: keys that every query sees, all of them on every device [B, A, Hkv, D].
+      additional_values: their values [B, A, Hkv, Dv].
+      return_lse: also return the log-sum-exp of the scores.
+      implementation: a backend by name; by default the first that can.
+
+    Returns:
+      This device's slab of the output, and of its log-sum-exp with `return_lse`.
+
+    Raises:
+      ValueError: as `neighborhood_attention`, and where the dilation does not divide the tokens of
+        a device.
+      NotImplementedError: if the implementation asked for cannot do this.
+    """
+    shards = jax.lax.axis_size(axis_name)
+
+    def whole(x: Array) -> jax.ShapeDtypeStruct:
+        shape = x.shape if x.ndim < 2 else (x.shape[0], x.shape[1] * shards, *x.shape[2:])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    problem = describe(
+        whole(query),
+        whole(key),
+        whole(value),
+        additional_keys,
+        additional_values,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    window, own = problem.windows[0], query.shape[1]
+    if own % window.dilation:
+        raise ValueError(
+            "the dilation along the first dimension must divide the tokens of each device; "
+            f"received dilation {window.dilation} and {own} of {window.length} tokens on each of "
+            f"{shards} devices."
+        )
+    if shards > 1:
+        problem = dataclasses.replace(problem, shards=shards, axis_name=axis_name)
+        key, value = (exchange(x, problem.windows[0], axis_name) for x in (key, value))
+    operands = (query, key, value, additional_keys, additional_values)
+    axes = varying_axes(*operands)
+    operands = (None if x is None else vary(x, axes) for x in operands)
+    output, lse = attend(problem, select(problem, implementation), *operands)
+    return (output, lse) if return_lse else output
+
+
+def exchange(x: Float[Array, "B n *rest"], window: Window, axis_name: str) -> Array:
+    """A slab of tokens with the tokens around it that its queries see, [B, rows, ...]."""
+    shards, own = jax.lax.axis_size(axis_name), x.shape[1]
+    first, rows = key_rows(window, shards)
+    if rows == window.length:
+        return jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
+    before = -first[0]
+    after = rows - own - before
+
+    def fetch(part: Array, hop: int) -> Array:
+        """`part` of the device `hop` places before this one, zeros where there is none."""
+        pairs = [(n, n + hop) for n in range(shards) if 0 <= n + hop < shards]
+        return jax.lax.ppermute(part, axis_name, pairs)
+
+    parts = [x]
+    for hop in range(1, -(-before // own) + 1):
+        parts.insert(0, fetch(x[:, own - min(own, before - (hop - 1) * own) :], hop))
+    for hop in range(1, -(-after // own) + 1):
+        parts.append(fetch(x[:, : min(own, after - (hop - 1) * own)], -hop))
+    return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,181 @@
+"""Custom calls into C++ and CUDA through XLA's foreign function interface.
+
+One call, two targets: on a CPU it runs threads and vectors (`gna_cpu.cc`), on an NVIDIA GPU tensor
+cores (`gna_gpu.cu`).  The machine's own compilers build their libraries on first use (`build`).
+
+Both list the keys that a tile of queries meets, first those that all queries see, which need no
+mask, then the others, wherever they lie: windows of any size and stride fill whole tiles of keys.
+"""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ..platforms import default_platform
+from ..problem import Gradients, Problem, Residuals
+from ..varying import vary, varying_axes
+from ..windows import Window
+from . import build
+
+FORWARD, BACKWARD = "conceptax_gna_forward", "conceptax_gna_backward"
+PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
+
+# Places in what `tiles` returns, as in `TileKind` in `problem.h`.
+CPU_TILE, FORWARD_TILE = 0, 1
+
+# Meeting a key costs the CPU target its products with a tile of so many queries, in vectors of 16;
+# short rows of vectors run below full speed.
+CPU_COSTS = {16: 1.3, 32: 2.1, 48: 3.0, 64: 4.0}
+TILE_COST = 64  # preparing a tile, in tokens met
+GPU_DTYPES = ("bfloat16", "float16")
+GPU_MOST_DIM = 128
+
+
+def unsupported(problem: Problem, platform: str) -> str | None:
+    """Why this backend cannot do a problem on a platform, or None if it can."""
+    if platform not in PLATFORMS:
+        return f"it runs on CPUs and NVIDIA GPUs, not on a {platform}"
+    if problem.shards > 1:
+        return "it does not attend from a shard of the tokens"
+    if platform == "gpu":
+        dims = (problem.head_dim, problem.value_dim)
+        if problem.dtype not in GPU_DTYPES:
+            return f"on a GPU it takes {' and '.join(GPU_DTYPES)}, not {problem.dtype}"
+        if any(dim % 8 or dim > GPU_MOST_DIM for dim in dims):
+            return (
+                f"on a GPU it takes head dimensions that are multiples of 8 up to {GPU_MOST_DIM}, "
+                f"not {dims[0]} for queries and {dims[1]} for values"
+            )
+    return None
+
+
+def forward(
+    problem: Problem,
+    query: Array,
+    key: Array,
+    value: Array,
+    additional_keys: Array | None,
+    additional_values: Array | None,
+) -> tuple[Array, Array]:
+    """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
+    operands = _operands(query, key, value, additional_keys, additional_values)
+    shape = (*query.shape[:-1], problem.value_dim)
+    results = [
+        jax.ShapeDtypeStruct(shape, query.dtype),
+        jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
+    ]
+    output, lse = _call(FORWARD, problem, results, operands)
+    return output, lse
+
+
+def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
+    """Gradients of the inputs; see `reference.backward`."""
+    operands = _operands(*residuals[:5])
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    gradients = _call(BACKWARD, problem, results, [*operands, residuals.lse, d_output, delta])
+    return Gradients(*gradients[:3], *(gradients[3:] if problem.additional else (None, None)))
+
+
+def _call(
+    target: str, problem: Problem, results: list[jax.ShapeDtypeStruct], operands: list[Array]
+) -> list[Array]:
+    prepare(default_platform())
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    axes = varying_axes(*operands)
+    return [vary(x, axes) for x in call(*operands, **_attributes(problem))]
+
+
+@functools.cache
+def prepare(platform: str) -> None:
+    """Builds the library of a platform unless it is there already, and registers its calls.
+
+    Raises:
+      RuntimeError: if there is no compiler, or it fails.
+    """
+    library = build.load(platform)
+    for name, symbol in ((FORWARD, library.GnaForward), (BACKWARD, library.GnaBackward)):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform=PLATFORMS[platform])
+
+
+def _operands(query: Array, key: Array, value: Array, *additional: Array | None) -> list[Array]:
+    """The call always takes additional keys and values, maybe none of them."""
+    given = zip((key, value), additional, strict=True)
+    return [
+        query,
+        key,
+        value,
+        *(x[:, :0].reshape(x.shape[0], 0, *x.shape[-2:]) if a is None else a for x, a in given),
+    ]
+
+
+def _attributes(problem: Problem) -> dict[str, Any]:
+    windows = [
+        (w.length, w.kernel_size, w.stride, w.dilation, w.is_causal) for w in problem.windows
+    ]
+    return {
+        "windows": np.array(windows, np.int64).reshape(-1),
+        "tiles": np.array(tiles(problem.windows), np.int64).reshape(-1),
+        "scale": np.float32(problem.scale),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles(windows: tuple[Window, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the tiles whose work is least, in the order of `TileKind` in `problem.h`.
+
+    Queries on a CPU; on a GPU queries in the forward pass, queries and keys in the backward pass.
+    """
+    return [
+        _best_tile(windows, CPU_COSTS, by_key=False),
+        _best_tile(windows, {128: 1.0}, by_key=False),
+        _best_tile(windows, {64: 1.0}, by_key=False),
+        _best_tile(windows, {64: 1.0}, by_key=True),
+    ]
+
+
+def _best_tile(
+    windows: tuple[Window, ...], costs: dict[int, float], by_key: bool
+) -> tuple[int, ...]:
+    """The shape that meets the fewest tokens of the other side, for all tiles together.
+
+    `costs` is what meeting one costs, by the most tokens that a tile may have.
+    """
+    choices = [
+        [(size, *_meets(w, size, by_key)) for size in _sizes(w, max(costs))] for w in windows
+    ]
+
+    def work(combination: tuple[tuple[int, int, int], ...]) -> float:
+        sizes, tiles, met = zip(*combination, strict=True)
+        cost = next((c for most, c in costs.items() if math.prod(sizes) <= most), math.inf)
+        return cost * (math.prod(met) + TILE_COST * math.prod(tiles))
+
+    return tuple(one[0] for one in min(itertools.product(*choices), key=work))
+
+
+def _sizes(window: Window, most: int) -> list[int]:
+    """Tiles worth trying along a dimension: powers of two, and those that fit the stride groups."""
+    longest = -(-window.length // window.dilation)
+    sizes = {1 << n for n in range(8)} | {n * window.stride for n in (1, 2, 4)} | {longest}
+    return sorted(size for size in sizes if size <= min(most, longest))
+
+
+def _meets(window: Window, tile: int, by_key: bool) -> tuple[int, int]:
+    """Tiles along a dimension, and the tokens that they meet, summed over all."""
+    tiles = met = 0
+    for length in window.group_lengths():
+        start, end = window.bounds(length)
+        first = np.arange(0, length, tile)
+        last = np.minimum(first + tile, length) - 1
+        if by_key:  # the queries from the first that sees the last key to those past its last
+            sizes = np.searchsorted(start, last, "right") - np.searchsorted(end, first, "right")
+        else:
+            sizes = end[last] - start[first]
+        tiles += len(first)
+        met += int(sizes.sum())
+    return tiles, met

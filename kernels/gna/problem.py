@@ -1,0 +1,272 @@
+"""What is asked for: the checked, hashable description of one neighborhood attention.
+
+Everything a kernel's shape depends on is static and stands in `Problem`, so that backends may build
+tables, compile and cache by it.  Arguments are checked here, once, for all backends.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .windows import Window
+
+# An integer (or bool) for all dimensions, or one per dimension; what else may come is refused by
+# name in `per_dimension`, which says more than a type checker would.
+PerDimension: TypeAlias = Any
+
+Number: TypeAlias = float | int | np.floating
+
+# Descriptions need shapes and dtypes only.
+Operand: TypeAlias = Array | jax.ShapeDtypeStruct
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Residuals(NamedTuple):
+    """What the forward pass leaves for the backward pass; the probabilities are computed again."""
+
+    query: Array  # [B, *X, Hq, D]
+    key: Array  # [B, *X, Hkv, D]
+    value: Array  # [B, *X, Hkv, Dv]
+    additional_keys: Array | None  # [B, A, Hkv, D]
+    additional_values: Array | None  # [B, A, Hkv, Dv]
+    output: Array  # [B, *X, Hq, Dv]
+    lse: Array  # [B, *X, Hq], float32
+
+
+class Gradients(NamedTuple):
+    """Cotangents of the inputs, in their shapes and dtypes."""
+
+    query: Array
+    key: Array
+    value: Array
+    additional_keys: Array | None
+    additional_values: Array | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """One neighborhood attention.
+
+    Attributes:
+      batch: B; vmapped axes are folded into it.
+      windows: the token layout and what is seen along each of its 1 to 3 dimensions.
+      heads: query heads Hq.
+      kv_heads: key and value heads Hkv; query head h reads key head h // (Hq / Hkv).
+      head_dim: D, of queries and keys.
+      value_dim: Dv, of values and output.
+      dtype: of all operands: "float32", "bfloat16" or "float16".
+      additional: number of additional keys, seen by every query; 0 is none.
+      scale: factor of the scores.
+      shards: devices that share the first dimension. Above 1, queries are a device's own rows and
+        keys are these and its neighbours' (`context_parallel`).
+      axis_name: the mesh axis of these devices.
+    """
+
+    batch: int
+    windows: tuple[Window, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    additional: int
+    scale: float
+    shards: int = 1
+    axis_name: str | None = None
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Tokens along each dimension."""
+        return tuple(w.length for w in self.windows)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return math.prod(self.layout)
+
+    @property
+    def repeats(self) -> int:
+        """Query heads per key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every query sees every key."""
+        return self.shards == 1 and all(w.is_dense() for w in self.windows)
+
+
+def describe(
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    additional_keys: Operand | None = None,
+    additional_values: Operand | None = None,
+    *,
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    is_causal: PerDimension = False,
+    scale: Number | None = None,
+) -> Problem:
+    """Checks the arguments of `neighborhood_attention` and describes them.
+
+    Raises:
+      ValueError: naming the argument, what was received and what is accepted.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not 4 <= x.ndim <= 6:
+            raise ValueError(
+                f"{name} must be [batch, *layout, heads, head_dim] with a layout of 1 to 3 "
+                f"dimensions, that is of rank 4 to 6; received shape {x.shape}."
+            )
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty; received shape {x.shape}.")
+    for name, x in (("key", key), ("value", value)):
+        if x.ndim != query.ndim or x.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"query and {name} must have the same batch and token layout; received shapes "
+                f"{query.shape} and {x.shape}."
+            )
+    heads, head_dim = query.shape[-2:]
+    kv_heads, value_dim = value.shape[-2:]
+    if key.shape[-1] != head_dim:
+        raise ValueError(
+            f"query and key must have the same head_dim; received {head_dim} and {key.shape[-1]}."
+        )
+    if key.shape[-2] != kv_heads:
+        raise ValueError(
+            f"key and value must have the same number of heads; received {key.shape[-2]} and "
+            f"{kv_heads}."
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            "the number of query heads must be a multiple of the number of key heads; received "
+            f"{heads} and {kv_heads}."
+        )
+    operands = {"query": query, "key": key, "value": value}
+    operands |= _check_additional(
+        key.shape[0], kv_heads, head_dim, value_dim, additional_keys, additional_values
+    )
+    dtypes = {name: jnp.dtype(x.dtype).name for name, x in operands.items()}
+    if len(set(dtypes.values())) > 1 or dtypes["query"] not in DTYPES:
+        raise ValueError(
+            f"all operands must have the same dtype, one of {', '.join(DTYPES)}; received "
+            f"{', '.join(f'{name} {dtype}' for name, dtype in dtypes.items())}."
+        )
+    if scale is None:
+        scale = head_dim**-0.5
+    if isinstance(scale, bool) or not (isinstance(scale, Number) and 0 < scale < math.inf):
+        raise ValueError(
+            f"scale must be a positive number, or None for head_dim ** -0.5; received {scale!r}."
+        )
+    return Problem(
+        batch=query.shape[0],
+        windows=windows_of(query.shape[1:-2], kernel_size, stride, dilation, is_causal),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtypes["query"],
+        additional=0 if additional_keys is None else additional_keys.shape[1],
+        scale=float(scale),
+    )
+
+
+def _check_additional(
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    keys: Operand | None,
+    values: Operand | None,
+) -> dict[str, Operand]:
+    if keys is None and values is None:
+        return {}
+    if keys is None or values is None:
+        given, missing = ("values", "keys") if keys is None else ("keys", "values")
+        raise ValueError(
+            f"additional_keys and additional_values come together; received additional_{given} "
+            f"without additional_{missing}."
+        )
+    for name, x, dim in (("keys", keys, head_dim), ("values", values, value_dim)):
+        shape = (batch, keys.shape[1] if keys.ndim == 4 else "additional", kv_heads, dim)
+        if x.ndim != 4 or x.shape != shape or 0 in x.shape:
+            raise ValueError(
+                f"additional_{name} must be [batch, additional, kv_heads, head_dim], here "
+                f"[{', '.join(map(str, shape))}] with at least 1 token, the same for keys and "
+                f"values; received shape {x.shape}."
+            )
+    return {"additional_keys": keys, "additional_values": values}
+
+
+def windows_of(
+    layout: Sequence[int],
+    kernel_size: PerDimension,
+    stride: PerDimension = 1,
+    dilation: PerDimension = 1,
+    is_causal: PerDimension = False,
+) -> tuple[Window, ...]:
+    """Checks the settings of each dimension of a token layout; see `Window`.
+
+    Raises:
+      ValueError: for settings of another type or number than the layout's dimensions, and where not
+        1 <= kernel_size, kernel_size * dilation <= length, 1 <= stride <= kernel_size.
+    """
+    rank = len(layout) if isinstance(layout, (tuple, list)) else 0
+    if not 1 <= rank <= 3:
+        raise ValueError(
+            f"a token layout is a tuple of the tokens along 1 to 3 dimensions; received {layout!r}."
+        )
+    lengths = per_dimension("token_layout", layout, rank)
+    sizes = per_dimension("kernel_size", kernel_size, rank)
+    strides = per_dimension("stride", stride, rank)
+    dilations = per_dimension("dilation", dilation, rank)
+    causal = per_dimension("is_causal", is_causal, rank, convert=_as_bool)
+    for m, (x, k, s, d) in enumerate(zip(lengths, sizes, strides, dilations, strict=True)):
+        if k * d > x:
+            raise ValueError(
+                f"kernel_size times dilation must not exceed the tokens along a dimension; "
+                f"received {k} * {d} = {k * d} > {x} in dimension {m} (kernel_size={sizes}, "
+                f"dilation={dilations}, token layout {lengths})."
+            )
+        if s > k:
+            raise ValueError(
+                f"stride must not exceed kernel_size; received {s} > {k} in dimension {m} "
+                f"(stride={strides}, kernel_size={sizes})."
+            )
+    return tuple(map(Window, lengths, sizes, strides, dilations, causal))
+
+
+def _as_size(value: Any) -> int | None:
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return int(value) if is_integer and value >= 1 else None
+
+
+def _as_bool(value: Any) -> bool | None:
+    return bool(value) if isinstance(value, (bool, np.bool_)) else None
+
+
+def per_dimension(
+    name: str, value: Any, rank: int, convert: Callable[[Any], Any] = _as_size
+) -> tuple[Any, ...]:
+    """One setting per dimension, from one for all or a sequence.
+
+    Raises:
+      ValueError: unless there are `rank` settings, all integers of at least 1 (or all bools).
+    """
+    kind = "a bool" if convert is _as_bool else "an integer of at least 1"
+    values = value if isinstance(value, (tuple, list, np.ndarray)) else (value,) * rank
+    converted = tuple(convert(v) for v in values)
+    if len(converted) != rank or None in converted:
+        raise ValueError(
+            f"{name} must be {kind}, or a sequence of {rank}, one for each dimension of the token "
+            f"layout; received {value!r}."
+        )
+    return converted

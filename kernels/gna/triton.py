@@ -1,0 +1,293 @@
+"""Triton kernels called from jax: what to launch, with which tiles, and how to tune that.
+
+Needs an NVIDIA GPU and jax-triton (`pip install 'conceptax[cuda]'`), which is imported at the first
+call. Kernels are lowered for the GPU at hand, without one for compute capability 9.0.
+"""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .platforms import default_platform
+from .problem import Gradients, Problem, Residuals
+from .tiles import padded, tiling
+from .triton_blocks import TUNED, Blocks, blocks_of, largest_dim, tuning_key
+from .varying import vary, varying_axes
+
+# Programs that keep any GPU busy; the additional keys alone may be too few.
+ENOUGH_PROGRAMS = 512
+
+
+def unsupported(problem: Problem, platform: str) -> str | None:
+    """Why this backend cannot do a problem on a platform, or None if it can."""
+    if platform != "gpu":
+        return f"it runs on a GPU, not on {platform}"
+    if problem.shards > 1:
+        return "it does not attend from a shard of the tokens"
+    most = largest_dim(problem)
+    if max(problem.head_dim, problem.value_dim) > most:
+        return (
+            f"head dimensions may be {most} at most in {problem.dtype}, not {problem.head_dim} "
+            f"(queries and keys) and {problem.value_dim} (values)"
+        )
+    return None
+
+
+@functools.cache
+def missing(platform: str) -> str | None:
+    """Why jax-triton is not to be had here, and what to do; None if it is."""
+    try:
+        import jax_triton  # noqa: F401
+        import triton  # noqa: F401
+    except Exception as error:  # whatever it is: without them this backend is not to be had
+        reason = str(error).splitlines()[0]
+        return f"jax-triton cannot be imported ({reason}); pip install 'conceptax[cuda]' brings it"
+    return None
+
+
+def forward(
+    problem: Problem,
+    query: Array,
+    key: Array,
+    value: Array,
+    additional_keys: Array | None,
+    additional_values: Array | None,
+) -> tuple[Array, Array]:
+    """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
+    additional = (
+        key if additional_keys is None else additional_keys,
+        value if additional_values is None else additional_values,
+    )
+    output, lse = call(
+        "forward",
+        launch(problem, "forward"),
+        (query, key, value, *additional),
+        [
+            jax.ShapeDtypeStruct((*query.shape[:-1], problem.value_dim), query.dtype),
+            jax.ShapeDtypeStruct((problem.batch, problem.heads, *problem.layout), jnp.float32),
+        ],
+    )
+    return output, jnp.moveaxis(lse, 1, -1)
+
+
+def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
+    """Gradients of the inputs; see `reference.backward`."""
+    query, key, value, additional_keys, additional_values, _, lse = residuals
+    lse, delta = (jnp.moveaxis(x, -1, 1) for x in (lse * math.log2(math.e), delta))
+    d_output = d_output.astype(query.dtype)
+    cotangents = (d_output, lse, delta)
+    additional = (
+        key if additional_keys is None else additional_keys,
+        value if additional_values is None else additional_values,
+    )
+    (d_query,) = call(
+        "backward_query",
+        launch(problem, "backward_query"),
+        (query, key, value, *additional, *cotangents),
+        [jax.ShapeDtypeStruct(query.shape, query.dtype)],
+    )
+    d_key, d_value = call(
+        "backward_keys",
+        launch(problem, "backward_keys"),
+        (query, key, value, *cotangents),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
+    )
+    if additional_keys is None or additional_values is None:
+        return Gradients(d_query, d_key, d_value, None, None)
+    how, parts = launch_additional(problem)
+    partial = call(
+        "backward_additional",
+        how,
+        (query, *additional, *cotangents),
+        [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32) for x in additional],
+    )
+    d_additional = (x.sum(0).astype(query.dtype) for x in partial)
+    return Gradients(d_query, d_key, d_value, *d_additional)
+
+
+# Launching
+
+
+class Launch(NamedTuple):
+    """Programs, resources and `triton_geometry.Static` of a kernel."""
+
+    programs: int
+    warps: int
+    stages: int
+    static: dict[str, Any]
+
+
+def call(
+    kernel: str, how: Launch, operands: Sequence[Array], results: list[jax.ShapeDtypeStruct]
+) -> list[Array]:
+    """Runs a kernel of `triton_kernels`: operands, then results, then `Static`."""
+    import jax_triton
+
+    from . import triton_kernels
+
+    axes = varying_axes(*operands)
+    outputs = jax_triton.triton_call(
+        *operands,
+        kernel=getattr(triton_kernels, kernel),
+        name=f"gna_{kernel}",
+        out_shape=results,
+        grid=(how.programs,),
+        num_warps=how.warps,
+        num_stages=how.stages,
+        compute_capability=_capability(),
+        S=triton_kernels.Static(**how.static),
+    )
+    return [vary(x, axes) for x in outputs]
+
+
+def _blocks(problem: Problem, kernel: str) -> Blocks:
+    return blocks_of(problem, kernel, _capability())
+
+
+def _capability() -> int:
+    """Compute capability to lower for, such as 90 for 9.0."""
+    if default_platform() != "gpu":
+        return 90
+    major, minor = str(jax.devices()[0].compute_capability).split(".")
+    return 10 * int(major) + int(minor)
+
+
+def launch(problem: Problem, kernel: str) -> Launch:
+    """How to run one of the kernels "forward", "backward_query" and "backward_keys"."""
+    blocks = _blocks(problem, kernel)
+    of_keys = kernel == "backward_keys"
+    tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=of_keys)
+    static = _static(problem) | {
+        "query_tile": tiles.seen if of_keys else tiles.own,
+        "key_tile": tiles.own if of_keys else tiles.seen,
+        "tiles": tiles.grid,
+        "has_free": tiles.free > 0,
+        "has_masked": tiles.free < tiles.steps,
+    }
+    lanes = problem.batch * (problem.kv_heads if of_keys else problem.heads)
+    groups = math.prod(w.dilation for w in problem.windows)
+    return Launch(lanes * groups * math.prod(tiles.grid), blocks.warps, blocks.stages, static)
+
+
+def launch_additional(problem: Problem) -> tuple[Launch, int]:
+    """How to run the kernel "backward_additional", and the parts that the queries are cut into."""
+    blocks = _blocks(problem, "backward_keys")
+    tiles = -(-problem.tokens // blocks.seen)
+    programs = problem.batch * problem.kv_heads * -(-problem.additional // blocks.own)
+    part = -(-tiles // min(tiles, -(-ENOUGH_PROGRAMS // programs)))
+    parts = -(-tiles // part)
+    static = _static(problem) | {
+        "query_tile": (1, 1, blocks.seen),
+        "key_tile": (1, 1, blocks.own),
+        "part": part,
+    }
+    return Launch(programs * parts, blocks.warps, blocks.stages, static), parts
+
+
+def _static(problem: Problem) -> dict[str, Any]:
+    row = problem.heads * max(problem.head_dim, problem.value_dim)
+    return {
+        "windows": tuple(
+            (w.length, w.kernel_size, w.stride, w.dilation, w.is_causal)
+            for w in padded(problem.windows)
+        ),
+        "wide": problem.tokens * row >= 2**31,
+        "batch": problem.batch,
+        "heads": problem.heads,
+        "kv_heads": problem.kv_heads,
+        "additional": problem.additional,
+        "dim": problem.head_dim,
+        "value_dim": problem.value_dim,
+        "block_dim": _block(problem.head_dim),
+        "block_value_dim": _block(problem.value_dim),
+        "scale": problem.scale,
+        "precision": "tf32x3",  # of float32 only: about as precise, on tensor cores
+    }
+
+
+def _block(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+# Tuning
+
+CANDIDATES = tuple(
+    Blocks(own, seen, warps, stages)
+    for own in (32, 64, 128)
+    for seen in (32, 64, 128)
+    for warps in (4, 8)
+    for stages in (1, 2, 3, 4)
+    if own * seen <= 2048 * warps and own >= 8 * warps
+)
+
+
+def tune(
+    problem: Problem, candidates: Sequence[Blocks] = CANDIDATES, repeats: int = 20
+) -> dict[str, dict[Blocks, float]]:
+    """Times the kernels on this GPU, and uses the fastest for such problems from now on.
+
+    Functions that are compiled already keep what they have. What was found is in
+    `triton_blocks.TUNED`, from where it may be saved.
+
+    Args:
+      problem: what to tune for; see `describe`.
+      candidates: what to try; those that do not fit the GPU are left out.
+      repeats: calls that are timed together, after one that is not.
+
+    Returns:
+      Milliseconds of each candidate that ran, the fastest first, by kernel; of the two kernels of
+      the backward pass together, while one of them is tuned.
+    """
+    times: dict[str, dict[Blocks, float]] = {}
+    operands = _random_operands(problem)
+    for kernel in ("forward", "backward_query", "backward_keys"):
+        key = tuning_key(problem, kernel)
+        found: dict[Blocks, float] = {}
+        for blocks in dict.fromkeys((_blocks(problem, kernel), *candidates)):
+            TUNED[key] = blocks
+            # What is too large for the GPU fails as it is compiled or started.
+            with contextlib.suppress(ValueError, RuntimeError):
+                found[blocks] = _milliseconds(problem, kernel, operands, repeats)
+        TUNED.pop(key)
+        times[kernel] = dict(sorted(found.items(), key=lambda item: item[1]))
+        if found:
+            TUNED[key] = next(iter(times[kernel]))
+    return times
+
+
+def _random_operands(problem: Problem) -> tuple[Residuals, Array, Array]:
+    """What `backward` takes; operands of `forward` are among the residuals."""
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+
+    def draw(*shape: int) -> Array:
+        return jax.random.normal(next(keys), (problem.batch, *shape), problem.dtype)
+
+    tokens, heads, kv_heads = problem.layout, problem.heads, problem.kv_heads
+    query, key = draw(*tokens, heads, problem.head_dim), draw(*tokens, kv_heads, problem.head_dim)
+    value, d_output = (draw(*tokens, n, problem.value_dim) for n in (kv_heads, heads))
+    more_keys = more_values = None
+    if problem.additional:
+        more_keys = draw(problem.additional, kv_heads, problem.head_dim)
+        more_values = draw(problem.additional, kv_heads, problem.value_dim)
+    lse = jnp.full(query.shape[:-1], 10.0, jnp.float32)
+    residuals = Residuals(query, key, value, more_keys, more_values, d_output, lse)
+    return residuals, d_output, jnp.zeros_like(lse)
+
+
+def _milliseconds(problem: Problem, kernel: str, operands: Any, repeats: int) -> float:
+    if kernel == "forward":
+        run, operands = forward, operands[0][:5]
+    else:
+        run = backward
+    run = jax.jit(functools.partial(run, problem))
+    jax.block_until_ready(run(*operands))
+    start = time.perf_counter()
+    jax.block_until_ready([run(*operands) for _ in range(repeats)])
+    return (time.perf_counter() - start) / repeats * 1000

@@ -1,0 +1,124 @@
+"""Which tiles the Triton kernels use on which GPU: a table, and what was measured instead."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from .problem import Problem
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: tokens of its own tile and of those visited, and its resources."""
+
+    own: int
+    seen: int
+    warps: int
+    stages: int
+
+
+# (bytes of an element, head dimension) of the columns of the tables below; the largest dimension of
+# a problem is rounded up to one of them.
+COLUMNS = ((2, 64), (2, 128), (2, 256), (4, 64), (4, 128))
+
+Table = dict[str, tuple[Blocks, ...]]
+
+HOPPER: Table = {  # 227 KiB of shared memory
+    "forward": (
+        Blocks(128, 128, 8, 3),
+        Blocks(128, 128, 8, 3),
+        Blocks(128, 64, 8, 2),
+        Blocks(64, 64, 8, 2),
+        Blocks(64, 32, 8, 2),
+    ),
+    "backward_query": (
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 64, 8, 3),
+        Blocks(64, 32, 8, 2),
+        Blocks(64, 32, 4, 2),
+        Blocks(32, 32, 4, 2),
+    ),
+    "backward_keys": (
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 64, 8, 2),
+        Blocks(64, 32, 8, 2),
+        Blocks(64, 32, 8, 2),
+        Blocks(32, 32, 8, 2),
+    ),
+}
+A100: Table = {  # 163 KiB
+    "forward": (
+        Blocks(128, 64, 4, 3),
+        Blocks(128, 64, 8, 3),
+        Blocks(64, 64, 8, 2),
+        Blocks(64, 32, 8, 2),
+        Blocks(32, 32, 8, 2),
+    ),
+    "backward_query": (
+        Blocks(128, 64, 8, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 32, 8, 2),
+        Blocks(64, 32, 8, 2),
+        Blocks(32, 32, 4, 2),
+    ),
+    "backward_keys": (
+        Blocks(128, 64, 8, 2),
+        Blocks(64, 64, 8, 2),
+        Blocks(64, 32, 8, 2),
+        Blocks(64, 32, 8, 1),
+        Blocks(32, 16, 4, 2),
+    ),
+}
+OTHERS: Table = {  # 99 KiB
+    "forward": (
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 32, 4, 2),
+        Blocks(64, 32, 8, 1),
+        Blocks(32, 32, 8, 1),
+    ),
+    "backward_query": (
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 16, 4, 2),
+        Blocks(64, 32, 8, 1),
+        Blocks(32, 32, 4, 2),
+    ),
+    "backward_keys": (
+        Blocks(64, 64, 8, 2),
+        Blocks(64, 32, 4, 2),
+        Blocks(32, 16, 4, 2),
+        Blocks(64, 32, 8, 1),
+        Blocks(32, 16, 4, 2),
+    ),
+}
+# By compute capability: the last that is not above the GPU's. Own tokens of "backward_keys" are
+# keys, of the others queries. Chosen for what fits and does not spill; `tune` measures.
+TABLES = {0: OTHERS, 80: A100, 86: OTHERS, 90: HOPPER, 120: OTHERS}
+
+# What was measured, for problems of batch 1, whatever the batch; see `triton.tune`.
+TUNED: dict[tuple[Problem, str], Blocks] = {}
+
+
+def largest_dim(problem: Problem) -> int:
+    """The largest head dimension that kernels have tiles for in the dtype of a problem."""
+    return max(dim for size, dim in COLUMNS if size == jnp.dtype(problem.dtype).itemsize)
+
+
+def tuning_key(problem: Problem, kernel: str) -> tuple[Problem, str]:
+    """Where `TUNED` keeps the tiles of a kernel for a problem."""
+    return dataclasses.replace(problem, batch=1), kernel
+
+
+def blocks_of(problem: Problem, kernel: str, capability: int) -> Blocks:
+    """How a kernel is cut for a problem on a GPU of a compute capability, such as 90 for 9.0."""
+    tuned = TUNED.get(tuning_key(problem, kernel))
+    if tuned is not None:
+        return tuned
+    table = TABLES[max(c for c in TABLES if c <= capability)][kernel]
+    size, dim = jnp.dtype(problem.dtype).itemsize, max(problem.head_dim, problem.value_dim)
+    return next(
+        blocks
+        for blocks, column in zip(table, COLUMNS, strict=True)
+        if column[0] == size and column[1] >= dim
+    )

@@ -1,0 +1,93 @@
+"""Machines that run GPU kernels where there is no GPU: Triton's interpreter, a CUDA emulator."""
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gna_interpreter
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conceptax.kernels.gna import cuda
+from conceptax.kernels.gna.cuda import build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def interpreter(folder: Path) -> Iterator[Callable]:
+    """`triton.call` by Triton's interpreter, which must be alone in a process."""
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    process = subprocess.Popen(
+        [sys.executable, gna_interpreter.__file__, str(ROOT / "kernels/gna")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    assert process.stdout.readline() == "ready\n"
+
+    def call(name, launch, operands, results):
+        path = str(folder / "operands.npz")
+        np.savez(path, *map(np.asarray, operands))
+        asked = {
+            "kernel": name,
+            "programs": launch.programs,
+            "static": launch.static,
+            "operands": path,
+            "results": [(x.shape, x.dtype.name) for x in results],
+        }
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, "the interpreter failed; its error is above"
+        with np.load(answer.rstrip()) as file:
+            return [jnp.asarray(file[f"arr_{n}"]) for n in range(len(results))]
+
+    yield call
+    process.stdin.close()
+    process.wait(10)
+    process.stdout.close()
+
+
+@contextlib.contextmanager
+def emulator() -> Iterator[None]:
+    """The custom calls by the GPU's sources, compiled for the emulator."""
+    library = _emulator()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, symbol in (("FORWARD", library.GnaForward), ("BACKWARD", library.GnaBackward)):
+            target = f"emulated_{name.lower()}"
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
+            patch.setattr(cuda, name, target)
+        patch.setattr(cuda, "prepare", lambda platform: None)
+        yield
+
+
+@functools.cache
+def _emulator() -> ctypes.CDLL:
+    compiler = build.compiler("cpu")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "gna.so"
+        subprocess.run(
+            [
+                compiler, "-x", "c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-w",
+                "-isystem", jax.ffi.include_dir(), "-I", build.SOURCES,
+                f'-DGNA_INSTRUCTIONS="{ROOT}/tests/cuda_emulator.h"',
+                build.SOURCES / "gna_gpu.cu", "-o", library,
+            ],
+            check=True,
+        )  # fmt: skip
+        return ctypes.CDLL(str(library))

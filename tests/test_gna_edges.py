@@ -1,0 +1,96 @@
+"""Neighborhood attention at the edges: nothing to do, 64-bit jax, numbers of numpy, devices."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conceptax.kernels import gna
+from conceptax.kernels.gna import platforms
+from conceptax.kernels.gna.cuda import build
+
+CPU_BACKENDS = [
+    "reference",
+    "xla",
+    pytest.param("cuda", marks=pytest.mark.skipif(not build.compiler("cpu"), reason="no C++")),
+]
+X = jax.random.normal(jax.random.key(0), (2, 6, 2, 8))
+attend = functools.partial(gna.neighborhood_attention, kernel_size=3, return_lse=True)
+
+
+@pytest.mark.parametrize("implementation", CPU_BACKENDS)
+def test_vmap_over_nothing(implementation):
+    def run(q, k):
+        return attend(q, k, k, implementation=implementation)
+
+    nothing = jnp.zeros((0, *X.shape))
+    output, lse = jax.vmap(run, (0, None))(nothing, X)
+    assert output.shape == nothing.shape and lse.shape == nothing.shape[:-1]
+    gradient = jax.grad(lambda q: jax.vmap(run, (0, None))(q, X)[0].sum())(nothing)
+    assert gradient.shape == nothing.shape
+
+
+@pytest.mark.parametrize("implementation", CPU_BACKENDS)
+def test_with_64_bits(implementation):
+    def loss(x):
+        output, lse = attend(x, x, x, implementation=implementation)
+        assert output.dtype == lse.dtype == jnp.float32
+        return (output**2).sum() + lse.sum()
+
+    expected = jax.grad(loss)(X)
+    with jax.enable_x64(True):
+        got = jax.grad(loss)(X)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.25), np.float64(0.25), 0.25])
+def test_scale_of_numpy(scale):
+    np.testing.assert_array_equal(attend(X, X, X, scale=scale)[0], attend(X, X, X, scale=0.25)[0])
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -0.5, np.inf, True, np.float32("nan")])
+def test_scale_that_is_none(scale):
+    with pytest.raises(ValueError, match=re.escape(f"received {scale!r}.")):
+        attend(X, X, X, scale=scale)
+
+
+def test_layouts_that_are_none():
+    for layout in ((6, 0), (), (1, 2, 3, 1)):
+        with pytest.raises(ValueError, match=re.escape(f"received {layout}.")):
+            gna.joint_neighborhood_attention((X,) * 3, (X,) * 3, token_layout=layout, kernel_size=2)
+
+
+def test_names_that_are_none():
+    problem = gna.describe(X, X, X, kernel_size=3)
+    with pytest.raises(ValueError, match=r"one of reference, xla, .*received 'fast'"):
+        gna.unsupported("fast", problem)
+
+
+def test_merging_parts_without_keys():
+    output, lse = attend(X, X, X)
+    empty = jnp.zeros_like(output), jnp.full_like(lse, -jnp.inf)
+
+    def merged(output, lse):
+        return gna.merge_attentions([empty[0], output, empty[0]], [empty[1], lse, empty[1]])
+
+    for one, other in zip(merged(output, lse), (output, lse), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    nothing = gna.merge_attentions([empty[0]] * 2, [empty[1]] * 2)
+    np.testing.assert_array_equal(nothing[0], empty[0])
+    np.testing.assert_array_equal(nothing[1], empty[1])
+    gradients = jax.grad(lambda *x: sum(y.sum() for y in merged(*x)), (0, 1))(output, lse)
+    for gradient in gradients:
+        np.testing.assert_allclose(gradient, 1, rtol=1e-6)
+
+
+def test_the_default_device_decides(monkeypatch):
+    problem = gna.describe(X, X, X, kernel_size=3)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert platforms.default_platform() == "gpu"
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert platforms.default_platform() == "cpu"
+        assert gna.unsupported("triton", problem) == "it runs on a GPU, not on cpu"
