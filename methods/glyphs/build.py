@@ -52,12 +52,14 @@ class BuildConfig:
     Attributes:
       seed: of the world, the initial parameters, the batches and the noise.
       images: rendered images in the generator's world.
+      without: digits that the UNet never sees.
       text, vision, autoencoder, unet: length and speed of the trainings.
       refine: of a second training of the UNet, from where the first one ended.
     """
 
     seed: int = 0
     images: int = 24_000
+    without: tuple[int, ...] = ()
     text: Recipe = recipe.TEXT_RECIPE
     vision: Recipe = recipe.VISION_RECIPE
     autoencoder: Recipe = recipe.AUTOENCODER_RECIPE
@@ -172,8 +174,10 @@ def train_unet(
     world = _world(config, workdir)
     scale = np.float16(vae.config.scaling_factor)
     mean, std = (scale * part for part in encode_all(vae, world["image"]))
+    (shown,) = np.nonzero(~np.isin(world["digit"], config.without))
 
-    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def example(position: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        index = shown[position]
         return {
             "latent_mean": mean[index],
             "latent_std": std[index],
@@ -188,7 +192,7 @@ def train_unet(
     )  # fmt: skip
     later = dataclasses.replace(config, seed=config.seed + 1)  # other batches, other noise
     for name, plan, run in (("unet", config.unet, config), ("refine", config.refine, later)):
-        batches = _batches(run, plan, example)
+        batches = _batches(run, plan, example, len(shown))
         model = _run(name, model, recipe.denoising_step, stage, plan, frozen, batches, run, workdir)
     return model
 
@@ -294,10 +298,12 @@ def _caption_tokens(
     return _token_ids(caption(rng, *triple))
 
 
-def _batches(config: BuildConfig, plan: Recipe, example: Any) -> Any:
+def _batches(
+    config: BuildConfig, plan: Recipe, example: Any, examples: int | None = None
+) -> Any:  # fmt: skip
     """Endless shuffled batches; the grain iterator's position is part of a checkpoint."""
     dataset = (
-        grain.MapDataset.range(config.images)
+        grain.MapDataset.range(config.images if examples is None else examples)
         .seed(config.seed)
         .shuffle()
         .repeat()
