@@ -1,6 +1,7 @@
 """SAGE's rivals: their equations transcribed, what they change, and the interface they share."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ TINY = {
     ),
 }  # fmt: skip
 
+TWO = ["three", "a red seven"]  # equal shapes and settings share a compiled step
+
 
 @pytest.fixture(scope="module")
 def pipeline():
@@ -69,6 +72,11 @@ def agree(ours, theirs, tolerance=2e-5):
         np.testing.assert_allclose(one, other, atol=tolerance * scale)
 
 
+def one(unet, latent, time, hidden):
+    """A prediction for one prompt alone."""
+    return unet(latent[None], time, hidden[None])[0]
+
+
 def changed_paths(before, after):
     old, new = (nnx.to_pure_dict(nnx.state(model)) for model in (before, after))
     pairs = zip(leaf_paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
@@ -84,7 +92,7 @@ def test_every_method_edits_its_part_alone_for_several_concepts(pipeline, name):
     assert method_of(config) is method
     options = {"progress": False} if method.trains else {}
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(getattr(pipeline, method.edits))))
-    edited = erase(pipeline, ["three", "a red seven"], config, seed=1, **options)
+    edited = erase(pipeline, TWO, config, seed=1, **options)
     other = "unet" if method.edits == "text_encoder" else "text_encoder"
     assert getattr(edited, other) is getattr(pipeline, other) and edited.vae is pipeline.vae
     changed = changed_paths(getattr(pipeline, method.edits), getattr(edited, method.edits))
@@ -134,6 +142,43 @@ def test_word_erasure_is_sage_without_self_check(pipeline):
         WordConfig(check_steps=3)
 
 
+def test_word_erasure_trains_on_plain_prompts_alone(pipeline):
+    """Its whole loss: L_erase over the prompts themselves, and what SAGE retains."""
+    config = dataclasses.replace(TINY["word"], global_weight=0.0, local_weight=0.0)
+    static, state, frozen = sage.prepare(pipeline, ["three"], config)
+    key = jax.random.key(4)
+    tokens, without, free = (frozen[name][0] for name in ("tokens", "without", "free"))
+
+    def ours(params):
+        concept = frozen["concept_pooled"][0]
+        attacked, _ = sage.self_check(static, params, frozen, tokens, free, concept)
+        which = jnp.array(0)
+        return sage._erase_loss(static, frozen, which, tokens, without, attacked, key, params)[0]
+
+    def transcription(params):
+        t, t0 = nnx.merge(static.text, params, frozen["text"]), pipeline.text_encoder
+        time_key, noise_key = jax.random.split(jax.random.split(key, 3)[0])
+        times = jax.random.randint(time_key, (4,), 500, 1000)[:2]
+        z = jax.random.normal(noise_key, (4, 4, 4, 4))[:2]
+
+        def of_one_prompt(each):
+            z, time, row, empty = each
+            now, concept, anchor = (
+                one(pipeline.unet, z, time, text(words[None])[0][0])
+                for text, words in ((t, row), (t0, row), (t0, empty))
+            )
+            return jnp.mean((now - (anchor - config.eta * (concept - anchor))) ** 2)
+
+        return jnp.mean(jax.lax.map(of_one_prompt, (z, times, tokens, without)))
+
+    params = moved(state.params)
+    with jax.default_matmul_precision("highest"):
+        received, gradient = jax.jit(jax.value_and_grad(ours))(params)
+        wanted, expected = jax.jit(jax.value_and_grad(transcription))(params)
+    assert float(received) == pytest.approx(float(wanted), rel=1e-5)
+    agree(gradient, expected)
+
+
 # ---- retained phrases ----
 
 
@@ -179,15 +224,16 @@ def test_esd_loss_and_gradient_follow_equation_7(pipeline, esd_run):
         now = nnx.merge(static.unet, params, frozen["unet"])
         return esd.esd_loss(now, pipeline.unet, z, t, c, c0, eta)
 
-    def transcription(params):  # one prompt at a time
+    def transcription(params):
         now = nnx.merge(static.unet, params, frozen["unet"])
-        total = 0.0
-        for i in range(2):
-            at = z[i : i + 1], t[i]
-            without = pipeline.unet(*at, c0[i : i + 1])
-            goal = without - eta * (pipeline.unet(*at, c[i : i + 1]) - without)
-            total += jnp.mean((now(*at, c[i : i + 1]) - goal) ** 2) / 2
-        return total
+
+        def of_one_prompt(each):
+            z, t, c, c0 = each
+            without = one(pipeline.unet, z, t, c0)
+            goal = without - eta * (one(pipeline.unet, z, t, c) - without)
+            return jnp.mean((one(now, z, t, c) - goal) ** 2)
+
+        return jnp.mean(jax.lax.map(of_one_prompt, (z, t, c, c0)))
 
     params = moved(state.params)
     with jax.default_matmul_precision("highest"):
@@ -372,19 +418,21 @@ def test_the_upper_level_follows_the_equations(pipeline, adversarial):
         times = jax.random.randint(time_key, (5,), 500, 1000)
         z = jax.random.normal(noise_key, (5, 4, 4, 4))
 
-        def e(i, hidden):
-            return pipeline.unet(z[i : i + 1], times[i], hidden)[0]
+        def erased(each):
+            z, time, prompt, empty, embeddings = each
+            anchor = one(pipeline.unet, z, time, t0(empty[None])[0][0])
+            concept = one(pipeline.unet, z, time, t0(prompt[None])[0][0])
+            hidden = t(inputs_embeds=embeddings[None], eos_positions=jnp.array([3]))[0][0]
+            goal = anchor - config.eta * (concept - anchor)
+            return jnp.mean((one(pipeline.unet, z, time, hidden) - goal) ** 2)
 
-        loss = 0.0
-        for i in range(2):
-            anchor = e(i, t0(without[i : i + 1])[0])
-            goal = anchor - config.eta * (e(i, t0(tokens[i : i + 1])[0]) - anchor)
-            hidden = t(inputs_embeds=attacked[i : i + 1], eos_positions=jnp.array([3]))[0]
-            loss += jnp.mean((e(i, hidden) - goal) ** 2) / 2
-        for i in range(3):
-            row = rows[i : i + 1]
-            loss += 0.7 * jnp.mean((e(2 + i, t(row)[0]) - e(2 + i, t0(row)[0])) ** 2) / 3
-        return loss
+        def kept(each):
+            z, time, row = each
+            now, before = (one(pipeline.unet, z, time, text(row[None])[0][0]) for text in (t, t0))
+            return jnp.mean((now - before) ** 2)
+
+        esd = jax.lax.map(erased, (z[:2], times[:2], tokens, without, attacked))
+        return jnp.mean(esd) + 0.7 * jnp.mean(jax.lax.map(kept, (z[2:], times[2:], rows)))
 
     def ours(params):
         return advunlearn._loss(static, frozen, tokens, without, attacked, key, params)[0]
@@ -418,13 +466,14 @@ def test_the_lower_level_follows_its_equation(pipeline, adversarial, optimizer):
         time_key, noise_key = jax.random.split(key)
         times = jax.random.randint(time_key, (2,), 500, 1000)
         z = jax.random.normal(noise_key, (2, 4, 4, 4))
-        loss = 0.0
-        for i in range(2):
-            row = slice(i, i + 1)
-            hidden = t(inputs_embeds=prompt(prefix)[row], eos_positions=jnp.array([5]))[0]
-            wanted = pipeline.unet(z[row], times[i], t0(tokens[row])[0])
-            loss += jnp.mean((pipeline.unet(z[row], times[i], hidden) - wanted) ** 2) / 2
-        return loss
+
+        def of_one_prompt(each):
+            z, time, embeddings, row = each
+            hidden = t(inputs_embeds=embeddings[None], eos_positions=jnp.array([5]))[0][0]
+            wanted = one(pipeline.unet, z, time, t0(row[None])[0][0])
+            return jnp.mean((one(pipeline.unet, z, time, hidden) - wanted) ** 2)
+
+        return jnp.mean(jax.lax.map(of_one_prompt, (z, times, prompt(prefix), tokens)))
 
     with jax.default_matmul_precision("highest"):
         attacked, last = jax.jit(
@@ -454,25 +503,25 @@ def test_a_longer_attack_brings_the_concept_nearer(pipeline, adversarial):
     z = jax.random.normal(jax.random.key(9), (2, 4, 4, 4))
     wanted = pipeline.unet(z, 800, t0(tokens)[0])
 
-    def distance(steps):
-        config = dataclasses.replace(static.config, attack_steps=steps, attack_rate=0.3)
-        short = dataclasses.replace(static, config=config)
-        run = jax.jit(lambda p: advunlearn.attack(short, p, frozen, tokens, jax.random.key(0)))
-        attacked, _ = run(params)
-        hidden = t(inputs_embeds=attacked, eos_positions=jnp.array([5, 5]))[0]
+    def distance(embeddings):
+        hidden = t(inputs_embeds=embeddings, eos_positions=jnp.array([5, 5]))[0]
         return float(jnp.mean((pipeline.unet(z, 800, hidden) - wanted) ** 2))
 
-    assert distance(40) < distance(0)
+    config = dataclasses.replace(static.config, attack_steps=40, attack_rate=0.3)
+    static, key = dataclasses.replace(static, config=config), jax.random.key(0)
+    attacked, _ = jax.jit(lambda p: advunlearn.attack(static, p, frozen, tokens, key))(params)
+    table = t0.embeddings.token_embedding
+    words = jax.random.randint(jax.random.split(key)[0], (2, 2), 0, table.num_embeddings)
+    start = advunlearn.with_prefix(table(tokens), table(words))
+    assert distance(attacked) < 0.9 * distance(start)
 
 
-def test_the_warm_up_erases_plain_prompts(adversarial):
-    static, state, frozen = adversarial
-    step = jax.jit(lambda state, key: advunlearn.adversarial_step(static, state, frozen, None, key))
-    after, metrics = step(state, jax.random.key(0))
-    assert int(after.step) == 1 and float(metrics["attack"]) == 0
-    _, metrics = step(after, jax.random.key(1))
-    assert float(metrics["attack"]) > 0
-    assert all(np.isfinite(float(value)) for value in metrics.values())
+def test_the_warm_up_erases_plain_prompts(pipeline, tmp_path):
+    log = tmp_path / "log.jsonl"
+    config = TINY["advunlearn"]
+    erase(pipeline, TWO, config, progress=False, metrics_path=log, log_every=1)
+    first, second = map(json.loads, log.read_text().splitlines())
+    assert config.warmup == 1 and first["attack"] == 0 and second["attack"] > 0
 
 
 def test_the_attack_needs_room(pipeline):
@@ -510,7 +559,7 @@ def test_changed_tensors_fit_the_unet_of_diffusers(torch, pipeline, uce_edited, 
 
 
 def test_changes_name_the_text_encoder_as_transformers_does(pipeline, tmp_path):
-    edited = erase(pipeline, ["three"], TINY["word"], progress=False)
+    edited = erase(pipeline, TWO, TINY["word"], progress=False)
     keys = save_changes(edited.text_encoder, pipeline.text_encoder, tmp_path / "x.safetensors")
     assert all(key.startswith("text_model.") for key in keys)
     assert safetensors.numpy.load_file(tmp_path / "x.safetensors").keys() == set(keys)
