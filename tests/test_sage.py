@@ -1,6 +1,7 @@
 """SAGE: its losses against transcriptions of the equations, its step, and its meshes."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -306,9 +307,17 @@ def test_settings_are_checked(setting):
 # ---- meshes ----
 
 
-def test_meshes_give_the_single_device_losses_on_glyphs(tmp_path):
-    import json
-
+# Nearly all of it is compilation; the mesh that splits both ways stands for the others.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 2),
+        pytest.param((8, 1), marks=pytest.mark.slow),
+        pytest.param((2, 4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_meshes_give_the_single_device_losses_on_glyphs(tmp_path, shape):
     pipeline = load_pytorch(bundled_model(), param_dtype=jnp.float32)
     config = SageConfig(cycles=3, prompts=8, local_rows=8, check_steps=4)
     static, state, frozen = sage.prepare(pipeline, ["three"], config)
@@ -324,6 +333,5 @@ def test_meshes_give_the_single_device_losses_on_glyphs(tmp_path):
 
     single = losses(None)
     assert len(single) == 3
-    for shape in ((8, 1), (4, 2), (2, 4)):
-        mesh = make_mesh(data=shape[0], fsdp=shape[1])
-        np.testing.assert_allclose(losses(mesh), single, atol=1e-5)
+    mesh = make_mesh(data=shape[0], fsdp=shape[1])
+    np.testing.assert_allclose(losses(mesh), single, atol=1e-5)
