@@ -454,7 +454,7 @@ def test_figures_count_what_the_models_draw(pipeline, edited):
     texts = [each.text for each in SUITES.retained["neighbours"]]
     first = len(SUITES.plain["three"]) + len(SUITES.synonyms["three"]) + len(unsafe)
     before, after = (each(texts, first_index=first, **options) for each in drawers)
-    kept = by_title["neighbours concepts"]
+    kept = by_title["neighbouring concepts"]
     assert (kept.before.images == before).all() and (kept.after.images == after).all()
     assert (before != after).any()
     (group,) = metrics["retention"]

@@ -24,6 +24,7 @@ from .clip import Clip, clip_score
 from .frechet import frechet_distance
 from .suites import Asked, Suites
 
+_GROUPS = {"neighbours": "neighbouring concepts", "distant": "distant concepts"}
 _Z = 1.959964  # standard errors to either side of a mean: 95 %
 
 
@@ -229,7 +230,7 @@ class _Bench:
 
     def retained(self, group: str, asked: Sequence[Asked]) -> dict:
         """What should have stayed, together and for each phrase."""
-        title = f"{group} concepts"
+        title = _GROUPS.get(group, group)
         with self.timed(group, f"{title}: 2 × {len(asked)} images"):
             found = self._compare(title, "retention", asked, self._reserve(len(asked)))
         parts = _parts(found, [each.phrase for each in asked])

@@ -120,7 +120,7 @@ def markdown_table(table: Table) -> str:
         return f"{cell.text}, {cell.aside}" if cell.aside else cell.text
 
     lines = [f"## {table.title}", "", line(table.columns)]
-    lines.append(line(["---", *["---:"] * (len(table.columns) - 1)]))
+    lines.append(line(["---" if isinstance(cell, str) else "---:" for cell in table.rows[0]]))
     lines += [line([told(cell) for cell in row]) for row in table.rows]
     return "\n".join([*lines, *(["", table.note] if table.note else []), ""])
 
