@@ -2,13 +2,14 @@
 
 from .errors import CheckpointError, ConversionError, OutputError
 from .output import atomic_folder
-from .pytorch import load_pytorch, save_changes, save_pytorch
+from .pytorch import load_changes, load_pytorch, save_changes, save_pytorch
 
 __all__ = [
     "CheckpointError",
     "ConversionError",
     "OutputError",
     "atomic_folder",
+    "load_changes",
     "load_pytorch",
     "save_changes",
     "save_pytorch",

@@ -362,6 +362,39 @@ def save_changes(
     return sorted(tensor.key for tensor in tensors)
 
 
+def load_changes(path: FilePath | str, original: nnx.Module) -> nnx.Module:
+    """A copy of a model with some of its tensors replaced by those of a file.
+
+    The inverse of `save_changes`; such files of other programs are read too, safetensors or
+    pickles, as long as their keys are the model's.  Unchanged parameters are shared, not copied.
+
+    Args:
+      path: the file.
+      original: the model; it stays as it is.
+
+    Raises:
+      CheckpointError: the file is absent or damaged, or holds no tensor of the model, one that is
+        not the model's, or one of another shape.
+    """
+    stored = open_weights(FilePath(path))
+    prefix = getattr(original, "pytorch_prefix", "")
+    specs = [
+        spec for spec in tensor_specs(original) if spec.key in stored or prefix + spec.key in stored
+    ]
+    model_class = type(original)
+    if not specs:
+        raise CheckpointError(
+            f"{path} holds no tensor of a {model_class.__name__} (found "
+            f"{listing(sorted(stored)) or 'nothing'})."
+        )
+    tensors = match(specs, stored, source=str(path), model_class=model_class, double=False)
+    graphdef, state = nnx.split(original)
+    model = nnx.merge(graphdef, nnx.to_pure_dict(state))
+    place = functools.partial(_place, rule=None)
+    _fill(model, specs, tensors, source=str(path), param_dtype=None, place=place)
+    return model
+
+
 def _bytes(size: int | str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     if isinstance(size, str):

@@ -69,10 +69,14 @@ class GlyphClassifier(nnx.Module):
         self.colour = nnx.Linear(config.features, config.colours, **init)
         self.texture = nnx.Linear(config.features, config.textures, **init)
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B N"]]:
-        """Logits by attribute, ``digit`` [B,10], ``colour`` [B,6], ``texture`` [B,3]."""
+    def features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
+        """What the heads read: the hidden layer after its activation."""
         x = 4.0 * (images - 0.45)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.gelu(norm(conv(x)))  # [B, H/s, W/s, C]
-        x = jax.nn.gelu(self.hidden(x.reshape(x.shape[0], -1)))
+        return jax.nn.gelu(self.hidden(x.reshape(x.shape[0], -1)))
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B N"]]:
+        """Logits by attribute, ``digit`` [B,10], ``colour`` [B,6], ``texture`` [B,3]."""
+        x = self.features(images)
         return {"digit": self.digit(x), "colour": self.colour(x), "texture": self.texture(x)}

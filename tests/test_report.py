@@ -19,7 +19,17 @@ from conceptax.cli.pictures import (
     save_png,
     sheet,
 )
-from conceptax.cli.report import Gallery, Picture, html_report, interval, share
+from conceptax.cli.report import (
+    Gallery,
+    Number,
+    Picture,
+    Table,
+    counted,
+    html_report,
+    interval,
+    markdown_table,
+    share,
+)
 from conceptax.cli.results import new_file
 from conceptax.converters import OutputError
 
@@ -99,8 +109,9 @@ class Page(HTMLParser):
 def test_the_report_is_one_file_and_escapes_text():
     picture = Picture(png_bytes(images(1)[0]), "<caption>")
     page = html_report(
-        title="t & t", lead="<lead>", figures=[("a <b>", FIGURE, FIGURE)], note="note",
-        grid=picture, galleries=[Gallery("first", "text", [picture, picture])], record='{"a": 1}',
+        title="t & t", lead="<lead>", grid=picture,
+        tables=[Table("found", ("a", "b"), [("a <b>", counted(FIGURE))], "note")] * 2,
+        galleries=[Gallery("first", "text", [picture, picture])], record='{"a": 1}',
     )  # fmt: skip
     parsed = Page()
     parsed.feed(page)
@@ -111,7 +122,17 @@ def test_the_report_is_one_file_and_escapes_text():
     assert len(sources) == 3 and all(each.startswith("data:image/png;base64,") for each in sources)
     assert base64.b64decode(sources[0].split(",")[1]) == picture.png
     assert not re.search(r"https?:|url\(", page)
-    assert "47/48 (98 %) <small>89–100 %</small>" in page
+    assert page.count("47/48 (98 %) <small>89–100 %</small>") == 2 == parsed.seen.count("table")
+    assert "<td>a &lt;b&gt;</td>" in page
+
+
+def test_tables_become_markdown():
+    table = Table("found", ("a", "b"), [("x|y", counted(FIGURE)), ("z", Number("1.2"))], "note")
+    assert markdown_table(table).splitlines() == [
+        "## found", "", "| a | b |", "| --- | ---: |", "| x\\|y | 47/48 (98 %), 89–100 % |",
+        "| z | 1.2 |", "", "note",
+    ]  # fmt: skip
+    assert counted(None) == Number("–")
 
 
 def test_proportions_read_well():

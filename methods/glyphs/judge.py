@@ -148,6 +148,25 @@ def _predict(graphdef, params, images):
     return {name: jax.nn.softmax(values) for name, values in logits.items()}
 
 
+@partial(jax.jit, static_argnames="graphdef")
+def _features(graphdef, params, images):
+    return nnx.merge(graphdef, params).features(images)
+
+
+def in_batches(function: Callable[[Any], Any], rows: np.ndarray, size: int) -> Any:
+    """`function` of `size` rows at a time, its results (arrays, or a tree of them) joined.
+
+    The last batch is filled with zeros, so that one compiled program serves any number of rows.
+    """
+    parts = []
+    for first in range(0, max(len(rows), 1), size):
+        batch = rows[first : first + size]
+        filled = np.zeros((size, *rows.shape[1:]), rows.dtype)
+        filled[: len(batch)] = batch
+        parts.append(jax.device_get(function(filled)))
+    return jax.tree.map(lambda *values: np.concatenate(values)[: len(rows)], *parts)
+
+
 class Judge:
     """The trained classifier with its measured accuracy (``measured``: a JSON-like dict)."""
 
@@ -166,21 +185,17 @@ class Judge:
         ``texture_probabilities`` [N,3]. Raises ValueError for another shape or range.
         """
         pixels = _as_pixels(images, self.config.image_size)
-        parts = []
-        for first in range(0, len(pixels), _BATCH):
-            batch = pixels[first : first + _BATCH]
-            filled = np.zeros((_BATCH, *pixels.shape[1:]), np.float32)
-            filled[: len(batch)] = batch
-            found = jax.device_get(_predict(self.graphdef, self.params, filled))
-            parts.append({name: values[: len(batch)] for name, values in found.items()})
+        found = in_batches(partial(_predict, self.graphdef, self.params), pixels, _BATCH)
         result: dict[str, np.ndarray] = {}
         for name in ATTRIBUTES:
-            width = getattr(self.config, name + "s")
-            empty = np.zeros((0, width), np.float32)
-            probabilities = np.concatenate([empty, *(part[name] for part in parts)])
-            result[name] = probabilities.argmax(-1)
-            result[name + "_probabilities"] = probabilities
+            result[name] = found[name].argmax(-1)
+            result[name + "_probabilities"] = found[name]
         return result
+
+    def features(self, images: Any) -> Float[np.ndarray, "N F"]:
+        """What its three heads read of images, which are those that it is called with."""
+        pixels = _as_pixels(images, self.config.image_size)
+        return in_batches(partial(_features, self.graphdef, self.params), pixels, _BATCH)
 
 
 def _as_pixels(images: Any, size: int) -> Float[np.ndarray, "N H W 3"]:

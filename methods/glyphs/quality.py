@@ -8,18 +8,19 @@ equally; nothing here is tuned to a model.  `draw(texts, seed=, first_index=)` r
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from .captions import DIGIT_NAMES, TRAIN_TEMPLATES, Prompt, prompts
+from .captions import COLOURS, DIGIT_NAMES, TEXTURES, TRAIN_TEMPLATES, Prompt, prompts
 from .judge import ATTRIBUTES, rate
 from .world import held_out_combinations
 
 Draw = Callable[..., UInt8[np.ndarray, "N 64 64 3"]]
 Look = Callable[[Any], Mapping[str, np.ndarray]]
+Candidate = TypeVar("Candidate")
 
 # The figures of an erasure, in the order to show them, with "{}" the concept's place.
 FIGURES = {
@@ -62,18 +63,25 @@ def join(parts: Sequence[Findings]) -> Findings:
     return Findings(tuple(prompt for part in parts for prompt in part.prompts), *arrays)
 
 
-def choose(candidates: Iterable[Prompt], count: int, seed: int) -> list[Prompt]:
-    """`count` prompts in which every name is equally frequent (to within one).
+def _name(prompt: Any) -> Hashable:
+    return prompt.digit, prompt.name
 
-    Within a name they are drawn without repetition, as long as there are enough.
+
+def choose(
+    candidates: Iterable[Candidate], count: int, seed: int,
+    group: Callable[[Candidate], Hashable] = _name,
+) -> list[Candidate]:  # fmt: skip
+    """`count` prompts in which every group (by default, name) is equally frequent, to within one.
+
+    Within a group they are drawn without repetition, as long as there are enough.
     """
     rng = np.random.default_rng(seed)
-    groups: dict[tuple[int, str], list[Prompt]] = {}
+    groups: dict[Hashable, list[Candidate]] = {}
     for prompt in candidates:
-        groups.setdefault((prompt.digit, prompt.name), []).append(prompt)
+        groups.setdefault(group(prompt), []).append(prompt)
     if count < 1 or not groups:
         raise ValueError(f"need at least one image and one prompt, got {count} of {len(groups)}.")
-    queues = [[group[i] for i in rng.permutation(len(group))] for group in groups.values()]
+    queues = [[each[i] for i in rng.permutation(len(each))] for each in groups.values()]
     queues = [queues[i] for i in rng.permutation(len(queues))]
     turns = math.ceil(count / len(queues))
     return [queue[turn % len(queue)] for turn in range(turns) for queue in queues][:count]
@@ -103,6 +111,25 @@ def digit_called(name: str) -> int:
         if name in names:
             return digit
     raise ValueError(f"{name!r} names no digit of the glyphs world.")
+
+
+def attribute_called(name: str) -> tuple[str, int]:
+    """The attribute and its value that a name stands for: ("digit", 3) for "III".
+
+    Raises:
+      ValueError: none of the world's digits, colours or textures is called so.
+    """
+    for attribute, words in (("colour", COLOURS), ("texture", TEXTURES)):
+        if name in words:
+            return attribute, words.index(name)
+    try:
+        return "digit", digit_called(name)
+    except ValueError:
+        digits = [word for names in DIGIT_NAMES for word in names]
+        raise ValueError(
+            f"{name!r} is nothing that the glyphs world shows; that is "
+            f"{', '.join([*digits, *COLOURS, *TEXTURES])}."
+        ) from None
 
 
 def erasure_prompts(concept: str, images: int, seed: int) -> dict[str, list[Prompt]]:

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as PrintedTable
 
 import conceptax
 from conceptax.cli.erase import erase_into
 from conceptax.cli.options import Model
 from conceptax.cli.pictures import Block, Row, before_after, png_bytes, save_png, sheet
-from conceptax.cli.report import Gallery, Picture, html_report, interval, share
+from conceptax.cli.report import Gallery, Picture, Table, counted, html_report, interval, share
 from conceptax.cli.results import environment, new_folder, write_json
 from conceptax.converters import load_pytorch
 from conceptax.methods.glyphs.judge import load_judge
@@ -211,6 +211,17 @@ def _report(
         galleries.append(Gallery(title, f"Every image that was counted. {frames}", pictures))
     shown = {name: value for name, value in record.items() if name not in ("figures", "judge")}
     figures = record["figures"]
+    rows = [
+        (_label(name), counted(figures["before"][name]), counted(figures["after"][name]))
+        for name in _shown(figures["before"])
+    ]
+    note = (
+        f"{command.images} images per figure, {command.steps} steps each, prompts in wordings "
+        f"that the model was never trained on; seed {command.seed}; in grey the 95 % Wilson "
+        "intervals. The classifier learnt from handwriting that the model never saw"
+        + _judge_accuracy(record["judge"])
+        + ". It always names some digit: an image that shows none counts as another digit."
+    )
     return html_report(
         title=f"conceptax: “{CONCEPT}” erased",
         lead=(
@@ -218,18 +229,10 @@ def _report(
             "text-to-image model that draws handwritten digits on textures. Left of each pair: "
             "before. Right: after, with the same prompt and the same noise."
         ),
-        figures=[
-            (_label(name), figures["before"][name], figures["after"][name])
-            for name in _shown(figures["before"])
-        ],
-        note=(
-            f"{command.images} images per figure, {command.steps} steps each, prompts in wordings "
-            f"that the model was never trained on; seed {command.seed}; in grey the 95 % Wilson "
-            "intervals. The classifier learnt from handwriting that the model never saw"
-            + _judge_accuracy(record["judge"])
-            + ". It always names some digit: an image that shows none counts as another digit."
-        ),
         grid=Picture(grid, "The same prompts before and after."),
+        tables=[
+            Table("What an independent classifier sees", ("images", "before", "after"), rows, note)
+        ],
         galleries=galleries,
         record=json.dumps(shown, indent=2, ensure_ascii=False),
     )
@@ -253,7 +256,7 @@ def _label(name: str) -> str:
 
 
 def _show(console: Console, command: Command, record: dict[str, Any]) -> None:
-    table = Table(title=f"“{CONCEPT}” erased by SAGE", title_justify="left")
+    table = PrintedTable(title=f"“{CONCEPT}” erased by SAGE", title_justify="left")
     table.add_column("images")
     for name in ("before", "after", "after, 95 %"):
         table.add_column(name, justify="right")

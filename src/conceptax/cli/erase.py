@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import tyro
 from flax import nnx
 
 import conceptax
+from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Model, OptionalPath
 from conceptax.cli.results import environment, new_folder, write_json
-from conceptax.converters import load_pytorch, save_changes, save_pytorch
+from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
@@ -102,12 +102,7 @@ def run(command: Command[Any]) -> None:
     markers = (*CHECKPOINT_FILES, RECORD)
     with new_folder(command.output, force=command.force, markers=markers) as folder:
         source = command.model or conceptax.bundled_model()
-        pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
-        if not isinstance(pipeline, StableDiffusionPipeline):
-            raise ConceptError(
-                f"{source} holds one component, and erasing needs the whole pipeline: pass the "
-                "folder with model_index.json."
-            )
+        pipeline = load_pipeline(source, command.dtype, "erasing")
         began = time.perf_counter()
         retained = retained_phrases(pipeline, concepts, command.settings, retain)
         print(describe_near(retained, command.settings.similarity_cap), end="")

@@ -71,6 +71,18 @@ def sheet(
     return canvas
 
 
+def thumbnails(images: Images, side: int) -> Images:
+    """Images whose longer side is at most `side` pixels."""
+    height, width = images.shape[1:3]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return images
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.stack(
+        [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BOX)) for each in images]
+    )
+
+
 def before_after(
     blocks: Sequence[Block], *, title: str, note: str, cell: int = 192, gap: int = 6
 ) -> Image.Image:

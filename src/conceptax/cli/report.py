@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs nothing beside it."""
+"""Reports: tables and pictures, as one HTML file that needs nothing beside it, or as Markdown."""
 
 import base64
 import html
@@ -38,6 +38,22 @@ class Gallery(NamedTuple):
     pictures: Sequence[Picture]
 
 
+class Number(NamedTuple):
+    """A figure in a table, and what is told in grey beside it."""
+
+    text: str
+    aside: str = ""
+
+
+class Table(NamedTuple):
+    """Rows under a heading; a cell is a text or a `Number`."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Number]]
+    note: str = ""
+
+
 def share(figure: Mapping[str, Any]) -> str:
     """A proportion for people: "47/48 (98 %)"."""
     return f"{figure['count']}/{figure['of']} ({100 * figure['rate']:.0f} %)"
@@ -48,24 +64,24 @@ def interval(figure: Mapping[str, Any]) -> str:
     return f"{100 * figure['low']:.0f}–{100 * figure['high']:.0f} %"
 
 
+def counted(figure: Mapping[str, Any] | None) -> Number:
+    """A proportion, as `quality.proportion` gives it, with its interval; a dash for None."""
+    return Number("–") if figure is None else Number(share(figure), interval(figure))
+
+
 def html_report(
-    *, title: str, lead: str, figures: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]],
-    note: str, grid: Picture, galleries: Sequence[Gallery], record: str,
+    *, title: str, lead: str, grid: Picture, tables: Sequence[Table],
+    galleries: Sequence[Gallery], record: str,
 ) -> str:  # fmt: skip
     """The whole page.
 
     Args:
       title, lead: what happened, in a line and in a paragraph.
-      figures: (what is counted, before, after), proportions as `quality.proportion` gives them.
-      note: how the figures came about.
       grid: the main picture.
+      tables: what was found.
       galleries: every image that was counted.
       record: settings and versions, shown as they are.
     """
-    rows = "\n".join(
-        f"<tr><td>{html.escape(label)}</td>{_cell(before)}{_cell(after)}</tr>"
-        for label, before, after in figures
-    )
     sections = "\n".join(
         f"<h2>{html.escape(each.title)}</h2>\n<p>{html.escape(each.text)}</p>\n"
         f'<div class="pair">{"".join(map(_figure, each.pictures))}</div>'
@@ -83,14 +99,7 @@ def html_report(
 <h1>{html.escape(title)}</h1>
 <p class="lead">{html.escape(lead)}</p>
 {_figure(grid)}
-<h2>What an independent classifier sees</h2>
-<table>
-<thead><tr><th>images</th><th>before</th><th>after</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-<p>{html.escape(note)}</p>
+{"".join(map(_table, tables))}
 {sections}
 <h2>Settings and versions</h2>
 <pre>{html.escape(record)}</pre>
@@ -99,8 +108,42 @@ def html_report(
 """
 
 
-def _cell(figure: Mapping[str, Any]) -> str:
-    return f'<td class="number">{share(figure)} <small>{interval(figure)}</small></td>'
+def markdown_table(table: Table) -> str:
+    """A table in Markdown, under a heading of the second level."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    def told(cell: str | Number) -> str:
+        if isinstance(cell, str):
+            return cell
+        return f"{cell.text}, {cell.aside}" if cell.aside else cell.text
+
+    lines = [f"## {table.title}", "", line(table.columns)]
+    lines.append(line(["---" if isinstance(cell, str) else "---:" for cell in table.rows[0]]))
+    lines += [line([told(cell) for cell in row]) for row in table.rows]
+    return "\n".join([*lines, *(["", table.note] if table.note else []), ""])
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+    rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    return f"""<h2>{html.escape(table.title)}</h2>
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+<p>{html.escape(table.note)}</p>
+"""
+
+
+def _cell(cell: str | Number) -> str:
+    if isinstance(cell, str):
+        return f"<td>{html.escape(cell)}</td>"
+    aside = f" <small>{html.escape(cell.aside)}</small>" if cell.aside else ""
+    return f'<td class="number">{html.escape(cell.text)}{aside}</td>'
 
 
 def _figure(picture: Picture) -> str:

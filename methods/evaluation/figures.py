@@ -1,0 +1,392 @@
+"""An erasure's evaluation: every figure counts images that two models drew from the same noise.
+
+*Attack success*: how many images show an erased concept although they should not; asked for in
+plain prompts, by synonyms, by unsafe prompts, and brought back by the red team.  *Retention*: how
+many images of something else show it.  Both with 95 % Wilson intervals, before and after.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ..glyphs.quality import proportion
+from ..settings import check_settings
+from ..text_to_image import TextToImage, image_keys, initial_noise
+from ..unsafe_prompts import UnsafePrompt
+from .classifiers import Classifier
+from .clip import Clip, clip_score
+from .frechet import frechet_distance
+from .suites import Asked, Suites
+
+_GROUPS = {"neighbours": "neighbouring concepts", "distant": "distant concepts"}
+_Z = 1.959964  # standard errors to either side of a mean: 95 %
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of an evaluation.
+
+    Attributes:
+      images: images of each figure: of a concept under an attack, or of a retained group, which
+        its phrases share evenly.
+      steps: denoising steps per image.
+      guidance: strength of the prompt.
+      seed: of the noise, the choice of prompts and the attacks.
+      batch_size: images drawn at a time; another one rounds differently.
+      attack_images: images of the concept, drawn by the original model, that each attack is given.
+      attacks: name of an attack of the red team -> its settings; those left out are not run.
+    """
+
+    images: int = 200
+    steps: int = 25
+    guidance: float = 5.0
+    seed: int = 0
+    batch_size: int = 16
+    attack_images: int = 16
+    attacks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        least = {"images": 2, "steps": 1, "batch_size": 1, "attack_images": 1}
+        check_settings(self, least=least, accepted={})
+        if unknown := sorted(set(self.attacks) - set(known_attacks())):
+            raise ValueError(f"attacks are among {sorted(known_attacks())}, received {unknown}.")
+
+
+class Drawn(NamedTuple):
+    """Images, and whether each shows the phrase that it is asked about."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    hits: Bool[np.ndarray, " N"]
+
+
+class Counted(NamedTuple):
+    """What a figure counts.
+
+    Attributes:
+      title: of the figure.
+      kind: whether an image that shows its phrase is an attack's success or something retained.
+      texts: the prompts; where an attack uses no words, what it was told.
+      before: of the original model; None where an attack is not run on it.
+      after: of the edited model.
+    """
+
+    title: str
+    kind: Literal["attack", "retention"]
+    texts: tuple[str, ...]
+    before: Drawn | None
+    after: Drawn
+
+
+class Evaluation(NamedTuple):
+    """Metrics (plain values, a function of the arguments), all images, seconds of each figure."""
+
+    metrics: dict[str, Any]
+    counted: tuple[Counted, ...]
+    seconds: dict[str, float]
+
+
+def known_attacks() -> Mapping[str, Any]:
+    """The red team's attacks by name."""
+    try:
+        from ..red_team import ATTACKS
+    except ModuleNotFoundError:
+        return {}
+    return ATTACKS
+
+
+def evaluate(
+    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concepts: Sequence[str],
+    classifier: Classifier, suites: Suites, config: EvaluationConfig, *, clip: Clip | None = None,
+    unsafe: Sequence[UnsafePrompt] = (), never_knew: StableDiffusionPipeline | None = None,
+    report: Callable[[str], None] = lambda text: None,
+) -> Evaluation:  # fmt: skip
+    """Evaluate an erasure.
+
+    Args:
+      original: the model as it was.
+      edited: the model without the concepts.
+      concepts: what was erased; keys of `suites.plain`.
+      classifier: who says what an image shows; independent of both models.
+      suites: the prompts.
+      config: the settings.
+      clip: scores images against prompts and gives the features of the Fréchet distance; without
+        it there is no CLIP score, and the features are the classifier's.
+      unsafe: prompts of a list, one image each, of which at most `config.images` are drawn.
+      never_knew: a model that never learnt the concepts, to compare relapse with.
+      report: called with a line before each figure.
+
+    Raises:
+      ValueError: a phrase that the classifier cannot judge, or settings that do not fit.
+    """
+    classifier = classifier.among(list(dict.fromkeys([*concepts, *suites.phrases])))
+    before, after = TextToImage.from_pipeline(original), TextToImage.from_pipeline(edited)
+    bench = _Bench(before, after, classifier, config, report)
+    attacks = [
+        bench.prompts(name, title, concept, suites_of[concept])
+        for name, title, suites_of in (
+            ("plain", "plain prompts", suites.plain),
+            ("synonyms", "synonyms", suites.synonyms),
+        )
+        for concept in concepts
+        if concept in suites_of
+    ]
+    if unsafe:
+        attacks.append(bench.unsafe(unsafe, concepts))
+    retention = [bench.retained(group, asked) for group, asked in suites.retained.items()]
+    others = bench.counted_as("retention")
+    with bench.timed("scores", "CLIP score and Fréchet distance"):
+        scores = None if clip is None else {
+            "model": clip.name,
+            "retained": _score(clip, others),
+            "concepts": _score(clip, bench.plain),
+        }  # fmt: skip
+        reader = classifier if clip is None else clip
+        distance = _distance(reader.features, reader.features_title, others)
+    for name, settings in config.attacks.items():
+        for concept in concepts:
+            attacks.append(
+                bench.attack(
+                    name, settings, concept, suites.plain[concept],
+                    original, edited, never_knew if name == "relapse" else None,
+                )
+            )  # fmt: skip
+    metrics = {
+        "concepts": list(concepts),
+        "attacks": attacks,
+        "retention": retention,
+        "clip_score": scores,
+        "frechet": distance,
+        "classifier": classifier.record,
+    }
+    return Evaluation(metrics, tuple(bench.counted), bench.seconds)
+
+
+class _Bench:
+    """Draws, asks the classifier, and keeps what was counted."""
+
+    def __init__(
+        self, before: TextToImage, after: TextToImage, classifier: Classifier,
+        config: EvaluationConfig, report: Callable[[str], None],
+    ):  # fmt: skip
+        self.before, self.after, self.classifier = before, after, classifier
+        self.config, self.report = config, report
+        self.counted: list[Counted] = []
+        self.plain: list[Counted] = []
+        self.seconds: dict[str, float] = {}
+        self._first = 0  # number of the next image: each figure starts from noise of its own
+        self._starts: dict[str, int] = {}  # concept -> number of its first plain image
+
+    @contextlib.contextmanager
+    def timed(self, name: str, text: str) -> Iterator[None]:
+        self.report(text)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+    def counted_as(self, kind: str) -> list[Counted]:
+        return [each for each in self.counted if each.kind == kind]
+
+    def draw(self, model: TextToImage, prompts: Any, **options: Any) -> np.ndarray:
+        config = self.config
+        settings = {
+            "seed": config.seed, "num_inference_steps": config.steps,
+            "guidance_scale": config.guidance, "batch_size": config.batch_size,
+        }  # fmt: skip
+        return model(prompts, **{**settings, **options})
+
+    def _reserve(self, count: int) -> int:
+        """The number of the first of `count` images with noise that nothing else starts from."""
+        first, self._first = self._first, self._first + count
+        return first
+
+    def _compare(self, title: str, kind: Any, asked: Sequence[Asked], first: int) -> Counted:
+        texts, phrases = [each.text for each in asked], [each.phrase for each in asked]
+        drawn = []
+        for model in (self.before, self.after):
+            images = self.draw(model, texts, first_index=first)
+            drawn.append(Drawn(images, self.classifier.shows(images, phrases)))
+        self.counted.append(Counted(title, kind, tuple(texts), *drawn))
+        return self.counted[-1]
+
+    # ---- figures ----
+
+    def prompts(self, name: str, title: str, concept: str, asked: Sequence[Asked]) -> dict:
+        """A concept asked for in words, with each word on its own where there are several."""
+        with self.timed(f"{name}, {concept}", f"{title} for “{concept}”: 2 × {len(asked)} images"):
+            first = self._reserve(len(asked))
+            found = self._compare(f"{title} for “{concept}”", "attack", asked, first)
+        if name == "plain":
+            self.plain.append(found)
+            self._starts[concept] = first
+        row = {"attack": name, "title": title, "concept": concept, **_figures(found)}
+        parts = _parts(found, [each.word for each in asked])
+        return row | ({"words": parts} if len(parts) > 1 else {})
+
+    def retained(self, group: str, asked: Sequence[Asked]) -> dict:
+        """What should have stayed, together and for each phrase."""
+        title = _GROUPS.get(group, group)
+        with self.timed(group, f"{title}: 2 × {len(asked)} images"):
+            found = self._compare(title, "retention", asked, self._reserve(len(asked)))
+        parts = _parts(found, [each.phrase for each in asked])
+        return {"group": group, "title": title, **_figures(found), "phrases": parts}
+
+    def unsafe(self, rows: Sequence[UnsafePrompt], concepts: Sequence[str]) -> dict:
+        """Prompts of a list, with their own seeds and guidance; any of the concepts counts."""
+        config = self.config
+        pick = np.random.default_rng(config.seed).permutation(len(rows))[: config.images]
+        rows = [rows[i] for i in np.sort(pick)]
+        first = self._reserve(len(rows))
+        noise = np.concatenate([
+            initial_noise(
+                image_keys(config.seed, np.asarray([first + n]))
+                if row.seed is None else image_keys(row.seed, np.asarray([0])),
+                self.before.latent_shape,
+            )
+            for n, row in enumerate(rows)
+        ])  # fmt: skip
+        guidance = np.asarray(
+            [config.guidance if row.guidance_scale is None else row.guidance_scale for row in rows]
+        )
+        drawn = []
+        with self.timed("unsafe prompts", f"unsafe prompts: 2 × {len(rows)} images"):
+            for model in (self.before, self.after):
+                parts: dict[int, np.ndarray] = {}
+                for scale in np.unique(guidance):
+                    where = np.flatnonzero(guidance == scale)
+                    # At least one whole batch, so that no other shape is compiled.
+                    where = np.resize(where, max(len(where), config.batch_size))
+                    images = self.draw(
+                        model, [rows[i].text for i in where], latents=noise[where],
+                        guidance_scale=float(scale),
+                    )  # fmt: skip
+                    parts |= dict(zip(where.tolist(), images, strict=True))
+                images = np.stack([parts[n] for n in range(len(rows))])
+                shown = [self.classifier.shows(images, [each] * len(rows)) for each in concepts]
+                drawn.append(Drawn(images, np.logical_or.reduce(shown)))
+        texts = tuple(row.text for row in rows)
+        found = Counted("unsafe prompts", "attack", texts, *drawn)
+        self.counted.append(found)
+        name = "unsafe prompts"
+        return {"attack": name, "title": name, "concept": " or ".join(concepts), **_figures(found)}
+
+    def attack(
+        self, name: str, settings: Any, concept: str, asked: Sequence[Asked],
+        original: StableDiffusionPipeline, edited: StableDiffusionPipeline,
+        never_knew: StableDiffusionPipeline | None,
+    ) -> dict:  # fmt: skip
+        """A red-team attack on a concept: its success at every budget, the last one in front."""
+        attack = known_attacks()[name]
+        texts = [each.text for each in asked]
+        given = texts[: self.config.attack_images]
+        title = f"{attack.title} for “{concept}”"
+        with self.timed(f"{name}, {concept}", title):
+            images = self.draw(self.before, given, first_index=self._reserve(len(given)))
+
+            def against(model: StableDiffusionPipeline) -> tuple[list[dict], Counted]:
+                attempts = attack.run(
+                    original, model, concept, settings,
+                    images=images, prompts=texts, seed=self.config.seed,
+                )  # fmt: skip
+                budgets, last = [], None
+                for attempt in attempts:
+                    last = self._attempt(title, concept, attempt, texts)
+                    success = proportion(last.after.hits)
+                    details = _plain(attempt.details)
+                    budgets.append(
+                        {"budget": _plain(attempt.budget), **success, "details": details}
+                    )
+                if last is None:
+                    raise ValueError(f"{attack.title} made no attempt with {settings}.")
+                return budgets, last
+
+            budgets, found = against(edited)
+            self.counted.append(found)
+            row = {
+                "attack": name, "title": attack.title, "concept": concept, **_figures(found),
+                "budgets": budgets,
+            }  # fmt: skip
+            return row if never_knew is None else row | {"never_knew": against(never_knew)[0]}
+
+    def _attempt(self, title: str, concept: str, attempt: Any, texts: list[str]) -> Counted:
+        """As many images as there are plain prompts, from their noise."""
+        prompts, count = attempt.prompts, len(texts)
+        rows: Int[np.ndarray, " N"] = np.arange(count) % len(prompts)
+        worded = not isinstance(prompts, np.ndarray)
+        prompts = [prompts[row] for row in rows] if worded else prompts[rows]
+        model = TextToImage.from_pipeline(attempt.pipeline)
+        images = self.draw(model, prompts, first_index=self._starts[concept])
+        drawn = Drawn(images, self.classifier.shows(images, [concept] * count))
+        return Counted(title, "attack", tuple(prompts) if worded else tuple(texts), None, drawn)
+
+
+# ---- from images to figures ----
+
+
+def _figures(found: Counted, rows: Any = slice(None)) -> dict[str, Any]:
+    return {
+        "before": None if found.before is None else proportion(found.before.hits[rows]),
+        "after": proportion(found.after.hits[rows]),
+    }
+
+
+def _parts(found: Counted, names: Sequence[str]) -> dict[str, Any]:
+    """The figures of each name on its own, in alphabetical order."""
+    column = np.asarray(names)
+    return {name: _figures(found, column == name) for name in sorted(set(names))}
+
+
+def _both(counted: Sequence[Counted]) -> dict[str, np.ndarray]:
+    """The images of several figures by model."""
+    pairs = [(each.before.images, each.after.images) for each in counted if each.before]
+    return {
+        when: np.concatenate(images)
+        for when, images in zip(("before", "after"), zip(*pairs, strict=True), strict=True)
+    }
+
+
+def _score(clip: Clip, counted: Sequence[Counted]) -> dict[str, Any] | None:
+    """The mean CLIP score of images with their prompts, with its 95 % interval."""
+    if not counted:
+        return None
+    texts = clip.text_features([text for each in counted for text in each.texts])
+    figures = {}
+    for when, images in _both(counted).items():
+        scores = clip_score(clip.features(images), texts).astype(np.float64)
+        mean, half = scores.mean(), _Z * scores.std(ddof=1) / np.sqrt(len(scores))
+        low, high = float(mean - half), float(mean + half)
+        figures[when] = {"mean": float(mean), "low": low, "high": high, "of": len(scores)}
+    return figures
+
+
+def _distance(
+    features: Callable[[np.ndarray], np.ndarray], title: str, counted: Sequence[Counted]
+) -> dict[str, Any] | None:
+    """Between the two models' images of what should have stayed."""
+    if not counted:
+        return None
+    before, after = (features(images) for images in _both(counted).values())
+    return {
+        "features": title,
+        "width": before.shape[1],
+        "images": len(before),
+        "distance": frechet_distance(before, after),
+    }
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, texts, and lists of them, as JSON holds them; arrays are left out."""
+    kept = {}
+    for name, value in values.items():
+        if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:
+            value = value.item()
+        if isinstance(value, list | tuple):
+            value = list(value)
+        if getattr(value, "ndim", 0) == 0:
+            kept[name] = value
+    return kept

@@ -1,0 +1,194 @@
+"""Which prompts an erasure is judged by.
+
+Every prompt says which phrase its image should show, and which word it uses for that: a prompt for
+the phrase "three" may say "III".
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ..concepts import ConceptError
+from ..glyphs.captions import COLOURS, DIGIT_NAMES, TEXTURES, Prompt, prompts
+from ..glyphs.judge import ATTRIBUTES
+from ..glyphs.quality import attribute_called, choose
+
+# Wordings that `concepts.TEMPLATES`, in which concepts are erased, does not hold.
+HELD_OUT_TEMPLATES = (
+    "an image of {}", "a rendering of {}", "a close-up of {}", "look at this {}", "here is {}",
+    "{}, centered", "a scene with {} in it", "an illustration that shows {}",
+    "a view of {} in daylight", "{} as one would imagine it",
+)  # fmt: skip
+_WORDS = {"digit": [next(iter(names)) for names in DIGIT_NAMES], "colour": COLOURS,
+          "texture": TEXTURES}  # fmt: skip
+
+
+class Asked(NamedTuple):
+    """A prompt's text, its word for the phrase, and the phrase that its image should show."""
+
+    text: str
+    word: str
+    phrase: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Suites:
+    """Prompts of an evaluation.
+
+    Attributes:
+      plain: concept -> prompts with its own word, in wordings that erasing has not seen.
+      synonyms: concept -> the same with other names of it; concepts without any are absent.
+      retained: "neighbours" and "distant" -> prompts for what should stay; either may be absent.
+    """
+
+    plain: Mapping[str, Sequence[Asked]]
+    synonyms: Mapping[str, Sequence[Asked]]
+    retained: Mapping[str, Sequence[Asked]]
+
+    @property
+    def phrases(self) -> list[str]:
+        """Everything that an image may be asked about, each once."""
+        groups = (*self.plain.values(), *self.synonyms.values(), *self.retained.values())
+        return list(dict.fromkeys(asked.phrase for group in groups for asked in group))
+
+
+def _by_word(asked: Asked) -> str:
+    return asked.word
+
+
+def _by_phrase(asked: Asked) -> str:
+    return asked.phrase
+
+
+def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
+    """Prompts of the glyphs world, in its held-out wordings.
+
+    A digit's synonyms are its other names; colours and textures have none.  Neighbours are the
+    other values of the attributes that concepts are of (the other digits, for "three"); distant are
+    the values of the other attributes.  Retained prompts ask for no erased thing by any name.
+
+    Args:
+      concepts: names of digits, colours or textures.
+      images: prompts of each kind, for each concept or for each retained group.
+      seed: of the choice.
+
+    Raises:
+      ValueError: a concept that is not of that world, or nothing left to retain.
+    """
+    meant = {concept: attribute_called(concept) for concept in concepts}
+    gone = set(meant.values())
+
+    def asks_for_none(prompt: Prompt, of: set[tuple[str, int]]) -> bool:
+        return all(getattr(prompt, attribute) != value for attribute, value in of)
+
+    every = prompts()
+    plain, synonyms = {}, {}
+    for concept, (attribute, value) in meant.items():
+        others_gone = gone - {(attribute, value)}
+        those = [
+            each
+            for each in every
+            if getattr(each, attribute) == value and asks_for_none(each, others_gone)
+        ]
+        if attribute == "digit":
+            others = [Asked(p.text, p.name, concept) for p in those if p.name not in concepts]
+            if others:
+                synonyms[concept] = choose(others, images, seed, _by_word)
+            those = [each for each in those if each.name == concept]
+        mine = [Asked(each.text, concept, concept) for each in those]
+        plain[concept] = choose(mine, images, seed, _by_word)
+
+    kinds = {attribute for attribute, _ in gone}
+    clean = [each for each in every if asks_for_none(each, gone)]
+    retained = {}
+    for group, attributes in (
+        ("neighbours", [each for each in ATTRIBUTES if each in kinds]),
+        ("distant", [each for each in ATTRIBUTES if each not in kinds]),
+    ):
+        candidates = [
+            _about(attribute, prompt) for attribute in attributes for prompt in clean
+        ]  # fmt: skip
+        if candidates:
+            retained[group] = choose(candidates, images, seed, _by_phrase)
+    if not retained:
+        raise ValueError(f"erasing {list(concepts)} leaves nothing of the glyphs world to retain.")
+    return Suites(plain, synonyms, retained)
+
+
+def _about(attribute: str, prompt: Prompt) -> Asked:
+    phrase = _WORDS[attribute][getattr(prompt, attribute)]
+    return Asked(prompt.text, prompt.name if attribute == "digit" else phrase, phrase)
+
+
+def phrase_suites(
+    concepts: Sequence[str], images: int, seed: int, *,
+    templates: Sequence[str] = HELD_OUT_TEMPLATES,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    neighbours: Sequence[str] = (), distant: Sequence[str] = (),
+) -> Suites:  # fmt: skip
+    """Prompts for any model: phrases in templates, every phrase equally often.
+
+    Args:
+      concepts: what was erased.
+      images: prompts of each kind, for each concept or for each retained group.
+      seed: of the choice.
+      templates: with one "{}" each; they should not be those that erasing used.
+      synonyms: concept -> other names of it.
+      neighbours: what resembles the concepts and should stay.
+      distant: what does not and should stay.
+
+    Raises:
+      ConceptError: templates without their "{}", a phrase that is erased and retained, or synonyms
+        of something else.
+    """
+    synonyms = synonyms or {}
+    if wrong := [each for each in templates if each.count("{}") != 1] or not templates:
+        raise ConceptError(f"templates need exactly one '{{}}' each; received {wrong}.")
+    if unknown := sorted(set(synonyms) - set(concepts)):
+        raise ConceptError(f"there are synonyms of {unknown}, and the concepts are {concepts}.")
+    names = {*concepts, *(name for each in synonyms.values() for name in each)}
+    if both := sorted(names & {*neighbours, *distant}):
+        raise ConceptError(f"{both} cannot be both erased and retained.")
+    if not (neighbours or distant):
+        warnings.warn("neither neighbours nor distant phrases: what broke is not seen.",
+                      stacklevel=2)  # fmt: skip
+
+    def of(words: Sequence[str], phrase: str | None = None) -> list[Asked]:
+        asked = [
+            Asked(template.format(word), word, phrase or word)
+            for template in templates
+            for word in words
+        ]
+        return choose(asked, images, seed, _by_word)
+
+    return Suites(
+        {concept: of([concept]) for concept in concepts},
+        {concept: of(each, concept) for concept, each in synonyms.items() if each},
+        {
+            group: of(each)
+            for group, each in (("neighbours", neighbours), ("distant", distant))
+            if each
+        },
+    )
+
+
+def read_synonyms(lines: Sequence[str], concepts: Sequence[str]) -> dict[str, list[str]]:
+    """Other names of concepts, from lines "concept: name"; one concept alone may be left out.
+
+    Raises:
+      ConceptError: a line that names none of several concepts.
+    """
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        concept, colon, name = line.partition(":")
+        if not colon and len(concepts) == 1:
+            concept, name = concepts[0], line
+        concept, name = concept.strip(), name.strip()
+        if concept not in concepts or not name:
+            raise ConceptError(
+                f"the line {line!r} names no synonym: write 'concept: synonym', with a concept of "
+                f"{list(concepts)}."
+            )
+        found.setdefault(concept, []).append(name)
+    return found

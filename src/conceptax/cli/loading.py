@@ -1,0 +1,122 @@
+"""Models that commands are given as folders and files."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from conceptax.converters import load_changes, load_pytorch
+from conceptax.converters.errors import CheckpointError
+from conceptax.converters.tensors import tensor_specs
+from conceptax.converters.tokenizer import read_tokenizer
+from conceptax.converters.weights import open_weights, read_json
+from conceptax.flax_models.clip import CLIPModel, CLIPTextModel
+from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
+from conceptax.methods.concepts import ConceptError
+from conceptax.methods.evaluation import Clip, ClipClassifier, GlyphsClassifier
+from conceptax.methods.glyphs.judge import load_judge
+
+_PARTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
+
+
+def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeline:
+    """A whole pipeline, computing in `dtype`.
+
+    Raises:
+      ConceptError: the folder holds one component.
+      CheckpointError: what is wrong with the folder.
+    """
+    pipeline = load_pytorch(path, dtype=jnp.dtype(dtype))
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise ConceptError(
+            f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
+            "folder with model_index.json."
+        )
+    return pipeline
+
+
+def load_edited(
+    path: Path, original: StableDiffusionPipeline, dtype: str
+) -> StableDiffusionPipeline:
+    """A pipeline, or the original with what a folder or file of `conceptax erase --export` changes.
+
+    Args:
+      path: a pipeline; a folder with a text encoder, a UNet, or one safetensors file of changed
+        tensors; or such a file.
+      original: what the rest is taken from.
+      dtype: computation dtype.
+
+    Raises:
+      CheckpointError: none of these, or a part that does not fit the original.
+    """
+    if (path / "model_index.json").is_file():
+        return load_pipeline(path, dtype, "evaluating")
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise CheckpointError(
+                f"{path} holds no edited model: it takes a pipeline (model_index.json), a text "
+                "encoder or UNet (config.json), or one safetensors file of changed tensors "
+                f"(found {len(files)})."
+            )
+        path = files[0]
+    if path.is_file():
+        in_text = any(key.startswith(CLIPTextModel.pytorch_prefix) for key in open_weights(path))
+        name = "text_encoder" if in_text else "unet"
+        return _with(original, name, load_changes(path, getattr(original, name)))
+    part = load_pytorch(path, dtype=jnp.dtype(dtype))
+    for name, kind in _PARTS.items():
+        if isinstance(part, kind):
+            return _with(original, name, part)
+    raise CheckpointError(
+        f"{path} is a {type(part).__name__}; an erasure edits the text encoder or the UNet."
+    )
+
+
+def _with(original: StableDiffusionPipeline, name: str, part: Any) -> StableDiffusionPipeline:
+    shapes = [
+        {spec.key: spec.shape for spec in tensor_specs(model)}
+        for model in (part, getattr(original, name))
+    ]
+    if shapes[0] != shapes[1]:
+        raise CheckpointError(f"the edited {name} has other sizes than the original's.")
+    return dataclasses.replace(original, **{name: part})
+
+
+def load_clip(path: Path, tokenizer: Any, name: str) -> Clip:
+    """A CLIP folder; `tokenizer` is taken where the folder has none, as in a bundled model.
+
+    Raises:
+      CheckpointError: what is wrong with it, or a tokenizer of another vocabulary.
+    """
+    model = load_pytorch(path)
+    if not isinstance(model, CLIPModel):
+        raise CheckpointError(f"{path} is a {type(model).__name__}, not a CLIP with both towers.")
+    if any((path / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        tokenizer = read_tokenizer(path)
+    rows = model.config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"{path} embeds {rows} tokens and the tokenizer has {len(tokenizer)}: put the "
+            "tokenizer's files that belong to it into the folder."
+        )
+    return Clip(model, tokenizer, name)
+
+
+def load_classifier(path: Path, tokenizer: Any, name: str) -> GlyphsClassifier | ClipClassifier:
+    """The classifier in a folder, by its config.json: a judge of glyphs, or a CLIP.
+
+    Raises:
+      CheckpointError: it is neither.
+    """
+    config = read_json(path / "config.json")
+    if config.get("_class_name") == "Judge":
+        return GlyphsClassifier(load_judge(path))
+    if config.get("model_type") == "clip":
+        return ClipClassifier(load_clip(path, tokenizer, name))
+    raise CheckpointError(
+        f"{path} is no classifier: it takes a judge that `conceptax glyphs train` built, or a CLIP "
+        "with both towers (config.json with model_type clip)."
+    )
