@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import ConceptError
@@ -145,7 +145,7 @@ def word_tokens(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def restart_keys(key: PRNGKeyArray, restarts: int) -> PRNGKeyArray:
+def restart_keys(key: PRNGKeyArray, restarts: int) -> Key[Array, " R"]:
     """One key per restart, whatever their number: n restarts begin as any larger number does."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(restarts))
 

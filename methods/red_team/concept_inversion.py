@@ -286,7 +286,7 @@ def run(
             Attempt(
                 dataclasses.replace(edited, text_encoder=encoder, tokenizer=tokenizer),
                 renamed,
-                {"steps": steps, "norm": float(norms.mean())},
+                {"steps": float(steps), "norm": float(norms.mean())},
                 {
                     "tokens": tuple(names),
                     "norms": tuple(norms.tolist()),

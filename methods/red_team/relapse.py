@@ -160,7 +160,7 @@ def run(
             Attempt(
                 dataclasses.replace(edited, **parts),
                 tuple(prompts),
-                {"steps": steps, "images": len(images)},
+                {"steps": float(steps), "images": float(len(images))},
                 {"part": config.part},
             )
         )

@@ -276,7 +276,7 @@ def run(
             Attempt(
                 edited,
                 np.asarray(with_prefix(jnp.asarray(rows), turns)),
-                {"steps": steps, "tokens": config.tokens},
+                {"steps": float(steps), "tokens": float(config.tokens)},
                 {
                     "prefixes": tuple(edited.tokenizer.decode(each) for each in prefixes.tolist()),
                     "losses": tuple(losses.tolist()),
