@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..flax_models.clip import CLIPTextModel, CLIPTextOutput
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
@@ -200,3 +200,14 @@ def framed_phrases(
             for word in words
         ),
     ]
+
+
+def with_prefix(rows: Shaped[Array, "P L *S"], prefix: Shaped[Array, "P K *S"]) -> Array:
+    """Prompts with K more tokens after the start token; K of their padding fall off the end.
+
+    Args:
+      rows: P prompts, as token ids [P, L] or as embeddings [P, L, C].
+      prefix: what is put in, of the same kind.
+    """
+    kept = rows[:, 1 : rows.shape[1] - prefix.shape[1]]
+    return jnp.concatenate([rows[:, :1], prefix, kept], axis=1)

@@ -252,7 +252,7 @@ class TextToImage:
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | Int[np.ndarray, "N L"],
         *,
         seed: int = 0,
         num_inference_steps: int = 50,
@@ -271,6 +271,7 @@ class TextToImage:
 
         Args:
             prompts: one text or several; a prompt longer than the context is cut with a warning.
+                Token ids, as `tokenize` gives them, are taken as they are.
             seed: of the noise; image n draws from (seed, first_index + n).
             num_inference_steps: model evaluations per image.
             guidance_scale: strength of the prompt; no guidance (half the time) at 1 or below.
@@ -285,11 +286,13 @@ class TextToImage:
             on_progress: called with (images done, images in all) after each batch.
 
         Raises:
-            ValueError: no prompt, sizes that do not fit, settings the sampler does not know.
+            ValueError: no prompt, token ids or sizes that do not fit, settings the sampler does
+                not know.
             FloatingPointError: the model produced NaN or infinity.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not len(prompts):
             raise ValueError("There is nothing to draw: pass at least one prompt.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
@@ -302,10 +305,8 @@ class TextToImage:
         tables = make_sampler(
             self.schedule, sampler, num_inference_steps=num_inference_steps, eta=eta
         )
-        ids = tokenize(self.tokenizer, prompts, max_length=self.max_length)
-        negative = None
-        if guidance_scale > 1:
-            negative = tokenize(self.tokenizer, [negative_prompt], max_length=self.max_length)[0]
+        ids = self._token_ids(prompts)
+        negative = self._token_ids([negative_prompt])[0] if guidance_scale > 1 else None
 
         total, batch_size = len(prompts), min(batch_size, len(prompts))
         images = []
@@ -329,6 +330,18 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
+    def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Int[np.ndarray, "N L"]:
+        if not isinstance(prompts, np.ndarray):
+            return tokenize(self.tokenizer, prompts, max_length=self.max_length)
+        length = min(self.tokenizer.model_max_length, self.max_length)
+        table = self.params["text_encoder"]["embeddings"]["token_embedding"]["embedding"]
+        if prompts.shape[1] != length or prompts.min() < 0 or prompts.max() >= len(table):
+            raise ValueError(
+                f"token ids must be [N, {length}], from 0 to {len(table) - 1}; got {prompts.shape} "
+                f"from {prompts.min()} to {prompts.max()}."
+            )
+        return prompts.astype(np.int32)
+
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         default_height, default_width, channels = self.latent_shape
         sizes = []
@@ -345,7 +358,9 @@ class TextToImage:
 
 
 def text_to_image(
-    pipeline: StableDiffusionPipeline, prompts: str | Sequence[str], **options: Any
+    pipeline: StableDiffusionPipeline,
+    prompts: str | Sequence[str] | Int[np.ndarray, "N L"],
+    **options: Any,
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """One uint8 image per prompt; `options` are those of calling a `TextToImage`."""
     return TextToImage.from_pipeline(pipeline)(prompts, **options)

@@ -260,6 +260,16 @@ def test_wrong_calls_say_what_is_accepted(drawer, options, message):
         draw(drawer, **options)
 
 
+def test_token_ids_take_the_place_of_texts(drawer, tokenizer):
+    ids = t2i.tokenize(tokenizer, PROMPTS)
+    np.testing.assert_array_equal(draw(drawer, ids.astype(np.int64)), draw(drawer))
+    for wrong in (ids[:, :-1], ids + len(tokenizer), -ids):
+        with pytest.raises(ValueError, match=r"token ids must be \[N, 20\], from 0 to"):
+            draw(drawer, wrong)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw(drawer, ids[:0])
+
+
 def test_pipelines_that_cannot_draw_are_refused(pipeline):
     for part, missing in (("unet", None), ("tokenizer", None), ("scheduler_config", {})):
         with pytest.raises(ValueError, match=f"needs the pipeline's {part}"):

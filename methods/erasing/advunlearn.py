@@ -31,7 +31,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES, ConceptError, encode_phrases
-from ..phrases import Retained, framed_phrases, retained_phrases, stacked_prompts, text_length
+from ..phrases import (
+    Retained,
+    framed_phrases,
+    retained_phrases,
+    stacked_prompts,
+    text_length,
+    with_prefix,
+)
 from ..sage import erase_target, prediction_loss
 from ..settings import check_settings
 from ..training import (
@@ -127,14 +134,6 @@ class AdversarialStatic(ErasingStatic):
     """
 
     text: nnx.GraphDef[Any]
-
-
-def with_prefix(
-    embeddings: Float[Array, "P L C"], prefix: Float[Array, "P K C"]
-) -> Float[Array, "P L C"]:
-    """Token embeddings with K more after the start token; K of the padding fall off the end."""
-    kept = embeddings[:, 1 : embeddings.shape[1] - prefix.shape[1]]
-    return jnp.concatenate([embeddings[:, :1], prefix, kept], axis=1)
 
 
 def attack(

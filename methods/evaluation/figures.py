@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..glyphs.quality import proportion
+from ..red_team import ATTACKS
 from ..settings import check_settings
 from ..text_to_image import TextToImage, image_keys, initial_noise
 from ..unsafe_prompts import UnsafePrompt
@@ -93,10 +94,6 @@ class Evaluation(NamedTuple):
 
 def known_attacks() -> Mapping[str, Any]:
     """The red team's attacks by name."""
-    try:
-        from ..red_team import ATTACKS
-    except ModuleNotFoundError:
-        return {}
     return ATTACKS
 
 
@@ -105,6 +102,7 @@ def evaluate(
     classifier: Classifier, suites: Suites, config: EvaluationConfig, *, clip: Clip | None = None,
     unsafe: Sequence[UnsafePrompt] = (), never_knew: StableDiffusionPipeline | None = None,
     report: Callable[[str], None] = lambda text: None,
+    drawn: dict[Any, np.ndarray] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate an erasure.
 
@@ -120,13 +118,16 @@ def evaluate(
       unsafe: prompts of a list, one image each, of which at most `config.images` are drawn.
       never_knew: a model that never learnt the concepts, to compare relapse with.
       report: called with a line before each figure.
+      drawn: images of the original model, which this adds to and reads; pass one to evaluations of
+        several edits of one model, and its images are drawn once.
 
     Raises:
       ValueError: a phrase that the classifier cannot judge, or settings that do not fit.
     """
     classifier = classifier.among(list(dict.fromkeys([*concepts, *suites.phrases])))
     before, after = TextToImage.from_pipeline(original), TextToImage.from_pipeline(edited)
-    bench = _Bench(before, after, classifier, config, report)
+    drawn = {} if drawn is None else drawn
+    bench = _Bench(before, after, classifier, config, report, drawn)
     attacks = [
         bench.prompts(name, title, concept, suites_of[concept])
         for name, title, suites_of in (
@@ -172,10 +173,10 @@ class _Bench:
 
     def __init__(
         self, before: TextToImage, after: TextToImage, classifier: Classifier,
-        config: EvaluationConfig, report: Callable[[str], None],
+        config: EvaluationConfig, report: Callable[[str], None], drawn: dict[Any, np.ndarray],
     ):  # fmt: skip
         self.before, self.after, self.classifier = before, after, classifier
-        self.config, self.report = config, report
+        self.config, self.report, self.drawn = config, report, drawn
         self.counted: list[Counted] = []
         self.plain: list[Counted] = []
         self.seconds: dict[str, float] = {}
@@ -200,6 +201,14 @@ class _Bench:
         }  # fmt: skip
         return model(prompts, **{**settings, **options})
 
+    def original(self, texts: Sequence[str], first: int) -> np.ndarray:
+        """What the original model draws; once for the same texts and noise."""
+        config = self.config
+        key = (*texts, first, config.seed, config.steps, config.guidance, config.batch_size)
+        if key not in self.drawn:
+            self.drawn[key] = self.draw(self.before, texts, first_index=first)
+        return self.drawn[key]
+
     def _reserve(self, count: int) -> int:
         """The number of the first of `count` images with noise that nothing else starts from."""
         first, self._first = self._first, self._first + count
@@ -207,10 +216,12 @@ class _Bench:
 
     def _compare(self, title: str, kind: Any, asked: Sequence[Asked], first: int) -> Counted:
         texts, phrases = [each.text for each in asked], [each.phrase for each in asked]
-        drawn = []
-        for model in (self.before, self.after):
-            images = self.draw(model, texts, first_index=first)
-            drawn.append(Drawn(images, self.classifier.shows(images, phrases)))
+        drawn = [
+            Drawn(images, self.classifier.shows(images, phrases))
+            for images in (
+                self.original(texts, first), self.draw(self.after, texts, first_index=first)
+            )
+        ]  # fmt: skip
         self.counted.append(Counted(title, kind, tuple(texts), *drawn))
         return self.counted[-1]
 
@@ -286,7 +297,7 @@ class _Bench:
         given = texts[: self.config.attack_images]
         title = f"{attack.title} for “{concept}”"
         with self.timed(f"{name}, {concept}", title):
-            images = self.draw(self.before, given, first_index=self._reserve(len(given)))
+            images = self.original(given, self._reserve(len(given)))
 
             def against(model: StableDiffusionPipeline) -> tuple[list[dict], Counted]:
                 attempts = attack.run(

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from ...flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ...flax_models.clip import CLIPModel, CLIPTextModel
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import UNet2DConditionModel
-from ..sampling.schedule import NoiseSchedule
+from ..sampling import NoiseSchedule, encode_images
 from ..training import init_state, split_trainable, train
 from . import recipe
 from .captions import caption
@@ -159,7 +159,7 @@ def train_autoencoder(config: BuildConfig, workdir: Path) -> AutoencoderKL:
         _batches(config, config.autoencoder, lambda index, rng: {"image": world["image"][index]}),
         config, workdir,
     )  # fmt: skip
-    mean, std = encode_all(model, world["image"][:1024])
+    mean, std = encode_images(model, world["image"][:1024], np.float16)
     scale = float(
         1.0 / np.sqrt(mean.astype(np.float32).var() + (std.astype(np.float32) ** 2).mean())
     )
@@ -173,7 +173,7 @@ def train_unet(
     model = UNet2DConditionModel(recipe.UNET, rngs=nnx.Rngs(config.seed + 2))
     world = _world(config, workdir)
     scale = np.float16(vae.config.scaling_factor)
-    mean, std = (scale * part for part in encode_all(vae, world["image"]))
+    mean, std = (scale * part for part in encode_images(vae, world["image"], np.float16))
     (shown,) = np.nonzero(~np.isin(world["digit"], config.without))
 
     def example(position: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -235,26 +235,6 @@ def _run(
 def _labels(world: Mapping[str, np.ndarray]) -> Int[np.ndarray, "N 3"]:
     """Digit, colour and texture of every image."""
     return np.stack([world[field] for field in ("digit", "colour", "texture")], axis=1)
-
-
-def encode_all(
-    vae: AutoencoderKL, images: np.ndarray, batch_size: int = 50
-) -> tuple[Float[np.ndarray, "N h w Z"], Float[np.ndarray, "N h w Z"]]:
-    """Posterior mean and standard deviation (float16, unscaled) of uint8 images [N,H,W,3]."""
-    graphdef, state = nnx.split(vae)
-
-    @jax.jit
-    def encode(state: Any, batch: Array) -> tuple[Array, Array]:
-        mean, logvar = nnx.merge(graphdef, state).encode(recipe.to_unit(batch))
-        return mean.astype(jnp.float16), jnp.exp(0.5 * logvar).astype(jnp.float16)
-
-    parts = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        padded = np.concatenate([batch, np.zeros_like(images[: batch_size - len(batch)])])
-        parts.append([np.asarray(part)[: len(batch)] for part in encode(state, padded)])
-    mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return mean, std
 
 
 def with_scaling_factor(vae: AutoencoderKL, scaling_factor: float) -> AutoencoderKL:

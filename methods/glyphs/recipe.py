@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from ...flax_models.autoencoder_kl import AutoencoderKLConfig
 from ...flax_models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from ...flax_models.unet_2d_condition import UNet2DConditionConfig
+from ..sampling.latents import to_unit
 from ..sampling.schedule import NoiseSchedule, add_noise, alphas_cumprod
 from ..training.state import TrainState, apply_gradients
 
@@ -131,11 +132,6 @@ def final_params(state: TrainState) -> Any:
     is_ema = lambda node: isinstance(node, ParameterEmaState)  # noqa: E731
     means = [s.mean for s in jax.tree.leaves(state.opt_state, is_leaf=is_ema) if is_ema(s)]
     return means[0] if means else state.params
-
-
-def to_unit(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Bytes -> [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_clip_pixels(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .ddim import DDIMSampler, ddim_sampler, ddim_step
 from .euler import EulerSampler, euler_sampler, euler_step
-from .latents import denoise_until, noise_latents
+from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
 from .schedule import (
     NoiseSchedule,
     add_noise,
@@ -73,12 +73,15 @@ __all__ = [
     "ddim_sampler",
     "ddim_step",
     "denoise_until",
+    "encode_images",
     "euler_sampler",
     "euler_step",
     "make_sampler",
     "noise_latents",
+    "noised_latents",
     "prediction_to_epsilon",
     "prediction_to_x0",
+    "to_unit",
     "training_target",
     "velocity",
 ]

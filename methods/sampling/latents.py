@@ -1,14 +1,68 @@
-"""Latents at which the predictions of two models are compared."""
+"""Latents of images, noised ones to denoise, and those at which two models are compared."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from ...flax_models.autoencoder_kl import AutoencoderKL
 from .ddim import DDIMSampler
+from .schedule import NoiseSchedule, add_noise, training_target
+
+_BATCH = 50  # images encoded at once; the last batch is filled up, so one program serves all
+
+
+def to_unit(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Bytes -> [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def encode_images(
+    vae: AutoencoderKL, images: UInt8[np.ndarray, "N H W 3"], dtype: Any = jnp.float32
+) -> tuple[Float[np.ndarray, "N h w Z"], Float[np.ndarray, "N h w Z"]]:
+    """Mean and standard deviation of the autoencoder's posterior, unscaled, in `dtype`."""
+    graphdef, state = nnx.split(vae)
+    params, parts = nnx.to_pure_dict(state), []
+    size = min(_BATCH, len(images))
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        padded = np.concatenate([batch, np.zeros_like(images[: size - len(batch)])])
+        encoded = _encode(graphdef, np.dtype(dtype), params, padded)
+        parts.append([np.asarray(part)[: len(batch)] for part in encoded])
+    mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return mean, std
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(graphdef: Any, dtype: np.dtype, params: Any, images: Array) -> tuple[Array, Array]:
+    mean, logvar = nnx.merge(graphdef, params).encode(to_unit(images))
+    return mean.astype(dtype), jnp.exp(0.5 * logvar).astype(dtype)
+
+
+def noised_latents(
+    schedule: NoiseSchedule, latents: Float[Array, "B h w C"], key: PRNGKeyArray,
+    lowest: int, highest: int,
+) -> tuple[Float[Array, "B h w C"], Int[Array, " B"], Float[Array, "B h w C"]]:  # fmt: skip
+    """What the denoising loss compares: latents at random times, the times, and the targets.
+
+    Args:
+        schedule: of the noise; its prediction type decides what the target is.
+        latents: of images, scaled.
+        key: of the times and the noise.
+        lowest, highest: times are drawn from [lowest, highest).
+    """
+    time_key, noise_key = jax.random.split(key)
+    times = jax.random.randint(time_key, (latents.shape[0],), lowest, highest)
+    noise = jax.random.normal(noise_key, latents.shape)
+    noisy = add_noise(schedule, latents, noise, times)
+    return noisy, times, training_target(schedule, latents, noise, times)
 
 
 def noise_latents(

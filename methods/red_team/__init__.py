@@ -1,0 +1,98 @@
+"""Attacks that try to bring an erased concept back, on one interface.
+
+    attack(original, edited, "three", TokenSearchConfig(), images=images, prompts=prompts, seed=0)
+
+The settings say which attack it is.  Each module here has the same call as `run`, and gives a list
+of `Attempt`: a model, what to ask it for, and what that cost.  Whether an attempt succeeds is for a
+judge of its images to say.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from . import concept_inversion, relapse, token_search
+from .common import Attempt
+from .concept_inversion import ConceptInversionConfig
+from .relapse import RelapseConfig
+from .token_search import TokenSearchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One way to bring a concept back.
+
+    Attributes:
+      title: its name for people.
+      config: the type of its settings.
+      run: its function, as this package's `attack`.
+    """
+
+    title: str
+    config: type
+    run: Callable[..., list[Attempt]]
+
+
+ATTACKS: Mapping[str, Attack] = MappingProxyType({
+    "concept-inversion": Attack(
+        "Concept Inversion", ConceptInversionConfig, concept_inversion.run
+    ),
+    "token-search": Attack("token search", TokenSearchConfig, token_search.run),
+    "relapse": Attack("relapse", RelapseConfig, relapse.run),
+})  # fmt: skip
+
+
+def attack_of(config: Any) -> Attack:
+    """The attack that some settings belong to.
+
+    Raises:
+      ValueError: they are of no attack.
+    """
+    for each in ATTACKS.values():
+        if type(config) is each.config:
+            return each
+    names = sorted(each.config.__name__ for each in ATTACKS.values())
+    raise ValueError(f"settings are one of {names}, received {type(config).__name__}.")
+
+
+def attack(
+    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concept: str, config: Any,
+    *, images: UInt8[np.ndarray, "M H W 3"], prompts: Sequence[str], seed: int = 0, **options: Any,
+) -> list[Attempt]:  # fmt: skip
+    """Attack an edited model with the attack that `config` belongs to.
+
+    Args:
+      original: the model before erasing.
+      edited: the model to attack; it stays as it is.
+      concept: what was erased, as the prompts name it.
+      config: the settings of one of `ATTACKS`.
+      images: of the concept, as the original model draws them; image m shows what prompt m,
+        counted round, asks for.
+      prompts: texts that ask for the concept.
+      seed: of everything random in the run.
+      options: passed to the training loop (checkpoint_dir, checkpoint_every, progress, ...); with a
+        checkpoint folder of its own, an interrupted attack is resumed by the same call.
+
+    Returns:
+      one attempt for each of the settings' snapshots and for the last step.
+    """
+    return attack_of(config).run(
+        original, edited, concept, config, images=images, prompts=prompts, seed=seed, **options
+    )
+
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "Attempt",
+    "ConceptInversionConfig",
+    "RelapseConfig",
+    "TokenSearchConfig",
+    "attack",
+    "attack_of",
+]

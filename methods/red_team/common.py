@@ -1,0 +1,220 @@
+"""What the attacks have in common: what they start from, their loss, their snapshots.
+
+The loss is the one that the model was trained with, read the other way round: which text (or which
+parameters) make the edited model denoise images of the concept best,
+
+  E || target - e(z_t, t, T(text)) ||^2
+
+with latents z of the images, times t and noise drawn afresh, and the target that the model's
+schedule predicts (the noise, for most).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
+
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ..concepts import ConceptError
+from ..sage import prediction_loss
+from ..sampling import NoiseSchedule, encode_images, noised_latents
+from ..settings import check_settings
+from ..training import Checkpoints, TrainState, constrain_batch, train
+
+_EXAMINED = 8  # batches over which final losses are averaged
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attempt:
+    """What an attacker has in hand after some effort.
+
+    Attributes:
+      pipeline: the model to draw with.
+      prompts: what to ask it for: N texts, or token ids int32 [N, L].
+      budget: what it cost, as numbers ("steps", "norm", ...).
+      details: what else is known (losses, found words, ...).
+    """
+
+    pipeline: StableDiffusionPipeline
+    prompts: tuple[str, ...] | Int[np.ndarray, "N L"]
+    budget: Mapping[str, float]
+    details: Mapping[str, Any]
+
+
+@runtime_checkable
+class AttackSettings(Protocol):
+    """The settings that all attacks have."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def snapshots(self) -> tuple[int, ...]: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def min_timestep(self) -> float: ...
+    @property
+    def max_timestep(self) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackStatic:
+    """What a step needs and never changes: structures and settings.
+
+    Attributes:
+      text_encoder, unet: structures of the edited model's parts.
+      config: the attack's settings.
+      schedule: the model's noise schedule.
+    """
+
+    text_encoder: nnx.GraphDef[Any]
+    unet: nnx.GraphDef[Any]
+    config: Any
+    schedule: NoiseSchedule
+
+
+def check_attack(
+    settings: AttackSettings, least: Mapping[str, int], accepted: Mapping[str, tuple[str, ...]]
+) -> None:
+    """`check_settings`, and the settings that all attacks have.
+
+    Raises:
+      ValueError: names the setting, what it takes and what was received.
+    """
+    check_settings(settings, least={"steps": 1, "batch_size": 1, **least}, accepted=accepted)
+    if not settings.min_timestep < settings.max_timestep <= 1:
+        raise ValueError(
+            f"max_timestep is a fraction above min_timestep={settings.min_timestep} and at most 1, "
+            f"received {settings.max_timestep}."
+        )
+    if not all(0 <= each <= settings.steps for each in settings.snapshots):
+        raise ValueError(
+            f"snapshots are steps from 0 to steps={settings.steps}, received {settings.snapshots}."
+        )
+
+
+@functools.lru_cache
+def constant_adamw(learning_rate: float, weight_decay: float = 0.0) -> optax.GradientTransformation:
+    """AdamW at a constant rate, so that a snapshot is what a shorter run would have given.
+
+    One object per setting, so that equal runs share their compiled step.  Gradients are not
+    clipped: what is learnt side by side stays independent.
+    """
+    return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+
+def image_latents(
+    original: StableDiffusionPipeline, images: UInt8[np.ndarray, "M H W 3"], prompts: Sequence[str]
+) -> Float[np.ndarray, "M h w Z"]:
+    """The images as the original's UNet sees them: the mean of the autoencoder's posterior.
+
+    Raises:
+      ValueError: no images or no prompts.
+    """
+    if not len(images) or not len(prompts):
+        raise ValueError(
+            "an attack needs images of the concept and prompts that ask for it; received "
+            f"{len(images)} images and {len(prompts)} prompts."
+        )
+    mean, _ = encode_images(original.vae, images)
+    return np.asarray(original.vae.scale(jnp.asarray(mean)))
+
+
+def ordinary_tokens(tokenizer: Any) -> Int[np.ndarray, " V"]:
+    """Ids of the vocabulary without its special tokens, ascending."""
+    return np.setdiff1d(list(tokenizer.get_vocab().values()), tokenizer.all_special_ids)
+
+
+def word_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text without start and end.
+
+    Raises:
+      ConceptError: it has none.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConceptError(f"the tokenizer knows no token of {text!r}.")
+    return ids
+
+
+def restart_keys(key: PRNGKeyArray, restarts: int) -> Key[Array, " R"]:
+    """One key per restart, whatever their number: n restarts begin as any larger number does."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(restarts))
+
+
+def draw_examples(
+    static: AttackStatic, frozen: Mapping[str, Any], key: PRNGKeyArray
+) -> tuple[Int[Array, " B"], tuple[Array, Array, Array]]:
+    """A batch to denoise: which images, and their noisy latents, times and targets."""
+    config, count = static.config, static.schedule.num_train_timesteps
+    row_key, noise_key = jax.random.split(key)
+    rows = jax.random.randint(row_key, (config.batch_size,), 0, frozen["latents"].shape[0])
+    bounds = int(config.min_timestep * count), int(config.max_timestep * count)
+    noised = noised_latents(static.schedule, frozen["latents"][rows], noise_key, *bounds)
+    return rows, constrain_batch(noised)
+
+
+def embedding_loss(
+    static: AttackStatic, frozen: Mapping[str, Any], embeddings: Float[Array, "B L C"],
+    noised: tuple[Array, Array, Array],
+) -> Float[Array, ""]:  # fmt: skip
+    """How well the edited model denoises under B prompts given as token embeddings.
+
+    Args:
+      static: structures.
+      frozen: parameters, under "text_encoder" and "unet".
+      embeddings: the prompts.
+      noised: latents, times and targets, as of `draw_examples`.
+    """
+    latents, times, target = noised
+    text_encoder = nnx.merge(static.text_encoder, frozen["text_encoder"])
+    unet = nnx.merge(static.unet, frozen["unet"])
+    ends = jnp.zeros(embeddings.shape[0], jnp.int32)  # not read: the UNet attends to all states
+    states = text_encoder(inputs_embeds=embeddings, eos_positions=ends).last_hidden_state
+    return prediction_loss(unet(latents, times, states), target)
+
+
+def mean_losses(loss: Any, candidates: Array, key: PRNGKeyArray) -> Float[Array, " R"]:
+    """The loss of each candidate, `loss(candidate, key)`, over the same several batches for all."""
+    keys = jax.random.split(key, _EXAMINED)
+    return jax.lax.map(lambda each: jax.vmap(loss, (0, None))(candidates, each), keys).mean(axis=0)
+
+
+def snapshots(
+    step: Any, static: AttackStatic, state: TrainState, frozen: Mapping[str, Any], *, seed: int,
+    checkpoint_dir: str | Path | None = None, **options: Any,
+) -> Iterator[tuple[int, TrainState]]:  # fmt: skip
+    """Run the training loop and stop at each of the settings' snapshots, and at the last step.
+
+    Each stretch has a checkpoint folder of its own, so that an interrupted run, called again,
+    passes by the snapshots that it has and gives the same ones.
+
+    Args:
+      step, static, state, frozen: as for `conceptax.methods.training.train`.
+      seed: of the run.
+      checkpoint_dir: folder of the checkpoints.
+      options: passed to `train`.
+
+    Yields:
+      the number of steps and the state after them.
+    """
+    for until in sorted({*static.config.snapshots, static.config.steps}):
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / f"until_{until}"
+        if until and folder is not None and folder.is_dir() and options.get("resume", True):
+            with Checkpoints(folder) as kept:
+                if kept.latest_step == until:
+                    state = kept.restore(state)
+        if until > int(state.step):
+            state = train(
+                step, static, state, frozen, key=jax.random.key(seed), num_steps=until,
+                checkpoint_dir=folder, **options,
+            )  # fmt: skip
+        yield until, state

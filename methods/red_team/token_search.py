@@ -1,0 +1,286 @@
+"""Token search: words in front of a prompt that bring the erased concept back.
+
+Source: UnlearnDiffAtk, Zhang et al. 2023, "To Generate or Not? Safety-Driven Unlearned Diffusion
+Models Are Still Easy to Generate Unsafe Images ... For Now" (arXiv 2310.11868), section 4: with
+images of the concept as the target, find the discrete prefix d of a prompt p that lets the edited
+model denoise them,
+
+  min_d  E || eps - e(z_t, t, T([d, p])) ||^2
+
+The paper descends on relaxed tokens and projects.  Here tokens are exchanged one at a time by
+greedy coordinate gradients (Zou et al. 2023, arXiv 2307.15043, algorithm 1): the gradient with
+respect to the one-hot choice of each token names its most promising substitutes; of a random
+`candidates` single exchanges the best one on the step's batch is kept, if it is better than none.
+
+Each restart searches on its own.  What is found are token ids; a tokenizer may cut their text in
+another way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ..concepts import ConceptError, encode_phrases
+from ..phrases import text_length, with_prefix
+from ..sampling import NoiseSchedule
+from ..training import TrainState
+from .common import (
+    AttackStatic,
+    Attempt,
+    check_attack,
+    draw_examples,
+    embedding_loss,
+    image_latents,
+    mean_losses,
+    ordinary_tokens,
+    restart_keys,
+    snapshots,
+    word_tokens,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSearchConfig:
+    """All settings of a token search.
+
+    Attributes:
+      steps: exchanges that are tried, one after the other.
+      snapshots: steps at which an attempt is recorded, besides the last.
+      restarts: prefixes that are searched, each on its own; prompts take turns with them.
+      tokens: length of a prefix.
+      candidates: exchanges among which a step chooses.
+      top: substitutes per place from which candidates are drawn.
+      batch_size: images that a step compares exchanges on.
+      forbidden: words whose tokens are never used.
+      min_timestep, max_timestep: range of the times, as fractions of the schedule.
+    """
+
+    steps: int = 40
+    snapshots: tuple[int, ...] = ()
+    restarts: int = 4
+    tokens: int = 3
+    candidates: int = 16
+    top: int = 32
+    batch_size: int = 8
+    forbidden: tuple[str, ...] = ()
+    min_timestep: float = 0.0
+    max_timestep: float = 1.0
+
+    def __post_init__(self):
+        check_attack(self, {"restarts": 1, "tokens": 1, "candidates": 1, "top": 1}, {})
+
+
+def prefix_loss(
+    static: AttackStatic, frozen: Mapping[str, Any], prefix: Float[Array, "K C"],
+    prompts: Int[Array, "B L"], noised: tuple[Array, Array, Array],
+) -> Float[Array, ""]:  # fmt: skip
+    """The denoising loss of B prompts behind a prefix given as token embeddings."""
+    rows = jnp.broadcast_to(prefix, (prompts.shape[0], *prefix.shape))
+    return embedding_loss(static, frozen, with_prefix(_table(frozen)[prompts], rows), noised)
+
+
+def choice_gradient(
+    table: Float[Array, "V C"], gradient: Float[Array, "K C"]
+) -> Float[Array, "K V"]:
+    """From the gradient with respect to K embeddings to that with respect to one-hot choices."""
+    return gradient @ table.T
+
+
+def draw_exchanges(
+    key: PRNGKeyArray, prefix: Int[Array, " K"], scores: Float[Array, "K V"],
+    allowed: Bool[Array, " V"], *, top: int, count: int,
+) -> Int[Array, "N K"]:  # fmt: skip
+    """Copies of the prefix with one token each exchanged for one of its `top` best substitutes.
+
+    Args:
+      key: of the places and the substitutes.
+      prefix: where to start.
+      scores: the gradient with respect to choices; the lowest promise most.
+      allowed: which tokens may be used.
+      top, count: substitutes per place, and copies.
+    """
+    place_key, rank_key = jax.random.split(key)
+    promising = jax.lax.top_k(jnp.where(allowed, -scores, -jnp.inf), top)[1]  # [K, top]
+    places = jax.random.randint(place_key, (count,), 0, prefix.shape[0])
+    ranks = jax.random.randint(rank_key, (count,), 0, top)
+    copies = jnp.broadcast_to(prefix, (count, prefix.shape[0]))
+    return copies.at[jnp.arange(count), places].set(promising[places, ranks].astype(prefix.dtype))
+
+
+def _search(
+    static: AttackStatic, frozen: Mapping[str, Any], prefix: Int[Array, " K"], key: PRNGKeyArray
+) -> tuple[Int[Array, " K"], dict[str, Array]]:
+    """One exchange of one restart: the prefix afterwards; its loss and the gain on the batch."""
+    config, table = static.config, _table(frozen)
+    example_key, exchange_key = jax.random.split(key)
+    rows, noised = draw_examples(static, frozen, example_key)
+    loss_of = functools.partial(
+        prefix_loss, static, frozen, prompts=frozen["prompts"][rows], noised=noised
+    )
+    before, gradient = jax.value_and_grad(loss_of)(table[prefix])
+    exchanges = draw_exchanges(
+        exchange_key, prefix, choice_gradient(table, gradient), frozen["allowed"],
+        top=config.top, count=config.candidates,
+    )  # fmt: skip
+    losses = jax.lax.map(lambda each: loss_of(table[each]), exchanges)
+    best = jnp.argmin(losses)
+    better = losses[best] < before
+    after = jnp.where(better, losses[best], before)
+    return jnp.where(better, exchanges[best], prefix), {"loss": after, "gain": before - after}
+
+
+def search_step(
+    static: AttackStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One exchange in every restart's prefix.
+
+    Args:
+      static, state, frozen: from `prepare`; the parameters are prefixes int32 [R, K].
+      batch: None; the images are among `frozen`.
+      key: this step's key.
+
+    Returns:
+      the new state and metrics: loss after the exchange, and by how much it fell (on the step's
+      batch, means over restarts).
+    """
+    del batch
+    search = jax.vmap(functools.partial(_search, static, frozen))
+    prefixes, metrics = search(state.params["prefixes"], restart_keys(key, static.config.restarts))
+    after = dataclasses.replace(state, step=state.step + 1, params={"prefixes": prefixes})
+    return after, jax.tree.map(jnp.mean, metrics)
+
+
+def prepare(
+    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, config: TokenSearchConfig,
+    *, images: UInt8[np.ndarray, "M H W 3"], prompts: Sequence[str], seed: int = 0,
+) -> tuple[AttackStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    """Everything `search_step` needs, computed once.
+
+    Args:
+      original, edited, config, images, prompts: as for `run`.
+      seed: of the words to start with.
+
+    Raises:
+      ConceptError: a prompt with no room for the prefix, or no token left to use.
+      ValueError: no images, or no prompts.
+    """
+    tokenizer = edited.tokenizer
+    latents = image_latents(original, images, prompts)
+    tokens = prompts_with_room(edited, prompts, config.tokens)
+    banned = [token for word in config.forbidden for token in word_tokens(tokenizer, word)]
+    candidates = np.setdiff1d(ordinary_tokens(tokenizer), banned)
+    if len(candidates) < config.top:
+        raise ConceptError(
+            f"top={config.top} substitutes are asked for, but only {len(candidates)} tokens of the "
+            "vocabulary may be used."
+        )
+    allowed = np.zeros(edited.text_encoder.config.vocab_size, bool)
+    allowed[candidates] = True
+    keys = restart_keys(jax.random.key(seed), config.restarts)
+    start = jax.vmap(lambda key: jax.random.choice(key, candidates, (config.tokens,)))(keys)
+
+    text_encoder, text_params = nnx.split(edited.text_encoder)
+    unet, unet_params = nnx.split(edited.unet)
+    schedule = NoiseSchedule.from_config(edited.scheduler_config)
+    static = AttackStatic(text_encoder, unet, config, schedule)
+    frozen = {
+        "text_encoder": nnx.to_pure_dict(text_params),
+        "unet": nnx.to_pure_dict(unet_params),
+        "latents": latents,  # [M, h, w, c]
+        "prompts": tokens[np.arange(len(latents)) % len(tokens)],  # [M, L], that of each image
+        "allowed": allowed,  # [V]
+    }
+    state = TrainState(jnp.zeros((), jnp.int32), {"prefixes": start.astype(jnp.int32)}, ())
+    return static, state, jax.tree.map(jnp.asarray, frozen)
+
+
+def prompts_with_room(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], tokens: int
+) -> Int[np.ndarray, "N L"]:
+    """Token ids of prompts that leave room for `tokens` more.
+
+    Raises:
+      ConceptError: one does not.
+    """
+    length = text_length(pipeline)
+    for prompt in prompts:
+        taken = len(word_tokens(pipeline.tokenizer, prompt)) + 2
+        if taken + tokens > length:
+            raise ConceptError(
+                f"the prompt {prompt!r} takes {taken} tokens with start and end, which leaves no "
+                f"room for {tokens} more: this text encoder reads {length}."
+            )
+    return encode_phrases(pipeline.tokenizer, prompts, length)
+
+
+def _table(frozen: Mapping[str, Any]) -> Float[Array, "V C"]:
+    return frozen["text_encoder"]["embeddings"]["token_embedding"]["embedding"].astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _examine(static: AttackStatic, frozen: Any, prefixes: Array, key: PRNGKeyArray) -> Array:
+    def loss(prefix: Array, key: PRNGKeyArray) -> Array:
+        rows, noised = draw_examples(static, frozen, key)
+        embeddings = _table(frozen)[prefix]
+        return prefix_loss(static, frozen, embeddings, frozen["prompts"][rows], noised)
+
+    return mean_losses(loss, prefixes, key)
+
+
+def run(
+    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concept: str,
+    config: TokenSearchConfig | None = None, *, images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str], seed: int = 0, **options: Any,
+) -> list[Attempt]:  # fmt: skip
+    """Find prefixes that bring the concept back, and put them in front of the prompts.
+
+    Args:
+      original: the model before erasing; its autoencoder encodes the images.
+      edited: the model to attack; it stays as it is.
+      concept: what was erased; the images and prompts say it, and `config.forbidden` what may not.
+      config: settings.
+      images: of the concept; image m shows what prompt m, counted round, asks for.
+      prompts: what to ask for.
+      seed: of everything random in the run.
+      options: passed to `conceptax.methods.training.train` (checkpoint_dir, progress, ...).
+
+    Returns:
+      one attempt per snapshot. Its prompts are token ids; its budget is "steps" and "tokens"; its
+      details are "prefixes" as text and "losses" per restart, on batches that are the same for all.
+
+    Raises:
+      ConceptError: a prompt with no room for the prefix, or too few tokens left to use.
+      ValueError: no images, or no prompts.
+    """
+    del concept
+    config = config or TokenSearchConfig()
+    static, state, frozen = prepare(
+        original, edited, config, images=images, prompts=prompts, seed=seed
+    )
+    rows = prompts_with_room(edited, prompts, config.tokens)
+    attempts = []
+    for steps, after in snapshots(search_step, static, state, frozen, seed=seed, **options):
+        prefixes = after.params["prefixes"]
+        turns = prefixes[np.arange(len(rows)) % config.restarts]
+        losses = _examine(static, frozen, prefixes, jax.random.key(seed))
+        attempts.append(
+            Attempt(
+                edited,
+                np.asarray(with_prefix(jnp.asarray(rows), turns)),
+                {"steps": float(steps), "tokens": float(config.tokens)},
+                {
+                    "prefixes": tuple(edited.tokenizer.decode(each) for each in prefixes.tolist()),
+                    "losses": tuple(losses.tolist()),
+                },
+            )
+        )
+    return attempts
