@@ -66,7 +66,8 @@ class ConceptInversionConfig:
       start: the phrase whose tokens' mean embedding all restarts begin with; None is a random word
         of the vocabulary for each.
       templates: phrases around the new word, "{}" its place.
-      min_timestep, max_timestep: range of the times, as fractions of the schedule.
+      min_timestep: lowest time, as a fraction of the schedule.
+      max_timestep: highest time, as a fraction of the schedule.
     """
 
     steps: int = 400

@@ -47,7 +47,8 @@ class RelapseConfig:
       batch_size: images an update sees.
       learning_rate: of AdamW.
       weight_decay: AdamW's decay.
-      min_timestep, max_timestep: range of the times, as fractions of the schedule.
+      min_timestep: lowest time, as a fraction of the schedule.
+      max_timestep: highest time, as a fraction of the schedule.
     """
 
     steps: int = 100

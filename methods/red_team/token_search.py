@@ -60,7 +60,8 @@ class TokenSearchConfig:
       top: substitutes per place from which candidates are drawn.
       batch_size: images that a step compares exchanges on.
       forbidden: words whose tokens are never used.
-      min_timestep, max_timestep: range of the times, as fractions of the schedule.
+      min_timestep: lowest time, as a fraction of the schedule.
+      max_timestep: highest time, as a fraction of the schedule.
     """
 
     steps: int = 40
