@@ -75,6 +75,8 @@ class SageConfig:
       check_weight: weight of the second term of J (gamma).
       check_radius: largest change of an embedding entry (delta, l-infinity), in the same unit; None
         is unbounded.
+      check_start: where the attack starts: "prompt" (inside-out, at the prompt itself) or "random"
+        (outside-in, at normal noise of the token embeddings' size in place of what may move).
       free_concept: let the attack move the concept's own token embeddings too.
       eta: strength of the negative guidance in the target; 0 maps the concept onto the anchor.
       latents: "noise" (z ~ N(0, I), upper timesteps) or "ddim" (points of the original model's own
@@ -108,6 +110,7 @@ class SageConfig:
     check_optimizer: Literal["adam", "sign"] = "adam"
     check_weight: float = 1.0
     check_radius: float | None = None
+    check_start: Literal["prompt", "random"] = "prompt"
     free_concept: bool = True
     eta: float = 4.0
     latents: Literal["noise", "ddim"] = "noise"
@@ -134,6 +137,7 @@ class SageConfig:
             },
             accepted={
                 "check": ("anchor", "recall"), "check_optimizer": ("adam", "sign"),
+                "check_start": ("prompt", "random"),
                 "latents": ("noise", "ddim"), "global_form": ("cross", "self"),
             },
         )  # fmt: skip
@@ -231,7 +235,7 @@ class SageStatic:
 
 def self_check(
     static: SageStatic, params: Any, frozen: Mapping[str, Any], tokens: Int[Array, "P L"],
-    free: Bool[Array, "P L"], concept: Float[Array, " C"],
+    free: Bool[Array, "P L"], concept: Float[Array, " C"], key: PRNGKeyArray,
 ) -> tuple[Float[Array, "P L C"], dict[str, Array]]:  # fmt: skip
     """Walk from prompts of the concept to the edge of what T still takes for it.
 
@@ -242,6 +246,7 @@ def self_check(
       tokens: [P, L] prompts to start from.
       free: [P, L] positions whose embeddings may move.
       concept: [C] pooled state T0(c).
+      key: of a random start.
 
     Returns:
       token embeddings [P, L, C] of the attacked prompts, without gradient, and the mean cosines
@@ -253,6 +258,8 @@ def self_check(
     ends = pooling_positions(now.config, tokens)
     start = before.embeddings.token_embedding(tokens).astype(jnp.float32)
     unit = frozen["embedding_rms"]
+    if config.check_start == "random":
+        start = jnp.where(free[..., None], unit * jax.random.normal(key, start.shape), start)
 
     def pooled(embeddings: Array) -> tuple[Array, Array]:
         return tuple(
@@ -308,13 +315,16 @@ def erase_step(
     del batch
     config = static.config
     concept_key, prompt_key, update_key = jax.random.split(key, 3)
+    check_key = jax.random.fold_in(key, 3)
     which = jax.random.randint(concept_key, (), 0, frozen["tokens"].shape[0])
     rows = jax.random.choice(prompt_key, frozen["tokens"].shape[1], (config.prompts,))
     tokens, without, free = constrain_batch(
         tuple(frozen[name][which, rows] for name in ("tokens", "without", "free"))
     )
     concept_pooled = frozen["concept_pooled"][which]
-    attacked, metrics = self_check(static, state.params, frozen, tokens, free, concept_pooled)
+    attacked, metrics = self_check(
+        static, state.params, frozen, tokens, free, concept_pooled, check_key
+    )
 
     def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
         loss_of = functools.partial(

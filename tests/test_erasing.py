@@ -151,7 +151,9 @@ def test_word_erasure_trains_on_plain_prompts_alone(pipeline):
 
     def ours(params):
         concept = frozen["concept_pooled"][0]
-        attacked, _ = sage.self_check(static, params, frozen, tokens, free, concept)
+        attacked, _ = sage.self_check(
+            static, params, frozen, tokens, free, concept, jax.random.key(0)
+        )
         which = jnp.array(0)
         return sage._erase_loss(static, frozen, which, tokens, without, attacked, key, params)[0]
 

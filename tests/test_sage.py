@@ -158,7 +158,11 @@ def test_self_check_moves_free_words_only_and_finds_worse_prompts(prepared, opti
     params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
                           state.params)  # fmt: skip
     concept = frozen["concept_pooled"][0]
-    run = jax.jit(lambda params: sage.self_check(static, params, frozen, tokens, free, concept))
+    run = jax.jit(
+        lambda params: sage.self_check(
+            static, params, frozen, tokens, free, concept, jax.random.key(0)
+        )
+    )
     attacked, metrics = run(params)
     before = nnx.merge(static.text, frozen["original"])
     now = nnx.merge(static.text, params, frozen["text"])
@@ -187,10 +191,29 @@ def test_no_self_check_is_word_erasure(prepared):
     static = dataclasses.replace(static, config=dataclasses.replace(TINY, check_steps=0))
     tokens, free = (jnp.asarray(frozen[name][0]) for name in ("tokens", "free"))
     attacked, _ = sage.self_check(
-        static, state.params, frozen, tokens, free, frozen["concept_pooled"][0]
+        static, state.params, frozen, tokens, free, frozen["concept_pooled"][0], jax.random.key(0)
     )
     encoder = nnx.merge(static.text, frozen["original"])
     np.testing.assert_array_equal(attacked, encoder.embeddings.token_embedding(tokens))
+
+
+def test_outside_in_starts_at_noise_where_the_attack_may_move(prepared):
+    static, state, frozen = prepared
+    config = dataclasses.replace(TINY, check_steps=0, check_start="random")
+    static = dataclasses.replace(static, config=config)
+    tokens, free = (np.asarray(frozen[name][0]) for name in ("tokens", "free"))
+    attacked, again = (
+        sage.self_check(
+            static, state.params, frozen, tokens, free, frozen["concept_pooled"][0],
+            jax.random.key(seed),
+        )[0]
+        for seed in (0, 1)
+    )  # fmt: skip
+    embedded = nnx.merge(static.text, frozen["original"]).embeddings.token_embedding(tokens)
+    np.testing.assert_array_equal(attacked[~free], embedded[~free])
+    unit = float(frozen["embedding_rms"])
+    assert np.sqrt(np.mean(np.square(attacked[free]))) == pytest.approx(unit, rel=0.1)
+    assert (np.abs(attacked - again)[free].max(axis=-1) > unit).all()
 
 
 # ---- the cycle ----

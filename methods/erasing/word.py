@@ -28,6 +28,7 @@ class WordConfig(sage.SageConfig):
     check_optimizer: Literal["adam", "sign"] = _fixed("adam")
     check_weight: float = _fixed(0.0)
     check_radius: float | None = _fixed(None)
+    check_start: Literal["prompt", "random"] = _fixed("prompt")
     free_concept: bool = _fixed(False)
 
 
