@@ -201,7 +201,7 @@ def test_outside_in_starts_at_noise_where_the_attack_may_move(prepared):
     static, state, frozen = prepared
     config = dataclasses.replace(TINY, check_steps=0, check_start="random")
     static = dataclasses.replace(static, config=config)
-    tokens, free = (np.asarray(frozen[name][0]) for name in ("tokens", "free"))
+    tokens, free = (jnp.asarray(frozen[name][0]) for name in ("tokens", "free"))
     attacked, again = (
         sage.self_check(
             static, state.params, frozen, tokens, free, frozen["concept_pooled"][0],
