@@ -40,7 +40,7 @@ from ..flax_models.autoencoder_kl import AutoencoderKL
 from ..flax_models.clip import CLIPTextConfig, pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
 from .concepts import ConceptError, encode_phrases
-from .instance_batches import augmented, batches, cached, collect
+from .instance_batches import PREFIXES, augmented, batches, cached, collect
 from .instances import Concept
 from .new_tokens import default_initializers, encode_with_rows, initial_rows
 from .phrases import text_length
@@ -289,7 +289,10 @@ def prepare(
         concept.prompt or config.prompt.format(token=concept.token, word=concept.word)
         for concept in concepts
     ]
-    instances = collect(tokenizer, concepts, prompts, length, size, prior=config.prior_weight > 0)
+    instances = collect(
+        tokenizer, concepts, prompts, length, size,
+        prefixes=PREFIXES if config.augment else PREFIXES[:1], prior=config.prior_weight > 0,
+    )  # fmt: skip
     text, text_params = nnx.split(extended.text_encoder)
     unet, trained, rest = (
         split_trainable(pipeline.unet, TRAINED[config.trained])

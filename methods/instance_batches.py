@@ -35,21 +35,21 @@ class Instances:
     Attributes:
       images: of the subjects, uint8 [H, W, 3] of any sizes.
       owner: [N] which concept each one shows.
-      captions: [C, 5, L] a concept's prompt behind each of `PREFIXES`.
+      captions: [C, P, L] a concept's prompt behind each prefix, the empty one first.
       class_images: per concept, uint8 [K, size, size, 3]; empty without prior preservation.
       class_captions: [C, L].
     """
 
     images: Sequence[np.ndarray]
     owner: Int[np.ndarray, " N"]
-    captions: Int[np.ndarray, "C 5 L"]
+    captions: Int[np.ndarray, "C P L"]
     class_images: Sequence[np.ndarray]
     class_captions: Int[np.ndarray, "C L"]
 
 
 def collect(
     tokenizer: Any, concepts: Sequence[Concept], prompts: Sequence[str], length: int, size: int,
-    prior: bool,
+    *, prefixes: Sequence[str] = PREFIXES, prior: bool = False,
 ) -> Instances:  # fmt: skip
     """The images and captions of concepts.
 
@@ -59,12 +59,13 @@ def collect(
       prompts: what each one's images show.
       length: tokens in a caption.
       size: pixels along a side of the class images.
+      prefixes: what captions begin with.
       prior: whether class images are wanted.
     """
     images = [image for concept in concepts for image in concept.images]
     owner = [n for n, concept in enumerate(concepts) for _ in concept.images]
     captions = [
-        encode_phrases(tokenizer, [prefix + prompt for prefix in PREFIXES], length)
+        encode_phrases(tokenizer, [prefix + prompt for prefix in prefixes], length)
         for prompt in prompts
     ]
     classes = [
