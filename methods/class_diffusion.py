@@ -75,19 +75,20 @@ class ClassDiffusionConfig:
       steps: updates; the authors take 500 for one concept and 800 for two.
       batch_size: images per update, over all devices.
       learning_rate: of AdamW, constant.
-      scale_lr: multiply it by `batch_size`.
+      scale_lr: whether the rate is multiplied by `batch_size`.
       weight_decay: AdamW's decay.
       trained: of the UNet: keys and values of the cross-attention, all of it, everything, nothing.
-      train_tokens: train the new tokens' embeddings too; else they stay those of the initializers.
+      train_tokens: whether the new tokens' embeddings train; else they stay the initializers'.
       initialize: where a new token's embedding starts: at a "rare" word's or at the "class" word's.
       prompt: of images that have none of their own; {token} and {word} stand for the concept's.
       spl_weight: weight of the semantic preservation loss (lambda).
       pooling: where it pools: at the end of the text, or as the "reference" does.
       prior_weight: weight of prior preservation on class images; 0 does without them.
       size: pixels along an image's side; None is what the UNet was trained at.
-      augment: subjects small or close up, as Custom Diffusion does; else latents are cached.
-      flip: mirror images one time in two.
-      center_crop: take the central square of an image instead of squeezing all of it into one.
+      augment: whether subjects are shown small or close up, as Custom Diffusion does; else latents
+        are cached.
+      flip: whether images are mirrored one time in two.
+      center_crop: whether the central square of an image is taken, or all of it squeezed into one.
     """
 
     steps: int = 500
@@ -175,16 +176,17 @@ class PersonalisingStatic:
     Attributes:
       unet, text, vae: structures; `vae` is None where latents are cached.
       optimizer: of the trained parameters.
-      config: settings.
       schedule: of the noise.
+      spl_weight, prior_weight: of the losses.
     """
 
     unet: nnx.GraphDef[Any]
     text: nnx.GraphDef[Any]
     vae: nnx.GraphDef[Any] | None
     optimizer: optax.GradientTransformation
-    config: ClassDiffusionConfig
     schedule: NoiseSchedule
+    spl_weight: float
+    prior_weight: float
 
 
 def latent_posterior(
@@ -212,7 +214,6 @@ def personalise_step(
       the new state and metrics: loss, reconstruction, spl (also where its weight is 0: it says how
       far the subject has drifted from its class), and prior where it is on.
     """
-    config = static.config
     latent_key, noise_key, time_key = jax.random.split(key, 3)
     own = batch["tokens"].shape[0]
     batch, mask = _with_prior(batch), batch["mask"]
@@ -242,10 +243,10 @@ def personalise_step(
                 pooled[size:].astype(jnp.float32), frozen["class_pooled"]
             ),
         }
-        loss = metrics["reconstruction"] + config.spl_weight * metrics["spl"]
+        loss = metrics["reconstruction"] + static.spl_weight * metrics["spl"]
         if size > own:
             metrics["prior"] = jnp.mean((prediction[own:] - target[own:]) ** 2)
-            loss = loss + config.prior_weight * metrics["prior"]
+            loss = loss + static.prior_weight * metrics["prior"]
         return loss, {"loss": loss, **metrics}
 
     (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -320,8 +321,9 @@ def prepare(
         encode = functools.partial(_encode_images, vae, nnx.to_pure_dict(vae_params))
         example = cached(instances, size, cells, encode, **options)
     static = PersonalisingStatic(
-        unet, text, vae if config.augment else None, optimizer, config,
+        unet, text, vae if config.augment else None, optimizer,
         NoiseSchedule.from_config(pipeline.scheduler_config),
+        config.spl_weight, config.prior_weight,
     )  # fmt: skip
     data = batches(example, len(instances.images), config.batch_size, seed)
     return static, init_state(params, optimizer), jax.tree.map(jnp.asarray, frozen), data
@@ -410,15 +412,15 @@ def _encode_images(vae: Any, params: Any, pixels: np.ndarray) -> tuple[np.ndarra
 
 
 def personalised(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[Concept], static: PersonalisingStatic,
-    state: TrainState, frozen: Mapping[str, Any],
+    pipeline: StableDiffusionPipeline, concepts: Sequence[Concept], config: ClassDiffusionConfig,
+    static: PersonalisingStatic, state: TrainState, frozen: Mapping[str, Any],
 ) -> StableDiffusionPipeline:  # fmt: skip
     """The pipeline with what was trained in its place, parameters in the dtypes of the original."""
     stored = nnx.to_pure_dict(nnx.state(pipeline.unet))
     unet = nnx.merge(static.unet, state.params.get("unet", {}), frozen["unet"])
     trained = nnx.to_pure_dict(nnx.state(unet))
     nnx.update(unet, jax.tree.map(lambda new, old: new.astype(old.dtype), trained, stored))
-    rows = new_rows(pipeline, concepts, static.config)
+    rows = new_rows(pipeline, concepts, config)
     if "rows" in state.params:
         rows = dict(zip(rows, state.params["rows"], strict=True))
     return dataclasses.replace(add_tokens(pipeline, rows), unet=unet)
@@ -444,4 +446,4 @@ def personalise(
         personalise_step, static, state, frozen, data,
         key=jax.random.key(seed), num_steps=config.steps, **options,
     )  # fmt: skip
-    return personalised(pipeline, concepts, static, state, frozen)
+    return personalised(pipeline, concepts, config, static, state, frozen)

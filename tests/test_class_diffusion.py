@@ -14,7 +14,6 @@ from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.stable_diffusion import TokenError, add_tokens, token_ids
 from conceptax.methods import class_diffusion as cd
 from conceptax.methods.concepts import ConceptError
-from conceptax.methods.instance_batches import PREFIXES
 from conceptax.methods.instances import Concept, ConceptListError
 from conceptax.methods.new_tokens import encode_with_rows, initial_rows
 from conceptax.methods.personalising import METHODS, method_of, personalise
@@ -162,9 +161,10 @@ def test_parameters_keep_the_dtype_they_are_stored_in(pipeline):
         graphdef, state = nnx.split(getattr(pipeline, part))
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.to_pure_dict(state))
         setattr(half, part, nnx.merge(graphdef, params))
-    static, state, frozen, _ = cd.prepare(half, [subject()], cd.ClassDiffusionConfig(**RUN))
+    config = cd.ClassDiffusionConfig(**RUN)
+    static, state, frozen, _ = cd.prepare(half, [subject()], config)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
-    result = cd.personalised(half, [subject()], static, state, frozen)
+    result = cd.personalised(half, [subject()], config, static, state, frozen)
     for part in (result.unet, result.text_encoder):
         assert {leaf.dtype for leaf in jax.tree.leaves(params_of(part))} == {np.dtype(jnp.bfloat16)}
 
@@ -172,11 +172,13 @@ def test_parameters_keep_the_dtype_they_are_stored_in(pipeline):
 # ---- the step ----
 
 
+BOTH = cd.ClassDiffusionConfig(**RUN, spl_weight=0.7, prior_weight=0.3)
+
+
 @pytest.fixture(scope="module")
 def run(pipeline):
     """Custom Diffusion's prior preservation and the semantic preservation loss together."""
-    config = cd.ClassDiffusionConfig(**RUN, spl_weight=0.7, prior_weight=0.3)
-    return cd.prepare(pipeline, [subject()], config)
+    return cd.prepare(pipeline, [subject()], BOTH)
 
 
 def test_step_follows_the_equations(pipeline, run):
@@ -187,7 +189,7 @@ def test_step_follows_the_equations(pipeline, run):
     )
     moved = TrainState(state.step, params, state.opt_state)
     key = jax.random.key(3)
-    merged = cd.personalised(pipeline, [subject()], static, moved, frozen)
+    merged = cd.personalised(pipeline, [subject()], BOTH, static, moved, frozen)
     once = compile_step(cd.personalise_step, static)
     _, metrics = once(jax.tree.map(jnp.array, moved), frozen, batch, key)
 
@@ -314,8 +316,7 @@ def test_requests_are_checked(pipeline):
 
 
 def test_captions_and_phrases_hold_the_new_token(run):
-    static, _, frozen, data = run
-    assert static.config.pooling == "eos" and len(PREFIXES) == 5
+    _, _, frozen, data = run
     (new,) = frozen["ids"].tolist()
     batch = next(iter(data))
     assert (batch["tokens"] == new).sum(axis=1).tolist() == [1, 1]

@@ -20,6 +20,7 @@ import conceptax
 COMMANDS = {
     "demo": "erase 'three' from the bundled model and show what changed",
     "erase": "erase concepts from a Stable Diffusion folder, by one of several methods",
+    "personalize": "learn a subject from a few images, by one of several methods",
     "sample": "draw images from prompts",
     "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
     "glyphs train": "build the bundled model from scratch",
