@@ -19,9 +19,11 @@ from conceptax.methods.new_tokens import encode_with_rows, initial_rows
 from conceptax.methods.personalising import METHODS, method_of, personalise
 from conceptax.methods.sampling import add_noise
 from conceptax.methods.training import (
+    RULES,
     TrainState,
     compile_step,
     leaf_paths,
+    make_mesh,
     matches,
     step_key,
     train,
@@ -236,6 +238,18 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
         jax.tree.leaves(straight.params), jax.tree.leaves(resumed.params), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_mesh_of_devices_learns_the_same(pipeline):
+    config = dataclasses.replace(BOTH, batch_size=4, steps=1)
+    options = {"seed": 2, "progress": False}
+    alone = personalise(pipeline, [subject()], config, **options)
+    mesh, rules = make_mesh(data=2, fsdp=2), RULES["StableDiffusionPipeline"]
+    spread = personalise(pipeline, [subject()], config, mesh=mesh, rules=rules, **options)
+    for part in ("unet", "text_encoder"):
+        first, second = (params_of(getattr(each, part)) for each in (alone, spread))
+        for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4)  # Adam's first step is 0.01 long
 
 
 def test_semantic_loss_reaches_the_new_rows_alone(run):
