@@ -56,8 +56,8 @@ def initial_rows(
         if len(ids) != 1:
             pieces = tokenizer.convert_ids_to_tokens(ids)
             raise TokenError(
-                f"the initializer {word!r} of {token!r} is {len(ids)} tokens {pieces}; choose a "
-                "word that is one token."
+                f"the initializer {word!r} of {token!r} is {len(ids)} tokens {pieces}; name "
+                "another initializer, a word that is one token."
             )
         rows[token] = table[ids[0]]
     return rows
