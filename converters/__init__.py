@@ -2,6 +2,7 @@
 
 from .errors import CheckpointError, ConversionError, OutputError
 from .output import atomic_folder
+from .personalised import load_personalised, save_custom_diffusion, save_textual_inversion
 from .pytorch import load_changes, load_pytorch, save_changes, save_pytorch
 
 __all__ = [
@@ -10,7 +11,10 @@ __all__ = [
     "OutputError",
     "atomic_folder",
     "load_changes",
+    "load_personalised",
     "load_pytorch",
     "save_changes",
+    "save_custom_diffusion",
     "save_pytorch",
+    "save_textual_inversion",
 ]

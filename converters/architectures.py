@@ -14,6 +14,9 @@ MODULES = {
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
+    "Dinov2Model": "dinov2",
+    "BlipForImageTextRetrieval": "blip",
+    "Blip2ForImageTextRetrieval": "blip_2",
 }
 PIPELINES = ("StableDiffusionPipeline",)
 

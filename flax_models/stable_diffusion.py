@@ -1,8 +1,14 @@
 """A Stable-Diffusion-style text-to-image pipeline: the parts of one diffusers folder."""
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
 
 from .autoencoder_kl import AutoencoderKL
 from .clip import CLIPTextModel
@@ -26,3 +32,73 @@ class StableDiffusionPipeline:
     tokenizer: Any
     scheduler_config: Mapping[str, Any]
     model_index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class TokenError(ValueError):
+    """A token that cannot be added to a tokenizer."""
+
+
+def add_tokens(
+    pipeline: StableDiffusionPipeline, rows: Mapping[str, Float[Array, " C"] | np.ndarray]
+) -> StableDiffusionPipeline:
+    """The pipeline with more tokens in its tokenizer and text encoder; it stays as it is.
+
+    A new token's id follows the tokenizer's last one. The table of embeddings grows where it has no
+    row to spare there; every other row keeps its bits.
+
+    Args:
+      pipeline: the model; its tokenizer and text encoder are needed.
+      rows: token -> embedding [hidden_size], stored in the dtype of the table.
+
+    Raises:
+      TokenError: a token that exists, that is empty or holds white space, or that the tokenizer
+        would not read as one; an embedding of another width.
+    """
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    for token in rows:
+        if not token or token.split() != [token]:
+            raise TokenError(f"a token is one word such as '<new1>', received {token!r}.")
+        if {token, token.lower(), f"{token.lower()}</w>"} & vocabulary.keys():
+            raise TokenError(
+                f"the tokenizer already has the token {token!r}: choose another name, such as "
+                "'<new1>'."
+            )
+    tokenizer.add_tokens(list(rows))
+    encoder = nnx.clone(pipeline.text_encoder)
+    embed = encoder.embeddings.token_embedding
+    table = embed.embedding[...]
+    ids = token_ids(tokenizer, list(rows))
+    for token, row in rows.items():
+        if np.shape(row) != table.shape[1:]:
+            raise TokenError(
+                f"the embedding of {token!r} has shape {np.shape(row)}; this text encoder's rows "
+                f"have {table.shape[1:]}. It belongs to another model."
+            )
+    missing = max([len(table), *(index + 1 for index in ids)]) - len(table)
+    table = jnp.concatenate([table, jnp.zeros((missing, table.shape[1]), table.dtype)])
+    for index, row in zip(ids, rows.values(), strict=True):
+        table = table.at[index].set(jnp.asarray(row).astype(table.dtype))
+    embed.embedding.set_value(table)
+    embed.num_embeddings = len(table)
+    encoder.config = dataclasses.replace(encoder.config, vocab_size=len(table))
+    return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
+
+
+def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """The ids of added tokens.
+
+    Raises:
+      TokenError: the tokenizer does not read one of them as a single token.
+    """
+    ids = []
+    for token in tokens:
+        index = tokenizer.convert_tokens_to_ids(token)
+        read = tokenizer(f"a {token} a", add_special_tokens=False)["input_ids"]
+        if len(read) != 3 or read[1] != index:
+            raise TokenError(
+                f"the tokenizer does not read {token!r} as one token: choose a name in angle "
+                "brackets and lower case, such as '<new1>'."
+            )
+        ids.append(index)
+    return ids

@@ -13,7 +13,14 @@ from .sharding import (
     shard_state,
     shard_tree,
 )
-from .state import TrainState, apply_gradients, cosine_adamw, init_state, step_key
+from .state import (
+    TrainState,
+    apply_gradients,
+    constant_adamw,
+    cosine_adamw,
+    init_state,
+    step_key,
+)
 
 __all__ = [
     "DEFAULT_RULES",
@@ -27,6 +34,7 @@ __all__ = [
     "apply_gradients",
     "check_patterns",
     "compile_step",
+    "constant_adamw",
     "constrain_batch",
     "cosine_adamw",
     "dotted",

@@ -59,3 +59,11 @@ def cosine_adamw(
     """
     rate = optax.cosine_decay_schedule(learning_rate, updates)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=weight_decay))
+
+
+@functools.lru_cache
+def constant_adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW at a constant rate on gradients clipped to norm 1; one object per setting."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
+    )

@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "erase 'three' from the bundled model and show what changed",
     "erase": "erase concepts from a Stable Diffusion folder, by one of several methods",
     "evaluate": "say what an erasure did: is the concept gone, what else broke, who brings it back",
+    "personalize": "learn a subject from a few images, by one of several methods",
     "sample": "draw images from prompts",
     "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
     "glyphs train": "build the bundled model from scratch",

@@ -1,5 +1,6 @@
 """Flags that several commands share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,3 +13,13 @@ OptionalPath = Annotated[
     Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(optional)")
 ]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
+
+
+def chosen(arguments: Sequence[str], option: str, default: str) -> str:
+    """The value that the arguments give an option, before they are parsed."""
+    value = default
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, joined = here.partition("=")
+        if name == option:
+            value = joined or following
+    return value

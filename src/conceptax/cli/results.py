@@ -98,3 +98,34 @@ def environment() -> dict[str, Any]:
         "devices": len(devices),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
     }
+
+
+def claim_run(path: Path, record: Mapping[str, Any], *, length: str) -> None:
+    """Refuse checkpoints of another run; note this one's settings beside them.
+
+    Args:
+      path: the record beside the checkpoints, written here.
+      record: what the run is, its settings under "settings".
+      length: the setting that says how long it runs, which may differ.
+
+    Raises:
+      ValueError: the record there differs, or is damaged.
+    """
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); choose another folder.") from error
+        here = json.loads(json.dumps(record))
+        differing = {name for name in here if here[name] != earlier.get(name)}
+        for settings in (here["settings"], earlier.get("settings", {})):
+            settings.pop(length, None)
+        if here["settings"] == earlier.get("settings"):
+            differing.discard("settings")
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds checkpoints of a run with another {sorted(differing)}. "
+                "Choose another --checkpoint-dir, or remove this one."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)

@@ -1,0 +1,358 @@
+"""`BlipForImageTextRetrieval`: how well a text says what an image shows (Li et al. 2022, BLIP,
+arXiv 2201.12086).
+
+Images are `[B, H, W, 3]` normalised with CLIP's mean and standard deviation, text is `[B, L]` token
+ids of BERT's uncased tokenizer.  Attribute paths are those of transformers' state dicts.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from .clip import ACTIVATIONS
+from .configs import ModelConfig
+from .layers.attention import dot_product_attention
+from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
+from .layers.embeddings import Dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(ModelConfig):
+    """What the towers of BLIP and BLIP-2 share."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+    STRICT: ClassVar[bool] = False
+
+    def __post_init__(self):
+        self.require_positive(
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )
+        self.require(
+            self.hidden_act in ACTIVATIONS,
+            f"hidden_act accepts {sorted(ACTIVATIONS)}, received {self.hidden_act!r}.",
+        )
+        self.require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} does not divide into "
+            f"{self.num_attention_heads} heads.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlipVisionConfig(TransformerConfig):
+    """Settings of the vision tower; the defaults are those of the base model."""
+
+    layer_norm_eps: float = 1e-5
+    image_size: int = 384
+    patch_size: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("image_size", "patch_size")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": "blip_vision_model", **super().to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlipTextConfig(TransformerConfig):
+    """Settings of the text tower; the defaults are those of the base model."""
+
+    num_attention_heads: int = 8
+    vocab_size: int = 30524
+    max_position_embeddings: int = 512
+
+    FIXED: ClassVar[Mapping[str, Any]] = {"is_decoder": True}  # it has cross-attention
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("vocab_size", "max_position_embeddings")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": "blip_text_model", **super().to_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlipConfig(ModelConfig):
+    """Both towers and the shared space."""
+
+    text_config: BlipTextConfig = BlipTextConfig()
+    vision_config: BlipVisionConfig = BlipVisionConfig()
+    image_text_hidden_size: int = 256
+
+    STRICT: ClassVar[bool] = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "BlipConfig":
+        towers = {
+            "text_config": BlipTextConfig.from_dict(raw.get("text_config") or {}),
+            "vision_config": BlipVisionConfig.from_dict(raw.get("vision_config") or {}),
+        }
+        return super().from_dict({**raw, **towers})
+
+    def to_dict(self) -> dict[str, Any]:
+        towers = {
+            "text_config": self.text_config.to_dict()
+            | {"encoder_hidden_size": self.vision_config.hidden_size},
+            "vision_config": self.vision_config.to_dict(),
+        }
+        return {"model_type": "blip", **super().to_dict(), **towers}
+
+
+def layer_norm(config: TransformerConfig, **init) -> nnx.LayerNorm:
+    """A layer norm of the tower's width."""
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **init
+    )
+
+
+def unit(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """Normalised along the last axis."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+# ---- vision ----
+
+
+class BlipVisionEmbeddings(nnx.Module):
+    """Patches, a class token in front, learned positions."""
+
+    def __init__(self, config: BlipVisionConfig, **init):
+        width, patch = config.hidden_size, (config.patch_size,) * 2
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        rngs, dtype = init["rngs"], init["param_dtype"]
+        self.class_embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (1, 1, width), dtype)
+        )
+        self.patch_embedding = nnx.Conv(3, width, patch, strides=patch, padding="VALID", **init)
+        self.position_embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (1, tokens, width), dtype)
+        )
+
+    def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B T C"]:
+        patches = self.patch_embedding(pixel_values)
+        batch, width = patches.shape[0], patches.shape[-1]
+        first = jnp.broadcast_to(self.class_embedding[...], (batch, 1, width)).astype(patches.dtype)
+        tokens = jnp.concatenate([first, patches.reshape(batch, -1, width)], axis=1)
+        return tokens + self.position_embedding[...].astype(tokens.dtype)
+
+
+class BlipVisionAttention(nnx.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, config: BlipVisionConfig, **init):
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = nnx.Linear(width, 3 * width, **init)
+        self.projection = nnx.Linear(width, width, **init)
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        parts = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)  # [B, T, 3, H, D]
+        attended = dot_product_attention(parts[:, :, 0], parts[:, :, 1], parts[:, :, 2])
+        return self.projection(attended.reshape(x.shape))
+
+
+class BlipMLP(nnx.Module):
+    """Two-layer perceptron."""
+
+    def __init__(self, config: TransformerConfig, **init):
+        self.activation = config.hidden_act
+        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **init)
+        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **init)
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class BlipVisionLayer(nnx.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: BlipVisionConfig, **init):
+        self.self_attn = BlipVisionAttention(config, **init)
+        self.layer_norm1 = layer_norm(config, **init)
+        self.mlp = BlipMLP(config, **init)
+        self.layer_norm2 = layer_norm(config, **init)
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class BlipVisionEncoder(nnx.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: BlipVisionConfig, **init):
+        self.layers = nnx.List(
+            [BlipVisionLayer(config, **init) for _ in range(config.num_hidden_layers)]
+        )
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class BlipVisionModel(nnx.Module):
+    """The vision transformer that BLIP and BLIP-2 share."""
+
+    def __init__(self, config: BlipVisionConfig, **init):
+        self.size = config.image_size
+        self.embeddings = BlipVisionEmbeddings(config, **init)
+        self.encoder = BlipVisionEncoder(config, **init)
+        self.post_layernorm = layer_norm(config, **init)
+
+    def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B T C"]:
+        """Normalised states of all tokens, the class token's first."""
+        if pixel_values.shape[1:] != (self.size, self.size, 3):
+            raise ValueError(
+                f"this model takes [B, {self.size}, {self.size}, 3] images, received "
+                f"{pixel_values.shape}."
+            )
+        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+
+
+# ---- text ----
+
+
+class BlipTextEmbeddings(nnx.Module):
+    """Token plus learned position embeddings, normalised."""
+
+    def __init__(self, config: BlipTextConfig, **init):
+        width = config.hidden_size
+        self.word_embeddings = nnx.Embed(config.vocab_size, width, **init)
+        self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, **init)
+        self.LayerNorm = layer_norm(config, **init)
+
+    def __call__(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L C"]:
+        positions = self.position_embeddings(jnp.arange(input_ids.shape[1]))
+        return self.LayerNorm(self.word_embeddings(input_ids) + positions)
+
+
+class BlipTextLayer(nnx.Module):
+    """Post-norm layer; where there is an image, it is attended to after the text."""
+
+    def __init__(self, config: BlipTextConfig, image_features: int, **init):
+        width, heads, epsilon = (
+            config.hidden_size, config.num_attention_heads, config.layer_norm_eps
+        )  # fmt: skip
+        options = {"inner": "self", "epsilon": epsilon, **init}
+        self.activation = config.hidden_act
+        self.attention = BertAttention(width, heads, **options)
+        self.crossattention = BertAttention(
+            width, heads, context_features=image_features, **options
+        )
+        self.intermediate = Dense(width, config.intermediate_size, **init)
+        self.output = Output(config.intermediate_size, width, epsilon=epsilon, **init)
+
+    def __call__(
+        self, x: Float[Array, "B L C"], image: Float[Array, "B T E"] | None, mask: Mask | None
+    ) -> Float[Array, "B L C"]:
+        x = self.attention(x, mask=mask)
+        if image is not None:
+            x = self.crossattention(x, image)
+        return self.output(ACTIVATIONS[self.activation](self.intermediate(x)), x)
+
+
+class BlipTextEncoder(nnx.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: BlipTextConfig, image_features: int, **init):
+        self.layer = nnx.List(
+            [BlipTextLayer(config, image_features, **init) for _ in range(config.num_hidden_layers)]
+        )
+
+    def __call__(self, x: Array, image: Array | None, mask: Mask | None) -> Array:
+        for layer in self.layer:
+            x = layer(x, image, mask)
+        return x
+
+
+class BlipTextModel(nnx.Module):
+    """BLIP's text transformer, reading in both directions."""
+
+    def __init__(self, config: BlipTextConfig, image_features: int, **init):
+        self.longest = config.max_position_embeddings
+        self.embeddings = BlipTextEmbeddings(config, **init)
+        self.encoder = BlipTextEncoder(config, image_features, **init)
+
+    def __call__(
+        self, input_ids: Int[Array, "B L"], mask: Mask | None,
+        image: Float[Array, "B T E"] | None = None,
+    ) -> Float[Array, "B L C"]:  # fmt: skip
+        if input_ids.shape[1] > self.longest:
+            raise ValueError(
+                f"this model reads {self.longest} tokens, received {input_ids.shape[1]}."
+            )
+        return self.encoder(self.embeddings(input_ids), image, mask)
+
+
+# ---- the model ----
+
+
+class BlipForImageTextRetrieval(nnx.Module):
+    """BLIP's contrastive and matching heads.
+
+    Args:
+      config: architecture.
+      dtype: computation dtype; norms and softmax accumulate in float32.
+      param_dtype: dtype of the parameters.
+      rngs: source of the initial parameters.
+    """
+
+    config_class = BlipConfig
+    pytorch_class = "BlipForImageTextRetrieval"
+    pytorch_library = "transformers"
+    pytorch_ignored = ("*embeddings.position_ids",)
+
+    def __init__(
+        self, config: BlipConfig, *, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        image, text = config.vision_config.hidden_size, config.text_config.hidden_size
+        shared = config.image_text_hidden_size
+        self.config = config
+        self.vision_model = BlipVisionModel(config.vision_config, **init)
+        self.text_encoder = BlipTextModel(config.text_config, image, **init)
+        self.vision_proj = nnx.Linear(image, shared, **init)
+        self.text_proj = nnx.Linear(text, shared, **init)
+        self.itm_head = nnx.Linear(text, 2, **init)
+
+    def get_image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
+        """Unit vectors in the shared space."""
+        return unit(self.vision_proj(self.vision_model(pixel_values)[:, 0]))
+
+    def get_text_features(
+        self, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B P"]:
+        """Unit vectors in the shared space."""
+        states = self.text_encoder(input_ids, token_mask(attention_mask))
+        return unit(self.text_proj(states[:, 0]))
+
+    def matching_logits(
+        self, input_ids: Int[Array, "B L"], pixel_values: Float[Array, "B H W 3"],
+        attention_mask: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B 2"]:  # fmt: skip
+        """Logits of "no match" and "match" for each pair."""
+        image = self.vision_model(pixel_values)
+        states = self.text_encoder(input_ids, token_mask(attention_mask), image)
+        return self.itm_head(states[:, 0])
+
+    def __call__(
+        self, input_ids: Int[Array, "T L"], pixel_values: Float[Array, "I H W 3"],
+        attention_mask: Int[Array, "T L"] | None = None,
+    ) -> Float[Array, "I T"]:  # fmt: skip
+        """Cosine of every image and every text."""
+        text = self.get_text_features(input_ids, attention_mask)
+        return self.get_image_features(pixel_values) @ text.T

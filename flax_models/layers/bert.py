@@ -1,0 +1,86 @@
+"""Post-norm transformer layers of BERT (Devlin et al. 2019), under transformers' names."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from .attention import dot_product_attention
+
+Mask = Bool[Array, "B K"]
+
+
+class Projections(nnx.Module):
+    """Multi-head attention without its output projection."""
+
+    def __init__(
+        self, features: int, heads: int, *, context_features: int | None = None,
+        use_bias: bool = True, **init,
+    ):  # fmt: skip
+        context_features = context_features or features
+        self.heads = heads
+        self.query = nnx.Linear(features, features, use_bias=use_bias, **init)
+        self.key = nnx.Linear(context_features, features, use_bias=use_bias, **init)
+        self.value = nnx.Linear(context_features, features, use_bias=use_bias, **init)
+
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None,
+        mask: Mask | None = None,
+    ) -> Float[Array, "B L C"]:  # fmt: skip
+        context = x if context is None else context
+        query = self.query(x).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D]
+        key, value = (
+            project(context).reshape(*context.shape[:2], self.heads, -1)
+            for project in (self.key, self.value)
+        )
+        seen = None if mask is None else mask[:, None, None, :]
+        return dot_product_attention(query, key, value, mask=seen).reshape(x.shape)
+
+
+class Dense(nnx.Module):
+    """A linear layer one name further down."""
+
+    def __init__(self, features: int, out_features: int, **init):
+        self.dense = nnx.Linear(features, out_features, **init)
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
+        return self.dense(x)
+
+
+class Output(nnx.Module):
+    """Project, add what came before, normalise."""
+
+    def __init__(self, features: int, out_features: int, *, epsilon: float, **init):
+        self.dense = nnx.Linear(features, out_features, **init)
+        self.LayerNorm = nnx.LayerNorm(
+            out_features, epsilon=epsilon, use_fast_variance=False, **init
+        )
+
+    def __call__(
+        self, x: Float[Array, "B L C"], before: Float[Array, "B L D"]
+    ) -> Float[Array, "B L D"]:
+        return self.LayerNorm(self.dense(x) + before)
+
+
+class BertAttention(nnx.Module):
+    """Attention with its residual; `inner` is the name that its projections bear on disk."""
+
+    def __init__(
+        self, features: int, heads: int, *, inner: str, epsilon: float,
+        context_features: int | None = None, **init,
+    ):  # fmt: skip
+        self.inner = inner
+        setattr(
+            self, inner, Projections(features, heads, context_features=context_features, **init)
+        )
+        self.output = Output(features, features, epsilon=epsilon, **init)
+
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None,
+        mask: Mask | None = None,
+    ) -> Float[Array, "B L C"]:  # fmt: skip
+        return self.output(getattr(self, self.inner)(x, context, mask), x)
+
+
+def token_mask(mask: Array | None) -> Mask | None:
+    """A tokenizer's attention mask as booleans."""
+    return None if mask is None else jnp.asarray(mask) != 0

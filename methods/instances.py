@@ -1,0 +1,227 @@
+"""Concepts to learn: a token, a class word, a few images, from memory, a folder or a JSON list.
+
+Images are uint8 `[H, W, 3]`, upright, in the order of their file names.
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+_HEIF = (".heic", ".heif")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *_HEIF
+)  # fmt: skip
+_KEYS = ("instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir")
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the file."""
+
+
+class ConceptListError(ValueError):
+    """A list of concepts that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Concept:
+    """A subject to learn.
+
+    Attributes:
+      token: its new token, "<new1>".
+      word: the word of its class, "dog".
+      images: of the subject, uint8 [H, W, 3] of any sizes.
+      prompt: what the images show, with the token in it; empty takes the method's own.
+      class_prompt: what the class images show; empty is the class word.
+      class_images: of other members of the class, for prior preservation.
+      initializer: the word whose embedding the token starts from; empty takes the method's own.
+    """
+
+    token: str
+    word: str
+    images: Sequence[np.ndarray]
+    prompt: str = ""
+    class_prompt: str = ""
+    class_images: Sequence[np.ndarray] = ()
+    initializer: str = ""
+
+    def __post_init__(self):
+        if len(self.images) == 0:
+            raise ConceptListError(f"the concept {self.token!r} has no images.")
+        for image in (*self.images, *self.class_images):
+            if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+                raise ConceptListError(
+                    f"images are uint8 [H, W, 3]; the concept {self.token!r} has one of "
+                    f"{image.dtype} {list(image.shape)}."
+                )
+        if not self.word.strip():
+            raise ConceptListError(
+                f"the concept {self.token!r} needs the word of its class, such as 'dog'."
+            )
+        if self.prompt and self.token not in self.prompt:
+            raise ConceptListError(
+                f"the prompt {self.prompt!r} lacks the concept's token {self.token!r}."
+            )
+
+
+def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
+    """An image as its viewer shows it: turned as EXIF says, transparency on white.
+
+    Greyscale (16 bits too), palettes and CMYK become RGB; of an animation the first frame is read.
+
+    Raises:
+      ImageError: a file that is absent, damaged, or of a kind that cannot be read here.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _HEIF:
+        _register_heif(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow raises many types for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ImageError(
+            f"{path} cannot be read as an image: {reason[:200]} Replace it or take it out."
+        ) from error
+
+
+def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    if image.mode == "F":
+        raise ImageError("floating-point pixels have no known range.")
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        grey = np.clip(np.asarray(image), 0, 65535) // 257
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _register_heif(path: Path) -> None:
+    try:
+        heif: Any = importlib.import_module("pillow_heif")
+    except ImportError as error:
+        raise ImageError(
+            f"{path} is a HEIC image, and reading it needs pillow-heif: install "
+            "conceptax[heic], or convert it to JPEG."
+        ) from error
+    heif.register_heif_opener()
+
+
+def read_images(folder: Path | str) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """All images of a folder, by file name; other files are skipped.
+
+    Raises:
+      ImageError: no folder, no image in it, or one that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is not a folder of images.")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    images = [
+        name for name in names
+        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    ]  # fmt: skip
+    if not images:
+        there = ", ".join(names[:8]) or "nothing"
+        raise ImageError(f"{folder} holds no images ({', '.join(SUFFIXES)}); found {there}.")
+    return [read_image(folder / name) for name in images]
+
+
+def read_concepts(
+    path: Path | str, *, tokens: Sequence[str] = (), words: Sequence[str] = (),
+    initializers: Sequence[str] = (),
+) -> list[Concept]:  # fmt: skip
+    """Concepts from a JSON list in the layout of Custom Diffusion and ClassDiffusion.
+
+    Its objects have `instance_prompt`, `class_prompt`, `instance_data_dir` and, for prior
+    preservation, `class_data_dir`. A relative folder is looked for beside the file, then in the
+    working directory.
+
+    Args:
+      path: the JSON file.
+      tokens: the new tokens, one per concept; none takes the `<...>` in each instance prompt.
+      words: the class words, one per concept; none takes the class prompts, without an article or
+        a "photo of" in front.
+      initializers: one per concept, or none.
+
+    Raises:
+      ConceptListError: a file of another layout, or unequal counts.
+      ImageError: images that are absent or cannot be read.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConceptListError(f"cannot read the concepts in {path}: {error}.") from error
+    if not isinstance(entries, list) or not entries:
+        raise ConceptListError(f"{path} must hold a JSON list of concepts, at least one.")
+    for name, given in (("tokens", tokens), ("class words", words), ("initializers", initializers)):
+        if given and len(given) != len(entries):
+            raise ConceptListError(
+                f"{path} holds {len(entries)} concepts, but {len(given)} {name} were given "
+                f"({', '.join(given)})."
+            )
+    concepts = []
+    for number, entry in enumerate(entries):
+        _check_entry(path, number, entry)
+        prompt = entry["instance_prompt"]
+        token = tokens[number] if tokens else _token_in(prompt, f"{path}: concept {number}")
+        class_folder = entry.get("class_data_dir")
+        concepts.append(
+            Concept(
+                token=token,
+                word=words[number] if words else class_word(entry["class_prompt"]),
+                images=read_images(_folder(entry["instance_data_dir"], path)),
+                prompt=prompt,
+                class_prompt=entry["class_prompt"],
+                class_images=read_images(_folder(class_folder, path)) if class_folder else (),
+                initializer=initializers[number] if initializers else "",
+            )
+        )
+    return concepts
+
+
+def class_word(prompt: str) -> str:
+    """The class in a class prompt: "a photo of a teddy bear" -> "teddy bear"."""
+    prompt = re.sub(r"^(an? |the )?(photo|picture|image) of ", "", prompt.strip())
+    return re.sub(r"^(an?|the) ", "", prompt)
+
+
+def _check_entry(path: Path, number: int, entry: Any) -> None:
+    here = f"{path}: concept {number}"
+    if not isinstance(entry, dict):
+        raise ConceptListError(f"{here} must be an object with {', '.join(_KEYS)}.")
+    missing = [key for key in _KEYS[:3] if not entry.get(key)]
+    unknown = sorted(entry.keys() - set(_KEYS))
+    wrong = [key for key in _KEYS if not isinstance(entry.get(key, ""), str | None)]
+    for what, keys in (("lacks", missing), ("has unknown", unknown), ("has no text in", wrong)):
+        if keys:
+            raise ConceptListError(
+                f"{here} {what} {', '.join(keys)}; it takes {', '.join(_KEYS[:3])} and, for prior "
+                f"preservation, {_KEYS[3]}."
+            )
+
+
+def _token_in(prompt: str, where: str) -> str:
+    found = sorted(set(re.findall(r"<[^<>\s]+>", prompt)))
+    if len(found) != 1:
+        raise ConceptListError(
+            f"{where}: the instance prompt {prompt!r} must hold one new token such as '<new1>', "
+            f"found {found or 'none'}."
+        )
+    return found[0]
+
+
+def _folder(given: str, path: Path) -> Path:
+    beside = path.parent / given
+    return beside if beside.is_dir() else Path(given)

@@ -1,0 +1,238 @@
+"""`conceptax personalize`: teach a pipeline a subject from a few images."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import jax.numpy as jnp
+import tyro
+
+import conceptax
+from conceptax.cli.options import Model, OptionalPath, chosen
+from conceptax.cli.results import claim_run, environment, new_folder, write_json
+from conceptax.converters import (
+    load_pytorch,
+    save_changes,
+    save_custom_diffusion,
+    save_pytorch,
+    save_textual_inversion,
+)
+from conceptax.converters.output import CHECKPOINT_FILES
+from conceptax.converters.personalised import CUSTOM_DIFFUSION, embedding_file
+from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline, token_ids
+from conceptax.methods.class_diffusion import ClassDiffusionConfig
+from conceptax.methods.instances import Concept, read_concepts, read_images
+from conceptax.methods.personalising import METHODS, method_of, personalise
+from conceptax.methods.training import RULES, make_mesh
+
+RECORD = "personalising.json"
+_LOG = "training.jsonl"
+
+Config = TypeVar("Config")
+Export = Literal["pipeline", "weights"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Generic[Config]):
+    """Teach a text-to-image model a subject from a few images.
+
+    One subject: `--images DIR --token "<new1>" --class-word dog`. Several: `--concepts FILE`, a
+    JSON list of objects with instance_prompt, class_prompt, instance_data_dir and, for prior
+    preservation, class_data_dir. What follows --force are the settings of the chosen method:
+    `--method NAME --help` lists those of another.
+
+    Writes a folder: the pipeline, whose tokenizer knows the new tokens; each token's embedding
+    (<new1>.safetensors, for load_textual_inversion); where the cross-attention was trained,
+    pytorch_custom_diffusion_weights.bin (needs torch); personalising.json, which records settings,
+    seed, versions and the last losses; and training.jsonl.
+
+    Attributes:
+      images: folder of images of one subject.
+      token: the subject's new token; with --concepts one each, in place of those in the prompts.
+      class_word: the word of its class; with --concepts one each, in place of the class prompts.
+      class_images: folder of images of other members of the class, for prior preservation.
+      concepts: JSON list of several subjects.
+      initializer: the word that a token starts from, one per concept.
+      output: the folder to write.
+      method: how.
+      model: a Stable Diffusion 1.x folder.
+      export: the pipeline and the small files, or the small files alone (weights).
+      seed: of everything random in the run.
+      checkpoint_dir: keep checkpoints here, and go on from the newest one.
+      checkpoint_every: save after every n-th step, and at the end.
+      mesh: devices that split the batch, and devices that split the parameters.
+      dtype: computation dtype; parameters keep the dtype they are stored in.
+      force: replace an earlier result at the output.
+      settings: of the method.
+    """
+
+    images: OptionalPath = None
+    token: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    class_word: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    class_images: OptionalPath = None
+    concepts: OptionalPath = None
+    initializer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    output: Path = Path("personalised")
+    method: Literal["class-diffusion", "custom-diffusion", "dreambooth", "textual-inversion"] = (
+        "class-diffusion"
+    )
+    model: Model = None
+    export: Export = "pipeline"
+    seed: int = 0
+    checkpoint_dir: OptionalPath = None
+    checkpoint_every: int = 100
+    mesh: Annotated[
+        tuple[int, int] | None,
+        tyro.conf.arg(metavar="DATA FSDP", help_behavior_hint="(optional)"),
+    ] = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    force: bool = False
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+
+def command_type(arguments: Sequence[str]) -> Any:
+    """The command with the settings of the method that the arguments name."""
+    name = chosen(arguments, "--method", "class-diffusion")
+    method = METHODS.get(name, METHODS["class-diffusion"])  # the parser tells an unknown name
+    return Command[method.config]
+
+
+def run(command: Command[Any]) -> None:
+    """Load, learn, save; the output is claimed first."""
+    subjects = gather(command)
+    for subject in subjects:
+        embedding_file(subject.token)  # a token that cannot be a file's name is told now
+    mesh = None if command.mesh is None else make_mesh(*command.mesh)
+    method = METHODS[command.method]
+    markers = (*CHECKPOINT_FILES, RECORD)
+    with new_folder(command.output, force=command.force, markers=markers) as folder:
+        source = command.model or conceptax.bundled_model()
+        pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
+        if not isinstance(pipeline, StableDiffusionPipeline):
+            raise ValueError(
+                f"{source} holds one component, and personalising needs the whole pipeline: pass "
+                "the folder with model_index.json."
+            )
+        began = time.perf_counter()
+        personalise_into(
+            folder, pipeline, subjects, command.settings, seed=command.seed,
+            source=str(command.model or "bundled"), export=command.export, mesh=mesh,
+            checkpoint_dir=command.checkpoint_dir, checkpoint_every=command.checkpoint_every,
+        )  # fmt: skip
+    names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
+    seconds = time.perf_counter() - began
+    print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")
+
+
+def gather(command: Command[Any]) -> list[Concept]:
+    """The concepts that the arguments describe.
+
+    Raises:
+      ValueError: both ways or neither were used, or something is missing.
+    """
+    if (command.concepts is None) == (command.images is None):
+        raise ValueError(
+            "pass either --images DIR, --token and --class-word for one subject, or --concepts "
+            "FILE for several."
+        )
+    if command.concepts is not None:
+        if command.class_images is not None:
+            raise ValueError("with --concepts, class images are named in the file: class_data_dir.")
+        return read_concepts(
+            command.concepts, tokens=command.token, words=command.class_word,
+            initializers=command.initializer,
+        )  # fmt: skip
+    given = {"--token": command.token, "--class-word": command.class_word}
+    for option, values in given.items():
+        if len(values) != 1:
+            raise ValueError(f"--images takes one {option}, received {len(values)}.")
+    if len(command.initializer) > 1:
+        raise ValueError(f"--images takes one --initializer, received {len(command.initializer)}.")
+    assert command.images is not None
+    return [
+        Concept(
+            token=command.token[0],
+            word=command.class_word[0],
+            images=read_images(command.images),
+            class_images=read_images(command.class_images) if command.class_images else (),
+            initializer="".join(command.initializer),
+        )
+    ]
+
+
+def personalise_into(
+    folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[Concept],
+    config: ClassDiffusionConfig, *, seed: int, source: str, export: Export = "pipeline",
+    mesh: Any = None, checkpoint_dir: Path | None = None, checkpoint_every: int = 100,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Learn, write the result and its record into an empty `folder`, and return the pipeline.
+
+    Args:
+      folder: where to.
+      pipeline, concepts, seed: as for `conceptax.methods.personalising.personalise`.
+      config: settings of one of the methods; they say which.
+      source: what to call the model in the record.
+      export: what to write.
+      mesh, checkpoint_dir, checkpoint_every: of the training loop.
+    """
+    cross_attention = config.trained in ("crossattn", "crossattn_kv")
+    torch = importlib.util.find_spec("torch") is not None
+    record: dict[str, Any] = {
+        "method": method_of(config).title,
+        "concepts": [_describe(concept) for concept in concepts],
+        "model": source,
+        "seed": seed,
+        "settings": dataclasses.asdict(config),
+    }
+    options: dict[str, Any] = {"mesh": mesh, "rules": RULES["StableDiffusionPipeline"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = Path(scratch)
+        if checkpoint_dir is not None:
+            logs = checkpoint_dir
+            claim_run(logs / RECORD, record, length="steps")
+            options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
+        log = logs / _LOG
+        began = time.perf_counter()
+        learnt = personalise(pipeline, concepts, config, seed=seed, metrics_path=log, **options)
+        record["seconds"] = round(time.perf_counter() - began, 1)
+        lines = log.read_text(encoding="utf-8")
+
+    if export == "pipeline":
+        save_pytorch(learnt, folder)
+    elif config.trained == "unet" or (cross_attention and not torch):
+        save_changes(learnt.unet, pipeline.unet, folder / "unet_changes.safetensors")
+    tokens = [concept.token for concept in concepts]
+    table = learnt.text_encoder.embeddings.token_embedding.embedding[...]
+    rows = {t: table[i] for t, i in zip(tokens, token_ids(learnt.tokenizer, tokens), strict=True)}
+    save_textual_inversion(rows, folder)
+    if cross_attention and torch:
+        save_custom_diffusion(learnt.unet, folder / CUSTOM_DIFFUSION, trained=config.trained)
+    elif cross_attention:
+        record["not_written"] = f"{CUSTOM_DIFFUSION}: it needs torch"
+    record["last_step"] = json.loads(lines.splitlines()[-1])
+    (folder / _LOG).write_text(lines, encoding="utf-8")
+    write_json(folder / RECORD, record | environment())
+    return learnt
+
+
+def _describe(concept: Concept) -> dict[str, Any]:
+    """A concept in a record; the images by a digest, so that others are noticed."""
+    digest = hashlib.sha256()
+    for image in (*concept.images, *concept.class_images):
+        digest.update(repr(image.shape).encode() + image.tobytes())
+    return {
+        "token": concept.token,
+        "class_word": concept.word,
+        "prompt": concept.prompt,
+        "class_prompt": concept.class_prompt,
+        "initializer": concept.initializer,
+        "images": len(concept.images),
+        "class_images": len(concept.class_images),
+        "digest": digest.hexdigest()[:16],
+    }

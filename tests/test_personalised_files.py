@@ -1,0 +1,363 @@
+"""What personalising leaves behind: diffusers reads it, and so do we."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from oracles import relative_error
+from personalising_toy import CELLS, pictures, tiny_pipeline
+from PIL import Image
+
+from conceptax.cli import main
+from conceptax.converters import (
+    CheckpointError,
+    OutputError,
+    load_personalised,
+    load_pytorch,
+    save_custom_diffusion,
+    save_pytorch,
+    save_textual_inversion,
+)
+from conceptax.converters.personalised import CUSTOM_DIFFUSION, read_personalisation
+from conceptax.converters.tensors import tensor_specs, variables
+from conceptax.flax_models.stable_diffusion import TokenError, token_ids
+from conceptax.methods.sampling import make_sampler
+from conceptax.methods.text_to_image import TextToImage, jitted_generate, tokenize
+
+PROMPT = "a <new1> seven on brick"
+STEPS = ["--steps", "2", "--learning-rate", "0.05"]
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def refused(capsys, text, *arguments):
+    assert run(*arguments) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    assert text in err, err
+
+
+def leaves(model):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))]
+
+
+def same(one, other):
+    return all(a.tobytes() == b.tobytes() for a, b in zip(leaves(one), leaves(other), strict=True))
+
+
+def by_key(model):
+    slots = variables(model)
+    return {
+        spec.key: spec.to_torch(np.asarray(slots[spec.path].get_value()))
+        for spec in tensor_specs(model)
+    }
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A folder with a tiny model, photographs, class images and a list of two subjects."""
+    folder = tmp_path_factory.mktemp("personalising")
+    save_pytorch(tiny_pipeline(), folder / "base")
+    for name, count in (("photos", 3), ("others", 2), ("barn", 1)):
+        (folder / name).mkdir()
+        for n, image in enumerate(pictures(count, len(name))):
+            Image.fromarray(image).save(folder / name / f"{n}.png")
+    entries = [
+        {"instance_prompt": "photo of a <new1> seven", "class_prompt": "seven",
+         "instance_data_dir": "photos", "class_data_dir": "others"},
+        {"instance_prompt": "photo of a <new2> three", "class_prompt": "three",
+         "instance_data_dir": "barn"},
+    ]  # fmt: skip
+    (folder / "concepts.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learnt(work):
+    """All of the cross-attention and one token, by the command."""
+    out = work / "learnt"
+    arguments = [
+        "personalize", "--model", work / "base", "--images", work / "photos", "--token", "<new1>",
+        "--class-word", "seven", "--output", out, "--trained", "crossattn", *STEPS,
+    ]  # fmt: skip
+    assert run(*arguments) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def latents():
+    return np.random.default_rng(0).normal(size=(1, CELLS, CELLS, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def ours(learnt, latents):
+    """Our picture of the subject, in [0, 1]."""
+    draw = TextToImage.from_pipeline(load_pytorch(learnt))
+    tables = make_sampler(draw.schedule, num_inference_steps=3)
+    ids, negative = (tokenize(draw.tokenizer, [text]) for text in (PROMPT, ""))
+    with jax.default_matmul_precision("highest"):
+        image = jitted_generate(
+            draw.static, draw.params, ids, negative[0], jnp.asarray(latents), tables, 7.5
+        )
+    return np.asarray(image)[0] / 2 + 0.5
+
+
+def theirs(pipe, latents):
+    torch = pytest.importorskip("torch")
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.tensor(latents.transpose(0, 3, 1, 2))
+    return pipe(PROMPT, num_inference_steps=3, latents=noise, output_type="np").images[0]
+
+
+def diffusers_pipeline(folder):
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def close(one, other):
+    assert relative_error(one, other) < 1e-3
+
+
+# ---- the command ----
+
+
+def test_command_writes_a_pipeline_and_the_small_files(work, learnt):
+    names = {file.name for file in learnt.iterdir()}
+    assert {"model_index.json", "unet", "text_encoder", "tokenizer", "<new1>.safetensors",
+            "personalising.json", "training.jsonl"} <= names  # fmt: skip
+    record = json.loads((learnt / "personalising.json").read_text())
+    assert record["method"] == "ClassDiffusion" and record["settings"]["trained"] == "crossattn"
+    assert record["concepts"][0]["images"] == 3 and record["last_step"]["step"] == 2
+    assert {"reconstruction", "spl", "loss"} <= record["last_step"].keys()
+    base, after = load_pytorch(work / "base"), load_pytorch(learnt)
+    assert len(after.tokenizer) == len(base.tokenizer) + 1
+    (index,) = token_ids(after.tokenizer, ["<new1>"])
+    stored = safetensors.numpy.load_file(learnt / "<new1>.safetensors")
+    table = np.asarray(after.text_encoder.embeddings.token_embedding.embedding[...])
+    assert stored.keys() == {"<new1>"} and stored["<new1>"].tobytes() == table[index].tobytes()
+    old, new = by_key(base.unet), by_key(after.unet)
+    assert {key for key in old if (old[key] != new[key]).any()} == {k for k in old if "attn2" in k}
+    assert same(base.vae, after.vae)
+
+
+def test_command_learns_several_subjects_and_goes_on_from_a_checkpoint(work, tmp_path, capsys):
+    arguments = [
+        "personalize", "--model", work / "base", "--concepts", work / "concepts.json",
+        "--export", "weights", "--learning-rate", "0.05", "--seed", "3",
+    ]  # fmt: skip
+    assert run(*arguments, "--steps", "3", "--output", tmp_path / "straight") == 0
+    kept = ["--checkpoint-dir", tmp_path / "kept"]
+    assert run(*arguments, *kept, "--steps", "1", "--output", tmp_path / "one") == 0
+    assert run(*arguments, *kept, "--steps", "3", "--output", tmp_path / "three") == 0
+    names = {file.name for file in (tmp_path / "three").iterdir()}
+    assert not names & {"unet", "model_index.json"} and "<new2>.safetensors" in names
+    for token in ("<new1>", "<new2>"):
+        one, two = (
+            (tmp_path / run_ / f"{token}.safetensors").read_bytes()
+            for run_ in ("straight", "three")
+        )
+        assert one == two
+    capsys.readouterr()
+    refused(capsys, "another ['seed']", *arguments[:-1], "4", *kept, "--output", tmp_path / "x")
+
+
+@pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth", "textual-inversion"])
+def test_baselines_write_what_they_train(work, tmp_path, method):
+    arguments = [
+        "personalize", "--method", method, "--model", work / "base", "--images", work / "photos",
+        "--token", "<new1>", "--class-word", "seven", "--export", "weights", "--batch-size", "2",
+    ]  # fmt: skip
+    if method != "textual-inversion":
+        arguments += ["--class-images", work / "others"]
+    assert run(*arguments, *STEPS, "--output", tmp_path / "out") == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()} - {"personalising.json"}
+    expected = {"training.jsonl", "<new1>.safetensors"}
+    if method == "dreambooth":
+        expected |= {"unet_changes.safetensors"}
+    torch = pytest.importorskip("torch")
+    if method == "custom-diffusion":
+        expected |= {CUSTOM_DIFFUSION}
+        state = torch.load(tmp_path / "out" / CUSTOM_DIFFUSION, weights_only=True)
+        assert sum(len(value) > 0 for value in state.values()) == 2  # one layer's key and value
+    assert names == expected
+
+
+def test_command_explains_what_is_wrong(work, tmp_path, capsys):
+    base = ["personalize", "--model", work / "base", "--output", tmp_path / "out"]
+    one = [*base, "--images", work / "photos", "--class-word", "seven"]
+    refused(capsys, "pass either --images", *base)
+    refused(capsys, "takes one --token, received 0", *one)
+    refused(capsys, "already has the token 'seven'", *one, "--token", "seven")
+    refused(capsys, "name of a file", *one, "--token", "<a/b>")
+    zebra = ["--token", "<n>", "--initializer", "zebra"]
+    refused(capsys, "initializer 'zebra'", *one, *zebra)
+    refused(capsys, "not a folder", *base, "--images", tmp_path / "no", "--token", "<n>",
+            "--class-word", "seven")  # fmt: skip
+    refused(capsys, "needs images of the class", *one, "--token", "<n>",
+            "--method", "custom-diffusion")  # fmt: skip
+    listed = [*base, "--concepts", work / "concepts.json"]
+    refused(capsys, "holds 2 concepts, but 1 tokens", *listed, "--token", "<n>")
+    refused(capsys, "class_data_dir", *listed, "--class-images", work / "others")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- diffusers ----
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_diffusers_draws_the_same_picture_from_the_merged_folder(learnt, latents, ours):
+    pipe = diffusers_pipeline(learnt)
+    assert len(pipe.tokenizer("<new1>", add_special_tokens=False).input_ids) == 1
+    close(ours, theirs(pipe, latents))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_diffusers_draws_the_same_picture_from_the_small_files(work, learnt, latents, ours):
+    pipe = diffusers_pipeline(work / "base")
+    pipe.load_textual_inversion(
+        learnt, weight_name="<new1>.safetensors", local_files_only=True, use_safetensors=True
+    )
+    with pytest.raises(AssertionError):
+        close(ours, theirs(pipe, latents))
+    pipe.unet.load_attn_procs(learnt, weight_name=CUSTOM_DIFFUSION, _pipeline=pipe)
+    close(ours, theirs(pipe, latents))
+
+
+@pytest.mark.parametrize("trained", ["crossattn_kv", "crossattn"])
+def test_custom_diffusion_file_is_the_one_diffusers_writes(work, learnt, tmp_path, trained):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    processors = pytest.importorskip("diffusers.models.attention_processor")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(learnt / "unet", local_files_only=True)
+    everything = unet.state_dict()
+    made = {}
+    for name in unet.attn_processors:
+        layer = name.removesuffix(".processor")
+        cross = layer.endswith("attn2")
+        key = everything[f"{layer}.to_k.weight"]
+        made[name] = processors.CustomDiffusionAttnProcessor(
+            train_kv=cross, train_q_out=cross and trained == "crossattn",
+            hidden_size=key.shape[0], cross_attention_dim=key.shape[1] if cross else None,
+        )  # fmt: skip
+        if cross:
+            own = {
+                name: everything[f"{layer}.{name.replace('_custom_diffusion', '')}"]
+                for name in made[name].state_dict()
+            }
+            made[name].load_state_dict(own)
+    unet.set_attn_processor(made)
+    unet.save_attn_procs(tmp_path, safe_serialization=False)
+    expected = torch.load(tmp_path / CUSTOM_DIFFUSION, weights_only=True)
+
+    after = load_pytorch(learnt)
+    save_custom_diffusion(after.unet, tmp_path / "ours.bin", trained=trained)
+    received = torch.load(tmp_path / "ours.bin", weights_only=True)
+    assert received.keys() == expected.keys()
+    for key, value in expected.items():
+        if len(value):
+            assert torch.equal(received[key], value)
+        else:
+            assert received[key] == {}
+
+    base = load_pytorch(work / "base")  # and back, from diffusers' own file
+    imported = load_personalised(base, tmp_path / CUSTOM_DIFFUSION)
+    changed = {k for k, v in by_key(imported.unet).items() if (v != by_key(base.unet)[k]).any()}
+    layers = ("to_k", "to_v") if trained == "crossattn_kv" else ("to_",)
+    assert changed == {k for k in by_key(base.unet) if any(f"attn2.{at}" in k for at in layers)}
+    assert all((by_key(imported.unet)[k] == by_key(after.unet)[k]).all() for k in changed)
+
+
+# ---- and back ----
+
+
+def test_small_files_give_back_the_merged_pipeline(work, learnt, tmp_path):
+    pytest.importorskip("torch")
+    merged = load_pytorch(learnt)
+    base = load_pytorch(work / "base")
+    imported = load_personalised(base, learnt)
+    assert same(imported.unet, merged.unet) and same(imported.text_encoder, merged.text_encoder)
+    assert imported.tokenizer.get_vocab() == merged.tokenizer.get_vocab()
+    assert run("convert", work / "base", tmp_path / "out", "--add", learnt) == 0
+    converted = load_pytorch(tmp_path / "out")
+    assert same(converted.unet, merged.unet)
+    assert same(converted.text_encoder, merged.text_encoder)
+    with pytest.raises(TokenError, match="already has the token '<new1>'"):
+        load_personalised(merged, learnt)
+
+
+def test_layouts_of_others_are_read(learnt, tmp_path, torch):
+    stored = safetensors.numpy.load_file(learnt / "<new1>.safetensors")
+    row = stored["<new1>"]
+    save = safetensors.numpy.save_file
+
+    def read(name):
+        return read_personalisation(tmp_path / name)
+
+    save(stored, tmp_path / "<new1>.bin")  # safetensors bytes under another name
+    assert read("<new1>.bin").rows["<new1>"].tobytes() == row.tobytes()
+    torch.save({"<new1>": torch.tensor(row)}, tmp_path / "learned_embeds.bin")
+    assert read("learned_embeds.bin").rows["<new1>"].tobytes() == row.tobytes()
+    save({"<cat>": np.stack([row, row + 1])}, tmp_path / "<cat>.safetensors")
+    assert read("<cat>.safetensors").rows.keys() == {"<cat>", "<cat>_1"}
+    save({"emb_params": row[None]}, tmp_path / "<dog>.safetensors")
+    assert read("<dog>.safetensors").rows.keys() == {"<dog>"}
+    half = {"<bf>": torch.tensor(row).to(torch.bfloat16)}
+    torch.save(half, tmp_path / "<bf>.bin")
+    assert read("<bf>.bin").rows["<bf>"].dtype == jnp.bfloat16
+
+    whole = torch.load(learnt / CUSTOM_DIFFUSION, weights_only=True)
+    unet = {
+        key.replace(".processor", "").replace("_custom_diffusion", ""): value
+        for key, value in whole.items() if len(value)
+    }  # fmt: skip
+    delta = {"unet": unet, "modifier_token": {"<new1>": torch.tensor(row)}}
+    torch.save(delta, tmp_path / "delta-500.bin")
+    received, expected = read("delta-500.bin"), read_personalisation(learnt)
+    assert received.rows["<new1>"].tobytes() == row.tobytes()
+    assert received.unet.keys() == expected.unet.keys()
+    with pytest.raises(CheckpointError, match="'<new1>' in more than one file"):
+        read_personalisation(tmp_path)
+
+
+def test_files_that_do_not_fit_are_explained(work, learnt, tmp_path, torch):
+    base = load_pytorch(work / "base")
+    whole = torch.load(learnt / CUSTOM_DIFFUSION, weights_only=True)
+    tensors = {key: value for key, value in whole.items() if len(value)}
+    key = next(key for key in tensors if "to_k" in key)
+    nan = tensors[key].clone()
+    nan[0, 0] = torch.nan
+    path = tmp_path / CUSTOM_DIFFUSION
+    for content, message in (
+        ({k: v for k, v in tensors.items() if k != key}, "1 missing: .*attn2.to_k.weight"),
+        (tensors | {f"mid_{key}": tensors[key]}, "1 unexpected: mid_"),
+        (tensors | {key: tensors[key][:, :3]}, r"wrong shape: .* \[8, 3\] instead of \[8, 16\]"),
+        (tensors | {key: nan}, "NaN"),
+        ({"<a>": torch.zeros(2, 3, 4)}, "no textual inversion"),
+        ({"<a>": "text"}, "is str, expected a tensor"),
+        ({"<a>": torch.zeros(3, dtype=torch.int64)}, "is int64"),
+        ({}, "holds no tensors"),
+        ([1], "must hold a dict"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_personalised(base, path)
+    path.write_bytes(b"\x80\x04c__builtin__\nexec\n")
+    with pytest.raises(CheckpointError, match="not a PyTorch file"):
+        load_personalised(base, path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="holds neither"):
+        load_personalised(base, tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_personalised(base, tmp_path / "absent.bin")
+    with pytest.raises(OutputError, match="NaN"):
+        save_textual_inversion({"<a>": np.full(4, np.nan, np.float32)}, tmp_path)
+    with pytest.raises(ValueError, match="trained accepts"):
+        save_custom_diffusion(base.unet, tmp_path / "x.bin", trained="unet")
+    shutil.rmtree(tmp_path)
