@@ -14,6 +14,18 @@ from oracles import Oracle, nchw, nhwc
 
 from conceptax.converters.parameters import OneKey
 from conceptax.converters.tensors import tensor_specs, variables
+from conceptax.flax_models.convnext import ConvNeXtConfig
+from conceptax.flax_models.maft_plus import MaftPlusConfig
+from conceptax.flax_models.open_clip import OpenCLIPConfig, OpenCLIPTextConfig
+
+# The smallest model with every kind of parameter.
+MINIMAL = MaftPlusConfig.of(
+    OpenCLIPConfig(
+        OpenCLIPTextConfig(8, 2, 1, 20, 5), ConvNeXtConfig((1, 1, 1, 1), (4, 4, 8, 8)), embed_dim=8
+    ),
+    hidden_dim=32, heads=2, num_points=2, encoder_layers=1, encoder_ffn=32, decoder_layers=1,
+    decoder_ffn=32, num_queries=5,
+)  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
 Translate = Callable[[Tensors], Tensors]

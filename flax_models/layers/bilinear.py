@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 Layout = Sequence[Sequence[int]]
 
@@ -20,12 +20,12 @@ def resize(x: Float[Array, "..."], size: Sequence[int], *, axis: int = 1) -> Flo
 
 
 def sample_points(
-    maps: Float[Array, "H W *C"], points: Float[Array, "P 2"]
+    maps: Shaped[Array, "H W *C"], points: Float[Array, "P 2"]
 ) -> Float[Array, "P *C"]:
     """Values of one map (of several channels, if there are any) at points.
 
     Args:
-      maps: [H, W, ...].
+      maps: [H, W, ...], floating or boolean.
       points: (x, y) in [0, 1], where 0 and 1 are the map's outer borders.
     """
     height, width = maps.shape[:2]
