@@ -3,13 +3,17 @@
 from .errors import CheckpointError, ConversionError, OutputError
 from .output import atomic_folder
 from .pytorch import load_pytorch, save_changes, save_pytorch
+from .segmentation import load_maft_plus, load_open_clip, save_maft_plus
 
 __all__ = [
     "CheckpointError",
     "ConversionError",
     "OutputError",
     "atomic_folder",
+    "load_maft_plus",
+    "load_open_clip",
     "load_pytorch",
     "save_changes",
+    "save_maft_plus",
     "save_pytorch",
 ]

@@ -14,6 +14,8 @@ MODULES = {
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
+    "OpenCLIP": "open_clip",
+    "MaftPlus": "maft_plus",
 }
 PIPELINES = ("StableDiffusionPipeline",)
 
