@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from oracles import relative_error
 
 from conceptax.methods.maft_plus import (
@@ -20,6 +21,7 @@ from conceptax.methods.segmentation.set_losses import (
     matching_costs,
     set_losses,
 )
+from conceptax.methods.training import make_mesh
 
 
 @pytest.mark.parametrize("size", ["8x8", "5x9", "9x5", "13x7"])
@@ -262,6 +264,25 @@ def test_deep_supervision_sums_layers():
     assert total == same
     assert total != other
     np.testing.assert_allclose(total, other, rtol=0.2)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight host devices")
+def test_losses_do_not_depend_on_devices():
+    """The same numbers from one device and from four, the images spread over them."""
+    classes, masks, targets = case((3, 1, 0, 2))
+    stacked = [jnp.stack([x, -x]) for x in map(jnp.asarray, (classes, masks))]
+    run = jax.jit(lambda c, m, t, k: deep_losses(c, m, t, k, CONFIG))
+    key = jax.random.key(0)
+    expected = run(*stacked, targets, key)
+    mesh = make_mesh(data=4)
+    images, layers = PartitionSpec("data"), PartitionSpec(None, "data")
+    spread = [jax.device_put(x, NamedSharding(mesh, layers)) for x in stacked]
+    targets = jax.device_put(targets, NamedSharding(mesh, images))
+    with jax.set_mesh(mesh):
+        received = run(*spread, targets, key)
+    np.testing.assert_allclose(received[0], expected[0], rtol=1e-5)
+    for one, other in zip(received[1], expected[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_wrong_settings():
