@@ -17,6 +17,8 @@ MODULES = {
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",
+    "OpenCLIP": "open_clip",
+    "MaftPlus": "maft_plus",
 }
 PIPELINES = ("StableDiffusionPipeline",)
 

@@ -80,6 +80,33 @@ def atomic_folder(
         raise
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block succeeds, and vanishes when it fails.
+
+    Args:
+      path: the result; its folder exists.
+      force: replace an existing file.
+
+    Raises:
+      OutputError: `path` exists and may not be replaced, or the file system refuses.
+    """
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not force):
+        raise OutputError(
+            f"{path} already exists. Choose another output path"
+            + ("." if path.is_dir() else ", or replace it with force=True (--force).")
+        )
+    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield work
+        work.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
 def _swap_in(work: Path, path: Path) -> None:
     if not path.exists():
         work.rename(path)

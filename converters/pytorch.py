@@ -8,33 +8,23 @@ model itself plus about one tensor, in both directions.
 import functools
 import inspect
 import json
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
 
 from . import architectures
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_folder
-from .safetensors_file import (
-    FLOAT_NAMES,
-    FLOAT_TYPES,
-    PendingTensor,
-    StoredTensor,
-    file_order,
-    write_safetensors,
-)
-from .tensors import Path, TensorSpec, is_finite, match, tensor_specs, variables
+from .parameters import OneKey, ShardingRule, fill, on_host, parameter_dtype, pending, put
+from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
+from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
 from .weights import STEMS, find_weights, open_weights, read_json
 
-ShardingRule = Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | None
 _MODELS = ("unet", "vae", "text_encoder")
 COMPONENTS = (*_MODELS, "tokenizer", "scheduler")
 
@@ -85,7 +75,7 @@ def load_pytorch(
             f"{path} does not exist. Pass a folder with config.json or model_index.json; models "
             "are not downloaded here."
         )
-    place = functools.partial(_place, rule=sharding)
+    place = functools.partial(put, rule=sharding)
     options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
     if (path / "model_index.json").is_file():
         if architecture is not None:
@@ -139,19 +129,6 @@ def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None
         )
 
 
-class _OneKey(nnx.Rngs):
-    """Gives the same key every time: enough for shapes, and without a counter, whose updates make
-    the tracing of a large model slow (its time grows with the square of the parameters)."""
-
-    def __init__(self):
-        self._key = jax.random.key(0)
-
-    def __getattr__(self, name: str) -> Callable[[], jax.Array]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return lambda: self._key
-
-
 def _load_component(
     path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable,
     model_options: Mapping[str, Any],
@@ -185,10 +162,8 @@ def _load_component(
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
     stored = open_weights(file)
 
-    kinds = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in FLOAT_TYPES)
-    common = kinds.most_common(1)[0][0] if kinds else "F32"
-    init_dtype = np.dtype(param_dtype or FLOAT_TYPES["F32" if common == "F64" else common])
-    rngs = _OneKey()
+    init_dtype = parameter_dtype(stored, param_dtype)
+    rngs = OneKey()
     try:
         model = nnx.eval_shape(
             lambda: model_class(
@@ -205,77 +180,9 @@ def _load_component(
     tensors = match(
         specs, stored, source=str(file), model_class=model_class, double=param_dtype is not None
     )
-    _fill(model, specs, tensors, source=str(file), param_dtype=param_dtype, place=place)
+    fill(model, specs, tensors, source=str(file), param_dtype=param_dtype, place=place)
     model.published_config = json.dumps(raw)  # text, because static attributes must be hashable
     return model
-
-
-def _fill(
-    model: nnx.Module,
-    specs: list[TensorSpec],
-    tensors: Mapping[str, StoredTensor],
-    *,
-    source: str,
-    param_dtype: Any,
-    place: Callable,
-) -> None:
-    """Give an abstract model its parameters, one at a time, the largest first."""
-    slots = variables(model)
-    broken = []
-    placed = []
-    for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
-        tensor = tensors[spec.key]
-        values, dtype = tensor.read(), tensor.dtype
-        finite = is_finite(values, dtype)
-        if finite and param_dtype is not None and values.dtype != param_dtype:
-            values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
-        if not finite:
-            broken.append(spec.key)
-        if not broken:
-            array = place(spec.path, spec.to_nnx(values))
-            slots[spec.path].set_value(array)
-            placed.append(array)
-    if broken:
-        raise CheckpointError(
-            f"{source}: {len(broken)} tensors hold NaN or infinite values: "
-            f"{listing(sorted(broken))}. The checkpoint is damaged or its training diverged; use "
-            "another one."
-        )
-    jax.block_until_ready(placed)  # a transfer may still be reading the mapped file
-
-
-def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        converted = values.astype(dtype, order="C")
-    if not is_finite(converted, FLOAT_NAMES[dtype]):
-        raise CheckpointError(
-            f"{source} has values too large for {dtype.name}. Convert to bfloat16 or float32."
-        )
-    return converted
-
-
-def _place(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> jax.Array:
-    """Put a view of a mapped file onto its devices; nothing on them shares its memory."""
-    sharding = rule if isinstance(rule, Sharding) or rule is None else rule(
-        (*prefix, *path), view.shape
-    )  # fmt: skip
-    if sharding is None:
-        return jax.device_put(_detached(view))
-    return jax.make_array_from_callback(
-        view.shape, sharding, lambda index: _detached(view[(*(index or ()), ...)])
-    )
-
-
-def _detached(view: np.ndarray) -> np.ndarray:
-    """What JAX may be given: it adopts C-contiguous memory instead of copying it, and copies (and
-    transposes, faster than NumPy) everything else."""
-    if not view.flags.c_contiguous:
-        return view
-    spare = np.empty(view.nbytes + 64, np.uint8)
-    start = -spare.ctypes.data % 64  # aligned memory is adopted, which saves a second copy
-    own = spare[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
-    own[...] = view
-    return own
 
 
 def save_pytorch(
@@ -352,12 +259,12 @@ def save_changes(
         spec
         for spec in specs
         if not np.array_equal(
-            _on_host(after[spec.path].get_value()), _on_host(before[spec.path].get_value())
+            on_host(after[spec.path].get_value()), on_host(before[spec.path].get_value())
         )
     ]
     if not changed:
         raise OutputError("the edited model equals the original: there is no change to write.")
-    tensors = _pending(edited, changed, None if dtype is None else np.dtype(dtype))
+    tensors = pending(edited, changed, None if dtype is None else np.dtype(dtype))
     write_safetensors(FilePath(path), tensors, {"format": "pt"})
     return sorted(tensor.key for tensor in tensors)
 
@@ -455,26 +362,9 @@ def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
 
 
 def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, limit: int) -> None:
-    tensors = _pending(model, tensor_specs(model), dtype)
+    tensors = pending(model, tensor_specs(model), dtype)
     _write_json(folder / "config.json", _published_config(model, dtype))
     _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)
-
-
-def _pending(model: Any, specs: list[TensorSpec], dtype: np.dtype | None) -> list[PendingTensor]:
-    """The tensors of some of a model's parameters, under their names on disk."""
-    slots = variables(model)
-    prefix = getattr(model, "pytorch_prefix", "")
-    tensors = []
-    for spec in specs:
-        array = slots[spec.path].get_value()
-        kind = np.dtype(array.dtype) if dtype is None else dtype
-        if kind not in FLOAT_NAMES:
-            raise OutputError(
-                f"{spec.key} is {kind}, which is not stored as a weight. Convert it to float32."
-            )
-        produce = functools.partial(_export, spec, array, kind)
-        tensors.append(PendingTensor(prefix + spec.key, kind, spec.shape, produce))
-    return tensors
 
 
 def _write_weights(folder: FilePath, stem: str, tensors: list[PendingTensor], limit: int) -> None:
@@ -500,38 +390,3 @@ def _write_weights(folder: FilePath, stem: str, tensors: list[PendingTensor], li
         "weight_map": dict(sorted(weight_map.items())),
     }
     _write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-def _export(spec: TensorSpec, array: Any, dtype: np.dtype) -> np.ndarray:
-    """One parameter in PyTorch's layout, on the host, C-contiguous."""
-    values = spec.to_torch(_on_host(array))
-    if not values.flags.c_contiguous:
-        values = np.ascontiguousarray(values)
-    if not is_finite(values, FLOAT_NAMES[values.dtype]):
-        raise OutputError(
-            f"{spec.key} holds NaN or infinite values, so nothing was written. The training has "
-            "diverged; go back to an earlier state."
-        )
-    return values if values.dtype == dtype else _convert(values, dtype, spec.key)
-
-
-def _host() -> jax.Device:
-    return jax.local_devices(backend="cpu")[0]
-
-
-def _on_host(array: Any) -> np.ndarray:
-    """Values of an array on any devices; unlike `np.asarray`, leaves no cached copy behind."""
-    if not isinstance(array, jax.Array):
-        return np.asarray(array)
-    if not array.is_fully_addressable:
-        raise OutputError(
-            "A parameter is spread over several processes. Gather the model onto one first "
-            "(jax.experimental.multihost_utils.process_allgather)."
-        )
-    if array.is_fully_replicated:
-        return np.asarray(jax.device_put(array.addressable_shards[0].data, _host()))
-    whole = np.empty(array.shape, array.dtype)
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            whole[shard.index] = np.asarray(jax.device_put(shard.data, _host()))
-    return whole

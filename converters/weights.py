@@ -4,6 +4,7 @@ Everything in a folder is untrusted: names in an index may not leave it, pickles
 `weights_only=True` (which executes nothing), and files are checked before their data is used.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,13 @@ def find_weights(folder: Path, library: str) -> Path:
     )
 
 
-def open_weights(path: Path) -> dict[str, StoredTensor]:
+def open_weights(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, StoredTensor]:
     """Open a weight file or an index of several: name -> stored tensor.
+
+    Args:
+      path: the file or index.
+      wrappers: names under which a pickle may hold the dict of tensors beside other things, which
+        are then passed over, as is everything in the dict that is no tensor.
 
     Raises:
       CheckpointError: damaged or unsafe files.
@@ -88,7 +94,9 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
         return _open_index(path)
     _require_file(path)
     try:
-        return open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+        if path.suffix == ".safetensors":
+            return open_safetensors(path)
+        return _open_pickle(path, wrappers)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -120,8 +128,8 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _open_pickle(path: Path) -> dict[str, StoredTensor]:
-    """A `.bin` written by `torch.save`, mapped; nothing in it is executed."""
+def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
+    """A `.bin` or `.pth` written by `torch.save`, mapped; nothing in it is executed."""
     try:
         import torch
     except ImportError as error:
@@ -140,6 +148,10 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{path} must hold a dict of tensors, received {type(state).__name__}."
         )
+
+    if wrappers:
+        inner = next((state[name] for name in wrappers if isinstance(state.get(name), dict)), state)
+        state = {key: value for key, value in inner.items() if type(value) is torch.Tensor}
 
     names = {
         torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -140,3 +140,42 @@ class GNA:
         )  # fmt: skip
         assert isinstance(output, jax.Array)
         return output
+
+
+class MultiheadAttention(nnx.Module):
+    """Multi-head attention over `[B, L, C]` with torch.nn.MultiheadAttention's parameters.
+
+    The three input projections are stacked, in torch's layout [3 C, C].
+    """
+
+    def __init__(self, features: int, heads: int, **init):
+        if features % heads:
+            raise ValueError(
+                f"MultiheadAttention: {features} features do not divide into {heads} heads."
+            )
+        rngs, param_dtype = init["rngs"], init["param_dtype"]
+        xavier = nnx.initializers.xavier_uniform()
+        self.heads = heads
+        self.in_proj_weight = nnx.Param(
+            xavier(rngs.params(), (3 * features, features), param_dtype)
+        )
+        self.in_proj_bias = nnx.Param(jnp.zeros((3 * features,), param_dtype))
+        self.out_proj = nnx.Linear(features, features, kernel_init=xavier, **init)
+
+    def __call__(
+        self,
+        query: Float[Array, "B Q C"],
+        key: Float[Array, "B K C"],
+        value: Float[Array, "B K C"],
+        *,
+        mask: Bool[Array, "#B #H #Q K"] | None = None,
+    ) -> Float[Array, "B Q C"]:
+        """Attend; `mask` is True where a query may."""
+        dtype = self.out_proj.dtype or query.dtype
+        weights = jnp.split(self.in_proj_weight[...].astype(dtype), 3)
+        biases = jnp.split(self.in_proj_bias[...].astype(dtype), 3)
+        parts = [
+            (x.astype(dtype) @ weight.T + bias).reshape(*x.shape[:2], self.heads, -1)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        ]
+        return self.out_proj(dot_product_attention(*parts, mask=mask).reshape(query.shape))

@@ -1,0 +1,157 @@
+"""A model's parameters, in from stored tensors and out to pending ones, one at a time."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from .errors import CheckpointError, OutputError, listing
+from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, PendingTensor, StoredTensor
+from .tensors import Path, TensorSpec, is_finite, variables
+
+ShardingRule = Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | None
+
+
+class OneKey(nnx.Rngs):
+    """Gives the same key every time: enough for shapes, and without a counter, whose updates make
+    the tracing of a large model slow (its time grows with the square of the parameters)."""
+
+    def __init__(self):
+        self._key = jax.random.key(0)
+
+    def __getattr__(self, name: str) -> Callable[[], jax.Array]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda: self._key
+
+
+def fill(
+    model: nnx.Module,
+    specs: list[TensorSpec],
+    tensors: Mapping[str, StoredTensor],
+    *,
+    source: str,
+    param_dtype: Any,
+    place: Callable,
+) -> None:
+    """Give an abstract model its parameters, one at a time, the largest first."""
+    slots = variables(model)
+    broken = []
+    placed = []
+    for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
+        tensor = tensors[spec.key]
+        values, dtype = tensor.read(), tensor.dtype
+        finite = is_finite(values, dtype)
+        if finite and param_dtype is not None and values.dtype != param_dtype:
+            values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
+        if not finite:
+            broken.append(spec.key)
+        if not broken:
+            array = place(spec.path, spec.to_nnx(values))
+            slots[spec.path].set_value(array)
+            placed.append(array)
+    if broken:
+        raise CheckpointError(
+            f"{source}: {len(broken)} tensors hold NaN or infinite values: "
+            f"{listing(sorted(broken))}. The checkpoint is damaged or its training diverged; use "
+            "another one."
+        )
+    jax.block_until_ready(placed)  # a transfer may still be reading the mapped file
+
+
+def parameter_dtype(stored: Mapping[str, StoredTensor], param_dtype: Any) -> np.dtype:
+    """`param_dtype`, or the type most of a checkpoint's tensors have (float32 for float64)."""
+    kinds = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in FLOAT_TYPES)
+    common = kinds.most_common(1)[0][0] if kinds else "F32"
+    return np.dtype(param_dtype or FLOAT_TYPES["F32" if common == "F64" else common])
+
+
+def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted = values.astype(dtype, order="C")
+    if not is_finite(converted, FLOAT_NAMES[dtype]):
+        raise CheckpointError(
+            f"{source} has values too large for {dtype.name}. Convert to bfloat16 or float32."
+        )
+    return converted
+
+
+def put(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> jax.Array:
+    """Put a view of a mapped file onto its devices; nothing on them shares its memory."""
+    sharding = rule if isinstance(rule, Sharding) or rule is None else rule(
+        (*prefix, *path), view.shape
+    )  # fmt: skip
+    if sharding is None:
+        return jax.device_put(_detached(view))
+    return jax.make_array_from_callback(
+        view.shape, sharding, lambda index: _detached(view[(*(index or ()), ...)])
+    )
+
+
+def _detached(view: np.ndarray) -> np.ndarray:
+    """What JAX may be given: it adopts C-contiguous memory instead of copying it, and copies (and
+    transposes, faster than NumPy) everything else."""
+    if not view.flags.c_contiguous:
+        return view
+    spare = np.empty(view.nbytes + 64, np.uint8)
+    start = -spare.ctypes.data % 64  # aligned memory is adopted, which saves a second copy
+    own = spare[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
+    own[...] = view
+    return own
+
+
+def pending(model: Any, specs: list[TensorSpec], dtype: np.dtype | None) -> list[PendingTensor]:
+    """The tensors of some of a model's parameters, under their names on disk."""
+    slots = variables(model)
+    prefix = getattr(model, "pytorch_prefix", "")
+    tensors = []
+    for spec in specs:
+        array = slots[spec.path].get_value()
+        kind = np.dtype(array.dtype) if dtype is None else dtype
+        if kind not in FLOAT_NAMES:
+            raise OutputError(
+                f"{spec.key} is {kind}, which is not stored as a weight. Convert it to float32."
+            )
+        produce = functools.partial(_export, spec, array, kind)
+        tensors.append(PendingTensor(prefix + spec.key, kind, spec.shape, produce))
+    return tensors
+
+
+def _export(spec: TensorSpec, array: Any, dtype: np.dtype) -> np.ndarray:
+    """One parameter in PyTorch's layout, on the host, C-contiguous."""
+    values = spec.to_torch(on_host(array))
+    if not values.flags.c_contiguous:
+        values = np.ascontiguousarray(values)
+    if not is_finite(values, FLOAT_NAMES[values.dtype]):
+        raise OutputError(
+            f"{spec.key} holds NaN or infinite values, so nothing was written. The training has "
+            "diverged; go back to an earlier state."
+        )
+    return values if values.dtype == dtype else _convert(values, dtype, spec.key)
+
+
+def _host() -> jax.Device:
+    return jax.local_devices(backend="cpu")[0]
+
+
+def on_host(array: Any) -> np.ndarray:
+    """Values of an array on any devices; unlike `np.asarray`, leaves no cached copy behind."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if not array.is_fully_addressable:
+        raise OutputError(
+            "A parameter is spread over several processes. Gather the model onto one first "
+            "(jax.experimental.multihost_utils.process_allgather)."
+        )
+    if array.is_fully_replicated:
+        return np.asarray(jax.device_put(array.addressable_shards[0].data, _host()))
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = np.asarray(jax.device_put(shard.data, _host()))
+    return whole

@@ -1,0 +1,282 @@
+"""Checkpoints of MAFT+ and FC-CLIP (detectron2 `.pth`) and of OpenCLIP's ConvNeXt models.
+
+These are single files without a `config.json`: the sizes are read from the tensors' shapes.  A file
+may be `.pth`, `.bin` or `.pt` (read with torch, nothing in it is executed) or `.safetensors`.
+Models that are loaded here can be kept as folders with `save_pytorch`.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .errors import CheckpointError, OutputError
+from .output import atomic_file
+from .parameters import OneKey, ShardingRule, fill, parameter_dtype, pending, put
+from .safetensors_file import PendingTensor, StoredTensor, write_safetensors
+from .tensors import match, tensor_specs
+from .weights import open_weights
+
+STUDENT, TEACHER = "backbone.clip_model.", "backbone_t.clip_model."
+_WRAPPERS = ("model", "state_dict")  # detectron2; open_clip while it trains
+_TRANSFER = "cdt."
+_CRITERION = "criterion.empty_weight"  # [K + 1]: ones, and the weight of void
+_VOID_WEIGHT = 0.1
+
+Shapes = Mapping[str, tuple[int, ...]]
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def load_open_clip(
+    path: Path | str, *, prefix: str = "", config: Any = None, dtype: Any = jnp.float32,
+    param_dtype: Any = None, sharding: ShardingRule = None,
+) -> Any:  # fmt: skip
+    """Load an OpenCLIP model with a ConvNeXt tower from its weight file, or from a larger one.
+
+    Args:
+      path: the file; `~` is expanded.
+      prefix: what its keys begin with in this file: nothing in OpenCLIP's own, `STUDENT` or
+        `TEACHER` in one of MAFT+.
+      config: an `OpenCLIPConfig`; default: read from the shapes, with heads of 64 features.
+      dtype: computation dtype.
+      param_dtype: dtype to convert the parameters to; None keeps each as stored.
+      sharding: where parameters go, as for `load_pytorch`.
+
+    Returns:
+      A `flax_models.open_clip.OpenCLIP`.
+
+    Raises:
+      CheckpointError: the file is absent, damaged, or of another architecture.
+    """
+    from ..flax_models.open_clip import OpenCLIP
+
+    path = _existing(path)
+    stored = open_weights(path, wrappers=_WRAPPERS)
+    stored = {key.removeprefix("module."): tensor for key, tensor in stored.items()}
+    stored = {
+        k.removeprefix(prefix): tensor for k, tensor in stored.items() if k.startswith(prefix)
+    }
+    config = config or clip_config(_shapes(stored), source=str(path))
+    return _load(
+        OpenCLIP, config, stored, source=str(path), dtype=dtype, param_dtype=param_dtype,
+        sharding=sharding,
+    )  # fmt: skip
+
+
+def load_maft_plus(
+    path: Path | str, *, form: str = "semantic", token_order: str = "reference",
+    config: Any = None, dtype: Any = jnp.float32, param_dtype: Any = None,
+    sharding: ShardingRule = None,
+) -> Any:  # fmt: skip
+    """Load MAFT+ or FC-CLIP from a detectron2 checkpoint.
+
+    The teacher, the criterion, optimizer states and other things that no inference needs are passed
+    over; `load_open_clip(path, prefix=TEACHER)` reads the teacher. FC-CLIP has no transfer: it gets
+    one that leaves the text as it is, in the panoptic form.
+
+    Args:
+      path: the file; `~` is expanded.
+      form, token_order: of the transfer, which the file does not tell; see
+        `flax_models.maft_plus.ContentDependentTransfer`.
+      config: a `MaftPlusConfig`, which then decides form and token order too; default: read from
+        the shapes, with 8 heads everywhere, and heads of 64 features in the text tower.
+      dtype, param_dtype, sharding: as for `load_open_clip`.
+
+    Returns:
+      A `flax_models.maft_plus.MaftPlus`.
+
+    Raises:
+      CheckpointError: the file is absent, damaged, or of another architecture; one message names
+        everything that is missing or has another shape.
+    """
+    from ..flax_models.maft_plus import ContentDependentTransfer, MaftPlus
+
+    path = _existing(path)
+    stored = open_weights(path, wrappers=_WRAPPERS)
+    has_transfer = any(key.startswith(_TRANSFER) for key in stored)
+    if config is None:
+        config = maft_plus_config(
+            _shapes(stored), form=form if has_transfer else "panoptic", token_order=token_order,
+            source=str(path),
+        )  # fmt: skip
+    model = _load(
+        MaftPlus, config, stored, source=str(path), dtype=dtype, param_dtype=param_dtype,
+        sharding=sharding, without="" if has_transfer else _TRANSFER,
+    )  # fmt: skip
+    if not has_transfer:
+        model.cdt = ContentDependentTransfer(
+            config.clip_config.embed_dim, config.transfer_heads, form="panoptic",
+            token_order=config.token_order, dtype=dtype,
+            param_dtype=parameter_dtype(stored, param_dtype), rngs=nnx.Rngs(0),
+        )  # fmt: skip
+    return model
+
+
+def save_maft_plus(
+    model: Any, path: Path | str, *, teacher: Any = None, classes: int | None = None,
+    force: bool = False,
+) -> Path:  # fmt: skip
+    """Write a model under the names of detectron2 checkpoints.
+
+    Args:
+      model: a `MaftPlus`.
+      path: ends with `.pth` (a dict with the entry `model`, written with torch) or `.safetensors`.
+      teacher: the original `OpenCLIP`, which training resumes with; left out if None.
+      classes: of the training vocabulary, for the criterion's buffer; left out if None.
+      force: replace an existing file.
+
+    Returns:
+      the file's path.
+
+    Raises:
+      OutputError: `path` is occupied or unwritable, or a parameter is NaN or infinite; nothing is
+        left on disk.
+      ValueError: another suffix.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"save_maft_plus writes .pth and .safetensors, received {path.name!r}.")
+    tensors = pending(model, tensor_specs(model), None)
+    if teacher is not None:
+        tensors += [
+            PendingTensor(TEACHER + tensor.key, tensor.dtype, tensor.shape, tensor.produce)
+            for tensor in pending(teacher, tensor_specs(teacher), None)
+        ]
+    if classes is not None:
+        weights = np.append(np.ones(classes, np.float32), np.float32(_VOID_WEIGHT))
+        tensors.append(PendingTensor(_CRITERION, weights.dtype, weights.shape, lambda: weights))
+    write = _write_pickle if path.suffix == ".pth" else write_safetensors
+    with atomic_file(path, force=force) as partial:
+        write(partial, tensors, {"format": "pt"})
+    return path
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file. Pass a checkpoint's weight file.")
+    return path
+
+
+def _shapes(stored: Mapping[str, StoredTensor]) -> Shapes:
+    return {key: tensor.shape for key, tensor in stored.items()}
+
+
+def _load(
+    model_class: Callable[..., Model], config: Any, stored: Mapping[str, StoredTensor], *,
+    source: str, dtype: Any, param_dtype: Any, sharding: ShardingRule, without: str = "",
+) -> Model:  # fmt: skip
+    """Build a model and fill it; tensors that it has no place for are passed over."""
+    rngs, init_dtype = OneKey(), parameter_dtype(stored, param_dtype)
+    model = nnx.eval_shape(
+        lambda: model_class(config, dtype=dtype, param_dtype=init_dtype, rngs=rngs)
+    )
+    specs = [spec for spec in tensor_specs(model) if not (without and spec.key.startswith(without))]
+    wanted = {spec.key for spec in specs}
+    found = {key: tensor for key, tensor in stored.items() if key in wanted}
+    tensors = match(
+        specs, found, source=source, model_class=model_class, double=param_dtype is not None
+    )
+    place = functools.partial(put, rule=sharding)
+    fill(model, specs, tensors, source=source, param_dtype=param_dtype, place=place)
+    return model
+
+
+def _write_pickle(path: Path, tensors: list[PendingTensor], metadata: Mapping[str, str]) -> None:
+    del metadata
+    try:
+        import torch
+    except ImportError as error:
+        raise OutputError(
+            "Writing a .pth file needs torch. Install conceptax[torch], or write .safetensors."
+        ) from error
+
+    def as_torch(tensor: PendingTensor) -> Any:
+        values = tensor.produce()
+        if values.dtype.name == "bfloat16":  # which NumPy does not know
+            return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(np.array(values))
+
+    torch.save({"model": {tensor.key: as_torch(tensor) for tensor in tensors}}, path)
+
+
+# ---- sizes from shapes ----
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest number that the pattern's group takes among the keys."""
+    found = (re.match(pattern, key) for key in shapes)
+    return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+
+
+def clip_config(shapes: Shapes, *, source: str) -> Any:
+    """The `OpenCLIPConfig` of tensors with these shapes.
+
+    Raises:
+      CheckpointError: a tensor that tells a size is missing.
+    """
+    from ..flax_models.convnext import ConvNeXtConfig
+    from ..flax_models.open_clip import OpenCLIPConfig, OpenCLIPTextConfig
+
+    try:
+        stages = [f"visual.trunk.stages.{n}.blocks." for n in range(4)]
+        depths = tuple(_count(shapes, re.escape(stage) + r"(\d+)\.") for stage in stages)
+        dims = tuple(shapes[f"{stage}0.norm.weight"][0] for stage in stages)
+        width, embed_dim = shapes["text_projection"]
+        text = OpenCLIPTextConfig(
+            width=width,
+            heads=max(width // 64, 1),
+            layers=_count(shapes, r"transformer\.resblocks\.(\d+)\."),
+            vocab_size=shapes["token_embedding.weight"][0],
+            context_length=shapes["positional_embedding"][0],
+        )
+        projection = "linear" if "visual.head.proj.weight" in shapes else "mlp"
+        return OpenCLIPConfig(text, ConvNeXtConfig(depths, dims), embed_dim, projection)
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} holds no OpenCLIP model with a ConvNeXt tower ({error}). Pass the weights "
+            "of convnext_base_w_320 or convnext_large_d_320, or a config."
+        ) from error
+
+
+def maft_plus_config(
+    shapes: Shapes, *, form: str = "semantic", token_order: str = "reference", source: str
+) -> Any:
+    """The `MaftPlusConfig` of tensors with these shapes, with 8 heads.
+
+    Raises:
+      CheckpointError: a tensor that tells a size is missing.
+    """
+    from ..flax_models.maft_plus import MaftPlusConfig
+
+    clip = clip_config(
+        {k.removeprefix(STUDENT): shape for k, shape in shapes.items() if k.startswith(STUDENT)},
+        source=source,
+    )
+    pixel, predictor = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
+    encoder = f"{pixel}transformer.encoder.layers."
+    heads = 8
+    try:
+        weights = shapes[f"{encoder}0.self_attn.attention_weights.weight"]
+        queries, width = shapes[f"{predictor}query_feat.weight"]
+        return MaftPlusConfig.of(
+            clip, form=form, token_order=token_order, hidden_dim=width, heads=heads,
+            num_points=weights[0] // (3 * heads),
+            encoder_layers=_count(shapes, re.escape(encoder) + r"(\d+)\."),
+            encoder_ffn=shapes[f"{encoder}0.linear1.weight"][0],
+            decoder_layers=_count(
+                shapes, re.escape(predictor) + r"transformer_ffn_layers\.(\d+)\."
+            ),
+            decoder_ffn=shapes[f"{predictor}transformer_ffn_layers.0.linear1.weight"][0],
+            num_queries=queries,
+        )  # fmt: skip
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} is no checkpoint of MAFT+ or FC-CLIP ({error}). Pass a detectron2 file such "
+            "as maftp_b.pth, or a config."
+        ) from error

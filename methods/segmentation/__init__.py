@@ -1,0 +1,1 @@
+"""Segmentation: matching, losses of masks, vocabularies, metrics."""

@@ -1,0 +1,109 @@
+"""From a model's outputs to label maps (section 7 of MAFT+'s evaluation code).
+
+Masks are `[Q, h, w]` logits of one image, which was resized to `size`, padded at the bottom and the
+right to `padded`, and has `original` rows and columns in its file.
+"""
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ...flax_models.layers.bilinear import resize
+from .metrics import Segment
+
+Size = Sequence[int]
+
+
+class ImageSizes(NamedTuple):
+    """Rows and columns of an image: padded for the model, before padding, and in its file."""
+
+    padded: tuple[int, int]
+    size: tuple[int, int]
+    original: tuple[int, int]
+
+
+def class_scores(
+    class_logits: Float[Array, "*B Q C"], open_logits: Float[Array, "*B Q C"]
+) -> Float[Array, "*B Q C"]:
+    """Probabilities of K classes and void, which sum to 1.
+
+    Void is as likely as the decoder's own head says; the classes share the rest as the
+    open-vocabulary logits say.
+    """
+    void = jax.nn.softmax(class_logits, axis=-1)[..., -1:]
+    classes = jax.nn.softmax(open_logits[..., :-1], axis=-1)
+    return jnp.concatenate([classes * (1 - void), void], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def semantic_scores(
+    scores: Float[Array, "Q C"], mask_logits: Float[Array, "Q h w"], sizes: ImageSizes
+) -> Float[Array, "H W K"]:
+    """How much each class is at each pixel of the original image: its argmax is the label map."""
+    masks = jax.nn.sigmoid(resize(mask_logits, sizes.padded))
+    rows, columns = sizes.size
+    maps = jnp.einsum("qk,qhw->hwk", scores[:, :-1], masks[:, :rows, :columns])
+    return resize(maps, sizes.original, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _full_masks(mask_logits: Array, sizes: ImageSizes) -> Array:
+    rows, columns = sizes.size
+    logits = resize(mask_logits, sizes.padded)[:, :rows, :columns]
+    return jax.nn.sigmoid(resize(logits, sizes.original))
+
+
+def panoptic_map(
+    scores: Float[Array, "Q C"],
+    mask_logits: Float[Array, "Q h w"],
+    sizes: ImageSizes,
+    things: Collection[int],
+    *,
+    least_score: float = 0.2,
+    least_overlap: float = 0.7,
+) -> tuple[Int[np.ndarray, "H W"], dict[int, Segment]]:
+    """Segments that do not overlap; what no query wins is void.
+
+    A query whose best class is not void and scores more than `least_score` competes for pixels with
+    its score times its mask. It keeps those inside its own mask, unless it won less than
+    `least_overlap` of as many pixels as that mask has. Stuff of one class is one segment.
+
+    Args:
+      scores: from `class_scores`.
+      mask_logits: of the same queries.
+      sizes: of the image.
+      things: classes whose instances are told apart.
+
+    Returns:
+      ids from 1 on, 0 for void, at the original size; and what each id is.
+    """
+    chances = np.asarray(scores)
+    label, best = chances.argmax(axis=-1), chances.max(axis=-1)
+    kept = np.flatnonzero((label != chances.shape[1] - 1) & (best > least_score))
+    ids = np.zeros(sizes.original, np.int32)
+    segments: dict[int, Segment] = {}
+    if not kept.size:
+        return ids, segments
+    masks = np.asarray(_full_masks(mask_logits, sizes))[kept]
+    winner = (best[kept][:, None, None] * masks).argmax(axis=0)
+    stuff: dict[int, int] = {}
+    for place, query in enumerate(kept):
+        category = int(label[query])
+        won, own = winner == place, masks[place] >= 0.5
+        region = won & own
+        if not region.any() or won.sum() / own.sum() < least_overlap:
+            continue
+        if category in stuff:
+            ids[region] = stuff[category]
+            continue
+        new = len(segments) + 1
+        ids[region] = new
+        segments[new] = Segment(category)
+        if category not in things:
+            stuff[category] = new
+    return ids, segments
