@@ -246,7 +246,7 @@ def main() -> None:
     if options.write:
         from _erasing_pages import write_page
 
-        write_page(options.results, Path(__file__).parents[1] / "docs")
+        write_page(options.results, Path(__file__).parents[1] / "docs", list(ABLATIONS))
 
 
 def summary(record: dict) -> str:

@@ -15,8 +15,8 @@ from flax import nnx
 
 import conceptax
 from conceptax.cli.loading import load_pipeline
-from conceptax.cli.options import Model, OptionalPath
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.options import Model, OptionalPath, chosen
+from conceptax.cli.results import claim_run, environment, new_folder, write_json
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
@@ -83,13 +83,8 @@ class Command(Generic[Config]):
 
 def command_type(arguments: Sequence[str]) -> Any:
     """The command with the settings of the method that the arguments name; SAGE without one."""
-    name = "sage"
-    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, _, value = here.partition("=")
-        if option == "--method":
-            name = value or following
-    method = METHODS.get(name, METHODS["sage"])  # an unknown name is told by the parser
-    return Command[method.config]
+    method = METHODS.get(chosen(arguments, "--method", "sage"), METHODS["sage"])
+    return Command[method.config]  # the parser tells an unknown name
 
 
 def run(command: Command[Any]) -> None:
@@ -195,7 +190,7 @@ def erase_into(
                 logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
                 logs = checkpoint_dir
-                _check_same_run(logs / RECORD, record)
+                claim_run(logs / RECORD, record, length="cycles")
                 options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
             log = logs / _LOG
             rules = RULES["StableDiffusionPipeline"]
@@ -229,25 +224,3 @@ def _as_stored(edited: nnx.Module, original: nnx.Module) -> nnx.Module:
     return nnx.merge(
         graphdef, jax.tree.map(lambda new, old: new.astype(old.dtype), trained, stored)
     )
-
-
-def _check_same_run(path: Path, record: dict[str, Any]) -> None:
-    """Refuse checkpoints of another run; note this one's settings beside them."""
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); choose another folder.") from error
-        here = json.loads(json.dumps(record))
-        differing = {name for name in here if here[name] != earlier.get(name)}
-        for settings in (here["settings"], earlier.get("settings", {})):
-            settings.pop("cycles", None)  # a run may be continued for longer
-        if here["settings"] == earlier.get("settings"):
-            differing.discard("settings")
-        if differing:
-            raise ValueError(
-                f"{path.parent} holds checkpoints of a run with another {sorted(differing)}. "
-                "Choose another --checkpoint-dir, or remove this one."
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)

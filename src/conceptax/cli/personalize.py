@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-import jax.numpy as jnp
 import tyro
 
 import conceptax
+from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Model, OptionalPath, chosen
 from conceptax.cli.results import claim_run, environment, new_folder, write_json
 from conceptax.converters import (
-    load_pytorch,
     save_changes,
     save_custom_diffusion,
     save_pytorch,
@@ -113,12 +112,7 @@ def run(command: Command[Any]) -> None:
     markers = (*CHECKPOINT_FILES, RECORD)
     with new_folder(command.output, force=command.force, markers=markers) as folder:
         source = command.model or conceptax.bundled_model()
-        pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
-        if not isinstance(pipeline, StableDiffusionPipeline):
-            raise ValueError(
-                f"{source} holds one component, and personalising needs the whole pipeline: pass "
-                "the folder with model_index.json."
-            )
+        pipeline = load_pipeline(source, command.dtype, "personalising")
         began = time.perf_counter()
         personalise_into(
             folder, pipeline, subjects, command.settings, seed=command.seed,

@@ -1,0 +1,207 @@
+"""docs/erasing_results.md and its plots, from the cells that erasing_studies.py kept."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from conceptax.methods.erasing import METHODS
+from conceptax.methods.glyphs.judge import rate
+
+TITLES = {name: method.title for name, method in METHODS.items()} | {"original": "no erasing"}
+MARKS = dict(zip(METHODS, "osD^vP", strict=True))
+
+
+def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The kept cells of a study by the name of their row."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows.setdefault(record["cell"]["name"], []).append(record)
+    return rows
+
+
+def pooled(figures: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The proportion of several seeds together, with its 95 % Wilson interval."""
+    present = [each for each in figures if each]
+    if not present:
+        return None
+    count, of = (sum(each[key] for each in present) for key in ("count", "of"))
+    value, low, high = rate(count, of)
+    return {"count": count, "of": of, "rate": value, "low": low, "high": high}
+
+
+def attack(cells: Sequence[dict[str, Any]], name: str, when: str = "after") -> dict | None:
+    """Success of an attack over the cells of a row and their concepts; the largest budget's."""
+    return pooled([
+        row[when] for cell in cells for row in cell["metrics"]["attacks"] if row["attack"] == name
+    ])  # fmt: skip
+
+
+def kept(cells: Sequence[dict[str, Any]], group: str, when: str = "after") -> dict | None:
+    """Retention of a group over the cells of a row."""
+    return pooled([
+        row[when] for cell in cells for row in cell["metrics"]["retention"] if row["group"] == group
+    ])  # fmt: skip
+
+
+def budgets(cells: Sequence[dict[str, Any]], name: str, key: str = "budgets") -> list[dict]:
+    """An attack's pooled success at each of its budgets, whose figures are means over the cells."""
+    runs = [
+        row[key]
+        for cell in cells
+        for row in cell["metrics"]["attacks"]
+        if row["attack"] == name and key in row
+    ]
+    points = []
+    for column in zip(*runs, strict=True):
+        names = column[0]["budget"]
+        mean = {each: sum(one["budget"][each] for one in column) / len(column) for each in names}
+        points.append({"budget": mean, **(pooled(column) or {})})
+    return points
+
+
+def percent(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    low, high = 100 * figure["low"], 100 * figure["high"]
+    return f"{100 * figure['rate']:.1f} ({low:.0f}–{high:.0f})"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def mean(values: Sequence[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else float("nan")
+
+
+def main_table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """All methods, all attacks, retention."""
+    header = (
+        "method", "plain", "synonyms", "Concept Inversion", "token search", "relapse",
+        "neighbours kept", "distant kept", "CLIP score kept", "Fréchet", "seconds",
+    )  # fmt: skip
+    body = []
+    for name in [name for name in (*TITLES,) if name in rows]:
+        cells = rows[name]
+        scores = [cell["metrics"]["clip_score"]["retained"]["after"]["mean"] for cell in cells]
+        body.append([
+            TITLES[name],
+            *(percent(attack(cells, each)) for each in
+              ("plain", "synonyms", "concept-inversion", "token-search", "relapse")),
+            *(percent(kept(cells, group)) for group in ("neighbours", "distant")),
+            f"{mean(scores):.1f}",
+            f"{mean([cell['metrics']['frechet']['distance'] for cell in cells]):.2f}",
+            f"{mean([cell['seconds_to_erase'] for cell in cells]):.0f}",
+        ])  # fmt: skip
+    return markdown(header, body)
+
+
+def ablation_table(rows: dict[str, list[dict[str, Any]]], order: Sequence[str]) -> str:
+    """SAGE with one setting changed."""
+    header = (
+        "change", "plain", "synonyms", "Concept Inversion", "neighbours kept", "distant kept",
+    )  # fmt: skip
+    return markdown(header, [
+        [
+            name,
+            *(percent(attack(rows[name], each))
+              for each in ("plain", "synonyms", "concept-inversion")),
+            *(percent(kept(rows[name], group)) for group in ("neighbours", "distant")),
+        ]
+        for name in order if name in rows
+    ])  # fmt: skip
+
+
+def simple_table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Before and after of each concept, and what stayed."""
+    body = []
+    for name, cells in rows.items():
+        for concept in cells[0]["cell"]["concepts"]:
+            for kind in ("plain", "synonyms"):
+                found = [
+                    row
+                    for cell in cells
+                    for row in cell["metrics"]["attacks"]
+                    if row["attack"] == kind and row["concept"] == concept
+                ]
+                if found:
+                    figures = (
+                        percent(pooled([row[when] for row in found]))
+                        for when in ("before", "after")
+                    )
+                    body.append([name, f"“{concept}”, {kind}", *figures])
+        for group in ("neighbours", "distant"):
+            figures = [percent(kept(cells, group, when)) for when in ("before", "after")]
+            if figures[0] != "–":
+                body.append([name, f"{group} kept", *figures])
+    return markdown(("run", "figure", "before", "after"), body)
+
+
+def plot_pareto(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Erasing (how much is left) against retention, a point per setting."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, mark in MARKS.items():
+        points = []
+        for cells in rows.values():
+            if cells[0]["cell"]["method"] == name:
+                left = [attack(cells, each) for each in ("plain", "synonyms")]
+                stays = [kept(cells, group) for group in ("neighbours", "distant")]
+                points.append((100 * pooled(left)["rate"], 100 * pooled(stays)["rate"]))
+        if points:
+            axes.scatter(*zip(*sorted(points), strict=True), marker=mark, label=TITLES[name])
+    axes.set(xlabel="concept still drawn, by any name (%)", ylabel="other things drawn right (%)")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_budgets(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Success against the budget of Concept Inversion (steps, norm) and of relapse (steps)."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, name, key, label in zip(
+        panels, ("concept-inversion", "concept-inversion", "relapse"), ("steps", "norm", "steps"),
+        ("Concept Inversion: steps", "… norm, relative to the vocabulary's", "relapse: steps"),
+        strict=True,
+    ):  # fmt: skip
+        for row, cells in rows.items():
+            points = budgets(cells, name)
+            x = [point["budget"][key] for point in points]
+            y = [100 * point["rate"] for point in points]
+            axes.plot(x, y, marker=MARKS.get(row, "."), label=TITLES.get(row, row))
+            if row == "original" and name == "relapse":
+                never = budgets(cells, name, "never_knew")
+                axes.plot(
+                    [point["budget"][key] for point in never],
+                    [100 * point["rate"] for point in never], "k--", label="never knew it",
+                )  # fmt: skip
+        axes.set(xlabel=label, ylim=(-3, 103))
+    panels[0].set_ylabel("images that show the concept (%)")
+    panels[2].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def write_page(results: Path, docs: Path, ablations: Sequence[str]) -> None:
+    """Write the page's tables between its markers, and the plots; the text around them stays."""
+    studies = {name: load(results / name) for name in ("table", "pareto", "ablations")}
+    parts = {
+        "table": main_table(studies["table"]),
+        "ablations": ablation_table(studies["ablations"], ablations),
+        "concepts": simple_table(load(results / "concepts")),
+        "transfer": simple_table(load(results / "transfer")),
+    }
+    page = docs / "erasing_results.md"
+    text = page.read_text(encoding="utf-8")
+    for name, content in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        first, last = text.index(begin) + len(begin), text.index(end)
+        text = text[:first] + content + "\n" + text[last:]
+    page.write_text(text, encoding="utf-8")
+    plot_pareto(studies["pareto"] | studies["table"], docs / "erasing_pareto.png")
+    plot_budgets(studies["table"], docs / "erasing_budgets.png")
