@@ -297,8 +297,8 @@ def load_changes(path: FilePath | str, original: nnx.Module) -> nnx.Module:
     tensors = match(specs, stored, source=str(path), model_class=model_class, double=False)
     graphdef, state = nnx.split(original)
     model = nnx.merge(graphdef, nnx.to_pure_dict(state))
-    place = functools.partial(_place, rule=None)
-    _fill(model, specs, tensors, source=str(path), param_dtype=None, place=place)
+    place = functools.partial(put, rule=None)
+    fill(model, specs, tensors, source=str(path), param_dtype=None, place=place)
     return model
 
 

@@ -66,7 +66,7 @@ def sample_latents(
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 1.0,
     *,
-    keys: Key[Array, "B"] | None = None,
+    keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B H W C"]:
     """Runs the sampler from unit normal noise to latents, in float32.
 
@@ -127,7 +127,7 @@ def generate(
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 7.5,
     *,
-    keys: Key[Array, "B"] | None = None,
+    keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B H W 3"]:
     """Images in [-1, 1], float32, of tokenised prompts: encode, sample, decode.
 
@@ -143,17 +143,17 @@ def generate(
     return decode_latents(static.vae, params["vae"], latents)
 
 
-def image_keys(seed: int, indices: Int[Array, "B"] | Int[np.ndarray, "B"]) -> Key[Array, "B"]:
+def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
     """One key per image, a function of the seed and the image's own index alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
 
 
-def initial_noise(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+def initial_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, " B *shape"]:
     """The unit normal noise each image starts from, float32 [B, *shape]."""
     return _noise(keys, 0, shape)
 
 
-def _noise(keys: Key[Array, "B"], use: Array | int, shape: tuple[int, ...]) -> Array:
+def _noise(keys: Key[Array, " B"], use: Array | int, shape: tuple[int, ...]) -> Array:
     """Unit normal noise of each image's key; `use` is 0 for the start, i + 1 for step i."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, use), shape))(keys)
 

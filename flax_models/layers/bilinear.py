@@ -21,7 +21,7 @@ def resize(x: Float[Array, "..."], size: Sequence[int], *, axis: int = 1) -> Flo
 
 def sample_points(
     maps: Shaped[Array, "H W *C"], points: Float[Array, "P 2"]
-) -> Float[Array, "P *C"]:
+) -> Float[Array, " P *C"]:
     """Values of one map (of several channels, if there are any) at points.
 
     Args:

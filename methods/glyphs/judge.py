@@ -59,7 +59,7 @@ class JudgeConfig:
 
 def render_set(
     split: str, renders: int, seed: int, jitter: Jitter | None = None
-) -> tuple[UInt8[np.ndarray, "N 64 64 3"], dict[str, Int[np.ndarray, "N"]]]:
+) -> tuple[UInt8[np.ndarray, "N 64 64 3"], dict[str, Int[np.ndarray, " N"]]]:
     """Every handwritten sample of ``split`` drawn ``renders`` times, with its labels."""
     count = len(load_split(split).labels) * renders
     samples = np.arange(count) % (count // renders)
@@ -106,7 +106,7 @@ def augment(key: Array, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 
 
 
 def judge_loss(
-    logits: dict[str, Float[Array, "B _"]], labels: dict[str, Int[Array, "B"]], smoothing: float
+    logits: dict[str, Float[Array, "B _"]], labels: dict[str, Int[Array, " B"]], smoothing: float
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Cross-entropy summed over the three heads (labels smoothed), and each head's accuracy."""
     loss = jnp.zeros(())
