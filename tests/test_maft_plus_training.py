@@ -60,7 +60,13 @@ def run(model, tmp_path_factory):
         train_step, static, state, frozen, itertools.repeat(batch()), key=jax.random.key(0),
         num_steps=CONFIG.steps, progress=False, metrics_path=metrics,
     )  # fmt: skip
-    return static, before, after, frozen, [json.loads(line) for line in metrics.open()]
+    return (
+        static,
+        before,
+        after,
+        frozen,
+        [json.loads(line) for line in metrics.read_text().splitlines()],
+    )
 
 
 def test_loss_falls(run):
