@@ -11,6 +11,7 @@ import oracles
 import pytest
 import segmentation_oracles
 from flax import nnx
+from jax.extend.core import Literal
 from segmentation_oracles import random_model
 
 from conceptax.converters.parameters import OneKey
@@ -33,6 +34,7 @@ from conceptax.flax_models.mask2former import (
     sine_positions,
 )
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
+from conceptax.methods.training import leaf_paths
 
 SMALL = Mask2FormerConfig(
     feature_channels=segmentation_oracles.CHANNELS, class_dim=12,
@@ -308,40 +310,62 @@ def whole():
     return random_model(lambda rngs: MaftPlus(segmentation_oracles.MINIMAL, rngs=rngs))
 
 
-def test_whole_model(whole):
-    """Shapes, and where gradients go."""
-    graphdef, state = nnx.split(whole)
+@pytest.fixture(scope="module")
+def inputs():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32)
-    rows = normalise(jnp.asarray(rng.normal(size=(5, 8)), jnp.float32))
+    return images, normalise(jnp.asarray(rng.normal(size=(5, 8)), jnp.float32))
 
-    @jax.jit
-    def run(state, weights):
-        def weighted(state):
-            out = nnx.merge(graphdef, state)(images, rows)
-            decoder = sum(jnp.sin(p.row_logits).sum() + p.mask_logits.mean() for p in out.layers)
-            return weights[0] * decoder + weights[1] * jnp.sin(out.open_logits).sum(), out
 
-        return jax.grad(weighted, has_aux=True)(state)
-
-    gradients, out = zip(
-        *(run(state, weights) for weights in np.eye(2, dtype=np.float32)), strict=True
-    )
-    out = out[0]
+def test_whole_model(whole, inputs):
+    graphdef, state = nnx.split(whole)
+    out = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))(state, *inputs)
     assert len(out.layers) == 2
     assert out.layers[-1].row_logits.shape == out.open_logits.shape == (2, 5, 6)
     assert out.layers[-1].mask_logits.shape == (2, 5, 16, 24)
     assert out.features.shape == (2, 2, 3, 8)
-    moved = [
-        {".".join(map(str, path)) for path, leaf in nnx.to_flat_state(each) if np.any(leaf[...])}
-        for each in gradients
-    ]
-    assert {name.split(".")[0] for name in moved[0]} == {"sem_seg_head", "void_embedding"}
-    starts = ("backbone.clip_model.visual", "backbone.clip_model.logit_scale", "cdt",
-              "void_embedding")  # fmt: skip
-    assert all(name.startswith(starts) for name in moved[1])
-    assert any(name.startswith("backbone.clip_model.visual.trunk.stem") for name in moved[1])
-    assert any(name.startswith("cdt") for name in moved[1])
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(out))
+
+
+def reached(loss, params):
+    """Paths whose gradient is more than zeros, by the program of the gradient, which is not run."""
+    program = jax.make_jaxpr(jax.grad(loss))(params)
+    made = {out: eqn for eqn in program.eqns for out in eqn.outvars}
+    constants = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+
+    def is_zero(atom):
+        if isinstance(atom, Literal):
+            return not np.any(atom.val)
+        if atom in constants:
+            return not np.any(constants[atom])
+        eqn = made[atom]
+        return eqn.primitive.name == "broadcast_in_dim" and is_zero(eqn.invars[0])
+
+    paths = leaf_paths(params)
+    return {
+        path for path, out in zip(paths, program.jaxpr.outvars, strict=True) if not is_zero(out)
+    }
+
+
+def test_where_gradients_go(whole, inputs):
+    """The decoders' predictions train the decoders, open-vocabulary logits tower and transfer."""
+    graphdef, state = nnx.split(whole)
+    params = nnx.to_pure_dict(state)
+
+    def run(params):
+        return nnx.merge(graphdef, params)(*inputs)
+
+    def proposals(params):
+        return sum(p.row_logits.sum() + p.mask_logits.sum() for p in run(params).layers)
+
+    paths = set(leaf_paths(params))
+    decoders = {path for path in paths if path.startswith("sem_seg_head")}
+    void = {"void_embedding.embedding"}
+    assert reached(proposals, params) == decoders | void
+    moved = reached(lambda params: run(params).open_logits.sum(), params)
+    tower = {path for path in paths if path.startswith("backbone.clip_model.visual")}
+    transfer = {path for path in paths if path.startswith("cdt")}
+    assert moved == tower | transfer | void | {"backbone.clip_model.logit_scale"}
 
 
 def test_sides_must_fit(whole):
