@@ -38,7 +38,7 @@ TINY = {
     ),
     "token-search": TokenSearchConfig(
         **BATCH, steps=4, snapshots=(2,), restarts=2, tokens=2, candidates=5, top=8,
-        forbidden=("trio",),
+        target="noise", forbidden=("trio",),
     ),
     "relapse": RelapseConfig(**BATCH, steps=4, snapshots=(0, 2), learning_rate=1e-2),
 }  # fmt: skip
@@ -362,6 +362,21 @@ def test_a_step_takes_the_best_exchange_and_no_worse_one(edited, examples, searc
         assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
         assert float(metrics["gain"]) == pytest.approx(np.mean(falls), abs=1e-5)
     assert taken  # the prefixes did move
+
+
+def test_the_target_is_the_noise_or_the_originals_prediction(original, edited, examples, search):
+    config = dataclasses.replace(TINY["token-search"], target="original")
+    static, _, frozen = begin(original, edited, config, token_search)
+    tokens = encode_phrases(edited.tokenizer, [*PROMPTS, PROMPTS[0]], 24)
+    key = jax.random.key(2)
+    rows, z_t, t, noise = examples(key)
+    states = original.text_encoder(jnp.asarray(tokens[rows])).last_hidden_state
+    made = jax.jit(lambda frozen: token_search.search_examples(static, frozen, key))(frozen)
+    np.testing.assert_array_equal(made[0], tokens[rows])
+    np.testing.assert_allclose(made[1][0], z_t, atol=1e-6)
+    np.testing.assert_allclose(made[1][2], jax.jit(original.unet)(z_t, t, states), atol=1e-5)
+    _, plain = token_search.search_examples(search[0], search[2], key)
+    np.testing.assert_array_equal(plain[2], noise)
 
 
 def test_the_gradient_of_choices_is_the_change_of_a_linear_loss():

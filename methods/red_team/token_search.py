@@ -7,7 +7,11 @@ model denoise them,
 
   min_d  E || eps - e(z_t, t, T([d, p])) ||^2
 
-The paper descends on relaxed tokens and projects.  Here tokens are exchanged one at a time by
+That needs no other model.  With the original at hand (P4D, Chin et al. 2023, "Prompting4Debugging",
+arXiv 2309.06135, equation 4) its prediction under the prompt takes the place of eps, which rids the
+loss of the noise that no model can know: `target` says which.
+
+The papers descend on relaxed tokens and project.  Here tokens are exchanged one at a time by
 greedy coordinate gradients (Zou et al. 2023, arXiv 2307.15043, algorithm 1): the gradient with
 respect to the one-hot choice of each token names its most promising substitutes; of a random
 `candidates` single exchanges the best one on the step's batch is kept, if it is better than none.
@@ -19,7 +23,7 @@ another way.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import ConceptError, encode_phrases
-from ..phrases import text_length, with_prefix
+from ..phrases import hidden_states, text_length, with_prefix
 from ..sampling import NoiseSchedule
 from ..training import TrainState
 from .common import (
@@ -59,6 +63,7 @@ class TokenSearchConfig:
       candidates: exchanges among which a step chooses.
       top: substitutes per place from which candidates are drawn.
       batch_size: images that a step compares exchanges on.
+      target: what the edited model is to predict, the "noise" or what the "original" model does.
       forbidden: words whose tokens are never used.
       min_timestep: lowest time, as a fraction of the schedule.
       max_timestep: highest time, as a fraction of the schedule.
@@ -71,12 +76,28 @@ class TokenSearchConfig:
     candidates: int = 16
     top: int = 32
     batch_size: int = 8
+    target: Literal["noise", "original"] = "original"
     forbidden: tuple[str, ...] = ()
     min_timestep: float = 0.0
     max_timestep: float = 1.0
 
     def __post_init__(self):
-        check_attack(self, {"restarts": 1, "tokens": 1, "candidates": 1, "top": 1}, {})
+        check_attack(
+            self,
+            {"restarts": 1, "tokens": 1, "candidates": 1, "top": 1},
+            {"target": ("noise", "original")},
+        )
+
+
+def search_examples(
+    static: AttackStatic, frozen: Mapping[str, Any], key: PRNGKeyArray
+) -> tuple[Int[Array, "B L"], tuple[Array, Array, Array]]:
+    """A batch: prompts, and noisy latents, times and the targets that `config.target` names."""
+    rows, (latents, times, target) = draw_examples(static, frozen, key)
+    if static.config.target == "original":
+        unet = nnx.merge(static.unet, frozen["original_unet"])
+        target = unet(latents, times, frozen["original_states"][rows])
+    return frozen["prompts"][rows], (latents, times, target)
 
 
 def prefix_loss(
@@ -122,10 +143,8 @@ def _search(
     """One exchange of one restart: the prefix afterwards; its loss and the gain on the batch."""
     config, table = static.config, _table(frozen)
     example_key, exchange_key = jax.random.split(key)
-    rows, noised = draw_examples(static, frozen, example_key)
-    loss_of = functools.partial(
-        prefix_loss, static, frozen, prompts=frozen["prompts"][rows], noised=noised
-    )
+    prompts, noised = search_examples(static, frozen, example_key)
+    loss_of = functools.partial(prefix_loss, static, frozen, prompts=prompts, noised=noised)
     before, gradient = jax.value_and_grad(loss_of)(table[prefix])
     exchanges = draw_exchanges(
         exchange_key, prefix, choice_gradient(table, gradient), frozen["allowed"],
@@ -193,13 +212,19 @@ def prepare(
     unet, unet_params = nnx.split(edited.unet)
     schedule = NoiseSchedule.from_config(edited.scheduler_config)
     static = AttackStatic(text_encoder, unet, config, schedule)
+    tokens = tokens[np.arange(len(latents)) % len(tokens)]  # that of each image
     frozen = {
         "text_encoder": nnx.to_pure_dict(text_params),
         "unet": nnx.to_pure_dict(unet_params),
         "latents": latents,  # [M, h, w, c]
-        "prompts": tokens[np.arange(len(latents)) % len(tokens)],  # [M, L], that of each image
+        "prompts": tokens,  # [M, L]
         "allowed": allowed,  # [V]
     }
+    if config.target == "original":
+        frozen |= {
+            "original_unet": nnx.to_pure_dict(nnx.state(original.unet)),
+            "original_states": hidden_states(original.text_encoder, tokens),  # [M, L, D]
+        }
     state = TrainState(jnp.zeros((), jnp.int32), {"prefixes": start.astype(jnp.int32)}, ())
     return static, state, jax.tree.map(jnp.asarray, frozen)
 
@@ -230,9 +255,9 @@ def _table(frozen: Mapping[str, Any]) -> Float[Array, "V C"]:
 @functools.partial(jax.jit, static_argnums=0)
 def _examine(static: AttackStatic, frozen: Any, prefixes: Array, key: PRNGKeyArray) -> Array:
     def loss(prefix: Array, key: PRNGKeyArray) -> Array:
-        rows, noised = draw_examples(static, frozen, key)
-        embeddings = _table(frozen)[prefix]
-        return prefix_loss(static, frozen, embeddings, frozen["prompts"][rows], noised)
+        return prefix_loss(
+            static, frozen, _table(frozen)[prefix], *search_examples(static, frozen, key)
+        )
 
     return mean_losses(loss, prefixes, key)
 
@@ -245,7 +270,8 @@ def run(
     """Find prefixes that bring the concept back, and put them in front of the prompts.
 
     Args:
-      original: the model before erasing; its autoencoder encodes the images.
+      original: the model before erasing; its autoencoder encodes the images, and `config.target`
+        may ask for its predictions.
       edited: the model to attack; it stays as it is.
       concept: what was erased; the images and prompts say it, and `config.forbidden` what may not.
       config: settings.
