@@ -10,6 +10,31 @@ from matplotlib.figure import Figure
 from conceptax.methods.erasing import METHODS
 from conceptax.methods.glyphs.judge import rate
 
+PAGE = """# What SAGE withstands, and what it does not
+
+`python benchmarks/erasing_studies.py table pareto ablations concepts --write` makes this page.
+
+## All methods, all attacks
+<!-- table -->
+<!-- end of table -->
+
+![Erasing against retention](erasing_pareto.png)
+
+![Success against the attacker's budget](erasing_budgets.png)
+
+## SAGE with one setting changed
+<!-- ablations -->
+<!-- end of ablations -->
+
+## Several concepts, and a colour
+<!-- concepts -->
+<!-- end of concepts -->
+
+## The same text encoder in another UNet
+<!-- transfer -->
+<!-- end of transfer -->
+"""
+
 TITLES = {name: method.title for name, method in METHODS.items()} | {"original": "no erasing"}
 MARKS = dict(zip(METHODS, "osD^vP", strict=True))
 
@@ -197,7 +222,7 @@ def write_page(results: Path, docs: Path, ablations: Sequence[str]) -> None:
         "transfer": simple_table(load(results / "transfer")),
     }
     page = docs / "erasing_results.md"
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8") if page.exists() else PAGE
     for name, content in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         first, last = text.index(begin) + len(begin), text.index(end)
