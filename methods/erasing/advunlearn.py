@@ -90,7 +90,7 @@ class AdvUnlearnConfig:
     anchor: str = ""
     templates: tuple[str, ...] = TEMPLATES
     contexts: int = 96
-    cycles: int = 200
+    cycles: int = 100
     warmup: int = 20
     erase_updates: int = 1
     prompts: int = 4
@@ -98,10 +98,10 @@ class AdvUnlearnConfig:
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
     attack_tokens: int = 3
-    attack_steps: int = 10
+    attack_steps: int = 5
     attack_rate: float = 0.1
     attack_optimizer: Literal["adam", "sign"] = "adam"
-    eta: float = 1.0
+    eta: float = 3.0
     latents: Literal["edited", "noise"] = "noise"
     ddim_steps: int = 20
     guidance: float = 3.0
@@ -110,7 +110,7 @@ class AdvUnlearnConfig:
     frames: int = 4
     similarity_cap: float = 0.95
     retain_rows: int = 8
-    retain_weight: float = 1.0
+    retain_weight: float = 10.0
 
     def __post_init__(self):
         check_settings(

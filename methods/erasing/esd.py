@@ -77,9 +77,9 @@ class EsdXConfig:
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("*.attn2",)
     untrained: tuple[str, ...] = ()
-    eta: float = 1.0
+    eta: float = 3.0
     latents: Literal["edited", "noise"] = "edited"
-    ddim_steps: int = 20
+    ddim_steps: int = 10
     guidance: float = 3.0
     min_timestep: float = 0.5
     vocabulary: int = 2000
@@ -100,9 +100,11 @@ class EsdXConfig:
 class EsdUConfig(EsdXConfig):
     """All settings of an ESD-u run: those of ESD-x, with the other layers trained."""
 
+    cycles: int = 200
     learning_rate: float = 2e-4
     trainable: tuple[str, ...] = ("*",)
     untrained: tuple[str, ...] = ("*.attn2", "time_embedding", "conv_norm_out", "conv_out")
+    eta: float = 1.0
 
 
 def esd_loss(
