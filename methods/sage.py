@@ -33,6 +33,7 @@ from .phrases import (
     Retained,
     concept_states,
     framed_phrases,
+    hidden_states,
     pooled_states,
     retained_phrases,
     stacked_prompts,
@@ -67,7 +68,8 @@ class SageConfig:
       weight_decay: AdamW's decay.
       trainable: patterns of the text encoder's parameters that train.
       check: what an attack looks for besides what T0 takes for the concept: "anchor" (T is far
-        from the anchor) or "recall" (T still encodes what T0 encodes).
+        from the anchor), "recall" (T still encodes what T0 encodes) or "guided" (through the UNet:
+        what T encodes still makes it predict the concept; several times as slow).
       check_steps: steps of the self-check (K); 0 is word erasure.
       check_rate: step size of the self-check (alpha), relative to the root mean square of the token
         embeddings' entries, which differs a hundredfold between models.
@@ -77,6 +79,8 @@ class SageConfig:
         is unbounded.
       check_start: where the attack starts: "prompt" (inside-out, at the prompt itself) or "random"
         (outside-in, at normal noise of the token embeddings' size in place of what may move).
+      states: what stands for a phrase in the self-check and in global retention: "pooled", or
+        "tokens", all the states that the UNet reads, of which the retained ones are kept in memory.
       free_concept: let the attack move the concept's own token embeddings too.
       eta: strength of the negative guidance in the target; 0 maps the concept onto the anchor.
       latents: "noise" (z ~ N(0, I), upper timesteps) or "ddim" (points of the original model's own
@@ -104,13 +108,14 @@ class SageConfig:
     learning_rate: float = 1.75e-3
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
-    check: Literal["anchor", "recall"] = "recall"
+    check: Literal["anchor", "recall", "guided"] = "recall"
     check_steps: int = 10
     check_rate: float = 0.1
     check_optimizer: Literal["adam", "sign"] = "adam"
     check_weight: float = 1.0
     check_radius: float | None = None
     check_start: Literal["prompt", "random"] = "prompt"
+    states: Literal["pooled", "tokens"] = "pooled"
     free_concept: bool = True
     eta: float = 4.0
     latents: Literal["noise", "ddim"] = "noise"
@@ -136,8 +141,8 @@ class SageConfig:
                 "global_weight": 0, "local_weight": 0, "weight_decay": 0, "eta": 0,
             },
             accepted={
-                "check": ("anchor", "recall"), "check_optimizer": ("adam", "sign"),
-                "check_start": ("prompt", "random"),
+                "check": ("anchor", "recall", "guided"), "check_optimizer": ("adam", "sign"),
+                "check_start": ("prompt", "random"), "states": ("pooled", "tokens"),
                 "latents": ("noise", "ddim"), "global_form": ("cross", "self"),
             },
         )  # fmt: skip
@@ -158,8 +163,8 @@ def _normalise(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
 
 
 def self_check_objective(
-    original: Float[Array, "P C"], current: Float[Array, "P C"], concept: Float[Array, " C"],
-    anchor: Float[Array, " C"], *, form: str, weight: float,
+    original: Float[Array, "P C"], current: Float[Array, "P C"], concept: Float[Array, "*P C"],
+    anchor: Float[Array, "*P C"], *, form: str, weight: float,
 ) -> Float[Array, " P"]:  # fmt: skip
     """J(E) of each attacked prompt; the attack minimises it.
 
@@ -167,13 +172,40 @@ def self_check_objective(
     form "recall":  -cos(T0(E), T0(c)) + weight (1 - cos(T(E), T0(c)))
 
     Args:
-      original, current: pooled states T0(E) and T(E) of the attacked prompts, [P, C].
-      concept, anchor: pooled states T0(c) and T0(a), [C].
+      original, current: states T0(E) and T(E) of the attacked prompts, [P, C].
+      concept, anchor: states T0(c) and T0(a), [C], or those of each prompt, [P, C].
     """
     still = -cosine(original, concept)
     if form == "anchor":
         return still + weight * cosine(current, anchor)
     return still + weight * (1.0 - cosine(current, concept))
+
+
+def guided_check_objective(
+    original: Float[Array, "P C"], concept: Float[Array, "*P C"], prediction: Float[Array, " P *S"],
+    wanted: Float[Array, " P *S"], unwanted: Float[Array, " P *S"], *, weight: float,
+) -> Float[Array, " P"]:  # fmt: skip
+    """J(E) through the UNet e, at one latent for each prompt.
+
+    -cos(T0(E), T0(c)) + weight |e(T(E)) - e(T0(p))|^2 / |e(T0(a)) - e(T0(p))|^2
+
+    Args:
+      original, concept: states T0(E) [P, C] and T0(c).
+      prediction, wanted, unwanted: e under T(E), under the prompts and under the anchor in them.
+    """
+
+    def distance(first: Array, second: Array) -> Array:
+        return jnp.mean((first - second) ** 2, axis=range(1, first.ndim))
+
+    relative = distance(prediction, wanted) / (distance(unwanted, wanted) + 1e-12)
+    return weight * relative - cosine(original, concept)
+
+
+def phrase_states(output: CLIPTextOutput, form: str) -> Float[Array, "P C"]:
+    """What stands for phrases: their pooled states, or those of all their tokens side by side."""
+    if form == "pooled":
+        return output.pooled
+    return output.last_hidden_state.reshape(len(output.pooled), -1)
 
 
 def erase_target(
@@ -234,8 +266,9 @@ class SageStatic:
 
 
 def self_check(
-    static: SageStatic, params: Any, frozen: Mapping[str, Any], tokens: Int[Array, "P L"],
-    free: Bool[Array, "P L"], concept: Float[Array, " C"], key: PRNGKeyArray,
+    static: SageStatic, params: Any, frozen: Mapping[str, Any], which: Int[Array, ""] | int,
+    tokens: Int[Array, "P L"], without: Int[Array, "P L"], free: Bool[Array, "P L"],
+    key: PRNGKeyArray,
 ) -> tuple[Float[Array, "P L C"], dict[str, Array]]:  # fmt: skip
     """Walk from prompts of the concept to the edge of what T still takes for it.
 
@@ -243,10 +276,11 @@ def self_check(
       static: structures and settings.
       params: the trained parameters of T.
       frozen: as `prepare` makes it.
+      which: number of the concept.
       tokens: [P, L] prompts to start from.
+      without: [P, L] the same with the anchor in the concept's place.
       free: [P, L] positions whose embeddings may move.
-      concept: [C] pooled state T0(c).
-      key: of a random start.
+      key: of a random start and of the latents of a guided check.
 
     Returns:
       token embeddings [P, L, C] of the attacked prompts, without gradient, and the mean cosines
@@ -255,22 +289,37 @@ def self_check(
     config = static.config
     now = nnx.merge(static.text, jax.lax.stop_gradient(params), frozen["text"])
     before = nnx.merge(static.text, frozen["original"])
+    unet = nnx.merge(static.unet, frozen["unet"])
     ends = pooling_positions(now.config, tokens)
     start = before.embeddings.token_embedding(tokens).astype(jnp.float32)
     unit = frozen["embedding_rms"]
     if config.check_start == "random":
         start = jnp.where(free[..., None], unit * jax.random.normal(key, start.shape), start)
 
-    def pooled(embeddings: Array) -> tuple[Array, Array]:
-        return tuple(
-            model(inputs_embeds=embeddings, eos_positions=ends).pooled for model in (before, now)
-        )
+    prompts, anchors = before(tokens), before(without)
+    if config.states == "pooled":
+        concept, anchor = frozen["concept_pooled"][which], frozen["anchor_pooled"]
+    else:
+        concept, anchor = (phrase_states(each, config.states) for each in (prompts, anchors))
 
-    def objective(embeddings: Array) -> Array:
-        return self_check_objective(
-            *pooled(embeddings), concept, frozen["anchor_pooled"],
-            form=config.check, weight=config.check_weight,
-        ).sum()  # fmt: skip
+    def encoded(embeddings: Array) -> tuple[CLIPTextOutput, CLIPTextOutput]:
+        return tuple(model(inputs_embeds=embeddings, eos_positions=ends) for model in (before, now))
+
+    def objective(embeddings: Array, key: Array) -> Array:
+        outputs = encoded(embeddings)
+        original, current = (phrase_states(each, config.states) for each in outputs)
+        if config.check != "guided":
+            return self_check_objective(
+                original, current, concept, anchor, form=config.check, weight=config.check_weight
+            ).sum()
+        size = tokens.shape[0]
+        latents, times = (each[:size] for each in _draw_latents(static, frozen, which, key, size))
+        predictions = [
+            unet(latents, times, each.last_hidden_state) for each in (outputs[1], prompts, anchors)
+        ]
+        return guided_check_objective(
+            original, concept, *predictions, weight=config.check_weight
+        ).sum()
 
     optimizer = (
         optax.adam(config.check_rate)
@@ -278,9 +327,10 @@ def self_check(
         else optax.sign_sgd(config.check_rate)
     )
 
-    def advance(_: Any, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    def advance(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         embeddings, memory = carry
-        gradient = jnp.where(free[..., None], jax.grad(objective)(embeddings), 0.0)
+        gradient = jax.grad(objective)(embeddings, jax.random.fold_in(key, step))
+        gradient = jnp.where(free[..., None], gradient, 0.0)
         updates, memory = optimizer.update(gradient, memory)
         embeddings = jnp.where(free[..., None], embeddings + unit * updates, start)
         if config.check_radius is not None:
@@ -290,7 +340,7 @@ def self_check(
 
     attacked, _ = jax.lax.fori_loop(0, config.check_steps, advance, (start, optimizer.init(start)))
     attacked = jax.lax.stop_gradient(attacked)
-    original, current = pooled(attacked)
+    original, current = (phrase_states(each, config.states) for each in encoded(attacked))
     return attacked, {
         "check_original": cosine(original, concept).mean(),
         "check_current": cosine(current, concept).mean(),
@@ -321,9 +371,8 @@ def erase_step(
     tokens, without, free = constrain_batch(
         tuple(frozen[name][which, rows] for name in ("tokens", "without", "free"))
     )
-    concept_pooled = frozen["concept_pooled"][which]
     attacked, metrics = self_check(
-        static, state.params, frozen, tokens, free, concept_pooled, check_key
+        static, state.params, frozen, which, tokens, without, free, check_key
     )
 
     def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
@@ -370,7 +419,7 @@ def _erase_loss(
 
     # Predictions: plain prompts, attacked prompts, retained phrases.
     plain = now(jnp.concatenate([tokens, local, retained[some]]))
-    states, pooled = plain
+    states = plain.last_hidden_state
     perturbed = now(inputs_embeds=attacked, eos_positions=ends).last_hidden_state
     context = jnp.concatenate(
         [states[:prompts], perturbed, states[prompts : prompts + config.local_rows]]
@@ -380,10 +429,10 @@ def _erase_loss(
 
     erase = prediction_loss(erased, jnp.concatenate([target, target]))
     local_loss = prediction_loss(kept, target_local)
-    rows = pooled[prompts + config.local_rows :]
-    before_rows = frozen["retained_pooled"][some]
+    rows = phrase_states(plain, config.states)[prompts + config.local_rows :]
+    before_rows = frozen["retained_states"][some]
     global_loss = (
-        global_retention_loss(rows, before_rows, frozen["retained_pooled"])
+        global_retention_loss(rows, before_rows, frozen["retained_states"])
         if config.global_form == "cross"
         else global_retention_loss(rows, before_rows, before_rows, rows)
     )
@@ -392,7 +441,7 @@ def _erase_loss(
 
 
 def _draw_latents(
-    static: SageStatic, frozen: Mapping[str, Any], which: Array, key: PRNGKeyArray, prompts: int
+    static: SageStatic, frozen: Mapping[str, Any], which: Array | int, key: PRNGKeyArray, prompts: int
 ) -> tuple[Array, Array]:
     """Latents [P + R, h, w, c] and timesteps [P + R] to compare predictions at.
 
@@ -465,7 +514,11 @@ def prepare(
             jnp.mean(encoder.embeddings.token_embedding.embedding[...].astype(jnp.float32) ** 2)
         ),
         "retained_tokens": retained,  # [N, L]
-        "retained_pooled": pooled_states(encoder, retained),
+        "retained_states": (
+            pooled_states(encoder, retained)
+            if config.states == "pooled"
+            else hidden_states(encoder, retained).reshape(len(retained), -1)
+        ),  # [N, D]
     }
     if config.latents == "ddim":
         frozen |= _trajectories(static, frozen, schedule, seed)

@@ -150,11 +150,10 @@ def test_word_erasure_trains_on_plain_prompts_alone(pipeline):
     tokens, without, free = (frozen[name][0] for name in ("tokens", "without", "free"))
 
     def ours(params):
-        concept = frozen["concept_pooled"][0]
-        attacked, _ = sage.self_check(
-            static, params, frozen, tokens, free, concept, jax.random.key(0)
-        )
         which = jnp.array(0)
+        attacked, _ = sage.self_check(
+            static, params, frozen, which, tokens, without, free, jax.random.key(0)
+        )
         return sage._erase_loss(static, frozen, which, tokens, without, attacked, key, params)[0]
 
     def transcription(params):

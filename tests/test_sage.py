@@ -60,6 +60,17 @@ def test_self_check_objective(form):
         assert received[i] == pytest.approx(-_cos(original[i], concept) + 0.7 * second, abs=1e-5)
 
 
+def test_guided_check_objective():
+    rng = np.random.default_rng(0)
+    original, concept = jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32)
+    now, wanted, unwanted = jnp.asarray(rng.normal(size=(3, 3, 2, 2, 4)), jnp.float32)
+    received = sage.guided_check_objective(original, concept, now, wanted, unwanted, weight=0.7)
+    for i in range(3):
+        relative = np.sum((now[i] - wanted[i]) ** 2) / np.sum((unwanted[i] - wanted[i]) ** 2)
+        right = -_cos(original[i], concept[i]) + 0.7 * relative
+        assert float(received[i]) == pytest.approx(float(right), rel=1e-4)
+
+
 @pytest.mark.parametrize("form", ["cross", "self"])
 def test_global_retention_loss(form):
     rng = np.random.default_rng(1)
@@ -146,6 +157,11 @@ def test_total_loss_and_gradient_follow_the_equations(pipeline, prepared):
 # ---- self-check ----
 
 
+def _prompts(frozen):
+    """Tokens, the same without the concept, and what may move, of the first concept."""
+    return tuple(jnp.asarray(frozen[name][0]) for name in ("tokens", "without", "free"))
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sign"])
 def test_self_check_moves_free_words_only_and_finds_worse_prompts(prepared, optimizer):
     static, state, frozen = prepared
@@ -153,14 +169,14 @@ def test_self_check_moves_free_words_only_and_finds_worse_prompts(prepared, opti
         TINY, check_steps=15, check_rate=0.03, check_radius=0.25, check_optimizer=optimizer
     )
     static = dataclasses.replace(static, config=config)
-    tokens, free = (jnp.asarray(frozen[name][0]) for name in ("tokens", "free"))
+    tokens, without, free = _prompts(frozen)
     # A T that differs from T0, or nothing is left to find.
     params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
                           state.params)  # fmt: skip
     concept = frozen["concept_pooled"][0]
     run = jax.jit(
         lambda params: sage.self_check(
-            static, params, frozen, tokens, free, concept, jax.random.key(0)
+            static, params, frozen, 0, tokens, without, free, jax.random.key(0)
         )
     )
     attacked, metrics = run(params)
@@ -189,9 +205,9 @@ def test_self_check_moves_free_words_only_and_finds_worse_prompts(prepared, opti
 def test_no_self_check_is_word_erasure(prepared):
     static, state, frozen = prepared
     static = dataclasses.replace(static, config=dataclasses.replace(TINY, check_steps=0))
-    tokens, free = (jnp.asarray(frozen[name][0]) for name in ("tokens", "free"))
+    tokens, without, free = _prompts(frozen)
     attacked, _ = sage.self_check(
-        static, state.params, frozen, tokens, free, frozen["concept_pooled"][0], jax.random.key(0)
+        static, state.params, frozen, 0, tokens, without, free, jax.random.key(0)
     )
     encoder = nnx.merge(static.text, frozen["original"])
     np.testing.assert_array_equal(attacked, encoder.embeddings.token_embedding(tokens))
@@ -201,19 +217,73 @@ def test_outside_in_starts_at_noise_where_the_attack_may_move(prepared):
     static, state, frozen = prepared
     config = dataclasses.replace(TINY, check_steps=0, check_start="random")
     static = dataclasses.replace(static, config=config)
-    tokens, free = (jnp.asarray(frozen[name][0]) for name in ("tokens", "free"))
+    tokens, without, free = _prompts(frozen)
     attacked, again = (
         sage.self_check(
-            static, state.params, frozen, tokens, free, frozen["concept_pooled"][0],
-            jax.random.key(seed),
+            static, state.params, frozen, 0, tokens, without, free, jax.random.key(seed)
         )[0]
         for seed in (0, 1)
-    )  # fmt: skip
+    )
     embedded = nnx.merge(static.text, frozen["original"]).embeddings.token_embedding(tokens)
     np.testing.assert_array_equal(attacked[~free], embedded[~free])
     unit = float(frozen["embedding_rms"])
     assert np.sqrt(np.mean(np.square(attacked[free]))) == pytest.approx(unit, rel=0.1)
     assert (np.abs(attacked - again)[free].max(axis=-1) > unit).all()
+
+
+def test_a_check_over_all_states_compares_each_prompt_with_itself(pipeline):
+    """Where T is T0, every prompt's states are those wanted: the cosines are 1 before a step."""
+    config = dataclasses.replace(TINY, check_steps=0, states="tokens")
+    static, state, frozen = sage.prepare(pipeline, ["three"], config)
+    tokens, without, free = _prompts(frozen)
+    _, metrics = sage.self_check(
+        static, state.params, frozen, 0, tokens, without, free, jax.random.key(0)
+    )
+    for name in ("check_original", "check_current"):
+        assert float(metrics[name]) == pytest.approx(1.0, abs=1e-5)
+    encoder = pipeline.text_encoder
+    rows = np.asarray(encoder(frozen["retained_tokens"]).last_hidden_state)
+    np.testing.assert_allclose(
+        frozen["retained_states"], rows.reshape(len(rows), -1), rtol=1e-4, atol=1e-5
+    )
+    after, metrics = jax.jit(
+        lambda state: sage.erase_step(static, state, frozen, None, jax.random.key(0))
+    )(state)
+    assert int(after.step) == 1 and np.isfinite(float(metrics["global_"]))
+
+
+def test_a_guided_check_finds_prompts_that_the_unet_still_takes_for_the_concept(prepared):
+    static, state, frozen = prepared
+    tokens, without, free = _prompts(frozen)
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
+                          state.params)  # fmt: skip
+    now = nnx.merge(static.text, params, frozen["text"])
+    before = nnx.merge(static.text, frozen["original"])
+    unet = nnx.merge(static.unet, frozen["unet"])
+    ends = jnp.argmax(tokens, axis=-1)
+
+    def distance(embeddings):
+        """Between what the UNet predicts for the attack and for the plain prompts."""
+        z = jax.random.normal(jax.random.key(9), (16, 4, 4, 4))
+        times = jnp.linspace(500, 999, 16).astype(int)
+        attacked = now(inputs_embeds=embeddings, eos_positions=ends).last_hidden_state
+        wanted = before(tokens).last_hidden_state
+        return sum(
+            jnp.mean((unet(z, times, jnp.broadcast_to(a, (16, *a.shape)))
+                      - unet(z, times, jnp.broadcast_to(b, (16, *b.shape)))) ** 2)
+            for a, b in zip(attacked, wanted, strict=True)
+        )  # fmt: skip
+
+    found = {}
+    for steps in (0, 12):
+        config = dataclasses.replace(TINY, check="guided", check_steps=steps, check_weight=100.0)
+        guided = dataclasses.replace(static, config=config)
+        found[steps], _ = jax.jit(
+            lambda params, guided=guided: sage.self_check(
+                guided, params, frozen, 0, tokens, without, free, jax.random.key(0)
+            )
+        )(params)
+    assert float(distance(found[12])) < 0.95 * float(distance(found[0]))
 
 
 # ---- the cycle ----
