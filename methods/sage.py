@@ -441,8 +441,9 @@ def _erase_loss(
 
 
 def _draw_latents(
-    static: SageStatic, frozen: Mapping[str, Any], which: Array | int, key: PRNGKeyArray, prompts: int
-) -> tuple[Array, Array]:
+    static: SageStatic, frozen: Mapping[str, Any], which: Array | int, key: PRNGKeyArray,
+    prompts: int,
+) -> tuple[Array, Array]:  # fmt: skip
     """Latents [P + R, h, w, c] and timesteps [P + R] to compare predictions at.
 
     The first P are for prompts of concept `which`, the others for retained phrases.
