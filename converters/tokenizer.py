@@ -1,4 +1,4 @@
-"""CLIP tokenizers in and out; transformers is imported when one is used."""
+"""Tokenizers in, CLIP's out too; transformers is imported when one is used."""
 
 import json
 from pathlib import Path
@@ -6,26 +6,30 @@ from typing import Any
 
 from .errors import CheckpointError
 
+_FILES = {"CLIPTokenizer": "vocab.json and merges.txt", "BertTokenizer": "vocab.txt"}
 
-def read_tokenizer(folder: Path) -> Any:
-    """The `CLIPTokenizer` of a folder.
+
+def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
+    """The `CLIPTokenizer`, or the `BertTokenizer`, of a folder.
 
     Raises:
       CheckpointError: absent or unreadable.
     """
-    from transformers import CLIPTokenizer
+    import transformers
 
-    if not folder.is_dir() or not any(folder.glob("*.json")):
+    names = ("tokenizer.json", *_FILES[kind].split(" and "))
+    if not any((folder / name).is_file() for name in names):
         raise CheckpointError(
-            f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt). "
+            f"{folder} holds no tokenizer (tokenizer.json, or {_FILES[kind]}). "
             "Check that the download is complete."
         )
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many types, some from Rust
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        name = kind.removesuffix("Tokenizer")
         raise CheckpointError(
-            f"{folder} is not a CLIP tokenizer: {reason[:200]} Download it again."
+            f"{folder} is not a {name} tokenizer: {reason[:200]} Download it again."
         ) from error
 
 

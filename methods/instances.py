@@ -117,11 +117,11 @@ def _register_heif(path: Path) -> None:
     heif.register_heif_opener()
 
 
-def read_images(folder: Path | str) -> list[UInt8[np.ndarray, "H W 3"]]:
+def image_files(folder: Path | str) -> list[Path]:
     """All images of a folder, by file name; other files are skipped.
 
     Raises:
-      ImageError: no folder, no image in it, or one that cannot be read.
+      ImageError: no folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -134,7 +134,16 @@ def read_images(folder: Path | str) -> list[UInt8[np.ndarray, "H W 3"]]:
     if not images:
         there = ", ".join(names[:8]) or "nothing"
         raise ImageError(f"{folder} holds no images ({', '.join(SUFFIXES)}); found {there}.")
-    return [read_image(folder / name) for name in images]
+    return [folder / name for name in images]
+
+
+def read_images(folder: Path | str) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """All images of a folder, in the order of `image_files`.
+
+    Raises:
+      ImageError: no folder, no image in it, or one that cannot be read.
+    """
+    return [read_image(file) for file in image_files(folder)]
 
 
 def read_concepts(

@@ -31,24 +31,22 @@ from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2
 from conceptax.methods.concepts import TEMPLATES, ConceptError
 from conceptax.methods.evaluation import (
     Asked,
-    Clip,
     ClipClassifier,
     EvaluationConfig,
     GlyphsClassifier,
     Suites,
-    clip_score,
     evaluate,
     frechet_distance,
     glyphs_suites,
     phrase_suites,
     read_synonyms,
 )
-from conceptax.methods.evaluation.clip import prepare_images
 from conceptax.methods.evaluation.suites import HELD_OUT_TEMPLATES
 from conceptax.methods.glyphs.captions import prompts
 from conceptax.methods.glyphs.judge import Judge, load_judge, save_judge
 from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
+from conceptax.methods.metrics import Clip, clip_score
 from conceptax.methods.text_to_image import TextToImage
 from conceptax.methods.unsafe_prompts import UnsafePrompt
 
@@ -165,18 +163,6 @@ def test_wrong_features_have_no_distance():
 
 
 # ---- CLIP ----
-
-
-@pytest.mark.parametrize("shape", [(20, 30), (31, 20), (16, 16), (9, 13)])
-def test_images_are_prepared_as_transformers_does(torch, shape):
-    transformers = pytest.importorskip("transformers")
-    processor = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    images = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), np.uint8)
-    expected = processor(list(images), return_tensors="np", do_normalize=False, do_rescale=False)
-    ours = prepare_images(images, 16)
-    assert (ours == expected["pixel_values"].transpose(0, 2, 3, 1)).all()
 
 
 def test_clip_score_is_that_of_transformers(torch, tmp_path):

@@ -4,7 +4,6 @@ evaluate(original, edited, ["three"], classifier, suites, EvaluationConfig()) ->
 """
 
 from .classifiers import Classifier, ClipClassifier, GlyphsClassifier
-from .clip import Clip, clip_score
 from .figures import Counted, Drawn, Evaluation, EvaluationConfig, evaluate, known_attacks
 from .frechet import frechet_distance
 from .suites import Asked, Suites, glyphs_suites, phrase_suites, read_synonyms
@@ -12,7 +11,6 @@ from .suites import Asked, Suites, glyphs_suites, phrase_suites, read_synonyms
 __all__ = [
     "Asked",
     "Classifier",
-    "Clip",
     "ClipClassifier",
     "Counted",
     "Drawn",
@@ -20,7 +18,6 @@ __all__ = [
     "EvaluationConfig",
     "GlyphsClassifier",
     "Suites",
-    "clip_score",
     "evaluate",
     "frechet_distance",
     "glyphs_suites",

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, UInt8
 
 from ..glyphs.judge import ATTRIBUTES, Judge
 from ..glyphs.quality import attribute_called
-from .clip import Clip, unit
+from ..metrics import Clip
+from ..metrics.scores import unit
 
 Images = UInt8[np.ndarray, "N H W 3"]
 

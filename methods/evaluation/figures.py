@@ -16,17 +16,16 @@ from jaxtyping import Bool, Int, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..glyphs.quality import proportion
+from ..metrics import Clip, clip_score, mean_interval
 from ..red_team import ATTACKS
 from ..settings import check_settings
 from ..text_to_image import TextToImage, image_keys, initial_noise
 from ..unsafe_prompts import UnsafePrompt
 from .classifiers import Classifier
-from .clip import Clip, clip_score
 from .frechet import frechet_distance
 from .suites import Asked, Suites
 
 _GROUPS = {"neighbours": "neighbouring concepts", "distant": "distant concepts"}
-_Z = 1.959964  # standard errors to either side of a mean: 95 %
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,10 +367,7 @@ def _score(clip: Clip, counted: Sequence[Counted]) -> dict[str, Any] | None:
     texts = clip.text_features([text for each in counted for text in each.texts])
     figures = {}
     for when, images in _both(counted).items():
-        scores = clip_score(clip.features(images), texts).astype(np.float64)
-        mean, half = scores.mean(), _Z * scores.std(ddof=1) / np.sqrt(len(scores))
-        low, high = float(mean - half), float(mean + half)
-        figures[when] = {"mean": float(mean), "low": low, "high": high, "of": len(scores)}
+        figures[when] = mean_interval(clip_score(clip.features(images), texts))
     return figures
 
 

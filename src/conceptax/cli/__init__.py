@@ -1,9 +1,10 @@
 """The `conceptax` command: one module per subcommand, imported only when it is asked for.
 
 A command's module holds a frozen dataclass `Command`, whose fields are the flags and whose
-docstring is the help, and `run(command)`. A module of several commands has a dict `COMMANDS` of
-such dataclasses by the command's second word instead; one whose flags depend on another flag also
-has `command_type(arguments)`, which picks the dataclass.
+docstring is the help, and `run(command)`. It is named after the command's first word, or is in
+`_MODULES`. A module of several commands has a dict `COMMANDS` of such dataclasses by the command's
+second word instead; one whose flags depend on another flag also has `command_type(arguments)`,
+which picks the dataclass. Where a command's name begins another's, the longer one is meant.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ COMMANDS = {
     "demo": "erase 'three' from the bundled model and show what changed",
     "erase": "erase concepts from a Stable Diffusion folder, by one of several methods",
     "evaluate": "say what an erasure did: is the concept gone, what else broke, who brings it back",
+    "evaluate personalization": "say how well a personalised model draws its subject, and prompts",
     "personalize": "learn a subject from a few images, by one of several methods",
     "sample": "draw images from prompts",
     "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
@@ -29,6 +31,7 @@ COMMANDS = {
     "gna search": "find the windows and strides that save most, and draw them",
     "gna bench": "measure a neighborhood attention here, beside what is predicted",
 }
+_MODULES = {"evaluate personalization": "evaluate_personalization"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--version"]:
         print(f"conceptax {conceptax.__version__}")
         return 0
-    name = next((" ".join(arguments[:n]) for n in (1, 2) if _is_command(arguments[:n])), None)
+    name = next((" ".join(arguments[:n]) for n in (2, 1) if _is_command(arguments[:n])), None)
     if name is None:
         return _overview(arguments)
     try:
@@ -100,7 +103,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     import tyro
 
     word, *second = name.split()
-    module: Any = importlib.import_module(f"conceptax.cli.{word}")
+    module: Any = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
     several = getattr(module, "COMMANDS", None)
     choose = getattr(module, "command_type", None)
     try:

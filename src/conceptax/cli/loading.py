@@ -11,12 +11,16 @@ from conceptax.converters.errors import CheckpointError
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.tokenizer import read_tokenizer
 from conceptax.converters.weights import open_weights, read_json
+from conceptax.flax_models.blip import BlipForImageTextRetrieval
+from conceptax.flax_models.blip_2 import Blip2ForImageTextRetrieval
 from conceptax.flax_models.clip import CLIPModel, CLIPTextModel
+from conceptax.flax_models.dinov2 import Dinov2Model
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
 from conceptax.methods.concepts import ConceptError
-from conceptax.methods.evaluation import Clip, ClipClassifier, GlyphsClassifier
+from conceptax.methods.evaluation import ClipClassifier, GlyphsClassifier
 from conceptax.methods.glyphs.judge import load_judge
+from conceptax.methods.metrics import Blip, Clip, Dino, Preprocessing
 
 _PARTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
 
@@ -86,23 +90,70 @@ def _with(original: StableDiffusionPipeline, name: str, part: Any) -> StableDiff
 
 
 def load_clip(path: Path, tokenizer: Any, name: str) -> Clip:
-    """A CLIP folder; `tokenizer` is taken where the folder has none, as in a bundled model.
+    """A CLIP folder.
+
+    Args:
+      path: the folder.
+      tokenizer: taken where the folder has none; None takes the one in tokenizer/ beside it, as the
+        bundled model has it.
+      name: what to call it in records.
 
     Raises:
       CheckpointError: what is wrong with it, or a tokenizer of another vocabulary.
     """
-    model = load_pytorch(path)
-    if not isinstance(model, CLIPModel):
-        raise CheckpointError(f"{path} is a {type(model).__name__}, not a CLIP with both towers.")
+    model = _load(path, CLIPModel, "a CLIP with both towers")
     if any((path / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         tokenizer = read_tokenizer(path)
+    elif tokenizer is None:
+        beside = path.resolve().parent / "tokenizer"
+        tokenizer = read_tokenizer(beside if beside.is_dir() else path)
     rows = model.config.text_config.vocab_size
     if len(tokenizer) > rows:
         raise CheckpointError(
             f"{path} embeds {rows} tokens and the tokenizer has {len(tokenizer)}: put the "
             "tokenizer's files that belong to it into the folder."
         )
-    return Clip(model, tokenizer, name)
+    own = Preprocessing.clip(model.config.vision_config.image_size)
+    return Clip(model, tokenizer, name, _preprocessing(path, own))
+
+
+def load_dino(path: Path, name: str) -> Dino:
+    """A DINOv2 folder.
+
+    Raises:
+      CheckpointError: what is wrong with it.
+    """
+    model = _load(path, Dinov2Model, "a DINOv2")
+    return Dino(model, name, _preprocessing(path, Preprocessing.dinov2()))
+
+
+def load_blip(path: Path, name: str, *, second: bool = False) -> Blip:
+    """A folder of BLIP, or of the second one, with its contrastive head and tokenizer.
+
+    Raises:
+      CheckpointError: what is wrong with it.
+    """
+    kind = Blip2ForImageTextRetrieval if second else BlipForImageTextRetrieval
+    model = _load(path, kind, f"a {kind.__name__}")
+    tokenizer = read_tokenizer(path, "BertTokenizer")
+    own = Preprocessing.blip(model.config.vision_config.image_size)
+    return Blip(model, tokenizer, name, _preprocessing(path, own))
+
+
+def _load(path: Path, kind: Any, wanted: str) -> Any:
+    model = load_pytorch(path)
+    if not isinstance(model, kind):
+        raise CheckpointError(f"{path} is a {type(model).__name__}, not {wanted}.")
+    return model
+
+
+def _preprocessing(path: Path, own: Preprocessing) -> Preprocessing:
+    """What the folder says about images, where it says anything."""
+    if (file := path / "preprocessor_config.json").is_file():
+        return own.updated(read_json(file), str(file))
+    if (file := path / "processor_config.json").is_file():
+        return own.updated(read_json(file).get("image_processor") or {}, str(file))
+    return own
 
 
 def load_classifier(path: Path, tokenizer: Any, name: str) -> GlyphsClassifier | ClipClassifier:

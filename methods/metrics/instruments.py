@@ -1,0 +1,162 @@
+"""Models as measuring instruments: images of any sizes in, features out, a batch at a time.
+
+Where a folder has no `preprocessor_config.json`, images are prepared as the published models of its
+kind are (`preprocessing.Preprocessing`).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ...flax_models.blip import BlipForImageTextRetrieval
+from ...flax_models.blip_2 import Blip2Config, Blip2ForImageTextRetrieval
+from ...flax_models.clip import CLIPModel
+from ...flax_models.dinov2 import Dinov2Model
+from ..concepts import context_length
+from ..glyphs.judge import in_batches
+from ..text_to_image import tokenize
+from .preprocessing import Images, Preprocessing
+
+_BATCH = 16  # images or texts at a time
+_ROUND = 16  # text lengths are rounded up to its multiples: few programs serve any texts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _image_features(
+    read: Callable[[Any, Array], Array], graphdef: Any, preprocessing: Preprocessing, params: Any,
+    images: Array,
+) -> Array:  # fmt: skip
+    model = nnx.merge(graphdef, params)
+    return read(model, preprocessing.normalise(images)).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _text_features(graphdef: Any, pad: int | None, params: Any, ids: Array) -> Array:
+    mask = None if pad is None else (ids != pad).astype(jnp.int32)
+    return nnx.merge(graphdef, params).get_text_features(ids, mask).astype(jnp.float32)
+
+
+def _projected(model: Any, pixels: Array) -> Array:
+    return model.get_image_features(pixels)
+
+
+def _class_token(model: Dinov2Model, pixels: Array) -> Array:
+    return model(pixels).pooled
+
+
+class _Eye:
+    """A model that sees images.
+
+    Args:
+      model: its parameters are not copied.
+      name: what to call it in records.
+      preprocessing: of the images.
+      read: `(model, pixels) -> features`.
+    """
+
+    def __init__(
+        self, model: nnx.Module, name: str, preprocessing: Preprocessing,
+        read: Callable[[Any, Array], Array] = _projected,
+    ):  # fmt: skip
+        self.graphdef, state = nnx.split(model)
+        self.params = nnx.to_pure_dict(state)
+        self.name, self.preprocessing, self._read = name, preprocessing, read
+
+    @property
+    def features_title(self) -> str:
+        """What `features` are, for people."""
+        return f"image features of {self.name}"
+
+    def features(self, images: Images) -> Float[np.ndarray, "N *Q P"]:
+        """Features of images, float32."""
+        function = functools.partial(
+            _image_features, self._read, self.graphdef, self.preprocessing, self.params
+        )
+        return in_batches(function, self.preprocessing.prepare(images), _BATCH)
+
+
+class Clip(_Eye):
+    """A CLIP with its tokenizer; features are projected and unnormalised, [N, P].
+
+    Args:
+      model: both towers.
+      tokenizer: the one that its text tower learnt with.
+      name: what to call it in records.
+      preprocessing: of the images; by default `Preprocessing.clip` at the model's size.
+    """
+
+    def __init__(
+        self, model: CLIPModel, tokenizer: Any, name: str = "CLIP",
+        preprocessing: Preprocessing | None = None,
+    ):  # fmt: skip
+        side = model.config.vision_config.image_size
+        super().__init__(model, name, preprocessing or Preprocessing.clip(side))
+        self.tokenizer = tokenizer
+        self.length = context_length(tokenizer, model.config.text_config.max_position_embeddings)
+
+    def text_features(self, texts: Sequence[str]) -> Float[np.ndarray, "N P"]:
+        """Projected, unnormalised embeddings of texts; one that is too long is cut, and told."""
+        ids = tokenize(self.tokenizer, texts, max_length=self.length)
+        function = functools.partial(_text_features, self.graphdef, None, self.params)
+        return in_batches(function, ids, _BATCH)
+
+
+class Dino(_Eye):
+    """A DINOv2; features are its normalised class token, [N, C].
+
+    Args:
+      model: the vision transformer.
+      name: what to call it in records.
+      preprocessing: of the images; by default `Preprocessing.dinov2`.
+    """
+
+    def __init__(
+        self, model: Dinov2Model, name: str = "DINOv2", preprocessing: Preprocessing | None = None
+    ):
+        super().__init__(model, name, preprocessing or Preprocessing.dinov2(), _class_token)
+
+
+class Blip(_Eye):
+    """A BLIP, [N, P], or a BLIP-2, [N, Q, P], by its contrastive head: unit vectors.
+
+    Args:
+      model: either.
+      tokenizer: BERT's, as it comes with the model.
+      name: what to call it in records.
+      preprocessing: of the images; by default `Preprocessing.blip` at the model's size.
+    """
+
+    def __init__(
+        self, model: BlipForImageTextRetrieval | Blip2ForImageTextRetrieval, tokenizer: Any,
+        name: str = "BLIP", preprocessing: Preprocessing | None = None,
+    ):  # fmt: skip
+        config = model.config
+        side = config.vision_config.image_size
+        super().__init__(model, name, preprocessing or Preprocessing.blip(side))
+        text = config.qformer_config if isinstance(config, Blip2Config) else config.text_config
+        self.tokenizer, self.rows = tokenizer, text.vocab_size
+        self.length = context_length(tokenizer, text.max_position_embeddings)
+
+    def text_features(self, texts: Sequence[str]) -> Float[np.ndarray, "N P"]:
+        """Unit vectors of texts; one that is too long is cut, and told.
+
+        Raises:
+          ValueError: a token that the model does not embed.
+        """
+        longest = max(map(len, self.tokenizer(list(texts), truncation=False)["input_ids"]))
+        length = min(-(-longest // _ROUND) * _ROUND, self.length)
+        ids = tokenize(self.tokenizer, texts, max_length=length)
+        if ids.max() >= self.rows:
+            raise ValueError(
+                f"{self.name} embeds {self.rows} tokens and its tokenizer gave {ids.max()}: put "
+                "the tokenizer's files that belong to it into its folder."
+            )
+        pad = int(self.tokenizer.pad_token_id)
+        function = functools.partial(_text_features, self.graphdef, pad, self.params)
+        return in_batches(function, ids, _BATCH)
