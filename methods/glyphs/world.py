@@ -182,13 +182,25 @@ def render(
     ``spline`` is a row of ``Digits.splines``; ``colour`` and ``texture`` index COLOURS and
     TEXTURES. Every random choice comes from ``rng``.
     """
+    return render_filled(rng, spline, _COLOUR_VALUES[colour], texture, jitter=jitter)
+
+
+def render_filled(
+    rng: np.random.Generator,
+    spline: np.ndarray,
+    fill: np.ndarray,
+    texture: int,
+    *,
+    jitter: Jitter | None = None,
+) -> np.ndarray:
+    """As ``render``, the digit filled with sRGB values in [0,1]: one colour [3], or [64,64,3]."""
     jitter = jitter or Jitter()
     image = _background(rng, texture)
     ink = _ink(rng, spline, jitter)
     halo = np.clip(1.8 * ndimage.gaussian_filter(ink, 1.6, truncate=2.5), 0.0, 1.0)
-    fill = _COLOUR_VALUES[colour] + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour
+    paint = fill + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour
     image = image * (1.0 - 0.75 * halo[..., None])
-    image = image + ink[..., None] * (np.clip(fill, 0.0, 1.0) - image)
+    image = image + ink[..., None] * (np.clip(paint, 0.0, 1.0) - image)
     return np.round(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
