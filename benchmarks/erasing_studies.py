@@ -128,6 +128,12 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "check: concept fixed": {"free_concept": False},
     "token-wise": {"states": "tokens"},
     "token-wise, K 30": {"states": "tokens", "check_steps": 30},
+    "token-wise, global x 4": {"states": "tokens", "global_weight": 20.0},
+    "token-wise, local x 4": {"states": "tokens", "local_weight": 16.0},
+    "token-wise, retention x 4": {
+        "states": "tokens", "global_weight": 20.0, "local_weight": 16.0
+    },
+    "token-wise, no self-check": {"states": "tokens", "check_steps": 0},
     "no global retention": {"global_weight": 0.0},
     "global: self form": {"global_form": "self"},
     "global: N 16": {"vocabulary": 16},
