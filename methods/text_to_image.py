@@ -92,7 +92,8 @@ def sample_latents(
         # Unconditional half first, as in diffusers.
         condition = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
 
-    def body(x: Array, i: Array) -> tuple[Array, None]:
+    def body(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
+        x, memory = carry
         inputs = sampler.scale(x, i)
         if negative is not None:
             inputs = jnp.concatenate([inputs, inputs])
@@ -101,12 +102,13 @@ def sample_latents(
         if negative is not None:
             without, with_prompt = jnp.split(output, 2)
             output = without + guidance_scale * (with_prompt - without)
-        if keys is None or not sampler.stochastic:
-            return sampler.step(x, output, i, None), None
-        return sampler.step(x, output, i, _noise(keys, i + 1, x.shape[1:])), None
+        fresh = None
+        if keys is not None and sampler.stochastic:
+            fresh = _noise(keys, i + 1, x.shape[1:])
+        return sampler.advance(x, output, i, fresh, memory), None
 
     x = noise.astype(jnp.float32) * sampler.init_noise_sigma
-    return jax.lax.scan(body, x, jnp.arange(sampler.num_steps))[0]
+    return jax.lax.scan(body, (x, sampler.memory(x)), jnp.arange(sampler.num_steps))[0][0]
 
 
 def decode_latents(
@@ -275,8 +277,8 @@ class TextToImage:
             seed: of the noise; image n draws from (seed, first_index + n).
             num_inference_steps: model evaluations per image.
             guidance_scale: strength of the prompt; no guidance (half the time) at 1 or below.
-            sampler: "ddim" or "euler"; by default what the pipeline's scheduler asks for (DDIM for
-                a PNDM configuration, as SD 1.5 ships).
+            sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
+                for (DDIM for a PNDM configuration, as SD 1.5 ships).
             eta: DDIM's fresh noise, 0 to 1.
             negative_prompt: what guidance steers away from.
             batch_size: images at a time; the last batch is padded, so one program serves all.

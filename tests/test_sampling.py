@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from conceptax.methods.sampling import (
+    SAMPLER_KINDS,
+    FlowMatchSchedule,
     NoiseSchedule,
     add_noise,
     alphas_cumprod,
     ddim_sampler,
     euler_sampler,
+    flow_euler_sampler,
     make_sampler,
     prediction_to_epsilon,
     prediction_to_x0,
@@ -76,9 +79,9 @@ def schedulers():
 
 
 @jax.jit
-def jitted_step(sampler, x, output, i, noise):
+def jitted_step(sampler, x, output, i, noise, memory):
     """The tables are arguments: one compilation serves every schedule of one kind and length."""
-    return sampler.scale(x, i), sampler.step(x, output, i, noise)
+    return sampler.scale(x, i), sampler.advance(x, output, i, noise, memory)
 
 
 def assert_close(actual, expected, before=0.0):
@@ -89,7 +92,10 @@ def assert_close(actual, expected, before=0.0):
 
 
 def compare_run(torch, reference, sampler, reference_step):
-    """Feeds both the same x and model outputs; continues from the reference's x."""
+    """Feeds both the same x and model outputs; continues from the reference's x.
+
+    What a sampler remembers is its own all along.
+    """
     rng = np.random.default_rng(0)
     np.testing.assert_allclose(
         sampler.timesteps, reference.timesteps.numpy()[: sampler.num_steps], rtol=1e-6, atol=1e-4
@@ -98,13 +104,14 @@ def compare_run(torch, reference, sampler, reference_step):
         sampler.init_noise_sigma, float(reference.init_noise_sigma), rtol=1e-6
     )
     x = rng.normal(size=SHAPE).astype(np.float32) * sampler.init_noise_sigma
+    memory = sampler.memory(jnp.asarray(x))
     for i in range(sampler.num_steps):
         timestep = reference.timesteps[i]
         output, noise = rng.normal(size=(2, *SHAPE)).astype(np.float32)
         scaled = reference.scale_model_input(torch.from_numpy(x), timestep)
         expected = reference_step(torch.from_numpy(output), timestep, torch.from_numpy(x), noise)
-        actual_scaled, actual = jitted_step(
-            sampler, x, output, i, noise if sampler.stochastic else None
+        actual_scaled, (actual, memory) = jitted_step(
+            sampler, x, output, i, noise if sampler.stochastic else None, memory
         )
         assert_close(actual_scaled, scaled)
         assert_close(actual, expected, before=x)
@@ -208,6 +215,125 @@ def test_trailing_never_runs_the_timestep_minus_one(schedulers, kind):
     np.testing.assert_array_equal(sampler.timesteps, reference.timesteps.numpy()[:61])
 
 
+# ---- samplers that are one recurrence ----
+
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+LINEAR_OPTIONS = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, **SCALED}),
+    "ddpm, clipped": ("DDPMScheduler", {"variance_type": "fixed_large"}),
+    "ddpm, thresholding": ("DDPMScheduler", {"thresholding": True, "sample_max_value": 1.5}),
+    "ancestral": ("EulerAncestralDiscreteScheduler", SCALED),
+    "ancestral, zero snr": ("EulerAncestralDiscreteScheduler", {"rescale_betas_zero_snr": True}),
+    "dpm++": ("DPMSolverMultistepScheduler", SCALED),
+    "dpm++, karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, **SCALED}),
+    "dpm++, heun, exponential": (
+        "DPMSolverMultistepScheduler", {"solver_type": "heun", "use_exponential_sigmas": True}
+    ),
+    "dpm++, first order": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    "dpm++, cosine, cut": (
+        "DPMSolverMultistepScheduler",
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1,
+         "use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+    ),
+    "dpm++, noisy": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++, noisy, heun": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "thresholding": True},
+    ),
+    "unipc": ("UniPCMultistepScheduler", SCALED),
+    "unipc, third order": ("UniPCMultistepScheduler", {"solver_order": 3, **SCALED}),
+    "unipc, bh1, uncorrected start": (
+        "UniPCMultistepScheduler",
+        {"solver_type": "bh1", "disable_corrector": [0, 2], "final_sigmas_type": "sigma_min"},
+    ),
+    "unipc, karras": ("UniPCMultistepScheduler", {"use_karras_sigmas": True, **SCALED}),
+    "lcm": ("LCMScheduler", {}),
+    "lcm, clipped": ("LCMScheduler", {"clip_sample": True, "original_inference_steps": 40}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", LINEAR_OPTIONS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_linear_samplers_equal_diffusers(torch, schedulers, monkeypatch, prediction_type, option):
+    name, settings = LINEAR_OPTIONS[option]
+    if name.startswith("EulerAncestral") and prediction_type == "sample":
+        pytest.skip("diffusers has no such step")
+    settings = settings | {"prediction_type": prediction_type}
+    for spacing in SPACINGS:
+        reference = getattr(schedulers, name)(**settings | {"timestep_spacing": spacing})
+        config = json.loads(json.dumps(dict(reference.config))) | {"_class_name": name}
+        reference.set_timesteps(6)
+        if hasattr(reference, "set_begin_index"):
+            reference.set_begin_index(0)  # two equal timesteps would have it start at the second
+        sampler = make_sampler(NoiseSchedule.from_config(config), num_inference_steps=6)
+
+        def step(output, timestep, x, noise, reference=reference):
+            module = __import__(type(reference).__module__, fromlist=["randn_tensor"])
+            if hasattr(module, "randn_tensor"):
+                monkeypatch.setattr(
+                    module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise)
+                )
+            return reference.step(output, timestep, x).prev_sample
+
+        compare_run(torch, reference, sampler, step)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"shift": 3.0}, {"shift": 2.0, "use_karras_sigmas": True},
+        {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"shift_terminal": 0.1}, {"stochastic_sampling": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_flow_matching_steps_equal_diffusers(torch, schedulers, monkeypatch, settings):
+    from diffusers.schedulers import scheduling_flow_match_euler_discrete as module
+
+    reference = schedulers.FlowMatchEulerDiscreteScheduler(**settings)
+    schedule = FlowMatchSchedule.from_config(json.loads(json.dumps(dict(reference.config))))
+    assert FlowMatchSchedule.from_config(schedule.to_config()) == schedule
+    mu = schedule.mu_of(1024) if schedule.use_dynamic_shifting else None
+    reference.set_timesteps(6, mu=mu)
+    sampler = flow_euler_sampler(schedule, 6, mu=mu)
+
+    def step(output, timestep, x, noise):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
+        return reference.step(output, timestep, x).prev_sample
+
+    np.testing.assert_allclose(sampler.timesteps, reference.timesteps.numpy(), rtol=1e-6)
+    rng = np.random.default_rng(0)
+    x, memory = rng.normal(size=SHAPE).astype(np.float32), sampler.memory(jnp.zeros(SHAPE))
+    for i in range(6):
+        output, noise = rng.normal(size=(2, *SHAPE)).astype(np.float32)
+        wanted = step(torch.from_numpy(output), reference.timesteps[i], torch.from_numpy(x), noise)
+        _, (found, memory) = jitted_step(
+            sampler, x, output, i, noise if sampler.stochastic else None, memory
+        )
+        assert_close(found, wanted, before=x)
+        x = wanted.numpy()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time_shift_type": "cubic"}, "exponential, linear"), ({"invert_sigmas": True}, "invert"),
+        ({"shift": 0.0}, "positive"), ({"sigma_min": 0.1}, "Unknown scheduler settings sigma_min"),
+        ({"_class_name": "DDIMScheduler"}, "got 'DDIMScheduler'"),
+    ],
+)  # fmt: skip
+def test_unsupported_settings_of_a_flow_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMatchSchedule.from_config(settings)
+
+
+def test_a_dynamic_shift_needs_its_exponent():
+    with pytest.raises(ValueError, match="needs `mu`"):
+        flow_euler_sampler(FlowMatchSchedule(use_dynamic_shifting=True), 4)
+    with pytest.raises(ValueError, match="fixed shift"):
+        flow_euler_sampler(FlowMatchSchedule(), 4, mu=1.0)
+
+
 # ---- choosing a sampler, reading configurations ----
 
 
@@ -227,7 +353,10 @@ def test_the_default_kind_follows_the_class_and_explicit_kinds_override():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "dpm", "num_inference_steps": 5}, "accepted: ddim, euler"),
+        ({"kind": "dpm", "num_inference_steps": 5}, "accepted: ddim, ddpm, euler, euler-ancestral"),
+        ({"kind": "unipc", "num_inference_steps": 1000}, "between 1 and"),
+        ({"kind": "lcm", "num_inference_steps": 51}, "original_inference_steps=50"),
+        ({"kind": "dpm++", "num_inference_steps": 5, "eta": 1.0}, "takes neither eta nor s_churn"),
         ({"kind": "ddim", "num_inference_steps": 0}, "between 1 and"),
         ({"kind": "euler", "num_inference_steps": 1001}, "between 1 and"),
         ({"kind": "ddim", "num_inference_steps": 5, "eta": 1.5}, "between 0"),
@@ -245,8 +374,8 @@ def test_wrong_calls_of_make_sampler_say_what_is_accepted(arguments, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"_class_name": "UniPCMultistepScheduler"}, "accepted are DDIMScheduler"),
-        ({"use_lu_lambdas": True}, "Unknown scheduler setting use_lu_lambdas=True"),
+        ({"_class_name": "HeunDiscreteScheduler"}, "accepted are DDIMScheduler"),
+        ({"use_ab_lambdas": True}, "Unknown scheduler setting use_ab_lambdas=True"),
         ({"inert": 1}, "Unknown scheduler setting"),
         ({"beta_schedule": "sigmoid"}, "'squaredcos_cap_v2'"),
         ({"prediction_type": "flow_prediction"}, "'v_prediction'"),
@@ -269,17 +398,49 @@ def test_unsupported_settings_are_refused_by_name(settings, message):
         NoiseSchedule.from_config(settings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("dpm++", {"solver_order": 3}, "solver_order=3"),
+        ("dpm++", {"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
+        ("dpm++", {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
+        ("unipc", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ("unipc", {"predict_x0": False}, "predict_x0"),
+        ("unipc", {"lower_order_final": False}, "lower_order_final"),
+        ("ddpm", {"variance_type": "fixed_large_log"}, "fixed_large_log"),
+        ("euler-ancestral", {"prediction_type": "sample"}, "not sample"),
+        ("ddpm", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "zero signal"),
+    ],
+)
+def test_settings_that_a_sampler_cannot_honour_are_refused(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(NoiseSchedule(**settings), kind, num_inference_steps=5)
+
+
+def test_a_solver_takes_its_own_type_from_the_other_solvers_configuration():
+    """As diffusers does when one scheduler is made from another's configuration."""
+    for kind, other in (("dpm++", "bh2"), ("unipc", "heun")):
+        own, foreign = (
+            make_sampler(NoiseSchedule(solver_type=each), kind, num_inference_steps=5)
+            for each in (None, other)
+        )
+        np.testing.assert_array_equal(own.weights, foreign.weights)
+
+
 def test_configurations_round_trip_and_load_in_diffusers(schedulers):
-    for options in (DDIM_OPTIONS, EULER_OPTIONS):
-        for settings in options.values():
-            name = "DDIMScheduler" if options is DDIM_OPTIONS else "EulerDiscreteScheduler"
-            schedule = NoiseSchedule.from_config({"_class_name": name, **settings})
-            config = json.loads(json.dumps(schedule.to_config()))
-            assert NoiseSchedule.from_config(config) == schedule
-            reference = getattr(schedulers, name)(**settings)
-            for key, value in config.items():
-                if not key.startswith("_"):
-                    assert reference.config[key] == value
+    every = [
+        *(("DDIMScheduler", settings) for settings in DDIM_OPTIONS.values()),
+        *(("EulerDiscreteScheduler", settings) for settings in EULER_OPTIONS.values()),
+        *LINEAR_OPTIONS.values(),
+    ]
+    for name, settings in every:
+        schedule = NoiseSchedule.from_config({"_class_name": name, **settings})
+        config = json.loads(json.dumps(schedule.to_config()))
+        assert NoiseSchedule.from_config(config) == schedule
+        reference = getattr(schedulers, name)(**settings)
+        for key, value in config.items():
+            if not key.startswith("_"):
+                assert reference.config[key] == value
     written = NoiseSchedule.from_config(STABLE_DIFFUSION).to_config()
     original = {k: v for k, v in STABLE_DIFFUSION.items() if not k.startswith("_diffusers")}
     assert written.items() >= original.items()
@@ -324,7 +485,7 @@ def test_the_target_converts_back_to_image_and_noise(prediction_type):
 
 
 def test_sampling_an_oracle_recovers_the_image():
-    """A model that knows the answer is driven to x0 by either sampler, jitted over a scan."""
+    """A model that knows the answer is driven to x0 by every sampler, jitted over a scan."""
     x0 = jax.random.uniform(jax.random.key(3), SHAPE, minval=-1, maxval=1)
     schedule = dataclasses.replace(
         NoiseSchedule.from_config(STABLE_DIFFUSION), prediction_type="sample", set_alpha_to_one=True
@@ -332,9 +493,14 @@ def test_sampling_an_oracle_recovers_the_image():
 
     @jax.jit
     def run(sampler, x):
-        body = lambda x, i: (sampler.step(x, x0, i), None)  # noqa: E731
-        return jax.lax.scan(body, x * sampler.init_noise_sigma, jnp.arange(sampler.num_steps))[0]
+        def body(carry, i):
+            x, memory = carry
+            fresh = jax.random.normal(jax.random.key(i), SHAPE) if sampler.stochastic else None
+            return sampler.advance(x, x0, i, fresh, memory), None
+
+        x = x * sampler.init_noise_sigma
+        return jax.lax.scan(body, (x, sampler.memory(x)), jnp.arange(sampler.num_steps))[0][0]
 
     noise = jax.random.normal(jax.random.key(0), SHAPE)
-    for kind in ("ddim", "euler"):
+    for kind in set(SAMPLER_KINDS) - {"euler-ancestral"}:
         assert_close(run(make_sampler(schedule, kind, num_inference_steps=5), noise), x0)

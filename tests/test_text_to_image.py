@@ -250,7 +250,7 @@ def test_long_prompts_are_cut_with_a_warning_that_names_the_rest(drawer):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"height": 15}, "height=15 must be a positive multiple of 2"),
         ({"width": 0}, "width=0"),
-        ({"sampler": "dpm"}, "accepted: ddim, euler"),
+        ({"sampler": "dpm"}, "accepted: ddim, ddpm"),
         ({"num_inference_steps": 0}, "between 1 and"),
         ({"latents": np.zeros((3, 4, 8, 8), np.float32)}, r"latents must be \(3, 8, 8, 4\)"),
     ],

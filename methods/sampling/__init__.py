@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from .ancestral import ddpm_sampler, euler_ancestral_sampler, lcm_sampler
 from .ddim import DDIMSampler, ddim_sampler, ddim_step
 from .euler import EulerSampler, euler_sampler, euler_step
+from .flow_matching import FlowMatchSchedule, flow_euler_sampler
 from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
+from .linear import LinearSampler
+from .multistep import dpm_sampler, unipc_sampler
 from .schedule import (
     NoiseSchedule,
     add_noise,
@@ -15,8 +19,22 @@ from .schedule import (
     velocity,
 )
 
-Sampler = DDIMSampler | EulerSampler
-SAMPLER_KINDS = ("ddim", "euler")
+Sampler = DDIMSampler | EulerSampler | LinearSampler
+
+# Samplers over a table of betas, by the name that a user gives them, and the diffusers class whose
+# configuration asks for them.
+_MAKERS = {
+    "ddim": (ddim_sampler, "DDIMScheduler"),
+    "ddpm": (ddpm_sampler, "DDPMScheduler"),
+    "euler": (euler_sampler, "EulerDiscreteScheduler"),
+    "euler-ancestral": (euler_ancestral_sampler, "EulerAncestralDiscreteScheduler"),
+    "dpm++": (dpm_sampler, "DPMSolverMultistepScheduler"),
+    "unipc": (unipc_sampler, "UniPCMultistepScheduler"),
+    "lcm": (lcm_sampler, "LCMScheduler"),
+}
+SAMPLER_KINDS = tuple(_MAKERS)
+# Settings of a call, and the kinds that take them.
+_TAKES = {"eta": ("ddim",), "s_churn": ("euler",)}
 
 
 def make_sampler(
@@ -31,51 +49,56 @@ def make_sampler(
 
     Args:
         schedule: the model's noise schedule.
-        kind: "ddim" or "euler". By default Euler for the configuration of an
-            EulerDiscreteScheduler and DDIM for every other: a PNDMScheduler or DDPMScheduler
-            shares its betas but not its steps.
+        kind: one of `SAMPLER_KINDS`; by default that of the schedule's configuration, and DDIM
+            for a PNDMScheduler, which shares its betas but not its steps.
         num_inference_steps: model evaluations per sample.
         eta: DDIM's fresh noise, 0 (none) to 1 (DDPM).
         s_churn: Euler's fresh noise over the whole run, 0 for none.
 
     Returns:
-        a pytree with `timesteps`, `init_noise_sigma`, `stochastic`, `scale(x, i)` and
-        `step(x, output, i, noise)`.
+        a pytree with `timesteps`, `init_noise_sigma`, `stochastic`, `scale(x, i)`, `memory(x)` and
+        `advance(x, output, i, noise, memory)`, which gives the next x and memory.
 
     Raises:
-        ValueError: an unknown kind, a setting that belongs to the other kind, or too many steps.
+        ValueError: an unknown kind, a setting that belongs to another kind, or too many steps.
     """
     if kind is None:
-        kind = "euler" if schedule.scheduler_class == "EulerDiscreteScheduler" else "ddim"
-    if kind == "ddim":
-        if s_churn:
+        own = (name for name, (_, owner) in _MAKERS.items() if owner == schedule.scheduler_class)
+        kind = next(own, "ddim")
+    if kind not in _MAKERS:
+        raise ValueError(f"sampler={kind!r} is not known; accepted: {', '.join(SAMPLER_KINDS)}.")
+    given = {name: value for name, value in {"eta": eta, "s_churn": s_churn}.items() if value}
+    for name, value in given.items():
+        if kind not in _TAKES[name]:
+            own = next((each for each, kinds in _TAKES.items() if kind in kinds), None)
             raise ValueError(
-                f"s_churn={s_churn} is a setting of the 'euler' sampler; 'ddim' takes eta."
+                f"{name}={value} is a setting of the {_TAKES[name][0]!r} sampler; {kind!r} takes "
+                f"{own or 'neither eta nor s_churn'}."
             )
-        return ddim_sampler(schedule, num_inference_steps, eta=eta)
-    if kind == "euler":
-        if eta:
-            raise ValueError(
-                f"eta={eta} is a setting of the 'ddim' sampler; 'euler' takes s_churn."
-            )
-        return euler_sampler(schedule, num_inference_steps, s_churn=s_churn)
-    raise ValueError(f"sampler={kind!r} is not known; accepted: {', '.join(SAMPLER_KINDS)}.")
+    return _MAKERS[kind][0](schedule, num_inference_steps, **given)
 
 
 __all__ = [
     "SAMPLER_KINDS",
     "DDIMSampler",
     "EulerSampler",
+    "FlowMatchSchedule",
+    "LinearSampler",
     "NoiseSchedule",
     "Sampler",
     "add_noise",
     "alphas_cumprod",
     "ddim_sampler",
     "ddim_step",
+    "ddpm_sampler",
     "denoise_until",
+    "dpm_sampler",
     "encode_images",
+    "euler_ancestral_sampler",
     "euler_sampler",
     "euler_step",
+    "flow_euler_sampler",
+    "lcm_sampler",
     "make_sampler",
     "noise_latents",
     "noised_latents",
@@ -83,5 +106,6 @@ __all__ = [
     "prediction_to_x0",
     "to_unit",
     "training_target",
+    "unipc_sampler",
     "velocity",
 ]

@@ -67,6 +67,22 @@ class DDIMSampler:
         """See `ddim_step`."""
         return ddim_step(self, i, x, output, noise)
 
+    def memory(self, x: Float[Array, "B *X C"]) -> tuple[()]:
+        """A step needs nothing of those before it."""
+        del x
+        return ()
+
+    def advance(
+        self,
+        x: Float[Array, "B *X C"],
+        output: Float[Array, "B *X C"],
+        i: Int[Array, ""] | int,
+        noise: Float[Array, "B *X C"] | None,
+        memory: tuple[()],
+    ) -> tuple[Float[Array, "B *X C"], tuple[()]]:
+        """The step as all samplers take it: with the memory, and back."""
+        return self.step(x, output, i, noise), memory
+
 
 def ddim_sampler(
     schedule: NoiseSchedule, num_inference_steps: int, *, eta: float = 0.0

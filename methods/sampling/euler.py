@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .schedule import NoiseSchedule, Table, alphas_cumprod, float32_linspace, inference_timesteps
+from .schedule import NoiseSchedule, Table, float32_linspace, inference_timesteps
+from .sigmas import respaced_sigmas, timestep_of, trained_sigmas
 
 
 @functools.partial(
@@ -63,6 +64,22 @@ class EulerSampler:
     ) -> Float[Array, "B *X C"]:
         """See `euler_step`."""
         return euler_step(self, i, x, output, noise)
+
+    def memory(self, x: Float[Array, "B *X C"]) -> tuple[()]:
+        """A step needs nothing of those before it."""
+        del x
+        return ()
+
+    def advance(
+        self,
+        x: Float[Array, "B *X C"],
+        output: Float[Array, "B *X C"],
+        i: Int[Array, ""] | int,
+        noise: Float[Array, "B *X C"] | None,
+        memory: tuple[()],
+    ) -> tuple[Float[Array, "B *X C"], tuple[()]]:
+        """The step as all samplers take it: with the memory, and back."""
+        return self.step(x, output, i, noise), memory
 
 
 def euler_sampler(
@@ -145,11 +162,7 @@ def _timesteps_and_sigmas(
     schedule: NoiseSchedule, num_steps: int, spacing: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [n] and σ [n + 1] (one more for "log_linear"), float32, descending."""
-    alpha = alphas_cumprod(schedule)
-    if schedule.rescale_betas_zero_snr:
-        alpha = alpha.copy()
-        alpha[-1] = 2**-24  # keeps the first σ finite
-    trained = np.sqrt((1 - alpha) / alpha)
+    trained = trained_sigmas(schedule)
     log_trained = np.log(trained)
 
     timesteps = inference_timesteps(schedule, num_steps, spacing).astype(np.float32)
@@ -159,34 +172,12 @@ def _timesteps_and_sigmas(
         high, low = float(log_trained[-1]), float(log_trained[0])
         sigmas = np.exp(float32_linspace(high, low, num_steps + 1))
 
-    respaced = _respaced(schedule, sigmas, num_steps)
+    respaced = respaced_sigmas(schedule, sigmas, num_steps)
     if respaced is not None:
         sigmas = respaced
-        timesteps = _timestep_of(sigmas, log_trained)
+        timesteps = timestep_of(sigmas, log_trained)
     last = trained[0] if schedule.final_sigmas_type == "sigma_min" else 0
     sigmas = np.concatenate([sigmas, [last]]).astype(np.float32)
     if schedule.timestep_type == "continuous" and schedule.prediction_type == "v_prediction":
         timesteps = np.float32(0.25) * np.log(sigmas[:num_steps])
     return timesteps.astype(np.float32), sigmas
-
-
-def _respaced(schedule: NoiseSchedule, sigmas: np.ndarray, num_steps: int) -> np.ndarray | None:
-    """σ spaced anew between the ends of `sigmas` (or sigma_min and sigma_max), float64 [n]."""
-    low = float(sigmas[-1]) if schedule.sigma_min is None else schedule.sigma_min
-    high = float(sigmas[0]) if schedule.sigma_max is None else schedule.sigma_max
-    if schedule.use_karras_sigmas:
-        rho = 7.0  # the paper's value
-        ramp = np.linspace(0, 1, num_steps)
-        return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    if schedule.use_exponential_sigmas:
-        return np.exp(np.linspace(math.log(high), math.log(low), num_steps))
-    if schedule.use_beta_sigmas:
-        import scipy.stats
-
-        return low + scipy.stats.beta.ppf(1 - np.linspace(0, 1, num_steps), 0.6, 0.6) * (high - low)
-    return None
-
-
-def _timestep_of(sigmas: np.ndarray, log_trained: np.ndarray) -> np.ndarray:
-    """The fractional training timestep of each σ, linear in log σ, held at the ends."""
-    return np.interp(np.log(np.maximum(sigmas, 1e-10)), log_trained, np.arange(len(log_trained)))

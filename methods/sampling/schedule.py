@@ -31,6 +31,7 @@ TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 INTERPOLATION_TYPES = ("linear", "log_linear")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 TIMESTEP_TYPES = ("discrete", "continuous")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 # The settings each diffusers class takes; every class also takes `_COMMON`.
 _COMMON = frozenset({
@@ -41,28 +42,54 @@ _CLIPPING = frozenset({
     "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
     "sample_max_value",
 })  # fmt: skip
+_SPACED_SIGMAS = frozenset({
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "final_sigmas_type",
+    "rescale_betas_zero_snr",
+})  # fmt: skip
+_SOLVER = _COMMON | _SPACED_SIGMAS | frozenset({
+    "solver_order", "solver_type", "lower_order_final", "thresholding",
+    "dynamic_thresholding_ratio", "sample_max_value", "use_flow_sigmas", "flow_shift",
+    "use_dynamic_shifting", "time_shift_type",
+})  # fmt: skip
 _CLASS_SETTINGS = {
     "DDIMScheduler": _COMMON | _CLIPPING | {"set_alpha_to_one", "rescale_betas_zero_snr"},
-    "EulerDiscreteScheduler": _COMMON | {
-        "interpolation_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-        "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr", "final_sigmas_type",
+    "EulerDiscreteScheduler": _COMMON | _SPACED_SIGMAS | {
+        "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
+    },
+    "EulerAncestralDiscreteScheduler": _COMMON | {"rescale_betas_zero_snr"},
+    "DPMSolverMultistepScheduler": _SOLVER | {
+        "algorithm_type", "euler_at_final", "use_lu_lambdas", "lambda_min_clipped",
+    },
+    "UniPCMultistepScheduler": _SOLVER | {
+        "predict_x0", "disable_corrector", "sigma_min", "sigma_max", "shift_terminal",
+    },
+    "LCMScheduler": _COMMON | _CLIPPING | {
+        "original_inference_steps", "set_alpha_to_one", "timestep_scaling",
+        "rescale_betas_zero_snr",
     },
     "PNDMScheduler": _COMMON | {"set_alpha_to_one"},
-    "DDPMScheduler": _COMMON | _CLIPPING | {"rescale_betas_zero_snr"},
+    "DDPMScheduler": _COMMON | _CLIPPING | {"rescale_betas_zero_snr", "variance_type"},
 }  # fmt: skip
-# Settings that cannot change DDIM or Euler sampling, and the values for which that is true.
+# Where a class's defaults differ from those below.
+_CLASS_DEFAULTS = {
+    "LCMScheduler": {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+    },
+}  # fmt: skip
+# Settings that change no sampling here, and the values for which that is true.
 _INERT = {
     "skip_prk_steps": (True, False),  # PNDM's Runge-Kutta warm-up
-    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "solver_p": (None,),  # another scheduler in the predictor's place
 }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NoiseSchedule:
-    """Settings of DDIMScheduler and EulerDiscreteScheduler in diffusers, under the same names.
+    """Settings of diffusers' schedulers over a table of betas, under the same names.
 
     `timestep_spacing=None` stands for the default of the class that samples, as in diffusers:
-    "leading" for DDIM, "linspace" for Euler. Settings that only the other sampler knows
+    "leading" for DDIM, "linspace" for Euler. Settings that only another sampler knows
     (`clip_sample` for Euler, `use_karras_sigmas` for DDIM, …) are kept and do nothing there, as in
     diffusers. Hashable, so it may be a static argument of `jax.jit`.
 
@@ -95,6 +122,26 @@ class NoiseSchedule:
     sigma_max: float | None = None
     timestep_type: str = "discrete"  # "continuous" gives ¼·ln σ to a v-prediction model
     final_sigmas_type: str = "zero"
+    # DDPM
+    variance_type: str | None = None  # of the fresh noise; None is "fixed_small"
+    # DPM-Solver++ and UniPC
+    solver_order: int = 2
+    solver_type: str | None = None  # None is the solver's own: "midpoint", or "bh2" for UniPC
+    lower_order_final: bool = True
+    algorithm_type: str = "dpmsolver++"
+    euler_at_final: bool = False
+    use_lu_lambdas: bool = False
+    lambda_min_clipped: float = -math.inf
+    predict_x0: bool = True
+    disable_corrector: tuple[int, ...] = ()  # steps after which UniPC does not correct
+    use_flow_sigmas: bool = False  # with the next four: for models of a flow
+    flow_shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+    shift_terminal: float | None = None
+    # LCM
+    original_inference_steps: int = 50  # the model was distilled on
+    timestep_scaling: float = 10.0
     # Settings of the file that change nothing here; written back unchanged
     inert: tuple[tuple[str, Any], ...] = ()
 
@@ -107,6 +154,7 @@ class NoiseSchedule:
         _require("interpolation_type", self.interpolation_type, INTERPOLATION_TYPES)
         _require("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
         _require("timestep_type", self.timestep_type, TIMESTEP_TYPES)
+        _require("variance_type", self.variance_type, (None, *VARIANCE_TYPES))
         if self.num_train_timesteps < 1:
             raise ValueError(
                 f"num_train_timesteps must be at least 1; got {self.num_train_timesteps}."
@@ -127,10 +175,9 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Reads the dictionary of a diffusers `scheduler_config.json`.
 
-        `_class_name` may be DDIMScheduler (assumed if absent), EulerDiscreteScheduler,
-        PNDMScheduler or DDPMScheduler: the last two share the betas and are sampled with DDIM here.
-        Other keys that start with "_" are ignored; `skip_prk_steps` and a fixed `variance_type` are
-        inert.
+        `_class_name` is that of a scheduler in diffusers, and DDIMScheduler where absent; the error
+        names those that are known. A PNDMScheduler shares its betas but not its steps, and is
+        sampled with DDIM. Keys that start with "_" are ignored; `skip_prk_steps` is inert.
 
         Raises:
             ValueError: another class, an unknown setting, or a value that is not supported.
@@ -144,6 +191,7 @@ class NoiseSchedule:
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         settings: dict[str, Any] = {"scheduler_class": scheduler_class}
+        settings |= _CLASS_DEFAULTS.get(scheduler_class, {})
         inert = []
         for name, value in config.items():
             if name.startswith("_"):
@@ -158,6 +206,8 @@ class NoiseSchedule:
                 )
             elif name == "trained_betas":
                 settings[name] = None if value is None else tuple(float(beta) for beta in value)
+            elif name == "disable_corrector":
+                settings[name] = tuple(int(step) for step in value or ())
             else:
                 settings[name] = _checked(fields[name], value)
         return cls(inert=tuple(inert), **settings)
@@ -174,7 +224,8 @@ class NoiseSchedule:
             value = getattr(self, field.name)
             if field.name in ("scheduler_class", "inert"):
                 continue
-            if field.name == "timestep_spacing" and value is None:
+            unset = ("timestep_spacing", "variance_type", "solver_type")
+            if field.name in unset and value is None:
                 continue  # absent means the sampling class's default, here and in diffusers
             if field.name in own or value != field.default:
                 config[field.name] = list(value) if isinstance(value, tuple) else value
@@ -206,7 +257,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         if isinstance(value, str):
             return value
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if "float" in annotation and math.isfinite(value):
+        if "float" in annotation and (math.isfinite(value) or value == field.default):
             return float(value)
         if "int" in annotation and value == int(value):
             return int(value)

@@ -38,7 +38,9 @@ class Command:
     negative_prompt: str = ""
     steps: int = 25
     guidance: float = 5.0
-    sampler: Literal["ddim", "euler"] | None = None
+    sampler: Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm"] | None = (
+        None
+    )
     count: int = 1
     seed: int = 0
     batch_size: int = 8
