@@ -126,14 +126,21 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "check: delta 0.3": {"check_radius": 0.3},
     "check: concept fixed": {"free_concept": False},
-    "token-wise": {"states": "tokens"},
-    "token-wise, K 30": {"states": "tokens", "check_steps": 30},
-    "token-wise, global x 4": {"states": "tokens", "global_weight": 20.0},
-    "token-wise, local x 4": {"states": "tokens", "local_weight": 16.0},
-    "token-wise, retention x 4": {
-        "states": "tokens", "global_weight": 20.0, "local_weight": 16.0
+    "check: token-wise": {"check_states": "tokens"},
+    "check: token-wise, K 30": {"check_states": "tokens", "check_steps": 30},
+    "check: token-wise, retention x 4": {
+        "check_states": "tokens",
+        "global_weight": 20.0,
+        "local_weight": 16.0,
     },
-    "token-wise, no self-check": {"states": "tokens", "check_steps": 0},
+    "global: token-wise": {"global_states": "tokens"},
+    "all token-wise": {"check_states": "tokens", "global_states": "tokens"},
+    "all token-wise, retention x 4": {
+        "check_states": "tokens",
+        "global_states": "tokens",
+        "global_weight": 20.0,
+        "local_weight": 16.0,
+    },
     "no global retention": {"global_weight": 0.0},
     "global: self form": {"global_form": "self"},
     "global: N 16": {"vocabulary": 16},

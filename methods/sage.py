@@ -79,8 +79,8 @@ class SageConfig:
         is unbounded.
       check_start: where the attack starts: "prompt" (inside-out, at the prompt itself) or "random"
         (outside-in, at normal noise of the token embeddings' size in place of what may move).
-      states: what stands for a phrase in the self-check and in global retention: "pooled", or
-        "tokens", all the states that the UNet reads, of which the retained ones are kept in memory.
+      check_states: what the self-check compares: "pooled" states, or all "tokens" of a prompt, as
+        the UNet reads them.
       free_concept: let the attack move the concept's own token embeddings too.
       eta: strength of the negative guidance in the target; 0 maps the concept onto the anchor.
       latents: "noise" (z ~ N(0, I), upper timesteps) or "ddim" (points of the original model's own
@@ -94,6 +94,8 @@ class SageConfig:
         states, kappa) are taken for the concept and dropped.
       global_rows: retained phrases per update in the global loss.
       global_form: "cross" (U U0^T, keeps the frame that the UNet reads) or "self" (U U^T).
+      global_states: what it relates: "pooled" states, or those of all "tokens", which takes their
+        number times the memory.
       global_weight: lambda_g.
       local_rows: retained phrases per update in the local loss.
       local_weight: lambda_l.
@@ -115,7 +117,7 @@ class SageConfig:
     check_weight: float = 1.0
     check_radius: float | None = None
     check_start: Literal["prompt", "random"] = "prompt"
-    states: Literal["pooled", "tokens"] = "pooled"
+    check_states: Literal["pooled", "tokens"] = "pooled"
     free_concept: bool = True
     eta: float = 4.0
     latents: Literal["noise", "ddim"] = "noise"
@@ -127,6 +129,7 @@ class SageConfig:
     similarity_cap: float = 0.95
     global_rows: int = 128
     global_form: Literal["cross", "self"] = "cross"
+    global_states: Literal["pooled", "tokens"] = "pooled"
     global_weight: float = 5.0
     local_rows: int = 6
     local_weight: float = 4.0
@@ -142,7 +145,8 @@ class SageConfig:
             },
             accepted={
                 "check": ("anchor", "recall", "guided"), "check_optimizer": ("adam", "sign"),
-                "check_start": ("prompt", "random"), "states": ("pooled", "tokens"),
+                "check_start": ("prompt", "random"), "check_states": ("pooled", "tokens"),
+                "global_states": ("pooled", "tokens"),
                 "latents": ("noise", "ddim"), "global_form": ("cross", "self"),
             },
         )  # fmt: skip
@@ -297,17 +301,17 @@ def self_check(
         start = jnp.where(free[..., None], unit * jax.random.normal(key, start.shape), start)
 
     prompts, anchors = before(tokens), before(without)
-    if config.states == "pooled":
+    if config.check_states == "pooled":
         concept, anchor = frozen["concept_pooled"][which], frozen["anchor_pooled"]
     else:
-        concept, anchor = (phrase_states(each, config.states) for each in (prompts, anchors))
+        concept, anchor = (phrase_states(each, config.check_states) for each in (prompts, anchors))
 
     def encoded(embeddings: Array) -> tuple[CLIPTextOutput, CLIPTextOutput]:
         return tuple(model(inputs_embeds=embeddings, eos_positions=ends) for model in (before, now))
 
     def objective(embeddings: Array, key: Array) -> Array:
         outputs = encoded(embeddings)
-        original, current = (phrase_states(each, config.states) for each in outputs)
+        original, current = (phrase_states(each, config.check_states) for each in outputs)
         if config.check != "guided":
             return self_check_objective(
                 original, current, concept, anchor, form=config.check, weight=config.check_weight
@@ -340,7 +344,7 @@ def self_check(
 
     attacked, _ = jax.lax.fori_loop(0, config.check_steps, advance, (start, optimizer.init(start)))
     attacked = jax.lax.stop_gradient(attacked)
-    original, current = (phrase_states(each, config.states) for each in encoded(attacked))
+    original, current = (phrase_states(each, config.check_states) for each in encoded(attacked))
     return attacked, {
         "check_original": cosine(original, concept).mean(),
         "check_current": cosine(current, concept).mean(),
@@ -429,7 +433,7 @@ def _erase_loss(
 
     erase = prediction_loss(erased, jnp.concatenate([target, target]))
     local_loss = prediction_loss(kept, target_local)
-    rows = phrase_states(plain, config.states)[prompts + config.local_rows :]
+    rows = phrase_states(plain, config.global_states)[prompts + config.local_rows :]
     before_rows = frozen["retained_states"][some]
     global_loss = (
         global_retention_loss(rows, before_rows, frozen["retained_states"])
@@ -517,7 +521,7 @@ def prepare(
         "retained_tokens": retained,  # [N, L]
         "retained_states": (
             pooled_states(encoder, retained)
-            if config.states == "pooled"
+            if config.global_states == "pooled"
             else hidden_states(encoder, retained).reshape(len(retained), -1)
         ),  # [N, D]
     }

@@ -233,7 +233,7 @@ def test_outside_in_starts_at_noise_where_the_attack_may_move(prepared):
 
 def test_a_check_over_all_states_compares_each_prompt_with_itself(pipeline):
     """Where T is T0, every prompt's states are those wanted: the cosines are 1 before a step."""
-    config = dataclasses.replace(TINY, check_steps=0, states="tokens")
+    config = dataclasses.replace(TINY, check_steps=0, check_states="tokens", global_states="tokens")
     static, state, frozen = sage.prepare(pipeline, ["three"], config)
     tokens, without, free = _prompts(frozen)
     _, metrics = sage.self_check(

@@ -29,6 +29,7 @@ class WordConfig(sage.SageConfig):
     check_weight: float = _fixed(0.0)
     check_radius: float | None = _fixed(None)
     check_start: Literal["prompt", "random"] = _fixed("prompt")
+    check_states: Literal["pooled", "tokens"] = _fixed("pooled")
     free_concept: bool = _fixed(False)
 
 
