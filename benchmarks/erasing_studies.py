@@ -109,6 +109,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "check: gamma 4": {"check_weight": 4.0},
     "check: K 3": {"check_steps": 3},
     "check: K 30": {"check_steps": 30},
+    "check: alpha 0.3": {"check_rate": 0.3},
+    "check: K 20, alpha 0.3": {"check_steps": 20, "check_rate": 0.3},
     "check: K 60, alpha 0.2": {"check_steps": 60, "check_rate": 0.2},
     "check: K 30, alpha 0.2, 500 cycles of 8": {
         "check_steps": 30,
@@ -127,7 +129,11 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "check: delta 0.3": {"check_radius": 0.3},
     "check: concept fixed": {"free_concept": False},
     "check: token-wise": {"check_states": "tokens"},
-    "check: token-wise, K 30": {"check_states": "tokens", "check_steps": 30},
+    "check: token-wise, K 20, alpha 0.3": {
+        "check_states": "tokens",
+        "check_steps": 20,
+        "check_rate": 0.3,
+    },
     "check: token-wise, retention x 4": {
         "check_states": "tokens",
         "global_weight": 20.0,
