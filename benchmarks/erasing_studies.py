@@ -85,11 +85,11 @@ def pareto() -> Iterator[Cell]:
         ("sage", "local_weight", (1.0, 16.0)),
         ("sage", "global_weight", (1.0, 50.0)),
         ("word", "eta", (0.0, 1.0, 2.0, 8.0)),
-        ("esd-x", "eta", (0.5, 1.0, 2.0, 6.0)),
-        ("esd-u", "eta", (0.5, 1.0, 2.0, 6.0)),
+        ("esd-x", "eta", (1.0, 2.0, 6.0)),
+        ("esd-u", "eta", (0.3, 3.0)),
         ("uce", "erase_weight", (0.1, 0.3, 3.0, 30.0)),
-        ("advunlearn", "eta", (0.0, 0.5, 2.0)),
-        ("advunlearn", "retain_weight", (0.3, 3.0, 10.0)),
+        ("advunlearn", "eta", (1.0, 6.0)),
+        ("advunlearn", "retain_weight", (1.0, 3.0, 30.0)),
     ):
         for value in values:
             yield Cell(f"{method} {field} {value:g}", method, {field: value})
