@@ -9,6 +9,8 @@ from .errors import CheckpointError
 # Published class name -> module of `flax_models` with the class of that name; imported when needed.
 MODULES = {
     "UNet2DConditionModel": "unet_2d_condition",
+    "UNetMotionModel": "unet_motion",
+    "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "CLIPTextModel": "clip",
     "CLIPVisionModel": "clip",

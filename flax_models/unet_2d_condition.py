@@ -6,7 +6,7 @@ state-dict keys, so `unet.down_blocks[0].attentions[1].transformer_blocks[0].att
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -118,6 +118,7 @@ class _Shape:
     time_features: int
     linear_projection: bool
     remat: bool
+    motion: Callable[..., nnx.Module] | None  # makes what mixes the frames of a video
 
     def resnet(self, in_channels: int, *, output_scale: float = 1.0, **init) -> ResnetBlock2D:
         return ResnetBlock2D(
@@ -133,18 +134,25 @@ class _Shape:
 
 
 class _Layers(nnx.Module):
-    """Resnets, each followed by a transformer where the resolution attends to the text."""
+    """Resnets, each followed by a transformer where the resolution attends to the text, and by a
+    motion module where the images are frames."""
 
     def __init__(self, in_channels: tuple[int, ...], shape: _Shape, **init):
         self.remat = shape.remat
         self.resnets = nnx.List([shape.resnet(c, **init) for c in in_channels])
         if shape.attends:
             self.attentions = nnx.List([shape.transformer(**init) for _ in in_channels])
+        if shape.motion is not None:
+            self.motion_modules = nnx.List([shape.motion(**init) for _ in in_channels])
 
-    def layer(self, index: int, x: Array, time: Array, context: Array) -> Array:
+    def layer(self, index: int, x: Array, time: Array, context: Array, frames: int) -> Array:
         def run(x: Array, time: Array, context: Array) -> Array:
             x = self.resnets[index](x, time)
-            return self.attentions[index](x, context) if hasattr(self, "attentions") else x
+            if hasattr(self, "attentions"):
+                x = self.attentions[index](x, context)
+            if hasattr(self, "motion_modules"):
+                x = self.motion_modules[index](x, frames)
+            return x
 
         return (jax.checkpoint(run) if self.remat else run)(x, time, context)
 
@@ -159,10 +167,12 @@ class DownBlock(_Layers):
         if downsample is not None:
             self.downsamplers = nnx.List([Downsample2D(shape.channels, padding=downsample, **init)])
 
-    def __call__(self, x: Array, time: Array, context: Array) -> tuple[Array, list[Array]]:
+    def __call__(
+        self, x: Array, time: Array, context: Array, frames: int
+    ) -> tuple[Array, list[Array]]:
         skips = []
         for index in range(len(self.resnets)):
-            x = self.layer(index, x, time, context)
+            x = self.layer(index, x, time, context, frames)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -178,10 +188,14 @@ class MidBlock(nnx.Module):
         resnet = {"output_scale": output_scale, **init}
         self.resnets = nnx.List([shape.resnet(shape.channels, **resnet) for _ in range(2)])
         self.attentions = nnx.List([shape.transformer(**init)])
+        if shape.motion is not None:
+            self.motion_modules = nnx.List([shape.motion(**init)])
 
-    def __call__(self, x: Array, time: Array, context: Array) -> Array:
+    def __call__(self, x: Array, time: Array, context: Array, frames: int) -> Array:
         def run(x: Array, time: Array, context: Array) -> Array:
             x = self.attentions[0](self.resnets[0](x, time), context)
+            if hasattr(self, "motion_modules"):
+                x = self.motion_modules[0](x, frames)
             return self.resnets[1](x, time)
 
         return (jax.checkpoint(run) if self.remat else run)(x, time, context)
@@ -197,10 +211,12 @@ class UpBlock(_Layers):
         if upsample:
             self.upsamplers = nnx.List([Upsample2D(shape.channels, **init)])
 
-    def __call__(self, x: Array, skips: list[Array], time: Array, context: Array) -> Array:
+    def __call__(
+        self, x: Array, skips: list[Array], time: Array, context: Array, frames: int
+    ) -> Array:
         for index in range(len(self.resnets)):
             x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = self.layer(index, x, time, context)
+            x = self.layer(index, x, time, context, frames)
         if hasattr(self, "upsamplers"):
             # The next skip connection has the size to reach, also where it is odd.
             height, width = skips[-1].shape[1:3]
@@ -242,6 +258,7 @@ class UNet2DConditionModel(nnx.Module):
                 context_features=config.cross_attention_dim, groups=config.norm_num_groups,
                 epsilon=config.norm_eps, time_features=time_features,
                 linear_projection=config.use_linear_projection, remat=remat,
+                motion=self._motion(level),
             )  # fmt: skip
 
         self.conv_in = conv3x3(config.in_channels, channels[0], **init)
@@ -266,9 +283,8 @@ class UNet2DConditionModel(nnx.Module):
         self.down_blocks = nnx.List(down_blocks)
 
         if config.mid_block_type is not None:
-            self.mid_block = MidBlock(
-                shape(last, True), output_scale=config.mid_block_scale_factor, **init
-            )
+            middle = dataclasses.replace(shape(last, True), motion=self._motion(None))
+            self.mid_block = MidBlock(middle, output_scale=config.mid_block_scale_factor, **init)
 
         up_blocks = []
         current = channels[last]
@@ -293,6 +309,10 @@ class UNet2DConditionModel(nnx.Module):
         )
         self.conv_out = conv3x3(channels[0], config.out_channels, **init)
 
+    def _motion(self, level: int | None) -> Callable[..., nnx.Module] | None:
+        """What makes the motion modules of a resolution, or of the middle (None): for videos."""
+        del level
+
     def __call__(
         self,
         sample: Float[Array, "B H W C"],
@@ -309,16 +329,27 @@ class UNet2DConditionModel(nnx.Module):
         Returns:
           [B, H, W, out_channels] in the computation dtype.
         """
-        config = self.config
+        return self.denoise(self.config, sample, timesteps, encoder_hidden_states, frames=1)
+
+    def denoise(
+        self,
+        config: UNet2DConditionConfig,
+        sample: Float[Array, "N H W C"],
+        timesteps: Num[Array, "*N"] | float | int,
+        encoder_hidden_states: Float[Array, "N L E"],
+        *,
+        frames: int,
+    ) -> Float[Array, "N H W O"]:
+        """The forward pass over images, or over the frames of videos, one video after the other."""
+        name = type(self).__name__
         if sample.shape[-1] != config.in_channels:
             raise ValueError(
-                f"UNet2DConditionModel takes [B, H, W, {config.in_channels}] latents, "
-                f"received {sample.shape}."
+                f"{name} takes [..., H, W, {config.in_channels}] latents, received {sample.shape}."
             )
         if encoder_hidden_states.shape[-1] != config.cross_attention_dim:
             raise ValueError(
-                f"UNet2DConditionModel takes [B, L, {config.cross_attention_dim}] text states, "
-                f"received {encoder_hidden_states.shape}."
+                f"{name} takes [B, L, {config.cross_attention_dim}] text states, received "
+                f"{encoder_hidden_states.shape}."
             )
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), sample.shape[:1])
         time = sinusoidal_embedding(
@@ -334,10 +365,10 @@ class UNet2DConditionModel(nnx.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, context)
+            x, more = block(x, time, context, frames)
             skips += more
         if hasattr(self, "mid_block"):
-            x = self.mid_block(x, time, context)
+            x = self.mid_block(x, time, context, frames)
         for block in self.up_blocks:
-            x = block(x, skips, time, context)
+            x = block(x, skips, time, context, frames)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

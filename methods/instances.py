@@ -168,12 +168,7 @@ def read_concepts(
       ImageError: images that are absent or cannot be read.
     """
     path = Path(path)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConceptListError(f"cannot read the concepts in {path}: {error}.") from error
-    if not isinstance(entries, list) or not entries:
-        raise ConceptListError(f"{path} must hold a JSON list of concepts, at least one.")
+    entries = _entries(path)
     for name, given in (("tokens", tokens), ("class words", words), ("initializers", initializers)):
         if given and len(given) != len(entries):
             raise ConceptListError(
@@ -182,7 +177,6 @@ def read_concepts(
             )
     concepts = []
     for number, entry in enumerate(entries):
-        _check_entry(path, number, entry)
         prompt = entry["instance_prompt"]
         token = tokens[number] if tokens else _token_in(prompt, f"{path}: concept {number}")
         class_folder = entry.get("class_data_dir")
@@ -200,10 +194,36 @@ def read_concepts(
     return concepts
 
 
+def read_class_folders(path: Path | str) -> list[tuple[Path, str]]:
+    """The folders of class images in such a file, which need not exist, and their prompts.
+
+    Raises:
+      ConceptListError: a file of another layout.
+    """
+    path = Path(path)
+    return [
+        (_folder(entry["class_data_dir"], path), entry["class_prompt"])
+        for entry in _entries(path) if entry.get("class_data_dir")
+    ]  # fmt: skip
+
+
 def class_word(prompt: str) -> str:
     """The class in a class prompt: "a photo of a teddy bear" -> "teddy bear"."""
     prompt = re.sub(r"^(an? |the )?(photo|picture|image) of ", "", prompt.strip())
     return re.sub(r"^(an?|the) ", "", prompt)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of concepts, checked."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConceptListError(f"cannot read the concepts in {path}: {error}.") from error
+    if not isinstance(entries, list) or not entries:
+        raise ConceptListError(f"{path} must hold a JSON list of concepts, at least one.")
+    for number, entry in enumerate(entries):
+        _check_entry(path, number, entry)
+    return entries
 
 
 def _check_entry(path: Path, number: int, entry: Any) -> None:

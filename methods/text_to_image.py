@@ -62,22 +62,22 @@ def sample_latents(
     params: Any,
     condition: Float[Array, "B L D"] | Int[Array, " B"],
     negative: Float[Array, "... L D"] | Int[Array, "..."] | None,
-    noise: Float[Array, "B H W C"],
+    noise: Float[Array, "B *X C"],
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 1.0,
     *,
     keys: Key[Array, " B"] | None = None,
-) -> Float[Array, "B H W C"]:
+) -> Float[Array, "B *X C"]:
     """Runs the sampler from unit normal noise to latents, in float32.
 
     Args:
-        denoiser, params: graph definition and parameters of a UNet or a DiT. Output channels behind
-            the noise, such as a DiT's variances, are not used.
+        denoiser, params: graph definition and parameters of a UNet, a video UNet or a DiT. Output
+            channels behind the noise, such as a DiT's variances, are not used.
         condition: hidden states of the prompts; for a DiT, class labels.
         negative: hidden states of the negative prompts, [B, L, D] or one [L, D] for all; for a DiT
             the null class. None samples without guidance, at half the cost, whatever
             `guidance_scale`.
-        noise: unit normal; the sampler scales it.
+        noise: unit normal [B, H, W, C], of videos [B, F, H, W, C]; the sampler scales it.
         sampler: tables of the run.
         guidance_scale: g in ε_uncond + g·(ε_cond − ε_uncond).
         keys: one per image; the source of fresh noise, needed exactly when `sampler.stochastic`.
@@ -112,12 +112,17 @@ def sample_latents(
 
 
 def decode_latents(
-    vae: Any, params: Any, latents: Float[Array, "B h w C"]
-) -> Float[Array, "B H W 3"]:
-    """Images in [-1, 1], float32, of latents in the UNet's scale."""
+    vae: Any, params: Any, latents: Float[Array, "B *F h w C"]
+) -> Float[Array, "B *F H W 3"]:
+    """Images in [-1, 1], float32, of latents in the UNet's scale; of videos frame by frame."""
     model = nnx.merge(vae, params)
-    images = model.decode(model.unscale(latents))
-    return jnp.clip(images.astype(jnp.float32), -1, 1)
+
+    def decode(latents: Array) -> Array:
+        return jnp.clip(model.decode(model.unscale(latents)).astype(jnp.float32), -1, 1)
+
+    if latents.ndim == 4:
+        return decode(latents)
+    return jax.lax.map(decode, latents.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 def generate(
@@ -125,12 +130,12 @@ def generate(
     params: Params,
     token_ids: Int[Array, "B L"],
     negative_ids: Int[Array, "... L"] | None,
-    noise: Float[Array, "B h w C"],
+    noise: Float[Array, "B *F h w C"],
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 7.5,
     *,
     keys: Key[Array, " B"] | None = None,
-) -> Float[Array, "B H W 3"]:
+) -> Float[Array, "B *F H W 3"]:
     """Images in [-1, 1], float32, of tokenised prompts: encode, sample, decode.
 
     Pure; jit it with `static` as the only static argument. `negative_ids` is [B, L], [L] for all,
@@ -221,6 +226,7 @@ class TextToImage:
     latent_shape: tuple[int, int, int]  # default (h, w, channels)
     downsampling: int  # image pixels per latent pixel, along each side
     max_length: int  # tokens the text encoder reads
+    frames: int | None = None  # of a video; None draws images
 
     @classmethod
     def from_pipeline(cls, pipeline: StableDiffusionPipeline) -> TextToImage:
@@ -265,11 +271,11 @@ class TextToImage:
         batch_size: int = 8,
         height: int | None = None,
         width: int | None = None,
-        latents: Float[Array, "N h w C"] | np.ndarray | None = None,
+        latents: Float[Array, "N *F h w C"] | np.ndarray | None = None,
         first_index: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> UInt8[np.ndarray, "N H W 3"]:
-        """One image per prompt, uint8 [N, H, W, 3].
+    ) -> UInt8[np.ndarray, "N *F H W 3"]:
+        """One image per prompt, uint8 [N, H, W, 3], or one video, [N, F, H, W, 3].
 
         Args:
             prompts: one text or several; a prompt longer than the context is cut with a warning.
@@ -283,7 +289,7 @@ class TextToImage:
             negative_prompt: what guidance steers away from.
             batch_size: images at a time; the last batch is padded, so one program serves all.
             height, width: in pixels, multiples of `downsampling`; by default the UNet's own.
-            latents: unit normal noise [N, h, w, C] to start from instead of the seed's.
+            latents: unit normal noise, [N, h, w, C] or [N, F, h, w, C], in place of the seed's.
             first_index: number of the first image.
             on_progress: called with (images done, images in all) after each batch.
 
@@ -344,7 +350,7 @@ class TextToImage:
             )
         return prompts.astype(np.int32)
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         default_height, default_width, channels = self.latent_shape
         sizes = []
         for name, size, default in (
@@ -356,7 +362,7 @@ class TextToImage:
                     f"{name}={size} must be a positive multiple of {self.downsampling} pixels."
                 )
             sizes.append(default if size is None else size // self.downsampling)
-        return sizes[0], sizes[1], channels
+        return (*(() if self.frames is None else (self.frames,)), *sizes, channels)
 
 
 def text_to_image(

@@ -60,6 +60,39 @@ def unet(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracl
     )
 
 
+def unet_motion(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracle:
+    """Two videos of three frames; the text is repeated per frame for diffusers."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    settings = {
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "norm_num_groups": 4, "cross_attention_dim": 8, "num_attention_heads": 2,
+        "motion_num_attention_heads": 2, "motion_max_seq_length": 4,
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    } | changes  # fmt: skip
+    module = diffusers.UNetMotionModel(**settings).eval()
+
+    def torch_call(sample: Any, text: Any, timesteps: Any) -> Any:
+        text = text.repeat_interleave(sample.shape[1], dim=0)
+        output = module(sample.permute(0, 4, 1, 2, 3), timesteps, text).sample
+        return output.permute(0, 2, 3, 4, 1)
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 3, *size, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 5, 8)).astype(np.float32),
+        },
+        {"timesteps": np.array([3, 901])},
+        torch_call,
+        lambda model, sample, text, timesteps: model(sample, timesteps, text),
+    )
+
+
 def dit(seed: int = 0, **changes: Any) -> Oracle:
     import diffusers
     import torch

@@ -1,5 +1,6 @@
 """What personalising leaves behind: diffusers reads it, and so do we."""
 
+import functools
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from personalising_toy import CELLS, pictures, tiny_pipeline
 from PIL import Image
 
 from conceptax.cli import main
+from conceptax.cli.class_images import complete_class_images
 from conceptax.converters import (
     CheckpointError,
     OutputError,
@@ -26,6 +28,7 @@ from conceptax.converters import (
 from conceptax.converters.personalised import CUSTOM_DIFFUSION, read_personalisation
 from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.flax_models.stable_diffusion import TokenError, token_ids
+from conceptax.methods.instances import image_files, read_class_folders, read_image
 from conceptax.methods.sampling import make_sampler
 from conceptax.methods.text_to_image import TextToImage, jitted_generate, tokenize
 
@@ -206,6 +209,45 @@ def test_command_explains_what_is_wrong(work, tmp_path, capsys):
     refused(capsys, "holds 2 concepts, but 1 tokens", *listed, "--token", "<n>")
     refused(capsys, "class_data_dir", *listed, "--class-images", work / "others")
     assert not (tmp_path / "out").exists()
+
+
+def test_class_images_that_lack_are_drawn(work, tmp_path):
+    pipeline = load_pytorch(work / "base")
+    expected = TextToImage.from_pipeline(pipeline)(
+        ["seven"] * 3, seed=5, num_inference_steps=2, guidance_scale=3.0, eta=1.0, sampler="ddim"
+    )
+    folder = tmp_path / "class"
+    complete = functools.partial(complete_class_images, pipeline, seed=5, steps=2, guidance=3.0)
+    assert complete([(folder, "seven")], 1) == 1
+    assert complete([(folder, "seven")], 3) == 2 and complete([(folder, "seven")], 2) == 0
+    found = image_files(folder)
+    assert [file.name for file in found] == [f"drawn_{n:04d}.png" for n in range(3)]
+    difference = np.stack([read_image(file) for file in found]).astype(int) - expected
+    assert np.abs(difference).max() <= 1  # batches of other sizes round otherwise
+
+    concepts = [
+        {"instance_prompt": "a <new1> seven", "class_prompt": "seven", "class_data_dir": "class",
+         "instance_data_dir": str(work / "photos")},
+        {"instance_prompt": "a <new2> three", "class_prompt": "three",
+         "instance_data_dir": str(work / "photos")},
+    ]  # fmt: skip
+    file = tmp_path / "concepts.json"
+    file.write_text(json.dumps(concepts))
+    assert read_class_folders(file) == [(folder, "seven")]
+
+
+def test_command_draws_class_images(work, tmp_path, capsys):
+    arguments = [
+        "personalize", "--method", "custom-diffusion", "--model", work / "base", "--token",
+        "<new1>", "--class-word", "seven", "--images", work / "photos", "--export", "weights",
+        "--batch-size", "2", *STEPS, "--class-count", "2", "--output", tmp_path / "out",
+    ]  # fmt: skip
+    refused(capsys, "name it with --class-images", *arguments)
+    assert run(*arguments, "--class-images", tmp_path / "class") == 0
+    assert len(image_files(tmp_path / "class")) == 2
+    record = json.loads((tmp_path / "out" / "personalising.json").read_text())
+    assert record["concepts"][0]["class_images"] == 2
+    assert "prior" in record["last_step"]
 
 
 # ---- diffusers ----

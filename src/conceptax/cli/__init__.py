@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "say what an erasure did: is the concept gone, what else broke, who brings it back",
     "evaluate personalization": "say how well a personalised model draws its subject, and prompts",
     "personalize": "learn a subject from a few images, by one of several methods",
-    "sample": "draw images from prompts",
+    "sample": "draw images from prompts, or videos",
     "convert": "load a checkpoint and write it again: other dtype, other shards, checked",
     "glyphs train": "build the bundled model from scratch",
     "gna simulate": "predict what a neighborhood attention saves, without a GPU",

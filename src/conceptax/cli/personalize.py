@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 import conceptax
+from conceptax.cli.class_images import complete_class_images
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Model, OptionalPath, chosen
 from conceptax.cli.results import claim_run, environment, new_folder, write_json
@@ -26,7 +27,7 @@ from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.personalised import CUSTOM_DIFFUSION, embedding_file
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline, token_ids
 from conceptax.methods.class_diffusion import ClassDiffusionConfig
-from conceptax.methods.instances import Concept, read_concepts, read_images
+from conceptax.methods.instances import Concept, read_class_folders, read_concepts, read_images
 from conceptax.methods.personalising import METHODS, method_of, personalise
 from conceptax.methods.training import RULES, make_mesh
 
@@ -56,6 +57,8 @@ class Command(Generic[Config]):
       token: the subject's new token; with --concepts one each, in place of those in the prompts.
       class_word: the word of its class; with --concepts one each, in place of the class prompts.
       class_images: folder of images of other members of the class, for prior preservation.
+      class_count: class images that each subject needs; those that its folder lacks are drawn with
+        the model, and kept in it. By default the folder's own do.
       concepts: JSON list of several subjects.
       initializer: the word that a token starts from, one per concept.
       output: the folder to write.
@@ -75,6 +78,7 @@ class Command(Generic[Config]):
     token: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     class_word: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     class_images: OptionalPath = None
+    class_count: int = 0
     concepts: OptionalPath = None
     initializer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     output: Path = Path("personalised")
@@ -104,15 +108,19 @@ def command_type(arguments: Sequence[str]) -> Any:
 
 def run(command: Command[Any]) -> None:
     """Load, learn, save; the output is claimed first."""
-    subjects = gather(command)
-    for subject in subjects:
-        embedding_file(subject.token)  # a token that cannot be a file's name is told now
+    folders = class_folders(command)
+    subjects = [] if folders else gather(command)
+    for token in (*command.token, *(subject.token for subject in subjects)):
+        embedding_file(token)  # a token that cannot be a file's name is told now
     mesh = None if command.mesh is None else make_mesh(*command.mesh)
     method = METHODS[command.method]
     markers = (*CHECKPOINT_FILES, RECORD)
     with new_folder(command.output, force=command.force, markers=markers) as folder:
         source = command.model or conceptax.bundled_model()
         pipeline = load_pipeline(source, command.dtype, "personalising")
+        if folders:
+            complete_class_images(pipeline, folders, command.class_count, command.seed)
+            subjects = gather(command)
         began = time.perf_counter()
         personalise_into(
             folder, pipeline, subjects, command.settings, seed=command.seed,
@@ -122,6 +130,30 @@ def run(command: Command[Any]) -> None:
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
     print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")
+
+
+def class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
+    """Folders of class images that are to be completed, and what to draw into them.
+
+    Raises:
+      ValueError: images are to be drawn, and it is not said where to keep them.
+    """
+    if command.class_count < 0:
+        raise ValueError(f"--class-count must not be negative, received {command.class_count}.")
+    if not command.class_count:
+        return []
+    if command.concepts is not None:
+        folders = read_class_folders(command.concepts)
+    elif command.class_images is not None and len(command.class_word) == 1:
+        folders = [(command.class_images, command.class_word[0])]
+    else:
+        folders = []
+    if not folders:
+        raise ValueError(
+            "--class-count draws class images into a folder: name it with --class-images (and the "
+            "class with --class-word), or in the file of --concepts, as class_data_dir."
+        )
+    return folders
 
 
 def gather(command: Command[Any]) -> list[Concept]:

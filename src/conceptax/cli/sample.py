@@ -1,39 +1,49 @@
-"""`conceptax sample`: draw images from prompts."""
+"""`conceptax sample`: draw images, or videos, from prompts."""
 
 import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import Model, OptionalInt
+from conceptax.cli.options import Model, OptionalInt, OptionalPath
+from conceptax.cli.videos import SUFFIXES, encoder, save_video
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Draw images from prompts.
+    """Draw images from prompts, or with a motion adapter videos.
 
     Attributes:
       prompt: what to draw; repeat for several.
-      output: a .png file (several images become one sheet), or a folder for one file per image.
+      output: a .png file (several images become one sheet), or a folder for one file per image. Of
+        videos a .gif or .mp4 file for one, or a folder with both files of each.
       model: a Stable Diffusion folder.
       negative_prompt: what guidance steers away from.
       steps: denoising steps per image.
       guidance: strength of the prompt; 1 is none and takes half the time.
-      sampler: by default what the model's scheduler asks for.
+      sampler: by default what the model's scheduler asks for; videos are drawn by DDIM.
       count: images per prompt.
       seed: of the noise; image n depends on the prompt, the seed and n alone.
-      batch_size: images drawn at a time.
+      batch_size: images drawn at a time; videos are drawn one by one.
       height: in pixels; by default the model's own.
       width: in pixels; by default the model's own.
+      motion_adapter: an AnimateDiff adapter's folder: draw videos.
+      frames: of a video.
+      fps: frames per second of a video.
+      betas: the noise schedule that the adapter was trained on: linear, as AnimateDiff's are, or
+        the model's own.
       dtype: computation dtype.
       force: replace an earlier result.
     """
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
-    output: Path = Path("sample.png")
+    output: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: sample.png, videos: sample)"),
+    ] = None
     model: Model = None
     negative_prompt: str = ""
     steps: int = 25
@@ -46,12 +56,16 @@ class Command:
     batch_size: int = 8
     height: OptionalInt = None
     width: OptionalInt = None
+    motion_adapter: OptionalPath = None
+    frames: int = 16
+    fps: int = 8
+    betas: Literal["linear", "model"] = "linear"
     dtype: Literal["float32", "bfloat16"] = "float32"
     force: bool = False
 
 
 def run(command: Command) -> None:
-    """Draw, then write one file, or one folder with a file per image and `sample.json`."""
+    """Draw, then write one file, or one folder with files of each image and `sample.json`."""
     from conceptax.cli.pictures import save_png, sheet
     from conceptax.cli.results import new_file, new_folder, write_json
 
@@ -61,25 +75,56 @@ def run(command: Command) -> None:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
     record = _record(command)
-    if command.output.suffix:
-        if command.output.suffix.lower() != ".png":
-            raise ValueError(
-                f"--output takes a .png file or a folder without a suffix, received "
-                f"{command.output}."
-            )
-        with new_file(command.output, force=command.force) as file:
+    video = command.motion_adapter is not None
+    output = command.output or Path("sample" if video else "sample.png")
+    _check_output(command, output, len(prompts))
+    if output.suffix:
+        with new_file(output, force=command.force) as file:
             images = _draw(command, prompts)
-            image = images[0] if len(images) == 1 else sheet(images, columns=_columns(command))
-            save_png(image, file, {"conceptax": json.dumps(record)})
+            if video:
+                save_video(images[0], file, command.fps)
+            else:
+                image = images[0] if len(images) == 1 else sheet(images, columns=_columns(command))
+                save_png(image, file, {"conceptax": json.dumps(record)})
     else:
-        with new_folder(command.output, force=command.force, markers=["sample.json"]) as folder:
+        with new_folder(output, force=command.force, markers=["sample.json"]) as folder:
             images = _draw(command, prompts)
-            files = [f"{n:04d}_{_slug(prompt)}.png" for n, prompt in enumerate(prompts)]
-            for image, name in zip(images, files, strict=True):
-                save_png(image, folder / name, {"conceptax": json.dumps(record)})
-            record["files"] = dict(zip(files, prompts, strict=True))
-            write_json(folder / "sample.json", record)
-    print(f"{command.output}: {len(images)} images of {images.shape[1]}x{images.shape[2]} pixels")
+            files = {}
+            for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                stem = f"{number:04d}_{_slug(prompt)}"
+                for suffix in SUFFIXES if video else (".png",):
+                    files[f"{stem}{suffix}"] = prompt
+                    if video:
+                        save_video(image, folder / f"{stem}{suffix}", command.fps)
+                    else:
+                        save_png(image, folder / f"{stem}.png", {"conceptax": json.dumps(record)})
+            write_json(folder / "sample.json", record | {"files": files})
+    height, width = images.shape[-3:-1]
+    what = f"videos of {command.frames} frames" if video else "images"
+    print(f"{output}: {len(images)} {what} of {height}x{width} pixels")
+
+
+def _check_output(command: Command, output: Path, count: int) -> None:
+    """Raise ValueError for a place that the result does not fit in, and for wants of videos."""
+    suffix = output.suffix.lower()
+    if command.motion_adapter is None:
+        if suffix not in ("", ".png"):
+            raise ValueError(
+                f"--output takes a .png file or a folder without a suffix, received {output}"
+                + ("; videos need a --motion-adapter." if suffix in SUFFIXES else ".")
+            )
+        return
+    if suffix not in ("", *SUFFIXES) or (suffix and count > 1):
+        raise ValueError(
+            "--output of videos takes a folder without a suffix, or for a single one a .gif or "
+            f".mp4 file, received {output} for {count}."
+        )
+    if command.sampler == "euler":
+        raise ValueError("videos are drawn by DDIM: leave out --sampler euler.")
+    if command.fps < 1:
+        raise ValueError(f"--fps must be at least 1, received {command.fps}.")
+    if suffix != ".gif":
+        encoder()
 
 
 def _draw(command: Command, prompts: list[str]) -> Any:
@@ -87,24 +132,32 @@ def _draw(command: Command, prompts: list[str]) -> Any:
 
     import conceptax
     from conceptax.converters import load_pytorch
+    from conceptax.flax_models.unet_motion import MotionAdapter
     from conceptax.methods.text_to_image import text_to_image
+    from conceptax.methods.text_to_video import text_to_video
 
     pipeline = load_pytorch(
         command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)
     )
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(f"{command.model} is no pipeline: sampling needs all its components.")
-    return text_to_image(
-        pipeline,
-        prompts,
-        seed=command.seed,
-        num_inference_steps=command.steps,
-        guidance_scale=command.guidance,
-        sampler=command.sampler,
-        negative_prompt=command.negative_prompt,
-        batch_size=command.batch_size,
-        height=command.height,
-        width=command.width,
+    options: dict[str, Any] = {
+        "seed": command.seed, "num_inference_steps": command.steps,
+        "guidance_scale": command.guidance, "negative_prompt": command.negative_prompt,
+        "height": command.height, "width": command.width,
+    }  # fmt: skip
+    if command.motion_adapter is None:
+        return text_to_image(
+            pipeline, prompts, sampler=command.sampler, batch_size=command.batch_size, **options
+        )
+    adapter = load_pytorch(command.motion_adapter)
+    if not isinstance(adapter, MotionAdapter):
+        raise ValueError(
+            f"{command.motion_adapter} is a {type(adapter).__name__}, not a motion adapter."
+        )
+    betas = "linear" if command.betas == "linear" else None
+    return text_to_video(
+        pipeline, adapter, prompts, frames=command.frames, beta_schedule=betas, **options
     )
 
 
@@ -116,9 +169,12 @@ def _columns(command: Command) -> int | None:
 def _record(command: Command) -> dict[str, Any]:
     fields = dataclasses.asdict(command)
     fields["model"] = str(command.model) if command.model else "bundled"
-    for name in ("output", "force"):
-        del fields[name]
-    return fields
+    left_out = {"output", "force"}
+    if command.motion_adapter is None:
+        left_out |= {"motion_adapter", "frames", "fps", "betas"}
+    else:
+        fields["motion_adapter"] = str(command.motion_adapter)
+    return {name: value for name, value in fields.items() if name not in left_out}
 
 
 def _slug(prompt: str) -> str:
