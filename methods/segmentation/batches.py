@@ -9,7 +9,6 @@ resumed run sees what the uninterrupted one would.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -17,32 +16,14 @@ from jaxtyping import Bool, Float, Int, Int32, UInt8
 
 from ...flax_models.open_clip import IMAGE_MEAN, IMAGE_STD
 from .augmentation import LargeScaleJitter, ResizeFlip
-from .datasets import Scene
+from .datasets import SceneSource
 from .metrics import Segment
 
+_MEAN, _STD = (np.asarray(each, np.float32) for each in (IMAGE_MEAN, IMAGE_STD))
 _MANY = 2**31 - 1  # batches, more than any run takes
 
 
 Augmentation = ResizeFlip | LargeScaleJitter
-
-
-@runtime_checkable
-class SceneSource(Protocol):
-    """What `datasets.Scenes` is, and other sources of scenes are: sizes and targets are known."""
-
-    @property
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """Rows and columns of each image."""
-        ...
-
-    @property
-    def targets(self) -> Sequence[int]:
-        """Segments in each, crowds apart."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Scene:
-        """A scene."""
-        ...
 
 
 def normalise_image(
@@ -51,7 +32,7 @@ def normalise_image(
     """As CLIP wants it, float32, with zeros at the bottom and the right."""
     height, width = image.shape[:2]
     pixels = np.zeros((*padded, 3), np.float32)
-    pixels[:height, :width] = (image - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    pixels[:height, :width] = (image - _MEAN) / _STD
     return pixels
 
 

@@ -36,10 +36,13 @@ def convert(source: Path, target: Path) -> int:
     table[list(_NEW)] = list(_NEW.values())
 
     def read(path: Path) -> np.ndarray | str:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                return f"{path} is {image.mode}, not 8 bits of one channel"
-            pixels = np.asarray(image)
+        try:
+            with Image.open(path) as image:
+                mode, pixels = image.mode, np.asarray(image)
+        except (OSError, ValueError) as error:
+            return f"{path} cannot be read ({error})"
+        if mode not in ("L", "P"):
+            return f"{path} is {mode}, not 8 bits of one channel"
         wrong = np.unique(pixels[unknown[pixels]])
         return f"{path} has unknown labels {wrong[:5].tolist()}" if wrong.size else table[pixels]
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -46,6 +46,40 @@ class Scene(NamedTuple):
     image: UInt8[np.ndarray, "H W 3"]
     ids: Int32[np.ndarray, "H W"]
     segments: Mapping[int, Segment]
+
+
+@runtime_checkable
+class SceneSource(Protocol):
+    """What training and evaluation read: `Scenes`, or scenes that are made."""
+
+    @property
+    def classes(self) -> int:
+        """How many there are; labels are 0 to `classes` - 1."""
+        ...
+
+    @property
+    def things(self) -> frozenset[int]:
+        """Classes whose instances are told apart."""
+        ...
+
+    @property
+    def panoptic(self) -> bool:
+        """Whether instances are told apart."""
+        ...
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Rows and columns of each image."""
+        ...
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """Segments in each, crowds apart."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Scene: ...
 
 
 @dataclasses.dataclass(frozen=True)
