@@ -1,5 +1,6 @@
 """`conceptax segment` end to end, on a model of the smallest sizes and random parameters."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,7 +15,6 @@ from segmentation_oracles import random_model
 from conceptax.cli import main
 from conceptax.cli.loading import load_open_clip_model
 from conceptax.cli.overlay import class_colours, overlay
-from conceptax.cli.segment_train import build
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, save_pytorch
 from conceptax.converters.segmentation import TEACHER
 from conceptax.converters.tokenizer import write_tokenizer
@@ -228,10 +228,12 @@ def test_a_new_model_around_a_clip(model, tmp_path):
     original = load_pytorch(model).backbone.clip_model
     save_pytorch(original, tmp_path / "clip")
     clip = load_open_clip_model(tmp_path / "clip", dtype="float32")
-    new = build(
-        clip, form="panoptic", token_order="raster", decoder="tiny", dtype="float32", seed=0
-    )
-    assert new.config.form == "panoptic" and same(new.backbone.clip_model, original)
+    config = dataclasses.replace(load_pytorch(model).config, form="panoptic")
+    new = MaftPlus.around(clip, config, rngs=nnx.Rngs(0))
+    assert same(new.backbone.clip_model, original)
+    rows = jnp.eye(3, 8)
+    output = nnx.jit(lambda model: model(jnp.zeros((1, 64, 64, 3)), rows))(new)
+    assert output.open_logits.shape == (1, 5, 4)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ RECORD, _LOG = "segmenting.json", "training.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train MAFT+ on scenes: a new one around an OpenCLIP (--open-clip), or an earlier one (--model).
+    """Train MAFT+ on scenes: around an OpenCLIP (--open-clip), or an earlier one (--model).
 
     Writes a folder that `segment run` and `segment evaluate` take: the model, its tokenizer,
     segmenting.json, which records settings, seed, versions and the last losses, and training.jsonl.
@@ -46,8 +46,8 @@ class Train:
     Attributes:
       data: a folder with images/ and annotations/, or the root of a published layout.
       vocabulary: classes separated by ; and synonyms by , or a .txt file of lines id:name,synonym.
-      open_clip: OpenCLIP's weights (convnext_base_w_320, convnext_large_d_320; .bin or .safetensors), or
-        a folder.
+      open_clip: OpenCLIP's weights (convnext_base_w_320, convnext_large_d_320; .bin or
+        .safetensors), or a folder.
       model: a MAFT+ folder or checkpoint to go on from.
       teacher: the CLIP that compensation holds on to; by default the one in the checkpoint, or the
         model as it starts.
@@ -120,7 +120,7 @@ _ELSEWHERE = (
 def train(command: Train) -> None:
     """Load, train, save; the output is claimed first."""
     if (command.open_clip is None) == (command.model is None):
-        raise ValueError("pass either --open-clip, to build a model around it, or --model, to go on.")
+        raise ValueError("pass either --open-clip, to start around it, or --model, to go on.")
     if command.export == "pth" and importlib.util.find_spec("torch") is None:
         raise ValueError("--export pth needs torch; install conceptax[torch], or take safetensors.")
     vocabulary = Vocabulary.named(command.vocabulary)
@@ -169,10 +169,11 @@ def _start(command: Train) -> tuple[MaftPlus, OpenCLIP, Any]:
     assert source is not None
     if command.open_clip is not None:
         original = load_open_clip_model(command.open_clip, dtype=command.dtype)
-        model = build(
-            original, form=command.form, token_order=command.token_order,
-            decoder=command.decoder, dtype=command.dtype, seed=command.seed,
-        )  # fmt: skip
+        sizes = MaftPlusConfig.tiny if command.decoder == "tiny" else MaftPlusConfig.of
+        config = sizes(original.config, form=command.form, token_order=command.token_order)
+        model = MaftPlus.around(
+            original, config, dtype=jnp.dtype(command.dtype), rngs=nnx.Rngs(command.seed)
+        )
     else:
         model = load_segmenter_model(
             source, form=command.form, token_order=command.token_order, dtype=command.dtype
@@ -188,17 +189,6 @@ def _start(command: Train) -> tuple[MaftPlus, OpenCLIP, Any]:
 
 def _holds_teacher(path: Path) -> bool:
     return any(key.startswith(TEACHER) for key in open_weights(path, wrappers=WRAPPERS))
-
-
-def build(
-    clip: OpenCLIP, *, form: str, token_order: str, decoder: str, dtype: str, seed: int
-) -> MaftPlus:
-    """A new model around a CLIP, its other parts initialised."""
-    make = MaftPlusConfig.tiny if decoder == "tiny" else MaftPlusConfig.of
-    config = make(clip.config, form=form, token_order=token_order)
-    model = MaftPlus(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))
-    model.backbone.clip_model = clip
-    return model
 
 
 def _augmentation(command: Train, panoptic: bool) -> ResizeFlip | LargeScaleJitter:
