@@ -87,6 +87,7 @@ class Settings:
       tower_rate: factor of the learning rate in the image tower.
       compensation: weight of the loss.
       steps, points: of the segmentation, and points at which its masks are compared.
+      decoder_layers: of the mask decoder.
     """
 
     pretraining: Recipe = RECIPE
@@ -100,6 +101,7 @@ class Settings:
     compensation: float = 0.1
     steps: int = 400
     points: int = 1024
+    decoder_layers: int = 3
 
     @property
     def side(self) -> int:
@@ -109,7 +111,7 @@ class Settings:
 
 SMALL = Settings(
     pretraining=Recipe(steps=3, batch_size=8, learning_rate=2e-3), scale=1, scenes=8, tests=4,
-    zero_shot=50, batch_size=2, steps=2, points=32,
+    zero_shot=50, batch_size=2, steps=2, points=32, decoder_layers=1,
 )  # fmt: skip
 
 
@@ -141,6 +143,8 @@ def run(row: Row, seed: int, clip: OpenCLIP, tokenizer: Any, settings: Settings)
       settings: lengths and sizes.
     """
     config = MaftPlusConfig.tiny(clip.config, form="panoptic", token_order="raster")
+    decoders = dataclasses.replace(config.decoder_config, decoder_layers=settings.decoder_layers)
+    config = dataclasses.replace(config, decoder_config=decoders)
     model = MaftPlus.around(clip, config, rngs=nnx.Rngs(seed))
     scenes = GlyphScenes(settings.scenes, digits=SEEN, seed=seed)
     training = MaftPlusTraining(

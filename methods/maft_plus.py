@@ -150,9 +150,11 @@ class MaftPlusTraining:
       steps: updates; the learning rate falls to 0 over them, along (1 - t / steps)^0.9.
       learning_rate: of the decoders and the transfer.
       rates: factors of the learning rate by path.
-      weight_decay: of AdamW; `not_decayed` names the parameters without it.
+      weight_decay: of AdamW.
+      not_decayed: patterns of the parameters without it.
       clip: largest norm of all gradients together.
-      mask_aware_weight, compensation_weight: of the two losses behind Mask2Former's.
+      mask_aware_weight: of the loss that ties classes to how well masks fit.
+      compensation_weight: of the loss that holds the image tower to its original.
       set_losses: settings of Mask2Former's losses.
       trainable: patterns of the parameters that are trained.
     """

@@ -20,7 +20,7 @@ from conceptax.converters.segmentation import TEACHER
 from conceptax.converters.tokenizer import write_tokenizer
 from conceptax.flax_models.convnext import ConvNeXtConfig
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
-from conceptax.flax_models.open_clip import OpenCLIPConfig, OpenCLIPTextConfig
+from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
 from conceptax.methods.glyphs.tokenizer import MAX_LENGTH, build_tokenizer
 from conceptax.methods.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.augmentation import ResizeFlip
@@ -234,6 +234,34 @@ def test_a_new_model_around_a_clip(model, tmp_path):
     rows = jnp.eye(3, 8)
     output = nnx.jit(lambda model: model(jnp.zeros((1, 64, 64, 3)), rows))(new)
     assert output.open_logits.shape == (1, 5, 4)
+
+
+@pytest.mark.slow
+def test_street_scenes(repository, tmp_path):
+    """From random weights, the loss falls and most pixels of the training images get right."""
+    streets = repository.parent / "shared/data/camvid_subset"
+    if not streets.exists():
+        pytest.skip("the street scenes are not beside the repository")
+    tokenizer = build_tokenizer()
+    config = OpenCLIPConfig.tiny(vocab_size=len(tokenizer), context_length=MAX_LENGTH)
+    save_pytorch(OpenCLIP(config, rngs=nnx.Rngs(0)), tmp_path / "clip")
+    write_tokenizer(tokenizer, tmp_path / "clip")
+    words = "sky; building; pole; road; pavement; tree; sign; fence; car; pedestrian; bicyclist"
+    where = ["--data", str(streets), "--ignore", "11", "--vocabulary", words,
+             "--short-side", "128", "--long-side", "192"]  # fmt: skip
+    training = ["--open-clip", str(tmp_path / "clip"), "--decoder", "tiny", "--form", "panoptic",
+                "--token-order", "raster", "--steps", "60", "--batch-size", "4", "--learning-rate",
+                "0.002", "--rates", "*", "1.0", "--set-losses.num-points", "512",
+                "--output", str(tmp_path / "model")]  # fmt: skip
+    assert main(["segment", "train", *where, *training]) == 0
+    lines = (tmp_path / "model/training.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 60 and np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])
+    looking = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "figures")]
+    assert main(["segment", "evaluate", *where, *looking]) == 0
+    record = json.loads((tmp_path / "figures/metrics.json").read_text())
+    assert record["scenes"] == 16 and record["semantic"]["pacc"] > 40
+    print(losses[0], losses[-1], record["semantic"])
 
 
 @pytest.mark.parametrize(

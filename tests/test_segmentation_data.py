@@ -183,7 +183,7 @@ def test_coco_stuff(tmp_path, repository):
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((480, 640), (800, 1067)), ((640, 427), (1199, 800)), ((300, 900), (444, 1333)),
-     ((512, 512), (800, 800)), ((1000, 100), (1333, 133))],
+     ((512, 512), (800, 800)), ((1000, 100), (1333, 133)), ((1, 4000), (1, 1333))],
 )  # fmt: skip
 def test_shortest_edge(size, expected):
     assert shortest_edge(size, 800, 1333) == expected

@@ -18,13 +18,11 @@ def shortest_edge(size: Sequence[int], short: int, longest: int) -> tuple[int, i
     """Rows and columns whose shorter is `short`, unless the longer would exceed `longest`."""
     height, width = size
     scale = short / min(height, width)
-    rows, columns = (
-        (short, scale * width) if height < width else (scale * height, short)
-    )  # fmt: skip
+    rows, columns = (short, scale * width) if height < width else (scale * height, short)
     if max(rows, columns) > longest:
         scale = longest / max(rows, columns)
         rows, columns = rows * scale, columns * scale
-    return int(rows + 0.5), int(columns + 0.5)
+    return max(1, int(rows + 0.5)), max(1, int(columns + 0.5))
 
 
 def resize_image(

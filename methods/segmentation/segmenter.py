@@ -89,7 +89,8 @@ def _look(
 ) -> tuple[Array, Array]:
     output = nnx.merge(graphdef, state)(image, rows)
     last = output.layers[-1]
-    scores = class_scores(
-        class_logits(last.row_logits, synonyms), class_logits(output.open_logits, synonyms)
+    inside, opened, masks = (
+        part[0].astype(jnp.float32)
+        for part in (last.row_logits, output.open_logits, last.mask_logits)
     )
-    return scores[0], last.mask_logits[0].astype(jnp.float32)
+    return class_scores(class_logits(inside, synonyms), class_logits(opened, synonyms)), masks
