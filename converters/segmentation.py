@@ -23,7 +23,7 @@ from .tensors import match, tensor_specs
 from .weights import open_weights
 
 STUDENT, TEACHER = "backbone.clip_model.", "backbone_t.clip_model."
-_WRAPPERS = ("model", "state_dict")  # detectron2; open_clip while it trains
+WRAPPERS = ("model", "state_dict")  # detectron2; open_clip while it trains
 _TRANSFER = "cdt."
 _CRITERION = "criterion.empty_weight"  # [K + 1]: ones, and the weight of void
 _VOID_WEIGHT = 0.1
@@ -56,7 +56,7 @@ def load_open_clip(
     from ..flax_models.open_clip import OpenCLIP
 
     path = _existing(path)
-    stored = open_weights(path, wrappers=_WRAPPERS)
+    stored = open_weights(path, wrappers=WRAPPERS)
     stored = {key.removeprefix("module."): tensor for key, tensor in stored.items()}
     stored = {
         k.removeprefix(prefix): tensor for k, tensor in stored.items() if k.startswith(prefix)
@@ -97,7 +97,7 @@ def load_maft_plus(
     from ..flax_models.maft_plus import ContentDependentTransfer, MaftPlus
 
     path = _existing(path)
-    stored = open_weights(path, wrappers=_WRAPPERS)
+    stored = open_weights(path, wrappers=WRAPPERS)
     has_transfer = any(key.startswith(_TRANSFER) for key in stored)
     if config is None:
         config = maft_plus_config(

@@ -252,6 +252,15 @@ class MaftPlus(nnx.Module):
             dim, config.transfer_heads, form=config.form, token_order=config.token_order, **init
         )
 
+    @classmethod
+    def around(
+        cls, clip: OpenCLIP, config: MaftPlusConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
+    ) -> "MaftPlus":  # fmt: skip
+        """A new model around a CLIP, which becomes a part of it."""
+        model = cls(config, dtype=dtype, rngs=rngs)
+        model.backbone.clip_model = clip
+        return model
+
     def with_void(self, rows: Float[Array, "N D"]) -> Float[Array, "R D"]:
         """Text rows of unit length, and the row of everything unnamed behind them."""
         void = normalise(self.void_embedding.embedding[...])

@@ -11,7 +11,7 @@ mask-aware loss.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,15 @@ from ..flax_models.convnext import ConvNeXt
 from ..flax_models.layers.bilinear import resize
 from ..flax_models.maft_plus import MaftPlus, class_logits
 from .segmentation.set_losses import SetLossConfig, Targets, deep_losses
-from .training import TrainState, apply_gradients, dotted, init_state, matches, split_trainable
+from .training import (
+    TrainState,
+    apply_gradients,
+    dotted,
+    init_state,
+    matches,
+    split_trainable,
+    train,
+)
 
 # ---- losses ----
 
@@ -142,9 +150,11 @@ class MaftPlusTraining:
       steps: updates; the learning rate falls to 0 over them, along (1 - t / steps)^0.9.
       learning_rate: of the decoders and the transfer.
       rates: factors of the learning rate by path.
-      weight_decay: of AdamW; `not_decayed` names the parameters without it.
+      weight_decay: of AdamW.
+      not_decayed: patterns of the parameters without it.
       clip: largest norm of all gradients together.
-      mask_aware_weight, compensation_weight: of the two losses behind Mask2Former's.
+      mask_aware_weight: of the loss that ties classes to how well masks fit.
+      compensation_weight: of the loss that holds the image tower to its original.
       set_losses: settings of Mask2Former's losses.
       trainable: patterns of the parameters that are trained.
     """
@@ -244,6 +254,28 @@ def prepare(
     }
     static = MaftPlusStatic(graphdef, trunk, optimizer, config)
     return static, init_state(train, optimizer), jax.tree.map(jnp.asarray, frozen)
+
+
+def fit(
+    model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[Array, "K S"],
+    batches: Iterable[Any], config: MaftPlusTraining, *, seed: int,
+    teacher: ConvNeXt | None = None, **options: Any,
+) -> MaftPlus:  # fmt: skip
+    """Train a model and return the trained one.
+
+    Args:
+      model, rows, synonyms, config, teacher: as for `prepare`.
+      batches: what `train_step` takes, endless.
+      seed: of the points at which masks are compared.
+      options: of `training.train`: checkpoints, a mesh, where metrics go.
+    """
+    static, state, frozen = prepare(model, rows, synonyms, config, teacher=teacher)
+    state = train(
+        train_step, static, state, frozen, batches, key=jax.random.key(seed),
+        num_steps=config.steps, **options,
+    )  # fmt: skip
+    trained = jax.device_get(state.params) if options.get("mesh") is not None else state.params
+    return nnx.merge(static.model, trained, frozen["model"])
 
 
 def train_step(

@@ -10,10 +10,12 @@ from segmentation_oracles import random_model
 from conceptax.flax_models.convnext import ConvNeXtConfig
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
 from conceptax.methods.glyphs.tokenizer import MAX_LENGTH, build_tokenizer
+from conceptax.methods.segmentation import inference
 from conceptax.methods.segmentation.inference import (
     ImageSizes,
     class_scores,
     panoptic_map,
+    semantic_labels,
     semantic_scores,
 )
 from conceptax.methods.segmentation.vocabulary import (
@@ -106,6 +108,25 @@ def test_text_rows(tokenizer):
         np.testing.assert_allclose(rows[place], mean / np.linalg.norm(mean), atol=1e-5)
 
 
+def test_text_rows_are_kept(tokenizer, tmp_path):
+    text = OpenCLIPTextConfig(8, 2, 1, len(tokenizer), MAX_LENGTH)
+    trunk = ConvNeXtConfig((1, 1, 1, 1), (4, 4, 4, 4))
+    config = OpenCLIPConfig(text, trunk, embed_dim=6)
+    clip = random_model(lambda rngs: OpenCLIP(config, rngs=rngs))
+    vocabulary, templates = Vocabulary.parse("three; brick"), TEMPLATES[:2]
+    options = {"templates": templates, "cache": tmp_path / "rows"}
+    first = text_rows(clip, tokenizer, vocabulary, **options)
+    (file,) = (tmp_path / "rows").iterdir()
+    np.save(file, np.asarray(first) + 1)  # what is there is taken
+    np.testing.assert_array_equal(text_rows(clip, tokenizer, vocabulary, **options), first + 1)
+    clip.visual.head.proj.kernel.set_value(clip.visual.head.proj.kernel[...] + 1)
+    np.testing.assert_array_equal(text_rows(clip, tokenizer, vocabulary, **options), first + 1)
+    clip.text_projection.set_value(2 * clip.text_projection[...])  # another tower
+    np.testing.assert_allclose(text_rows(clip, tokenizer, vocabulary, **options), first, atol=1e-5)
+    text_rows(clip, tokenizer, Vocabulary.parse("three; grass"), **options)
+    assert len(list((tmp_path / "rows").iterdir())) == 3
+
+
 # ---- label maps ----
 
 SIZES = ImageSizes(padded=(32, 64), size=(30, 51), original=(45, 70))
@@ -155,6 +176,29 @@ def test_semantic_map(seed, torch):
     maps = np.einsum("qk,qhw->khw", expected[:, :-1], full)
     maps = interpolate(torch, maps[:, :30, :51], SIZES.original)
     np.testing.assert_allclose(received, maps.transpose(1, 2, 0), atol=2e-5)
+
+
+def test_labels_are_found_in_bands(monkeypatch, torch):
+    """The same classes as from the scores of all pixels at once, and void where all are low."""
+    inside, outside, masks = outputs(3)
+    scores = class_scores(jnp.asarray(inside), jnp.asarray(outside))
+    arguments = scores, jnp.asarray(masks), SIZES
+    votes = np.asarray(semantic_scores(*arguments))
+    sure = np.ptp(np.sort(votes, axis=-1)[..., -2:], axis=-1) > 1e-4
+    monkeypatch.setattr(inference, "_BAND", 7 * 70 * QUERIES)  # 7 rows of 45
+    least = float(np.median(votes.max(-1)))
+    received = np.asarray(semantic_labels(*arguments, least))
+    expected = np.where(votes.max(-1) >= least, votes.argmax(-1), CLASSES)
+    clear = sure & (np.abs(votes.max(-1) - least) > 1e-4)
+    np.testing.assert_array_equal(received[clear], expected[clear])
+    assert 0.4 < (received == CLASSES).mean() < 0.6 and clear.mean() > 0.95
+
+    full = interpolate(torch, masks, SIZES.padded)[:, :30, :51]
+    full = sigmoid(interpolate(torch, full, SIZES.original))
+    votes = np.einsum("qk,qhw->hwk", np.asarray(scores)[:, :-1], full)
+    sure = np.ptp(np.sort(votes, axis=-1)[..., -2:], axis=-1) > 1e-4
+    first = np.asarray(semantic_labels(*arguments, 0.0, True))
+    np.testing.assert_array_equal(first[sure], votes.argmax(-1)[sure])
 
 
 def panoptic_by_loops(torch, scores, masks, things):

@@ -30,7 +30,7 @@ SPLIT_FRACTIONS = (0.50, 0.35, 0.15)
 _SPLIT_SEED = 20240607
 
 # sRGB fill of each colour, in the order of COLOURS.
-_COLOUR_VALUES = np.array(
+COLOUR_VALUES = np.array(
     [
         [0.90, 0.13, 0.13],  # red
         [0.15, 0.80, 0.20],  # green
@@ -131,12 +131,12 @@ def _textures() -> tuple[np.ndarray, ...]:
     return tuple(result)
 
 
-def _background(rng: np.random.Generator, texture: int) -> np.ndarray:
-    """A random, randomly mirrored crop of a texture, [64,64,3] in [0,1]."""
+def background(rng: np.random.Generator, texture: int, size: int = IMAGE_SIZE) -> np.ndarray:
+    """A random, randomly mirrored crop of a texture, [size,size,3] in [0,1]; size <= 200."""
     photograph = _textures()[texture]
-    top = rng.integers(photograph.shape[0] - IMAGE_SIZE + 1)
-    left = rng.integers(photograph.shape[1] - IMAGE_SIZE + 1)
-    crop = photograph[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+    top = rng.integers(photograph.shape[0] - size + 1)
+    left = rng.integers(photograph.shape[1] - size + 1)
+    crop = photograph[top : top + size, left : left + size]
     flip_rows, flip_columns = rng.random(2) < 0.5
     crop = crop[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     # Even each crop towards the same mean, so that no crop is so bright that it hides a digit.
@@ -151,7 +151,7 @@ def _smoothstep(field: np.ndarray, low: float, high: float) -> np.ndarray:
     return t * t * (3.0 - 2.0 * t)
 
 
-def _ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.ndarray:
+def ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.ndarray:
     """Antialiased coverage [64,64] in [0,1] of a digit under a random small affine map."""
     angle, shear = rng.uniform(-1, 1, 2) * (jitter.rotation, jitter.shear)
     scale = 1.0 + rng.uniform(-1, 1) * jitter.scale
@@ -182,7 +182,7 @@ def render(
     ``spline`` is a row of ``Digits.splines``; ``colour`` and ``texture`` index COLOURS and
     TEXTURES. Every random choice comes from ``rng``.
     """
-    return render_filled(rng, spline, _COLOUR_VALUES[colour], texture, jitter=jitter)
+    return render_filled(rng, spline, COLOUR_VALUES[colour], texture, jitter=jitter)
 
 
 def render_filled(
@@ -195,12 +195,23 @@ def render_filled(
 ) -> np.ndarray:
     """As ``render``, the digit filled with sRGB values in [0,1]: one colour [3], or [64,64,3]."""
     jitter = jitter or Jitter()
-    image = _background(rng, texture)
-    ink = _ink(rng, spline, jitter)
-    halo = np.clip(1.8 * ndimage.gaussian_filter(ink, 1.6, truncate=2.5), 0.0, 1.0)
-    paint = fill + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour
+    image = background(rng, texture)
+    return to_bytes(paint(rng, image, ink(rng, spline, jitter), fill, jitter))
+
+
+def paint(
+    rng: np.random.Generator, image: np.ndarray, coverage: np.ndarray, fill: np.ndarray,
+    jitter: Jitter,
+) -> np.ndarray:  # fmt: skip
+    """The image [h,w,3] in [0,1] with a dark halo, filled where ``coverage`` [h,w] says."""
+    halo = np.clip(1.8 * ndimage.gaussian_filter(coverage, 1.6, truncate=2.5), 0.0, 1.0)
+    fill = fill + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour
     image = image * (1.0 - 0.75 * halo[..., None])
-    image = image + ink[..., None] * (np.clip(paint, 0.0, 1.0) - image)
+    return image + coverage[..., None] * (np.clip(fill, 0.0, 1.0) - image)
+
+
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """[0,1] -> uint8."""
     return np.round(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 

@@ -5,7 +5,7 @@ right to `padded`, and has `original` rows and columns in its file.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from ...flax_models.layers.bilinear import resize
 from .metrics import Segment
 
-Size = Sequence[int]
+_BAND = 2**24  # numbers that are held at once for a band of rows
 
 
 class ImageSizes(NamedTuple):
@@ -51,11 +51,43 @@ def semantic_scores(
     return resize(maps, sizes.original, axis=0)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _full_masks(mask_logits: Array, sizes: ImageSizes) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 4))
+def semantic_labels(
+    scores: Float[Array, "Q C"], mask_logits: Float[Array, "Q h w"], sizes: ImageSizes,
+    least_score: Float[Array, ""] | float = 0.0, masks_first: bool = False,
+) -> Int[Array, "H W"]:  # fmt: skip
+    """The class of each pixel, found a few rows at a time; K where none has `least_score`.
+
+    Args:
+      scores, mask_logits, sizes: as for `semantic_scores`.
+      least_score: what a class must have of the queries' votes.
+      masks_first: resize masks to the original image instead of votes, as is done for panoptic
+        maps.
+    """
     rows, columns = sizes.size
-    logits = resize(mask_logits, sizes.padded)[:, :rows, :columns]
-    return jax.nn.sigmoid(resize(logits, sizes.original))
+    maps = resize(mask_logits, sizes.padded)[:, :rows, :columns]
+    if not masks_first:
+        maps = jnp.einsum("qk,qhw->khw", scores[:, :-1], jax.nn.sigmoid(maps))
+    height, width = sizes.original
+    band = max(1, min(height, _BAND // (width * len(scores))))
+    weights = resize(jnp.eye(rows), (height, rows), axis=0)  # [H, h]
+    weights = jnp.pad(weights, ((0, -height % band), (0, 0))).reshape(-1, band, rows)
+
+    def of_band(weights: Array) -> Array:
+        part = resize(jnp.einsum("bh,nhw->nbw", weights, maps), (band, width))
+        if masks_first:
+            part = jnp.einsum("qk,qbw->kbw", scores[:, :-1], jax.nn.sigmoid(part))
+        return jnp.where(part.max(axis=0) >= least_score, part.argmax(axis=0), len(part))
+
+    return jax.lax.map(of_band, weights).reshape(-1, width)[:height]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _full_mask(mask_logits: Array, sizes: ImageSizes) -> Array:
+    """One mask, of the original size."""
+    rows, columns = sizes.size
+    logits = resize(mask_logits, sizes.padded, axis=0)[:rows, :columns]
+    return jax.nn.sigmoid(resize(logits, sizes.original, axis=0))
 
 
 def panoptic_map(
@@ -82,19 +114,25 @@ def panoptic_map(
     Returns:
       ids from 1 on, 0 for void, at the original size; and what each id is.
     """
-    chances = np.asarray(scores)
+    chances, logits = np.asarray(scores), np.asarray(mask_logits)
     label, best = chances.argmax(axis=-1), chances.max(axis=-1)
     kept = np.flatnonzero((label != chances.shape[1] - 1) & (best > least_score))
     ids = np.zeros(sizes.original, np.int32)
     segments: dict[int, Segment] = {}
     if not kept.size:
         return ids, segments
-    masks = np.asarray(_full_masks(mask_logits, sizes))[kept]
-    winner = (best[kept][:, None, None] * masks).argmax(axis=0)
+    winner, most = np.full(sizes.original, -1), np.zeros(sizes.original, np.float32)
+    inside = []  # each mask's pixels
+    for place, query in enumerate(kept):
+        mask = np.asarray(_full_mask(logits[query], sizes))
+        inside.append(mask >= 0.5)
+        vote = best[query] * mask
+        winner[vote > most] = place
+        np.maximum(most, vote, out=most)
     stuff: dict[int, int] = {}
     for place, query in enumerate(kept):
         category = int(label[query])
-        won, own = winner == place, masks[place] >= 0.5
+        won, own = winner == place, inside[place]
         region = won & own
         if not region.any() or won.sum() / own.sum() < least_overlap:
             continue

@@ -36,7 +36,9 @@ class SetLossConfig:
     """Weights and numbers of points; the defaults are the published ones.
 
     Attributes:
-      class_weight, mask_weight, dice_weight: of the three losses, and in the cost of a match.
+      class_weight: of the class loss, and of classes in the cost of a match.
+      mask_weight: of the masks' cross-entropy, and in the cost of a match.
+      dice_weight: of the masks' Dice loss, and in the cost of a match.
       void_weight: of queries without a target in the class loss.
       num_points: points at which two masks are compared.
       oversample: candidates drawn per point that is kept for being uncertain.

@@ -6,6 +6,8 @@ its embeddings in the 14 sentences of ViLD (Gu et al. 2022), as FC-CLIP and MAFT
 """
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,18 @@ class Vocabulary:
             )
         return cls(tuple(classes))
 
+    @classmethod
+    def named(cls, text: str) -> "Vocabulary":
+        """From a class file if the text ends with .txt, otherwise from `cat; sofa, couch`."""
+        return cls.read(text) if text.endswith(".txt") else cls.parse(text)
+
     def __len__(self) -> int:
         return len(self.classes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Each class by its first synonym."""
+        return tuple(names[0] for names in self.classes)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -122,7 +134,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarra
 
 def text_rows(
     clip: OpenCLIP, tokenizer: Any, vocabulary: Vocabulary, *,
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] = TEMPLATES, cache: Path | None = None,
 ) -> Float[Array, "R D"]:  # fmt: skip
     """The rows of a text classifier, of unit length, without void.
 
@@ -131,9 +143,25 @@ def text_rows(
       tokenizer: CLIP's.
       vocabulary: R synonyms in all.
       templates: sentences with `{}` for a synonym.
+      cache: a folder that keeps rows, by a digest of the prompts and of the text tower: a large
+        vocabulary takes minutes on a CPU.
     """
     prompts = [template.format(name) for name in vocabulary.rows for template in templates]
     ids = tokenize(tokenizer, prompts, clip.config.text_config.context_length)
+    if cache is None:
+        return _rows(clip, ids, len(templates))
+    file = cache / f"{_digest(clip, ids, len(templates))}.npy"
+    if file.is_file():
+        return jnp.asarray(np.load(file))
+    rows = _rows(clip, ids, len(templates))
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.stem}.{os.getpid()}.npy")
+    np.save(partial, np.asarray(rows))
+    partial.replace(file)
+    return rows
+
+
+def _rows(clip: OpenCLIP, ids: Int[np.ndarray, "N L"], templates: int) -> Float[Array, "R D"]:
     padded = np.resize(ids, (-(-len(ids) // _CHUNK) * _CHUNK, ids.shape[1]))  # one shape to compile
     graphdef, state = nnx.split(clip)
     parts = [
@@ -141,7 +169,16 @@ def text_rows(
         for start in range(0, len(padded), _CHUNK)
     ]
     embeddings = jnp.concatenate(parts)[: len(ids)].astype(jnp.float32)
-    return ensemble(embeddings.reshape(len(vocabulary.rows), len(templates), -1))
+    return ensemble(embeddings.reshape(len(ids) // templates, templates, -1))
+
+
+def _digest(clip: OpenCLIP, ids: Int[np.ndarray, "N L"], templates: int) -> str:
+    digest = hashlib.sha256(repr((ids.shape, templates)).encode() + ids.tobytes())
+    for name, part in nnx.to_pure_dict(nnx.state(clip)).items():
+        if name != "visual":
+            for leaf in jax.tree.leaves(part):
+                digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _encode_text(graphdef: nnx.GraphDef[Any], state: Any, ids: Array) -> Array:

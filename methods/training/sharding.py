@@ -85,6 +85,18 @@ AUTOENCODER_RULES: Rules = (
     *DEFAULT_RULES,
 )
 
+MAFT_PLUS_RULES: Rules = (
+    ("*.linear1.kernel", _COLUMN),
+    ("*.linear2.kernel", _ROW),
+    ("*.mlp.fc1.kernel", _COLUMN),
+    ("*.mlp.fc2.kernel", _ROW),
+    ("*.bias", _P()),
+    ("*norm*.scale", _P()),
+    ("rows", _P()),
+    ("synonyms", _P()),
+    *DEFAULT_RULES,
+)
+
 # A training step may hold several models side by side; their rows do not overlap.
 STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLIP_RULES)
 
@@ -92,6 +104,7 @@ RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "UNet2DConditionModel": UNET_RULES,
     "DiTTransformer2DModel": DIT_RULES,
+    "MaftPlus": MAFT_PLUS_RULES,
     "AutoencoderKL": AUTOENCODER_RULES,
     "CLIPTextModel": CLIP_RULES,
     "CLIPModel": CLIP_RULES,

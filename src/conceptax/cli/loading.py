@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from conceptax.converters import load_changes, load_pytorch
+from conceptax.converters import load_changes, load_maft_plus, load_open_clip, load_pytorch
 from conceptax.converters.errors import CheckpointError
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.tokenizer import read_tokenizer
@@ -15,6 +15,8 @@ from conceptax.flax_models.blip import BlipForImageTextRetrieval
 from conceptax.flax_models.blip_2 import Blip2ForImageTextRetrieval
 from conceptax.flax_models.clip import CLIPModel, CLIPTextModel
 from conceptax.flax_models.dinov2 import Dinov2Model
+from conceptax.flax_models.maft_plus import MaftPlus
+from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
 from conceptax.methods.concepts import ConceptError
@@ -22,6 +24,7 @@ from conceptax.methods.evaluation import ClipClassifier, GlyphsClassifier
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.metrics import Blip, Clip, Dino, Preprocessing
 
+_TOKENIZER = ("tokenizer.json", "vocab.json")
 _PARTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
 
 
@@ -102,7 +105,7 @@ def load_clip(path: Path, tokenizer: Any, name: str) -> Clip:
       CheckpointError: what is wrong with it, or a tokenizer of another vocabulary.
     """
     model = _load(path, CLIPModel, "a CLIP with both towers")
-    if any((path / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+    if any((path / file).is_file() for file in _TOKENIZER):
         tokenizer = read_tokenizer(path)
     elif tokenizer is None:
         beside = path.resolve().parent / "tokenizer"
@@ -171,3 +174,65 @@ def load_classifier(path: Path, tokenizer: Any, name: str) -> GlyphsClassifier |
         f"{path} is no classifier: it takes a judge that `conceptax glyphs train` built, or a CLIP "
         "with both towers (config.json with model_type clip)."
     )
+
+
+def load_segmenter_model(path: Path, *, form: str, token_order: str, dtype: str) -> MaftPlus:
+    """A MAFT+ model.
+
+    Args:
+      path: a folder that `conceptax segment train` wrote, or a detectron2 checkpoint.
+      form, token_order: of a checkpoint, as for `load_maft_plus`; a folder with config.json tells
+        them itself.
+      dtype: computation dtype.
+
+    Raises:
+      CheckpointError: what is wrong with it.
+    """
+    if path.is_dir():
+        model = load_pytorch(path, dtype=jnp.dtype(dtype))
+    else:
+        model = load_maft_plus(path, form=form, token_order=token_order, dtype=jnp.dtype(dtype))
+    if not isinstance(model, MaftPlus):
+        raise CheckpointError(f"{path} is a {type(model).__name__}, not a MAFT+ model.")
+    return model
+
+
+def load_open_clip_model(path: Path, *, dtype: str, prefix: str = "") -> OpenCLIP:
+    """An OpenCLIP model with a ConvNeXt tower, from a folder or from a weight file.
+
+    Args:
+      path: the folder or file.
+      dtype: computation dtype.
+      prefix: what its keys begin with in a larger file.
+
+    Raises:
+      CheckpointError: what is wrong with it.
+    """
+    if path.is_dir():
+        model = load_pytorch(path, dtype=jnp.dtype(dtype))
+    else:
+        model = load_open_clip(path, prefix=prefix, dtype=jnp.dtype(dtype))
+    if not isinstance(model, OpenCLIP):
+        raise CheckpointError(f"{path} is a {type(model).__name__}, not an OpenCLIP model.")
+    return model
+
+
+def load_segmentation_tokenizer(path: Path, given: Path | None, clip: OpenCLIP) -> Any:
+    """The tokenizer in a folder, by default in that of the model at `path`.
+
+    Raises:
+      CheckpointError: there is none, or it is of another vocabulary.
+    """
+    folder = given or (path if path.is_dir() else path.parent)
+    if not any((folder / file).is_file() for file in _TOKENIZER):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer ({' or '.join(_TOKENIZER)}): pass --tokenizer FOLDER, "
+            "such as that of openai/clip-vit-base-patch32."
+        )
+    tokenizer = read_tokenizer(folder)
+    rows = clip.config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"{path} embeds {rows} tokens and the tokenizer in {folder} has {len(tokenizer)}."
+        )
+    return tokenizer

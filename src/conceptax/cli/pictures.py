@@ -102,18 +102,18 @@ def before_after(
     width = len(blocks) * block_width + (len(blocks) + 1) * margin
     canvas = Image.new("RGB", (width, head + rows * (cell + label + 12) + margin), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((margin, 22), title, INK, _font(30, bold=True))
-    draw.text((margin, 64), note, QUIET, _font(18))
+    draw.text((margin, 22), title, INK, label_font(30, bold=True))
+    draw.text((margin, 64), note, QUIET, label_font(18))
     for b, block in enumerate(blocks):
         left = margin + b * (block_width + margin)
         right = left + half + 3 * gap
-        draw.text((left, 104), block.title, INK, _font(20, bold=True))
+        draw.text((left, 104), block.title, INK, label_font(20, bold=True))
         for x, name in ((left, "before"), (right, "after")):
-            draw.text((x, 132), name, QUIET, _font(18))
+            draw.text((x, 132), name, QUIET, label_font(18))
             draw.line((x, 158, x + half, 158), LINE, 2)
         for r, row in enumerate(block.rows):
             top = head + r * (cell + label + 12)
-            draw.text((left, top), _shorten(row.prompt, block_width), INK, _font(18))
+            draw.text((left, top), _shorten(row.prompt, block_width), INK, label_font(18))
             for x, images in ((left, row.before), (right, row.after)):
                 for n, image in enumerate(images):
                     big = Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC)
@@ -126,7 +126,7 @@ def _as_image(image: Any) -> Image.Image:
 
 
 def _shorten(text: str, width: int) -> str:
-    font = _font(18)
+    font = label_font(18)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -135,7 +135,7 @@ def _shorten(text: str, width: int) -> str:
 
 
 @functools.cache
-def _font(size: int, bold: bool = False) -> Any:
+def label_font(size: int, bold: bool = False) -> Any:
     """DejaVu Sans, which comes with matplotlib."""
     from matplotlib import get_data_path
 

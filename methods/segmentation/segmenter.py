@@ -1,0 +1,96 @@
+"""A model that looks at images of any size with the eyes of one vocabulary."""
+
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from ...flax_models.maft_plus import MaftPlus, class_logits
+from .augmentation import resize_image, shortest_edge
+from .batches import normalise_image, padded_size
+from .inference import ImageSizes, class_scores, panoptic_map, semantic_labels
+from .metrics import Segment
+
+
+class Seen(NamedTuple):
+    """What a model sees in an image.
+
+    Attributes:
+      scores: [Q, K + 1] probabilities of each query's classes and of void.
+      mask_logits: [Q, h, w].
+      sizes: of the image.
+    """
+
+    scores: Float[Array, "Q C"]
+    mask_logits: Float[Array, "Q h w"]
+    sizes: ImageSizes
+
+    def labels(
+        self, *, least_score: float = 0.0, masks_first: bool = False
+    ) -> Int[np.ndarray, "H W"]:
+        """`inference.semantic_labels` of the image, on the host."""
+        labels = semantic_labels(
+            self.scores, self.mask_logits, self.sizes, least_score, masks_first
+        )
+        return np.asarray(labels)
+
+    def panoptic(
+        self, things: Collection[int], *, least_score: float = 0.2
+    ) -> tuple[Int[np.ndarray, "H W"], dict[int, Segment]]:
+        """`inference.panoptic_map` of the image."""
+        return panoptic_map(
+            self.scores, self.mask_logits, self.sizes, things, least_score=least_score
+        )
+
+
+class Segmenter:
+    """A model and a vocabulary.
+
+    Args:
+      model: read, never changed.
+      rows: its text rows of the vocabulary, of unit length.
+      synonyms: the rows of each class.
+      short, longest: pixels along the shorter side of what the model sees, and at most along the
+        longer one.
+    """
+
+    def __init__(
+        self, model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[np.ndarray, "K S"], *,
+        short: int = 800, longest: int = 1333,
+    ):  # fmt: skip
+        self.rows, self.synonyms = jnp.asarray(rows), jnp.asarray(synonyms)
+        self.short, self.longest = short, longest
+        graphdef, state = nnx.split(model)
+        self._look = functools.partial(_look, graphdef, state)
+
+    @property
+    def classes(self) -> int:
+        """How many the vocabulary has."""
+        return len(self.synonyms)
+
+    def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> Seen:
+        """Look at an image of any size."""
+        height, width = image.shape[:2]
+        size = shortest_edge((height, width), self.short, self.longest)
+        padded = padded_size(size)
+        pixels = normalise_image(resize_image(image, size), padded)
+        scores, masks = self._look(jnp.asarray(pixels)[None], self.rows, self.synonyms)
+        return Seen(scores, masks, ImageSizes(padded, size, (height, width)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(
+    graphdef: nnx.GraphDef[Any], state: Any, image: Array, rows: Array, synonyms: Array
+) -> tuple[Array, Array]:
+    output = nnx.merge(graphdef, state)(image, rows)
+    last = output.layers[-1]
+    inside, opened, masks = (
+        part[0].astype(jnp.float32)
+        for part in (last.row_logits, output.open_logits, last.mask_logits)
+    )
+    return class_scores(class_logits(inside, synonyms), class_logits(opened, synonyms)), masks

@@ -1,0 +1,311 @@
+"""`conceptax segment run`, `evaluate`, `train` and `coco-stuff`: open-vocabulary segmentation."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from conceptax.cli.loading import load_segmentation_tokenizer, load_segmenter_model
+from conceptax.cli.options import OptionalInt, OptionalPath
+from conceptax.cli.overlay import class_colours, overlay
+from conceptax.cli.pictures import save_png
+from conceptax.cli.report import Number, Table, markdown_table
+from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.segment_train import Train, train
+from conceptax.methods.instances import read_image
+from conceptax.methods.segmentation.datasets import IGNORE, LAYOUTS, open_scenes
+from conceptax.methods.segmentation.evaluation import Quality, evaluate
+from conceptax.methods.segmentation.metrics import Segment
+from conceptax.methods.segmentation.segmenter import Segmenter
+from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
+
+METRICS, LEGEND, PANOPTIC = "metrics.json", "legend.json", "panoptic.json"
+VOID = IGNORE[16]
+
+Form = Literal["semantic", "panoptic"]
+TokenOrder = Literal["reference", "raster"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Looking:
+    """What looking at images takes.
+
+    Attributes:
+      model: a MAFT+ folder, or a checkpoint of MAFT+ or FC-CLIP (.pth, .bin, .safetensors).
+      vocabulary: classes separated by ; and synonyms by , or a .txt file of lines id:name,synonym.
+      tokenizer: a CLIP tokenizer's folder; by default the model's own.
+      form: what a checkpoint was trained for, which its file does not tell.
+      token_order: as a checkpoint was trained; the published ones are "reference".
+      short_side: pixels along the shorter side of what the model sees.
+      long_side: at most so many along the longer one.
+      text_cache: folder to keep the text embeddings of vocabularies in.
+      dtype: computation dtype.
+    """
+
+    model: Path
+    vocabulary: str
+    tokenizer: OptionalPath = None
+    form: Form = "semantic"
+    token_order: TokenOrder = "reference"
+    short_side: int = 800
+    long_side: int = 1333
+    text_cache: OptionalPath = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(_Looking):
+    """Find the classes of a vocabulary in images of any size.
+
+    For each image NAME: NAME_overlay.png, the image tinted by class; NAME_labels.png, 16 bits, the
+    number of each pixel's class, 65535 where there is none; NAME_panoptic.png, segment ids in
+    COCO's form. legend.json says what the numbers are, panoptic.json what the segments are.
+
+    Attributes:
+      images: what to look at.
+      output: the folder to write.
+      stuff: classes, named as in the vocabulary and separated by ; whose regions are one segment;
+        those of all others are told apart.
+      least_score: a region that no class claims with so much is void.
+      force: replace an earlier result.
+    """
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    output: Path = Path("segmented")
+    stuff: str = ""
+    least_score: float = 0.2
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(_Looking):
+    """Measure a model on scenes: mIoU, fwIoU, mACC, pACC; on panoptic scenes PQ, SQ and RQ too.
+
+    Writes metrics.json, with the IoU of each class, and table.md.
+
+    Attributes:
+      data: a folder with images/ and annotations/, or the root of a published layout.
+      layout: how it is laid out.
+      ignore: label of pixels that count nowhere; by default 255, and 65535 in maps of 16 bits.
+      output: the folder to write.
+      force: replace an earlier result.
+    """
+
+    data: Path
+    layout: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(LAYOUTS)}}}")] = "folder"
+    ignore: OptionalInt = None
+    output: Path = Path("segmentation")
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoStuff:
+    """Number the classes of COCO-Stuff's label maps 0 to 170, as training and evaluation take them.
+
+    Attributes:
+      source: folder of stuffthingmaps (8-bit PNG).
+      output: folder to write; it must be empty or new.
+    """
+
+    source: tyro.conf.Positional[Path]
+    output: tyro.conf.Positional[Path]
+
+
+COMMANDS = {"run": Run, "evaluate": Evaluate, "train": Train, "coco-stuff": CocoStuff}
+
+
+def run(command: Run | Evaluate | Train | CocoStuff) -> None:
+    """Do what was asked for."""
+    if isinstance(command, Run):
+        _run(command)
+    elif isinstance(command, Evaluate):
+        _evaluate(command)
+    elif isinstance(command, Train):
+        train(command)
+    else:
+        from conceptax.methods.segmentation.coco_stuff import convert
+
+        with new_folder(command.output, force=False) as folder:
+            count = convert(command.source, folder)
+        print(f"{command.output}: {count} label maps")
+
+
+def _segmenter(command: _Looking, vocabulary: Vocabulary) -> Segmenter:
+    model = load_segmenter_model(
+        command.model, form=command.form, token_order=command.token_order, dtype=command.dtype
+    )
+    clip = model.backbone.clip_model
+    tokenizer = load_segmentation_tokenizer(command.model, command.tokenizer, clip)
+    rows = text_rows(clip, tokenizer, vocabulary, cache=command.text_cache)
+    return Segmenter(
+        model, rows, vocabulary.synonyms(), short=command.short_side, longest=command.long_side
+    )
+
+
+# ---- run ----
+
+
+def _run(command: Run) -> None:
+    vocabulary = Vocabulary.named(command.vocabulary)
+    if not command.images:
+        raise ValueError("there is nothing to look at: pass at least one image.")
+    stems = [path.stem for path in command.images]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"results are named like the images, but {', '.join(twice)} comes twice.")
+    things = _things(vocabulary, command.stuff)
+    colours = class_colours(len(vocabulary))
+    content: dict[str, Any] = {"images": [], "annotations": []}
+    pixels = np.zeros(len(vocabulary) + 1, np.int64)
+    with new_folder(command.output, force=command.force, markers=[LEGEND]) as folder:
+        images = [read_image(path) for path in command.images]  # a damaged one is told first
+        segmenter = _segmenter(command, vocabulary)
+        for number, (path, image) in enumerate(zip(command.images, images, strict=True), 1):
+            seen = segmenter(image)
+            labels = seen.labels(least_score=command.least_score)
+            ids, segments = seen.panoptic(things, least_score=command.least_score)
+            pixels += np.bincount(labels.ravel(), minlength=len(pixels))
+            height, width = labels.shape
+            picture = overlay(image, labels, vocabulary.names, colours)
+            save_png(picture, folder / f"{path.stem}_overlay.png")
+            stored = np.where(labels == len(vocabulary), VOID, labels).astype(np.uint16)
+            save_png(Image.fromarray(stored), folder / f"{path.stem}_labels.png")
+            name = f"{path.stem}_panoptic.png"
+            save_png(_colour_coded(ids), folder / name)
+            content["images"].append(
+                {"id": number, "file_name": path.name, "height": height, "width": width}
+            )
+            content["annotations"].append(
+                {"image_id": number, "file_name": name, "segments_info": _described(ids, segments)}
+            )
+        content["categories"] = [
+            {"id": k, "name": name, "isthing": int(k in things), "color": colours[k].tolist()}
+            for k, name in enumerate(vocabulary.names)
+        ]
+        content["info"] = {
+            "model": str(command.model), "least_score": command.least_score, **environment(),
+        }  # fmt: skip
+        write_json(folder / PANOPTIC, content)
+        classes = [
+            {"label": k, "names": list(names), "color": colours[k].tolist(),
+             "pixels": int(pixels[k])}
+            for k, names in enumerate(vocabulary.classes)
+        ]  # fmt: skip
+        write_json(
+            folder / LEGEND,
+            {"void": {"label": VOID, "pixels": int(pixels[-1])}, "classes": classes},
+        )
+    shares = sorted(
+        ((n / pixels.sum(), name) for n, name in zip(pixels, vocabulary.names, strict=False) if n),
+        reverse=True,
+    )
+    told = ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares[:8]) or "nothing"
+    print(f"{command.output}: {told}; void {100 * pixels[-1] / pixels.sum():.1f} %")
+
+
+def _things(vocabulary: Vocabulary, stuff: str) -> frozenset[int]:
+    named = {name.strip() for name in stuff.split(";") if name.strip()}
+    if unknown := sorted(named - set(vocabulary.rows)):
+        raise ValueError(f"--stuff names {', '.join(unknown)}, which the vocabulary does not have.")
+    return frozenset(k for k, names in enumerate(vocabulary.classes) if not named & set(names))
+
+
+def _colour_coded(ids: np.ndarray) -> np.ndarray:
+    return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+
+
+def _described(ids: np.ndarray, segments: dict[int, Segment]) -> list[dict[str, Any]]:
+    found = []
+    for number, segment in segments.items():
+        rows, columns = np.nonzero(ids == number)
+        left, top = int(columns.min()), int(rows.min())
+        found.append({
+            "id": number, "category_id": segment.category, "area": len(rows), "iscrowd": 0,
+            "bbox": [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1],
+        })  # fmt: skip
+    return found
+
+
+# ---- evaluate ----
+
+
+def _evaluate(command: Evaluate) -> None:
+    vocabulary = Vocabulary.named(command.vocabulary)
+    with new_folder(command.output, force=command.force, markers=[METRICS]) as folder:
+        scenes = open_scenes(
+            command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
+        )
+        segmenter = _segmenter(command, vocabulary)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("scenes", total=len(scenes))
+            quality = evaluate(
+                segmenter, scenes, report=lambda done: progress.update(task, completed=done)
+            )
+        record = {
+            **figures(quality, vocabulary), "scenes": len(scenes),
+            "settings": _settings(command), **environment(),
+        }  # fmt: skip
+        write_json(folder / METRICS, record)
+        markdown = "\n".join(map(markdown_table, tables(quality, len(scenes))))
+        (folder / "table.md").write_text(markdown, encoding="utf-8")
+    print(markdown)
+    print(f"{command.output}: {METRICS}, table.md")
+
+
+def _settings(command: Evaluate) -> dict[str, Any]:
+    settings = dataclasses.asdict(command)
+    for name in ("output", "force", "text_cache"):
+        del settings[name]
+    return json.loads(json.dumps(settings, default=str))
+
+
+def figures(quality: Quality, vocabulary: Vocabulary) -> dict[str, Any]:
+    """All measures as plain numbers, in percent; null where there is nothing to measure."""
+
+    def plain(value: float) -> float | None:
+        return None if np.isnan(value) else float(value)
+
+    semantic = {
+        field.name: plain(getattr(quality.semantic, field.name))
+        for field in dataclasses.fields(quality.semantic)
+        if field.name != "iou"
+    }
+    panoptic = {
+        group: {"pq": plain(q.pq), "sq": plain(q.sq), "rq": plain(q.rq), "classes": q.classes}
+        for group, q in quality.panoptic.items()
+    }
+    iou = zip(vocabulary.names, quality.semantic.iou, strict=True)
+    return {
+        "semantic": semantic, "panoptic": panoptic or None,
+        "iou": [{"name": name, "iou": plain(value)} for name, value in iou],
+    }  # fmt: skip
+
+
+def tables(quality: Quality, scenes: int) -> list[Table]:
+    """For people."""
+    q = quality.semantic
+    note = (
+        f"{scenes} scenes. mIoU is the mean over the classes in the ground truth. In the second "
+        "column the same sum is divided by the number of classes there or predicted, as the "
+        "evaluator beside the published code does."
+    )
+    columns = ("", "mIoU", "mIoU, predicted classes too", "fwIoU", "mACC", "pACC")
+    values = (q.miou, q.miou_predicted, q.fwiou, q.macc, q.pacc)
+    rows = [("all classes", *(Number(f"{value:.2f}") for value in values))]
+    found = [Table("Classes of pixels", columns, rows, note)]
+    if quality.panoptic:
+        lines = [
+            (
+                name,
+                *(Number(f"{value:.2f}") for value in (p.pq, p.sq, p.rq)),
+                Number(f"{p.classes}"),
+            )
+            for name, p in quality.panoptic.items()
+        ]
+        found.append(Table("Segments", ("", "PQ", "SQ", "RQ", "classes"), lines))
+    return found
