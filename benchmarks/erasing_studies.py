@@ -82,8 +82,8 @@ def pareto() -> Iterator[Cell]:
     """Each method's own trade of erasing for retention."""
     for method, field, values in (
         ("sage", "eta", (0.0, 1.0, 2.0, 8.0)),
-        ("sage", "local_weight", (1.0, 16.0)),
-        ("sage", "global_weight", (1.0, 50.0)),
+        ("sage", "local_weight", (4.0, 64.0)),
+        ("sage", "global_weight", (5.0, 80.0)),
         ("word", "eta", (0.0, 1.0, 2.0, 8.0)),
         ("esd-x", "eta", (1.0, 2.0, 6.0)),
         ("esd-u", "eta", (0.3, 3.0)),
@@ -97,56 +97,24 @@ def pareto() -> Iterator[Cell]:
         yield Cell(f"{method} as it is", method)
 
 
+# What the defaults were before all token states were compared, and what else was tried then.
+EARLIER: Mapping[str, Any] = {"check_states": "pooled", "global_weight": 5.0, "local_weight": 4.0}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "as it is": {},
     "no self-check": {"check_steps": 0},
+    "check: pooled": {"check_states": "pooled"},
     "check: outside-in": {"check_start": "random"},
     "check: anchor form": {"check": "anchor"},
     "check: guided": {"check": "guided"},
-    "check: guided, K 30": {"check": "guided", "check_steps": 30},
     "check: sign steps": {"check_optimizer": "sign"},
     "check: gamma 0": {"check_weight": 0.0},
     "check: gamma 4": {"check_weight": 4.0},
     "check: K 3": {"check_steps": 3},
     "check: K 30": {"check_steps": 30},
     "check: alpha 0.3": {"check_rate": 0.3},
-    "check: K 20, alpha 0.3": {"check_steps": 20, "check_rate": 0.3},
-    "check: K 60, alpha 0.2": {"check_steps": 60, "check_rate": 0.2},
-    "check: K 30, alpha 0.2, 500 cycles of 8": {
-        "check_steps": 30,
-        "check_rate": 0.2,
-        "cycles": 500,
-        "prompts": 8,
-    },
-    "check: K 60, alpha 0.2, 500 cycles of 8, retention x 4": {
-        "check_steps": 60,
-        "check_rate": 0.2,
-        "cycles": 500,
-        "prompts": 8,
-        "global_weight": 20.0,
-        "local_weight": 16.0,
-    },
     "check: delta 0.3": {"check_radius": 0.3},
     "check: concept fixed": {"free_concept": False},
-    "check: token-wise": {"check_states": "tokens"},
-    "check: token-wise, K 20, alpha 0.3": {
-        "check_states": "tokens",
-        "check_steps": 20,
-        "check_rate": 0.3,
-    },
-    "check: token-wise, retention x 4": {
-        "check_states": "tokens",
-        "global_weight": 20.0,
-        "local_weight": 16.0,
-    },
-    "global: token-wise": {"global_states": "tokens"},
-    "all token-wise": {"check_states": "tokens", "global_states": "tokens"},
-    "all token-wise, retention x 4": {
-        "check_states": "tokens",
-        "global_states": "tokens",
-        "global_weight": 20.0,
-        "local_weight": 16.0,
-    },
+    "all token-wise": {"global_states": "tokens"},
     "no global retention": {"global_weight": 0.0},
     "global: self form": {"global_form": "self"},
     "global: N 16": {"vocabulary": 16},
@@ -155,9 +123,26 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no retention": {"local_weight": 0.0, "global_weight": 0.0},
     "latents: ddim": {"latents": "ddim"},
     "500 cycles": {"cycles": 500},
-    "retention x 4": {"global_weight": 20.0, "local_weight": 16.0},
+    "500 cycles, K 30, alpha 0.2, 8 prompts": {
+        "check_steps": 30,
+        "check_rate": 0.2,
+        "cycles": 500,
+        "prompts": 8,
+    },
     "embeddings train too": {"trainable": ("*",)},
     "first two layers train": {"trainable": ("encoder.layers.[01]",)},
+    "earlier": EARLIER,
+    "earlier, alpha 0.3": {**EARLIER, "check_rate": 0.3},
+    "earlier, K 60, alpha 0.2": {**EARLIER, "check_steps": 60, "check_rate": 0.2},
+    "earlier, guided": {**EARLIER, "check": "guided"},
+    "earlier, token-wise": {**EARLIER, "check_states": "tokens"},
+    "earlier, token-wise, K 20, alpha 0.3": {
+        **EARLIER,
+        "check_states": "tokens",
+        "check_steps": 20,
+        "check_rate": 0.3,
+    },
+    "earlier, all token-wise": {**EARLIER, "check_states": "tokens", "global_states": "tokens"},
 }
 
 

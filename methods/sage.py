@@ -117,7 +117,7 @@ class SageConfig:
     check_weight: float = 1.0
     check_radius: float | None = None
     check_start: Literal["prompt", "random"] = "prompt"
-    check_states: Literal["pooled", "tokens"] = "pooled"
+    check_states: Literal["pooled", "tokens"] = "tokens"
     free_concept: bool = True
     eta: float = 4.0
     latents: Literal["noise", "ddim"] = "noise"
@@ -130,9 +130,9 @@ class SageConfig:
     global_rows: int = 128
     global_form: Literal["cross", "self"] = "cross"
     global_states: Literal["pooled", "tokens"] = "pooled"
-    global_weight: float = 5.0
+    global_weight: float = 20.0
     local_rows: int = 6
-    local_weight: float = 4.0
+    local_weight: float = 16.0
 
     def __post_init__(self):
         check_settings(
