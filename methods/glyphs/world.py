@@ -182,13 +182,46 @@ def render(
     ``spline`` is a row of ``Digits.splines``; ``colour`` and ``texture`` index COLOURS and
     TEXTURES. Every random choice comes from ``rng``.
     """
-    jitter = jitter or Jitter()
+    return _compose(*_scene(rng, spline, colour, texture, jitter or Jitter()))
+
+
+def render_video(
+    rng: np.random.Generator,
+    spline: np.ndarray,
+    colour: int,
+    texture: int,
+    *,
+    frames: int,
+    speed: float = 1.5,
+    jitter: Jitter | None = None,
+) -> np.ndarray:
+    """A digit that crosses a texture, which stands still: uint8 [F,64,64,3].
+
+    It moves in a random direction, ``speed`` pixels a frame, and is in the middle of the image in
+    the middle of the video. The other arguments are those of ``render``.
+    """
+    image, ink, fill = _scene(rng, spline, colour, texture, jitter or Jitter())
+    angle = rng.uniform(0, 2 * np.pi)
+    step = speed * np.array([np.sin(angle), np.cos(angle)])
+    moved = (ndimage.shift(ink, (n - (frames - 1) / 2) * step, order=1) for n in range(frames))
+    return np.stack([_compose(image, each, fill) for each in moved])
+
+
+def _scene(
+    rng: np.random.Generator, spline: np.ndarray, colour: int, texture: int, jitter: Jitter
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Background [64,64,3], the digit's coverage [64,64] and its fill [3], all in [0,1]."""
     image = _background(rng, texture)
     ink = _ink(rng, spline, jitter)
-    halo = np.clip(1.8 * ndimage.gaussian_filter(ink, 1.6, truncate=2.5), 0.0, 1.0)
     fill = _COLOUR_VALUES[colour] + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour
+    return image, ink, np.clip(fill, 0.0, 1.0)
+
+
+def _compose(image: np.ndarray, ink: np.ndarray, fill: np.ndarray) -> np.ndarray:
+    """The digit with its shadow on the background, uint8 [64,64,3]."""
+    halo = np.clip(1.8 * ndimage.gaussian_filter(ink, 1.6, truncate=2.5), 0.0, 1.0)
     image = image * (1.0 - 0.75 * halo[..., None])
-    image = image + ink[..., None] * (np.clip(fill, 0.0, 1.0) - image)
+    image = image + ink[..., None] * (fill - image)
     return np.round(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
