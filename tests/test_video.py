@@ -347,6 +347,7 @@ def test_unfit_wishes_are_told(reference, tmp_path, capsys, monkeypatch):
     def absent(name):
         raise ImportError(name)
 
+    pytest.importorskip("imageio_ffmpeg")
     with pytest.raises(ValueError, match=r"ffmpeg could not write .*No such file"):
         videos.save_mp4(np.zeros((2, 4, 4, 3), np.uint8), tmp_path / "no" / "a.mp4", 8)
     monkeypatch.setattr(videos.importlib, "import_module", absent)
