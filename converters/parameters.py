@@ -10,24 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
+from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
 from .errors import CheckpointError, OutputError, listing
 from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, PendingTensor, StoredTensor
 from .tensors import Path, TensorSpec, is_finite, variables
 
 ShardingRule = Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | None
-
-
-class OneKey(nnx.Rngs):
-    """Gives the same key every time: enough for shapes, and without a counter, whose updates make
-    the tracing of a large model slow (its time grows with the square of the parameters)."""
-
-    def __init__(self):
-        self._key = jax.random.key(0)
-
-    def __getattr__(self, name: str) -> Callable[[], jax.Array]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return lambda: self._key
 
 
 def fill(

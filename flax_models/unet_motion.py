@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from .abstract import OneKey
 from .configs import ModelConfig
 from .layers.embeddings import Dtype
 from .layers.resnet import group_norm
@@ -376,7 +377,8 @@ def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotio
       ValueError: the adapter is made for a UNet of other sizes.
     """
     config = UNetMotionConfig.of(unet.config, adapter.config)
-    model = nnx.eval_shape(lambda: UNetMotionModel(config, dtype=unet.dtype, rngs=nnx.Rngs(0)))
+    keys = OneKey()
+    model = nnx.eval_shape(lambda: UNetMotionModel(config, dtype=unet.dtype, rngs=keys))
     graphdef, _ = nnx.split(model)
     parts = (nnx.to_pure_dict(nnx.split(part)[1]) for part in (unet, adapter))
     return nnx.merge(graphdef, _union(*parts))
@@ -385,7 +387,8 @@ def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotio
 def motion_adapter(model: UNetMotionModel) -> MotionAdapter:
     """The adapter in a video UNet; parameters are shared, not copied."""
     config = model.config.adapter
-    abstract = nnx.eval_shape(lambda: MotionAdapter(config, dtype=model.dtype, rngs=nnx.Rngs(0)))
+    keys = OneKey()
+    abstract = nnx.eval_shape(lambda: MotionAdapter(config, dtype=model.dtype, rngs=keys))
     graphdef, wanted = nnx.split(abstract)
     state = nnx.to_pure_dict(nnx.split(model)[1])
     return nnx.merge(graphdef, _restriction(state, nnx.to_pure_dict(wanted)))

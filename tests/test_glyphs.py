@@ -122,6 +122,26 @@ def test_render_many_draws_the_named_samples_and_checks_them():
 # Captions
 
 
+def test_a_video_moves_the_digit_and_not_the_texture():
+    spline = world.load_split("generator").splines[5]
+
+    def video(frames, **options):
+        return world.render_video(np.random.default_rng(3), spline, 1, 2, frames=frames, **options)
+
+    image = world.render(np.random.default_rng(3), spline, 1, 2)
+    assert (video(1)[0] == image).all() and (video(5)[2] == image).all()
+    clip, speed = video(9, speed=1.0), 1.0
+    corners = clip[:, :4, :4]
+    assert clip.shape == (9, 64, 64, 3) and (corners == corners[0]).all()
+    green = clip[..., 1].astype(float) - clip[..., 0]  # nothing else is so green
+    weights = np.clip(green - 90, 0, None)
+    rows, columns = np.mgrid[:64, :64]
+    places = np.stack([(weights * axis).sum((1, 2)) for axis in (rows, columns)], -1)
+    steps = np.diff(places / weights.sum((1, 2))[:, None], axis=0)
+    assert np.abs(np.linalg.norm(steps, axis=1) - speed).max() < 0.25
+    assert np.abs(steps - steps.mean(0)).max() < 0.25  # along a line
+
+
 def test_captions_use_every_template_and_every_name():
     rng = np.random.default_rng(0)
     used = collections.Counter(captions.caption(rng, 3, 0, 1) for _ in range(4000))

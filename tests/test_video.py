@@ -15,6 +15,7 @@ from test_text_to_image import SCHEDULER, TEXT, UNET, VAE
 
 from conceptax.cli import main, videos
 from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_motion import (
     MotionAdapterConfig,
@@ -145,8 +146,8 @@ def test_a_config_is_read_and_written(reference):
     ):  # fmt: skip
         config = kind.from_dict(dict(model.config))
         assert kind.from_dict(config.to_dict()) == config
-    full = UNetMotionConfig()
-    model = nnx.eval_shape(lambda: UNetMotionModel(full, rngs=nnx.Rngs(0)))
+    full, keys = UNetMotionConfig(), OneKey()
+    model = nnx.eval_shape(lambda: UNetMotionModel(full, rngs=keys))
     sizes = [leaf.size for leaf in jax.tree.leaves(nnx.split(model, nnx.Param, ...)[1])]
     assert sum(sizes) == 1_312_730_244  # the published model's
 
@@ -346,6 +347,7 @@ def test_unfit_wishes_are_told(reference, tmp_path, capsys, monkeypatch):
     def absent(name):
         raise ImportError(name)
 
+    pytest.importorskip("imageio_ffmpeg")
     with pytest.raises(ValueError, match=r"ffmpeg could not write .*No such file"):
         videos.save_mp4(np.zeros((2, 4, 4, 3), np.uint8), tmp_path / "no" / "a.mp4", 8)
     monkeypatch.setattr(videos.importlib, "import_module", absent)

@@ -25,6 +25,7 @@ from .world import (
     load_split,
     paint,
     to_bytes,
+    varied,
 )
 
 SCENE_SIZE = 2 * IMAGE_SIZE
@@ -141,7 +142,8 @@ def draw(
         quarter = slice(top, top + IMAGE_SIZE), slice(left, left + IMAGE_SIZE)
         spline = source.splines[rng.choice(source.of(figure.digit))]
         coverage = ink(rng, spline, JITTER)
-        image[quarter] = paint(rng, image[quarter], coverage, COLOUR_VALUES[figure.colour], JITTER)
+        fill = varied(rng, COLOUR_VALUES[figure.colour], JITTER)
+        image[quarter] = paint(image[quarter], coverage, fill)
         labels[quarter][coverage >= 0.5] = list(digits).index(figure.digit)
     present = {int(label) + 1: Segment(int(label)) for label in np.unique(labels)}
     return Scene(to_bytes(image), labels + 1, present)

@@ -195,19 +195,44 @@ def render_filled(
 ) -> np.ndarray:
     """As ``render``, the digit filled with sRGB values in [0,1]: one colour [3], or [64,64,3]."""
     jitter = jitter or Jitter()
-    image = background(rng, texture)
-    return to_bytes(paint(rng, image, ink(rng, spline, jitter), fill, jitter))
+    image, coverage = background(rng, texture), ink(rng, spline, jitter)
+    return to_bytes(paint(image, coverage, varied(rng, fill, jitter)))
 
 
-def paint(
-    rng: np.random.Generator, image: np.ndarray, coverage: np.ndarray, fill: np.ndarray,
-    jitter: Jitter,
-) -> np.ndarray:  # fmt: skip
+def render_video(
+    rng: np.random.Generator,
+    spline: np.ndarray,
+    colour: int,
+    texture: int,
+    *,
+    frames: int,
+    speed: float = 1.5,
+    jitter: Jitter | None = None,
+) -> np.ndarray:
+    """A digit that crosses a texture, which stands still: uint8 [F,64,64,3].
+
+    It moves in a random direction, ``speed`` pixels a frame, and is in the middle of the image in
+    the middle of the video. The other arguments are those of ``render``.
+    """
+    jitter = jitter or Jitter()
+    image, coverage = background(rng, texture), ink(rng, spline, jitter)
+    fill = varied(rng, COLOUR_VALUES[colour], jitter)
+    angle = rng.uniform(0, 2 * np.pi)
+    step = speed * np.array([np.sin(angle), np.cos(angle)])
+    moved = (ndimage.shift(coverage, (n - (frames - 1) / 2) * step, order=1) for n in range(frames))
+    return np.stack([to_bytes(paint(image, each, fill)) for each in moved])
+
+
+def varied(rng: np.random.Generator, fill: np.ndarray, jitter: Jitter) -> np.ndarray:
+    """sRGB values in [0,1] as one image has them."""
+    return np.clip(fill + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour, 0.0, 1.0)
+
+
+def paint(image: np.ndarray, coverage: np.ndarray, fill: np.ndarray) -> np.ndarray:
     """The image [h,w,3] in [0,1] with a dark halo, filled where ``coverage`` [h,w] says."""
     halo = np.clip(1.8 * ndimage.gaussian_filter(coverage, 1.6, truncate=2.5), 0.0, 1.0)
-    fill = fill + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour
     image = image * (1.0 - 0.75 * halo[..., None])
-    return image + coverage[..., None] * (np.clip(fill, 0.0, 1.0) - image)
+    return image + coverage[..., None] * (fill - image)
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:
