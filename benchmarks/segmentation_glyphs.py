@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -160,7 +159,7 @@ def run(row: Row, seed: int, clip: OpenCLIP, tokenizer: Any, settings: Settings)
     )
     began = time.perf_counter()
     trained = fit(
-        model, rows, jnp.asarray(vocabulary.synonyms()), batches, training, seed=seed,
+        model, rows, vocabulary.synonyms(), batches, training, seed=seed,
         progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - began
