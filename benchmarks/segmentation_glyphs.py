@@ -91,7 +91,7 @@ class Settings:
 
     pretraining: Recipe = RECIPE
     scale: int = 2
-    scenes: int = 2000
+    scenes: int = 1000
     tests: int = 300
     zero_shot: int = 1000
     batch_size: int = 8
