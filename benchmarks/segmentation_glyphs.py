@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -92,7 +91,7 @@ class Settings:
 
     pretraining: Recipe = RECIPE
     scale: int = 2
-    scenes: int = 2000
+    scenes: int = 1000
     tests: int = 300
     zero_shot: int = 1000
     batch_size: int = 8
@@ -160,7 +159,7 @@ def run(row: Row, seed: int, clip: OpenCLIP, tokenizer: Any, settings: Settings)
     )
     began = time.perf_counter()
     trained = fit(
-        model, rows, jnp.asarray(vocabulary.synonyms()), batches, training, seed=seed,
+        model, rows, vocabulary.synonyms(), batches, training, seed=seed,
         progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - began

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -227,7 +228,7 @@ class MaftPlusStatic:
 
 
 def prepare(
-    model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[Array, "K S"],
+    model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[Array | np.ndarray, "K S"],
     config: MaftPlusTraining, *, teacher: ConvNeXt | None = None,
 ) -> tuple[MaftPlusStatic, TrainState, dict[str, Any]]:  # fmt: skip
     """Everything `train_step` needs.
@@ -257,7 +258,7 @@ def prepare(
 
 
 def fit(
-    model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[Array, "K S"],
+    model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[Array | np.ndarray, "K S"],
     batches: Iterable[Any], config: MaftPlusTraining, *, seed: int,
     teacher: ConvNeXt | None = None, **options: Any,
 ) -> MaftPlus:  # fmt: skip

@@ -213,7 +213,7 @@ def test_a_mesh_trains_the_same(trained, model, data):
     rows = text_rows(start.backbone.clip_model, build_tokenizer(), vocabulary)
     batches = scene_batches(open_scenes(data, 3), ResizeFlip(128, 128), 2, seed=0)
     sharded = fit(
-        start, rows, jnp.asarray(vocabulary.synonyms()), batches, CONFIG, seed=0,
+        start, rows, vocabulary.synonyms(), batches, CONFIG, seed=0,
         mesh=make_mesh(data=1, fsdp=2), rules=RULES["MaftPlus"],
         progress=False,
     )  # fmt: skip

@@ -113,7 +113,7 @@ def caption_step(
 
 
 def pretrain(
-    recipe: Recipe = RECIPE, *, seed: int = 0, scale: int = 2, **options: Any
+    recipe: Recipe = RECIPE, *, seed: int = 0, scale: int = 2, images: int = 6000, **options: Any
 ) -> tuple[OpenCLIP, Any]:
     """A CLIP that knows all ten digits, and its tokenizer.
 
@@ -121,6 +121,7 @@ def pretrain(
       recipe: its length and speed.
       seed: of parameters, images and captions.
       scale: how much images are enlarged.
+      images: how many there are; each gets another caption whenever it is seen.
       options: of `training.train`.
     """
     tokenizer = build_tokenizer()
@@ -128,19 +129,24 @@ def pretrain(
     graphdef, params = nnx.split(_Captioned(config, rngs=nnx.Rngs(seed)))
     stage = CaptionStage(graphdef, recipe.optimizer(), scale)
     state = init_state(nnx.to_pure_dict(params), stage.optimizer)
-    world = GlyphWorld("generator", recipe.steps * recipe.batch_size, seed)
+    images = min(images, recipe.steps * recipe.batch_size)
+    world = GlyphWorld("generator", images, seed)
+    items = [world[index] for index in range(images)]  # drawn once: it takes longer than a step
 
-    def example(index: int) -> dict[str, np.ndarray]:
-        item = world[index]
+    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        item = items[index]
         triple = tuple(item[name] for name in ("digit", "colour", "texture"))
-        text, said = caption(np.random.default_rng([seed, index, 2]), *triple)
+        text, said = caption(rng, *triple)
         tokens = tokenize(tokenizer, [text], MAX_LENGTH)[0]
         labels = np.asarray(triple, np.int32)
         return {"image": item["image"], "tokens": tokens, "labels": labels, "said": said}
 
-    batches = grain.MapDataset.range(len(world)).map(example).batch(recipe.batch_size)
+    batches = (
+        grain.MapDataset.range(images).seed(seed).shuffle().repeat().random_map(example)
+        .batch(recipe.batch_size).to_iter_dataset()
+    )  # fmt: skip
     state = train(
-        caption_step, stage, state, None, batches.to_iter_dataset(), key=jax.random.key(seed),
+        caption_step, stage, state, None, batches, key=jax.random.key(seed),
         num_steps=recipe.steps, **options,
     )  # fmt: skip
     return nnx.merge(graphdef, state.params).clip, tokenizer

@@ -148,7 +148,7 @@ def train(command: Train) -> None:
                 options |= {"checkpoint_dir": logs, "checkpoint_every": command.checkpoint_every}
             log = logs / _LOG
             trained = fit(
-                model, rows, jnp.asarray(vocabulary.synonyms()), batches, command.settings,
+                model, rows, vocabulary.synonyms(), batches, command.settings,
                 seed=command.seed, teacher=original.visual.trunk, metrics_path=log, **options,
             )  # fmt: skip
             lines = log.read_text(encoding="utf-8")
