@@ -96,7 +96,7 @@ def test_an_image_shows_its_colour_and_its_texture():
     colours = np.arange(6)
     images = world.render_many([0] * 6, colours, colours % 3, split="generator", seed=1) / 255.0
     for colour, image in zip(colours, images, strict=True):
-        fill = world._COLOUR_VALUES[colour]
+        fill = world.COLOUR_VALUES[colour]
         inked = np.abs(image - fill).max(-1) < 0.08
         assert 0.05 < inked.mean() < 0.4
         corner = image[:8].reshape(-1, 3).mean(0)
