@@ -37,6 +37,7 @@ PAGE = """# What SAGE withstands, and what it does not
 
 TITLES = {name: method.title for name, method in METHODS.items()} | {"original": "no erasing"}
 MARKS = dict(zip(METHODS, "osD^vP", strict=True))
+COLOURS = {name: f"C{n}" for n, name in enumerate(METHODS)} | {"original": "0.5"}
 
 
 def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -180,7 +181,12 @@ def plot_pareto(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 stays = [kept(cells, group) for group in ("neighbours", "distant")]
                 points.append((100 * pooled(left)["rate"], 100 * pooled(stays)["rate"]))
         if points:
-            axes.scatter(*zip(*sorted(points), strict=True), marker=mark, label=TITLES[name])
+            axes.scatter(
+                *zip(*sorted(points), strict=True),
+                marker=mark,
+                color=COLOURS[name],
+                label=TITLES[name],
+            )
     axes.set(xlabel="concept still drawn, by any name (%)", ylabel="other things drawn right (%)")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -195,13 +201,14 @@ def plot_budgets(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
         ("Concept Inversion: steps", "… norm, relative to the vocabulary's", "relapse: steps"),
         strict=True,
     ):  # fmt: skip
-        for row, cells in rows.items():
+        for row in [each for each in COLOURS if each in rows]:
+            cells = rows[row]
             points = budgets(cells, name)
             x = [point["budget"][key] for point in points]
             y = [100 * point["rate"] for point in points]
-            axes.plot(x, y, marker=MARKS.get(row, "."), label=TITLES.get(row, row))
-            if row == "original" and name == "relapse":
-                never = budgets(cells, name, "never_knew")
+            axes.plot(x, y, marker=MARKS.get(row, "."), color=COLOURS[row], label=TITLES[row])
+            never = budgets(cells, name, "never_knew") if row == "original" else []
+            if never:
                 axes.plot(
                     [point["budget"][key] for point in never],
                     [100 * point["rate"] for point in never], "k--", label="never knew it",
@@ -226,7 +233,8 @@ def write_page(results: Path, docs: Path, ablations: Sequence[str]) -> None:
     for name, content in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         first, last = text.index(begin) + len(begin), text.index(end)
-        text = text[:first] + content + "\n" + text[last:]
+        measured = content.count("\n") > 1  # more than a table's head
+        text = text[:first] + (content if measured else "Not measured yet.") + "\n" + text[last:]
     page.write_text(text, encoding="utf-8")
     plot_pareto(studies["pareto"] | studies["table"], docs / "erasing_pareto.png")
     plot_budgets(studies["table"], docs / "erasing_budgets.png")
