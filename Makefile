@@ -34,7 +34,7 @@ endef
 NATTEN := .cache/natten-0.21.7
 
 # Test files go whole to a worker, so that fixtures that compile are shared.
-PYTEST := pytest -n 2 --dist loadfile
+PYTEST := pytest -n 2 --dist loadfile --durations=20
 
 help:
 	@echo "make install     create $(VENV) and install conceptax"

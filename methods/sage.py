@@ -77,8 +77,9 @@ class SageConfig:
       check_weight: weight of the second term of J (gamma).
       check_radius: largest change of an embedding entry (delta, l-infinity), in the same unit; None
         is unbounded.
-      check_start: where the attack starts: "prompt" (inside-out, at the prompt itself) or "random"
-        (outside-in, at normal noise of the token embeddings' size in place of what may move).
+      check_start: where the attack starts: "prompt" (inside-out, one random step from the prompt)
+        or "random" (outside-in, at normal noise of the token embeddings' size in place of what may
+        move).
       check_states: what the self-check compares: "pooled" states, or all "tokens" of a prompt, as
         the UNet reads them.
       free_concept: let the attack move the concept's own token embeddings too.
@@ -299,6 +300,10 @@ def self_check(
     unit = frozen["embedding_rms"]
     if config.check_start == "random":
         start = jnp.where(free[..., None], unit * jax.random.normal(key, start.shape), start)
+    # At the prompt itself J is nearly flat, and where T is T0 its gradient is rounding noise, of
+    # which Adam would make whole steps that differ between meshes: the walk begins a step away.
+    away = config.check_rate * unit * jax.random.normal(jax.random.fold_in(key, 1), start.shape)
+    begin = jnp.where(free[..., None], start + away, start) if config.check_steps else start
 
     prompts, anchors = before(tokens), before(without)
     if config.check_states == "pooled":
@@ -342,7 +347,7 @@ def self_check(
             embeddings = jnp.clip(embeddings, start - radius, start + radius)
         return embeddings, memory
 
-    attacked, _ = jax.lax.fori_loop(0, config.check_steps, advance, (start, optimizer.init(start)))
+    attacked, _ = jax.lax.fori_loop(0, config.check_steps, advance, (begin, optimizer.init(begin)))
     attacked = jax.lax.stop_gradient(attacked)
     original, current = (phrase_states(each, config.check_states) for each in encoded(attacked))
     return attacked, {

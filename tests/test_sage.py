@@ -427,4 +427,4 @@ def test_meshes_give_the_single_device_losses_on_glyphs(tmp_path, shape):
     single = losses(None)
     assert len(single) == 3
     mesh = make_mesh(data=shape[0], fsdp=shape[1])
-    np.testing.assert_allclose(losses(mesh), single, atol=1e-5)
+    np.testing.assert_allclose(losses(mesh), single, rtol=1e-5, atol=1e-5)  # of about 0.2 to 1.2

@@ -190,6 +190,7 @@ def test_train(trained, model, data, tmp_path, torch):
     evaluate(file, data, tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(trained, tmp_path):
     arguments, folder, checkpoints = trained
     shutil.copytree(checkpoints, tmp_path / "checkpoints")

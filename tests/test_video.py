@@ -226,6 +226,7 @@ def test_the_same_latents_give_the_video_of_diffusers(torch, reference, parts):
     assert (other[0, 0] != received[0, 0]).any()
 
 
+@pytest.mark.slow
 def test_without_motion_frames_are_the_images_of_the_unet(parts):
     """A motion module whose last layer is zero changes nothing: frames are images."""
     pipeline, adapter = parts
