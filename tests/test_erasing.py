@@ -203,7 +203,7 @@ def test_phrases_near_a_concept_are_named(pipeline):
 # ---- ESD ----
 
 
-@pytest.fixture(scope="module", params=["esd-x", "esd-u"])
+@pytest.fixture(scope="module", params=["esd-x", pytest.param("esd-u", marks=pytest.mark.slow)])
 def esd_run(pipeline, request):
     config = TINY[request.param]
     run = esd.prepare(pipeline, ["three", "seven"], config)
@@ -446,7 +446,7 @@ def test_the_upper_level_follows_the_equations(pipeline, adversarial):
     agree(gradient, expected)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sign", marks=pytest.mark.slow)])
 def test_the_lower_level_follows_its_equation(pipeline, adversarial, optimizer):
     """Two steps of the attack, transcribed with the models called one prompt at a time."""
     static, state, frozen = adversarial

@@ -291,7 +291,7 @@ def test_lowers_for_a_gpu_without_one():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.slow), "90a"])
 def test_compiles_for_gpus(architecture, tmp_path):
     library = ctypes.CDLL(str(build.build("gpu", architecture, tmp_path)))
     assert library.GnaForward and library.GnaBackward
