@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+
 from .errors import OutputError
 
 CHECKPOINT_FILES = ("config.json", "model_index.json")
@@ -48,6 +50,10 @@ def atomic_folder(
       OutputError: `path` exists and may not be replaced, or the file system refuses (unwritable,
         full). Nothing is left on disk.
     """
+    if jax.process_index() > 0:  # the first of several processes writes the result
+        with tempfile.TemporaryDirectory() as unused:
+            yield Path(unused)
+        return
     path = Path(os.path.abspath(Path(path).expanduser()))
     made: list[Path] = []
     work: Path | None = None
@@ -91,6 +97,10 @@ def atomic_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
     Raises:
       OutputError: `path` exists and may not be replaced, or the file system refuses.
     """
+    if jax.process_index() > 0:
+        with tempfile.TemporaryDirectory() as unused:
+            yield Path(unused) / Path(path).name
+        return
     path = Path(path)
     if path.is_dir() or (path.exists() and not force):
         raise OutputError(

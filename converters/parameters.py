@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
@@ -131,13 +132,10 @@ def on_host(array: Any) -> np.ndarray:
     """Values of an array on any devices; unlike `np.asarray`, leaves no cached copy behind."""
     if not isinstance(array, jax.Array):
         return np.asarray(array)
-    if not array.is_fully_addressable:
-        raise OutputError(
-            "A parameter is spread over several processes. Gather the model onto one first "
-            "(jax.experimental.multihost_utils.process_allgather)."
-        )
     if array.is_fully_replicated:
         return np.asarray(jax.device_put(array.addressable_shards[0].data, _host()))
+    if not array.is_fully_addressable:  # all processes come here, each for the same parameter
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     whole = np.empty(array.shape, array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -185,9 +186,15 @@ def write_safetensors(
 ) -> None:
     """Write a file tensor by tensor; the bytes depend on the content alone.
 
+    Of several processes the first one writes; the others help to gather what is spread over them.
+
     Raises:
       OSError: what the file system reports; the file is then incomplete.
     """
+    if jax.process_index() > 0:
+        for tensor in file_order(tensors):
+            tensor.produce()
+        return
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     ordered = file_order(tensors)

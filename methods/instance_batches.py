@@ -19,10 +19,12 @@ from PIL import Image
 
 from .concepts import encode_phrases
 from .instances import Concept
+from .training import local_rows
 
 # What a caption begins with: nothing, one of two for a small subject, one of two for a large one.
 PREFIXES = ("", "a far away ", "very small ", "zoomed in ", "close up ")
 _SMALL, _LARGE = (1, 2), (3, 4)
+_MANY = 2**40  # examples: more than any run asks for
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -215,13 +217,16 @@ def batches(
     example: Callable[[int, np.random.Generator], dict[str, Any]], examples: int, batch_size: int,
     seed: int,
 ) -> grain.IterDataset:  # fmt: skip
-    """Endless batches: the images in random order, again and again."""
-    return (
-        grain.MapDataset.range(examples)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(example)
-        .batch(batch_size)
-        .to_iter_dataset(_READ)
-    )
+    """Endless batches: the images in random order, again and again.
+
+    Of several processes each one makes its rows of every batch.
+    """
+    rows = local_rows(batch_size)
+    part = rows.stop - rows.start
+    whole = grain.MapDataset.range(examples).seed(seed).shuffle().repeat().random_map(example)
+
+    def mine(n: int) -> dict[str, Any]:
+        batch, row = divmod(n, part)
+        return whole[batch * batch_size + rows.start + row]
+
+    return grain.MapDataset.range(_MANY).map(mine).batch(part).to_iter_dataset(_READ)

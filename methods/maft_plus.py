@@ -29,6 +29,7 @@ from .training import (
     TrainState,
     apply_gradients,
     dotted,
+    gather,
     init_state,
     matches,
     split_trainable,
@@ -275,8 +276,7 @@ def fit(
         train_step, static, state, frozen, batches, key=jax.random.key(seed),
         num_steps=config.steps, **options,
     )  # fmt: skip
-    trained = jax.device_get(state.params) if options.get("mesh") is not None else state.params
-    return nnx.merge(static.model, trained, frozen["model"])
+    return nnx.merge(static.model, gather(state.params), frozen["model"])
 
 
 def train_step(

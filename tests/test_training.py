@@ -155,11 +155,30 @@ class TestNonFinite:
             )
         assert caught.value.step == 5 and np.isnan(caught.value.value)
         assert "checkpoint is the one after step 4" in str(caught.value)
+        assert "Batch 4, counted from 0, holds NaN or infinite values in x, rows [3]" in str(
+            caught.value
+        )
         assert [row["loss"] for row in records(log)][4] == "nan"
         with training.Checkpoints(folder) as checkpoints:
             assert checkpoints.steps == [2, 3, 4]
             restored = checkpoints.restore(toy.start()[1])
         assert identical(restored, toy.run(num_steps=4))
+
+    def test_gradients_that_are_nan_name_their_step(self):
+        def step(static, state, frozen, batch, key):
+            gradients = {"w": jnp.where(state.step == 2, jnp.nan, 1.0) * jnp.ones(2)}
+            state = training.apply_gradients(state, gradients, optax.sgd(1.0))
+            return state, {"loss": jnp.ones(())}
+
+        state = training.init_state({"w": jnp.ones(2)}, optax.sgd(1.0))
+        with pytest.raises(training.NonFiniteLossError) as caught:
+            training.train(
+                step, None, state, None, [{"x": np.ones((2, 3), np.float32)}] * 9,
+                key=jax.random.key(0), num_steps=9, progress=False,
+            )  # fmt: skip
+        assert caught.value.step == 3
+        assert "a parameter is NaN or infinite at step 3" in str(caught.value)
+        assert "Batch 2, counted from 0, is finite." in str(caught.value)
 
     def test_without_checkpoints(self):
         with pytest.raises(training.NonFiniteLossError, match="No checkpoint was written"):
@@ -172,7 +191,7 @@ class TestNonFinite:
             return state, {"loss": jnp.ones(())}
 
         state = training.init_state({"w": jnp.ones(2)}, optax.sgd(1.0))
-        with pytest.raises(training.NonFiniteLossError, match="a parameter is nan at step 1"):
+        with pytest.raises(training.NonFiniteLossError, match=r"a parameter is NaN .* at step 1"):
             training.train(
                 step,
                 None,

@@ -2,12 +2,14 @@
 
     python training_toy.py CHECKPOINTS SIGNAL_NAME STEP
 
-trains ten steps, saving every third, and sends itself the signal when it asks for batch STEP.
+trains ten steps, saving every third, and sends itself the signal when it asks for batch STEP. It
+says "begun" on stderr, and waits TOY_SECONDS_PER_BATCH of the environment before each batch.
 """
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -71,9 +73,13 @@ def run(**options):
 
 
 def _killed_at(signum: int, number: int) -> Iterator[dict[str, np.ndarray]]:
+    wait = float(os.environ.get("TOY_SECONDS_PER_BATCH", "0"))
     for n, batch in enumerate(batches()):
+        if n == 0:
+            print("begun", file=sys.stderr, flush=True)
         if n == number:
             os.kill(os.getpid(), signum)
+        time.sleep(wait)
         yield batch
 
 

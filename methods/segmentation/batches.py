@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, UInt8
 
 from ...flax_models.open_clip import IMAGE_MEAN, IMAGE_STD
+from ..training import local_rows
 from .augmentation import LargeScaleJitter, ResizeFlip
 from .datasets import SceneSource
 from .metrics import Segment
@@ -87,7 +88,7 @@ def scene_batches(
     Args:
       scenes: where they come from.
       augmentation: what is done to them.
-      batch_size: B.
+      batch_size: B, over all processes; each one reads its part of every batch.
       seed: of order and augmentation.
       room: G; default: what the fullest scene needs.
       multiple: of which the padded sides are multiples; a larger one makes fewer shapes.
@@ -150,8 +151,9 @@ class _Plan:
         return [found[place] for place in rng.permutation(len(found))]
 
     def batch(self, number: int) -> tuple[tuple[int, int], list[int], list[np.random.Generator]]:
-        """Padded size, scenes and their sources of randomness."""
+        """Padded size, this process's scenes and their sources of randomness."""
         turn, place = divmod(number, self.length)
         size, indices = self.round(turn)[place]
         rngs = [np.random.default_rng([self.seed, number, n, 1]) for n in range(len(indices))]
-        return size, indices.tolist(), rngs
+        rows = local_rows(self.batch_size)
+        return size, indices[rows].tolist(), rngs[rows]

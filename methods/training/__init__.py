@@ -1,8 +1,9 @@
 """Training: a plain state, one loop for every pure step, checkpoints, and a sharding table."""
 
-from .checkpoints import Checkpoints
+from .checkpoints import CheckpointError, Checkpoints
 from .loop import NonFiniteLossError, TrainingInterrupted, abstract_state, compile_step, train
 from .paths import check_patterns, dotted, leaf_paths, matches, path_filter, split_trainable
+from .processes import ProcessLostError, gather, local_rows, place
 from .sharding import (
     DEFAULT_RULES,
     LARGEST,
@@ -26,8 +27,10 @@ __all__ = [
     "DEFAULT_RULES",
     "LARGEST",
     "RULES",
+    "CheckpointError",
     "Checkpoints",
     "NonFiniteLossError",
+    "ProcessLostError",
     "TrainState",
     "TrainingInterrupted",
     "abstract_state",
@@ -38,11 +41,14 @@ __all__ = [
     "constrain_batch",
     "cosine_adamw",
     "dotted",
+    "gather",
     "init_state",
     "leaf_paths",
+    "local_rows",
     "make_mesh",
     "matches",
     "path_filter",
+    "place",
     "shard_batch",
     "shard_state",
     "shard_tree",

@@ -1,11 +1,16 @@
 """Checkpoints of a `TrainState`: written in the background, atomically, the newest N kept.
 
-One folder per step, in Orbax format: ``state`` (step, params, opt_state) and ``data`` (position of
-the data iterator, JSON). A folder appears under its final name only when it is complete.
+One folder per step, in Orbax format: ``state`` (step, params, opt_state), ``data`` (position of the
+data iterator, JSON) and, to find the best by, ``metrics`` (JSON). A folder appears under its final
+name only when it is complete. With several processes the folder is one that all of them reach.
 """
 
 import base64
+import contextlib
+import math
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,15 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from .paths import dotted
+from .processes import is_first_process
 from .state import TrainState
+
+# How the libraries below tell that the disk takes no more.
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are as good as they were."""
 
 
 class Checkpoints:
@@ -25,19 +38,38 @@ class Checkpoints:
     Args:
         directory: folder of the run, created if missing.
         keep: number of newest checkpoints kept.
+        best: a metric; the checkpoint with its lowest value is kept besides.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
-        self.directory = Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(
+    def __init__(self, directory: str | Path, *, keep: int = 3, best: str | None = None) -> None:
+        self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
+        self._manager = self._open()
+        self._complete = self._manager.latest_step()  # the newest that is known to be written
+        self._swept = self._abandoned = False
+
+    def _open(self) -> ocp.CheckpointManager:
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(n=self._keep)]
+        if self._best is not None:
+            best = policies.BestN(
+                get_metric_fn=self._goodness, n=1, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
+        return ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=None if self._best is None else self._goodness,  # so metrics are written
+                enable_async_checkpointing=True,
+            ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
             },
         )
-        self._swept = False
+
+    def _goodness(self, metrics: Mapping[str, float]) -> float:
+        return -metrics.get(self._best or "", math.inf)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -56,24 +88,49 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, iterator: Any = None) -> None:
-        """Start writing `state`, and the iterator's position if it has ``get_state``.
+    @property
+    def best_step(self) -> int | None:
+        """Step of the complete checkpoint with the lowest metric `best`, or None."""
+        if self._best is None or not self.steps:
+            return None
+        return max(self.steps, key=lambda step: self._goodness(self.metrics(step)))
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics of the step that a checkpoint was written after, if `best` was given then."""
+        return dict(self._manager.metrics(self._existing(step)) or {})
+
+    def save(
+        self, state: TrainState, iterator: Any = None, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Start writing `state`, the iterator's position if it has ``get_state``, and the metrics.
 
         Returns as soon as the arrays are copied: `state` may be donated right after. A step that
         is already there is left as it is.
+
+        Raises:
+            CheckpointError: this checkpoint, or the one that was being written, could not be.
+            ValueError: `best` is not among the metrics.
         """
         step = int(state.step)
         if step == self.latest_step:
             return
+        if self._best is not None and self._best not in (metrics or {}):
+            raise ValueError(
+                f"there is no metric {self._best!r} to find the best checkpoint by; the step gives "
+                f"{sorted(metrics or {})}."
+            )
         self._sweep()
         position = iterator.get_state() if hasattr(iterator, "get_state") else None
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(jax.tree.map(jnp.copy, state))),
-                data=ocp.args.JsonSave({"position": _to_json(position)}),
-            ),
-        )
+        self.wait()
+        with self._writing():
+            self._manager.save(
+                step,
+                metrics=dict(metrics or {}),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_as_dict(jax.tree.map(jnp.copy, state))),
+                    data=ocp.args.JsonSave({"position": _to_json(position)}),
+                ),
+            )
 
     def restore(
         self,
@@ -87,12 +144,33 @@ class Checkpoints:
         Args:
             target: a state of arrays or `jax.ShapeDtypeStruct`; its shardings may be those of
                 another mesh than the one the checkpoint was written from.
-            step: which checkpoint; default the newest.
+            step: which checkpoint; default the newest that can be read. One that cannot is put
+                aside, under the name ``damaged-STEP``, with a warning.
             iterator: moved to the saved position if it has ``set_state``.
 
         Raises:
             ValueError: there is no such checkpoint, or it does not fit `target`.
         """
+        if step is not None:
+            return self._restore(target, step, iterator)
+        while True:
+            newest = self._existing(None)
+            try:
+                return self._restore(target, newest, iterator)
+            except _MisfitError:
+                raise
+            except Exception as error:  # whatever the libraries below make of damaged files
+                if jax.process_count() > 1:  # renaming would need all of them to agree
+                    raise
+                aside = self._put_aside(newest)
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                warnings.warn(
+                    f"the checkpoint after step {newest} cannot be read ({reason}); it was moved "
+                    f"to {aside}, and the one before it is used.",
+                    stacklevel=2,
+                )
+
+    def _restore(self, target: TrainState, step: int, iterator: Any) -> TrainState:
         step = self._existing(step)
         self._check_fits(step, _as_dict(target))
         restored = self._manager.restore(
@@ -104,7 +182,7 @@ class Checkpoints:
         if iterator is not None and hasattr(iterator, "set_state"):
             position = _from_json(restored["data"]["position"])
             if position is None:
-                raise ValueError(
+                raise _MisfitError(
                     f"the checkpoint after step {step} holds no data position, but the batches "
                     "given now need one: it was written with other batches."
                 )
@@ -122,17 +200,65 @@ class Checkpoints:
         return nnx.restore_int_paths(tree["params"])
 
     def wait(self) -> None:
-        """Wait until everything is written."""
-        self._manager.wait_until_finished()
+        """Wait until everything is written.
+
+        Raises:
+            CheckpointError: it could not be.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._complete = self._manager.latest_step()
 
     def close(self) -> None:
         """Wait until everything is written and release the folder."""
-        self._manager.wait_until_finished()
+        if self._abandoned:
+            return
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # told by `wait`
+                self._manager.close()
+
+    def abandon(self) -> int | None:
+        """Wait for nothing from now on; the step of the newest complete checkpoint."""
+        self._abandoned = True
+        return self._complete
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what a failed write means, and leave nothing of it behind."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{error} {error.__cause__ or ''}"
+            reason = next((phrase for phrase in _FULL if phrase in text), None)
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+            if reason is None:
+                raise
+            self._abandoned, self._swept = True, False
+            self._sweep()
+            kept = (
+                f"The one after step {self._complete} is good: free some space and run again."
+                if self._complete is not None
+                else "There is none before it: free some space and run again."
+            )
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.directory}: {reason}. {kept}"
+            ) from error
+
+    def _put_aside(self, step: int) -> Path:
+        aside = self.directory / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.directory / str(step)).rename(aside)
         self._manager.close()
+        self._manager = self._open()
+        self._complete = self._manager.latest_step()
+        return aside
 
     def _sweep(self) -> None:
         """Before the first save, remove what an earlier, killed run left half-written."""
-        if not self._swept and jax.process_index() == 0:
+        if not self._swept and is_first_process():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         self._swept = True
@@ -147,7 +273,7 @@ class Checkpoints:
         ]
         if lines:
             more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-            raise ValueError(
+            raise _MisfitError(
                 f"the checkpoint after step {step} in {self.directory} does not fit this model and "
                 "optimizer (another architecture, trainable set, precision or optimizer?):\n  "
                 + "\n  ".join(lines[:10])
@@ -159,8 +285,12 @@ class Checkpoints:
         there = self.steps
         if not there or (step is not None and step not in there):
             wanted = "no checkpoint" if step is None else f"no checkpoint after step {step}"
-            raise ValueError(f"{wanted} in {self.directory}; there are steps {there}.")
+            raise _MisfitError(f"{wanted} in {self.directory}; there are steps {there}.")
         return there[-1] if step is None else step
+
+
+class _MisfitError(ValueError):
+    """A checkpoint that is whole, but not what was asked for."""
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -10,8 +10,11 @@ step's number (`state.step_key`). It returns the state with its step number rais
 (`state.apply_gradients` does that) and a dict of scalar metrics, among them ``loss``.
 
 The loop never waits for the step it has just started: it reads the metrics of earlier steps while
-later ones run. A loss that is not finite is therefore noticed a few steps late, but always before
-anything is saved.
+later ones run. A loss or a parameter that is not finite is therefore noticed a few steps late, but
+always before anything is saved.
+
+The same loop runs in each of several processes (`processes`): every one brings its part of each
+batch, the first writes the logs, and a signal to any of them stops all after the same step.
 """
 
 import collections
@@ -31,19 +34,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from .checkpoints import Checkpoints
+from .paths import dotted
+from .processes import ProcessLostError, StopVote, is_first_process, place
 from .reporting import Reporter
-from .sharding import DEFAULT_RULES, Rules, shard_batch, shard_state, shard_tree
+from .sharding import DEFAULT_RULES, Rules, make_mesh, shard_batch, shard_state, shard_tree
 from .state import TrainState, step_key
 
 Step = Callable[[Any, TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Any]]]
 
 _LAG = 2  # steps in flight before the loop reads metrics
+_FINITE = "_finite"  # among the metrics of a compiled step: whether all parameters are
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; `step` counts completed steps, `value` is the loss."""
+    """The loss or a parameter became NaN or infinite.
 
-    def __init__(self, step: int, value: float, what: str, saved: int | None) -> None:
+    Attributes:
+        step: completed steps, the failed one included; it used batch ``step - 1``, from 0.
+        value: the loss.
+    """
+
+    def __init__(self, step: int, value: float, what: str, saved: int | None, batch: str) -> None:
         self.step, self.value = step, value
         kept = (
             f"The last good checkpoint is the one after step {saved}."
@@ -51,7 +62,7 @@ class NonFiniteLossError(ArithmeticError):
             else "No checkpoint was written."
         )
         super().__init__(
-            f"{what} is {value} at step {step}; training stopped. {kept} Lower the learning rate, "
+            f"{what} at step {step}; training stopped. {batch}{kept} Lower the learning rate, "
             "clip the gradients, or look for bad values in the data."
         )
 
@@ -83,6 +94,7 @@ def train(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
     keep: int = 3,
+    keep_best: str | None = None,
     resume: bool = True,
     metrics_path: str | Path | None = None,
     tensorboard_dir: str | Path | None = None,
@@ -102,11 +114,13 @@ def train(
             batches that were used.
         key: the run's key; step n uses ``fold_in(key, n)``.
         num_steps: total number of steps, those before a resume included.
-        mesh: mesh to shard over (`sharding.make_mesh`); None runs on the default device.
+        mesh: mesh to shard over (`sharding.make_mesh`); None runs on the default device, and with
+            several processes splits the batch over the devices of all.
         rules: sharding table for the trained and the frozen parameters; used with `mesh` only.
         checkpoint_dir: folder for checkpoints; the last step is always saved there.
         checkpoint_every: save also after every n-th step.
-        keep: number of checkpoints kept.
+        keep: number of newest checkpoints kept.
+        keep_best: a metric; the checkpoint whose step had its lowest value is kept besides.
         resume: continue from the newest checkpoint in `checkpoint_dir`, if there is one.
         metrics_path: JSONL file, one record per logged step.
         tensorboard_dir: folder for TensorBoard curves.
@@ -114,9 +128,12 @@ def train(
         progress: show a progress bar, or plain lines where there is no terminal.
 
     Raises:
-        NonFiniteLossError: the loss (or, when saving, a parameter) is NaN or infinite. Nothing is
-            saved after that; earlier checkpoints stay.
-        TrainingInterrupted: SIGTERM or SIGINT came; the current step was finished and saved.
+        NonFiniteLossError: the loss or a parameter is NaN or infinite. Nothing is saved after
+            that; earlier checkpoints stay.
+        TrainingInterrupted: SIGTERM or SIGINT came, here or to another process of the run; the
+            current step was finished and saved.
+        CheckpointError: a checkpoint could not be written; earlier ones stay.
+        ProcessLostError: another process of the run ended.
         ValueError: the arguments do not fit together, the batches end early, or the step returns
             a wrong step number or metrics.
     """
@@ -124,7 +141,11 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if checkpoint_dir is not None:
-            checkpoints = stack.enter_context(Checkpoints(checkpoint_dir, keep=keep))
+            checkpoints = stack.enter_context(
+                Checkpoints(checkpoint_dir, keep=keep, best=keep_best)
+            )
+        if mesh is None and jax.process_count() > 1:
+            mesh = make_mesh()
         shardings = shard_state(state, mesh, rules) if mesh is not None else None
         iterator = None if batches is None else iter(batches)
         state = _start(state, shardings, checkpoints, iterator, resume)
@@ -135,35 +156,38 @@ def train(
                 "num_steps, or choose an empty checkpoint folder."
             )
         if mesh is not None:
-            frozen = jax.device_put(frozen, shard_tree(frozen, mesh, rules))
+            frozen = place(frozen, shard_tree(frozen, mesh, rules))
             stack.enter_context(jax.set_mesh(mesh))
+        writes = is_first_process()
         reporter = stack.enter_context(
             Reporter(
                 first,
                 num_steps,
-                metrics_path=metrics_path,
-                tensorboard_dir=tensorboard_dir,
+                metrics_path=metrics_path if writes else None,
+                tensorboard_dir=tensorboard_dir if writes else None,
                 log_every=log_every,
-                progress=progress,
+                progress=progress and writes,
             )
         )
         received = stack.enter_context(_signals())
         run = compile_step(step, static, shardings)
         watcher = _Watcher(reporter, checkpoints)
+        vote = StopVote(_LAG)
+        stack.enter_context(_lost_processes(watcher, checkpoints))
 
         for n in range(first, num_steps):
-            batch = _next_batch(iterator, n, num_steps, mesh)
-            state, metrics = run(state, frozen, batch, key)
-            watcher.started(n + 1, state.step, metrics)
-            stop = bool(received)
+            batch = _next_batch(iterator, n, num_steps)
+            state, metrics = run(state, frozen, _on_devices(batch, mesh), key)
+            watcher.started(n + 1, state.step, metrics, batch)
+            stop = vote.stop(bool(received))
             due = n + 1 == num_steps or (checkpoint_every and (n + 1) % checkpoint_every == 0)
             if stop or due:
-                watcher.finish()
+                values = watcher.finish()
                 if checkpoints is not None:
-                    _check_parameters(state, n + 1, checkpoints)
-                    checkpoints.save(state, iterator)
+                    checkpoints.save(state, iterator, values)
             if stop:
-                raise TrainingInterrupted(n + 1, received[0], checkpoints is not None)
+                signum = received[0] if received else signal.SIGTERM  # another process's
+                raise TrainingInterrupted(n + 1, signum, checkpoints is not None)
     return state
 
 
@@ -188,7 +212,8 @@ def _compile_step(step: Step, static: Hashable, treedef: Any, leaves: tuple[Any,
     def run(
         state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Any]]:
-        return step(static, state, frozen, batch, step_key(key, state.step))
+        state, metrics = step(static, state, frozen, batch, step_key(key, state.step))
+        return state, {**metrics, _FINITE: _all_finite(state.params)}
 
     if not leaves:
         return jax.jit(run, donate_argnums=0)
@@ -199,31 +224,46 @@ def _compile_step(step: Step, static: Hashable, treedef: Any, leaves: tuple[Any,
 
 
 class _Watcher:
-    """Reads the metrics of started steps, oldest first, a few steps behind."""
+    """Reads the metrics of started steps, oldest first, a few steps behind.
+
+    Attributes:
+        step: how many steps are known to have succeeded, or None.
+    """
 
     def __init__(self, reporter: Reporter, checkpoints: Checkpoints | None) -> None:
         self._reporter, self._checkpoints = reporter, checkpoints
-        self._pending: collections.deque[tuple[int, Any, dict[str, Any]]] = collections.deque()
+        self._pending = collections.deque[tuple[int, Any, dict[str, Any], Any]]()
+        self._values: dict[str, float] = {}
+        self.step: int | None = None
 
-    def started(self, step: int, counter: jax.Array, metrics: dict[str, Any]) -> None:
+    def started(self, step: int, counter: jax.Array, metrics: dict[str, Any], batch: Any) -> None:
         counter = jnp.copy(counter)  # the state's own buffer is donated to the next step
         for leaf in jax.tree.leaves((counter, metrics)):
             leaf.copy_to_host_async()
-        self._pending.append((step, counter, metrics))
+        self._pending.append((step, counter, metrics, batch))
         while len(self._pending) > _LAG:
             self._read()
 
-    def finish(self) -> None:
-        """Wait for all started steps."""
+    def finish(self) -> dict[str, float]:
+        """Wait for all started steps; the metrics of the last."""
         while self._pending:
             self._read()
+        return self._values
 
     def _read(self) -> None:
-        step, counter, metrics = self._pending.popleft()
+        step, counter, metrics, batch = self._pending.popleft()
+        metrics, finite = dict(metrics), metrics[_FINITE]
+        del metrics[_FINITE]
         values = _scalars(metrics)
         self._reporter.step(step, values)
-        if not math.isfinite(values["loss"]):
-            raise _non_finite(step, values["loss"], "the loss", self._checkpoints)
+        loss = values["loss"]
+        if not math.isfinite(loss) or not bool(finite):
+            what = (
+                "a parameter is NaN or infinite" if math.isfinite(loss) else f"the loss is {loss}"
+            )
+            saved = self._checkpoints.latest_step if self._checkpoints else None
+            raise NonFiniteLossError(step, loss, what, saved, _describe_batch(batch, step - 1))
+        self.step, self._values = step, values
         if int(counter) != step:
             raise ValueError(
                 f"the step returned a state with step number {int(counter)}, expected {step}: a "
@@ -263,7 +303,7 @@ def _start(
         return jax.tree.map(jnp.array, state)  # copies
     # device_put alone may hand out the caller's own buffer on the device that holds it already,
     # may_alias=False or not; donating that buffer would take it from the caller.
-    return jax.tree.map(lambda leaf, where: jnp.copy(jax.device_put(leaf, where)), state, shardings)
+    return jax.tree.map(jnp.copy, place(state, shardings))
 
 
 def abstract_state(state: TrainState, shardings: TrainState | None = None) -> TrainState:
@@ -277,19 +317,20 @@ def abstract_state(state: TrainState, shardings: TrainState | None = None) -> Tr
     )
 
 
-def _next_batch(
-    iterator: Iterator[Any] | None, step: int, num_steps: int, mesh: Mesh | None
-) -> Any:
+def _next_batch(iterator: Iterator[Any] | None, step: int, num_steps: int) -> Any:
     if iterator is None:
         return None
     try:
-        batch = next(iterator)
+        return next(iterator)
     except StopIteration:
         raise ValueError(
             f"the batches ended after {step} steps, but num_steps is {num_steps}. Repeat the data "
             "or lower num_steps."
         ) from None
-    if mesh is None:
+
+
+def _on_devices(batch: Any, mesh: Mesh | None) -> Any:
+    if mesh is None or batch is None:
         return batch
     shardings = shard_batch(batch, mesh)
     if jax.process_count() > 1:  # each host brings its part of the batch
@@ -297,22 +338,38 @@ def _next_batch(
     return jax.device_put(batch, shardings)
 
 
-def _check_parameters(state: TrainState, step: int, checkpoints: Checkpoints) -> None:
-    """A finite loss can still give NaN gradients: look at the parameters before saving them."""
-    if not bool(_all_finite(state.params)):
-        raise _non_finite(step, math.nan, "a parameter", checkpoints)
-
-
-@jax.jit
 def _all_finite(tree: Any) -> jax.Array:
+    """A finite loss can still give NaN gradients: they show in the parameters."""
     floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
 
 
-def _non_finite(
-    step: int, value: float, what: str, checkpoints: Checkpoints | None
-) -> NonFiniteLossError:
-    return NonFiniteLossError(step, value, what, checkpoints.latest_step if checkpoints else None)
+def _describe_batch(batch: Any, number: int) -> str:
+    """Which batch a failed step used, and what in it is not finite."""
+    if batch is None:
+        return ""
+    bad = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        values = np.asarray(leaf)
+        if values.ndim and jnp.issubdtype(values.dtype, jnp.inexact):
+            finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(axis=1)
+            if not finite.all():
+                bad.append(f"{dotted(path)}, rows {np.flatnonzero(~finite).tolist()}")
+    found = f"holds NaN or infinite values in {'; '.join(bad)}" if bad else "is finite"
+    return f"Batch {number}, counted from 0, {found}. "
+
+
+@contextlib.contextmanager
+def _lost_processes(watcher: _Watcher, checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Say it plainly when a collective operation fails because another process is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0][:300]
+        saved = checkpoints.abandon() if checkpoints else None
+        raise ProcessLostError(watcher.step or 0, saved, reason) from error
 
 
 @contextlib.contextmanager

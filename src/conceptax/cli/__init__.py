@@ -18,6 +18,8 @@ from typing import Any
 
 import conceptax
 
+from .processes import join_processes
+
 COMMANDS = {
     "demo": "erase 'three' from the bundled model and show what changed",
     "erase": "erase concepts from a Stable Diffusion folder, by one of several methods",
@@ -119,6 +121,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         )
     except SystemExit as stop:  # help was shown, or the command line was wrong
         return int(stop.code or 0)
+    join_processes()
     module.run(command)
     return 0
 
@@ -153,7 +156,12 @@ def _overview(arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is downloaded, libraries keep their advice, and warnings take one line each."""
+    """Nothing is downloaded, libraries keep their advice, and warnings take one line each.
+
+    What XLA compiles is kept for the next run, unless `JAX_COMPILATION_CACHE_DIR` says otherwise.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "conceptax", "xla"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,15 +14,15 @@ from flax import nnx
 
 import conceptax
 from conceptax.cli.loading import load_pipeline
-from conceptax.cli.options import Model, OptionalPath, chosen
-from conceptax.cli.results import claim_run, environment, new_folder, write_json
+from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
+from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
 from conceptax.methods.phrases import Retained, retained_phrases
-from conceptax.methods.training import RULES, make_mesh
+from conceptax.methods.training import RULES
 
 RECORD = "erasing.json"
 _LOG = "training.jsonl"
@@ -72,10 +71,7 @@ class Command(Generic[Config]):
     seed: int = 0
     checkpoint_dir: OptionalPath = None
     checkpoint_every: int = 100
-    mesh: Annotated[
-        tuple[int, int] | None,
-        tyro.conf.arg(metavar="DATA FSDP", help_behavior_hint="(optional)"),
-    ] = None
+    mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     force: bool = False
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -93,7 +89,7 @@ def run(command: Command[Any]) -> None:
     method = METHODS[command.method]
     _check_options(command, method)
     retain = None if command.retain is None else read_phrases(command.retain)
-    mesh = None if command.mesh is None else make_mesh(*command.mesh)
+    mesh = device_mesh(command.mesh)
     markers = (*CHECKPOINT_FILES, RECORD)
     with new_folder(command.output, force=command.force, markers=markers) as folder:
         source = command.model or conceptax.bundled_model()
@@ -198,7 +194,7 @@ def erase_into(
         began = time.perf_counter()
         edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
         record["seconds"] = round(time.perf_counter() - began, 1)
-        lines = "" if log is None else log.read_text(encoding="utf-8")
+        lines, last = training_log(log)
     before = getattr(pipeline, method.edits)
     part = _as_stored(getattr(edited, method.edits), before)
     edited = dataclasses.replace(edited, **{method.edits: part})
@@ -209,7 +205,7 @@ def erase_into(
     else:
         save_pytorch(edited if export == "pipeline" else part, folder)
     if lines:
-        record["last_cycle"] = json.loads(lines.splitlines()[-1])
+        record["last_cycle"] = last
         (folder / _LOG).write_text(lines, encoding="utf-8")
     record["not_retained"] = [near._asdict() for near in retained.near]
     write_json(folder / RECORD, record | environment())

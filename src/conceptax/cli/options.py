@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,6 +13,19 @@ OptionalPath = Annotated[
     Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(optional)")
 ]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
+
+
+Mesh = Annotated[
+    tuple[int, int] | None,
+    tyro.conf.arg(metavar="DATA FSDP", help_behavior_hint="(optional)"),
+]
+
+
+def device_mesh(sizes: tuple[int, int] | None) -> Any:
+    """The mesh of a `Mesh` option; without one, `training.train` decides."""
+    from conceptax.methods.training import make_mesh
+
+    return None if sizes is None else make_mesh(*sizes)
 
 
 def chosen(arguments: Sequence[str], option: str, default: str) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ import tyro
 import conceptax
 from conceptax.cli.class_images import complete_class_images
 from conceptax.cli.loading import load_pipeline
-from conceptax.cli.options import Model, OptionalPath, chosen
-from conceptax.cli.results import claim_run, environment, new_folder, write_json
+from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
+from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
 from conceptax.converters import (
     save_changes,
     save_custom_diffusion,
@@ -29,7 +28,7 @@ from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline, toke
 from conceptax.methods.class_diffusion import ClassDiffusionConfig
 from conceptax.methods.instances import Concept, read_class_folders, read_concepts, read_images
 from conceptax.methods.personalising import METHODS, method_of, personalise
-from conceptax.methods.training import RULES, make_mesh
+from conceptax.methods.training import RULES
 
 RECORD = "personalising.json"
 _LOG = "training.jsonl"
@@ -90,10 +89,7 @@ class Command(Generic[Config]):
     seed: int = 0
     checkpoint_dir: OptionalPath = None
     checkpoint_every: int = 100
-    mesh: Annotated[
-        tuple[int, int] | None,
-        tyro.conf.arg(metavar="DATA FSDP", help_behavior_hint="(optional)"),
-    ] = None
+    mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     force: bool = False
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -112,7 +108,7 @@ def run(command: Command[Any]) -> None:
     subjects = [] if folders else gather(command)
     for token in (*command.token, *(subject.token for subject in subjects)):
         embedding_file(token)  # a token that cannot be a file's name is told now
-    mesh = None if command.mesh is None else make_mesh(*command.mesh)
+    mesh = device_mesh(command.mesh)
     method = METHODS[command.method]
     markers = (*CHECKPOINT_FILES, RECORD)
     with new_folder(command.output, force=command.force, markers=markers) as folder:
@@ -227,7 +223,7 @@ def personalise_into(
         began = time.perf_counter()
         learnt = personalise(pipeline, concepts, config, seed=seed, metrics_path=log, **options)
         record["seconds"] = round(time.perf_counter() - began, 1)
-        lines = log.read_text(encoding="utf-8")
+        lines, last = training_log(log)
 
     if export == "pipeline":
         save_pytorch(learnt, folder)
@@ -241,7 +237,7 @@ def personalise_into(
         save_custom_diffusion(learnt.unet, folder / CUSTOM_DIFFUSION, trained=config.trained)
     elif cross_attention:
         record["not_written"] = f"{CUSTOM_DIFFUSION}: it needs torch"
-    record["last_step"] = json.loads(lines.splitlines()[-1])
+    record["last_step"] = last
     (folder / _LOG).write_text(lines, encoding="utf-8")
     write_json(folder / RECORD, record | environment())
     return learnt

@@ -82,6 +82,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def training_log(path: Path | None) -> tuple[str, Any]:
+    """What a run logged and the last record of it; nothing where another process writes it."""
+    if path is None or not path.exists():
+        return "", None
+    lines = path.read_text(encoding="utf-8")
+    return lines, json.loads(lines.splitlines()[-1])
+
+
 def environment() -> dict[str, Any]:
     """Versions and devices that a result came from."""
     import jax
@@ -127,5 +135,8 @@ def claim_run(path: Path, record: Mapping[str, Any], *, length: str) -> None:
                 f"{path.parent} holds checkpoints of a run with another {sorted(differing)}. "
                 "Choose another --checkpoint-dir, or remove this one."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    import jax
+
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)

@@ -17,8 +17,8 @@ from conceptax.cli.loading import (
     load_segmentation_tokenizer,
     load_segmenter_model,
 )
-from conceptax.cli.options import OptionalInt, OptionalPath
-from conceptax.cli.results import claim_run, environment, new_folder, write_json
+from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
+from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
 from conceptax.converters import save_maft_plus, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.segmentation import TEACHER, WRAPPERS
@@ -31,7 +31,7 @@ from conceptax.methods.segmentation.augmentation import LargeScaleJitter, Resize
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
-from conceptax.methods.training import RULES, make_mesh
+from conceptax.methods.training import RULES
 
 RECORD, _LOG = "segmenting.json", "training.jsonl"
 
@@ -102,10 +102,7 @@ class Train:
     text_cache: OptionalPath = None
     checkpoint_dir: OptionalPath = None
     checkpoint_every: int = 1000
-    mesh: Annotated[
-        tuple[int, int] | None,
-        tyro.conf.arg(metavar="DATA FSDP", help_behavior_hint="(optional)"),
-    ] = None
+    mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     force: bool = False
     settings: Annotated[MaftPlusTraining, tyro.conf.arg(name="")] = MaftPlusTraining()  # noqa: RUF009
@@ -124,7 +121,7 @@ def train(command: Train) -> None:
     if command.export == "pth" and importlib.util.find_spec("torch") is None:
         raise ValueError("--export pth needs torch; install conceptax[torch], or take safetensors.")
     vocabulary = Vocabulary.named(command.vocabulary)
-    mesh = None if command.mesh is None else make_mesh(*command.mesh)
+    mesh = device_mesh(command.mesh)
     with new_folder(
         command.output, force=command.force, markers=(*CHECKPOINT_FILES, RECORD)
     ) as folder:
@@ -151,13 +148,11 @@ def train(command: Train) -> None:
                 model, rows, vocabulary.synonyms(), batches, command.settings,
                 seed=command.seed, teacher=original.visual.trunk, metrics_path=log, **options,
             )  # fmt: skip
-            lines = log.read_text(encoding="utf-8")
+            lines, last = training_log(log)
         seconds = time.perf_counter() - began
         _save(command, folder, trained, original, tokenizer, len(vocabulary))
         (folder / _LOG).write_text(lines, encoding="utf-8")
-        record |= {
-            "seconds": round(seconds, 1), "last_step": json.loads(lines.splitlines()[-1]),
-        }  # fmt: skip
+        record |= {"seconds": round(seconds, 1), "last_step": last}
         write_json(folder / RECORD, record | environment())
     print(f"{command.output}: {command.settings.steps} steps on {len(scenes)} scenes in "
           f"{seconds:.0f} s")  # fmt: skip

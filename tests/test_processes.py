@@ -1,0 +1,259 @@
+"""Several processes as one run, and what becomes of a run when something breaks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from conceptax.cli.processes import launched
+from conceptax.converters.safetensors_file import open_safetensors
+from conceptax.methods import training
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import training_toy as toy  # noqa: E402
+
+TOY = HERE / "training_toy.py"
+
+
+def records(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def same_bits(left, right):
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Final state and losses of the uninterrupted run in one process."""
+    path = tmp_path_factory.mktemp("reference") / "metrics.jsonl"
+    state = toy.run(metrics_path=path)
+    return state, [record["loss"] for record in records(path)]
+
+
+# ---- several processes ----
+
+
+def start(folder, *arguments, launcher="jax"):
+    """Two processes of four devices each, as a launcher would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for index in "01":
+        if launcher == "jax":
+            variables = {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": index,
+            }  # fmt: skip
+        else:
+            variables = {
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": index,
+            }  # fmt: skip
+        flags = "--xla_force_host_platform_device_count=4"
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(HERE / "processes_toy.py"), str(folder), *arguments],
+                env={**os.environ, "XLA_FLAGS": flags, **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
+
+
+@pytest.mark.parametrize("launcher", ["jax", "torchrun"])
+def test_two_processes_give_the_losses_of_one(launcher, reference, tmp_path):
+    processes = start(tmp_path, launcher=launcher)
+    outputs = [each.communicate(timeout=240)[0] for each in processes]
+    assert [each.returncode for each in processes] == [0, 0], outputs
+    assert not (tmp_path / "metrics-1.jsonl").exists()  # the first one writes
+    losses = [record["loss"] for record in records(tmp_path / "metrics-0.jsonl")]
+    np.testing.assert_allclose(losses, reference[1], rtol=0, atol=1e-5)
+    held = [json.loads((tmp_path / f"{index}.json").read_text()) for index in "01"]
+    assert held[0] == held[1]
+    assert held[0]["devices"] == 8 and held[0]["spread"]
+    assert held[0]["rows"] == [8]  # each process brings half of the 16 rows
+    with training.Checkpoints(tmp_path / "run") as checkpoints:  # in this process, one device
+        assert checkpoints.steps == [6, 9, 10]
+        restored = checkpoints.restore(toy.start()[1])
+    for ours, theirs in zip(
+        jax.tree.leaves(restored.params), jax.tree.leaves(reference[0].params), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    exported = open_safetensors(tmp_path / "model.safetensors")
+    paths = training.leaf_paths(restored.params)
+    assert sorted(exported) == sorted(paths)
+    for path, leaf in zip(paths, jax.tree.leaves(restored.params), strict=True):
+        assert exported[path].read().tobytes() == np.asarray(leaf).tobytes()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(reference, tmp_path):
+    processes = start(tmp_path, "SIGTERM", "3")
+    outputs = [each.communicate(timeout=240)[0] for each in processes]
+    assert [each.returncode for each in processes] == [128 + signal.SIGTERM] * 2, outputs
+    stopped = records(tmp_path / "metrics-0.jsonl")[-1]["step"]
+    assert 4 <= stopped < toy.NUM_STEPS
+    again = start(tmp_path)
+    outputs = [each.communicate(timeout=240)[0] for each in again]
+    assert [each.returncode for each in again] == [0, 0], outputs
+    losses = [record["loss"] for record in records(tmp_path / "metrics-0.jsonl")]
+    np.testing.assert_allclose(losses, reference[1], rtol=0, atol=1e-5)
+
+
+def test_a_process_that_dies_stops_the_others_with_a_message(tmp_path):
+    processes = start(tmp_path, "SIGKILL", "8")
+    processes[1].communicate(timeout=240)
+    assert processes[1].returncode == -signal.SIGKILL
+    died = time.monotonic()
+    output = processes[0].communicate(timeout=60)[0]
+    assert time.monotonic() - died < 60
+    assert processes[0].returncode not in (0, None)
+    assert "another process of this run stopped answering" in output or "heartbeat" in output
+    with training.Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.steps in ([3], [3, 6])
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"SLURM_NTASKS": "8"}, None),  # inside an allocation, but not started by srun
+        ({"SLURM_STEP_NUM_TASKS": "8"}, {}),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        (
+            {"MASTER_ADDR": "a", "MASTER_PORT": "7", "WORLD_SIZE": "2", "RANK": "1",
+             "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            {"coordinator_address": "a:7", "num_processes": 2, "process_id": 1,
+             "local_device_ids": [1]},
+        ),
+    ],
+)  # fmt: skip
+def test_launchers(environment, expected):
+    assert launched(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "RANK": "0"}, "MASTER_PORT is not"),
+        ({"JAX_NUM_PROCESSES": "two"}, "whole number, received 'two'"),
+    ],
+)
+def test_incomplete_launchers(environment, message):
+    with pytest.raises(ValueError, match=message):
+        launched(environment)
+
+
+def test_unequal_parts(monkeypatch):
+    assert training.local_rows(3) == slice(0, 3)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert training.local_rows(6) == slice(3, 6)
+    with pytest.raises(ValueError, match="a batch of 3 cannot be shared by 2 processes"):
+        training.local_rows(3)
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_change_nothing(wanted, reference, tmp_path):
+    """The run is killed at random moments, again and again; the last run is left to end."""
+    rng, folder, kills = np.random.default_rng(0), tmp_path / "run", 0
+    command = [sys.executable, str(TOY), str(folder), "SIGKILL", "10"]  # batch 10 is not asked for
+    environment = {**os.environ, "TOY_SECONDS_PER_BATCH": "0.15"}
+    while kills < wanted:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        assert process.stdout is None and process.stderr is not None
+        process.stderr.readline()  # it has begun to train
+        try:
+            process.wait(timeout=rng.uniform(0.0, 0.5))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        finally:
+            process.stderr.close()
+    final = toy.run(checkpoint_dir=folder, checkpoint_every=3)
+    assert same_bits(final, reference[0])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, reference):
+    """Files may not grow, as if the disk were full from step 4 on."""
+    folder = tmp_path / "run"
+    toy.run(num_steps=3, checkpoint_dir=folder)
+    ended = subprocess.run(
+        ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", sys.executable, str(TOY), str(folder),
+         "SIGKILL", "99"],
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    told = f"CheckpointError: a checkpoint could not be written to {folder}: File too large. "
+    assert f"{told}The one after step 3 is good" in ended.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["3"]
+    final = toy.run(checkpoint_dir=folder, checkpoint_every=3)
+    assert same_bits(final, reference[0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_a_damaged_checkpoint_is_skipped(damage, tmp_path, reference):
+    folder = tmp_path / "run"
+    toy.run(num_steps=6, checkpoint_dir=folder, checkpoint_every=3)
+    data = max((folder / "6" / "state").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    if damage == "cut":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    else:
+        data.unlink()
+    with pytest.warns(UserWarning, match="the checkpoint after step 6 cannot be read") as told:
+        final = toy.run(checkpoint_dir=folder, checkpoint_every=3)
+    assert len(told) == 1 and "damaged-6" in str(told[0].message)
+    assert same_bits(final, reference[0])
+    with training.Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps == [6, 9, 10]
+
+
+def test_sigterm_ends_a_run_within_its_grace(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(TOY), str(tmp_path / "run"), "SIGKILL", "99"],
+        env={**os.environ, "TOY_SECONDS_PER_BATCH": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    with training.Checkpoints(tmp_path / "run") as checkpoints:
+        assert len(checkpoints.steps) == 1
+
+
+# ---- checkpoints ----
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    options = {"checkpoint_dir": tmp_path / "run", "keep": 1, "keep_best": "loss"}
+    log = tmp_path / "metrics.jsonl"
+    toy.run(checkpoint_every=1, num_steps=8, metrics_path=log, **options)
+    losses = {record["step"]: record["loss"] for record in records(log)}
+    best = min(losses, key=losses.__getitem__)
+    with training.Checkpoints(tmp_path / "run", best="loss") as checkpoints:
+        assert checkpoints.steps == sorted({best, 8})
+        assert checkpoints.best_step == best
+        assert checkpoints.metrics(best)["loss"] == losses[best]
+    with pytest.raises(ValueError, match=r"no metric 'cost' .* gives \['loss'\]"):
+        toy.run(checkpoint_dir=tmp_path / "other", keep_best="cost", num_steps=1)
