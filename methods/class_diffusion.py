@@ -49,6 +49,7 @@ from .sampling import NoiseSchedule, add_noise, training_target
 from .settings import check_settings
 from .training import (
     TrainState,
+    accumulated,
     apply_gradients,
     constant_adamw,
     constrain_batch,
@@ -72,10 +73,11 @@ class ClassDiffusionConfig:
     """All settings of a run.
 
     Attributes:
-      steps: updates; the authors take 500 for one concept and 800 for two.
-      batch_size: images per update, over all devices.
+      steps: one batch each; the authors take 500 for one concept and 800 for two.
+      batch_size: images per step, over all devices.
+      accumulate: steps whose gradients make one update, as one batch of all their images would.
       learning_rate: of AdamW, constant.
-      scale_lr: whether the rate is multiplied by `batch_size`.
+      scale_lr: whether the rate is multiplied by the images per update.
       weight_decay: AdamW's decay.
       trained: of the UNet: keys and values of the cross-attention, all of it, everything, nothing.
       train_tokens: whether the new tokens' embeddings train; else they stay the initializers'.
@@ -93,6 +95,7 @@ class ClassDiffusionConfig:
 
     steps: int = 500
     batch_size: int = 2
+    accumulate: int = 1
     learning_rate: float = 1e-5
     scale_lr: bool = True
     weight_decay: float = 1e-2
@@ -112,7 +115,7 @@ class ClassDiffusionConfig:
         check_settings(
             self,
             least={
-                "steps": 1, "batch_size": 1, "learning_rate": 0, "weight_decay": 0,
+                "steps": 1, "batch_size": 1, "accumulate": 1, "learning_rate": 0, "weight_decay": 0,
                 "spl_weight": 0, "prior_weight": 0,
             },
             accepted={
@@ -304,8 +307,9 @@ def prepare(
     if config.train_tokens:
         params["rows"] = jnp.stack(list(rows.values()))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    rate = config.learning_rate * (config.batch_size if config.scale_lr else 1)
-    optimizer = constant_adamw(rate, config.weight_decay)
+    images = config.batch_size * config.accumulate
+    rate = config.learning_rate * (images if config.scale_lr else 1)
+    optimizer = accumulated(constant_adamw(rate, config.weight_decay), config.accumulate)
     vae, vae_params = nnx.split(pipeline.vae)
     frozen = {
         "unet": rest,

@@ -27,6 +27,7 @@ from ..flax_models.maft_plus import MaftPlus, class_logits
 from .segmentation.set_losses import SetLossConfig, Targets, deep_losses
 from .training import (
     TrainState,
+    accumulated,
     apply_gradients,
     dotted,
     gather,
@@ -149,7 +150,8 @@ class MaftPlusTraining:
     """Settings of a run; the defaults are the published ones for ConvNeXt-Base.
 
     Attributes:
-      steps: updates; the learning rate falls to 0 over them, along (1 - t / steps)^0.9.
+      steps: one batch each; the learning rate falls to 0 over them, along (1 - t / steps)^0.9.
+      accumulate: steps whose gradients make one update, as one batch of all their images would.
       learning_rate: of the decoders and the transfer.
       rates: factors of the learning rate by path.
       weight_decay: of AdamW.
@@ -162,6 +164,7 @@ class MaftPlusTraining:
     """
 
     steps: int = 60_000
+    accumulate: int = 1
     learning_rate: float = 1e-4
     rates: tuple[tuple[str, float], ...] = RATES
     weight_decay: float = 2e-5
@@ -173,10 +176,10 @@ class MaftPlusTraining:
     trainable: tuple[str, ...] = TRAINABLE
 
     def __post_init__(self):
-        if self.steps < 1 or self.learning_rate <= 0 or self.clip <= 0:
+        if min(self.steps, self.accumulate) < 1 or self.learning_rate <= 0 or self.clip <= 0:
             raise ValueError(
-                "MaftPlusTraining accepts positive steps, learning_rate and clip; received "
-                f"{self.steps}, {self.learning_rate} and {self.clip}."
+                "MaftPlusTraining accepts positive steps, accumulate, learning_rate and clip; "
+                f"received {self.steps}, {self.accumulate}, {self.learning_rate} and {self.clip}."
             )
 
 
@@ -198,14 +201,16 @@ def poly_adamw(config: MaftPlusTraining) -> optax.GradientTransformation:
             lambda path, update: rate_of(dotted(path)) * update, updates
         )
 
-    schedule = optax.polynomial_schedule(config.learning_rate, 0.0, 0.9, config.steps)
-    return optax.chain(
+    updates = -(-config.steps // config.accumulate)
+    schedule = optax.polynomial_schedule(config.learning_rate, 0.0, 0.9, updates)
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.stateless(by_path),
         optax.scale_by_learning_rate(schedule),
     )
+    return accumulated(optimizer, config.accumulate)
 
 
 # ---- the step ----

@@ -143,6 +143,42 @@ class TestLoop:
             training.train(step, None, state, key=jax.random.key(0), num_steps=3, progress=False)
 
 
+class TestAccumulation:
+    def test_two_half_batches_are_one(self):
+        x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+        graphdef, start, frozen = toy.start()
+
+        def step(optimizer, state, frozen, batch, key):
+            def loss(params):
+                return jnp.mean((nnx.merge(graphdef, params, frozen)(batch["x"]) - 1) ** 2)
+
+            value, gradients = jax.value_and_grad(loss)(state.params)
+            return training.apply_gradients(state, gradients, optimizer), {"loss": value}
+
+        def run(parts):
+            optimizer = training.accumulated(toy.OPTIMIZER, parts)
+            assert training.accumulated(toy.OPTIMIZER, parts) is optimizer
+            return training.train(
+                step, optimizer, training.init_state(start.params, optimizer), frozen,
+                [{"x": part} for part in np.split(x, parts) * 3],
+                key=jax.random.key(0), num_steps=3 * parts, progress=False,
+            ).params  # fmt: skip
+
+        whole, halves = run(1), run(2)
+        assert not identical(whole, start.params)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+    def test_the_sum_lies_where_the_parameters_lie(self):
+        _, state, _ = toy.start()
+        optimizer = training.accumulated(toy.OPTIMIZER, 2)
+        state = training.init_state(state.params, optimizer)
+        found = training.shard_state(state, training.make_mesh(1, 8))
+        kernel = found.params["layers"][0]["kernel"]
+        assert kernel.spec != PartitionSpec()
+        assert found.opt_state.acc_grads["layers"][0]["kernel"] == kernel
+
+
 class TestNonFinite:
     def test_stops_and_leaves_the_last_checkpoint(self, tmp_path):
         folder, log = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"

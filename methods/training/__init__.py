@@ -16,6 +16,7 @@ from .sharding import (
 )
 from .state import (
     TrainState,
+    accumulated,
     apply_gradients,
     constant_adamw,
     cosine_adamw,
@@ -34,6 +35,7 @@ __all__ = [
     "TrainState",
     "TrainingInterrupted",
     "abstract_state",
+    "accumulated",
     "apply_gradients",
     "check_patterns",
     "compile_step",

@@ -40,6 +40,19 @@ def apply_gradients(
     return TrainState(state.step + 1, params, opt_state)
 
 
+@functools.lru_cache
+def accumulated(
+    optimizer: optax.GradientTransformation, batches: int
+) -> optax.GradientTransformation:
+    """The optimizer fed with the mean gradient of that many batches: one update for all of them.
+
+    One object per setting. Takes the memory of one more gradient, and of no larger batch.
+    """
+    if batches == 1:
+        return optimizer
+    return optax.MultiSteps(optimizer, batches).gradient_transformation()
+
+
 def step_key(key: PRNGKeyArray, step: int | Int[Array, ""]) -> PRNGKeyArray:
     """The key of step `step` (counted from 0): ``fold_in(key, step)``.
 

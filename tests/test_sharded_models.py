@@ -1,0 +1,108 @@
+"""Models on a mesh: what their compiled programs move, and what leaves the mesh for a folder."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods import training
+from conceptax.methods.training.sharding import RULES
+
+CONFIG = UNet2DConditionConfig(
+    sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=4,
+    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    cross_attention_dim=64, attention_head_dim=8,
+)  # fmt: skip
+GATHER = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather")
+
+
+@pytest.fixture(scope="module")
+def unet():
+    model = UNet2DConditionModel(CONFIG, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def compiled(unet, mesh):
+    """The optimised program of a forward pass on a mesh, and the frozen weights on it."""
+    graphdef, params = unet
+    shardings = training.shard_tree(params, mesh, RULES["UNet2DConditionModel"])
+    text_states = jnp.ones((8, 5, CONFIG.cross_attention_dim))
+    batch = (jnp.ones((8, 8, 8, 4)), jnp.zeros(8, jnp.int32), text_states)
+    placed = jax.device_put(batch, training.shard_batch(batch, mesh))
+
+    def forward(params, sample, times, text):
+        return nnx.merge(graphdef, params)(sample, times, text)
+
+    weights = jax.device_put(params, shardings)
+    with jax.set_mesh(mesh):
+        program = jax.jit(forward).lower(weights, *placed).compile()
+    return program.as_text(), weights
+
+
+def gathered(text):
+    """Shapes of all results of all-gathers in a program."""
+    return [tuple(int(n) for n in dims.split(",") if n) for _, dims in GATHER.findall(text)]
+
+
+def spread(weights):
+    return [leaf for leaf in jax.tree.leaves(weights) if not leaf.is_fully_replicated]
+
+
+def test_frozen_weights_stay_split_over_the_tensor_axis(unet):
+    """Products are split there: activations are summed, and no weight is put together."""
+    text, weights = compiled(unet, training.make_mesh(1, 1, 8))
+    linear = {leaf.shape for leaf in spread(weights) if leaf.ndim == 2}
+    assert linear and "all-reduce" in text
+    assert not linear & set(gathered(text))
+
+
+def test_frozen_weights_are_put_together_at_most_once_over_fsdp(unet):
+    text, weights = compiled(unet, training.make_mesh(1, 8))
+    whole, shapes = spread(weights), gathered(text)
+    assert shapes, "nothing is gathered: the weights are not split"
+    assert sum(map(np.prod, shapes)) <= 1.05 * sum(leaf.size for leaf in whole)
+
+
+def test_nothing_is_gathered_over_the_data_axis(unet):
+    text, weights = compiled(unet, training.make_mesh(8))
+    assert not spread(weights)
+    assert not gathered(text)
+
+
+def test_an_export_takes_a_tensor_at_a_time(tmp_path):
+    """256 MiB on eight devices go to a file with room for a few tensors of 16 MiB."""
+    program = """
+import resource, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from conceptax.converters.parameters import on_host
+from conceptax.converters.safetensors_file import PendingTensor, write_safetensors
+from conceptax.methods import training
+
+mesh = training.make_mesh(1, 8)
+tree = {n: {"kernel": jax.ShapeDtypeStruct((2048, 2048), jnp.float32)} for n in range(16)}
+shardings = training.shard_tree(tree, mesh)
+ones = lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape), tree)
+leaves = jax.tree.leaves(jax.block_until_ready(jax.jit(ones, out_shardings=shardings)()))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tensors = [
+    PendingTensor(str(n), np.dtype(np.float32), leaf.shape, lambda leaf=leaf: on_host(leaf))
+    for n, leaf in enumerate(leaves)
+]
+write_safetensors(sys.argv[1], tensors, {})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.safetensors")],
+        capture_output=True, text=True, check=True, env=os.environ,
+    )  # fmt: skip
+    assert (tmp_path / "model.safetensors").stat().st_size > 256 * 2**20
+    assert float(ended.stdout) < 3 * 16  # MiB: a tensor, and what moving it takes
