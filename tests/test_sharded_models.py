@@ -44,7 +44,7 @@ def compiled(unet, mesh):
     weights = jax.device_put(params, shardings)
     with jax.set_mesh(mesh):
         program = jax.jit(forward).lower(weights, *placed).compile()
-    return program.as_text(), weights
+    return program.as_text() or "", weights
 
 
 def gathered(text):
