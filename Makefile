@@ -1,7 +1,8 @@
 # `make demo` and `make test` set up everything they need; `make help` lists the rest.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-full test-py312 test-natten lint format types contract wheel bench clean
+.PHONY: help install dev demo test test-full test-py312 test-natten lint format types contract docs \
+	wheel bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +17,7 @@ DIGEST := $(shell { cat pyproject.toml; find $(ROOMS) -type f ! -name '*.pyc' | 
 	| sha256sum | cut -c 1-16)
 RUNTIME_STAMP := $(VENV)/stamps/runtime-$(DIGEST)
 DEV_STAMP := $(VENV)/stamps/dev-$(DIGEST)
+DOCS_STAMP := $(VENV)/stamps/docs-$(DIGEST)
 PY312_STAMP := .venv312/stamps/dev-$(DIGEST)
 
 # The reference that tests compare with. Pinned and installed first: an unpinned torch picks the
@@ -43,6 +45,7 @@ help:
 	@echo "make test-full   all tests, full-size ones included"
 	@echo "make test-py312  the tests that need no torch, on Python 3.12 and jax 0.11"
 	@echo "make test-natten compare neighborhood attention with NATTEN, which this installs"
+	@echo "make docs        the documentation, into build/site"
 	@echo "make lint | format | types | contract | wheel | bench | clean"
 
 install: $(RUNTIME_STAMP)
@@ -116,6 +119,15 @@ types: $(DEV_STAMP)
 
 contract: $(DEV_STAMP)
 	$(BIN)/lint-imports
+
+# Strict: a broken link or an API page without its module is an error.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(DOCS_STAMP): $(DEV_STAMP)
+	$(PIP) install -q $$($(BIN)/python -c \
+		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')")
+	touch $@
 
 # Builds the sdist and from it the wheel, and imports the wheel in another environment, from another
 # directory; that environment sees the dependencies of $(VENV) behind its own packages.

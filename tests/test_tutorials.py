@@ -1,0 +1,82 @@
+"""Every tutorial runs from top to bottom, with the smaller settings that it notes for tests."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+TUTORIALS = ("convert", "erase", "gna_in_a_dit", "many_hosts", "personalise", "segment")
+FAST = ("convert", "gna_in_a_dit")
+BLOCK = re.compile(r"(?:<!-- in tests: (.*?) -->\n)?```(python|sh)\n(.*?)```", re.DOTALL)
+COMMANDS = ("conceptax", "mkdir", "mv")
+
+
+def blocks(text):
+    """(language, code) of a page, with the settings for tests in place."""
+    for note, language, code in BLOCK.findall(text):
+        if note == "skipped":
+            continue
+        if note:
+            old, new = note.split(" -> ", 1) if note.count(" -> ") == 1 else (None, None)
+            pairs = [(old, new)] if old is not None else changes(note)
+            for old, new in pairs:
+                assert old in code, f"{old!r} is not in the block that notes it"
+                code = code.replace(old, new)
+        yield language, code
+
+
+def changes(note):
+    """`a -> b, c -> d`: where b or d hold a comma, the next change begins at the last one."""
+    pieces = note.split(" -> ")
+    old = pieces[0]
+    for piece in pieces[1:-1]:
+        new, _, following = piece.rpartition(", ")
+        yield old, new
+        old = following
+    yield old, pieces[-1]
+
+
+def program(page):
+    """A page as one Python program."""
+    lines = ["import subprocess, sys"]
+    for language, code in blocks(page):
+        if language == "python":
+            lines.append(code)
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            assert not words or words[0] in COMMANDS, line
+            if words[:1] == ["conceptax"]:
+                lines.append("from conceptax.cli import main as _main")
+                lines.append(f"assert _main({words[1:]!r}) == 0, {line!r}")
+            elif words:
+                lines.append(f"subprocess.run({words!r}, check=True)")
+    return "\n".join(lines)
+
+
+def test_changes_in_notes():
+    page = "<!-- in tests: a(1 -> a(2, b=3 -> b=4, c=5, d -> e -->\n```python\na(1) b=3 d\n```\n"
+    assert list(blocks(page)) == [("python", "a(2) b=4, c=5 e\n")]
+    with pytest.raises(AssertionError, match="'x' is not in the block"):
+        list(blocks("<!-- in tests: x -> y -->\n```python\na\n```\n"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TUTORIALS],
+)
+def test_the_tutorial_runs(name, repository, tmp_path):
+    page = (repository / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
+    code = program(page)
+    assert code.count("conceptax") > 2
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+def test_every_tutorial_is_tested(repository):
+    pages = {path.stem for path in (repository / "docs" / "tutorials").glob("*.md")}
+    assert pages == set(TUTORIALS)
