@@ -125,8 +125,7 @@ docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 $(DOCS_STAMP): $(DEV_STAMP)
-	$(PIP) install -q $$($(BIN)/python -c \
-		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')")
+	$(PIP) install -q $(EDITABLE) '.[docs]'
 	touch $@
 
 # Builds the sdist and from it the wheel, and imports the wheel in another environment, from another
