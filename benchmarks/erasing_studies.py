@@ -98,27 +98,47 @@ def pareto() -> Iterator[Cell]:
 
 
 # What the defaults were before all token states were compared, and what else was tried then.
-EARLIER: Mapping[str, Any] = {"check_states": "pooled", "global_weight": 5.0, "local_weight": 4.0}
+EARLIER: Mapping[str, Any] = {
+    "check_states": "pooled",
+    "check_steps": 10,
+    "global_weight": 5.0,
+    "local_weight": 4.0,
+}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "as it is": {},
     "no self-check": {"check_steps": 0},
     "check: pooled": {"check_states": "pooled"},
     "check: outside-in": {"check_start": "random"},
     "check: anchor form": {"check": "anchor"},
-    "check: guided": {"check": "guided"},
+    "check: guided, K 10": {"check": "guided", "check_steps": 10},
     "check: sign steps": {"check_optimizer": "sign"},
     "check: gamma 0": {"check_weight": 0.0},
     "check: gamma 4": {"check_weight": 4.0},
     "check: K 3": {"check_steps": 3},
-    "check: K 30": {"check_steps": 30},
+    "check: K 10": {"check_steps": 10},
     "check: K 60": {"check_steps": 60},
     "check: alpha 0.3": {"check_rate": 0.3},
     "check: delta 0.3": {"check_radius": 0.3},
     "check: concept fixed": {"free_concept": False},
     "all token-wise": {"global_states": "tokens"},
-    "all token-wise, alpha 0.3": {"global_states": "tokens", "check_rate": 0.3},
-    "all token-wise, gamma 4": {"global_states": "tokens", "check_weight": 4.0},
-    "all token-wise, global weight 60": {"global_states": "tokens", "global_weight": 60.0},
+    "K 10, alpha 0.3": {"check_steps": 10, "check_rate": 0.3},
+    "K 10, gamma 4": {"check_steps": 10, "check_weight": 4.0},
+    "K 10, all token-wise": {"check_steps": 10, "global_states": "tokens"},
+    "K 10, all token-wise, alpha 0.3": {
+        "check_steps": 10,
+        "global_states": "tokens",
+        "check_rate": 0.3,
+    },
+    "K 10, all token-wise, gamma 4": {
+        "check_steps": 10,
+        "global_states": "tokens",
+        "check_weight": 4.0,
+    },
+    "K 10, all token-wise, global weight 60": {
+        "check_steps": 10,
+        "global_states": "tokens",
+        "global_weight": 60.0,
+    },
     "no global retention": {"global_weight": 0.0},
     "global: self form": {"global_form": "self"},
     "global: N 16": {"vocabulary": 16},
@@ -127,8 +147,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no retention": {"local_weight": 0.0, "global_weight": 0.0},
     "latents: ddim": {"latents": "ddim"},
     "500 cycles": {"cycles": 500},
-    "500 cycles, K 30, alpha 0.2, 8 prompts": {
-        "check_steps": 30,
+    "500 cycles, alpha 0.2, 8 prompts": {
         "check_rate": 0.2,
         "cycles": 500,
         "prompts": 8,

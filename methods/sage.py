@@ -112,7 +112,7 @@ class SageConfig:
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
     check: Literal["anchor", "recall", "guided"] = "recall"
-    check_steps: int = 10
+    check_steps: int = 30
     check_rate: float = 0.1
     check_optimizer: Literal["adam", "sign"] = "adam"
     check_weight: float = 1.0
