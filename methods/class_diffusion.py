@@ -235,12 +235,12 @@ def personalise_step(
 
     def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
         unet = nnx.merge(static.unet, params.get("unet", {}), frozen["unet"])
-        states, pooled = encode_with_rows(text, tokens, params.get("rows"), frozen["ids"], ends)
-        prediction = unet(noisy, times, states[:size]).astype(jnp.float32)
+        encoded = encode_with_rows(text, tokens, params.get("rows"), frozen["ids"], ends)
+        prediction = unet(noisy, times, encoded.last_hidden_state[:size]).astype(jnp.float32)
         metrics = {
             "reconstruction": masked_reconstruction_loss(prediction[:own], target[:own], mask),
             "spl": semantic_preservation_loss(
-                pooled[size:].astype(jnp.float32), frozen["class_pooled"]
+                encoded.pooled[size:].astype(jnp.float32), frozen["class_pooled"]
             ),
         }
         loss = metrics["reconstruction"] + static.spl_weight * metrics["spl"]

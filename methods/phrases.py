@@ -80,8 +80,8 @@ class Prompts(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(text: Any, params: Any, rows: Array) -> CLIPTextOutput:
-    states, pooled = nnx.merge(text, params)(rows)
-    return CLIPTextOutput(states.astype(jnp.float32), pooled.astype(jnp.float32))
+    output = nnx.merge(text, params)(rows)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), output)
 
 
 def _encoded_chunks(encoder: CLIPTextModel, rows: np.ndarray):
