@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,10 @@ class StableDiffusionPipeline:
       tokenizer: a `transformers.CLIPTokenizer`.
       scheduler_config: the parsed `scheduler_config.json`.
       model_index: the parsed `model_index.json`, kept so that a saved folder names the same parts.
+
+    Class attributes:
+      MODELS, TOKENIZERS: the parts that are one or the other.
+      NOT_CARRIED: parts of diffusers' pipeline that this one does without.
     """
 
     unet: UNet2DConditionModel | Any
@@ -32,6 +36,21 @@ class StableDiffusionPipeline:
     tokenizer: Any
     scheduler_config: Mapping[str, Any]
     model_index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
+    TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    NOT_CARRIED: ClassVar[tuple[str, ...]] = (
+        "safety_checker", "feature_extractor", "image_encoder"
+    )  # fmt: skip
+
+    @property
+    def prompt_encoder(self) -> Any:
+        """What turns token ids into what the UNet reads: the text encoder, or None without one."""
+        return self.text_encoder
+
+    def with_prompt_encoder(self, encoder: Any) -> "StableDiffusionPipeline":
+        """The pipeline with another one."""
+        return dataclasses.replace(self, text_encoder=encoder)
 
 
 class TokenError(ValueError):
