@@ -293,9 +293,9 @@ class CLIPTextModel(nnx.Module):
         self.final_layer_norm = _layer_norm(config, **init)
 
     @property
-    def token_embeddings(self) -> tuple[nnx.Embed, ...]:
-        """The tables of token embeddings: one, [V, C]."""
-        return (self.embeddings.token_embedding,)
+    def towers(self) -> "tuple[CLIPTextModel, ...]":
+        """The text towers inside: this one alone."""
+        return (self,)
 
     def embed_tokens(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L C"]:
         """Embeddings of tokens, as `inputs_embeds` takes them."""
@@ -366,11 +366,15 @@ class CLIPTextModelWithProjection(nnx.Module):
         param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
         self.text_model = CLIPTextModel(config, remat=remat, **init)
         self.text_projection = nnx.Linear(
             config.hidden_size, config.projection_dim, use_bias=False, **init
         )
+
+    @property
+    def config(self) -> CLIPTextConfig:
+        """The text tower's."""
+        return self.text_model.config
 
     def __call__(
         self, input_ids: Int[Array, "B L"] | None = None, **inputs: Array | None

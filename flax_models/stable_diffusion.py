@@ -67,13 +67,15 @@ def add_tokens(
 
     Args:
       pipeline: the model; its tokenizer and text encoder are needed.
-      rows: token -> embedding [hidden_size], stored in the dtype of the table.
+      rows: token -> embedding [hidden_size], stored in the dtype of the table; of SDXL the two
+        encoders' one after the other.
 
     Raises:
       TokenError: a token that exists, that is empty or holds white space, or that the tokenizer
         would not read as one; an embedding of another width.
     """
-    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    tokenizers = {name: copy.deepcopy(getattr(pipeline, name)) for name in pipeline.TOKENIZERS}
+    tokenizer = tokenizers["tokenizer"]
     vocabulary = tokenizer.get_vocab()
     for token in rows:
         if not token or token.split() != [token]:
@@ -83,25 +85,46 @@ def add_tokens(
                 f"the tokenizer already has the token {token!r}: choose another name, such as "
                 "'<new1>'."
             )
-    tokenizer.add_tokens(list(rows))
-    encoder = nnx.clone(pipeline.text_encoder)
-    embed = encoder.embeddings.token_embedding
-    table = embed.embedding[...]
+    for each in tokenizers.values():
+        each.add_tokens(list(rows))
     ids = token_ids(tokenizer, list(rows))
+    encoder = nnx.clone(pipeline.prompt_encoder)
+    widths = [tower.config.hidden_size for tower in encoder.towers]
     for token, row in rows.items():
-        if np.shape(row) != table.shape[1:]:
+        if np.shape(row) != (sum(widths),):
             raise TokenError(
                 f"the embedding of {token!r} has shape {np.shape(row)}; this text encoder's rows "
-                f"have {table.shape[1:]}. It belongs to another model."
+                f"have {(sum(widths),)}. It belongs to another model."
             )
+    start = 0
+    for tower, width in zip(encoder.towers, widths, strict=True):
+        own = [row[start : start + width] for row in rows.values()]
+        _set_rows(tower, ids, own)
+        start += width
+    return dataclasses.replace(pipeline.with_prompt_encoder(encoder), **tokenizers)
+
+
+def _set_rows(tower: CLIPTextModel, ids: Sequence[int], rows: Sequence[Any]) -> None:
+    """Put rows into a tower's table of embeddings, which grows where it has none to spare."""
+    embed = tower.embeddings.token_embedding
+    table = embed.embedding[...]
     missing = max([len(table), *(index + 1 for index in ids)]) - len(table)
     table = jnp.concatenate([table, jnp.zeros((missing, table.shape[1]), table.dtype)])
-    for index, row in zip(ids, rows.values(), strict=True):
+    for index, row in zip(ids, rows, strict=True):
         table = table.at[index].set(jnp.asarray(row).astype(table.dtype))
     embed.embedding.set_value(table)
     embed.num_embeddings = len(table)
-    encoder.config = dataclasses.replace(encoder.config, vocab_size=len(table))
-    return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
+    tower.config = dataclasses.replace(tower.config, vocab_size=len(table))
+
+
+def embedding_rows(
+    pipeline: StableDiffusionPipeline, ids: Sequence[int]
+) -> list[Float[Array, " C"]]:
+    """Embeddings of tokens, as `add_tokens` takes them: of several encoders one after the other."""
+    tables = [
+        tower.embeddings.token_embedding.embedding[...] for tower in pipeline.prompt_encoder.towers
+    ]
+    return [jnp.concatenate([table[index] for table in tables]) for index in ids]
 
 
 def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:

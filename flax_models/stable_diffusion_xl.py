@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .clip import CLIPTextModel, CLIPTextModelWithProjection
+from .clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from .stable_diffusion import StableDiffusionPipeline
 from .unet_2d_condition import TextCondition
 
@@ -52,21 +52,24 @@ class TextEncoders(nnx.Module):
     ):  # fmt: skip
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
-        self.config = text_encoder.config
         self.pad_tokens = pad_tokens
         self.end_token = end_token
         self.size = size
 
     @property
-    def token_embeddings(self) -> tuple[nnx.Embed, nnx.Embed]:
-        """The tables of token embeddings, [V, C1] and [V, C2]."""
-        towers = (self.text_encoder, self.text_encoder_2.text_model)
-        return tuple(tower.embeddings.token_embedding for tower in towers)
+    def config(self) -> CLIPTextConfig:
+        """The first encoder's."""
+        return self.text_encoder.config
+
+    @property
+    def towers(self) -> tuple[CLIPTextModel, CLIPTextModel]:
+        """The two text towers."""
+        return self.text_encoder, self.text_encoder_2.text_model
 
     def embed_tokens(self, input_ids: Int[Array, "B *two L"]) -> Float[Array, "B L C"]:
         """Embeddings of tokens, both encoders' side by side: [B, L, C1 + C2]."""
-        tables, ids = self.token_embeddings, self._ids(input_ids)
-        return jnp.concatenate([t(i) for t, i in zip(tables, ids, strict=True)], axis=-1)
+        both = zip(self.towers, self._ids(input_ids), strict=True)
+        return jnp.concatenate([tower.embed_tokens(ids) for tower, ids in both], axis=-1)
 
     def __call__(
         self, input_ids: Int[Array, "B *two L"] | None = None, *,

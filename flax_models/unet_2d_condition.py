@@ -1,5 +1,5 @@
-"""`UNet2DConditionModel`: the text-conditioned denoiser of Stable Diffusion (Rombach et al. 2022), 1
-and 2, and of SDXL (Podell et al. 2023, arXiv 2307.01952).
+"""`UNet2DConditionModel`: the text-conditioned denoiser of Stable Diffusion 1 and 2 (Rombach et al.
+2022) and of SDXL (Podell et al. 2023, arXiv 2307.01952).
 
 Images and latents are `[B, H, W, C]`, text is `[B, L, E]`.  Attribute paths are diffusers'
 state-dict keys, so `unet.down_blocks[0].attentions[1].transformer_blocks[0].attn2.to_k` is

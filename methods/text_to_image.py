@@ -282,9 +282,9 @@ class TextToImage:
     """A pipeline made ready to draw: `TextToImage.from_pipeline(pipeline)(["a three"], seed=0)`.
 
     Image n of a call depends on the prompt, the seed and the number `first_index + n`, not on the
-    batch size or the devices (but for float rounding). The compiled program is shared by all pipelines of one
-    architecture, so drawing with edited parameters (`dataclasses.replace(drawer, params=…)`) costs
-    no compilation.
+    batch size or the devices (but for float rounding). The compiled program is shared by all
+    pipelines of one architecture, so drawing with edited parameters (`dataclasses.replace(drawer,
+    params=…)`) costs no compilation.
     """
 
     static: PipelineStatic

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import xl_toy
 from flax import nnx
+from PIL import Image
 
-from conceptax.cli import sample
+from conceptax.cli import main
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from conceptax.methods import text_to_image as t2i
@@ -131,13 +132,22 @@ def test_the_folder_comes_back_bit_for_bit_and_diffusers_loads_it(
     assert old["architectures"] == new["architectures"] == ["CLIPTextModelWithProjection"]
 
 
-def test_the_command_samples_it(folder, tmp_path, capsys):
-    sample.run(
-        sample.Command(
-            tuple(PROMPTS), output=tmp_path / "images", model=folder[1], steps=STEPS, guidance=3.0
-        )
-    )
+def test_the_command_samples_it_with_prompts_of_a_file(folder, drawer, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# two\n\n" + "\n".join(PROMPTS))
+    arguments = ["--model", str(folder[1]), "--steps", str(STEPS), "--guidance", "3"]
+    where = ["--prompts", str(file), "--output", str(tmp_path / "images")]
+    assert main(["sample", *where, *arguments]) == 0
     assert "2 images of 16x16 pixels" in capsys.readouterr().out
+    record = json.loads((tmp_path / "images" / "sample.json").read_text())
+    assert list(record["files"].values()) == record["prompt"] == PROMPTS
+    expected = drawer(PROMPTS, num_inference_steps=STEPS, guidance_scale=3.0)
+    for image, name in zip(expected, record["files"], strict=True):
+        np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / "images" / name)))
+    assert main(["sample", *where[2:], *arguments]) == 1
+    assert "--prompts FILE" in capsys.readouterr().err
+    assert main(["sample", "--prompt", "a", "--devices", "99", *arguments]) == 1
+    assert "--devices accepts 1 to 8" in capsys.readouterr().err
 
 
 def test_what_cannot_be_drawn_is_refused(pipeline, drawer):

@@ -1,6 +1,8 @@
 """A tiny random pipeline of Stable Diffusion XL, as diffusers makes it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
@@ -27,7 +29,15 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def save_pipeline(folder: Path) -> Any:
+# The least that trains: one attention layer, quick to compile.
+SMALL_UNET = UNET | {
+    "sample_size": 4, "block_out_channels": (8,), "mid_block_type": None,
+    "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",),
+    "attention_head_dim": (2,), "transformer_layers_per_block": (1,),
+}  # fmt: skip
+
+
+def save_pipeline(folder: Path, unet: Mapping[str, Any] = MappingProxyType(UNET)) -> Any:
     """Make one, write it, and return it."""
     import diffusers
     import torch
@@ -45,7 +55,7 @@ def save_pipeline(folder: Path) -> Any:
         hidden_size=24, intermediate_size=32, hidden_act="gelu", projection_dim=12, **ids
     )
     pipeline = diffusers.StableDiffusionXLPipeline(
-        unet=diffusers.UNet2DConditionModel(**UNET),
+        unet=diffusers.UNet2DConditionModel(**unet),
         vae=diffusers.AutoencoderKL(**VAE),
         text_encoder=transformers.CLIPTextModel(encoder).eval(),
         text_encoder_2=transformers.CLIPTextModelWithProjection(encoder_2).eval(),
