@@ -43,6 +43,8 @@ class StableDiffusionPipeline:
         "safety_checker", "feature_extractor", "image_encoder"
     )  # fmt: skip
 
+    force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
+
     @property
     def prompt_encoder(self) -> Any:
         """What turns token ids into what the UNet reads: the text encoder, or None without one."""

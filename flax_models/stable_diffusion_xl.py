@@ -125,7 +125,7 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
     NOT_CARRIED: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
 
     @property
-    def force_zeros_for_empty_prompt(self) -> bool:
+    def force_zeros_for_empty_prompt(self) -> bool:  # type: ignore[override]
         """Whether guidance without a negative prompt starts from zeros, not from an empty text."""
         return bool(self.model_index.get("force_zeros_for_empty_prompt", True))
 

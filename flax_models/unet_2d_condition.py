@@ -312,9 +312,9 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_in = conv3x3(config.in_channels, channels[0], **init)
         self.time_embedding = TimestepEmbedding(channels[0], time_features, **init)
         if config.addition_embed_type is not None:
-            self.add_embedding = TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, time_features, **init
-            )
+            features = config.projection_class_embeddings_input_dim
+            assert features is not None  # the config has checked it
+            self.add_embedding = TimestepEmbedding(features, time_features, **init)
 
         last = len(channels) - 1
         widths = [channels[0]]  # channels of the skip connections, in the order they are made

@@ -23,6 +23,7 @@ from .instances import Concept
 # What a caption begins with: nothing, one of two for a small subject, one of two for a large one.
 PREFIXES = ("", "a far away ", "very small ", "zoomed in ", "close up ")
 _SMALL, _LARGE = (1, 2), (3, 4)
+_ENDLESS = 1 << 40  # epochs; a dataset that repeats without a number has no batches of one
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -220,7 +221,7 @@ def batches(
         grain.MapDataset.range(examples)
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(_ENDLESS)
         .random_map(example)
         .batch(batch_size)
         .to_iter_dataset(_READ)

@@ -109,6 +109,15 @@ def conditions(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
 
 
+def empty_condition(pipeline: StableDiffusionPipeline) -> Any:
+    """What guidance starts from, without the first dimension: an empty prompt, or SDXL's zeros."""
+    rows = encode_phrases(pipeline.tokenizer, [""], text_length(pipeline))
+    empty = jax.tree.map(lambda leaf: leaf[0], conditions(pipeline.prompt_encoder, rows))
+    if not pipeline.force_zeros_for_empty_prompt:
+        return empty
+    return jax.tree.map(jnp.zeros_like, empty)._replace(time_ids=empty.time_ids)
+
+
 def embedding_scale(encoder: Any) -> Float[Array, "..."]:
     """Root mean square of the token embeddings' entries; of two encoders [C], each its own."""
     scales = []

@@ -496,8 +496,10 @@ def prepare(
 
     Raises:
       ConceptError: no or unusable concepts, or nothing left to retain.
-      ValueError: a pattern of trainable parameters that matches nothing.
+      ValueError: a pattern of trainable parameters that matches nothing, or an encoder to edit that
+        the model does not have.
     """
+    trainable = encoder_patterns(pipeline, config.trainable, config.edit)
     tokenizer, encoder = pipeline.tokenizer, pipeline.prompt_encoder
     length = text_length(pipeline)
     words = retained_phrases(pipeline, concepts, config, retain).kept
@@ -506,9 +508,7 @@ def prepare(
     retained = encode_phrases(tokenizer, framed, length)
     anchor = encode_phrases(tokenizer, [config.anchor], length)
 
-    text, train, rest = split_trainable(
-        encoder, encoder_patterns(pipeline, config.trainable, config.edit)
-    )
+    text, train, rest = split_trainable(encoder, trainable)
     train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
     unet, unet_params = nnx.split(pipeline.unet)
     optimizer = cosine_adamw(

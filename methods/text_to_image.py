@@ -333,7 +333,7 @@ class TextToImage:
             max_length=pipeline.text_encoder.config.max_position_embeddings,
             vocabulary=pipeline.text_encoder.config.vocab_size,
             tokenizer_2=pipeline.tokenizer_2 if xl else None,
-            force_zeros=xl and pipeline.force_zeros_for_empty_prompt,
+            force_zeros=pipeline.force_zeros_for_empty_prompt,
         )
 
     def __call__(

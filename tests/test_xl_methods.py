@@ -11,6 +11,7 @@ from flax import nnx
 from conceptax.cli.erase import erase_into
 from conceptax.cli.personalize import personalise_into
 from conceptax.converters import load_pytorch
+from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.class_diffusion import ClassDiffusionConfig
 from conceptax.methods.erasing import (
     AdvUnlearnConfig,
@@ -130,12 +131,14 @@ def _unets(*pipelines):
 
 
 def test_models_with_one_encoder_have_no_second_to_edit():
-    from erasing_toy import tiny_pipeline
-
-    pipeline = tiny_pipeline()
-    assert edited_encoders(pipeline, "both") == edited_encoders(pipeline, "text_encoder")
-    with pytest.raises(ValueError, match="this model has one text encoder"):
-        erase(pipeline, ["three"], SageConfig(**SAGE, edit="text_encoder_2"), retain=["seven"])
+    empty = StableDiffusionPipeline(None, None, None, None, {})
+    assert edited_encoders(empty, "both") == ("text_encoder",)
+    assert edited_encoders(empty, "text_encoder") == ("text_encoder",)
+    for config in (SageConfig(edit="text_encoder_2"), AdvUnlearnConfig(edit="text_encoder_2")):
+        with pytest.raises(ValueError, match="this model has one text encoder"):
+            erase(empty, ["three"], config)
+    with pytest.raises(ValueError, match="edit"):
+        SageConfig(edit="text_encoder_3")  # type: ignore[arg-type]
 
 
 def test_sage_runs_on_the_settings_of_sd_2(torch, tmp_path):

@@ -295,6 +295,7 @@ def prepare(
       ConceptError: no or unusable concepts, no room for the attack, or nothing left to retain.
       ValueError: a pattern of trainable parameters that matches nothing.
     """
+    trainable = encoder_patterns(pipeline, config.trainable, config.edit)
     tokenizer, encoder, length = pipeline.tokenizer, pipeline.prompt_encoder, text_length(pipeline)
     room = length - config.attack_tokens
     if room < 3:  # start, one token, end
@@ -310,9 +311,7 @@ def prepare(
     def padded(rows: np.ndarray) -> np.ndarray:
         return np.pad(rows, ((0, 0), (0, 0), (0, length - room)), constant_values=pad)
 
-    text, trained, rest = split_trainable(
-        encoder, encoder_patterns(pipeline, config.trainable, config.edit)
-    )
+    text, trained, rest = split_trainable(encoder, trainable)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     unet, unet_params = nnx.split(pipeline.unet)
     optimizer = cosine_adamw(

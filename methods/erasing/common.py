@@ -11,8 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import encode_phrases
-from ..phrases import conditions, text_length
+from ..phrases import empty_condition
 from ..sampling import NoiseSchedule, denoise_until, make_sampler, noise_latents
 
 
@@ -56,12 +55,9 @@ def latent_sources(
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     unet = pipeline.unet.config
     size = unet.sample_size or 64
-    empty = encode_phrases(pipeline.tokenizer, [""], text_length(pipeline))
     arrays = {
         "sampler": make_sampler(schedule, "ddim", num_inference_steps=settings.ddim_steps),
-        "empty_states": jax.tree.map(
-            lambda states: states[0], conditions(pipeline.prompt_encoder, empty)
-        ),  # [L, D]
+        "empty_states": empty_condition(pipeline),  # [L, D]
     }
     return schedule.num_train_timesteps, (size, size, unet.in_channels), arrays
 
