@@ -13,6 +13,7 @@ MODULES = {
     "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "CLIPTextModel": "clip",
+    "CLIPTextModelWithProjection": "clip",
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
@@ -22,7 +23,10 @@ MODULES = {
     "OpenCLIP": "open_clip",
     "MaftPlus": "maft_plus",
 }
-PIPELINES = ("StableDiffusionPipeline",)
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+}
 
 
 def published_name(config: Mapping[str, Any]) -> str | None:
@@ -47,4 +51,10 @@ def model_class(name: str | None, source: str) -> Any:
             "Pass architecture= if it is one of these under another name."
         )
     module = importlib.import_module(f"..flax_models.{MODULES[name]}", __package__)
+    return getattr(module, name)
+
+
+def pipeline_class(name: str) -> Any:
+    """The pipeline class of one of `PIPELINES`."""
+    module = importlib.import_module(f"..flax_models.{PIPELINES[name]}", __package__)
     return getattr(module, name)

@@ -25,9 +25,6 @@ from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
 from .weights import STEMS, find_weights, open_weights, read_json
 
-_MODELS = ("unet", "vae", "text_encoder")
-COMPONENTS = (*_MODELS, "tokenizer", "scheduler")
-
 
 def load_pytorch(
     path: FilePath | str,
@@ -54,14 +51,15 @@ def load_pytorch(
         (attribute path, shape in NNX layout) that returns one, or None for the default device. In a
         pipeline the path begins with the component's name.
       components: of a pipeline, load only these of `unet`, `vae`, `text_encoder`, `tokenizer`,
-        `scheduler`; the others are None.
+        `scheduler` (and SDXL's `text_encoder_2`, `tokenizer_2`); the others are None.
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
       model_options: of a component, further arguments of its model class: `remat=True`, or
         `attention=GNA(...)` for a `DiTTransformer2DModel`.
 
     Returns:
-      An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline`.
+      An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline` (of SDXL a
+      `flax_models.stable_diffusion_xl.StableDiffusionXLPipeline`).
 
     Raises:
       CheckpointError: whatever is wrong with the checkpoint, in one message: absent, damaged or
@@ -92,33 +90,38 @@ def load_pytorch(
 def _load_pipeline(
     path: FilePath, components: Collection[str] | None, *, place: Callable, **options
 ) -> Any:
-    from ..flax_models.stable_diffusion import StableDiffusionPipeline
-
-    wanted = set(COMPONENTS if components is None else components)
-    if not wanted <= set(COMPONENTS):
-        unknown = sorted(wanted - set(COMPONENTS))
-        raise ValueError(f"components accepts {COMPONENTS}, received {unknown}.")
     index = read_json(path / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in architectures.PIPELINES:
+    name = index.get("_class_name")
+    if name not in architectures.PIPELINES:
         raise CheckpointError(
-            f"{path} is a {kind!r} pipeline; known are {', '.join(architectures.PIPELINES)}. "
+            f"{path} is a {name!r} pipeline; known are {', '.join(architectures.PIPELINES)}. "
             "Load its components one by one if their architectures are known."
         )
-    parts: dict[str, Any] = dict.fromkeys((*_MODELS, "tokenizer"))
-    for name in _MODELS:
+    kind = architectures.pipeline_class(name)
+    known = _components(kind)
+    wanted = set(known if components is None else components)
+    if not wanted <= set(known):
+        unknown = sorted(wanted - set(known))
+        raise ValueError(f"components accepts {known}, received {unknown}.")
+    parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
+    for name in kind.MODELS:
         if name in wanted:
             entry = index.get(name)
             published = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
             parts[name] = _load_component(
                 path / name, published, place=functools.partial(place, prefix=(name,)), **options
             )
-    if "tokenizer" in wanted:
-        parts["tokenizer"] = read_tokenizer(path / "tokenizer")
-        _check_vocabulary(path, parts["tokenizer"], parts["text_encoder"])
+    for name in kind.TOKENIZERS:
+        if name in wanted:
+            parts[name] = read_tokenizer(path / name)
+            _check_vocabulary(path, parts[name], parts[name.replace("tokenizer", "text_encoder")])
     scheduler = path / "scheduler" / "scheduler_config.json"
     config = read_json(scheduler) if "scheduler" in wanted else {}
-    return StableDiffusionPipeline(**parts, scheduler_config=config, model_index=index)
+    return kind(**parts, scheduler_config=config, model_index=index)
+
+
+def _components(kind: Any) -> tuple[str, ...]:
+    return (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
 
 
 def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None:
@@ -322,17 +325,18 @@ def _write_json(path: FilePath, content: Mapping[str, Any]) -> None:
 
 
 def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
-    index = {"_class_name": "StableDiffusionPipeline", **pipeline.model_index}
+    index = {"_class_name": type(pipeline).__name__, **pipeline.model_index}
     carried = {}
-    for name in _MODELS:
+    for name in pipeline.MODELS:
         model = getattr(pipeline, name)
         if model is not None:
             (folder / name).mkdir()
             _write_component(model, folder / name, **options)
             carried[name] = [model.pytorch_library, model.pytorch_class]
-    if pipeline.tokenizer is not None:
-        write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
-        carried["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    for name in pipeline.TOKENIZERS:
+        if getattr(pipeline, name) is not None:
+            write_tokenizer(getattr(pipeline, name), folder / name)
+            carried[name] = ["transformers", "CLIPTokenizer"]
     if pipeline.scheduler_config:
         config = dict(pipeline.scheduler_config)
         entry = index.get("scheduler") or ["diffusers", None]
@@ -340,9 +344,10 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
         _write_json(folder / "scheduler" / "scheduler_config.json", config)
         carried["scheduler"] = ["diffusers", kind]
     # What diffusers asks for and what the original named, as absent unless it is written here.
-    for name in (*COMPONENTS, "safety_checker", "feature_extractor", "image_encoder"):
+    for name in (*_components(pipeline), *pipeline.NOT_CARRIED):
         index[name] = carried.get(name, [None, None])
-    index["requires_safety_checker"] = False
+    if "safety_checker" in pipeline.NOT_CARRIED:
+        index["requires_safety_checker"] = False
     _write_json(folder / "model_index.json", index)
 
 

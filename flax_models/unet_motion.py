@@ -186,9 +186,10 @@ class UNetMotionConfig(ModelConfig):
         )
         unet.require(
             unet.mid_block_type is not None and unet.flip_sin_to_cos and unet.freq_shift == 0
-            and not unet.center_input_sample,
+            and not unet.center_input_sample and unet.addition_embed_type is None,
             "a UNet for videos has a middle block, cosines first in its embedding of time, no "
-            "shift of its frequencies, and an input that is not centred.",
+            "shift of its frequencies, no embedding added to it (SDXL), and an input that is not "
+            "centred.",
         )  # fmt: skip
         same = {
             field.name: getattr(unet, field.name)
