@@ -4,6 +4,7 @@ Everything in a folder is untrusted: names in an index may not leave it, pickles
 `weights_only=True` (which executes nothing), and files are checked before their data is used.
 """
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,36 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+class _Inert:
+    """Stands for a class that a pickle names and that nothing here needs."""
+
+
+# Training code's classes that are keys of dicts in published checkpoints, such as `sd-v1-4.ckpt`.
+_NAMED_CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+)
+
+
+def _refuse_compression(path: Path) -> None:
+    """`torch.save` stores plainly; a compressed entry could unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [
+                entry.filename for entry in archive.infolist()
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size
+            ]  # fmt: skip
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a PyTorch file of plain tensors: {error}") from error
+    if packed:
+        raise CheckpointError(
+            f"{path} is compressed ({listing(sorted(packed))[:200]}), which no PyTorch file is, and "
+            "could unpack to any size. Do not trust this checkpoint."
+        )
+
+
 def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
     """A `.bin` or `.pth` written by `torch.save`, mapped; nothing in it is executed."""
     try:
@@ -137,8 +168,10 @@ def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]
             f"{path} is a PyTorch pickle, and reading it needs torch. Install conceptax[torch], or "
             "use the checkpoint's .safetensors files."
         ) from error
+    _refuse_compression(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED_CLASSES]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types for damaged and for unsafe files
         raise CheckpointError(
             f"{path} is not a PyTorch file of plain tensors: {str(error).splitlines()[0][:200]} "
