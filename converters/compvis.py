@@ -207,7 +207,8 @@ def _scheduler(path: Path, family: str, prediction_type: str | None) -> dict[str
     return {
         "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
         "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-        "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": prediction_type or "epsilon",
+        "set_alpha_to_one": False, "steps_offset": 1,
+        "prediction_type": prediction_type or "epsilon",
     }  # fmt: skip
 
 

@@ -144,17 +144,19 @@ def _refuse_compression(path: Path) -> None:
     """`torch.save` stores plainly; a compressed entry could unpack to any size."""
     if not zipfile.is_zipfile(path):
         return
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [
-                entry.filename for entry in archive.infolist()
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size
-            ]  # fmt: skip
+                entry.filename
+                for entry in archive.infolist()
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size
+            ]
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{path} is not a PyTorch file of plain tensors: {error}") from error
     if packed:
         raise CheckpointError(
-            f"{path} is compressed ({listing(sorted(packed))[:200]}), which no PyTorch file is, and "
+            f"{path} is compressed ({listing(sorted(packed))[:200]}), which no PyTorch file is: it "
             "could unpack to any size. Do not trust this checkpoint."
         )
 

@@ -280,7 +280,7 @@ def second(torch, tmp_path_factory):
     safetensors.numpy.save_file(content, file)
 
     class Stub:
-        class config:  # noqa: N801
+        class config:
             hidden_size = 64
 
     shorter = {k: v for k, v in text.items() if ".resblocks.2." not in k}
