@@ -11,6 +11,8 @@ from .parameters import OneKey, fill, parameter_dtype
 from .safetensors_file import StoredTensor
 from .tensors import match, tensor_specs
 
+_LAYERS = 1024  # of one setting
+
 
 def abstract(
     model_class: Any, raw: Mapping[str, Any], *, source: str, **options: Any
@@ -26,6 +28,8 @@ def abstract(
     Raises:
       CheckpointError: settings of no model that can be built.
     """
+    if crowd := _too_many(raw):
+        raise CheckpointError(f"{source}: {crowd} is more layers than any model has.")
     try:
         config = model_class.config_class.from_dict(raw)
     except (ValueError, TypeError, AttributeError) as error:
@@ -40,6 +44,18 @@ def abstract(
         raise CheckpointError(
             f"{source} describes no model that can be built{told and f' with {told}'}: {error}"
         ) from error
+
+
+def _too_many(raw: Mapping[str, Any]) -> str:
+    """A setting that asks for absurdly many layers, which take a moment each to make."""
+    for name, value in raw.items():
+        if isinstance(value, Mapping) and (found := _too_many(value)):
+            return found
+        values = value if isinstance(value, list | tuple) else [value]
+        counts = [v for v in values if isinstance(v, int) and ("layer" in name or "depth" in name)]
+        if len(values) > _LAYERS or any(count > _LAYERS for count in counts):
+            return f"{name}={value!r}"[:80]
+    return ""
 
 
 def build(

@@ -98,7 +98,7 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
 
 
 def _pipeline(path: Path) -> Inspection:
-    index = read_json(path / "model_index.json")
+    index = architectures.without_flax(read_json(path / "model_index.json"))
     kind = index.get("_class_name")
     parts, missing, unused = [], [], []
     for name, entry in sorted(index.items()):
@@ -138,7 +138,7 @@ def _component(
     """A component folder; what is wrong with it becomes a problem of the part."""
     architecture = published
     try:
-        raw = read_json(folder / "config.json")
+        raw = architectures.without_flax(read_json(folder / "config.json"))
         architecture = architectures.published_name(raw) or published
         if stored is None:
             model_class = architectures.model_class(architecture, str(folder / "config.json"))

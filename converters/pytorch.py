@@ -44,9 +44,9 @@ def load_pytorch(
     """Load a component folder, a pipeline folder, one weight file beside its `config.json`, or a
     single file of Stable Diffusion 1.x or 2.x (`.ckpt`, `.safetensors`, with CompVis's names).
 
-    The weights may be `.safetensors`, several of them behind an index, or `.bin` pickles (these
-    need torch; nothing in them is executed).  They are memory-mapped and copied, so the files may
-    change or vanish afterwards.
+    The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
+    torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
+    memory-mapped and copied, so the files may change or vanish afterwards.
 
     Args:
       path: the folder or file; `~` is expanded.
@@ -109,7 +109,7 @@ def _load_pipeline(
     if not wanted <= set(COMPONENTS):
         unknown = sorted(wanted - set(COMPONENTS))
         raise ValueError(f"components accepts {COMPONENTS}, received {unknown}.")
-    index = read_json(path / "model_index.json")
+    index = architectures.without_flax(read_json(path / "model_index.json"))
     kind = index.get("_class_name")
     if kind not in architectures.PIPELINES:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def _load_pipeline(
         parts["tokenizer"] = read_tokenizer(path / "tokenizer")
         _check_vocabulary(path, parts["tokenizer"], parts["text_encoder"])
     scheduler = path / "scheduler" / "scheduler_config.json"
-    config = read_json(scheduler) if "scheduler" in wanted else {}
+    config = architectures.without_flax(read_json(scheduler)) if "scheduler" in wanted else {}
     return StableDiffusionPipeline(**parts, scheduler_config=config, model_index=index)
 
 
@@ -154,7 +154,7 @@ def _load_component(
             f"(found {listing(there) or 'nothing'}). Pass a diffusers or transformers folder."
         )
     source = str(folder / "config.json")
-    raw = read_json(folder / "config.json")
+    raw = architectures.without_flax(read_json(folder / "config.json"))
     if architecture is None or isinstance(architecture, str):
         name = architecture or architectures.published_name(raw)
         model_class = architectures.model_class(name, source)

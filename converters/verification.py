@@ -52,7 +52,7 @@ def _difference(model: Any, folder: Path) -> float | None:
     else:
         import transformers as library
     published = getattr(library, model.pytorch_class)
-    module = published.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    module = published.from_pretrained(folder).float().eval()
     with torch.no_grad(), jax.default_matmul_precision("highest"):
         ours, theirs = rule(model, module, np.random.default_rng(_SEED))
     theirs = [value.numpy() for value in theirs]

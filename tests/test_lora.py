@@ -249,9 +249,8 @@ def test_diffusers_merges_the_same(pipeline, pairs, tmp_path, torch):
     pytest.importorskip("peft")
     diffusers = pytest.importorskip("diffusers")
     write(tmp_path / "pytorch_lora_weights.safetensors", pairs, peft)
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
-        bundled_model(), torch_dtype=torch.float32
-    )
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(bundled_model())
+    theirs.to(torch.float32)
     theirs.load_lora_weights(tmp_path)
     theirs.fuse_lora(lora_scale=0.7)
     theirs.unload_lora_weights()
