@@ -175,12 +175,14 @@ class _Reader:
         kind = self.number(1, end)
         if kind <= 0x7F or kind >= 0xE0:
             return kind if kind <= 0x7F else kind - 0x100
-        if kind <= 0x8F or kind in (0xDE, 0xDF):
-            return self.read_map(kind & 0xF if kind <= 0x8F else self.number(2 << (kind - 0xDE), end),
-                            end, depth)  # fmt: skip
-        if kind <= 0x9F or kind in (0xDC, 0xDD):
-            return self.read_list(kind & 0xF if kind <= 0x9F else self.number(2 << (kind - 0xDC), end),
-                             end, depth)  # fmt: skip
+        if kind <= 0x8F:
+            return self.read_map(kind & 0xF, end, depth)
+        if kind <= 0x9F:
+            return self.read_list(kind & 0xF, end, depth)
+        if kind in (0xDE, 0xDF):
+            return self.read_map(self.number(2 << (kind - 0xDE), end), end, depth)
+        if kind in (0xDC, 0xDD):
+            return self.read_list(self.number(2 << (kind - 0xDC), end), end, depth)
         if kind <= 0xBF:
             return self.read_text(kind & 0x1F, end)
         if 0xD9 <= kind <= 0xDB:
