@@ -1,4 +1,4 @@
-"""Fuzz every reader of checkpoints for as long as you like, and report what came out but should not.
+"""Fuzz every reader of checkpoints for as long as you like, and report what should not come out.
 
     python benchmarks/fuzz_checkpoints.py --minutes 60
 

@@ -61,7 +61,7 @@ def _too_many(raw: Mapping[str, Any]) -> str:
 def build(
     model_class: Any, raw: Mapping[str, Any], stored: Mapping[str, StoredTensor], *, source: str,
     file: str, dtype: Any, param_dtype: Any, place: Callable, model_options: Mapping[str, Any],
-) -> nnx.Module:  # fmt: skip
+) -> Any:  # fmt: skip
     """A model with the values of stored tensors, one at a time.
 
     Args:
@@ -73,7 +73,7 @@ def build(
     Raises:
       CheckpointError: settings of no model, or tensors that do not fit it.
     """
-    model = abstract(
+    model: Any = abstract(
         model_class, raw, source=source, dtype=dtype,
         param_dtype=parameter_dtype(stored, param_dtype), **model_options,
     )  # fmt: skip

@@ -167,7 +167,8 @@ _COMPVIS_KEYS = [
 _LORA = words(
     """unet. text_encoder. lora_unet_ lora_te_ down_blocks.0.resnets.0.conv1
     down_blocks_0_resnets_0_conv1 mid_block.attentions.0.proj_in to_q_lora .processor. . _
-    text_model. .lora_A.weight .lora_B.weight .lora_down.weight .lora_up.weight .alpha .lora.down.weight"""
+    text_model. .lora_A.weight .lora_B.weight .lora_down.weight .lora_up.weight .alpha
+    .lora.down.weight"""
 )
 _OPEN_CLIP = words(
     """visual.trunk.stages. 0. 1. 3. 99999999 blocks. norm.weight text_projection transformer.
