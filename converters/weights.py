@@ -4,6 +4,7 @@ Everything in a folder is untrusted: names in an index may not leave it, pickles
 `weights_only=True` (which executes nothing), and files are checked before their data is used.
 """
 
+import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,9 +152,10 @@ _NAMED_CLASSES = (
 
 def _refuse_compression(path: Path) -> None:
     """`torch.save` stores plainly; a compressed entry could unpack to any size."""
-    if not zipfile.is_zipfile(path):
-        return
     size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return  # torch refuses to map anything else
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [
@@ -161,8 +163,10 @@ def _refuse_compression(path: Path) -> None:
                 for entry in archive.infolist()
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size
             ]
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a PyTorch file of plain tensors: {error}") from error
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is not a PyTorch file of plain tensors: {error}. Use a fresh download."
+        ) from error
     if packed:
         raise CheckpointError(
             f"{path} is compressed ({listing(sorted(packed))[:200]}), which no PyTorch file is: it "
