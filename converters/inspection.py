@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from . import architectures
 from .components import abstract
-from .compvis import is_single_file, read_single_file
+from .compvis_parts import is_single_file, read_single_file
 from .errors import CheckpointError
 from .lora import FILES, is_lora
 from .safetensors_file import FLOAT_TYPES, ITEM_SIZES, StoredTensor

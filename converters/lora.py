@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .compvis import unet_names_of
 from .compvis_names import renamed
+from .compvis_parts import unet_names_of
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_file
 from .parameters import on_host

@@ -21,7 +21,7 @@ from conceptax.converters import (
     load_personalised,
     load_pytorch,
     merge_lora,
-    save_single_file,
+    save_lora,
 )
 from conceptax.converters.msgpack_file import open_flax
 from conceptax.converters.weights import open_weights
@@ -202,24 +202,30 @@ def test_headers_of_other_formats(tmp_path):
 # Nothing is written outside the destination, and nothing through links.
 
 
-def test_links_at_the_destination_are_replaced_not_followed(tmp_path, capsys):
+def test_links_at_the_destination_are_replaced_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     (tmp_path / "work").mkdir()
-    link = tmp_path / "work/one.safetensors"
+    link = tmp_path / "work/change.safetensors"
     link.symlink_to(outside)
-    source = str(bundled_model())
-    assert main(["convert", source, str(link), "--form", "single"]) == 1
-    assert main(["convert", source, str(link), "--form", "single", "--force"]) == 0
-    assert outside.read_text() == "precious"
+    original = bundled_model() / "text_encoder"
+    content = safetensors.numpy.load_file(original / "model.safetensors")
+    scaled = {k: v * np.float16(1 + k.endswith("fc1.weight")) for k, v in content.items()}
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited/config.json").write_bytes((original / "config.json").read_bytes())
+    safetensors.numpy.save_file(scaled, tmp_path / "edited/model.safetensors")
+    command = ["convert", str(tmp_path / "edited"), str(link), "--original", str(original)]
+    command += ["--form", "lora", "--rank", "1"]
+    assert main(command) == 1
+    assert main([*command, "--force"]) == 0
     assert not link.is_symlink()
-    pipeline = load_pytorch(bundled_model(), components=["text_encoder"])
     link.unlink()
     link.symlink_to(outside)
-    save_single_file(pipeline, link, force=True)
+    save_lora(load_pytorch(tmp_path / "edited"), load_pytorch(original), link, rank=1, force=True)
+    assert not link.is_symlink()
     assert outside.read_text() == "precious"
-    assert sorted(os.listdir(tmp_path / "work")) == ["one.safetensors"]
-    assert sorted(os.listdir(tmp_path)) == ["outside", "work"]
+    assert os.listdir(tmp_path / "work") == ["change.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["edited", "outside", "work"]
 
 
 def test_links_in_a_checkpoint_lead_to_weights_only(tmp_path):

@@ -125,19 +125,6 @@ def test_other_files(tmp_path):
     assert inspect_checkpoint(tmp_path / "x.safetensors").kind == "weight file"
 
 
-def test_single_files_and_back(tmp_path, capsys):
-    """The bundled model as a single file: inspected, verified against PyTorch, a LoRA, changes."""
-    model, single = str(bundled_model()), str(tmp_path / "one.safetensors")
-    assert main(["convert", model, single, "--form", "single"]) == 0
-    found = inspect_checkpoint(single)
-    assert found.kind == "single file of SD 1"
-    assert {name: part.parameters for name, part in parts(found).items()} == {
-        name: part.parameters for name, part in parts(inspect_checkpoint(model)).items()
-    }
-    assert main(["convert", model, single, "--form", "single"]) == 1
-    assert "already exists" in capsys.readouterr().err
-
-
 def test_verify(tmp_path, capsys, torch):
     pytest.importorskip("diffusers")
     out = str(tmp_path / "out")

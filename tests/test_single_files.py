@@ -1,14 +1,19 @@
 """Single files with CompVis's names: read as diffusers reads them, and written so that it can."""
 
+import dataclasses
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
+from conceptax import bundled_model
+from conceptax.cli import main
 from conceptax.converters import CheckpointError, OutputError, load_pytorch, save_pytorch
-from conceptax.converters.compvis import load_single_file, read_single_file, save_single_file
+from conceptax.converters.compvis import load_single_file, save_single_file
+from conceptax.converters.compvis_parts import read_single_file
 from conceptax.converters.pytorch import COMPONENTS
 from conceptax.converters.safetensors_file import StoredTensor
 from conceptax.converters.tensors import tensor_specs, variables
@@ -44,7 +49,7 @@ def numpy_state(module):
 
 
 @pytest.fixture(scope="module")
-def tiny(torch, tmp_path_factory):
+def tiny(torch, tmp_path_factory, repository):
     """Folder of a tiny SD 1 pipeline that diffusers wrote, and its state dicts."""
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
@@ -60,6 +65,8 @@ def tiny(torch, tmp_path_factory):
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     index["_class_name"] = "StableDiffusionPipeline"
+    for name in ("tokenizer", "scheduler"):
+        (folder / name).symlink_to(repository / "src/conceptax/assets/glyphs" / name)
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder, {name: numpy_state(part) for name, part in parts.items()}
 
@@ -127,6 +134,49 @@ def test_single_file_loads_with_its_sizes(tiny, single, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out/unet")
     same(numpy_state(unet), tiny[1]["unet"])
+
+
+def test_the_command_goes_there_and_back(tiny, tmp_path, capsys):
+    folder, single, back = str(tiny[0]), str(tmp_path / "a.safetensors"), tmp_path / "back"
+    assert main(["convert", folder, single, "--form", "single"]) == 0
+    assert main(["inspect", single]) == 0
+    out = capsys.readouterr().out
+    assert "single file of SD 1" in out
+    assert "unet: UNet2DConditionModel, " in out
+    options = ["--tokenizer", str(tiny[0] / "tokenizer"), "--verify"]
+    assert main(["convert", single, str(back), *options]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "relative difference" in line]
+    assert len(told) == 3
+    assert all(float(line.split()[-1]) < 1e-4 for line in told), told
+    for name in MODELS:
+        file = next((back / name).glob("*.safetensors"))
+        received = safetensors.numpy.load_file(file)
+        received = {k.removeprefix("text_model."): v for k, v in received.items()}
+        same(received, {k.removeprefix("text_model."): v for k, v in tiny[1][name].items()})
+    assert main(["convert", folder, single, "--form", "single"]) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_settings_that_shapes_do_not_tell_are_not_lost(tiny, tmp_path):
+    """A single file of such a model would load as another one, without a word."""
+    pipeline = load_pytorch(tiny[0], components=MODELS)
+    for name, change in {
+        "unet": {"attention_head_dim": 4}, "vae": {"scaling_factor": 0.5},
+        "text_encoder": {"num_attention_heads": 2},
+    }.items():  # fmt: skip
+        model = nnx.clone(getattr(pipeline, name))
+        model.config = dataclasses.replace(model.config, **change)
+        other = dataclasses.replace(pipeline, **{name: model})
+        (setting,) = change
+        with pytest.raises(OutputError, match=f"cannot tell {setting}.*readers would assume"):
+            save_single_file(other, tmp_path / "x.safetensors")
+    with pytest.raises(
+        OutputError, match=r"single file cannot hold .*do not divide into 32 groups"
+    ):
+        save_single_file(
+            load_pytorch(bundled_model(), components=["unet"]), tmp_path / "x.safetensors"
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_are_named_and_strangers_refused(single, tmp_path):
@@ -343,8 +393,8 @@ def test_published_sizes(torch, family):
     diffusers = pytest.importorskip("diffusers")
     from diffusers.loaders import single_file_utils as theirs
 
-    from conceptax.converters.compvis import unet_names_of
     from conceptax.converters.compvis_names import renamed, vae_names
+    from conceptax.converters.compvis_parts import unet_names_of
 
     settings = {"cross_attention_dim": 768} if family == "SD 1" else {
         "cross_attention_dim": 2048, "use_linear_projection": True,
