@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import OptionalPath
+from conceptax.cli.options import OptionalFloat, OptionalInt, OptionalPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Command:
       source: folder of a pipeline or of a component, a weight file beside its config.json, or a
         single file.
       dest: what to write.
-      form: "folder" of safetensors in the layout of diffusers and transformers; "single": one
-        `.safetensors` file with CompVis's names, of a Stable Diffusion 1.x pipeline; "changes": one
-        file with a component's tensors that differ from --original; "lora": one file with the
-        difference from --original at a low rank.
+      form: "folder" of safetensors in the layout of diffusers and transformers; "single" file with
+        CompVis's names, of a Stable Diffusion 1.x pipeline; "changes", one file with a component's
+        tensors that differ from --original; "lora", one file with the difference from --original at
+        a low rank.
       add: a file or folder to merge into the pipeline; repeat for several.
       add_scale: how much of each LoRA in --add.
       original: the model that SOURCE was made from, for --form changes and lora.
@@ -36,10 +36,10 @@ class Command:
       energy: in place of --rank, the fraction of each change to keep, such as 0.95.
       dtype: dtype to store; by default each tensor's own.
       shard_size: split larger weights over several files, in a folder.
-      tokenizer: folder of the tokenizer, for a single file, which has none; by default the folder
-        "tokenizer" beside it, if there is one.
-      prediction_type: what the UNet of a single file predicts; by default "epsilon" for 1.x, and
-        "v_prediction" for 2.x (the base models for 512 pixels need "epsilon").
+      tokenizer: folder of the tokenizer, for a single file, which has none; by default a folder of
+        that name beside it.
+      prediction_type: what the UNet of a single file predicts; by default "epsilon" for 1.x and
+        velocities for 2.x, whose base models (512 pixels) need "epsilon".
       verify: run PyTorch on what was written and JAX on what was read, with one random input, and
         print the largest relative difference; needs torch, and diffusers or transformers.
       force: replace an earlier checkpoint at DEST.
@@ -51,8 +51,8 @@ class Command:
     add: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     add_scale: float = 1.0
     original: OptionalPath = None
-    rank: int | None = None
-    energy: float | None = None
+    rank: OptionalInt = None
+    energy: OptionalFloat = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     shard_size: str = "10GB"
     tokenizer: OptionalPath = None
