@@ -17,9 +17,11 @@ import numpy as np
 from flax import nnx
 
 from . import architectures
+from .components import build
+from .compvis import load_single_file, open_single_file
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_folder
-from .parameters import OneKey, ShardingRule, fill, on_host, parameter_dtype, pending, put
+from .parameters import ShardingRule, fill, on_host, pending, put
 from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
 from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
@@ -36,11 +38,12 @@ def load_pytorch(
     architecture: str | type[nnx.Module] | None = None,
     **model_options: Any,
 ) -> Any:
-    """Load a component folder, a pipeline folder, or one weight file beside its `config.json`.
+    """Load a component folder, a pipeline folder, one weight file beside its `config.json`, or a
+    single file of Stable Diffusion 1.x or 2.x (`.ckpt`, `.safetensors`, with CompVis's names).
 
-    The weights may be `.safetensors`, several of them behind an index, or `.bin` pickles (these
-    need torch; nothing in them is executed).  They are memory-mapped and copied, so the files may
-    change or vanish afterwards.
+    The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
+    torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
+    memory-mapped and copied, so the files may change or vanish afterwards.
 
     Args:
       path: the folder or file; `~` is expanded.
@@ -55,7 +58,8 @@ def load_pytorch(
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
       model_options: of a component, further arguments of its model class: `remat=True`, or
-        `attention=GNA(...)` for a `DiTTransformer2DModel`.
+        `attention=GNA(...)` for a `DiTTransformer2DModel`. Of a single file, `tokenizer=` and
+        `prediction_type=`, as for `compvis.load_single_file`.
 
     Returns:
       An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline` (of SDXL a
@@ -73,6 +77,13 @@ def load_pytorch(
             f"{path} does not exist. Pass a folder with config.json or model_index.json; models "
             "are not downloaded here."
         )
+    if architecture is None and (stored := open_single_file(path)) is not None:
+        if unknown := sorted(set(model_options) - {"tokenizer", "prediction_type"}):
+            raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
+        return load_single_file(
+            path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, components=components,
+            stored=stored, **model_options,
+        )  # fmt: skip
     place = functools.partial(put, rule=sharding)
     options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
     if (path / "model_index.json").is_file():
@@ -90,7 +101,7 @@ def load_pytorch(
 def _load_pipeline(
     path: FilePath, components: Collection[str] | None, *, place: Callable, **options
 ) -> Any:
-    index = read_json(path / "model_index.json")
+    index = architectures.without_flax(read_json(path / "model_index.json"))
     name = index.get("_class_name")
     if name not in architectures.PIPELINES:
         raise CheckpointError(
@@ -116,7 +127,7 @@ def _load_pipeline(
             parts[name] = read_tokenizer(path / name)
             _check_vocabulary(path, parts[name], parts[name.replace("tokenizer", "text_encoder")])
     scheduler = path / "scheduler" / "scheduler_config.json"
-    config = read_json(scheduler) if "scheduler" in wanted else {}
+    config = architectures.without_flax(read_json(scheduler)) if "scheduler" in wanted else {}
     return kind(**parts, scheduler_config=config, model_index=index)
 
 
@@ -146,7 +157,7 @@ def _load_component(
             f"(found {listing(there) or 'nothing'}). Pass a diffusers or transformers folder."
         )
     source = str(folder / "config.json")
-    raw = read_json(folder / "config.json")
+    raw = architectures.without_flax(read_json(folder / "config.json"))
     if architecture is None or isinstance(architecture, str):
         name = architecture or architectures.published_name(raw)
         model_class = architectures.model_class(name, source)
@@ -158,34 +169,11 @@ def _load_component(
             f"{model_class.__name__} takes no {', '.join(unknown)}; beside the checkpoint it takes "
             f"{', '.join(sorted(accepted))}."
         )
-    try:
-        config = model_class.config_class.from_dict(raw)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
-    stored = open_weights(file)
-
-    init_dtype = parameter_dtype(stored, param_dtype)
-    rngs = OneKey()
-    try:
-        model = nnx.eval_shape(
-            lambda: model_class(
-                config, dtype=dtype, param_dtype=init_dtype, rngs=rngs, **model_options
-            )
-        )
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
-        options = ", ".join(f"{name}={value!r}" for name, value in model_options.items())
-        raise CheckpointError(
-            f"{source} describes no model that can be built{options and f' with {options}'}: "
-            f"{error}"
-        ) from error
-    specs = tensor_specs(model)
-    tensors = match(
-        specs, stored, source=str(file), model_class=model_class, double=param_dtype is not None
-    )
-    fill(model, specs, tensors, source=str(file), param_dtype=param_dtype, place=place)
-    model.published_config = json.dumps(raw)  # text, because static attributes must be hashable
-    return model
+    return build(
+        model_class, raw, open_weights(file), source=source, file=str(file), dtype=dtype,
+        param_dtype=param_dtype, place=place, model_options=model_options,
+    )  # fmt: skip
 
 
 def save_pytorch(

@@ -44,6 +44,11 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
             f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
             "folder with model_index.json."
         )
+    if pipeline.tokenizer is None:
+        raise ConceptError(
+            f"{path} is a single file without a tokenizer: put the folder 'tokenizer' of a Stable "
+            "Diffusion folder beside it, or make a folder of it with conceptax convert --tokenizer."
+        )
     return pipeline
 
 
