@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from .configs import ModelConfig
 from .layers.attention import Attention
 from .layers.embeddings import Dtype
+from .layers.remat import Remat, recomputed
 from .layers.resnet import (
     Downsample2D,
     ResnetBlock2D,
@@ -146,7 +147,7 @@ class DecoderBlock(nnx.Module):
 class Encoder(nnx.Module):
     """Image -> mean and log-variance, before `quant_conv`."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, remat: bool, **init):
+    def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         channels, groups = config.block_out_channels, config.norm_num_groups
         last = len(channels) - 1
         self.remat = remat
@@ -173,14 +174,14 @@ class Encoder(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
-            x = jax.checkpoint(block.__call__)(x) if self.remat else block(x)
+            x = recomputed(block.__call__, self.remat)(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nnx.Module):
     """Latents after `post_quant_conv` -> image."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, remat: bool, **init):
+    def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         last = len(channels) - 1
         self.remat = remat
@@ -207,7 +208,7 @@ class Decoder(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
         for block in (self.mid_block, *self.up_blocks):
-            x = jax.checkpoint(block.__call__)(x) if self.remat else block(x)
+            x = recomputed(block.__call__, self.remat)(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
@@ -218,7 +219,8 @@ class AutoencoderKL(nnx.Module):
       config: architecture.
       dtype: computation dtype.
       param_dtype: dtype of the parameters.
-      remat: recompute each block's activations in the backward pass.
+      remat: recompute each block's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -231,7 +233,7 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(
         self, config: AutoencoderKLConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         latent = config.latent_channels

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.embeddings import Dtype
+from .layers.remat import Remat, recomputed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -231,7 +232,7 @@ class CLIPEncoder(nnx.Module):
     Returns the output of the last layer and, second, its input.
     """
 
-    def __init__(self, config: _TowerConfig, *, remat: bool, **init):
+    def __init__(self, config: _TowerConfig, *, remat: Remat, **init):
         self.remat = remat
         self.layers = nnx.List(
             [CLIPEncoderLayer(config, **init) for _ in range(config.num_hidden_layers)]
@@ -241,7 +242,7 @@ class CLIPEncoder(nnx.Module):
         before = x
         for layer in self.layers:
             before = x
-            x = jax.checkpoint(layer.__call__)(x, mask) if self.remat else layer(x, mask)
+            x = recomputed(layer.__call__, self.remat)(x, mask)
         return x, before
 
 
@@ -272,7 +273,8 @@ class CLIPTextModel(nnx.Module):
       config: architecture.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass.
+      remat: recompute each layer's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -284,7 +286,7 @@ class CLIPTextModel(nnx.Module):
 
     def __init__(
         self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
@@ -363,7 +365,7 @@ class CLIPTextModelWithProjection(nnx.Module):
 
     def __init__(
         self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = CLIPTextModel(config, remat=remat, **init)
@@ -420,7 +422,7 @@ class CLIPVisionModel(nnx.Module):
 
     def __init__(
         self, config: CLIPVisionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
@@ -451,7 +453,7 @@ class CLIPModel(nnx.Module):
 
     def __init__(
         self, config: CLIPConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config

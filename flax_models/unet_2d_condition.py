@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 from .layers.transformer import Transformer2DModel
 
@@ -165,7 +166,7 @@ class _Shape:
     epsilon: float
     time_features: int
     linear_projection: bool
-    remat: bool
+    remat: Remat
     motion: Callable[..., nnx.Module] | None  # makes what mixes the frames of a video
 
     def resnet(self, in_channels: int, *, output_scale: float = 1.0, **init) -> ResnetBlock2D:
@@ -202,7 +203,7 @@ class _Layers(nnx.Module):
                 x = self.motion_modules[index](x, frames)
             return x
 
-        return (jax.checkpoint(run) if self.remat else run)(x, time, context)
+        return recomputed(run, self.remat)(x, time, context)
 
 
 class DownBlock(_Layers):
@@ -246,7 +247,7 @@ class MidBlock(nnx.Module):
                 x = self.motion_modules[0](x, frames)
             return self.resnets[1](x, time)
 
-        return (jax.checkpoint(run) if self.remat else run)(x, time, context)
+        return recomputed(run, self.remat)(x, time, context)
 
 
 class UpBlock(_Layers):
@@ -279,7 +280,8 @@ class UNet2DConditionModel(nnx.Module):
       config: architecture.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass.
+      remat: recompute each layer's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -289,7 +291,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __init__(
         self, config: UNet2DConditionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config

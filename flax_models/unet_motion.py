@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Num
 from .abstract import OneKey
 from .configs import ModelConfig
 from .layers.embeddings import Dtype
+from .layers.remat import Remat
 from .layers.resnet import group_norm
 from .layers.transformer import BasicTransformerBlock
 from .unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
@@ -329,7 +330,7 @@ class UNetMotionModel(UNet2DConditionModel):
 
     def __init__(
         self, config: UNetMotionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.adapter_config = config.adapter
         options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "rngs": rngs}

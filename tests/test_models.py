@@ -23,6 +23,7 @@ from conceptax.flax_models.clip import (
 from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from conceptax.flax_models.layers.attention import dot_product_attention
+from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import conv3x3
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
@@ -114,19 +115,27 @@ def test_parity(name, torch, tmp_path):
     assert oracles.relative_error(ours, reference) <= allowed, "all gradients"
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit", "autoencoder", "clip_text"])
-def test_remat_changes_nothing(kind, torch, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "remat"),
+    [
+        ("unet", True),
+        ("dit", "dots_saveable"),
+        ("autoencoder", True),
+        ("clip_text", "dots_with_no_batch_dims_saveable"),
+    ],
+)
+def test_remat_changes_nothing(kind, remat, torch, tmp_path):
     import oracles
 
     oracle = getattr(oracles, kind)()
     oracle.module.save_pretrained(tmp_path)
     plain = load_pytorch(tmp_path)
     graphdef, state = nnx.split(plain)
-    recomputed = nnx.eval_shape(
-        lambda: type(plain)(plain.config, remat=True, rngs=nnx.Rngs(0))  # type: ignore[call-arg]
+    shape = nnx.eval_shape(
+        lambda: type(plain)(plain.config, remat=remat, rngs=nnx.Rngs(0))  # type: ignore[call-arg]
     )
-    recomputed = nnx.merge(nnx.split(recomputed)[0], state)
-    output, inputs, parameters = oracles.jax_results(oracle, recomputed)
+    again = nnx.merge(nnx.split(shape)[0], state)
+    output, inputs, parameters = oracles.jax_results(oracle, again)
     expected = oracles.jax_results(oracle, nnx.merge(graphdef, state))
     np.testing.assert_allclose(output, expected[0], rtol=1e-5, atol=1e-5)
     for received, wanted in ((inputs, expected[1]), (parameters, expected[2])):
@@ -135,6 +144,20 @@ def test_remat_changes_nothing(kind, torch, tmp_path):
             # Gradients of keys' biases are zero but for rounding.
             scale = np.abs(wanted[key]).max() + 1e-2 * largest
             np.testing.assert_allclose(received[key], wanted[key], atol=2e-5 * scale, err_msg=key)
+
+
+def test_remat_policies_keep_what_they_say():
+    def products(remat):
+        weight = jnp.ones((4, 4))
+        layer = recomputed(lambda x: jnp.sin(jnp.sin(x @ weight) @ weight), remat)
+        return str(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(jnp.ones((2, 4)))).count(
+            "dot_"
+        )
+
+    assert products(False) == products("dots_saveable") == 4  # two forwards, two backwards
+    assert products(True) == products("nothing_saveable") > 4
+    with pytest.raises(ValueError, match=r"remat accepts True, False, .* received 'dots'"):
+        recomputed(jnp.sin, "dots")
 
 
 def test_published_sizes():
