@@ -13,6 +13,7 @@ MODULES = {
     "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "CLIPTextModel": "clip",
+    "CLIPTextModelWithProjection": "clip",
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
@@ -22,7 +23,35 @@ MODULES = {
     "OpenCLIP": "open_clip",
     "MaftPlus": "maft_plus",
 }
-PIPELINES = ("StableDiffusionPipeline",)
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+}
+
+
+_FLAX = "Flax"  # how diffusers up to 0.39 and transformers 4 began their names
+# Settings of diffusers' and maxdiffusion's Flax models that say how, not what, they compute.
+_FLAX_SETTINGS = {
+    "use_memory_efficient_attention", "split_head_dim", "dtype", "weights_dtype", "precision",
+    "attention_kernel", "flash_min_seq_length", "flash_block_sizes", "mesh", "mesh_axes",
+}  # fmt: skip
+
+
+def without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as PyTorch's classes have them, whether Flax's wrote them or not.
+
+    Takes a parsed `config.json`, `scheduler_config.json` or `model_index.json`.
+    """
+    plain = dict(config)
+    name = plain.get("_class_name")
+    if isinstance(name, str) and name.startswith(_FLAX):
+        plain = {k: v for k, v in plain.items() if k not in _FLAX_SETTINGS}
+        plain["_class_name"] = name.removeprefix(_FLAX)
+    for key, value in plain.items():  # [library, class] in an index
+        names = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if names and (key == "architectures" or len(value) == 2):
+            plain[key] = [each.removeprefix(_FLAX) for each in value]
+    return plain
 
 
 def published_name(config: Mapping[str, Any]) -> str | None:
@@ -47,4 +76,10 @@ def model_class(name: str | None, source: str) -> Any:
             "Pass architecture= if it is one of these under another name."
         )
     module = importlib.import_module(f"..flax_models.{MODULES[name]}", __package__)
+    return getattr(module, name)
+
+
+def pipeline_class(name: str) -> Any:
+    """The pipeline class of one of `PIPELINES`."""
+    module = importlib.import_module(f"..flax_models.{PIPELINES[name]}", __package__)
     return getattr(module, name)

@@ -30,6 +30,7 @@ from .safetensors_file import (
     write_safetensors,
 )
 from .tensors import TensorSpec, is_finite, tensor_specs, variables
+from .weights import load_pickle, tensor_values
 
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.bin"
 _PART = "_custom_diffusion"
@@ -207,32 +208,18 @@ def _open(path: Path) -> dict[str, Any]:
         if wrong:
             raise CheckpointError(f"{path}: {listing(wrong)} are no floating-point tensors.")
         return {key: np.array(tensor.read()) for key, tensor in stored.items()}
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is a PyTorch pickle, and reading it needs torch: install conceptax[torch]."
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged and for unsafe files
-        raise CheckpointError(
-            f"{path} is not a PyTorch file of plain tensors: {str(error).splitlines()[0][:200]} "
-            "Use a fresh copy."
-        ) from error
+    content = load_pickle(path)
+    import torch
 
     def convert(value: Any) -> Any:
         if isinstance(value, dict):
             return {str(key): convert(each) for key, each in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        value = value.detach().contiguous()
-        if value.dtype == torch.bfloat16:
-            return value.view(torch.int16).numpy().view(FLOAT_TYPES["BF16"])
-        return value.numpy()
+        if value.layout != torch.strided or value.is_meta:
+            raise CheckpointError(f"{path} holds a tensor that is not dense.")
+        return tensor_values(value)
 
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a dict, received {type(content).__name__}.")
     return convert(content)
 
 

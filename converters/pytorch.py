@@ -17,16 +17,15 @@ import numpy as np
 from flax import nnx
 
 from . import architectures
+from .components import build
+from .compvis import load_single_file, open_single_file
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_folder
-from .parameters import OneKey, ShardingRule, fill, on_host, parameter_dtype, pending, put
+from .parameters import ShardingRule, fill, on_host, pending, put
 from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
 from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
 from .weights import STEMS, find_weights, open_weights, read_json
-
-_MODELS = ("unet", "vae", "text_encoder")
-COMPONENTS = (*_MODELS, "tokenizer", "scheduler")
 
 
 def load_pytorch(
@@ -39,11 +38,12 @@ def load_pytorch(
     architecture: str | type[nnx.Module] | None = None,
     **model_options: Any,
 ) -> Any:
-    """Load a component folder, a pipeline folder, or one weight file beside its `config.json`.
+    """Load a component folder, a pipeline folder, one weight file beside its `config.json`, or a
+    single file of Stable Diffusion 1.x or 2.x (`.ckpt`, `.safetensors`, with CompVis's names).
 
-    The weights may be `.safetensors`, several of them behind an index, or `.bin` pickles (these
-    need torch; nothing in them is executed).  They are memory-mapped and copied, so the files may
-    change or vanish afterwards.
+    The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
+    torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
+    memory-mapped and copied, so the files may change or vanish afterwards.
 
     Args:
       path: the folder or file; `~` is expanded.
@@ -54,14 +54,16 @@ def load_pytorch(
         (attribute path, shape in NNX layout) that returns one, or None for the default device. In a
         pipeline the path begins with the component's name.
       components: of a pipeline, load only these of `unet`, `vae`, `text_encoder`, `tokenizer`,
-        `scheduler`; the others are None.
+        `scheduler` (and SDXL's `text_encoder_2`, `tokenizer_2`); the others are None.
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
       model_options: of a component, further arguments of its model class: `remat=True`, or
-        `attention=GNA(...)` for a `DiTTransformer2DModel`.
+        `attention=GNA(...)` for a `DiTTransformer2DModel`. Of a single file, `tokenizer=` and
+        `prediction_type=`, as for `compvis.load_single_file`.
 
     Returns:
-      An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline`.
+      An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline` (of SDXL a
+      `flax_models.stable_diffusion_xl.StableDiffusionXLPipeline`).
 
     Raises:
       CheckpointError: whatever is wrong with the checkpoint, in one message: absent, damaged or
@@ -75,6 +77,13 @@ def load_pytorch(
             f"{path} does not exist. Pass a folder with config.json or model_index.json; models "
             "are not downloaded here."
         )
+    if architecture is None and (stored := open_single_file(path)) is not None:
+        if unknown := sorted(set(model_options) - {"tokenizer", "prediction_type"}):
+            raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
+        return load_single_file(
+            path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, components=components,
+            stored=stored, **model_options,
+        )  # fmt: skip
     place = functools.partial(put, rule=sharding)
     options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
     if (path / "model_index.json").is_file():
@@ -92,33 +101,38 @@ def load_pytorch(
 def _load_pipeline(
     path: FilePath, components: Collection[str] | None, *, place: Callable, **options
 ) -> Any:
-    from ..flax_models.stable_diffusion import StableDiffusionPipeline
-
-    wanted = set(COMPONENTS if components is None else components)
-    if not wanted <= set(COMPONENTS):
-        unknown = sorted(wanted - set(COMPONENTS))
-        raise ValueError(f"components accepts {COMPONENTS}, received {unknown}.")
-    index = read_json(path / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in architectures.PIPELINES:
+    index = architectures.without_flax(read_json(path / "model_index.json"))
+    name = index.get("_class_name")
+    if name not in architectures.PIPELINES:
         raise CheckpointError(
-            f"{path} is a {kind!r} pipeline; known are {', '.join(architectures.PIPELINES)}. "
+            f"{path} is a {name!r} pipeline; known are {', '.join(architectures.PIPELINES)}. "
             "Load its components one by one if their architectures are known."
         )
-    parts: dict[str, Any] = dict.fromkeys((*_MODELS, "tokenizer"))
-    for name in _MODELS:
+    kind = architectures.pipeline_class(name)
+    known = _components(kind)
+    wanted = set(known if components is None else components)
+    if not wanted <= set(known):
+        unknown = sorted(wanted - set(known))
+        raise ValueError(f"components accepts {known}, received {unknown}.")
+    parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
+    for name in kind.MODELS:
         if name in wanted:
             entry = index.get(name)
             published = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
             parts[name] = _load_component(
                 path / name, published, place=functools.partial(place, prefix=(name,)), **options
             )
-    if "tokenizer" in wanted:
-        parts["tokenizer"] = read_tokenizer(path / "tokenizer")
-        _check_vocabulary(path, parts["tokenizer"], parts["text_encoder"])
+    for name in kind.TOKENIZERS:
+        if name in wanted:
+            parts[name] = read_tokenizer(path / name)
+            _check_vocabulary(path, parts[name], parts[name.replace("tokenizer", "text_encoder")])
     scheduler = path / "scheduler" / "scheduler_config.json"
-    config = read_json(scheduler) if "scheduler" in wanted else {}
-    return StableDiffusionPipeline(**parts, scheduler_config=config, model_index=index)
+    config = architectures.without_flax(read_json(scheduler)) if "scheduler" in wanted else {}
+    return kind(**parts, scheduler_config=config, model_index=index)
+
+
+def _components(kind: Any) -> tuple[str, ...]:
+    return (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
 
 
 def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None:
@@ -143,7 +157,7 @@ def _load_component(
             f"(found {listing(there) or 'nothing'}). Pass a diffusers or transformers folder."
         )
     source = str(folder / "config.json")
-    raw = read_json(folder / "config.json")
+    raw = architectures.without_flax(read_json(folder / "config.json"))
     if architecture is None or isinstance(architecture, str):
         name = architecture or architectures.published_name(raw)
         model_class = architectures.model_class(name, source)
@@ -155,34 +169,11 @@ def _load_component(
             f"{model_class.__name__} takes no {', '.join(unknown)}; beside the checkpoint it takes "
             f"{', '.join(sorted(accepted))}."
         )
-    try:
-        config = model_class.config_class.from_dict(raw)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
-    stored = open_weights(file)
-
-    init_dtype = parameter_dtype(stored, param_dtype)
-    rngs = OneKey()
-    try:
-        model = nnx.eval_shape(
-            lambda: model_class(
-                config, dtype=dtype, param_dtype=init_dtype, rngs=rngs, **model_options
-            )
-        )
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
-        options = ", ".join(f"{name}={value!r}" for name, value in model_options.items())
-        raise CheckpointError(
-            f"{source} describes no model that can be built{options and f' with {options}'}: "
-            f"{error}"
-        ) from error
-    specs = tensor_specs(model)
-    tensors = match(
-        specs, stored, source=str(file), model_class=model_class, double=param_dtype is not None
-    )
-    fill(model, specs, tensors, source=str(file), param_dtype=param_dtype, place=place)
-    model.published_config = json.dumps(raw)  # text, because static attributes must be hashable
-    return model
+    return build(
+        model_class, raw, open_weights(file), source=source, file=str(file), dtype=dtype,
+        param_dtype=param_dtype, place=place, model_options=model_options,
+    )  # fmt: skip
 
 
 def save_pytorch(
@@ -322,17 +313,18 @@ def _write_json(path: FilePath, content: Mapping[str, Any]) -> None:
 
 
 def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
-    index = {"_class_name": "StableDiffusionPipeline", **pipeline.model_index}
+    index = {"_class_name": type(pipeline).__name__, **pipeline.model_index}
     carried = {}
-    for name in _MODELS:
+    for name in pipeline.MODELS:
         model = getattr(pipeline, name)
         if model is not None:
             (folder / name).mkdir()
             _write_component(model, folder / name, **options)
             carried[name] = [model.pytorch_library, model.pytorch_class]
-    if pipeline.tokenizer is not None:
-        write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
-        carried["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    for name in pipeline.TOKENIZERS:
+        if getattr(pipeline, name) is not None:
+            write_tokenizer(getattr(pipeline, name), folder / name)
+            carried[name] = ["transformers", "CLIPTokenizer"]
     if pipeline.scheduler_config:
         config = dict(pipeline.scheduler_config)
         entry = index.get("scheduler") or ["diffusers", None]
@@ -340,9 +332,10 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
         _write_json(folder / "scheduler" / "scheduler_config.json", config)
         carried["scheduler"] = ["diffusers", kind]
     # What diffusers asks for and what the original named, as absent unless it is written here.
-    for name in (*COMPONENTS, "safety_checker", "feature_extractor", "image_encoder"):
+    for name in (*_components(pipeline), *pipeline.NOT_CARRIED):
         index[name] = carried.get(name, [None, None])
-    index["requires_safety_checker"] = False
+    if "safety_checker" in pipeline.NOT_CARRIED:
+        index["requires_safety_checker"] = False
     _write_json(folder / "model_index.json", index)
 
 

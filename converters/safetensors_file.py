@@ -31,7 +31,7 @@ FLOAT_TYPES: dict[str, np.dtype] = {
 }
 FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 # Bytes per element of everything else a file may hold; a type not listed is not checked further.
-_ITEM_SIZES = {
+ITEM_SIZES = {
     **{name: dtype.itemsize for name, dtype in FLOAT_TYPES.items()},
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2,
     "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8,
@@ -114,7 +114,7 @@ def _check_entry(path: Path, key: str, entry: Any, data_size: int) -> tuple[int,
             f"{path} is truncated: {key!r} ends at byte {stop} of the data, "
             f"but only {data_size} bytes are there. {_AGAIN}"
         )
-    size = math.prod(shape) * _ITEM_SIZES[dtype] if dtype in _ITEM_SIZES else stop - start
+    size = math.prod(shape) * ITEM_SIZES[dtype] if dtype in ITEM_SIZES else stop - start
     if start > stop or stop - start != size:
         raise CheckpointError(
             f"{damaged} gives {stop - start} bytes to a {dtype} tensor of shape {shape}, "
@@ -123,16 +123,8 @@ def _check_entry(path: Path, key: str, entry: Any, data_size: int) -> tuple[int,
     return start, stop
 
 
-def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Map a file and check its header completely, without touching the data.
-
-    Returns:
-      Tensor name -> stored tensor; its `read()` is a read-only view into the mapped file, whose
-      type is one of `FLOAT_TYPES` (other types are listed, but cannot be read).
-
-    Raises:
-      CheckpointError: not a safetensors file, truncated, or with an inconsistent header.
-    """
+def _header(path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """The parsed header, and the bytes behind it, mapped."""
     size = path.stat().st_size
     if size < 8:
         raise CheckpointError(
@@ -152,8 +144,33 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             f"{_AGAIN}"
         )
     header = parse_json(mapped[8 : 8 + length].tobytes(), f"{path}: the header")
+    return header, mapped[8 + length :]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free text in a file's header, by name.
+
+    Raises:
+      CheckpointError: not a safetensors file.
+    """
+    metadata = _header(path)[0].get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {name: text for name, text in metadata.items() if isinstance(text, str)}
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Map a file and check its header completely, without touching the data.
+
+    Returns:
+      Tensor name -> stored tensor; its `read()` is a read-only view into the mapped file, whose
+      type is one of `FLOAT_TYPES` (other types are listed, but cannot be read).
+
+    Raises:
+      CheckpointError: not a safetensors file, truncated, or with an inconsistent header.
+    """
+    header, data = _header(path)
     header.pop("__metadata__", None)
-    data = mapped[8 + length :]
 
     end = 0
     ranges = {key: _check_entry(path, key, entry, len(data)) for key, entry in header.items()}

@@ -209,9 +209,12 @@ def _write_pickle(path: Path, tensors: list[PendingTensor], metadata: Mapping[st
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that the pattern's group takes among the keys."""
+    """How many numbers the pattern's group takes among the keys: 0, 1, ... without a gap."""
     found = (re.match(pattern, key) for key in shapes)
-    return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+    numbers = {int(match.group(1)) for match in found if match}
+    if numbers and max(numbers) >= len(numbers):
+        raise ValueError(f"of the numbers to {max(numbers)} in {pattern} some are missing")
+    return len(numbers)
 
 
 def clip_config(shapes: Shapes, *, source: str) -> Any:

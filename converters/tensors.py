@@ -8,7 +8,7 @@ list of `TensorSpec`, made by walking the model.
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -103,28 +103,28 @@ def _rename(key: str, renames: Mapping[str, str]) -> str:
     return ".".join(renames.get(part, part) for part in key.split("."))
 
 
-def match(
-    specs: list[TensorSpec],
-    stored: Mapping[str, StoredTensor],
-    *,
-    source: str,
-    model_class: Any,
-    double: bool,
-) -> dict[str, StoredTensor]:
-    """Pair every parameter with its tensor: totally, or not at all.
+class Comparison(NamedTuple):
+    """What a checkpoint has of a model.
+
+    Attributes:
+      found: key -> stored tensor, for the model's keys that are there.
+      problems: kind of problem -> the names of tensors, sorted; empty if all is well.
+    """
+
+    found: dict[str, StoredTensor]
+    problems: dict[str, list[str]]
+
+
+def compare(
+    specs: list[TensorSpec], stored: Mapping[str, StoredTensor], *, model_class: Any, double: bool
+) -> Comparison:
+    """Pair every parameter with its tensor, by names, shapes and types alone.
 
     Args:
       specs: the model's specification.
       stored: what the checkpoint holds.
-      source: the checkpoint's name in messages.
       model_class: declares `pytorch_prefix`, `pytorch_renames`, `pytorch_ignored`, all optional.
       double: whether float64 tensors are accepted (they can only be kept by converting them).
-
-    Returns:
-      key -> stored tensor, with exactly the keys of `specs`.
-
-    Raises:
-      CheckpointError: names everything missing, unexpected, mis-shaped and mis-typed.
     """
     prefix = getattr(model_class, "pytorch_prefix", "")
     renames = getattr(model_class, "pytorch_renames", {})
@@ -163,17 +163,37 @@ def match(
         "of the wrong shape": misshaped,
         f"of the wrong type (accepted: {', '.join(accepted)})": mistyped,
     }
-    found_problems = [
-        f"{len(names)} {kind}: {listing(sorted(names))}"
-        for kind, names in problems.items()
-        if names
-    ]
-    if found_problems:
+    return Comparison(found, {kind: sorted(names) for kind, names in problems.items() if names})
+
+
+def match(
+    specs: list[TensorSpec],
+    stored: Mapping[str, StoredTensor],
+    *,
+    source: str,
+    model_class: Any,
+    double: bool,
+) -> dict[str, StoredTensor]:
+    """Pair every parameter with its tensor: totally, or not at all.
+
+    Args:
+      source: the checkpoint's name in messages.
+      specs, stored, model_class, double: as for `compare`.
+
+    Returns:
+      key -> stored tensor, with exactly the keys of `specs`.
+
+    Raises:
+      CheckpointError: names everything missing, unexpected, mis-shaped and mis-typed.
+    """
+    found, problems = compare(specs, stored, model_class=model_class, double=double)
+    if problems:
+        told = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items()]
         advice = "Check that config.json and the weights belong together."
-        if "F64" not in accepted and any(found[k].dtype == "F64" for k in found):
+        if not double and any(tensor.dtype == "F64" for tensor in found.values()):
             advice = "Pass param_dtype to convert float64 weights."
         raise CheckpointError(
-            f"{source} does not fit {model_class.__name__}: {'; '.join(found_problems)}. {advice}"
+            f"{source} does not fit {model_class.__name__}: {'; '.join(told)}. {advice}"
         )
     return found
 

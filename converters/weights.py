@@ -4,6 +4,8 @@ Everything in a folder is untrusted: names in an index may not leave it, pickles
 `weights_only=True` (which executes nothing), and files are checked before their data is used.
 """
 
+import struct
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,22 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError, listing
+from .msgpack_file import open_flax
 from .safetensors_file import FLOAT_TYPES, StoredTensor, open_safetensors, parse_json
 
 _MAX_JSON = 64 << 20
-# Library -> name of the weight files it writes, safetensors and pickle.
+# Library -> name of the weight files it writes, or wrote: safetensors, pickle, Flax.
 STEMS = {
-    "diffusers": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "transformers": ("model", "pytorch_model"),
+    "diffusers": ("diffusion_pytorch_model", "diffusion_pytorch_model", "diffusion_flax_model"),
+    "transformers": ("model", "pytorch_model", "flax_model"),
 }
+_ORBAX = {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}
 # In the order of preference; full precision first.
 _LAYOUTS = (
     "{safe}.safetensors", "{safe}.safetensors.index.json", "{safe}.fp16.safetensors",
     "{safe}.safetensors.index.fp16.json", "{safe}.fp16.safetensors.index.json",
     "{pickle}.bin", "{pickle}.bin.index.json", "{pickle}.fp16.bin",
-    "{pickle}.bin.index.fp16.json",
+    "{pickle}.bin.index.fp16.json", "{flax}.msgpack",
 )  # fmt: skip
 
 
@@ -64,7 +68,7 @@ def find_weights(folder: Path, library: str) -> Path:
     """
     first, *others = [library, *(name for name in STEMS if name != library)]
     layouts = [
-        layout.format(safe=STEMS[name][0], pickle=STEMS[name][1])
+        layout.format(safe=STEMS[name][0], pickle=STEMS[name][1], flax=STEMS[name][2])
         for layout in _LAYOUTS
         for name in (first, *others)
     ]
@@ -72,6 +76,11 @@ def find_weights(folder: Path, library: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     there = sorted(entry.name for entry in folder.iterdir())
+    if _ORBAX & set(there):
+        raise CheckpointError(
+            f"{folder} is an Orbax checkpoint. Restore it with Orbax and write its parameters with "
+            f"flax.serialization.to_bytes into {STEMS[library][2]}.msgpack, which is read here."
+        )
     raise CheckpointError(
         f"{folder} holds no weights: expected {layouts[0]}, {layouts[0]}.index.json or "
         f"{STEMS[library][1]}.bin, found {listing(there) or 'nothing'}. "
@@ -96,6 +105,8 @@ def open_weights(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, Store
     try:
         if path.suffix == ".safetensors":
             return open_safetensors(path)
+        if path.suffix == ".msgpack":
+            return open_flax(path)
         return _open_pickle(path, wrappers)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -128,8 +139,47 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
-    """A `.bin` or `.pth` written by `torch.save`, mapped; nothing in it is executed."""
+class _Inert:
+    """Stands for a class that a pickle names and that nothing here needs."""
+
+
+# Training code's classes that are keys of dicts in published checkpoints, such as `sd-v1-4.ckpt`.
+_NAMED_CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+)
+
+
+def _refuse_compression(path: Path) -> None:
+    """`torch.save` stores plainly; a compressed entry could unpack to any size."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return  # torch refuses to map anything else
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [
+                entry.filename
+                for entry in archive.infolist()
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size
+            ]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is not a PyTorch file of plain tensors: {error}. Use a fresh download."
+        ) from error
+    if packed:
+        raise CheckpointError(
+            f"{path} is compressed ({listing(sorted(packed))[:200]}), which no PyTorch file is: it "
+            "could unpack to any size. Do not trust this checkpoint."
+        )
+
+
+def load_pickle(path: Path) -> dict[Any, Any]:
+    """The dict in a file written by `torch.save`, mapped; nothing in it is executed.
+
+    Raises:
+      CheckpointError: torch is not installed, a damaged or an unsafe file, or no dict.
+    """
     try:
         import torch
     except ImportError as error:
@@ -137,17 +187,47 @@ def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]
             f"{path} is a PyTorch pickle, and reading it needs torch. Install conceptax[torch], or "
             "use the checkpoint's .safetensors files."
         ) from error
+    _refuse_compression(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED_CLASSES]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types for damaged and for unsafe files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path} is not a PyTorch file of plain tensors: {str(error).splitlines()[0][:200]} "
+            f"{path} is not a PyTorch file of plain tensors: {reason[:200]} "
             "Use the checkpoint's .safetensors files, or a fresh download."
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path} must hold a dict of tensors, received {type(state).__name__}."
         )
+    return state
+
+
+def tensor_values(tensor: Any) -> np.ndarray:
+    """A dense torch tensor's values.
+
+    Raises:
+      CheckpointError: it claims more elements than its storage has (strides may be zero).
+    """
+    import torch
+
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"a tensor of shape {list(tensor.shape)} is stored in "
+            f"{tensor.untyped_storage().nbytes()} bytes. Do not trust this checkpoint."
+        )
+    tensor = tensor.detach().contiguous()
+    # NumPy knows no bfloat16, so the bits travel as int16.
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(FLOAT_TYPES["BF16"])
+    return tensor.numpy()
+
+
+def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
+    """A `.bin`, `.pth` or `.ckpt`."""
+    state = load_pickle(path)
+    import torch
 
     if wrappers:
         inner = next((state[name] for name in wrappers if isinstance(state.get(name), dict)), state)
@@ -159,18 +239,15 @@ def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]
     }  # fmt: skip
 
     def stored(key: Any, value: Any) -> StoredTensor:
-        if not isinstance(key, str) or type(value) is not torch.Tensor or value.is_sparse:
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path} has a key that is a {type(key).__name__}, no name.")
+        if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_meta:
             raise CheckpointError(
-                f"{path}: {str(key)[:80]!r} is a {type(value).__name__}, expected a dense tensor. "
+                f"{path}: {key[:80]!r} is a {type(value).__name__}, expected a dense tensor. "
                 "Use the file with the model's weights only."
             )
         dtype = names.get(value.dtype, str(value.dtype).removeprefix("torch."))
 
-        def read() -> np.ndarray:
-            # NumPy knows no bfloat16, so the bits travel as int16.
-            bits = value.contiguous().view(torch.int16) if dtype == "BF16" else value.contiguous()
-            return bits.numpy().view(FLOAT_TYPES[dtype])
-
-        return StoredTensor(dtype, tuple(value.shape), read)
+        return StoredTensor(dtype, tuple(value.shape), lambda: tensor_values(value))
 
     return {key: stored(key, value) for key, value in state.items()}

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from .configs import ModelConfig
 from .layers.attention import Attention
 from .layers.embeddings import Dtype
+from .layers.remat import Remat, recomputed
 from .layers.resnet import (
     Downsample2D,
     ResnetBlock2D,
@@ -24,6 +25,7 @@ from .layers.resnet import (
     conv3x3,
     group_norm,
 )
+from .layers.tiling import tiled
 
 _EPSILON = 1e-6
 
@@ -47,8 +49,10 @@ class AutoencoderKLConfig(ModelConfig):
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
-    FIXED: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
-    INERT: ClassVar[frozenset[str]] = frozenset({"force_upcast", "latents_mean", "latents_std"})
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        "act_fn": "silu", "latents_mean": None, "latents_std": None,
+    }  # fmt: skip
+    INERT: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
 
     def __post_init__(self):
         self.require_positive(
@@ -143,7 +147,7 @@ class DecoderBlock(nnx.Module):
 class Encoder(nnx.Module):
     """Image -> mean and log-variance, before `quant_conv`."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, remat: bool, **init):
+    def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         channels, groups = config.block_out_channels, config.norm_num_groups
         last = len(channels) - 1
         self.remat = remat
@@ -170,14 +174,14 @@ class Encoder(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
-            x = jax.checkpoint(block.__call__)(x) if self.remat else block(x)
+            x = recomputed(block.__call__, self.remat)(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nnx.Module):
     """Latents after `post_quant_conv` -> image."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, remat: bool, **init):
+    def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         last = len(channels) - 1
         self.remat = remat
@@ -204,7 +208,7 @@ class Decoder(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
         for block in (self.mid_block, *self.up_blocks):
-            x = jax.checkpoint(block.__call__)(x) if self.remat else block(x)
+            x = recomputed(block.__call__, self.remat)(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
@@ -215,7 +219,8 @@ class AutoencoderKL(nnx.Module):
       config: architecture.
       dtype: computation dtype.
       param_dtype: dtype of the parameters.
-      remat: recompute each block's activations in the backward pass.
+      remat: recompute each block's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -228,7 +233,7 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(
         self, config: AutoencoderKLConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         latent = config.latent_channels
@@ -242,12 +247,13 @@ class AutoencoderKL(nnx.Module):
             self.post_quant_conv = conv1x1(latent, latent, **init)
 
     def encode(
-        self, images: Float[Array, "B H W C"]
+        self, images: Float[Array, "B H W C"], *, tiling: bool = False
     ) -> tuple[Float[Array, "B h w Z"], Float[Array, "B h w Z"]]:
         """Posterior of the latents.
 
         Args:
           images: [B, H, W, in_channels] in [-1, 1]; H and W multiples of `config.downsampling`.
+          tiling: whether images larger than `config.sample_size` are encoded in tiles of that size.
 
         Returns:
           mean and log-variance (clipped to [-30, 20]), each [B, h, w, latent_channels], unscaled.
@@ -260,23 +266,51 @@ class AutoencoderKL(nnx.Module):
                 f"AutoencoderKL encodes [B, H, W, {self.config.in_channels}] images whose sides "
                 f"are multiples of {factor}, received {images.shape}."
             )
-        moments = self.encoder(images.astype(self.dtype))
-        if self.config.use_quant_conv:
-            moments = self.quant_conv(moments)
+
+        def encode(images: Array) -> Array:
+            moments = self.encoder(images)
+            return self.quant_conv(moments) if self.config.use_quant_conv else moments
+
+        images, size = images.astype(self.dtype), self.config.sample_size
+        if tiling and max(images.shape[1:3]) > size:
+            moments = tiled(encode, images, tile=size, output=size // factor)
+        else:
+            moments = encode(images)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
-        """Images [B, H, W, out_channels], nominally in [-1, 1], from unscaled latents."""
+    def decode(
+        self, latents: Float[Array, "B h w Z"], *, tiling: bool = False
+    ) -> Float[Array, "B H W C"]:
+        """Images [B, H, W, out_channels], nominally in [-1, 1], from unscaled latents.
+
+        Args:
+          latents: [B, h, w, latent_channels].
+          tiling: whether images larger than `config.sample_size` are decoded in tiles of that size,
+            and images one at a time, in the memory that one tile takes.
+        """
         if latents.shape[-1] != self.config.latent_channels:
             raise ValueError(
                 f"AutoencoderKL decodes [B, h, w, {self.config.latent_channels}] latents, "
                 f"received {latents.shape}."
             )
-        latents = latents.astype(self.dtype)
-        if self.config.use_post_quant_conv:
-            latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+
+        def decode(latents: Array) -> Array:
+            if self.config.use_post_quant_conv:
+                latents = self.post_quant_conv(latents)
+            return self.decoder(latents)
+
+        latents, size = latents.astype(self.dtype), self.config.sample_size
+        if not tiling:
+            return decode(latents)
+        tile = size // self.config.downsampling
+
+        def decode_one(latents: Array) -> Array:
+            if max(latents.shape[:2]) <= tile:
+                return decode(latents[None])[0]
+            return tiled(decode, latents[None], tile=tile, output=size)[0]
+
+        return jax.lax.map(decode_one, latents)
 
     def scale(self, latents: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Autoencoder latents -> the unit-variance latents that the diffusion model sees."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.embeddings import Dtype
+from .layers.remat import Remat, recomputed
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -80,6 +81,24 @@ class CLIPTextConfig(_TowerConfig):
         """The published SD 1.x text encoder (CLIP ViT-L/14's): 123,060,480 parameters."""
         return cls(projection_dim=768, eos_token_id=2, bos_token_id=0)
 
+    @classmethod
+    def stable_diffusion_2(cls) -> "CLIPTextConfig":
+        """The published SD 2.x text encoder (OpenCLIP ViT-H/14's without its last layer):
+        340,387,840 parameters."""
+        return cls(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+            num_attention_heads=16, hidden_act="gelu", eos_token_id=2, bos_token_id=0,
+        )  # fmt: skip
+
+    @classmethod
+    def stable_diffusion_xl_2(cls) -> "CLIPTextConfig":
+        """SDXL's published second text encoder (OpenCLIP ViT-bigG/14's): 694,659,840 parameters."""
+        return cls(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+            num_attention_heads=20, hidden_act="gelu", projection_dim=1280, eos_token_id=2,
+            bos_token_id=0,
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig(_TowerConfig):
@@ -129,10 +148,22 @@ class CLIPConfig(ModelConfig):
 
 
 class CLIPTextOutput(NamedTuple):
-    """`last_hidden_state` [B, L, C] after the final layer norm; `pooled` [B, C], its EOS row."""
+    """What a text tower says about texts.
+
+    Attributes:
+      last_hidden_state: [B, L, C] after the final layer norm.
+      pooled: its row at the end of each text: [B, C], or projected [B, P].
+      penultimate: [B, L, C] what the last layer reads (transformers' `hidden_states[-2]`).
+    """
 
     last_hidden_state: Float[Array, "B L C"]
-    pooled: Float[Array, "B C"]
+    pooled: Float[Array, "B P"]
+    penultimate: Float[Array, "B L C"]
+
+    @property
+    def condition(self) -> Float[Array, "B L C"]:
+        """What a UNet of Stable Diffusion 1 and 2 reads."""
+        return self.last_hidden_state
 
 
 class CLIPVisionOutput(NamedTuple):
@@ -196,18 +227,23 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPEncoder(nnx.Module):
-    """The stack of layers; `remat` recomputes each one in the backward pass."""
+    """The stack of layers; `remat` recomputes each one in the backward pass.
 
-    def __init__(self, config: _TowerConfig, *, remat: bool, **init):
+    Returns the output of the last layer and, second, its input.
+    """
+
+    def __init__(self, config: _TowerConfig, *, remat: Remat, **init):
         self.remat = remat
         self.layers = nnx.List(
             [CLIPEncoderLayer(config, **init) for _ in range(config.num_hidden_layers)]
         )
 
-    def __call__(self, x: Array, mask: Array | None) -> Array:
+    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+        before = x
         for layer in self.layers:
-            x = jax.checkpoint(layer.__call__)(x, mask) if self.remat else layer(x, mask)
-        return x
+            before = x
+            x = recomputed(layer.__call__, self.remat)(x, mask)
+        return x, before
 
 
 class CLIPTextEmbeddings(nnx.Module):
@@ -237,7 +273,8 @@ class CLIPTextModel(nnx.Module):
       config: architecture.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass.
+      remat: recompute each layer's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -249,13 +286,22 @@ class CLIPTextModel(nnx.Module):
 
     def __init__(
         self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.embeddings = CLIPTextEmbeddings(config, **init)
         self.encoder = CLIPEncoder(config, remat=remat, **init)
         self.final_layer_norm = _layer_norm(config, **init)
+
+    @property
+    def towers(self) -> "tuple[CLIPTextModel, ...]":
+        """The text towers inside: this one alone."""
+        return (self,)
+
+    def embed_tokens(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L C"]:
+        """Embeddings of tokens, as `inputs_embeds` takes them."""
+        return self.embeddings.token_embedding(input_ids)
 
     def __call__(
         self,
@@ -283,7 +329,7 @@ class CLIPTextModel(nnx.Module):
             raise ValueError("CLIPTextModel needs input_ids or inputs_embeds.")
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.embeddings.token_embedding(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(
@@ -299,9 +345,45 @@ class CLIPTextModel(nnx.Module):
         mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
         if attention_mask is not None:
             mask = mask & (attention_mask != 0)[:, None, None, :]
-        x = self.final_layer_norm(self.encoder(self.embeddings(inputs_embeds), mask))
+        x, penultimate = self.encoder(self.embeddings(inputs_embeds), mask)
+        x = self.final_layer_norm(x)
         pooled = jnp.take_along_axis(x, eos_positions[:, None, None], axis=1)[:, 0]
-        return CLIPTextOutput(x, pooled)
+        return CLIPTextOutput(x, pooled, penultimate)
+
+
+class CLIPTextModelWithProjection(nnx.Module):
+    """A text tower whose pooled state is projected: SDXL's second text encoder.
+
+    Arguments of making and of calling it are those of `CLIPTextModel`; so is its output, whose
+    `pooled` is the projection (transformers' `text_embeds`), [B, projection_dim].
+    """
+
+    config_class = CLIPTextConfig
+    pytorch_class = "CLIPTextModelWithProjection"
+    pytorch_library = "transformers"
+    pytorch_ignored = ("*embeddings.position_ids",)
+
+    def __init__(
+        self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.text_model = CLIPTextModel(config, remat=remat, **init)
+        self.text_projection = nnx.Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, **init
+        )
+
+    @property
+    def config(self) -> CLIPTextConfig:
+        """The text tower's."""
+        return self.text_model.config
+
+    def __call__(
+        self, input_ids: Int[Array, "B L"] | None = None, **inputs: Array | None
+    ) -> CLIPTextOutput:
+        """Encode token ids, or token embeddings in their place, as `CLIPTextModel` does."""
+        output = self.text_model(input_ids, **inputs)
+        return output._replace(pooled=self.text_projection(output.pooled))
 
 
 class CLIPVisionEmbeddings(nnx.Module):
@@ -340,7 +422,7 @@ class CLIPVisionModel(nnx.Module):
 
     def __init__(
         self, config: CLIPVisionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
@@ -357,7 +439,7 @@ class CLIPVisionModel(nnx.Module):
                 f"CLIPVisionModel takes [B, {size}, {size}, {self.config.num_channels}] images, "
                 f"received {pixel_values.shape}."
             )
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)), None)
+        x, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)), None)
         return CLIPVisionOutput(x, self.post_layernorm(x[:, 0]))
 
 
@@ -371,7 +453,7 @@ class CLIPModel(nnx.Module):
 
     def __init__(
         self, config: CLIPConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config

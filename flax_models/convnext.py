@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from .configs import ModelConfig
 from .layers.embeddings import Dtype
+from .layers.remat import Remat, recomputed
 
 _KERNEL = 7
 _HALF = _KERNEL // 2
@@ -148,7 +149,7 @@ class ConvNeXtStage(nnx.Module):
     """Halve the map (not in the first stage), then blocks."""
 
     def __init__(
-        self, inputs: int, features: int, depth: int, scale: float, *, first: bool, remat: bool,
+        self, inputs: int, features: int, depth: int, scale: float, *, first: bool, remat: Remat,
         **init: Any,
     ):  # fmt: skip
         self.remat = remat
@@ -163,7 +164,7 @@ class ConvNeXtStage(nnx.Module):
         if hasattr(self, "downsample"):
             x = self.downsample[1](self.downsample[0](x))
         for block in self.blocks:
-            x = jax.checkpoint(block.__call__)(x) if self.remat else block(x)
+            x = recomputed(block.__call__, self.remat)(x)
         return x
 
 
@@ -181,13 +182,14 @@ class ConvNeXt(nnx.Module):
       config: architecture.
       dtype: computation dtype.
       param_dtype: dtype of the parameters.
-      remat: recompute each block's activations in the backward pass.
+      remat: recompute each block's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
     def __init__(
         self, config: ConvNeXtConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config

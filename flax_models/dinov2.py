@@ -18,6 +18,7 @@ from .clip import ACTIVATIONS
 from .configs import ModelConfig
 from .layers.bert import Dense, Projections
 from .layers.embeddings import Dtype
+from .layers.remat import Remat, recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Dinov2Layer(nnx.Module):
 class Dinov2Encoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config: Dinov2Config, *, remat: bool, **init):
+    def __init__(self, config: Dinov2Config, *, remat: Remat, **init):
         self.remat = remat
         self.layer = nnx.List(
             [Dinov2Layer(config, **init) for _ in range(config.num_hidden_layers)]
@@ -204,7 +205,7 @@ class Dinov2Encoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         for layer in self.layer:
-            x = jax.checkpoint(layer.__call__)(x) if self.remat else layer(x)
+            x = recomputed(layer.__call__, self.remat)(x)
         return x
 
 
@@ -221,7 +222,8 @@ class Dinov2Model(nnx.Module):
       config: architecture.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass.
+      remat: recompute each layer's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -231,7 +233,7 @@ class Dinov2Model(nnx.Module):
 
     def __init__(
         self, config: Dinov2Config, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Num
 from .configs import ModelConfig
 from .layers.attention import GNA, Attention
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.remat import Remat, recomputed
 from .layers.transformer import Identity
 
 _TIME_FEATURES = 256  # sinusoidal features of the timestep, for every size of model
@@ -286,7 +287,8 @@ class DiTTransformer2DModel(nnx.Module):
         same whatever it is.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass.
+      remat: recompute each layer's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
 
     Raises:
@@ -299,7 +301,7 @@ class DiTTransformer2DModel(nnx.Module):
 
     def __init__(
         self, config: DiTTransformer2DConfig, *, attention: Neighborhoods = None,
-        dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32, remat: bool = False,
+        dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32, remat: Remat = False,
         rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -352,7 +354,7 @@ class DiTTransformer2DModel(nnx.Module):
         ).astype(self.dtype)
         x = self.pos_embed(latents.astype(self.dtype))
         for block in self.transformer_blocks:
-            run = jax.checkpoint(block.__call__) if self.remat else block
+            run = recomputed(block.__call__, self.remat)
             x = run(x, time, class_labels)
 
         # The output is modulated by what the first layer embeds.

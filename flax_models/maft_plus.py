@@ -22,6 +22,7 @@ from .configs import ModelConfig
 from .layers.attention import MultiheadAttention
 from .layers.bilinear import resize
 from .layers.embeddings import Dtype
+from .layers.remat import Remat
 from .mask2former import (
     Mask2FormerConfig,
     MaskPrediction,
@@ -230,7 +231,8 @@ class MaftPlus(nnx.Module):
       config: architecture.
       dtype: computation dtype; the pixel decoder is always float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each block of the image tower in the backward pass.
+      remat: recompute each block of the image tower in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -240,7 +242,7 @@ class MaftPlus(nnx.Module):
 
     def __init__(
         self, config: MaftPlusConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         dim = config.clip_config.embed_dim

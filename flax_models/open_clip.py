@@ -19,6 +19,7 @@ from .configs import ModelConfig
 from .convnext import ConvNeXt, ConvNeXtConfig, Mlp
 from .layers.attention import MultiheadAttention
 from .layers.embeddings import Dtype
+from .layers.remat import Remat
 
 # Of pixel values 0 to 255.
 IMAGE_MEAN = (122.7709383, 116.7460125, 104.09373615)
@@ -157,7 +158,7 @@ class _MlpHead(nnx.Module):
 class VisionTower(nnx.Module):
     """Trunk and projection."""
 
-    def __init__(self, config: OpenCLIPConfig, *, remat: bool, **init: Any):
+    def __init__(self, config: OpenCLIPConfig, *, remat: Remat, **init: Any):
         head = _LinearHead if config.projection == "linear" else _MlpHead
         self.trunk = ConvNeXt(config.vision_config, remat=remat, **init)
         self.head = head(config.vision_config.dims[-1], config.embed_dim, **init)
@@ -174,7 +175,8 @@ class OpenCLIP(nnx.Module):
       config: architecture.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each block of the image tower in the backward pass.
+      remat: recompute each block of the image tower in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -184,7 +186,7 @@ class OpenCLIP(nnx.Module):
 
     def __init__(
         self, config: OpenCLIPConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         text = config.text_config

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,10 @@ class StableDiffusionPipeline:
       tokenizer: a `transformers.CLIPTokenizer`.
       scheduler_config: the parsed `scheduler_config.json`.
       model_index: the parsed `model_index.json`, kept so that a saved folder names the same parts.
+
+    Class attributes:
+      MODELS, TOKENIZERS: the parts that are one or the other.
+      NOT_CARRIED: parts of diffusers' pipeline that this one does without.
     """
 
     unet: UNet2DConditionModel | Any
@@ -32,6 +36,23 @@ class StableDiffusionPipeline:
     tokenizer: Any
     scheduler_config: Mapping[str, Any]
     model_index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
+    TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    NOT_CARRIED: ClassVar[tuple[str, ...]] = (
+        "safety_checker", "feature_extractor", "image_encoder"
+    )  # fmt: skip
+
+    force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
+
+    @property
+    def prompt_encoder(self) -> Any:
+        """What turns token ids into what the UNet reads: the text encoder, or None without one."""
+        return self.text_encoder
+
+    def with_prompt_encoder(self, encoder: Any) -> "StableDiffusionPipeline":
+        """The pipeline with another one."""
+        return dataclasses.replace(self, text_encoder=encoder)
 
 
 class TokenError(ValueError):
@@ -48,13 +69,15 @@ def add_tokens(
 
     Args:
       pipeline: the model; its tokenizer and text encoder are needed.
-      rows: token -> embedding [hidden_size], stored in the dtype of the table.
+      rows: token -> embedding [hidden_size], stored in the dtype of the table; of SDXL the two
+        encoders' one after the other.
 
     Raises:
       TokenError: a token that exists, that is empty or holds white space, or that the tokenizer
         would not read as one; an embedding of another width.
     """
-    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    tokenizers = {name: copy.deepcopy(getattr(pipeline, name)) for name in pipeline.TOKENIZERS}
+    tokenizer = tokenizers["tokenizer"]
     vocabulary = tokenizer.get_vocab()
     for token in rows:
         if not token or token.split() != [token]:
@@ -64,25 +87,46 @@ def add_tokens(
                 f"the tokenizer already has the token {token!r}: choose another name, such as "
                 "'<new1>'."
             )
-    tokenizer.add_tokens(list(rows))
-    encoder = nnx.clone(pipeline.text_encoder)
-    embed = encoder.embeddings.token_embedding
-    table = embed.embedding[...]
+    for each in tokenizers.values():
+        each.add_tokens(list(rows))
     ids = token_ids(tokenizer, list(rows))
+    encoder = nnx.clone(pipeline.prompt_encoder)
+    widths = [tower.config.hidden_size for tower in encoder.towers]
     for token, row in rows.items():
-        if np.shape(row) != table.shape[1:]:
+        if np.shape(row) != (sum(widths),):
             raise TokenError(
                 f"the embedding of {token!r} has shape {np.shape(row)}; this text encoder's rows "
-                f"have {table.shape[1:]}. It belongs to another model."
+                f"have {(sum(widths),)}. It belongs to another model."
             )
+    start = 0
+    for tower, width in zip(encoder.towers, widths, strict=True):
+        own = [row[start : start + width] for row in rows.values()]
+        _set_rows(tower, ids, own)
+        start += width
+    return dataclasses.replace(pipeline.with_prompt_encoder(encoder), **tokenizers)
+
+
+def _set_rows(tower: CLIPTextModel, ids: Sequence[int], rows: Sequence[Any]) -> None:
+    """Put rows into a tower's table of embeddings, which grows where it has none to spare."""
+    embed = tower.embeddings.token_embedding
+    table = embed.embedding[...]
     missing = max([len(table), *(index + 1 for index in ids)]) - len(table)
     table = jnp.concatenate([table, jnp.zeros((missing, table.shape[1]), table.dtype)])
-    for index, row in zip(ids, rows.values(), strict=True):
+    for index, row in zip(ids, rows, strict=True):
         table = table.at[index].set(jnp.asarray(row).astype(table.dtype))
     embed.embedding.set_value(table)
     embed.num_embeddings = len(table)
-    encoder.config = dataclasses.replace(encoder.config, vocab_size=len(table))
-    return dataclasses.replace(pipeline, tokenizer=tokenizer, text_encoder=encoder)
+    tower.config = dataclasses.replace(tower.config, vocab_size=len(table))
+
+
+def embedding_rows(
+    pipeline: StableDiffusionPipeline, ids: Sequence[int]
+) -> list[Float[Array, " C"]]:
+    """Embeddings of tokens, as `add_tokens` takes them: of several encoders one after the other."""
+    tables = [
+        tower.embeddings.token_embedding.embedding[...] for tower in pipeline.prompt_encoder.towers
+    ]
+    return [jnp.concatenate([table[index] for table in tables]) for index in ids]
 
 
 def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:

@@ -1,4 +1,5 @@
-"""`UNet2DConditionModel`: the text-conditioned denoiser of Stable Diffusion (Rombach et al. 2022).
+"""`UNet2DConditionModel`: the text-conditioned denoiser of Stable Diffusion 1 and 2 (Rombach et al.
+2022) and of SDXL (Podell et al. 2023, arXiv 2307.01952).
 
 Images and latents are `[B, H, W, C]`, text is `[B, L, E]`.  Attribute paths are diffusers'
 state-dict keys, so `unet.down_blocks[0].attentions[1].transformer_blocks[0].attn2.to_k` is
@@ -7,7 +8,7 @@ state-dict keys, so `unet.down_blocks[0].attentions[1].transformer_blocks[0].att
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 from .layers.transformer import Transformer2DModel
 
@@ -49,12 +51,15 @@ class UNet2DConditionConfig(ModelConfig):
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     FIXED: ClassVar[Mapping[str, Any]] = {
         "act_fn": "silu", "dropout": 0.0, "only_cross_attention": False,
         "dual_cross_attention": False, "reverse_transformer_layers_per_block": None,
         "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_attention_heads": None,
-        "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None,
+        "class_embed_type": None, "num_class_embeds": None,
         "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
         "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
         "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None,
@@ -62,10 +67,10 @@ class UNet2DConditionConfig(ModelConfig):
         "attention_type": "default", "class_embeddings_concat": False,
         "mid_block_only_cross_attention": None, "cross_attention_norm": None,
     }  # fmt: skip
+    # Attention's logits are float32 in any case.
     INERT: ClassVar[frozenset[str]] = frozenset(
-        {"upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
-         "addition_embed_type_num_heads"}
-    )  # fmt: skip
+        {"upcast_attention", "addition_embed_type_num_heads"}
+    )
 
     def __post_init__(self):
         self.require_positive(
@@ -92,6 +97,15 @@ class UNet2DConditionConfig(ModelConfig):
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         self.require(not bad, f"channels {bad} do not divide into {self.norm_num_groups} groups.")
         self.require(self.downsample_padding in (0, 1), "downsample_padding must be 0 or 1.")
+        self.require(
+            self.addition_embed_type in (None, "text_time"),
+            f"addition_embed_type accepts None or 'text_time', received "
+            f"{self.addition_embed_type!r}.",
+        )
+        if self.addition_embed_type == "text_time":
+            self.require_positive(
+                "addition_time_embed_dim", "projection_class_embeddings_input_dim"
+            )
 
     def per_block(self, name: str) -> tuple[int, ...]:
         """The value of a setting for each resolution, from the finest to the coarsest."""
@@ -102,6 +116,41 @@ class UNet2DConditionConfig(ModelConfig):
     def stable_diffusion_1_5(cls) -> "UNet2DConditionConfig":
         """The published SD 1.x UNet: 859,520,964 parameters."""
         return cls()
+
+    @classmethod
+    def stable_diffusion_2_1(cls) -> "UNet2DConditionConfig":
+        """The published SD 2.x UNet for 768 x 768 pixels: 865,910,724 parameters."""
+        return cls(
+            sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True,
+        )  # fmt: skip
+
+    @classmethod
+    def stable_diffusion_xl(cls) -> "UNet2DConditionConfig":
+        """The published SDXL base UNet: 2,567,463,684 parameters."""
+        return cls(
+            sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+            use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+
+
+class TextCondition(NamedTuple):
+    """All that a UNet with `addition_embed_type="text_time"` (SDXL) is conditioned on.
+
+    Attributes:
+      encoder_hidden_states: [B, L, E] states of the text's tokens.
+      text_embeds: [B, P] the text's projected, pooled state.
+      time_ids: [B, 6] height and width of the original image, top and left of the crop that was
+        taken from it, height and width to draw for, in pixels.
+    """
+
+    encoder_hidden_states: Float[Array, "B L E"]
+    text_embeds: Float[Array, "B P"]
+    time_ids: Num[Array, "B T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +166,7 @@ class _Shape:
     epsilon: float
     time_features: int
     linear_projection: bool
-    remat: bool
+    remat: Remat
     motion: Callable[..., nnx.Module] | None  # makes what mixes the frames of a video
 
     def resnet(self, in_channels: int, *, output_scale: float = 1.0, **init) -> ResnetBlock2D:
@@ -154,7 +203,7 @@ class _Layers(nnx.Module):
                 x = self.motion_modules[index](x, frames)
             return x
 
-        return (jax.checkpoint(run) if self.remat else run)(x, time, context)
+        return recomputed(run, self.remat)(x, time, context)
 
 
 class DownBlock(_Layers):
@@ -198,7 +247,7 @@ class MidBlock(nnx.Module):
                 x = self.motion_modules[0](x, frames)
             return self.resnets[1](x, time)
 
-        return (jax.checkpoint(run) if self.remat else run)(x, time, context)
+        return recomputed(run, self.remat)(x, time, context)
 
 
 class UpBlock(_Layers):
@@ -231,7 +280,8 @@ class UNet2DConditionModel(nnx.Module):
       config: architecture.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass.
+      remat: recompute each layer's activations in the backward pass; or a policy
+        of `layers.remat`.
       rngs: source of the initial parameters.
     """
 
@@ -241,7 +291,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __init__(
         self, config: UNet2DConditionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
@@ -263,6 +313,10 @@ class UNet2DConditionModel(nnx.Module):
 
         self.conv_in = conv3x3(config.in_channels, channels[0], **init)
         self.time_embedding = TimestepEmbedding(channels[0], time_features, **init)
+        if config.addition_embed_type is not None:
+            features = config.projection_class_embeddings_input_dim
+            assert features is not None  # the config has checked it
+            self.add_embedding = TimestepEmbedding(features, time_features, **init)
 
         last = len(channels) - 1
         widths = [channels[0]]  # channels of the skip connections, in the order they are made
@@ -317,14 +371,15 @@ class UNet2DConditionModel(nnx.Module):
         self,
         sample: Float[Array, "B H W C"],
         timesteps: Num[Array, "*B"] | float | int,
-        encoder_hidden_states: Float[Array, "B L E"],
+        encoder_hidden_states: Float[Array, "B L E"] | TextCondition,
     ) -> Float[Array, "B H W O"]:
         """Predict noise (or whatever the checkpoint was trained to predict).
 
         Args:
           sample: noisy latents [B, H, W, in_channels].
           timesteps: scalar or [B], in units of training timesteps.
-          encoder_hidden_states: text states [B, L, cross_attention_dim].
+          encoder_hidden_states: text states [B, L, cross_attention_dim]; with `text_time` a
+            `TextCondition` of them.
 
         Returns:
           [B, H, W, out_channels] in the computation dtype.
@@ -336,7 +391,7 @@ class UNet2DConditionModel(nnx.Module):
         config: UNet2DConditionConfig,
         sample: Float[Array, "N H W C"],
         timesteps: Num[Array, "*N"] | float | int,
-        encoder_hidden_states: Float[Array, "N L E"],
+        encoder_hidden_states: Float[Array, "N L E"] | TextCondition,
         *,
         frames: int,
     ) -> Float[Array, "N H W O"]:
@@ -346,10 +401,18 @@ class UNet2DConditionModel(nnx.Module):
             raise ValueError(
                 f"{name} takes [..., H, W, {config.in_channels}] latents, received {sample.shape}."
             )
-        if encoder_hidden_states.shape[-1] != config.cross_attention_dim:
+        text = encoder_hidden_states
+        if isinstance(text, TextCondition) != (config.addition_embed_type is not None):
+            raise ValueError(
+                f"{name} with addition_embed_type={config.addition_embed_type!r} takes "
+                f"{'text states' if config.addition_embed_type is None else 'a TextCondition'}, "
+                f"received {type(text).__name__}."
+            )
+        states = text.encoder_hidden_states if isinstance(text, TextCondition) else text
+        if states.shape[-1] != config.cross_attention_dim:
             raise ValueError(
                 f"{name} takes [B, L, {config.cross_attention_dim}] text states, received "
-                f"{encoder_hidden_states.shape}."
+                f"{states.shape}."
             )
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), sample.shape[:1])
         time = sinusoidal_embedding(
@@ -357,7 +420,9 @@ class UNet2DConditionModel(nnx.Module):
             flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
         )  # fmt: skip
         time = self.time_embedding(time.astype(self.dtype))
-        context = encoder_hidden_states.astype(self.dtype)
+        if isinstance(text, TextCondition):
+            time = time + self._text_time(config, text)
+        context = states.astype(self.dtype)
         x = sample.astype(self.dtype)
         if config.center_input_sample:
             x = 2 * x - 1
@@ -372,3 +437,24 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.up_blocks:
             x = block(x, skips, time, context, frames)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _text_time(
+        self, config: UNet2DConditionConfig, condition: TextCondition
+    ) -> Float[Array, "B T"]:
+        """What pooled text and sizes add to the embedding of time (Podell et al. 2023, 2.2)."""
+        features = config.addition_time_embed_dim
+        assert features is not None
+        embeds, sizes = condition.text_embeds, condition.time_ids
+        wanted = config.projection_class_embeddings_input_dim
+        if embeds.shape[-1] + features * sizes.shape[-1] != wanted:
+            raise ValueError(
+                f"{type(self).__name__} takes {wanted} features of pooled text and of sizes, "
+                f"{features} for each size; received text_embeds {embeds.shape} and time_ids "
+                f"{sizes.shape}."
+            )
+        sizes = sinusoidal_embedding(
+            sizes.ravel(), features,
+            flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
+        ).reshape(embeds.shape[0], -1)  # fmt: skip
+        added = jnp.concatenate([embeds.astype(jnp.float32), sizes], axis=-1)
+        return self.add_embedding(added.astype(self.dtype))

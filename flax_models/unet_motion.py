@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Num
 from .abstract import OneKey
 from .configs import ModelConfig
 from .layers.embeddings import Dtype
+from .layers.remat import Remat
 from .layers.resnet import group_norm
 from .layers.transformer import BasicTransformerBlock
 from .unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
@@ -186,9 +187,10 @@ class UNetMotionConfig(ModelConfig):
         )
         unet.require(
             unet.mid_block_type is not None and unet.flip_sin_to_cos and unet.freq_shift == 0
-            and not unet.center_input_sample,
+            and not unet.center_input_sample and unet.addition_embed_type is None,
             "a UNet for videos has a middle block, cosines first in its embedding of time, no "
-            "shift of its frequencies, and an input that is not centred.",
+            "shift of its frequencies, no embedding added to it (SDXL), and an input that is not "
+            "centred.",
         )  # fmt: skip
         same = {
             field.name: getattr(unet, field.name)
@@ -328,7 +330,7 @@ class UNetMotionModel(UNet2DConditionModel):
 
     def __init__(
         self, config: UNetMotionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: bool = False, rngs: nnx.Rngs,
+        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.adapter_config = config.adapter
         options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "rngs": rngs}

@@ -238,12 +238,13 @@ def personalise_step(
 
     def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
         unet = nnx.merge(static.unet, params.get("unet", {}), frozen["unet"])
-        states, pooled = encode_with_rows(text, tokens, params.get("rows"), frozen["ids"], ends)
-        prediction = unet(noisy, times, states[:size]).astype(jnp.float32)
+        encoded = encode_with_rows(text, tokens, params.get("rows"), frozen["ids"], ends)
+        condition = jax.tree.map(lambda leaf: leaf[:size], encoded.condition)
+        prediction = unet(noisy, times, condition).astype(jnp.float32)
         metrics = {
             "reconstruction": masked_reconstruction_loss(prediction[:own], target[:own], mask),
             "spl": semantic_preservation_loss(
-                pooled[size:].astype(jnp.float32), frozen["class_pooled"]
+                encoded.pooled[size:].astype(jnp.float32), frozen["class_pooled"]
             ),
         }
         loss = metrics["reconstruction"] + static.spl_weight * metrics["spl"]
@@ -297,7 +298,7 @@ def prepare(
         tokenizer, concepts, prompts, length, size,
         prefixes=PREFIXES if config.augment else PREFIXES[:1], prior=config.prior_weight > 0,
     )  # fmt: skip
-    text, text_params = nnx.split(extended.text_encoder)
+    text, text_params = nnx.split(extended.prompt_encoder)
     unet, trained, rest = (
         split_trainable(pipeline.unet, TRAINED[config.trained])
         if TRAINED[config.trained]
@@ -381,7 +382,7 @@ def _phrases(
     extended: StableDiffusionPipeline, concepts: Sequence[Concept], pooling: str, length: int
 ) -> dict[str, Any]:
     """Both sides of the semantic preservation loss; that of the class does not change."""
-    tokenizer, encoder = extended.tokenizer, extended.text_encoder
+    tokenizer, encoder = extended.tokenizer, extended.prompt_encoder
     text, params = nnx.split(encoder)
     sides = []
     for phrase in (_PHRASE, _CLASS_PHRASE):

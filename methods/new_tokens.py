@@ -6,8 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..flax_models.clip import CLIPTextModel, CLIPTextOutput
-from ..flax_models.stable_diffusion import StableDiffusionPipeline, TokenError
+from ..flax_models.stable_diffusion import (
+    StableDiffusionPipeline,
+    TokenError,
+    embedding_rows,
+)
 
 # Single tokens of CLIP's vocabulary with next to no meaning of their own, one per concept.
 RARE_WORDS = ("ktn", "pll", "ucd")
@@ -49,7 +52,6 @@ def initial_rows(
     if len(set(tokens)) != len(tokens):
         raise TokenError(f"every concept needs a token of its own, received {list(tokens)}.")
     tokenizer = pipeline.tokenizer
-    table = pipeline.text_encoder.embeddings.token_embedding.embedding[...]
     rows = {}
     for token, word in zip(tokens, initializers, strict=True):
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -59,27 +61,27 @@ def initial_rows(
                 f"the initializer {word!r} of {token!r} is {len(ids)} tokens {pieces}; name "
                 "another initializer, a word that is one token."
             )
-        rows[token] = table[ids[0]]
+        rows[token] = embedding_rows(pipeline, ids)[0]
     return rows
 
 
 def encode_with_rows(
-    encoder: CLIPTextModel, tokens: Int[Array, "B L"], rows: Float[Array, "N C"] | None,
+    encoder: Any, tokens: Int[Array, "B L"], rows: Float[Array, "N C"] | None,
     ids: Int[Array, " N"], positions: Int[Array, " B"],
-) -> CLIPTextOutput:  # fmt: skip
+) -> Any:  # fmt: skip
     """Encode texts with some rows of the embedding table replaced.
 
     The table is no input of a gradient: what trains are the N rows alone, so that neither a
     gradient nor weight decay can reach another one.
 
     Args:
-      encoder: the text encoder.
+      encoder: a pipeline's `prompt_encoder`, whose output is returned.
       tokens: [B, L] token ids.
       rows: [N, C] embeddings of `ids`; None takes those of the table.
       ids: [N] the tokens that they belong to.
       positions: [B] where each text is pooled.
     """
-    embedded = encoder.embeddings.token_embedding(tokens)
+    embedded = encoder.embed_tokens(tokens)
     if rows is not None:
         hit = tokens[..., None] == ids  # [B, L, N]
         replaced = rows[jnp.argmax(hit, axis=-1)].astype(embedded.dtype)

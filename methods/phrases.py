@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from ..flax_models.clip import CLIPTextModel, CLIPTextOutput
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
+from ..flax_models.stable_diffusion_xl import TextEncoders
 from .concepts import (
     ConceptError,
     concept_prompts,
@@ -79,12 +79,12 @@ class Prompts(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(text: Any, params: Any, rows: Array) -> CLIPTextOutput:
-    states, pooled = nnx.merge(text, params)(rows)
-    return CLIPTextOutput(states.astype(jnp.float32), pooled.astype(jnp.float32))
+def _encode(text: Any, params: Any, rows: Array) -> Any:
+    output = nnx.merge(text, params)(rows)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), output)
 
 
-def _encoded_chunks(encoder: CLIPTextModel, rows: np.ndarray):
+def _encoded_chunks(encoder: Any, rows: np.ndarray):
     text, params = nnx.split(encoder)
     params = nnx.to_pure_dict(params)
     padded = np.pad(rows, ((0, -len(rows) % _CHUNK), (0, 0)), mode="edge")
@@ -93,14 +93,61 @@ def _encoded_chunks(encoder: CLIPTextModel, rows: np.ndarray):
         yield jax.tree.map(lambda leaf, start=start: leaf[: len(rows) - start], output)
 
 
-def pooled_states(encoder: CLIPTextModel, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N C"]:
+def pooled_states(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N C"]:
     """The text encoder's pooled state of each row, float32."""
     return jnp.concatenate([chunk.pooled for chunk in _encoded_chunks(encoder, rows)])
 
 
-def hidden_states(encoder: CLIPTextModel, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N L C"]:
+def hidden_states(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N L C"]:
     """What a UNet attends to for each row, float32."""
     return jnp.concatenate([chunk.last_hidden_state for chunk in _encoded_chunks(encoder, rows)])
+
+
+def conditions(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Any:
+    """All that a UNet reads for each row, float32: hidden states, or SDXL's `TextCondition`."""
+    chunks = [chunk.condition for chunk in _encoded_chunks(encoder, rows)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+
+
+def empty_condition(pipeline: StableDiffusionPipeline) -> Any:
+    """What guidance starts from, without the first dimension: an empty prompt, or SDXL's zeros."""
+    rows = encode_phrases(pipeline.tokenizer, [""], text_length(pipeline))
+    empty = jax.tree.map(lambda leaf: leaf[0], conditions(pipeline.prompt_encoder, rows))
+    if not pipeline.force_zeros_for_empty_prompt:
+        return empty
+    return jax.tree.map(jnp.zeros_like, empty)._replace(time_ids=empty.time_ids)
+
+
+def embedding_scale(encoder: Any) -> Float[Array, "..."]:
+    """Root mean square of the token embeddings' entries; of two encoders [C], each its own."""
+    scales = []
+    for tower in encoder.towers:
+        table = tower.embeddings.token_embedding.embedding[...].astype(jnp.float32)
+        scales.append(jnp.full(table.shape[1:], jnp.sqrt(jnp.mean(table**2))))
+    return scales[0][0] if len(scales) == 1 else jnp.concatenate(scales)
+
+
+def edited_encoders(pipeline: StableDiffusionPipeline, edit: str) -> tuple[str, ...]:
+    """The text encoders that a method's setting `edit` means.
+
+    Raises:
+      ValueError: the second one of a model that has one.
+    """
+    parts = tuple(name for name in pipeline.MODELS if name.startswith("text_encoder"))
+    if edit != "both" and edit not in parts:
+        raise ValueError(f"edit={edit!r} is for SDXL; this model has one text encoder.")
+    return parts if edit == "both" else (edit,)
+
+
+def encoder_patterns(
+    pipeline: StableDiffusionPipeline, patterns: Sequence[str], edit: str
+) -> tuple[str, ...]:
+    """Patterns of a text tower's parameters as those of the pipeline's `prompt_encoder`."""
+    chosen = edited_encoders(pipeline, edit)
+    if not isinstance(pipeline.prompt_encoder, TextEncoders):
+        return tuple(patterns)
+    towers = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2.text_model"}
+    return tuple(f"{towers[name]}.{pattern}" for name in chosen for pattern in patterns)
 
 
 def text_length(pipeline: StableDiffusionPipeline) -> int:
@@ -120,7 +167,7 @@ def concept_states(
         raise ConceptError("no concept was given: name at least one, for example 'three'.")
     length = text_length(pipeline)
     bare = [concept_prompts(pipeline.tokenizer, each, length, ("{}",)) for each in concepts]
-    return pooled_states(pipeline.text_encoder, np.stack([each.phrase for each in bare]))
+    return pooled_states(pipeline.prompt_encoder, np.stack([each.phrase for each in bare]))
 
 
 def retained_phrases(
@@ -149,7 +196,7 @@ def retained_phrases(
     if not phrases:
         raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
     rows = encode_phrases(tokenizer, phrases, text_length(pipeline))
-    cosines = np.asarray(_unit(pooled_states(pipeline.text_encoder, rows)) @ _unit(pooled).T)
+    cosines = np.asarray(_unit(pooled_states(pipeline.prompt_encoder, rows)) @ _unit(pooled).T)
     kept, near = [], []
     for phrase, row in zip(phrases, cosines, strict=True):
         if row.max() <= cap and phrase not in concepts:

@@ -26,12 +26,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ..flax_models.clip import CLIPTextOutput, pooling_positions
+from ..flax_models.clip import pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
 from .concepts import TEMPLATES, encode_phrases
 from .phrases import (
     Retained,
     concept_states,
+    embedding_scale,
+    encoder_patterns,
     framed_phrases,
     hidden_states,
     pooled_states,
@@ -67,6 +69,7 @@ class SageConfig:
       learning_rate: of AdamW on the text encoder, falling to 0 along a cosine.
       weight_decay: AdamW's decay.
       trainable: patterns of the text encoder's parameters that train.
+      edit: which of SDXL's text encoders train; other models have one.
       check: what an attack looks for besides what T0 takes for the concept: "anchor" (T is far
         from the anchor), "recall" (T still encodes what T0 encodes) or "guided" (through the UNet:
         what T encodes still makes it predict the concept; several times as slow).
@@ -111,6 +114,7 @@ class SageConfig:
     learning_rate: float = 1.75e-3
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
+    edit: Literal["text_encoder", "text_encoder_2", "both"] = "both"
     check: Literal["anchor", "recall", "guided"] = "recall"
     check_steps: int = 30
     check_rate: float = 0.1
@@ -146,6 +150,7 @@ class SageConfig:
             },
             accepted={
                 "check": ("anchor", "recall", "guided"), "check_optimizer": ("adam", "sign"),
+                "edit": ("text_encoder", "text_encoder_2", "both"),
                 "check_start": ("prompt", "random"), "check_states": ("pooled", "tokens"),
                 "global_states": ("pooled", "tokens"),
                 "latents": ("noise", "ddim"), "global_form": ("cross", "self"),
@@ -206,7 +211,7 @@ def guided_check_objective(
     return weight * relative - cosine(original, concept)
 
 
-def phrase_states(output: CLIPTextOutput, form: str) -> Float[Array, "P C"]:
+def phrase_states(output: Any, form: str) -> Float[Array, "P C"]:
     """What stands for phrases: their pooled states, or those of all their tokens side by side."""
     if form == "pooled":
         return output.pooled
@@ -296,7 +301,7 @@ def self_check(
     before = nnx.merge(static.text, frozen["original"])
     unet = nnx.merge(static.unet, frozen["unet"])
     ends = pooling_positions(now.config, tokens)
-    start = before.embeddings.token_embedding(tokens).astype(jnp.float32)
+    start = before.embed_tokens(tokens).astype(jnp.float32)
     unit = frozen["embedding_rms"]
     if config.check_start == "random":
         start = jnp.where(free[..., None], unit * jax.random.normal(key, start.shape), start)
@@ -311,7 +316,7 @@ def self_check(
     else:
         concept, anchor = (phrase_states(each, config.check_states) for each in (prompts, anchors))
 
-    def encoded(embeddings: Array) -> tuple[CLIPTextOutput, CLIPTextOutput]:
+    def encoded(embeddings: Array) -> tuple[Any, Any]:
         return tuple(model(inputs_embeds=embeddings, eos_positions=ends) for model in (before, now))
 
     def objective(embeddings: Array, key: Array) -> Array:
@@ -324,7 +329,7 @@ def self_check(
         size = tokens.shape[0]
         latents, times = (each[:size] for each in _draw_latents(static, frozen, which, key, size))
         predictions = [
-            unet(latents, times, each.last_hidden_state) for each in (outputs[1], prompts, anchors)
+            unet(latents, times, each.condition) for each in (outputs[1], prompts, anchors)
         ]
         return guided_check_objective(
             original, concept, *predictions, weight=config.check_weight
@@ -418,21 +423,23 @@ def _erase_loss(
     latents, timesteps = _draw_latents(static, frozen, which, latent_key, prompts)
 
     # Targets, all without gradient: the anchor, the concept, the retained phrases.
-    original: CLIPTextOutput = before(jnp.concatenate([without, tokens, local]))
+    original = before(jnp.concatenate([without, tokens, local]))
     order = jnp.concatenate([jnp.arange(prompts), jnp.arange(latents.shape[0])])
     targets = jax.lax.stop_gradient(
-        unet(*constrain_batch((latents[order], timesteps[order], original.last_hidden_state)))
+        unet(*constrain_batch((latents[order], timesteps[order], original.condition)))
     )
     target_anchor, target_concept, target_local = jnp.split(targets, [prompts, 2 * prompts])
     target = erase_target(target_anchor, target_concept, config.eta)
 
     # Predictions: plain prompts, attacked prompts, retained phrases.
     plain = now(jnp.concatenate([tokens, local, retained[some]]))
-    states = plain.last_hidden_state
-    perturbed = now(inputs_embeds=attacked, eos_positions=ends).last_hidden_state
-    context = jnp.concatenate(
-        [states[:prompts], perturbed, states[prompts : prompts + config.local_rows]]
-    )
+    perturbed = now(inputs_embeds=attacked, eos_positions=ends)
+    context = jax.tree.map(
+        lambda states, moved: jnp.concatenate(
+            [states[:prompts], moved, states[prompts : prompts + config.local_rows]]
+        ),
+        plain.condition, perturbed.condition,
+    )  # fmt: skip
     predictions = unet(*constrain_batch((latents[order], timesteps[order], context)))
     erased, kept = predictions[: 2 * prompts], predictions[2 * prompts :]
 
@@ -489,9 +496,11 @@ def prepare(
 
     Raises:
       ConceptError: no or unusable concepts, or nothing left to retain.
-      ValueError: a pattern of trainable parameters that matches nothing.
+      ValueError: a pattern of trainable parameters that matches nothing, or an encoder to edit that
+        the model does not have.
     """
-    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    trainable = encoder_patterns(pipeline, config.trainable, config.edit)
+    tokenizer, encoder = pipeline.tokenizer, pipeline.prompt_encoder
     length = text_length(pipeline)
     words = retained_phrases(pipeline, concepts, config, retain).kept
     prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
@@ -499,7 +508,7 @@ def prepare(
     retained = encode_phrases(tokenizer, framed, length)
     anchor = encode_phrases(tokenizer, [config.anchor], length)
 
-    text, train, rest = split_trainable(encoder, config.trainable)
+    text, train, rest = split_trainable(encoder, trainable)
     train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
     unet, unet_params = nnx.split(pipeline.unet)
     optimizer = cosine_adamw(
@@ -520,9 +529,7 @@ def prepare(
         "free": prompts.free | prompts.concept if config.free_concept else prompts.free,
         "concept_pooled": concept_states(pipeline, concepts),  # [C, D]
         "anchor_pooled": pooled_states(encoder, anchor)[0],
-        "embedding_rms": jnp.sqrt(
-            jnp.mean(encoder.embeddings.token_embedding.embedding[...].astype(jnp.float32) ** 2)
-        ),
+        "embedding_rms": embedding_scale(encoder),
         "retained_tokens": retained,  # [N, L]
         "retained_states": (
             pooled_states(encoder, retained)
@@ -552,7 +559,7 @@ def _trajectories(
         unet = nnx.merge(static.unet, frozen["unet"])
         pick_key, noise_key = jax.random.split(key)
         rows = jax.random.choice(pick_key, tokens.shape[0], (config.ddim_samples,))
-        context = before(tokens[rows]).last_hidden_state
+        context = before(tokens[rows]).condition
 
         def step(x: Array, i: Array) -> tuple[Array, Array]:
             return sampler.step(x, unet(x, sampler.timesteps[i], context), i, None), x
@@ -567,7 +574,7 @@ def _trajectories(
 
 
 def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Mapping[str, Any]) -> Any:
-    """The trained text encoder as a module."""
+    """The trained text encoder as a module, of SDXL both."""
     return nnx.merge(static.text, state.params, frozen["text"])
 
 
@@ -590,4 +597,4 @@ def erase(
         erase_step, static, state, frozen,
         key=jax.random.key(seed), num_steps=config.cycles, **options,
     )  # fmt: skip
-    return dataclasses.replace(pipeline, text_encoder=edited_text_encoder(static, state, frozen))
+    return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))

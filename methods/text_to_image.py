@@ -1,4 +1,4 @@
-"""Text to image: a Stable-Diffusion-style pipeline sampled with classifier-free guidance.
+"""Text to image: a pipeline of Stable Diffusion 1, 2 or XL, sampled with classifier-free guidance.
 
 `generate` is a pure, jittable function (a `lax.scan` over the sampler's steps) of arrays and split
 modules; `TextToImage` is the same for people: prompts in, uint8 images out. Images and latents are
@@ -9,6 +9,7 @@ modules; `TextToImage` is the same for people: prompts in, uint8 images out. Ima
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,29 +18,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
+from ..flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
+from ..flax_models.unet_2d_condition import TextCondition
 from .sampling import NoiseSchedule, Sampler, make_sampler
 
 Params = Mapping[str, Any]  # {"unet": …, "vae": …, "text_encoder": …}, each a plain dict pytree
 
 
+# What a model is conditioned on: text states, a `TextCondition` of SDXL, or a DiT's class labels.
+Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition
+
+
 class PipelineStatic(NamedTuple):
-    """The hashable half of a pipeline: one graph definition per module."""
+    """The hashable half of a pipeline: one graph definition per module.
+
+    `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `vae_tiling` decodes
+    large images in tiles (`AutoencoderKL.decode`).
+    """
 
     unet: Any
     vae: Any
     text_encoder: Any
+    vae_tiling: bool = False
 
 
 def split_pipeline(pipeline: StableDiffusionPipeline) -> tuple[PipelineStatic, Params]:
     """Graph definitions and parameters of the three modules, as `generate` takes them."""
-    graphdefs, params = {}, {}
-    for name in PipelineStatic._fields:
-        module = getattr(pipeline, name)
-        if module is None:
+    for name in pipeline.MODELS:
+        if getattr(pipeline, name) is None:
             raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
+    modules = {
+        "unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.prompt_encoder,
+    }  # fmt: skip
+    graphdefs, params = {}, {}
+    for name, module in modules.items():
         graphdefs[name], state = nnx.split(module)
         params[name] = nnx.to_pure_dict(state)
     return PipelineStatic(**graphdefs), params
@@ -48,20 +64,16 @@ def split_pipeline(pipeline: StableDiffusionPipeline) -> tuple[PipelineStatic, P
 # ---- pure functions ----
 
 
-def encode_tokens(
-    text_encoder: Any, params: Any, token_ids: Int[Array, "*B L"]
-) -> Float[Array, "*B L D"]:
-    """What the UNet attends to: the text encoder's last hidden state. [L] or [B, L] token ids."""
-    batch = token_ids if token_ids.ndim == 2 else token_ids[None]
-    hidden = nnx.merge(text_encoder, params)(batch).last_hidden_state
-    return hidden if token_ids.ndim == 2 else hidden[0]
+def encode_tokens(text_encoder: Any, params: Any, token_ids: Int[Array, "B *two L"]) -> Condition:
+    """What the UNet reads of texts: the last hidden state [B, L, D], or SDXL's `TextCondition`."""
+    return nnx.merge(text_encoder, params)(token_ids).condition
 
 
 def sample_latents(
     denoiser: Any,
     params: Any,
-    condition: Float[Array, "B L D"] | Int[Array, " B"],
-    negative: Float[Array, "... L D"] | Int[Array, "..."] | None,
+    condition: Condition,
+    negative: Condition | None,
     noise: Float[Array, "B *X C"],
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 1.0,
@@ -73,9 +85,10 @@ def sample_latents(
     Args:
         denoiser, params: graph definition and parameters of a UNet, a video UNet or a DiT. Output
             channels behind the noise, such as a DiT's variances, are not used.
-        condition: hidden states of the prompts; for a DiT, class labels.
-        negative: hidden states of the negative prompts, [B, L, D] or one [L, D] for all; for a DiT
-            the null class. None samples without guidance, at half the cost, whatever
+        condition: hidden states of the prompts, [B, L, D], or a `TextCondition`; for a DiT, class
+            labels.
+        negative: those of the negative prompts, each [B, ...] or one [...] for all; for a DiT the
+            null class. None samples without guidance, at half the cost, whatever
             `guidance_scale`.
         noise: unit normal [B, H, W, C], of videos [B, F, H, W, C]; the sampler scales it.
         sampler: tables of the run.
@@ -90,7 +103,10 @@ def sample_latents(
     model = nnx.merge(denoiser, params)
     if negative is not None:
         # Unconditional half first, as in diffusers.
-        condition = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
+        condition = jax.tree.map(
+            lambda without, text: jnp.concatenate([jnp.broadcast_to(without, text.shape), text]),
+            negative, condition,
+        )  # fmt: skip
 
     def body(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         x, memory = carry
@@ -112,13 +128,17 @@ def sample_latents(
 
 
 def decode_latents(
-    vae: Any, params: Any, latents: Float[Array, "B *F h w C"]
+    vae: Any, params: Any, latents: Float[Array, "B *F h w C"], *, tiling: bool = False
 ) -> Float[Array, "B *F H W 3"]:
-    """Images in [-1, 1], float32, of latents in the UNet's scale; of videos frame by frame."""
+    """Images in [-1, 1], float32, of latents in the UNet's scale; of videos frame by frame.
+
+    `tiling` is that of `AutoencoderKL.decode`.
+    """
     model = nnx.merge(vae, params)
 
     def decode(latents: Array) -> Array:
-        return jnp.clip(model.decode(model.unscale(latents)).astype(jnp.float32), -1, 1)
+        images = model.decode(model.unscale(latents), tiling=tiling)
+        return jnp.clip(images.astype(jnp.float32), -1, 1)
 
     if latents.ndim == 4:
         return decode(latents)
@@ -128,26 +148,48 @@ def decode_latents(
 def generate(
     static: PipelineStatic,
     params: Params,
-    token_ids: Int[Array, "B L"],
-    negative_ids: Int[Array, "... L"] | None,
+    token_ids: Int[Array, "B *two L"],
+    negative_ids: Int[Array, "..."] | None,
     noise: Float[Array, "B *F h w C"],
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 7.5,
     *,
     keys: Key[Array, " B"] | None = None,
+    sizes: Float[Array, " 6"] | None = None,
 ) -> Float[Array, "B *F H W 3"]:
     """Images in [-1, 1], float32, of tokenised prompts: encode, sample, decode.
 
-    Pure; jit it with `static` as the only static argument. `negative_ids` is [B, L], [L] for all,
-    or None for no guidance. `noise` and `keys` are those of `sample_latents`.
+    Pure; jit it with `static` as the only static argument.
+
+    Args:
+        static, params: from `split_pipeline`.
+        token_ids: of the prompts, [B, L]; for SDXL also [B, 2, L], those of both tokenizers.
+        negative_ids: of the negative prompts, or without the first dimension of one for all; of no
+            text at all, [0], which is zeros in place of states; None for no guidance.
+        noise, sampler, guidance_scale, keys: as for `sample_latents`.
+        sizes: SDXL's `TextCondition.time_ids`; by default an uncropped image of the drawn size.
     """
     encoder = static.text_encoder, params["text_encoder"]
     condition = encode_tokens(*encoder, token_ids)
-    negative = None if negative_ids is None else encode_tokens(*encoder, negative_ids)
+    negative = None
+    if negative_ids is not None and negative_ids.size == 0:
+        negative = jax.tree.map(jnp.zeros_like, condition)
+    elif negative_ids is not None:
+        one = negative_ids.ndim < token_ids.ndim
+        negative = encode_tokens(*encoder, negative_ids[None] if one else negative_ids)
+    if isinstance(condition, TextCondition):
+        if sizes is None:
+            factor = nnx.merge(static.vae, params["vae"]).config.downsampling
+            height, width = (side * factor for side in noise.shape[-3:-1])
+            sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
+        time_ids = jnp.broadcast_to(sizes, condition.time_ids.shape)
+        condition = condition._replace(time_ids=time_ids)
+        if isinstance(negative, TextCondition):
+            negative = negative._replace(time_ids=sizes)
     latents = sample_latents(
         static.unet, params["unet"], condition, negative, noise, sampler, guidance_scale, keys=keys
     )
-    return decode_latents(static.vae, params["vae"], latents)
+    return decode_latents(static.vae, params["vae"], latents, tiling=static.vae_tiling)
 
 
 def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
@@ -166,6 +208,32 @@ def _noise(keys: Key[Array, " B"], use: Array | int, shape: tuple[int, ...]) -> 
 
 
 jitted_generate = jax.jit(generate, static_argnums=0)  # equal architectures compile once
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def generate_over(
+    mesh: Mesh, static: PipelineStatic, params: Params, token_ids: Array,
+    negative_ids: Array | None, noise: Array, sampler: Sampler, guidance_scale: Array | float, *,
+    keys: Array | None = None, sizes: Array | None = None,
+) -> Float[Array, "B *F H W 3"]:  # fmt: skip
+    """`generate` with the images split over a mesh's axis `data`.
+
+    Each device runs the program of its share alone, so an image does not depend on how many devices
+    there are. `negative_ids` are those of one prompt for all.
+    """
+    one, each = PartitionSpec(), PartitionSpec("data")
+
+    def share(params, token_ids, negative_ids, noise, sampler, guidance_scale, keys, sizes):
+        return generate(
+            static, params, token_ids, negative_ids, noise, sampler, guidance_scale, keys=keys,
+            sizes=sizes,
+        )  # fmt: skip
+
+    run = jax.shard_map(
+        share, mesh=mesh, in_specs=(one, each, one, each, one, one, each, one), out_specs=each,
+        check_vma=False,
+    )  # fmt: skip
+    return run(params, token_ids, negative_ids, noise, sampler, guidance_scale, keys, sizes)
 
 
 # ---- for people ----
@@ -214,9 +282,9 @@ class TextToImage:
     """A pipeline made ready to draw: `TextToImage.from_pipeline(pipeline)(["a three"], seed=0)`.
 
     Image n of a call depends on the prompt, the seed and the number `first_index + n`, not on the
-    batch size (but for float rounding). The compiled program is shared by all pipelines of one
-    architecture, so drawing with edited parameters (`dataclasses.replace(drawer, params=…)`) costs
-    no compilation.
+    batch size or the devices (but for float rounding). The compiled program is shared by all
+    pipelines of one architecture, so drawing with edited parameters (`dataclasses.replace(drawer,
+    params=…)`) costs no compilation.
     """
 
     static: PipelineStatic
@@ -226,17 +294,22 @@ class TextToImage:
     latent_shape: tuple[int, int, int]  # default (h, w, channels)
     downsampling: int  # image pixels per latent pixel, along each side
     max_length: int  # tokens the text encoder reads
+    vocabulary: int  # tokens it knows
     frames: int | None = None  # of a video; None draws images
+    tokenizer_2: Any = None  # of SDXL
+    force_zeros: bool = False  # no negative prompt is zeros in place of an empty text's states
 
     @classmethod
-    def from_pipeline(cls, pipeline: StableDiffusionPipeline) -> TextToImage:
-        """Splits the modules.
+    def from_pipeline(
+        cls, pipeline: StableDiffusionPipeline, *, vae_tiling: bool = False
+    ) -> TextToImage:
+        """Splits the modules; with `vae_tiling` large images are decoded in tiles.
 
         Raises:
             ValueError: a missing module, an unsupported scheduler, or a UNet that denoises
                 something other than the autoencoder's latents (an inpainting model).
         """
-        for name in ("tokenizer", "scheduler_config"):
+        for name in (*pipeline.TOKENIZERS, "scheduler_config"):
             if not getattr(pipeline, name):
                 raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
         static, params = split_pipeline(pipeline)
@@ -248,14 +321,19 @@ class TextToImage:
                 f"{vae.latent_channels} must be equal (inpainting models are not supported)."
             )
         size = unet.sample_size or 64
+        xl = isinstance(pipeline, StableDiffusionXLPipeline)
+        schedule = NoiseSchedule.from_config if xl else stable_diffusion_schedule
         return cls(
-            static=static,
+            static=static._replace(vae_tiling=vae_tiling),
             params=params,
             tokenizer=pipeline.tokenizer,
-            schedule=stable_diffusion_schedule(pipeline.scheduler_config),
+            schedule=schedule(pipeline.scheduler_config),
             latent_shape=(size, size, unet.in_channels),
             downsampling=vae.downsampling,
             max_length=pipeline.text_encoder.config.max_position_embeddings,
+            vocabulary=pipeline.text_encoder.config.vocab_size,
+            tokenizer_2=pipeline.tokenizer_2 if xl else None,
+            force_zeros=pipeline.force_zeros_for_empty_prompt,
         )
 
     def __call__(
@@ -267,8 +345,10 @@ class TextToImage:
         guidance_scale: float = 7.5,
         sampler: str | None = None,
         eta: float = 0.0,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         batch_size: int = 8,
+        mesh: Mesh | None = None,
+        sizes: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         latents: Float[Array, "N *F h w C"] | np.ndarray | None = None,
@@ -286,8 +366,13 @@ class TextToImage:
             sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
                 for (DDIM for a PNDM configuration, as SD 1.5 ships).
             eta: DDIM's fresh noise, 0 to 1.
-            negative_prompt: what guidance steers away from.
-            batch_size: images at a time; the last batch is padded, so one program serves all.
+            negative_prompt: what guidance steers away from; None is an empty text, or what a model
+                of SDXL has in its place (`force_zeros_for_empty_prompt`).
+            sizes: that an SDXL model draws for, in pixels: height and width of the original, top
+                and left of the crop, height and width of the target; by default those of the image.
+            batch_size: images at a time on each device; the last batch is padded, so one program
+                serves all.
+            mesh: devices, along its axis `data`, that draw a batch each.
             height, width: in pixels, multiples of `downsampling`; by default the UNet's own.
             latents: unit normal noise, [N, h, w, C] or [N, F, h, w, C], in place of the seed's.
             first_index: number of the first image.
@@ -310,21 +395,30 @@ class TextToImage:
                 f"latents must be {(len(prompts), *shape)}, one per prompt at this size; "
                 f"got {latents.shape}."
             )
+        if sizes is not None and (self.tokenizer_2 is None or len(sizes) != 6):
+            raise ValueError(f"sizes are six numbers of pixels, for SDXL; got {sizes}.")
         tables = make_sampler(
             self.schedule, sampler, num_inference_steps=num_inference_steps, eta=eta
         )
         ids = self._token_ids(prompts)
-        negative = self._token_ids([negative_prompt])[0] if guidance_scale > 1 else None
+        negative = None
+        if guidance_scale > 1:
+            zeros = negative_prompt is None and self.force_zeros
+            negative = np.zeros(0, np.int32) if zeros else self._token_ids([negative_prompt or ""])
 
-        total, batch_size = len(prompts), min(batch_size, len(prompts))
+        devices = 1 if mesh is None else mesh.shape["data"]
+        total = len(prompts)
+        batch_size = devices * min(batch_size, -(-total // devices))
+        draw = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
         images = []
         for start in range(0, total, batch_size):
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             keys = image_keys(seed, rows + first_index)
             noise = initial_noise(keys, shape) if latents is None else jnp.asarray(latents)[rows]
-            batch = jitted_generate(
+            batch = draw(
                 self.static, self.params, ids[rows], negative, noise, tables,
                 float(guidance_scale), keys=keys if tables.stochastic else None,
+                sizes=None if sizes is None else np.asarray(sizes, np.float32),
             )  # fmt: skip
             batch = np.asarray(batch)[: total - start]
             if not np.isfinite(batch).all():
@@ -338,15 +432,20 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
-    def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Int[np.ndarray, "N L"]:
+    def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Int[np.ndarray, "N *two L"]:
         if not isinstance(prompts, np.ndarray):
-            return tokenize(self.tokenizer, prompts, max_length=self.max_length)
+            ids = tokenize(self.tokenizer, prompts, max_length=self.max_length)
+            if self.tokenizer_2 is None:
+                return ids
+            with warnings.catch_warnings():  # of a long prompt, told by the first
+                warnings.simplefilter("ignore", UserWarning)
+                second = tokenize(self.tokenizer_2, prompts, max_length=self.max_length)
+            return np.stack([ids, second], axis=1)
         length = min(self.tokenizer.model_max_length, self.max_length)
-        table = self.params["text_encoder"]["embeddings"]["token_embedding"]["embedding"]
-        if prompts.shape[1] != length or prompts.min() < 0 or prompts.max() >= len(table):
+        if prompts.shape[1] != length or prompts.min() < 0 or prompts.max() >= self.vocabulary:
             raise ValueError(
-                f"token ids must be [N, {length}], from 0 to {len(table) - 1}; got {prompts.shape} "
-                f"from {prompts.min()} to {prompts.max()}."
+                f"token ids must be [N, {length}], from 0 to {self.vocabulary - 1}; got "
+                f"{prompts.shape} from {prompts.min()} to {prompts.max()}."
             )
         return prompts.astype(np.int32)
 
@@ -368,7 +467,9 @@ class TextToImage:
 def text_to_image(
     pipeline: StableDiffusionPipeline,
     prompts: str | Sequence[str] | Int[np.ndarray, "N L"],
+    *,
+    vae_tiling: bool = False,
     **options: Any,
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """One uint8 image per prompt; `options` are those of calling a `TextToImage`."""
-    return TextToImage.from_pipeline(pipeline)(prompts, **options)
+    return TextToImage.from_pipeline(pipeline, vae_tiling=vae_tiling)(prompts, **options)

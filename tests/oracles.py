@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.unet_2d_condition import TextCondition
 
 
 @dataclasses.dataclass
@@ -58,6 +59,37 @@ def unet(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracl
         lambda sample, text, timesteps: nhwc(module(nchw(sample), timesteps, text).sample),
         lambda model, sample, text, timesteps: model(sample, timesteps, text),
     )
+
+
+# Stable Diffusion XL's in small: blocks without attention, a depth per block, text_time.
+SDXL_UNET: dict[str, Any] = {
+    "block_out_channels": (8, 8, 16), "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 2, 4),
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 6,
+    "projection_class_embeddings_input_dim": 12 + 6 * 6,
+}  # fmt: skip
+
+
+def unet_xl(seed: int = 0, **changes: Any) -> Oracle:
+    """Also conditioned on a pooled text and on sizes."""
+    oracle = unet(seed, **{**SDXL_UNET, **changes})
+    module = oracle.module
+    rng = np.random.default_rng(seed + 1)
+    oracle.inputs["pooled"] = rng.normal(size=(2, 12)).astype(np.float32)
+    oracle.fixed["sizes"] = np.array([[512, 640, 0, 16, 512, 512], [64, 64, 3, 0, 32, 48]])
+
+    def torch_call(sample: Any, text: Any, pooled: Any, timesteps: Any, sizes: Any) -> Any:
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        output = module(nchw(sample), timesteps, text, added_cond_kwargs=added)
+        return nhwc(output.sample)
+
+    oracle.torch_call = torch_call
+    oracle.jax_call = lambda model, sample, text, pooled, timesteps, sizes: model(
+        sample, timesteps, TextCondition(text, pooled, sizes)
+    )
+    return oracle
 
 
 def unet_motion(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracle:
@@ -149,24 +181,26 @@ def _token_ids(eos: int) -> np.ndarray:
     return ids
 
 
-def clip_text(seed: int = 0, *, eos_token_id: int = 98, **changes: Any) -> Oracle:
+def clip_text(
+    seed: int = 0, *, eos_token_id: int = 98, projection: bool = False, **changes: Any
+) -> Oracle:
+    """Last and penultimate hidden states, and the pooled state, projected or not."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.CLIPTextConfig(
-        **_TOWER,
-        vocab_size=99,
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=eos_token_id,
-        **changes,
-    )
-    module = transformers.CLIPTextModel(config).eval()
+    settings = {
+        **_TOWER, "vocab_size": 99, "bos_token_id": 0, "pad_token_id": 1, "projection_dim": 12,
+    }  # fmt: skip
+    config = transformers.CLIPTextConfig(**settings | changes, eos_token_id=eos_token_id)
+    name = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
+    module = getattr(transformers, name)(config).eval()
 
     def torch_call(ids: Any) -> Any:
-        out = module(input_ids=ids)
-        return torch.cat([out.last_hidden_state.flatten(), out.pooler_output.flatten()])
+        out = module(input_ids=ids, output_hidden_states=True)
+        pooled = out.text_embeds if projection else out.pooler_output
+        parts = (out.last_hidden_state, pooled, out.hidden_states[-2])
+        return torch.cat([part.flatten() for part in parts])
 
     def jax_call(model: Any, ids: Any) -> Any:
         return jnp.concatenate([part.ravel() for part in model(ids)])

@@ -257,10 +257,10 @@ def test_semantic_loss_reaches_the_new_rows_alone(run):
     text = nnx.merge(static.text, frozen["text"])
 
     def drift(params):
-        _, pooled = encode_with_rows(
+        output = encode_with_rows(
             text, frozen["spl_tokens"], params["rows"], frozen["ids"], frozen["spl_positions"]
         )
-        return cd.semantic_preservation_loss(pooled, frozen["class_pooled"])
+        return cd.semantic_preservation_loss(output.pooled, frozen["class_pooled"])
 
     loss, gradient = jax.jit(jax.value_and_grad(drift))(state.params)
     assert float(loss) > 1e-4 and float(jnp.abs(gradient["rows"]).max()) > 0

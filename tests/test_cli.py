@@ -188,7 +188,7 @@ def test_convert_keeps_every_bit(model, tmp_path, capsys):
     assert "StableDiffusionPipeline" in capsys.readouterr().out
 
     refused(capsys, ["convert", model, out], "already exists")
-    options = ["--force", "--dtype", "float32", "--max-shard-size", "20KB"]
+    options = ["--force", "--dtype", "float32", "--shard-size", "20KB"]
     assert main(["convert", str(model), str(out), *options]) == 0
     assert all(value.dtype == np.float32 for value in tensors_of(out).values())
     assert (out / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()

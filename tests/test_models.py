@@ -12,11 +12,18 @@ import pytest
 from flax import nnx
 
 from conceptax.converters import load_pytorch
+from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from conceptax.flax_models.clip import CLIPConfig, CLIPTextConfig, CLIPTextModel
+from conceptax.flax_models.clip import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from conceptax.flax_models.layers.attention import dot_product_attention
+from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import conv3x3
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
@@ -30,6 +37,7 @@ ORACLES = {
     "unet without middle": (
         "unet", {"mid_block_type": None, "center_input_sample": True, "flip_sin_to_cos": False}
     ),
+    "unet of SDXL": ("unet_xl", {}),
     "video unet": ("unet_motion", {}),
     "video unet with other settings": (
         "unet_motion",
@@ -50,6 +58,12 @@ ORACLES = {
     ),
     "clip text": ("clip_text", {}),
     "clip text, published end of text": ("clip_text", {"eos_token_id": 2, "hidden_act": "gelu"}),
+    "clip text of SD 2": (
+        "clip_text", {"eos_token_id": 2, "hidden_act": "gelu", "num_hidden_layers": 1}
+    ),
+    "clip text with projection": (
+        "clip_text", {"projection": True, "eos_token_id": 2, "hidden_act": "gelu"}
+    ),
     "clip": ("clip", {}),
 }  # fmt: skip
 
@@ -79,9 +93,8 @@ def test_parity(name, torch, tmp_path):
     check("output", received[0], single[0], exact[0])
     for key in oracle.inputs:
         check(f"gradient of {key}", received[1][key], single[1][key], exact[1][key])
-    names = {
-        key: key.removeprefix("text_model.") if kind == "clip_text" else key for key in exact[2]
-    }
+    bare = kind == "clip_text" and not changes.get("projection")
+    names = {key: key.removeprefix("text_model.") if bare else key for key in exact[2]}
     constants = {key for key in received[2] if key.endswith("pos_embed.pe")}
     assert set(names.values()) == set(received[2]) - constants
     assert not any(received[2][names[key]].any() for key, g in exact[2].items() if g is None)
@@ -102,19 +115,27 @@ def test_parity(name, torch, tmp_path):
     assert oracles.relative_error(ours, reference) <= allowed, "all gradients"
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit", "autoencoder", "clip_text"])
-def test_remat_changes_nothing(kind, torch, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "remat"),
+    [
+        ("unet", True),
+        ("dit", "dots_saveable"),
+        ("autoencoder", True),
+        ("clip_text", "dots_with_no_batch_dims_saveable"),
+    ],
+)
+def test_remat_changes_nothing(kind, remat, torch, tmp_path):
     import oracles
 
     oracle = getattr(oracles, kind)()
     oracle.module.save_pretrained(tmp_path)
     plain = load_pytorch(tmp_path)
     graphdef, state = nnx.split(plain)
-    recomputed = nnx.eval_shape(
-        lambda: type(plain)(plain.config, remat=True, rngs=nnx.Rngs(0))  # type: ignore[call-arg]
+    shape = nnx.eval_shape(
+        lambda: type(plain)(plain.config, remat=remat, rngs=nnx.Rngs(0))  # type: ignore[call-arg]
     )
-    recomputed = nnx.merge(nnx.split(recomputed)[0], state)
-    output, inputs, parameters = oracles.jax_results(oracle, recomputed)
+    again = nnx.merge(nnx.split(shape)[0], state)
+    output, inputs, parameters = oracles.jax_results(oracle, again)
     expected = oracles.jax_results(oracle, nnx.merge(graphdef, state))
     np.testing.assert_allclose(output, expected[0], rtol=1e-5, atol=1e-5)
     for received, wanted in ((inputs, expected[1]), (parameters, expected[2])):
@@ -125,15 +146,35 @@ def test_remat_changes_nothing(kind, torch, tmp_path):
             np.testing.assert_allclose(received[key], wanted[key], atol=2e-5 * scale, err_msg=key)
 
 
+def test_remat_policies_keep_what_they_say():
+    def products(remat):
+        weight = jnp.ones((4, 4))
+        layer = recomputed(lambda x: jnp.sin(jnp.sin(x @ weight) @ weight), remat)
+        return str(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(jnp.ones((2, 4)))).count(
+            "dot_"
+        )
+
+    assert products(False) == products("dots_saveable") == 4  # two forwards, two backwards
+    assert products(True) == products("nothing_saveable") > 4
+    with pytest.raises(ValueError, match=r"remat accepts True, False, .* received 'dots'"):
+        recomputed(jnp.sin, "dots")
+
+
 def test_published_sizes():
     def count(model_class, config):
-        model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+        keys = OneKey()
+        model = nnx.eval_shape(lambda: model_class(config, rngs=keys))
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model)))
 
     assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_1_5()) == 859_520_964
     assert count(DiTTransformer2DModel, DiTTransformer2DConfig()) == 749_808_016
     assert count(AutoencoderKL, AutoencoderKLConfig()) == 83_653_863
     assert count(CLIPTextModel, CLIPTextConfig.stable_diffusion_1_5()) == 123_060_480
+    assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_2_1()) == 865_910_724
+    assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_xl()) == 2_567_463_684
+    assert count(CLIPTextModel, CLIPTextConfig.stable_diffusion_2()) == 340_387_840
+    second = CLIPTextConfig.stable_diffusion_xl_2()
+    assert count(CLIPTextModelWithProjection, second) == 694_659_840
 
 
 def test_bfloat16_computes_and_stores():
@@ -205,7 +246,9 @@ def test_a_kernel_larger_than_the_image_convolves(stride, padding):
 @pytest.mark.parametrize(
     ("config", "raw", "names"),
     [
-        (UNet2DConditionConfig, {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        (UNet2DConditionConfig, {"addition_embed_type": "image_hint"}, "addition_embed_type"),
+        (UNet2DConditionConfig, {"addition_embed_type": "text_time"}, "addition_time_embed_dim"),
+        (UNet2DConditionConfig, {"transformer_layers_per_block": [[1, 2]] * 4}, "transformer_lay"),
         (UNet2DConditionConfig, {"no_such_setting": 1}, "no_such_setting"),
         (UNet2DConditionConfig, {"block_out_channels": [30, 30, 30, 30]}, "32 groups"),
         (UNet2DConditionConfig, {"down_block_types": ["KDownBlock2D"] * 4}, "KDownBlock2D"),

@@ -1,6 +1,9 @@
 """Text to image: equal to diffusers' pipeline, and what people rely on."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2
 from conceptax.methods import text_to_image as t2i
 from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
 from conceptax.methods.sampling import make_sampler
+from conceptax.methods.training import make_mesh
 
 # Small enough to compile in seconds; the autoencoder halves each side.
 UNET = {
@@ -189,6 +193,51 @@ def test_images_do_not_depend_on_batch_size_or_position(drawer):
     assert np.abs(images[1:].astype(int) - last_two).max() <= 1
     assert (draw(drawer, seed=3) == images).all()
     assert (draw(drawer, seed=4) != images).any()
+
+
+_ONE_DEVICE = """
+import sys
+import jax, numpy as np
+from conceptax.converters import load_pytorch
+from conceptax.methods import text_to_image as t2i
+
+assert jax.device_count() == 1
+folder, file, prompts = sys.argv[1], sys.argv[2], sys.argv[3:]
+drawer = t2i.TextToImage.from_pipeline(load_pytorch(folder))
+np.savez(
+    file,
+    noise=t2i.initial_noise(t2i.image_keys(7, np.arange(len(prompts))), drawer.latent_shape),
+    images=drawer(prompts, seed=7, num_inference_steps=2, batch_size=3),
+)
+"""
+
+
+def test_images_do_not_depend_on_the_devices(pipeline, drawer, tmp_path):
+    """One device with batches of three, in a process of its own, against eight with shares of two
+    (one, for the last of them, and padding)."""
+    from conceptax.converters import save_pytorch
+
+    prompts = [*PROMPTS, *PROMPTS, *PROMPTS, "three"]
+    folder = save_pytorch(pipeline, tmp_path / "model")
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    subprocess.run(
+        [sys.executable, "-c", _ONE_DEVICE, folder, tmp_path / "one.npz", *prompts],
+        check=True, env=os.environ | {"XLA_FLAGS": flags},
+    )  # fmt: skip
+    one = np.load(tmp_path / "one.npz")
+    noise = t2i.initial_noise(t2i.image_keys(7, np.arange(10)), drawer.latent_shape)
+    np.testing.assert_array_equal(noise, one["noise"])
+    half = t2i.initial_noise(t2i.image_keys(7, np.arange(5, 10)), drawer.latent_shape)
+    np.testing.assert_array_equal(noise[5:], half)
+
+    options = {"seed": 7, "num_inference_steps": 2, "batch_size": 2}
+    images = drawer(prompts, mesh=make_mesh(8), **options)
+    assert len({image.tobytes() for image in images}) == len(prompts)
+    # Another share may round differently, where a value lies between two bytes.
+    for other in (one["images"], drawer(prompts, **options)):
+        difference = np.abs(images.astype(int) - other)
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    np.testing.assert_array_equal(images, drawer(prompts, mesh=make_mesh(2), **options))
 
 
 def test_edited_and_equal_pipelines_share_the_compiled_program(drawer, tokenizer):

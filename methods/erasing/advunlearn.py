@@ -33,6 +33,8 @@ from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES, ConceptError, encode_phrases
 from ..phrases import (
     Retained,
+    embedding_scale,
+    encoder_patterns,
     framed_phrases,
     retained_phrases,
     stacked_prompts,
@@ -68,6 +70,7 @@ class AdvUnlearnConfig:
       learning_rate: of AdamW on the text encoder, falling to 0 along a cosine.
       weight_decay: AdamW's decay.
       trainable: patterns of the text encoder's parameters that train.
+      edit: which of SDXL's text encoders train; other models have one.
       attack_tokens: free token embeddings in front of a prompt (k).
       attack_steps: steps of an attack, each at latents and times of its own.
       attack_rate: step size of the attack, relative to the root mean square of the token
@@ -97,6 +100,7 @@ class AdvUnlearnConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
+    edit: Literal["text_encoder", "text_encoder_2", "both"] = "both"
     attack_tokens: int = 3
     attack_steps: int = 5
     attack_rate: float = 0.1
@@ -121,7 +125,10 @@ class AdvUnlearnConfig:
                 "attack_rate": 0, "eta": 0, "ddim_steps": 1, "guidance": 0, "vocabulary": 1,
                 "frames": 0, "retain_rows": 1, "retain_weight": 0,
             },
-            accepted={"attack_optimizer": ("adam", "sign"), "latents": ("edited", "noise")},
+            accepted={
+                "attack_optimizer": ("adam", "sign"), "latents": ("edited", "noise"),
+                "edit": ("text_encoder", "text_encoder_2", "both"),
+            },
         )  # fmt: skip
 
 
@@ -158,20 +165,19 @@ def attack(
     now = nnx.merge(static.text, jax.lax.stop_gradient(params), frozen["text"])
     before = nnx.merge(static.text, frozen["original"])
     unet = nnx.merge(static.unet, frozen["unet"])
-    table = before.embeddings.token_embedding
-    embeddings = table(tokens).astype(jnp.float32)
+    embeddings = before.embed_tokens(tokens).astype(jnp.float32)
     ends = pooling_positions(now.config, tokens) + config.attack_tokens
-    concept = before(tokens).last_hidden_state
-    drawn = now(tokens).last_hidden_state  # what the edited model draws the latents under
+    concept = before(tokens).condition
+    drawn = now(tokens).condition  # what the edited model draws the latents under
     words = jax.random.randint(
-        start_key, (tokens.shape[0], config.attack_tokens), 0, table.num_embeddings
+        start_key, (tokens.shape[0], config.attack_tokens), 0, now.config.vocab_size
     )
-    start = table(words).astype(jnp.float32)
+    start = before.embed_tokens(words).astype(jnp.float32)
 
     def objective(prefix: Array, latents: Array, times: Array) -> Array:
         states = now(inputs_embeds=with_prefix(embeddings, prefix), eos_positions=ends)
         return prediction_loss(
-            unet(latents, times, states.last_hidden_state), unet(latents, times, concept)
+            unet(latents, times, states.condition), unet(latents, times, concept)
         )
 
     optimizer = (
@@ -219,7 +225,7 @@ def adversarial_step(
 
     def plain() -> tuple[Array, Array]:
         text = nnx.merge(static.text, frozen["original"])
-        return text.embeddings.token_embedding(tokens).astype(jnp.float32), jnp.zeros(())
+        return text.embed_tokens(tokens).astype(jnp.float32), jnp.zeros(())
 
     attacked, last = jax.lax.cond(
         state.step < config.warmup, plain,
@@ -250,18 +256,20 @@ def _loss(
     retained = frozen["retained_tokens"]
     rows = retained[jax.random.choice(rows_key, retained.shape[0], (config.retain_rows,))]
 
-    plain = now(jnp.concatenate([tokens, rows])).last_hidden_state
+    plain = now(jnp.concatenate([tokens, rows])).condition
     latents, times = constrain_batch(
         draw_latents(static, frozen, unet, jax.lax.stop_gradient(plain), latent_key)
     )
-    original = before(jnp.concatenate([without, tokens, rows])).last_hidden_state
+    original = before(jnp.concatenate([without, tokens, rows])).condition
     order = jnp.concatenate([jnp.arange(prompts), jnp.arange(latents.shape[0])])
     targets = unet(*constrain_batch((latents[order], times[order], original)))
     anchor, concept, kept = jnp.split(targets, [prompts, 2 * prompts])
 
     ends = pooling_positions(now.config, tokens)  # not read: the UNet attends to all states
-    states = now(inputs_embeds=attacked, eos_positions=ends).last_hidden_state
-    context = jnp.concatenate([states, plain[prompts:]])
+    states = now(inputs_embeds=attacked, eos_positions=ends).condition
+    context = jax.tree.map(
+        lambda moved, unmoved: jnp.concatenate([moved, unmoved[prompts:]]), states, plain
+    )
     predictions = unet(latents, times, context)
     erase = prediction_loss(predictions[:prompts], erase_target(anchor, concept, config.eta))
     retain = prediction_loss(predictions[prompts:], kept)
@@ -287,7 +295,8 @@ def prepare(
       ConceptError: no or unusable concepts, no room for the attack, or nothing left to retain.
       ValueError: a pattern of trainable parameters that matches nothing.
     """
-    tokenizer, encoder, length = pipeline.tokenizer, pipeline.text_encoder, text_length(pipeline)
+    trainable = encoder_patterns(pipeline, config.trainable, config.edit)
+    tokenizer, encoder, length = pipeline.tokenizer, pipeline.prompt_encoder, text_length(pipeline)
     room = length - config.attack_tokens
     if room < 3:  # start, one token, end
         raise ConceptError(
@@ -302,7 +311,7 @@ def prepare(
     def padded(rows: np.ndarray) -> np.ndarray:
         return np.pad(rows, ((0, 0), (0, 0), (0, length - room)), constant_values=pad)
 
-    text, trained, rest = split_trainable(encoder, config.trainable)
+    text, trained, rest = split_trainable(encoder, trainable)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     unet, unet_params = nnx.split(pipeline.unet)
     optimizer = cosine_adamw(
@@ -310,14 +319,13 @@ def prepare(
     )
     timesteps, latent_shape, sources = latent_sources(pipeline, config)
     static = AdversarialStatic(unet, optimizer, config, timesteps, latent_shape, text)
-    table = encoder.embeddings.token_embedding.embedding[...]
     frozen = {
         "text": rest,
         "original": nnx.to_pure_dict(nnx.state(encoder)),
         "unet": nnx.to_pure_dict(unet_params),
         "tokens": padded(prompts.tokens),  # [C, T, L]
         "without": padded(prompts.without),
-        "embedding_rms": jnp.sqrt(jnp.mean(table.astype(jnp.float32) ** 2)),
+        "embedding_rms": embedding_scale(encoder),
         "retained_tokens": encode_phrases(tokenizer, framed, length),  # [N, L]
         **sources,
     }
@@ -342,6 +350,4 @@ def erase(
         adversarial_step, static, state, frozen,
         key=jax.random.key(seed), num_steps=config.cycles, **options,
     )  # fmt: skip
-    return dataclasses.replace(
-        pipeline, text_encoder=nnx.merge(static.text, state.params, frozen["text"])
-    )
+    return pipeline.with_prompt_encoder(nnx.merge(static.text, state.params, frozen["text"]))

@@ -11,8 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import encode_phrases
-from ..phrases import hidden_states, text_length
+from ..phrases import empty_condition
 from ..sampling import NoiseSchedule, denoise_until, make_sampler, noise_latents
 
 
@@ -56,17 +55,16 @@ def latent_sources(
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     unet = pipeline.unet.config
     size = unet.sample_size or 64
-    empty = encode_phrases(pipeline.tokenizer, [""], text_length(pipeline))
     arrays = {
         "sampler": make_sampler(schedule, "ddim", num_inference_steps=settings.ddim_steps),
-        "empty_states": hidden_states(pipeline.text_encoder, empty)[0],  # [L, D]
+        "empty_states": empty_condition(pipeline),  # [L, D]
     }
     return schedule.num_train_timesteps, (size, size, unet.in_channels), arrays
 
 
 def draw_latents(
     static: ErasingStatic, frozen: Mapping[str, Any], model: nnx.Module,
-    condition: Float[Array, "B L D"], key: PRNGKeyArray,
+    condition: Any, key: PRNGKeyArray,
 ) -> tuple[Float[Array, "B h w C"], Int[Array, " B"]]:  # fmt: skip
     """Latents and times to compare predictions at, without gradient.
 
@@ -77,10 +75,10 @@ def draw_latents(
     Args:
       static, frozen: as `prepare` makes them.
       model: the UNet being edited, or read through an edited text encoder.
-      condition: text states of the prompts.
+      condition: what the UNet reads of the prompts.
       key: of the noise and of the times.
     """
-    config, size = static.config, condition.shape[0]
+    config, size = static.config, jax.tree.leaves(condition)[0].shape[0]
     if config.latents == "noise":
         return noise_latents(key, size, static.latent_shape, static.timesteps, config.min_timestep)
     noise_key, count_key = jax.random.split(key)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES
-from ..phrases import Retained, hidden_states, retained_phrases, stacked_prompts, text_length
+from ..phrases import Retained, conditions, retained_phrases, stacked_prompts, text_length
 from ..sage import erase_target, prediction_loss
 from ..settings import check_settings
 from ..training import (
@@ -109,7 +109,7 @@ class EsdUConfig(EsdXConfig):
 
 def esd_loss(
     now: nnx.Module, before: nnx.Module, latents: Float[Array, "P h w C"],
-    times: Int[Array, " P"], concept: Float[Array, "P L D"], anchor: Float[Array, "P L D"],
+    times: Int[Array, " P"], concept: Any, anchor: Any,
     eta: float,
 ) -> Float[Array, ""]:  # fmt: skip
     """The mean squared difference to equation 7, for P prompts.
@@ -117,11 +117,13 @@ def esd_loss(
     Args:
       now, before: the edited and the original UNet.
       latents, times: where predictions are compared.
-      concept, anchor: text states of the prompts, and of them with the anchor in its place.
+      concept, anchor: what the UNet reads of the prompts, and of them with the anchor in its place.
       eta: strength of the negative guidance.
     """
-    inputs = (latents, latents), (times, times), (anchor, concept)
-    unconditional, conditional = jnp.split(before(*map(jnp.concatenate, inputs)), 2)  # type: ignore
+    inputs = jax.tree.map(
+        lambda *both: jnp.concatenate(both), (latents, times, anchor), (latents, times, concept)
+    )
+    unconditional, conditional = jnp.split(before(*inputs), 2)  # type: ignore
     target = erase_target(unconditional, conditional, eta)
     return prediction_loss(now(latents, times, concept), target)  # type: ignore
 
@@ -143,11 +145,11 @@ def esd_step(
     del batch
     config = static.config
     concept_key, prompt_key, latent_key = jax.random.split(key, 3)
-    which = jax.random.randint(concept_key, (), 0, frozen["states"].shape[0])
-    rows = jax.random.choice(prompt_key, frozen["states"].shape[1], (config.prompts,))
-    concept, anchor = constrain_batch(
-        tuple(frozen[name][which, rows] for name in ("states", "anchor_states"))
-    )
+    states = tuple(frozen[name] for name in ("states", "anchor_states"))
+    concepts, prompts = jax.tree.leaves(states)[0].shape[:2]
+    which = jax.random.randint(concept_key, (), 0, concepts)
+    rows = jax.random.choice(prompt_key, prompts, (config.prompts,))
+    concept, anchor = constrain_batch(jax.tree.map(lambda leaf: leaf[which, rows], states))
     before = nnx.merge(static.unet, frozen["original"])
     current = nnx.merge(static.unet, jax.lax.stop_gradient(state.params), frozen["unet"])
     latents, times = constrain_batch(draw_latents(static, frozen, current, concept, latent_key))
@@ -181,9 +183,9 @@ def prepare(
     length = text_length(pipeline)
     prompts = stacked_prompts(pipeline.tokenizer, concepts, words, config, length=length, seed=seed)
 
-    def states(rows: np.ndarray) -> Array:
-        flat = hidden_states(pipeline.text_encoder, rows.reshape(-1, length))
-        return flat.reshape(*rows.shape, -1)
+    def states(rows: np.ndarray) -> Any:
+        flat = conditions(pipeline.prompt_encoder, rows.reshape(-1, length))
+        return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:2], *leaf.shape[1:]), flat)
 
     unet, trained, rest = split_trainable(pipeline.unet, config.trainable, config.untrained)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)

@@ -169,7 +169,7 @@ def paired_states(
     Paired from the concept's last token (and the anchor's; without one, the token before it) to the
     end of the context, which the longer of the two prompts reaches first.
     """
-    encoder, length = pipeline.text_encoder, prompts.tokens.shape[-1]
+    encoder, length = pipeline.prompt_encoder, prompts.tokens.shape[-1]
     tokens, without = (rows.reshape(-1, length) for rows in (prompts.tokens, prompts.without))
     concept, anchor = (np.asarray(hidden_states(encoder, rows)) for rows in (tokens, without))
     longer = pooling_positions(encoder.config, jnp.asarray(tokens)) - pooling_positions(
@@ -190,7 +190,7 @@ def second_moment(
     total = 0.0
     for start in range(0, len(rows), 256):
         part = rows[start : start + 256]
-        states = np.asarray(hidden_states(pipeline.text_encoder, part), np.float64)
+        states = np.asarray(hidden_states(pipeline.prompt_encoder, part), np.float64)
         flat = states.reshape(-1, states.shape[-1])
         total = total + flat.T @ flat
     return np.asarray(total) / rows.size

@@ -87,8 +87,8 @@ def denoise_until(
     sampler: DDIMSampler,
     noise: Float[Array, "B h w C"],
     count: Int[Array, ""] | int,
-    condition: Float[Array, "B L D"],
-    negative: Float[Array, "L D"],
+    condition: Any,
+    negative: Any,
     guidance: float,
 ) -> Float[Array, "B h w C"]:
     """Unit normal noise after the first `count` guided DDIM steps: latents at `timesteps[count]`.
@@ -98,10 +98,14 @@ def denoise_until(
         sampler: deterministic tables.
         noise: where to start.
         count: number of steps; may be traced.
-        condition, negative: text states of the prompts and of what guidance steers away from.
+        condition, negative: text states [B, L, D] of the prompts and [L, D] of what guidance steers
+            away from, or what else the model reads of texts.
         guidance: g in e(negative) + g (e(condition) - e(negative)).
     """
-    context = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
+    context = jax.tree.map(
+        lambda without, text: jnp.concatenate([jnp.broadcast_to(without, text.shape), text]),
+        negative, condition,
+    )  # fmt: skip
 
     def step(i: Array, x: Array) -> Array:
         output = model(jnp.concatenate([x, x]), jnp.asarray(sampler.timesteps)[i], context)

@@ -53,6 +53,8 @@ UNET_RULES: Rules = (
     ("*.ff.net.2.kernel", _ROW),
     ("*time_embedding.linear_1.kernel", _COLUMN),
     ("*time_embedding.linear_2.kernel", _ROW),
+    ("*add_embedding.linear_1.kernel", _COLUMN),
+    ("*add_embedding.linear_2.kernel", _ROW),
     ("*.time_emb_proj.kernel", _COLUMN),
     ("*.resnets.*.conv1.kernel", _CONV_COLUMN),
     ("*.resnets.*.conv2.kernel", _CONV_ROW),
@@ -102,11 +104,13 @@ STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLI
 
 RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
+    "StableDiffusionXLPipeline": STABLE_DIFFUSION_RULES,
     "UNet2DConditionModel": UNET_RULES,
     "DiTTransformer2DModel": DIT_RULES,
     "MaftPlus": MAFT_PLUS_RULES,
     "AutoencoderKL": AUTOENCODER_RULES,
     "CLIPTextModel": CLIP_RULES,
+    "CLIPTextModelWithProjection": CLIP_RULES,
     "CLIPModel": CLIP_RULES,
 }
 

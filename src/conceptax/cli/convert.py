@@ -2,53 +2,181 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+from conceptax.cli.options import OptionalFloat, OptionalInt, OptionalPath
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
     """Load a checkpoint and write it again, checked: every tensor present, shaped and finite.
 
-    Reads diffusers and transformers folders (`.safetensors`, sharded or not, and `.bin`), a whole
-    pipeline or one component, and writes safetensors in the same layout.
+    Reads diffusers and transformers folders (`.safetensors`, sharded or not, `.bin`, and Flax's
+    `.msgpack` of earlier versions), a whole pipeline or one component; and single files of Stable
+    Diffusion 1.x and 2.x (`.ckpt`, `.safetensors`). Nothing in a pickle is executed.
 
-    With --add, what personalising left elsewhere is merged into a pipeline: embeddings of new
-    tokens (textual inversions), pytorch_custom_diffusion_weights.bin, delta.bin.
+    With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT, diffusers
+    and kohya), embeddings of new tokens (textual inversions), pytorch_custom_diffusion_weights.bin,
+    delta.bin.
 
     Attributes:
-      source: folder of a pipeline or of a component, or a weight file beside its config.json.
-      dest: the folder to write.
+      source: folder of a pipeline or of a component, a weight file beside its config.json, or a
+        single file.
+      dest: what to write.
+      form: "folder" of safetensors in the layout of diffusers and transformers; "single" file with
+        CompVis's names, of a Stable Diffusion 1.x pipeline; "changes", one file with a component's
+        tensors that differ from --original; "lora", one file with the difference from --original at
+        a low rank.
       add: a file or folder to merge into the pipeline; repeat for several.
+      add_scale: how much of each LoRA in --add.
+      original: the model that SOURCE was made from, for --form changes and lora.
+      rank: of a LoRA.
+      energy: in place of --rank, the fraction of each change to keep, such as 0.95.
       dtype: dtype to store; by default each tensor's own.
-      max_shard_size: split larger weights over several files.
+      shard_size: split larger weights over several files, in a folder.
+      tokenizer: folder of the tokenizer, for a single file, which has none; by default a folder of
+        that name beside it.
+      prediction_type: what the UNet of a single file predicts; by default "epsilon" for 1.x and
+        velocities for 2.x, whose base models (512 pixels) need "epsilon".
+      verify: run PyTorch on what was written and JAX on what was read, with one random input, and
+        print the largest relative difference; needs torch, and diffusers or transformers.
       force: replace an earlier checkpoint at DEST.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
     dest: Annotated[Path, tyro.conf.Positional]
+    form: Literal["folder", "single", "changes", "lora"] = "folder"
     add: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    add_scale: float = 1.0
+    original: OptionalPath = None
+    rank: OptionalInt = None
+    energy: OptionalFloat = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    max_shard_size: str = "10GB"
+    shard_size: str = "10GB"
+    tokenizer: OptionalPath = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    verify: bool = False
     force: bool = False
 
 
 def run(command: Command) -> None:
     """Convert `command.source` into `command.dest`."""
-    from conceptax.cli.results import new_folder
-    from conceptax.converters import load_personalised, load_pytorch, save_pytorch
+    from conceptax.cli.results import new_file, new_folder
+
+    _check(command)
+    if command.form == "folder":
+        with new_folder(command.dest, force=command.force) as folder:
+            model = _read(command)
+            _write_folder(command, model, folder)
+    else:
+        with new_file(command.dest, force=command.force) as file:
+            model = _read(command)
+            _write_file(command, model, file)
+    files = [command.dest, *command.dest.rglob("*")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    print(f"{command.dest}: {type(model).__name__}, {size / 1e6:.1f} MB")
+
+
+def _check(command: Command) -> None:
+    compares = command.form in ("changes", "lora")
+    if compares != (command.original is not None):
+        raise ValueError("--original goes with --form changes and --form lora, and they need it.")
+    low_rank = (command.rank is not None) + (command.energy is not None)
+    if low_rank != (command.form == "lora"):
+        raise ValueError("--form lora takes --rank or --energy, one of them; other forms neither.")
+    if command.form != "folder" and command.dest.suffix != ".safetensors":
+        raise ValueError(f"--form {command.form} writes a file: name one in .safetensors.")
+    if command.verify and command.form != "folder":
+        raise ValueError("--verify is for --form folder, which PyTorch's libraries load.")
+    if command.verify:
+        _needs_torch()
+
+
+def _needs_torch() -> None:
+    import importlib.util
+
+    lost = [
+        n for n in ("torch", "diffusers", "transformers") if importlib.util.find_spec(n) is None
+    ]
+    if lost:
+        raise ValueError(
+            f"--verify needs {', '.join(lost)}: install conceptax[torch] and diffusers."
+        )
+
+
+def _read(command: Command) -> Any:
+    from conceptax.converters import load_pytorch
     from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 
-    with new_folder(command.dest, force=command.force) as folder:
-        model = load_pytorch(command.source)
-        if command.add and not isinstance(model, StableDiffusionPipeline):
+    options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
+    model = load_pytorch(command.source, **{k: v for k, v in options.items() if v is not None})
+    if command.add and not isinstance(model, StableDiffusionPipeline):
+        raise ValueError(
+            f"{command.source} is one component; --add merges into a pipeline, the folder with "
+            "model_index.json."
+        )
+    for addition in command.add:
+        model = _merged(model, addition, command.add_scale)
+    return model
+
+
+def _merged(pipeline: Any, addition: Path, scale: float) -> Any:
+    from conceptax.converters import load_personalised, merge_lora
+    from conceptax.converters.lora import holds_lora
+
+    if holds_lora(addition):
+        return merge_lora(pipeline, addition, scale)
+    return load_personalised(pipeline, addition)
+
+
+def _write_folder(command: Command, model: Any, folder: Path) -> None:
+    from conceptax.converters import save_pytorch
+
+    save_pytorch(model, folder, dtype=command.dtype, max_shard_size=command.shard_size)
+    if command.verify:
+        from conceptax.converters.verification import verify
+
+        for name, difference in verify(model, folder).items():
+            told = "not compared" if difference is None else f"{difference:.1e}"
+            print(f"{name}: largest relative difference between JAX and PyTorch: {told}")
+
+
+def _write_file(command: Command, model: Any, file: Path) -> None:
+    from conceptax.converters import (
+        load_pytorch,
+        save_changes,
+        save_lora,
+        save_single_file,
+    )
+    from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+
+    if command.form == "single":
+        if not isinstance(model, StableDiffusionPipeline):
+            raise ValueError(f"{command.source} is one component; --form single takes a pipeline.")
+        save_single_file(model, file, dtype=command.dtype, force=True)
+        return
+    assert command.original is not None
+    original = load_pytorch(command.original)
+    if command.form == "changes":
+        if isinstance(model, StableDiffusionPipeline) or type(model) is not type(original):
             raise ValueError(
-                f"{command.source} is one component; --add merges into a pipeline, the folder with "
-                "model_index.json."
+                "--form changes compares one component: pass the folders of two UNets, or of two "
+                "text encoders."
             )
-        for addition in command.add:
-            model = load_personalised(model, addition)
-        save_pytorch(model, folder, dtype=command.dtype, max_shard_size=command.max_shard_size)
-    size = sum(file.stat().st_size for file in command.dest.rglob("*") if file.is_file())
-    print(f"{command.dest}: {type(model).__name__}, {size / 1e6:.1f} MB")
+        keys = save_changes(model, original, file, dtype=command.dtype)
+        print(f"{len(keys)} tensors differ")
+        return
+    summary = save_lora(
+        model, original, file, rank=command.rank, energy=command.energy, dtype=command.dtype,
+        force=True,
+    )  # fmt: skip
+    ranks = sorted(summary.ranks.values())
+    print(
+        f"{len(ranks)} modules, rank {ranks[0]} to {ranks[-1]}, relative error {summary.error:.1e}"
+    )
+    if summary.left_out:
+        from conceptax.converters.errors import listing
+
+        print(f"left out, because a LoRA cannot hold them: {listing(summary.left_out)}")

@@ -21,7 +21,7 @@ from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
-from conceptax.methods.phrases import Retained, retained_phrases
+from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
 from conceptax.methods.training import RULES
 
 RECORD = "erasing.json"
@@ -36,8 +36,9 @@ Export = Literal["pipeline", "text-encoder", "unet", "changes"]
 class Command(Generic[Config]):
     """Erase concepts from a text-to-image model.
 
-    SAGE, word erasure and AdvUnlearn edit the text encoder; ESD and UCE edit the UNet. What follows
-    --force are the settings of the chosen method: `--method NAME --help` lists those of another.
+    SAGE, word erasure and AdvUnlearn edit the text encoder (of SDXL those that --edit names); ESD
+    and UCE edit the UNet. What follows --force are the settings of the chosen method: `--method
+    NAME --help` lists those of another.
 
     Writes a folder: what --export asks for, with erasing.json, which records settings, seed,
     versions, the phrases that were too near to a concept to be retained, and the last losses; and
@@ -48,7 +49,7 @@ class Command(Generic[Config]):
         file of them, one a line.
       output: the folder to write.
       method: how.
-      model: a Stable Diffusion 1.x folder.
+      model: a folder of Stable Diffusion 1, 2 or XL.
       retain: file of phrases to preserve, one a line; by default the tokenizer's own words. ESD
         preserves nothing and only puts them beside the concept.
       export: the pipeline, the edited part alone (text-encoder or unet), or the changed tensors
@@ -164,6 +165,14 @@ def erase_into(
       mesh, checkpoint_dir, checkpoint_every: of the training loop.
     """
     method = method_of(config)
+    edits = (method.edits,)
+    if method.edits == "text_encoder":
+        edits = edited_encoders(pipeline, config.edit)
+    if export not in ("pipeline", "changes") and len(edits) > 1:
+        raise ValueError(
+            f"{method.title} edits {' and '.join(edits)} here: --export takes pipeline or changes, "
+            "or --edit one of them."
+        )
     retained = retained or retained_phrases(pipeline, concepts, config, retain)
     record: dict[str, Any] = {
         "method": method.title,
@@ -195,15 +204,18 @@ def erase_into(
         edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
         record["seconds"] = round(time.perf_counter() - began, 1)
         lines, last = training_log(log)
-    before = getattr(pipeline, method.edits)
-    part = _as_stored(getattr(edited, method.edits), before)
-    edited = dataclasses.replace(edited, **{method.edits: part})
+    parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
+    edited = dataclasses.replace(edited, **parts)
     if export == "changes":
-        record["changed_tensors"] = save_changes(
-            part, before, folder / f"{method.edits}_changes.safetensors"
-        )
+        changed = {
+            name: save_changes(
+                part, getattr(pipeline, name), folder / f"{name}_changes.safetensors"
+            )
+            for name, part in parts.items()
+        }
+        record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
     else:
-        save_pytorch(edited if export == "pipeline" else part, folder)
+        save_pytorch(edited if export == "pipeline" else parts[edits[0]], folder)
     if lines:
         record["last_cycle"] = last
         (folder / _LOG).write_text(lines, encoding="utf-8")

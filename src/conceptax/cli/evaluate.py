@@ -50,7 +50,7 @@ class Command(Generic[Settings]):
     table.md, and report.html with every image that was counted.
 
     Attributes:
-      original: the model before erasing: a Stable Diffusion 1.x folder.
+      original: the model before erasing: a folder of Stable Diffusion 1, 2 or XL.
       edited: the model after: such a folder, or what `conceptax erase --export` wrote.
       concept: what was erased, in words; repeat for several. A name that ends in .txt is a file of
         them, one a line.

@@ -13,7 +13,7 @@ from conceptax.converters.tokenizer import read_tokenizer
 from conceptax.converters.weights import open_weights, read_json
 from conceptax.flax_models.blip import BlipForImageTextRetrieval
 from conceptax.flax_models.blip_2 import Blip2ForImageTextRetrieval
-from conceptax.flax_models.clip import CLIPModel, CLIPTextModel
+from conceptax.flax_models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from conceptax.flax_models.dinov2 import Dinov2Model
 from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
@@ -25,7 +25,10 @@ from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.metrics import Blip, Clip, Dino, Preprocessing
 
 _TOKENIZER = ("tokenizer.json", "vocab.json")
-_PARTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
+_PARTS = {
+    "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+}  # fmt: skip
 
 
 def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeline:
@@ -40,6 +43,11 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
         raise ConceptError(
             f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
             "folder with model_index.json."
+        )
+    if pipeline.tokenizer is None:
+        raise ConceptError(
+            f"{path} is a single file without a tokenizer: put the folder 'tokenizer' of a Stable "
+            "Diffusion folder beside it, or make a folder of it with conceptax convert --tokenizer."
         )
     return pipeline
 
@@ -71,7 +79,8 @@ def load_edited(
         path = files[0]
     if path.is_file():
         in_text = any(key.startswith(CLIPTextModel.pytorch_prefix) for key in open_weights(path))
-        name = "text_encoder" if in_text else "unet"
+        second = path.stem.startswith("text_encoder_2")  # as `conceptax erase` names it
+        name = ("text_encoder_2" if second else "text_encoder") if in_text else "unet"
         return _with(original, name, load_changes(path, getattr(original, name)))
     part = load_pytorch(path, dtype=jnp.dtype(dtype))
     for name, kind in _PARTS.items():
@@ -83,6 +92,8 @@ def load_edited(
 
 
 def _with(original: StableDiffusionPipeline, name: str, part: Any) -> StableDiffusionPipeline:
+    if getattr(original, name, None) is None:
+        raise CheckpointError(f"the original has no {name} that could be edited.")
     shapes = [
         {spec.key: spec.shape for spec in tensor_specs(model)}
         for model in (part, getattr(original, name))

@@ -13,6 +13,9 @@ OptionalPath = Annotated[
     Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(optional)")
 ]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
+OptionalFloat = Annotated[
+    float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")
+]
 
 
 Mesh = Annotated[

@@ -24,7 +24,11 @@ from conceptax.converters import (
 )
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.personalised import CUSTOM_DIFFUSION, embedding_file
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline, token_ids
+from conceptax.flax_models.stable_diffusion import (
+    StableDiffusionPipeline,
+    embedding_rows,
+    token_ids,
+)
 from conceptax.methods.class_diffusion import ClassDiffusionConfig
 from conceptax.methods.instances import Concept, read_class_folders, read_concepts, read_images
 from conceptax.methods.personalising import METHODS, method_of, personalise
@@ -47,9 +51,9 @@ class Command(Generic[Config]):
     `--method NAME --help` lists those of another.
 
     Writes a folder: the pipeline, whose tokenizer knows the new tokens; each token's embedding
-    (<new1>.safetensors, for load_textual_inversion); where the cross-attention was trained,
-    pytorch_custom_diffusion_weights.bin (needs torch); personalising.json, which records settings,
-    seed, versions and the last losses; and training.jsonl.
+    (<new1>.safetensors, for load_textual_inversion; not of SDXL); where the cross-attention was
+    trained, pytorch_custom_diffusion_weights.bin (needs torch); personalising.json, which records
+    settings, seed, versions and the last losses; and training.jsonl.
 
     Attributes:
       images: folder of images of one subject.
@@ -62,7 +66,7 @@ class Command(Generic[Config]):
       initializer: the word that a token starts from, one per concept.
       output: the folder to write.
       method: how.
-      model: a Stable Diffusion 1.x folder.
+      model: a folder of Stable Diffusion 1, 2 or XL.
       export: the pipeline and the small files, or the small files alone (weights).
       seed: of everything random in the run.
       checkpoint_dir: keep checkpoints here, and go on from the newest one.
@@ -203,6 +207,12 @@ def personalise_into(
       export: what to write.
       mesh, checkpoint_dir, checkpoint_every: of the training loop.
     """
+    one_encoder = len(pipeline.TOKENIZERS) == 1
+    if export != "pipeline" and not one_encoder:
+        raise ValueError(
+            "a token of SDXL has an embedding in each of two text encoders, for which there is no "
+            "file of its own here: leave --export at pipeline."
+        )
     cross_attention = config.trained in ("crossattn", "crossattn_kv")
     torch = importlib.util.find_spec("torch") is not None
     record: dict[str, Any] = {
@@ -230,9 +240,9 @@ def personalise_into(
     elif config.trained == "unet" or (cross_attention and not torch):
         save_changes(learnt.unet, pipeline.unet, folder / "unet_changes.safetensors")
     tokens = [concept.token for concept in concepts]
-    table = learnt.text_encoder.embeddings.token_embedding.embedding[...]
-    rows = {t: table[i] for t, i in zip(tokens, token_ids(learnt.tokenizer, tokens), strict=True)}
-    save_textual_inversion(rows, folder)
+    if one_encoder:
+        rows = embedding_rows(learnt, token_ids(learnt.tokenizer, tokens))
+        save_textual_inversion(dict(zip(tokens, rows, strict=True)), folder)
     if cross_attention and torch:
         save_custom_diffusion(learnt.unet, folder / CUSTOM_DIFFUSION, trained=config.trained)
     elif cross_attention:

@@ -18,16 +18,21 @@ class Command:
 
     Attributes:
       prompt: what to draw; repeat for several.
+      prompts: a file of more, one a line; blank lines and those that start with # are skipped.
       output: a .png file (several images become one sheet), or a folder for one file per image. Of
         videos a .gif or .mp4 file for one, or a folder with both files of each.
-      model: a Stable Diffusion folder.
-      negative_prompt: what guidance steers away from.
+      model: a folder of Stable Diffusion 1, 2 or XL.
+      negative_prompt: what guidance steers away from; empty, it is what the model takes for no
+        text, which for SDXL are zeros.
       steps: denoising steps per image.
       guidance: strength of the prompt; 1 is none and takes half the time.
       sampler: by default what the model's scheduler asks for; videos are drawn by DDIM.
       count: images per prompt.
       seed: of the noise; image n depends on the prompt, the seed and n alone.
-      batch_size: images drawn at a time; videos are drawn one by one.
+      batch_size: images drawn at a time, by each device; videos are drawn one by one.
+      devices: that draw a batch each, at the same time; by default all accelerators, or one CPU.
+      vae_tiling: decode images larger than the autoencoder was trained on in overlapping tiles, in
+        the memory of one tile; they differ a little from those decoded whole.
       height: in pixels; by default the model's own.
       width: in pixels; by default the model's own.
       motion_adapter: an AnimateDiff adapter's folder: draw videos.
@@ -39,7 +44,8 @@ class Command:
       force: replace an earlier result.
     """
 
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    prompts: OptionalPath = None
     output: Annotated[
         Path | None,
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: sample.png, videos: sample)"),
@@ -54,6 +60,8 @@ class Command:
     count: int = 1
     seed: int = 0
     batch_size: int = 8
+    devices: OptionalInt = None
+    vae_tiling: bool = False
     height: OptionalInt = None
     width: OptionalInt = None
     motion_adapter: OptionalPath = None
@@ -69,8 +77,13 @@ def run(command: Command) -> None:
     from conceptax.cli.pictures import save_png, sheet
     from conceptax.cli.results import new_file, new_folder, write_json
 
+    if command.prompts is not None:
+        from conceptax.methods.concepts import read_phrases
+
+        read = read_phrases(command.prompts)
+        command = dataclasses.replace(command, prompt=(*command.prompt, *read), prompts=None)
     if not command.prompt:
-        raise ValueError("there is nothing to draw: pass at least one --prompt.")
+        raise ValueError("there is nothing to draw: pass at least one --prompt, or --prompts FILE.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
@@ -143,13 +156,14 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         raise ValueError(f"{command.model} is no pipeline: sampling needs all its components.")
     options: dict[str, Any] = {
         "seed": command.seed, "num_inference_steps": command.steps,
-        "guidance_scale": command.guidance, "negative_prompt": command.negative_prompt,
+        "guidance_scale": command.guidance, "negative_prompt": command.negative_prompt or None,
         "height": command.height, "width": command.width,
     }  # fmt: skip
     if command.motion_adapter is None:
         return text_to_image(
-            pipeline, prompts, sampler=command.sampler, batch_size=command.batch_size, **options
-        )
+            pipeline, prompts, sampler=command.sampler, batch_size=command.batch_size,
+            mesh=_mesh(command.devices), vae_tiling=command.vae_tiling, **options,
+        )  # fmt: skip
     adapter = load_pytorch(command.motion_adapter)
     if not isinstance(adapter, MotionAdapter):
         raise ValueError(
@@ -161,6 +175,19 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     )
 
 
+def _mesh(devices: int | None) -> Any:
+    """A mesh of devices that draw a batch each; None where there is one."""
+    import jax
+
+    from conceptax.methods.training import make_mesh
+
+    if devices is None:
+        devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    elif not 1 <= devices <= jax.device_count():
+        raise ValueError(f"--devices accepts 1 to {jax.device_count()} here, received {devices}.")
+    return None if devices == 1 else make_mesh(devices)
+
+
 def _columns(command: Command) -> int | None:
     """One row per prompt where each has several images."""
     return command.count if command.count > 1 and len(command.prompt) > 1 else None
@@ -169,7 +196,7 @@ def _columns(command: Command) -> int | None:
 def _record(command: Command) -> dict[str, Any]:
     fields = dataclasses.asdict(command)
     fields["model"] = str(command.model) if command.model else "bundled"
-    left_out = {"output", "force"}
+    left_out = {"output", "force", "prompts"}
     if command.motion_adapter is None:
         left_out |= {"motion_adapter", "frames", "fps", "betas"}
     else:

@@ -1,0 +1,181 @@
+"""The names of CompVis's single files (latent diffusion, `.ckpt`) beside diffusers' names.
+
+Tables of (CompVis's, diffusers') module paths, made from a model's settings, so that they can be
+read in both directions: single files are loaded and written by them, and LoRA files that name
+modules in CompVis's way are understood.  SD 1, SD 2 and SDXL share those of the UNet and the VAE;
+what differs is which text encoders there are (`TEXT_ENCODERS`).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+Names = dict[str, str]  # module path -> module path
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+
+# ResBlock -> ResnetBlock2D, in the UNet and in the VAE.
+_UNET_RESNET = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+_VAE_RESNET = {
+    "norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}  # fmt: skip
+_VAE_ATTENTION = {
+    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
+}  # fmt: skip
+_OPEN_CLIP = {
+    "token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "text_projection": "text_projection.weight",
+}  # fmt: skip
+_OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}  # fmt: skip
+
+
+class TextEncoder(NamedTuple):
+    """A text encoder in single files.
+
+    Attributes:
+      component: its name in a diffusers pipeline.
+      prefix: what its keys begin with.
+      open_clip: whether it has OpenCLIP's names and fused projections, or transformers' names.
+      dropped: how many of its last layers diffusers leaves out, because nothing reads them.
+    """
+
+    component: str
+    prefix: str
+    open_clip: bool
+    dropped: int = 0
+
+
+# By family.  SDXL's are named so that its files are recognised, and read once it has a pipeline.
+TEXT_ENCODERS = {
+    "SD 1": (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
+    "SD 2": (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True, dropped=1),),
+    "SDXL": (
+        TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
+        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
+    ),
+}
+
+# What single files hold beside the models: harmless, and not loaded.
+LEFTOVERS = {
+    "moving averages (EMA)": ("model_ema.*", "first_stage_model.model_ema.*"),
+    "the noise schedule": (
+        "betas", "alphas_cumprod*", "sqrt_*", "log_one_minus_alphas_cumprod", "posterior_*",
+        "logvar", "lvlb_weights", "scale_factor", "denoiser.*",
+    ),
+    "the autoencoder's training loss": ("first_stage_model.loss.*", "loss.*"),
+    "positions of tokens, which are counted": ("*.position_ids",),
+    "CLIP's contrastive head": (
+        "cond_stage_model.logit_scale", "cond_stage_model.text_projection*",
+        "cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection",
+        "cond_stage_model.model.visual.*", "cond_stage_model.model.attn_mask",
+        "conditioner.embedders.*.logit_scale",
+    ),
+}  # fmt: skip
+
+
+def _joined(old: str, new: str, table: Mapping[str, str]) -> Names:
+    return {f"{old}.{a}": f"{new}.{b}" for a, b in table.items()}
+
+
+def unet_names(layers: Iterable[int], attends: Iterable[bool]) -> Names:
+    """CompVis's module paths in a UNet -> diffusers'.
+
+    Args:
+      layers: resnets of each resolution on the way down, from the finest to the coarsest.
+      attends: whether that resolution has transformers.
+    """
+    levels = list(zip(layers, attends, strict=True))
+    names = {
+        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+        "middle_block.1": "mid_block.attentions.0",
+        **_joined("middle_block.0", "mid_block.resnets.0", _UNET_RESNET),
+        **_joined("middle_block.2", "mid_block.resnets.1", _UNET_RESNET),
+    }  # fmt: skip
+    place = 1
+    for level, (count, attend) in enumerate(levels):
+        for layer in range(count):
+            names |= _layer(f"input_blocks.{place}", f"down_blocks.{level}", layer, attend)
+            place += 1
+        if level < len(levels) - 1:
+            names[f"input_blocks.{place}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            place += 1
+    place = 0
+    for block, (count, attend) in enumerate(reversed(levels)):
+        for layer in range(count + 1):
+            names |= _layer(f"output_blocks.{place}", f"up_blocks.{block}", layer, attend)
+            place += 1
+        if block < len(levels) - 1:
+            after = f"output_blocks.{place - 1}.{1 + attend}.conv"
+            names[after] = f"up_blocks.{block}.upsamplers.0.conv"
+    return names
+
+
+def _layer(old: str, new: str, layer: int, attends: bool) -> Names:
+    names = _joined(f"{old}.0", f"{new}.resnets.{layer}", _UNET_RESNET)
+    return names | ({f"{old}.1": f"{new}.attentions.{layer}"} if attends else {})
+
+
+def vae_names(levels: int, layers: int) -> Names:
+    """CompVis's module paths in an autoencoder of so many resolutions -> diffusers'.
+
+    Args:
+      levels: resolutions.
+      layers: resnets of each on the way down; there is one more on the way up.
+    """
+    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        middle = {
+            **_joined("mid.block_1", "mid_block.resnets.0", _VAE_RESNET),
+            **_joined("mid.attn_1", "mid_block.attentions.0", _VAE_ATTENTION),
+            **_joined("mid.block_2", "mid_block.resnets.1", _VAE_RESNET),
+        }
+        ends = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+        names |= _joined(half, half, ends | middle)
+    for level in range(levels):
+        down, up = f"encoder.down.{level}", f"decoder.up.{level}"
+        new_down, new_up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
+        for layer in range(layers):
+            names |= _joined(f"{down}.block.{layer}", f"{new_down}.resnets.{layer}", _VAE_RESNET)
+        for layer in range(layers + 1):
+            names |= _joined(f"{up}.block.{layer}", f"{new_up}.resnets.{layer}", _VAE_RESNET)
+        names[f"{down}.downsample.conv"] = f"{new_down}.downsamplers.0.conv"
+        names[f"{up}.upsample.conv"] = f"{new_up}.upsamplers.0.conv"
+    return names
+
+
+def open_clip_names(layers: int) -> Names:
+    """OpenCLIP's paths in a text tower -> transformers', without the fused projections."""
+    names = dict(_OPEN_CLIP)
+    for layer in range(layers):
+        old, new = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
+        names |= _joined(old, new, _OPEN_CLIP_LAYER)
+    return names
+
+
+def fused(key: str) -> tuple[str, str] | None:
+    """The attention's new path and the leaf of a fused projection; None for other keys.
+
+    `transformer.resblocks.3.attn.in_proj_bias` -> (`encoder.layers.3.self_attn`, `bias`).
+    """
+    found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key)
+    return found and (f"encoder.layers.{found[1]}.self_attn", found[2])
+
+
+def renamed(key: str, names: Names) -> str | None:
+    """A key under the other names: its longest beginning that the table knows is replaced."""
+    end = len(key)
+    while end > 0:
+        if key[:end] in names:
+            return names[key[:end]] + key[end:]
+        end = key.rfind(".", 0, end)
+    return None

@@ -1,0 +1,35 @@
+"""Which activations a backward pass recomputes instead of keeping."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# False keeps everything, True recomputes a layer from its input; a name is that of a policy in
+# `jax.checkpoint_policies` without arguments, such as "dots_saveable", which keeps the results of
+# matrix products.
+Remat = bool | str
+
+POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+)
+
+
+def recomputed(run: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`run`, whose backward pass recomputes what `remat` says.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if isinstance(remat, bool):
+        return jax.checkpoint(run) if remat else run
+    if remat not in POLICIES:
+        raise ValueError(
+            f"remat accepts True, False, or one of {', '.join(POLICIES)}; received {remat!r}."
+        )
+    return jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, remat))

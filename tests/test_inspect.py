@@ -1,0 +1,165 @@
+"""What a checkpoint is, told from headers; whether PyTorch agrees; differences as files."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from conceptax import bundled_model
+from conceptax.cli import main
+from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch
+from conceptax.converters.inspection import Inspection
+
+
+def parts(found: Inspection):
+    return {part.name: part for part in found.parts}
+
+
+def test_a_pipeline_folder(capsys):
+    found = inspect_checkpoint(bundled_model())
+    assert found.healthy, found
+    assert found.kind == "pipeline (StableDiffusionPipeline)"
+    pipeline = load_pytorch(bundled_model(), components=["unet"])
+    from conceptax.converters.tensors import tensor_specs
+
+    unet = parts(found)["unet"]
+    numbers = sum(int(np.prod(spec.shape)) for spec in tensor_specs(pipeline.unet))
+    assert (unet.architecture, unet.parameters) == ("UNet2DConditionModel", numbers)
+    assert unet.dtypes == {"F16": numbers}
+    assert unet.nbytes == 2 * numbers
+    assert main(["inspect", str(bundled_model())]) == 0
+    out = capsys.readouterr().out
+    assert f"unet: UNet2DConditionModel, {numbers:,} parameters, F16, " in out
+    assert "vae: AutoencoderKL" in out
+
+
+def huge(folder, *, drop=(), extra=()):
+    """A text encoder of tens of gigabytes: a header, and a hole where the tensors would be."""
+    folder.mkdir()
+    config = {
+        "architectures": ["CLIPTextModel"], "vocab_size": 10_000_000, "hidden_size": 1024,
+        "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 2048,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    from flax import nnx
+
+    from conceptax.converters.tensors import tensor_specs
+    from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig.from_dict(config)
+    model = nnx.eval_shape(lambda: CLIPTextModel(config, rngs=nnx.Rngs(0)))
+    shapes = {spec.key: spec.shape for spec in tensor_specs(model) if spec.key not in drop}
+    shapes |= dict(extra)
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        header[f"text_model.{key}"] = {
+            "dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size],
+        }  # fmt: skip
+        end += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return folder, end
+
+
+def test_headers_only(tmp_path):
+    """Reading this file's 41 GB would take the machine's memory, and more than a moment."""
+    folder, size = huge(tmp_path / "huge")
+    found = inspect_checkpoint(folder)
+    assert found.healthy, found
+    assert found.parts[0].nbytes == size > 40e9
+    assert inspect_checkpoint(folder / "model.safetensors").parts == found.parts
+
+
+def test_missing_extra_and_misshapen_are_named(tmp_path, capsys):
+    folder, _ = huge(
+        tmp_path / "huge",
+        drop=("final_layer_norm.bias",),
+        extra={"adapter.weight": (2, 2), "final_layer_norm.weight": (3,)}.items(),
+    )
+    (part,) = inspect_checkpoint(folder).parts
+    assert part.problems == {
+        "missing": ["text_model.final_layer_norm.bias"],
+        "unexpected": ["text_model.adapter.weight"],
+        "of the wrong shape": ["text_model.final_layer_norm.weight [3] instead of [1024]"],
+    }
+    assert main(["inspect", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert "1 missing: text_model.final_layer_norm.bias" in captured.out
+    assert "cannot be loaded whole" in captured.err
+
+
+def test_what_is_lost_from_a_pipeline(tmp_path):
+    source = bundled_model()
+    for name in ("unet", "scheduler", "tokenizer", "text_encoder"):
+        (tmp_path / name).symlink_to(source / name)
+    index = json.loads((source / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "Checker"], "../up": ["diffusers", "X"]}
+    (tmp_path / "safety_checker").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    found = inspect_checkpoint(tmp_path)
+    assert found.problems == {"missing": ["vae"]}
+    assert found.leftovers == {"parts that are not loaded": ["../up", "safety_checker"]}
+    (tmp_path / "vae").mkdir()
+    (part,) = [part for part in inspect_checkpoint(tmp_path).parts if part.problems]
+    assert "config.json does not exist" in part.problems["not readable"][0]
+    index["_class_name"] = "FluxPipeline"
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert inspect_checkpoint(tmp_path).problems["not supported here"] == ["FluxPipeline"]
+
+
+def test_other_files(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        inspect_checkpoint(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="holds neither model_index"):
+        inspect_checkpoint(tmp_path)
+    pair = {f"unet.a.lora_{x}.weight": np.ones((2, 2), np.float32) for x in "AB"}
+    safetensors.numpy.save_file(pair, tmp_path / "pytorch_lora_weights.safetensors")
+    found = inspect_checkpoint(tmp_path)
+    assert (found.kind, found.parts[0].parameters) == ("LoRA", 8)
+    safetensors.numpy.save_file({"x": np.arange(3)}, tmp_path / "x.safetensors")
+    assert inspect_checkpoint(tmp_path / "x.safetensors").kind == "weight file"
+
+
+def test_verify(tmp_path, capsys, torch):
+    pytest.importorskip("diffusers")
+    out = str(tmp_path / "out")
+    assert main(["convert", str(bundled_model()), out, "--verify", "--dtype", "float32"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "relative difference" in line]
+    assert [line.split(":")[0] for line in told] == ["unet", "vae", "text_encoder"]
+    assert all(float(line.split()[-1]) < 1e-4 for line in told), told
+
+
+def test_differences_become_files(tmp_path, capsys):
+    source, other = bundled_model(), tmp_path / "other"
+    scaled = {}
+    for key, value in safetensors.numpy.load_file(
+        source / "unet/diffusion_pytorch_model.safetensors"
+    ).items():
+        scaled[key] = value * np.float16(1.5) if key.endswith("attn2.to_k.weight") else value
+    other.mkdir()
+    (other / "config.json").write_bytes((source / "unet/config.json").read_bytes())
+    safetensors.numpy.save_file(scaled, other / "diffusion_pytorch_model.safetensors")
+    original = ["--original", str(source / "unet")]
+    changes, lora = str(tmp_path / "c.safetensors"), str(tmp_path / "l.safetensors")
+    assert main(["convert", str(other), changes, "--form", "changes", *original]) == 0
+    keys = set(safetensors.numpy.load_file(changes))
+    assert keys == {key for key in scaled if key.endswith("attn2.to_k.weight")}
+    options = ["--form", "lora", "--energy", "0.9"]
+    assert main(["convert", str(other), lora, *options, *original]) == 0
+    assert f"{len(keys)} modules, rank " in capsys.readouterr().out
+    merged = ["--add", lora, "--add-scale", "0.5"]
+    assert main(["convert", str(source), str(tmp_path / "merged"), *merged]) == 0
+    wrong = [
+        (["--form", "lora", "--rank", "4"], "--original goes with"),
+        (["--rank", "4"], "takes --rank or --energy"),
+        (["--form", "single", "--verify"], "name one in .safetensors"),
+    ]
+    capsys.readouterr()
+    for arguments, message in wrong:
+        assert main(["convert", str(other), str(tmp_path / "x"), *arguments]) == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,445 @@
+"""Single files with CompVis's names: read as diffusers reads them, and written so that it can."""
+
+import dataclasses
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from conceptax import bundled_model
+from conceptax.cli import main
+from conceptax.converters import CheckpointError, OutputError, load_pytorch, save_pytorch
+from conceptax.converters.compvis import load_single_file, save_single_file
+from conceptax.converters.compvis_parts import read_single_file
+from conceptax.converters.pytorch import COMPONENTS
+from conceptax.converters.safetensors_file import StoredTensor
+from conceptax.converters.tensors import tensor_specs, variables
+
+MODELS = ("unet", "vae", "text_encoder")
+UNET = {
+    "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
+    "cross_attention_dim": 64, "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": 720, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 1, "max_position_embeddings": 12, "bos_token_id": 0,
+    "eos_token_id": 2, "projection_dim": 64,
+}  # fmt: skip
+LEFTOVERS = {
+    "model_ema.decay": np.zeros((), np.float32),
+    "model_ema.diffusion_modelinput_blocks00weight": np.zeros((32, 4, 3, 3), np.float32),
+    "betas": np.zeros(1000, np.float32),
+    "alphas_cumprod_prev": np.zeros(1000, np.float32),
+    "first_stage_model.loss.logvar": np.zeros((), np.float32),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": np.arange(12)[None],
+}
+
+
+def numpy_state(module):
+    return {key: value.numpy() for key, value in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def tiny(torch, tmp_path_factory, repository):
+    """Folder of a tiny SD 1 pipeline that diffusers wrote, and its state dicts."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    parts = {
+        "unet": diffusers.UNet2DConditionModel(**UNET),
+        "vae": diffusers.AutoencoderKL(**VAE),
+        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)),
+    }
+    folder = tmp_path_factory.mktemp("tiny")
+    libraries = {"unet": "diffusers", "vae": "diffusers", "text_encoder": "transformers"}
+    index = {n: [libraries[n], type(part).__name__] for n, part in parts.items()}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index["_class_name"] = "StableDiffusionPipeline"
+    for name in ("tokenizer", "scheduler"):
+        (folder / name).symlink_to(repository / "src/conceptax/assets/glyphs" / name)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder, {name: numpy_state(part) for name, part in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def single(tiny, tmp_path_factory):
+    """The same as a single file, with what training leaves behind, beside no tokenizer."""
+    pipeline = load_pytorch(tiny[0], components=MODELS)
+    file = save_single_file(pipeline, tmp_path_factory.mktemp("single") / "model.safetensors")
+    safetensors.numpy.save_file({**safetensors.numpy.load_file(file), **LEFTOVERS}, file)
+    return file
+
+
+def values(model):
+    slots = variables(model)
+    return {
+        spec.key: spec.to_torch(np.asarray(slots[spec.path].get_value()))
+        for spec in tensor_specs(model)
+    }
+
+
+def same(received, expected):
+    assert received.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(received[key], value, err_msg=key)
+
+
+def test_diffusers_reads_what_is_written(tiny, single, torch):
+    """diffusers' own conversion of our single file gives back the models it was made from."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    def content():
+        return {
+            key: torch.from_numpy(value)
+            for key, value in safetensors.numpy.load_file(single).items()
+            if not key.startswith("model_ema")
+        }
+
+    unet = theirs.convert_ldm_unet_checkpoint(content(), {**UNET, "num_class_embeds": None})
+    same({key: value.numpy() for key, value in unet.items()}, tiny[1]["unet"])
+    vae = theirs.convert_ldm_vae_checkpoint(content(), VAE)
+    vae = {key: value.numpy() for key, value in vae.items() if not key.startswith("loss")}
+    same(vae, tiny[1]["vae"])
+    text = theirs.convert_ldm_clip_checkpoint(content())
+    text = {k.removeprefix("text_model."): v.numpy() for k, v in text.items()}
+    text.pop("embeddings.position_ids", None)
+    same(text, {k.removeprefix("text_model."): v for k, v in tiny[1]["text_encoder"].items()})
+
+
+def test_single_file_loads_with_its_sizes(tiny, single, tmp_path):
+    with pytest.warns(UserWarning, match=r"holds no tokenizer.*pass tokenizer="):
+        pipeline = load_pytorch(single)
+    assert pipeline.tokenizer is None
+    assert pipeline.scheduler_config["prediction_type"] == "epsilon"
+    for name in MODELS:
+        model = getattr(pipeline, name)
+        expected = {k.removeprefix("text_model."): v for k, v in tiny[1][name].items()}
+        same(values(model), expected)
+        original = load_pytorch(tiny[0] / name).config
+        for setting, value in original.to_dict().items():
+            if setting != "sample_size":
+                assert model.config.to_dict()[setting] == value, (name, setting)
+    # a folder of it is what diffusers reads
+    save_pytorch(pipeline, tmp_path / "out")
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out/unet")
+    same(numpy_state(unet), tiny[1]["unet"])
+
+
+def test_the_command_goes_there_and_back(tiny, tmp_path, capsys):
+    folder, single, back = str(tiny[0]), str(tmp_path / "a.safetensors"), tmp_path / "back"
+    assert main(["convert", folder, single, "--form", "single"]) == 0
+    assert main(["inspect", single]) == 0
+    out = capsys.readouterr().out
+    assert "single file of SD 1" in out
+    assert "unet: UNet2DConditionModel, " in out
+    options = ["--tokenizer", str(tiny[0] / "tokenizer"), "--verify"]
+    assert main(["convert", single, str(back), *options]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "relative difference" in line]
+    assert len(told) == 3
+    assert all(float(line.split()[-1]) < 1e-4 for line in told), told
+    for name in MODELS:
+        file = next((back / name).glob("*.safetensors"))
+        received = safetensors.numpy.load_file(file)
+        received = {k.removeprefix("text_model."): v for k, v in received.items()}
+        same(received, {k.removeprefix("text_model."): v for k, v in tiny[1][name].items()})
+    assert main(["convert", folder, single, "--form", "single"]) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_settings_that_shapes_do_not_tell_are_not_lost(tiny, tmp_path):
+    """A single file of such a model would load as another one, without a word."""
+    pipeline = load_pytorch(tiny[0], components=MODELS)
+    for name, change in {
+        "unet": {"attention_head_dim": 4}, "vae": {"scaling_factor": 0.5},
+        "text_encoder": {"num_attention_heads": 2},
+    }.items():  # fmt: skip
+        model = nnx.clone(getattr(pipeline, name))
+        model.config = dataclasses.replace(model.config, **change)
+        other = dataclasses.replace(pipeline, **{name: model})
+        (setting,) = change
+        with pytest.raises(OutputError, match=f"cannot tell {setting}.*readers would assume"):
+            save_single_file(other, tmp_path / "x.safetensors")
+    with pytest.raises(
+        OutputError, match=r"single file cannot hold .*do not divide into 32 groups"
+    ):
+        save_single_file(
+            load_pytorch(bundled_model(), components=["unet"]), tmp_path / "x.safetensors"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_are_named_and_strangers_refused(single, tmp_path):
+    from conceptax.converters.safetensors_file import open_safetensors
+
+    file = read_single_file(open_safetensors(single), "it")
+    assert file.family == "SD 1"
+    assert sorted(key for keys in file.leftovers.values() for key in keys) == sorted(LEFTOVERS)
+    assert file.unknown == []
+    stranger = {**safetensors.numpy.load_file(single), "control_model.x": np.zeros(1, np.float32)}
+    safetensors.numpy.save_file(stranger, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 unexpected: control_model.x"):
+        load_pytorch(tmp_path / "a.safetensors", components=["unet"])
+    inner = "model.diffusion_model.input_blocks.7.0.in_layers.0.weight"
+    stranger = {**safetensors.numpy.load_file(single), inner: np.zeros(1, np.float32)}
+    safetensors.numpy.save_file(stranger, tmp_path / "a.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"1 unexpected: model.diffusion_model.input_blocks.7"
+    ):
+        load_pytorch(tmp_path / "a.safetensors", components=["unet"])
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight", "middle_block.1.norm.bias"],
+)
+def test_missing_tensors_are_told(single, tmp_path, lost):
+    content = safetensors.numpy.load_file(single)
+    del content[f"model.diffusion_model.{lost}"]
+    safetensors.numpy.save_file(content, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        load_pytorch(tmp_path / "a.safetensors", components=["unet"])
+
+
+def test_parts_and_options(single, tmp_path):
+    pipeline = load_pytorch(single, components=["vae"], param_dtype=ml_dtypes.bfloat16)
+    assert (pipeline.unet, pipeline.tokenizer, pipeline.scheduler_config) == (None, None, {})
+    assert pipeline.vae.decoder.conv_in.kernel.dtype == ml_dtypes.bfloat16
+    with pytest.raises(ValueError, match="remat is for a component folder"):
+        load_pytorch(single, remat=True)
+    with pytest.raises(ValueError, match="components accepts"):
+        load_pytorch(single, components=["judge"])
+    with pytest.raises(ValueError, match="prediction_type accepts"):
+        load_pytorch(single, prediction_type="noise")
+    content = safetensors.numpy.load_file(single)
+    content = {k: v for k, v in content.items() if not k.startswith("first_stage_model")}
+    safetensors.numpy.save_file(content, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds no vae \(found text_encoder, unet\)"):
+        load_pytorch(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_pytorch(tmp_path / "b.safetensors")
+    safetensors.numpy.save_file({"x": np.zeros(1)}, tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match="is no single file of Stable Diffusion"):
+        load_single_file(tmp_path / "c.safetensors")
+
+
+def test_the_tokenizer_may_lie_beside_the_file(single, repository, tmp_path):
+    folder = repository / "src/conceptax/assets/glyphs/tokenizer"
+    parts = ["text_encoder", "tokenizer"]
+    assert len(load_pytorch(single, components=parts, tokenizer=folder).tokenizer) == 706
+    content = safetensors.numpy.load_file(single)
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    content = {k: v for k, v in content.items() if k.startswith("cond_stage_model")}
+    safetensors.numpy.save_file(content, tmp_path / "whole.safetensors")
+    content[name] = np.ascontiguousarray(content[name][:60])
+    safetensors.numpy.save_file(content, tmp_path / "small.safetensors")
+    (tmp_path / "tokenizer").symlink_to(folder)
+    assert load_pytorch(tmp_path / "whole.safetensors", components=parts).tokenizer is not None
+    with pytest.raises(CheckpointError, match=r"706 tokens, but the text encoder in .* only 60"):
+        load_pytorch(tmp_path / "small.safetensors", components=parts)
+
+
+def test_pickled_checkpoints_of_lightning(single, torch, tmp_path, tiny):
+    """Weights under `state_dict`, beside training's state, whose classes are named, not loaded."""
+    content = safetensors.numpy.load_file(single)
+    state = {k: torch.from_numpy(np.array(v)) for k, v in content.items()}
+    whole = {"state_dict": state, "global_step": 7, "optimizer_states": [{"lr": 0.1}]}
+    torch.save(whole, tmp_path / "sd.ckpt")
+    pipeline = load_pytorch(tmp_path / "sd.ckpt", components=["unet"])
+    same(values(pipeline.unet), tiny[1]["unet"])
+
+
+def test_a_class_of_lightning_is_not_imported(torch, tmp_path, single, monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+
+    class ModelCheckpoint:
+        pass
+
+    ModelCheckpoint.__module__, ModelCheckpoint.__qualname__ = module.__name__, "ModelCheckpoint"
+    module.ModelCheckpoint = ModelCheckpoint
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    state = {
+        k: torch.from_numpy(np.array(v)) for k, v in safetensors.numpy.load_file(single).items()
+        if k.startswith("first_stage_model")
+    }  # fmt: skip
+    torch.save({"callbacks": {ModelCheckpoint: {}}, "state_dict": state}, tmp_path / "sd.ckpt")
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert load_pytorch(tmp_path / "sd.ckpt", components=["vae"]).vae is not None
+
+
+# SD 2 and SDXL.
+
+
+def open_clip(torch, width=64, layers=3, projection=None):
+    """A text tower with OpenCLIP's names and random values."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "positional_embedding": (12, width), "token_embedding.weight": (60, width),
+        "ln_final.weight": (width,), "ln_final.bias": (width,), "logit_scale": (),
+        "text_projection": (width, projection or width),
+    }  # fmt: skip
+    for layer in range(layers):
+        block = f"transformer.resblocks.{layer}."
+        for name, shape in {
+            "ln_1": (width,), "ln_2": (width,), "attn.out_proj": (width, width),
+            "mlp.c_fc": (32, width), "mlp.c_proj": (width, 32),
+        }.items():  # fmt: skip
+            shapes |= {f"{block}{name}.weight": shape, f"{block}{name}.bias": shape[:1]}
+        shapes |= {
+            f"{block}attn.in_proj_weight": (3 * width, width),
+            f"{block}attn.in_proj_bias": (3 * width,),
+        }
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def second(torch, tmp_path_factory):
+    """A tiny SD 2 file, and what diffusers makes of it."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders import single_file_utils as theirs
+
+    torch.manual_seed(1)
+    settings = {
+        **UNET, "block_out_channels": (64, 128), "use_linear_projection": True,
+        "attention_head_dim": (1, 2),
+    }  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(**settings)
+    folder = tmp_path_factory.mktemp("second")
+    unet.save_pretrained(folder / "unet")
+    pipeline = load_pytorch_parts(unet=folder / "unet")
+    file = save_single_file(pipeline, folder / "sd2.safetensors")
+    text = {f"cond_stage_model.model.{k}": v for k, v in open_clip(torch).items()}
+    content = safetensors.numpy.load_file(file) | {k: v.numpy() for k, v in text.items()}
+    safetensors.numpy.save_file(content, file)
+
+    class Stub:
+        class config:
+            hidden_size = 64
+
+    shorter = {k: v for k, v in text.items() if ".resblocks.2." not in k}
+    return file, theirs.convert_open_clip_checkpoint(Stub, shorter), numpy_state(unet)
+
+
+def load_pytorch_parts(**paths):
+    from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+
+    parts = dict.fromkeys((*MODELS, "tokenizer"))
+    parts |= {name: load_pytorch(path) for name, path in paths.items()}
+    return StableDiffusionPipeline(**parts, scheduler_config={})
+
+
+def test_second_generation(second):
+    file, text, unet = second
+    parts = [part for part in COMPONENTS if part not in ("vae", "tokenizer")]
+    with pytest.warns(UserWarning, match=r"'v_prediction' is assumed.*'epsilon' for the base"):
+        pipeline = load_pytorch(file, components=parts)
+    assert pipeline.scheduler_config["prediction_type"] == "v_prediction"
+    same(values(pipeline.unet), unet)
+    assert pipeline.unet.config.attention_head_dim == (1, 2)
+    assert pipeline.unet.config.use_linear_projection
+    config = pipeline.text_encoder.config
+    assert (config.num_hidden_layers, config.hidden_act) == (2, "gelu")
+    theirs = {k.removeprefix("text_model."): v.numpy() for k, v in text.items()}
+    theirs.pop("text_projection.weight", None)
+    same(values(pipeline.text_encoder), theirs)
+    base = load_pytorch(file, components=["scheduler"], prediction_type="epsilon")
+    assert base.scheduler_config["prediction_type"] == "epsilon"
+    with pytest.raises(OutputError, match=r"only Stable Diffusion 1\.x"):
+        save_single_file(pipeline, file.parent / "again.safetensors")
+
+
+def meta_state(module):
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def stored(shapes):
+    return {k: StoredTensor("F32", shape, lambda: None) for k, shape in shapes.items()}
+
+
+PUBLISHED = {  # of sd-v1-4.ckpt
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+    "model.diffusion_model.input_blocks.3.0.op.weight": (320, 320, 3, 3),
+    "model.diffusion_model.input_blocks.4.0.skip_connection.weight": (640, 320, 1, 1),
+    "model.diffusion_model.middle_block.1.proj_in.weight": (1280, 1280, 1, 1),
+    "model.diffusion_model.output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
+    "model.diffusion_model.output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+    "model.diffusion_model.output_blocks.11.0.emb_layers.1.weight": (320, 1280),
+    "first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+    "first_stage_model.decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
+    "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+}
+
+
+@pytest.mark.parametrize("family", ["SD 1", "SDXL"])
+def test_published_sizes(torch, family):
+    """All keys and shapes of SD 1.5, and of SDXL's UNet and VAE, there and back, without values."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders import single_file_utils as theirs
+
+    from conceptax.converters.compvis_names import renamed, vae_names
+    from conceptax.converters.compvis_parts import unet_names_of
+
+    settings = {"cross_attention_dim": 768} if family == "SD 1" else {
+        "cross_attention_dim": 2048, "use_linear_projection": True,
+        "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**settings)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+    tables = {
+        "model.diffusion_model.": (meta_state(unet), unet_names_of(unet.config)),
+        "first_stage_model.": (meta_state(vae), vae_names(4, 2)),
+    }
+    shapes = {}
+    for prefix, (state, names) in tables.items():
+        back = {new: old for old, new in names.items()}
+        for key, shape in state.items():
+            old = renamed(key, back)
+            attention = ".attn_1." in old and len(shape) == 2
+            shapes[prefix + old] = (*shape, 1, 1) if attention else shape
+    if family == "SD 1":
+        assert {key: shapes[key] for key in PUBLISHED} == PUBLISHED
+        assert sum(key.startswith("model.") for key in shapes) == 686
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    config = dict(unet.config)
+    oracle = theirs.convert_ldm_unet_checkpoint(dict(tensors), config)
+    assert {k: tuple(v.shape) for k, v in oracle.items()} == meta_state(unet)
+    oracle = theirs.convert_ldm_vae_checkpoint(dict(tensors), vae.config)
+    assert {k: tuple(v.shape) for k, v in oracle.items()} == meta_state(vae)
+
+    file = read_single_file(stored(shapes), "it")
+    assert (file.family, file.unknown, file.leftovers) == (family, [], {})
+    for name, module in (("unet", unet), ("vae", vae)):
+        part = file.parts[name]
+        assert {k: t.shape for k, t in part.tensors.items()} == meta_state(module)
+        for setting, value in part.raw.items():
+            if setting not in ("_class_name", "sample_size", "scaling_factor"):
+                theirs_value = module.config[setting]
+                value = tuple(value) if isinstance(value, list) else value
+                assert value == (
+                    tuple(theirs_value) if isinstance(theirs_value, list) else theirs_value
+                ), setting
