@@ -14,6 +14,7 @@ seed 100; the table's seeds are others.
 import argparse
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        return f"{self.name.replace(' ', '-').replace('/', '-')}-{self.seed}"
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.name)}-{self.seed}"
 
 
 def table() -> Iterator[Cell]:

@@ -1,9 +1,11 @@
-"""Single files of CompVis's latent diffusion (`.ckpt`, `.safetensors`): SD 1.x and 2.x, in and out.
+"""Single files of CompVis's latent diffusion (`.ckpt`, `.safetensors`): SD 1, SD 2 and SDXL.
 
-Such a file holds the UNet, the autoencoder and the text encoder under the names of the training
-code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes.
+Such a file holds the UNet, the autoencoder and the text encoders under the names of the training
+code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. SD 1 is also
+written.
 """
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -39,6 +41,7 @@ from .weights import open_weights
 WRAPPERS = ("state_dict",)
 _SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _PREDICTIONS = ("epsilon", "v_prediction")
+_PIPELINES = {"SDXL": "StableDiffusionXLPipeline"}
 
 
 # ---- in ----
@@ -67,16 +70,16 @@ def load_single_file(
     components: Collection[str] | None = None,
     stored: Stored | None = None,
 ) -> Any:
-    """Load a Stable Diffusion 1.x or 2.x model from a single file.
+    """Load a Stable Diffusion 1.x, 2.x or XL model from a single file.
 
     Copies that training keeps beside the models (moving averages, the noise schedule and others)
     are passed over; `inspect_checkpoint` names them.
 
     Args:
       path: the file, `.safetensors` or a pickle, which needs torch; nothing in it is executed.
-      tokenizer: folder of the tokenizer, which such files lack: that of any Stable Diffusion 1.x or
-        2.x folder; default: the folder `tokenizer` beside the file. Where there is neither, the
-        pipeline has none, and a warning says so.
+      tokenizer: folder of the tokenizer, which such files lack: that of any Stable Diffusion
+        folder; default: the folder `tokenizer` beside the file. Where there is neither, the
+        pipeline has none, and a warning says so. SDXL's second one is the same, padding with "!".
       prediction_type: what the UNet predicts, "epsilon" or "v_prediction"; default: the latter for
         SD 2, with a warning, because the published files for 512 pixels ("base") do the former and
         nothing in them tells.
@@ -84,37 +87,32 @@ def load_single_file(
       stored: the file's tensors, where it has been opened before.
 
     Returns:
-      A `StableDiffusionPipeline`.
+      A `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline`.
 
     Raises:
       CheckpointError: damaged or unsafe files, missing or unexpected tensors, another family.
     """
-    from ..flax_models.stable_diffusion import StableDiffusionPipeline
-
     path = Path(path).expanduser()
     if prediction_type not in (None, *_PREDICTIONS):
         raise ValueError(f"prediction_type accepts {_PREDICTIONS}, received {prediction_type!r}.")
-    accepted = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    wanted = set(accepted if components is None else components)
-    if not wanted <= set(accepted):
-        raise ValueError(f"components accepts {accepted}, received {sorted(wanted)}.")
     if stored is None and (stored := open_single_file(path)) is None:
         raise CheckpointError(
             f"{path} is no single file of Stable Diffusion: no tensor begins with {UNET} or {VAE}."
         )
     file = read_single_file(stored, str(path))
-    if file.family == "SDXL" and wanted & {"text_encoder", "tokenizer", "scheduler"}:
-        raise CheckpointError(
-            f"{path} is an SDXL model, and there is no pipeline for SDXL files here yet: pass "
-            "components=('unet', 'vae'), or those of its diffusers folder one by one."
-        )
+    index = {"_class_name": _PIPELINES.get(file.family, "StableDiffusionPipeline")}
+    kind = architectures.pipeline_class(index["_class_name"])
+    accepted = (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
+    wanted = set(accepted if components is None else components)
+    if not wanted <= set(accepted):
+        raise ValueError(f"components accepts {accepted}, received {sorted(wanted)}.")
     if file.unknown:
         raise CheckpointError(
             f"{path} does not fit {file.family}: {len(file.unknown)} unexpected: "
             f"{listing(file.unknown)}. It holds another model, or more than one."
         )
-    parts: dict[str, Any] = dict.fromkeys(accepted[:4])
-    for name in accepted[:3]:
+    parts: dict[str, Any] = dict.fromkeys(accepted[:-1])
+    for name in kind.MODELS:
         if name not in wanted:
             continue
         if name not in file.parts:
@@ -129,11 +127,15 @@ def load_single_file(
             param_dtype=param_dtype, model_options={},
             place=functools.partial(put, rule=sharding, prefix=(name,)),
         )  # fmt: skip
-    if "tokenizer" in wanted:
-        parts["tokenizer"] = _tokenizer(path, tokenizer, file.parts.get("text_encoder"))
+    if wanted & set(kind.TOKENIZERS):
+        first = _tokenizer(path, tokenizer, file.parts.get("text_encoder"))
+        second = copy.deepcopy(first)
+        if second is not None:
+            second.pad_token = "!"  # as in the published folders
+        both = {"tokenizer": first, "tokenizer_2": second}
+        parts |= {name: both[name] for name in kind.TOKENIZERS if name in wanted}
     scheduler = _scheduler(path, file.family, prediction_type) if "scheduler" in wanted else {}
-    index = {"_class_name": "StableDiffusionPipeline"}
-    return StableDiffusionPipeline(**parts, scheduler_config=scheduler, model_index=index)
+    return kind(**parts, scheduler_config=scheduler, model_index=index)
 
 
 def _tokenizer(path: Path, folder: Path | str | None, text: Part | None) -> Any:
@@ -164,12 +166,17 @@ def _scheduler(path: Path, family: str, prediction_type: str | None) -> dict[str
             stacklevel=3,
         )
         prediction_type = "v_prediction"
-    return {
+    config = {
         "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
         "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
         "set_alpha_to_one": False, "steps_offset": 1,
         "prediction_type": prediction_type or "epsilon",
     }  # fmt: skip
+    if family == "SDXL":
+        for name in ("clip_sample", "set_alpha_to_one"):
+            del config[name]
+        config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    return config
 
 
 # ---- out ----
@@ -194,6 +201,8 @@ def save_single_file(
     """
     path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
     text = pipeline.text_encoder
+    if "text_encoder_2" in pipeline.MODELS:
+        raise OutputError("SDXL is not written as a single file. Write a folder.")
     if text is not None and text.config.hidden_act != "quick_gelu":
         raise OutputError(
             "only Stable Diffusion 1.x is written as a single file: this text encoder is of "

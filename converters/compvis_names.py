@@ -53,7 +53,7 @@ class TextEncoder(NamedTuple):
     dropped: int = 0
 
 
-# By family.  SDXL's are named so that its files are recognised, and read once it has a pipeline.
+# By family.
 TEXT_ENCODERS = {
     "SD 1": (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
     "SD 2": (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True, dropped=1),),

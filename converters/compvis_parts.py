@@ -27,6 +27,7 @@ from .errors import CheckpointError
 from .safetensors_file import StoredTensor
 
 _HEAD = 64
+_PROJECTION = ("text_projection.weight",)  # beside a text tower, not in it
 _CLASSES = {
     "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
@@ -221,7 +222,7 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     if (vector := shapes.get("label_emb.0.0.weight")) is not None:  # SDXL's sizes and crops
         raw |= {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": vector[1],
+            "projection_class_embeddings_input_dim": vector[1], "sample_size": 128,
         }  # fmt: skip
     return raw
 
@@ -274,6 +275,9 @@ def _text(tensors: Stored, encoder: TextEncoder) -> tuple[dict[str, Any], Stored
     else:
         found = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
     shapes = _shapes(found)
+    if encoder.component == "text_encoder_2":
+        inside = {f"text_model.{key}": found[key] for key in found if key not in _PROJECTION}
+        found = inside | {key: found[key] for key in found if key in _PROJECTION}
     vocabulary, width = shapes["embeddings.token_embedding.weight"]
     raw = {
         "architectures": [_CLASSES[encoder.component]],

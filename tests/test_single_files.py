@@ -14,9 +14,9 @@ from conceptax.cli import main
 from conceptax.converters import CheckpointError, OutputError, load_pytorch, save_pytorch
 from conceptax.converters.compvis import load_single_file, save_single_file
 from conceptax.converters.compvis_parts import read_single_file
-from conceptax.converters.pytorch import COMPONENTS
 from conceptax.converters.safetensors_file import StoredTensor
 from conceptax.converters.tensors import tensor_specs, variables
+from conceptax.methods.sampling import NoiseSchedule, make_sampler
 
 MODELS = ("unet", "vae", "text_encoder")
 UNET = {
@@ -347,7 +347,7 @@ def load_pytorch_parts(**paths):
 
 def test_second_generation(second):
     file, text, unet = second
-    parts = [part for part in COMPONENTS if part not in ("vae", "tokenizer")]
+    parts = [part for part in (*MODELS, "scheduler") if part != "vae"]
     with pytest.warns(UserWarning, match=r"'v_prediction' is assumed.*'epsilon' for the base"):
         pipeline = load_pytorch(file, components=parts)
     assert pipeline.scheduler_config["prediction_type"] == "v_prediction"
@@ -363,6 +363,70 @@ def test_second_generation(second):
     assert base.scheduler_config["prediction_type"] == "epsilon"
     with pytest.raises(OutputError, match=r"only Stable Diffusion 1\.x"):
         save_single_file(pipeline, file.parent / "again.safetensors")
+
+
+def test_sdxl(torch, tiny, tmp_path):
+    """Both text encoders, the second as diffusers' own conversion has it; and a whole pipeline."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders import single_file_utils as theirs
+
+    from conceptax.converters.compvis import _named
+    from conceptax.converters.compvis_names import UNET as UNET_PREFIX
+    from conceptax.converters.compvis_parts import unet_names_of
+
+    torch.manual_seed(2)
+    settings = {
+        "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 128,
+        "attention_head_dim": (1, 1), "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 48 + 6 * 256,
+    }  # fmt: skip
+    unet = UNet2DConditionModel(**settings)
+    unet.save_pretrained(tmp_path / "unet")
+    ours = load_pytorch(tmp_path / "unet")
+    names = unet_names_of(ours.config.to_dict())
+    content = {each.key: each.produce() for each in _named(ours, UNET_PREFIX, names, None)}
+    vae = load_pytorch(tiny[0], components=["vae"])
+    save_single_file(vae, tmp_path / "vae.safetensors")
+    content |= safetensors.numpy.load_file(tmp_path / "vae.safetensors")
+    first = tiny[1]["text_encoder"]
+    prefix = "conditioner.embedders.0.transformer.text_model."
+    content |= {prefix + key.removeprefix("text_model."): value for key, value in first.items()}
+    tower = open_clip(torch, layers=2, projection=48)
+    tower["token_embedding.weight"] = torch.randn(720, 64)
+    second = {f"conditioner.embedders.1.model.{key}": value for key, value in tower.items()}
+    content |= {key: value.numpy() for key, value in second.items()}
+    safetensors.numpy.save_file(content, tmp_path / "xl.safetensors")
+
+    pipeline = load_pytorch(tmp_path / "xl.safetensors", tokenizer=tiny[0] / "tokenizer")
+    assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
+    assert pipeline.unet.config.sample_size == 128
+    same(values(pipeline.unet), numpy_state(unet))
+    same(
+        values(pipeline.text_encoder), {k.removeprefix("text_model."): v for k, v in first.items()}
+    )
+
+    class Stub:
+        class config:
+            hidden_size = 64
+
+    expected = theirs.convert_open_clip_checkpoint(
+        Stub, second, prefix="conditioner.embedders.1.model."
+    )
+    expected = {key: value.numpy() for key, value in expected.items()}
+    expected.pop("text_model.embeddings.position_ids", None)
+    same(values(pipeline.text_encoder_2), expected)
+    assert pipeline.text_encoder_2.config.projection_dim == 48
+    assert pipeline.tokenizer_2.pad_token == "!" != pipeline.tokenizer.pad_token
+    assert pipeline.scheduler_config["_class_name"] == "EulerDiscreteScheduler"
+    make_sampler(NoiseSchedule.from_config(pipeline.scheduler_config), num_inference_steps=2)
+    save_pytorch(pipeline, tmp_path / "out")
+    again = load_pytorch(tmp_path / "out")
+    same(values(again.text_encoder_2), expected)
+    with pytest.raises(OutputError, match="SDXL is not written as a single file"):
+        save_single_file(pipeline, tmp_path / "again.safetensors")
 
 
 def meta_state(module):
