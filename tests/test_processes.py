@@ -73,7 +73,7 @@ def start(folder, *arguments, launcher="jax"):
     return processes
 
 
-@pytest.mark.parametrize("launcher", ["jax", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("jax", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(launcher, reference, tmp_path):
     processes = start(tmp_path, launcher=launcher)
     outputs = [each.communicate(timeout=240)[0] for each in processes]

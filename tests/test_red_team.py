@@ -114,7 +114,10 @@ def test_every_attack_gives_an_attempt_per_snapshot(edited, runs, name):
         attack_of(3)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "relapse" else pytest.param(n, marks=pytest.mark.slow) for n in ATTACKS],
+)
 def test_an_interrupted_attack_ends_as_if_it_had_not_been(original, edited, runs, name):
     folder, expected = runs[name]
     shutil.copytree(folder, again := folder.with_name(folder.name + "_again"))

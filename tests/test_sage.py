@@ -337,7 +337,10 @@ def test_erasing_brings_the_erase_loss_down(prepared, cycle):
     "changes",
     [
         {"latents": "ddim", "ddim_steps": 2, "ddim_samples": 2},
-        {"erase_updates": 2, "check": "anchor", "global_form": "self", "free_concept": False},
+        pytest.param(
+            {"erase_updates": 2, "check": "anchor", "global_form": "self", "free_concept": False},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_options_run(pipeline, changes):

@@ -225,6 +225,7 @@ def test_a_mesh_trains_the_same(trained, model, data):
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_new_model_around_a_clip(model, tmp_path):
     original = load_pytorch(model).backbone.clip_model
     save_pytorch(original, tmp_path / "clip")

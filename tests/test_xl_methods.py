@@ -60,7 +60,10 @@ def changed_parts(before, after):
     return {name for name in before.MODELS if differs(name)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("sage", "uce") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
 def test_each_method_edits_its_parts_of_sdxl(pipeline, name):
     config, parts = METHODS[name]
     edited = erase(pipeline, ["three"], config, retain=["seven", "brick", "grass", "red"])
@@ -139,6 +142,7 @@ def test_models_with_one_encoder_have_no_second_to_edit():
             erase(empty, ["three"], config)
 
 
+@pytest.mark.slow
 def test_sage_runs_on_the_settings_of_sd_2(torch, tmp_path):
     """Linear projections, heads per level, v-prediction, gelu, and another padding."""
     import diffusers
