@@ -149,7 +149,7 @@ class _LinearHead(nnx.Module):
 
 class _MlpHead(nnx.Module):
     def __init__(self, features: int, out: int, **init: Any):
-        self.mlp = Mlp(features, features, out, last_bias=False, **init)
+        self.mlp = Mlp(features, 2 * out, out, last_bias=False, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
         return self.mlp(x)
