@@ -96,8 +96,8 @@ def clip_keys(s):
     last = s.dims[-1]
     keys |= pair(f"{trunk}.head.norm", (last,))
     if s.mlp_head:
-        keys |= pair("visual.head.mlp.fc1", (last, last))
-        keys["visual.head.mlp.fc2.weight"] = (s.embed, last)
+        keys |= pair("visual.head.mlp.fc1", (2 * s.embed, last))
+        keys["visual.head.mlp.fc2.weight"] = (s.embed, 2 * s.embed)
     else:
         keys["visual.head.proj.weight"] = (s.embed, last)
     return keys
