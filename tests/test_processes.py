@@ -1,5 +1,7 @@
 """Several processes as one run, and what becomes of a run when something breaks."""
 
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -44,8 +46,14 @@ def reference(tmp_path_factory):
 # ---- several processes ----
 
 
-def start(folder, *arguments, launcher="jax"):
-    """Two processes of four devices each, as a launcher would start them."""
+@pytest.fixture
+def start():
+    """Starts two processes of four devices each, as a launcher would; none outlives its test."""
+    with contextlib.ExitStack() as stack:
+        yield functools.partial(_start, stack)
+
+
+def _start(stack, folder, *arguments, launcher="jax"):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -61,20 +69,18 @@ def start(folder, *arguments, launcher="jax"):
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": index,
             }  # fmt: skip
         flags = "--xla_force_host_platform_device_count=4"
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(HERE / "processes_toy.py"), str(folder), *arguments],
-                env={**os.environ, "XLA_FLAGS": flags, **variables},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "processes_toy.py"), str(folder), *arguments],
+            env={**os.environ, "XLA_FLAGS": flags, **variables},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        processes.append(stack.enter_context(process))
+        stack.callback(process.kill)
     return processes
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("jax", marks=pytest.mark.slow)])
-def test_two_processes_give_the_losses_of_one(launcher, reference, tmp_path):
+def test_two_processes_give_the_losses_of_one(launcher, start, reference, tmp_path):
     processes = start(tmp_path, launcher=launcher)
     outputs = [each.communicate(timeout=240)[0] for each in processes]
     assert [each.returncode for each in processes] == [0, 0], outputs
@@ -99,7 +105,7 @@ def test_two_processes_give_the_losses_of_one(launcher, reference, tmp_path):
         assert exported[path].read().tobytes() == np.asarray(leaf).tobytes()
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(reference, tmp_path):
+def test_a_signal_to_one_process_stops_all_after_the_same_step(start, reference, tmp_path):
     processes = start(tmp_path, "SIGTERM", "3")
     outputs = [each.communicate(timeout=240)[0] for each in processes]
     assert [each.returncode for each in processes] == [128 + signal.SIGTERM] * 2, outputs
@@ -112,7 +118,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(reference, tmp_pa
     np.testing.assert_allclose(losses, reference[1], rtol=0, atol=1e-5)
 
 
-def test_a_process_that_dies_stops_the_others_with_a_message(tmp_path):
+def test_a_process_that_dies_stops_the_others_with_a_message(start, tmp_path):
     processes = start(tmp_path, "SIGKILL", "8")
     processes[1].communicate(timeout=240)
     assert processes[1].returncode == -signal.SIGKILL

@@ -35,7 +35,7 @@ from jaxtyping import PRNGKeyArray
 
 from .checkpoints import Checkpoints
 from .paths import dotted
-from .processes import ProcessLostError, StopVote, is_first_process, place
+from .processes import ProcessLostError, is_first_process, place, spread_flag
 from .reporting import Reporter
 from .sharding import DEFAULT_RULES, Rules, make_mesh, shard_batch, shard_state, shard_tree
 from .state import TrainState, step_key
@@ -43,7 +43,9 @@ from .state import TrainState, step_key
 Step = Callable[[Any, TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Any]]]
 
 _LAG = 2  # steps in flight before the loop reads metrics
-_FINITE = "_finite"  # among the metrics of a compiled step: whether all parameters are
+# Among the metrics of the loop's own program: whether all parameters are finite, and whether a
+# signal came to any process.
+_FINITE, _STOP = "_finite", "_stop"
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -170,16 +172,17 @@ def train(
             )
         )
         received = stack.enter_context(_signals())
-        run = compile_step(step, static, shardings)
+        run = _compile_step(step, static, *_hashable(shardings), watched=True)
         watcher = _Watcher(reporter, checkpoints)
-        vote = StopVote(_LAG)
+        alone = jax.process_count() == 1
         stack.enter_context(_lost_processes(watcher, checkpoints))
 
         for n in range(first, num_steps):
             batch = _next_batch(iterator, n, num_steps)
-            state, metrics = run(state, frozen, _on_devices(batch, mesh), key)
+            told = None if mesh is None else spread_flag(bool(received), mesh)
+            state, metrics = run(state, frozen, _on_devices(batch, mesh), key, told)
             watcher.started(n + 1, state.step, metrics, batch)
-            stop = vote.stop(bool(received))
+            stop = bool(received) if alone else watcher.stop  # known to all after the same step
             due = n + 1 == num_steps or (checkpoint_every and (n + 1) % checkpoint_every == 0)
             if stop or due:
                 values = watcher.finish()
@@ -203,17 +206,26 @@ def compile_step(
         step, static: as in `train`.
         shardings: shardings of the state (`sharding.shard_state`), kept for the result.
     """
+    return _compile_step(step, static, *_hashable(shardings), watched=False)
+
+
+def _hashable(shardings: TrainState | None) -> tuple[Any, tuple[Any, ...]]:
     leaves, treedef = jax.tree.flatten(shardings)
-    return _compile_step(step, static, treedef, tuple(leaves))
+    return treedef, tuple(leaves)
 
 
 @functools.lru_cache(maxsize=32)
-def _compile_step(step: Step, static: Hashable, treedef: Any, leaves: tuple[Any, ...]) -> Any:
+def _compile_step(
+    step: Step, static: Hashable, treedef: Any, leaves: tuple[Any, ...], *, watched: bool
+) -> Any:
     def run(
-        state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray
+        state: TrainState, frozen: Any, batch: Any, key: PRNGKeyArray, told: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
         state, metrics = step(static, state, frozen, batch, step_key(key, state.step))
-        return state, {**metrics, _FINITE: _all_finite(state.params)}
+        if watched:
+            stop = jnp.zeros((), bool) if told is None else jnp.any(told)
+            metrics = {**metrics, _FINITE: _all_finite(state.params), _STOP: stop}
+        return state, metrics
 
     if not leaves:
         return jax.jit(run, donate_argnums=0)
@@ -228,6 +240,7 @@ class _Watcher:
 
     Attributes:
         step: how many steps are known to have succeeded, or None.
+        stop: whether a signal came to any process, as the metrics that were read say.
     """
 
     def __init__(self, reporter: Reporter, checkpoints: Checkpoints | None) -> None:
@@ -235,6 +248,7 @@ class _Watcher:
         self._pending = collections.deque[tuple[int, Any, dict[str, Any], Any]]()
         self._values: dict[str, float] = {}
         self.step: int | None = None
+        self.stop = False
 
     def started(self, step: int, counter: jax.Array, metrics: dict[str, Any], batch: Any) -> None:
         counter = jnp.copy(counter)  # the state's own buffer is donated to the next step
@@ -252,8 +266,9 @@ class _Watcher:
 
     def _read(self) -> None:
         step, counter, metrics, batch = self._pending.popleft()
-        metrics, finite = dict(metrics), metrics[_FINITE]
-        del metrics[_FINITE]
+        metrics = dict(metrics)
+        finite, stop = metrics.pop(_FINITE), metrics.pop(_STOP)
+        self.stop |= bool(stop)
         values = _scalars(metrics)
         self._reporter.step(step, values)
         loss = values["loss"]

@@ -1,14 +1,12 @@
-"""Several processes as one run: what each reads, where arrays go, and when all of them stop.
+"""Several processes as one run: what each reads, where arrays go, and what all of them learn.
 
 Every process runs the same program (`jax.distributed.initialize` has made them one run); arrays are
 spread over the devices of all.  With one process each function here does the plain thing.
 """
 
-import collections
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -86,26 +84,14 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-class StopVote:
-    """Whether any process was told to stop; all learn it after the same step.
+def spread_flag(flag: bool, mesh: Mesh) -> jax.Array | None:
+    """This process's flag on each of its devices of the mesh, to be joined inside a program.
 
-    A vote takes part in the devices' queue like a step, so that no process waits for it: its result
-    is read `lag` steps later.
+    A program of its own would not do: two that do not depend on each other may run their collective
+    operations in another order in another process. None where there is one process.
     """
-
-    def __init__(self, lag: int) -> None:
-        self._lag, self._votes = lag, collections.deque[jax.Array]()
-        firsts = {device.process_index: device for device in reversed(jax.devices())}
-        devices = np.array([firsts[index] for index in sorted(firsts)])
-        self._mesh = Mesh(devices, ("process",))
-        self._spread = NamedSharding(self._mesh, PartitionSpec("process"))
-        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
-
-    def stop(self, mine: bool) -> bool:
-        """Give this process's vote for a step, and learn the result of an earlier one."""
-        if jax.process_count() == 1:
-            return mine
-        votes = jax.make_array_from_process_local_data(self._spread, np.array([mine]))
-        with jax.set_mesh(self._mesh):
-            self._votes.append(self._any(votes))
-        return len(self._votes) > self._lag and bool(self._votes.popleft())
+    if jax.process_count() == 1:
+        return None
+    mine = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_process_local_data(where, np.full(mine, flag))
