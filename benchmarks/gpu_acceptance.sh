@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs an NVIDIA GPU, in under 8 minutes: neighborhood attention is checked (values and
-# gradients of the triton and cuda implementations) and measured beside cuDNN, then Stable
-# Diffusion 1.5 beside PyTorch.
+# gradients of the triton and cuda implementations) and measured beside cuDNN, then the models of
+# Stable Diffusion beside PyTorch, as far as the time goes.
 #
 #   benchmarks/gpu_acceptance.sh              on a host with a GPU
 #   benchmarks/gpu_acceptance.sh --dry-run    tiny sizes on whatever device there is, to try this
@@ -77,14 +77,20 @@ nvidia-smi 2>/dev/null | tee "$out/gpu_host.log"
 gna_in() {
     step "gna_gpu_$1" 220 "${gna[@]}" --dtypes "$1" --output "$out/gna_gpu_$1.json"
 }
-sd15_in() {
-    step "sd15_gpu_$1" "$2" "$python" benchmarks/sd15.py --size "$size" --dtype bfloat16 \
-        --tasks "$1" --engines "${engines[@]}" --output "$out/sd15_gpu_$1.json"
+sd_in() {
+    step "stable_diffusion_gpu_$1" "$2" "$python" benchmarks/stable_diffusion.py --size "$size" \
+        --dtype bfloat16 --tasks "$1" --engines "${engines[@]}" --image "$3" \
+        --output "$out/stable_diffusion_gpu.json"
 }
 gna_in "${types[0]}"
-sd15_in forward 100
+sd_in unet 100 512
 for type in "${types[@]:1}"; do gna_in "$type"; done
-sd15_in step 180
+sd_in step 180 512
+sd_in sampler 60 512
+sd_in unet-xl 150 1024
+sd_in vae 60 512
+sd_in text 60 512
+sd_in step-remat 180 512
 
 echo
 echo "$SECONDS s; results in $out"

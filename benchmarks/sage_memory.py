@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+LATENT_SIZES = {"full": 64, "tiny": 16}
 DEVICES = {"one device": 1, "fsdp over 8": 8}
 
 
@@ -31,7 +32,7 @@ def random_pipeline(size: str):
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
-    from sd15 import SIZES, configs
+    from stable_diffusion import CONFIGS
 
     import conceptax
     from conceptax.converters import load_pytorch
@@ -53,9 +54,8 @@ def random_pipeline(size: str):
     bundled = load_pytorch(conceptax.bundled_model())
     tokenizer = bundled.tokenizer
     tokenizer.model_max_length = 77
-    unet_settings, text_settings = configs(size)
-    text_settings["eos_token_id"] = tokenizer.eos_token_id
-    unet_config = UNet2DConditionConfig(**unet_settings, sample_size=SIZES[size]["latent"])
+    text_settings = CONFIGS[size]["text"] | {"eos_token_id": tokenizer.eos_token_id}
+    unet_config = UNet2DConditionConfig(**CONFIGS[size]["unet"], sample_size=LATENT_SIZES[size])
     half = {"dtype": jnp.bfloat16, "remat": True}
     return dataclasses.replace(
         bundled,

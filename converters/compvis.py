@@ -1,8 +1,8 @@
 """Single files of CompVis's latent diffusion (`.ckpt`, `.safetensors`): SD 1, SD 2 and SDXL.
 
 Such a file holds the UNet, the autoencoder and the text encoders under the names of the training
-code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. SD 1 is also
-written.
+code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. SD 1 and SDXL are
+also written.
 """
 
 import copy
@@ -18,7 +18,18 @@ import numpy as np
 
 from . import architectures
 from .components import build
-from .compvis_names import TEXT_ENCODERS, UNET, VAE, Names, renamed, vae_names
+from .compvis_names import (
+    PROJECTIONS,
+    TEXT_ENCODERS,
+    UNET,
+    VAE,
+    Names,
+    TextEncoder,
+    open_clip_names,
+    renamed,
+    split_projection,
+    vae_names,
+)
 from .compvis_parts import (
     Part,
     Shapes,
@@ -185,11 +196,11 @@ def _scheduler(path: Path, family: str, prediction_type: str | None) -> dict[str
 def save_single_file(
     pipeline: Any, path: Path | str, *, dtype: Any = None, force: bool = False
 ) -> Path:
-    """Write a Stable Diffusion 1.x pipeline as one `.safetensors` file with CompVis's names.
+    """Write a Stable Diffusion 1.x or XL pipeline as one `.safetensors` with CompVis's names.
 
     Args:
-      pipeline: a `StableDiffusionPipeline`; parts that are None are left out, and so are the
-        tokenizer and the scheduler, for which such files have no place.
+      pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; parts that are None are
+        left out, and so are tokenizers and the scheduler, for which such files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       force: replace an existing file.
@@ -200,19 +211,7 @@ def save_single_file(
         than readers of such files assume, who would take the model for one that it is not.
     """
     path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
-    text = pipeline.text_encoder
-    if "text_encoder_2" in pipeline.MODELS:
-        raise OutputError("SDXL is not written as a single file. Write a folder.")
-    if text is not None and text.config.hidden_act != "quick_gelu":
-        raise OutputError(
-            "only Stable Diffusion 1.x is written as a single file: this text encoder is of "
-            "another family, and its files hold a layer more than it has. Write a folder."
-        )
-    if text is not None and text.config.num_attention_heads != heads(text.config.hidden_size):
-        raise OutputError(
-            f"a single file cannot tell num_attention_heads={text.config.num_attention_heads}, and "
-            f"readers would assume {heads(text.config.hidden_size)}. Write a folder."
-        )
+    family = "SDXL" if "text_encoder_2" in pipeline.MODELS else "SD 1"
     tensors = []
     if pipeline.unet is not None:
         names = unet_names_of(pipeline.unet.config.to_dict())
@@ -222,14 +221,11 @@ def save_single_file(
     if pipeline.vae is not None:
         config = pipeline.vae.config
         names = vae_names(len(config.block_out_channels), config.layers_per_block)
-        _require_told(pipeline.vae, functools.partial(vae_config, family="SD 1"), names)
+        _require_told(pipeline.vae, functools.partial(vae_config, family=family), names)
         tensors += _named(pipeline.vae, VAE, names, kind)
-    if text is not None:
-        prefix = TEXT_ENCODERS["SD 1"][0].prefix
-        tensors += [
-            PendingTensor(prefix + each.key, each.dtype, each.shape, each.produce)
-            for each in pending(text, tensor_specs(text), kind)
-        ]
+    for encoder in TEXT_ENCODERS[family]:
+        if (model := getattr(pipeline, encoder.component)) is not None:
+            tensors += _text(model, encoder, kind)
     with atomic_file(path, force=force) as partial:
         write_safetensors(partial, tensors, {"format": "pt"})
     return path
@@ -281,6 +277,50 @@ def _named(model: Any, prefix: str, names: Names, dtype: np.dtype | None) -> lis
         produce = functools.partial(_reshape, each, shape)
         tensors.append(PendingTensor(prefix + old, each.dtype, shape, produce))
     return tensors
+
+
+def _text(model: Any, encoder: TextEncoder, dtype: np.dtype | None) -> list[PendingTensor]:
+    config = model.config
+    activation = "gelu" if encoder.open_clip else "quick_gelu"
+    if config.hidden_act != activation:
+        raise OutputError(
+            f"only Stable Diffusion 1.x and XL are written as a single file: this "
+            f"{encoder.component} is of another family ({config.hidden_act}, not {activation}). "
+            "Write a folder."
+        )
+    if config.num_attention_heads != heads(config.hidden_size):
+        raise OutputError(
+            f"a single file cannot tell num_attention_heads={config.num_attention_heads}, and "
+            f"readers would assume {heads(config.hidden_size)}. Write a folder."
+        )
+    tensors = pending(model, tensor_specs(model), dtype)
+    if not encoder.open_clip:
+        return [dataclasses.replace(each, key=encoder.prefix + each.key) for each in tensors]
+    back = {new: old for old, new in open_clip_names(config.num_hidden_layers).items()}
+    named, projections = [], dict[str, dict[str, PendingTensor]]()
+    for each in tensors:
+        key = each.key.removeprefix("text_model.")
+        if place := split_projection(key):
+            projections.setdefault(place[0], {})[place[1]] = each
+            continue
+        if key == "text_projection.weight":
+            transpose = functools.partial(_transpose, each)
+            each = dataclasses.replace(each, shape=each.shape[::-1], produce=transpose)
+        named.append(dataclasses.replace(each, key=f"{encoder.prefix}{renamed(key, back)}"))
+    for key, parts in projections.items():
+        three = [parts[name] for name in PROJECTIONS]
+        shape = (3 * three[0].shape[0], *three[0].shape[1:])
+        produce = functools.partial(_join, three)
+        named.append(PendingTensor(encoder.prefix + key, three[0].dtype, shape, produce))
+    return named
+
+
+def _join(tensors: Sequence[PendingTensor]) -> np.ndarray:
+    return np.concatenate([each.produce() for each in tensors])
+
+
+def _transpose(tensor: PendingTensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.produce().T)
 
 
 def _reshape(tensor: PendingTensor, shape: tuple[int, ...]) -> np.ndarray:

@@ -31,6 +31,7 @@ _OPEN_CLIP = {
     "positional_embedding": "embeddings.position_embedding.weight",
     "text_projection": "text_projection.weight",
 }  # fmt: skip
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # as OpenCLIP's fused ones hold them, row upon row
 _OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
@@ -169,6 +170,16 @@ def fused(key: str) -> tuple[str, str] | None:
     """
     found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key)
     return found and (f"encoder.layers.{found[1]}.self_attn", found[2])
+
+
+def split_projection(key: str) -> tuple[str, str] | None:
+    """The inverse of `fused`: OpenCLIP's key, and which of `PROJECTIONS` a key is part of.
+
+    `encoder.layers.3.self_attn.q_proj.bias` -> (`transformer.resblocks.3.attn.in_proj_bias`,
+    `q_proj`).
+    """
+    found = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.(weight|bias)", key)
+    return found and (f"transformer.resblocks.{found[1]}.attn.in_proj_{found[3]}", found[2])
 
 
 def renamed(key: str, names: Names) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .compvis_names import (
     LEFTOVERS,
+    PROJECTIONS,
     TEXT_ENCODERS,
     UNET,
     VAE,
@@ -268,7 +269,7 @@ def _text(tensors: Stored, encoder: TextEncoder) -> tuple[dict[str, Any], Stored
         for key, tensor in tensors.items():
             place = fused(key)
             if place and not (encoder.dropped and key.startswith(dropped)):
-                for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                for part, name in enumerate(PROJECTIONS):
                     found[f"{place[0]}.{name}.{place[1]}"] = _third(tensor, part)
         if "text_projection.weight" in found:
             found["text_projection.weight"] = _transposed(found["text_projection.weight"])

@@ -361,7 +361,7 @@ def test_second_generation(second):
     same(values(pipeline.text_encoder), theirs)
     base = load_pytorch(file, components=["scheduler"], prediction_type="epsilon")
     assert base.scheduler_config["prediction_type"] == "epsilon"
-    with pytest.raises(OutputError, match=r"only Stable Diffusion 1\.x"):
+    with pytest.raises(OutputError, match=r"only Stable Diffusion 1\.x and XL"):
         save_single_file(pipeline, file.parent / "again.safetensors")
 
 
@@ -425,8 +425,14 @@ def test_sdxl(torch, tiny, tmp_path):
     save_pytorch(pipeline, tmp_path / "out")
     again = load_pytorch(tmp_path / "out")
     same(values(again.text_encoder_2), expected)
-    with pytest.raises(OutputError, match="SDXL is not written as a single file"):
-        save_single_file(pipeline, tmp_path / "again.safetensors")
+
+    save_single_file(pipeline, tmp_path / "again.safetensors")
+    del content["conditioner.embedders.1.model.logit_scale"]
+    same(safetensors.numpy.load_file(tmp_path / "again.safetensors"), content)
+    config = dataclasses.replace(pipeline.text_encoder_2.config, hidden_act="quick_gelu")
+    pipeline.text_encoder_2.text_model.config = config
+    with pytest.raises(OutputError, match="text_encoder_2 is of another family"):
+        save_single_file(pipeline, tmp_path / "other.safetensors")
 
 
 def meta_state(module):

@@ -14,28 +14,15 @@ COMMANDS = ("conceptax", "mkdir", "mv")
 
 
 def blocks(text):
-    """(language, code) of a page, with the settings for tests in place."""
+    """(language, code) of a page with its settings for tests, `old -> new; old -> new`."""
     for note, language, code in BLOCK.findall(text):
         if note == "skipped":
             continue
-        if note:
-            old, new = note.split(" -> ", 1) if note.count(" -> ") == 1 else (None, None)
-            pairs = [(old, new)] if old is not None else changes(note)
-            for old, new in pairs:
-                assert old in code, f"{old!r} is not in the block that notes it"
-                code = code.replace(old, new)
+        for change in note.split("; ") if note else ():
+            old, new = change.split(" -> ")
+            assert old in code, f"{old!r} is not in the block that notes it"
+            code = code.replace(old, new)
         yield language, code
-
-
-def changes(note):
-    """`a -> b, c -> d`: where b or d hold a comma, the next change begins at the last one."""
-    pieces = note.split(" -> ")
-    old = pieces[0]
-    for piece in pieces[1:-1]:
-        new, _, following = piece.rpartition(", ")
-        yield old, new
-        old = following
-    yield old, pieces[-1]
 
 
 def program(page):
@@ -57,7 +44,7 @@ def program(page):
 
 
 def test_changes_in_notes():
-    page = "<!-- in tests: a(1 -> a(2, b=3 -> b=4, c=5, d -> e -->\n```python\na(1) b=3 d\n```\n"
+    page = "<!-- in tests: a(1 -> a(2; b=3 -> b=4, c=5; d -> e -->\n```python\na(1) b=3 d\n```\n"
     assert list(blocks(page)) == [("python", "a(2) b=4, c=5 e\n")]
     with pytest.raises(AssertionError, match="'x' is not in the block"):
         list(blocks("<!-- in tests: x -> y -->\n```python\na\n```\n"))

@@ -89,10 +89,10 @@ class Recipe:
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW under a warm-up of 5 % and a cosine decay to 1 %, gradients clipped at norm 1."""
+        warm_up = min(max(1, self.steps // 20), self.steps - 1)
         rate = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, max(1, self.steps // 20), self.steps,
-            0.01 * self.learning_rate,
-        )  # fmt: skip
+            0.0, self.learning_rate, warm_up, self.steps, 0.01 * self.learning_rate
+        )
         chain = [
             optax.clip_by_global_norm(1.0),
             optax.adamw(rate, b2=0.99, weight_decay=self.weight_decay),
