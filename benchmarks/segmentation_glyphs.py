@@ -191,9 +191,9 @@ def run(row: Row, seed: int, clip: OpenCLIP, tokenizer: Any, settings: Settings)
     }  # fmt: skip
 
 
-def cells() -> Iterator[tuple[str, int]]:
+def cells(seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Names of rows and seeds; a whole table of one seed first."""
-    for seed in SEEDS:
+    for seed in seeds:
         for name in ROWS:
             yield name, seed
 
@@ -209,9 +209,9 @@ def study(
 ) -> None:  # fmt: skip
     """Run what is not there yet."""
     clip, tokenizer = clip_of(work, settings)
-    for name, seed in cells():
+    for name, seed in cells(seeds or SEEDS):
         path = path_of(results, name, seed)
-        if path.exists() or (only and name not in only) or (seeds and seed not in seeds):
+        if path.exists() or (only and name not in only):
             continue
         record = run(ROWS[name], seed, clip, tokenizer, settings)
         _made(results)

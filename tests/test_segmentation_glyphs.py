@@ -85,7 +85,7 @@ def test_the_study(repository, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     import segmentation_glyphs as benchmark
 
-    assert list(benchmark.cells())[:2] == [("frozen CLIP", 0), ("fine-tuned CLIP", 0)]
+    assert list(benchmark.cells((0,)))[:2] == [("frozen CLIP", 0), ("fine-tuned CLIP", 0)]
     settings = dataclasses.replace(benchmark.SMALL, tests=2)
     arguments = (tmp_path / "work", tmp_path / "results", settings)
     benchmark.study(*arguments, only=["frozen CLIP"], seeds=[0])
