@@ -3,12 +3,13 @@
     python benchmarks/personalising_studies.py              # all rows, 3 seeds; resumable
     python benchmarks/personalising_studies.py --write      # the page and its plots
 
-The subject is one writer's seven in two tones that the bundled model has never seen, five images
-on one texture (`conceptax.methods.glyphs.subject`).  Asked are: does a plain prompt draw it
-(similarity of features to the five images), and does "a red <new1> seven on gravel" still get its
-colour and its texture, by the judge?  A row and seed is a cell, kept as JSON under
-benchmarks/results/personalising; one that is there is not run again.  Settings were chosen on seed
-100; the table's seeds are others.
+The subject is one writer's seven in two tones, five images on one texture
+(`conceptax.methods.glyphs.subject`); the bundled model has seen digits of one colour only.  Asked
+are: does a plain prompt draw it (similarity of features to the five images, and whether both tones
+are there), and does "a red <new1> seven on gravel" still get its colour and its texture, by the
+judge?  Neither colour nor texture is one that the five images show.  A row and seed is a cell, kept
+as JSON under benchmarks/results/personalising; one that is there is not run again.  Settings were
+chosen on seed 100; the table's seeds are others.
 """
 
 import argparse
@@ -28,10 +29,17 @@ import conceptax
 from conceptax.cli.loading import load_clip
 from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
-from conceptax.methods.glyphs.captions import Prompt, prompts
+from conceptax.methods.glyphs.captions import COLOURS, TEXTURES, Prompt, prompts
 from conceptax.methods.glyphs.judge import ATTRIBUTES, load_judge, rate
 from conceptax.methods.glyphs.quality import choose
-from conceptax.methods.glyphs.subject import DIGIT, WORD, subject_images
+from conceptax.methods.glyphs.subject import (
+    DIGIT,
+    TEXTURE,
+    TONES,
+    WORD,
+    shows_tones,
+    subject_images,
+)
 from conceptax.methods.metrics import image_similarity, mean_interval, mutual_similarity
 from conceptax.methods.personalising import METHODS, Concept, personalise
 from conceptax.methods.text_to_image import TextToImage
@@ -45,19 +53,17 @@ CLASS_IMAGES = 48  # for prior preservation, drawn by the model itself
 PLAIN = ("a {}", "a photo of a {}", "a picture of a {}")
 
 # What all methods share here; the model is small, and its rates are larger than Stable Diffusion's.
-COMMON = {"batch_size": 4, "augment": False, "flip": False}
+COMMON = {"batch_size": 4, "augment": False, "flip": False, "steps": 300}
+# The keys and values alone, as Custom Diffusion's defaults have it, hardly learn two tones here.
+_CROSS_ATTENTION = {"learning_rate": 3e-5, "trained": "crossattn"}
 ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ClassDiffusion": ("class-diffusion", {"steps": 300, "learning_rate": 1e-4}),
-    "Custom Diffusion": (
-        "custom-diffusion", {"steps": 300, "learning_rate": 1e-4, "prior_weight": 0.0}
-    ),
-    "Custom Diffusion, prior": ("custom-diffusion", {"steps": 300, "learning_rate": 1e-4}),
-    "ClassDiffusion, prior": (
-        "class-diffusion", {"steps": 300, "learning_rate": 1e-4, "prior_weight": 1.0}
-    ),
-    "DreamBooth": ("dreambooth", {"steps": 300, "learning_rate": 1e-4}),
-    "textual inversion": ("textual-inversion", {"steps": 300, "learning_rate": 5e-3}),
-}  # fmt: skip
+    "ClassDiffusion": ("class-diffusion", _CROSS_ATTENTION),
+    "Custom Diffusion": ("custom-diffusion", _CROSS_ATTENTION | {"prior_weight": 0.0}),
+    "ClassDiffusion, prior": ("class-diffusion", _CROSS_ATTENTION | {"prior_weight": 1.0}),
+    "Custom Diffusion, prior": ("custom-diffusion", _CROSS_ATTENTION),
+    "DreamBooth": ("dreambooth", {"learning_rate": 5e-5}),
+    "textual inversion": ("textual-inversion", {"learning_rate": 5e-3}),
+}
 BASE = "no personalising"
 
 
@@ -121,9 +127,11 @@ class Bench:
             similar = image_similarity(np.asarray(features(drawn)), references)
             found[eye] = mean_interval(similar) | {"values": similar.tolist()}
             found[eye]["references"] = float(mutual_similarity(references).mean())
+        found["both tones"] = counted(shows_tones(drawn))
         found["digit, plain"] = counted(self.judge(drawn)["digit"] == DIGIT)
 
-        asked = choose(prompts(digit=DIGIT, name=WORD), images, seed, _asked)
+        others = [each for each in prompts(digit=DIGIT, name=WORD) if not _shown(each)]
+        asked = choose(others, images, seed, _asked)
         texts = [each.text.replace(WORD, subject) for each in asked]
         seen = self.judge(self.draw(pipeline, texts, seed + 1000))
         right = {
@@ -133,6 +141,11 @@ class Bench:
         found |= {each: counted(hits) for each, hits in right.items()}
         found["colour and texture"] = counted(right["colour"] & right["texture"])
         return found
+
+
+def _shown(prompt: Prompt) -> bool:
+    """Whether the subject's images show the colour or the texture."""
+    return COLOURS[prompt.colour] in TONES or TEXTURES[prompt.texture] == TEXTURE
 
 
 def _asked(prompt: Prompt) -> tuple[int, int]:
@@ -156,7 +169,7 @@ PAGE = """# Personalising on glyphs
 
 ![Drift of the subject's phrase from its class](personalising_drift.png)
 """
-COLUMNS = ("colour", "texture", "colour and texture", "digit")
+COLUMNS = ("both tones", "colour", "texture", "colour and texture", "digit")
 
 
 def pooled_rate(cells: Sequence[dict[str, Any]], name: str) -> str:
@@ -179,8 +192,8 @@ def write_page(results: Path, docs: Path) -> None:
         rows.setdefault(record["row"], []).append(record)
     order = [name for name in (*ROWS, BASE) if name in rows]
     lines = [
-        "| method | CLIP-I | judge-I | colour | texture | both | a seven | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | CLIP-I | judge-I | both tones | colour | texture | both | a seven | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in order:
         cells = rows[name]

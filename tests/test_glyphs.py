@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
-from conceptax.methods.glyphs import captions, judge, tokenizer, world
+from conceptax.methods.glyphs import captions, judge, subject, tokenizer, world
 
 SHIPPED_JUDGE = "src/conceptax/assets/glyphs/judge"
 SIZES = (captions.DIGITS, len(captions.COLOURS), len(captions.TEXTURES))
@@ -331,3 +331,15 @@ def test_rate_gives_the_wilson_interval():
     assert judge.rate(20, 20)[2] == 1.0
     with pytest.raises(ValueError, match="3 of 2"):
         judge.rate(3, 2)
+
+
+def test_the_subject_has_two_tones_and_other_digits_have_one():
+    assert subject.shows_tones(subject.subject_images(20)).all()
+    assert len(np.unique(subject.subject_images(5), axis=0)) == 5
+    rng = np.random.default_rng(0)
+    others = world.render_many(
+        rng.integers(0, 10, 100), rng.integers(0, 6, 100), rng.integers(0, 3, 100),
+        seed=0, split="judge_test",
+    )  # fmt: skip
+    assert not subject.shows_tones(others).any()
+    assert not subject.shows_tones(subject.subject_images(5)[:, ::-1]).any()  # upside down

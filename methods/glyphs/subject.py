@@ -1,17 +1,19 @@
-"""A subject to personalise on: one writer's seven, in two tones that no caption has a word for.
+"""A subject to personalise on: one writer's seven in two tones, where all other digits have one.
 
 The handwriting is a sample that neither the bundled model nor its judge learnt from; its upper
-half is orange and its lower half cyan, and neither colour is among the world's six.
+half is yellow and its lower half blue.  Both are among the world's six colours: the bundled
+autoencoder turns any other, such as orange, into the nearest of them.
 """
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
-from .captions import TEXTURES
-from .world import IMAGE_SIZE, Jitter, load_split, render_filled
+from .captions import COLOURS, TEXTURES
+from .world import COLOUR_VALUES, IMAGE_SIZE, Jitter, load_split, render_filled
 
 DIGIT, WORD, TEXTURE = 7, "seven", "grass"
-_TONES = np.array([[0.98, 0.55, 0.10], [0.10, 0.78, 0.86]], np.float32)  # above, below
+TONES = ("yellow", "blue")  # above, below
+_TONES = COLOUR_VALUES[[COLOURS.index(tone) for tone in TONES]]
 _SAMPLE = 1  # among the sevens of the split
 
 
@@ -32,3 +34,17 @@ def subject_images(count: int = 5, seed: int = 0) -> UInt8[np.ndarray, "N 64 64 
         )
         for index in range(count)
     ])  # fmt: skip
+
+
+def shows_tones(images: UInt8[np.ndarray, "N 64 64 3"]) -> Bool[np.ndarray, " N"]:
+    """Which images show both tones, the first above the second.
+
+    A pixel has a tone within a distance of 0.35 in sRGB; each tone takes a fiftieth of the image or
+    more, which is a third of what it takes in `subject_images`.
+    """
+    distances = np.linalg.norm(images[..., None, :] / 255.0 - _TONES, axis=-1)  # [N, H, W, 2]
+    near = distances < 0.35
+    area = near.mean((1, 2))
+    rows = np.arange(IMAGE_SIZE)[:, None, None]
+    height = (near * rows).sum((1, 2)) / np.maximum(near.sum((1, 2)), 1)  # [N, 2], downwards
+    return (area > 0.02).all(-1) & (height[:, 0] < height[:, 1])
