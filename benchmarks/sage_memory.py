@@ -11,7 +11,6 @@ products to float32, so temporaries are larger there than on a GPU.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -22,61 +21,14 @@ from datetime import date
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-LATENT_SIZES = {"full": 64, "tiny": 16}
 DEVICES = {"one device": 1, "fsdp over 8": 8}
-
-
-def random_pipeline(size: str):
-    """A pipeline of SD-1.5's architecture around the bundled tokenizer, 77 tokens long."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-    from stable_diffusion import CONFIGS
-
-    import conceptax
-    from conceptax.converters import load_pytorch
-    from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
-    from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-
-    rng = np.random.default_rng(0)
-
-    def random_model(make):
-        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-        state = jax.tree.map(
-            lambda leaf: jnp.asarray(
-                rng.standard_normal(leaf.shape, np.float32) * 0.02, leaf.dtype
-            ),
-            nnx.to_pure_dict(abstract),
-        )
-        return nnx.merge(graphdef, state)
-
-    bundled = load_pytorch(conceptax.bundled_model())
-    tokenizer = bundled.tokenizer
-    tokenizer.model_max_length = 77
-    text_settings = CONFIGS[size]["text"] | {"eos_token_id": tokenizer.eos_token_id}
-    unet_config = UNet2DConditionConfig(**CONFIGS[size]["unet"], sample_size=LATENT_SIZES[size])
-    half = {"dtype": jnp.bfloat16, "remat": True}
-    return dataclasses.replace(
-        bundled,
-        unet=random_model(
-            lambda rngs: UNet2DConditionModel(
-                unet_config, **half, param_dtype=jnp.bfloat16, rngs=rngs
-            )
-        ),
-        text_encoder=random_model(
-            lambda rngs: CLIPTextModel(
-                CLIPTextConfig(**text_settings), **half, param_dtype=jnp.float32, rngs=rngs
-            )
-        ),
-        tokenizer=tokenizer,
-    )
 
 
 def measure(size: str, fsdp: int, cycles: int) -> dict:
     """One row; cycles run on one device only, since 8 forced devices share the same cores."""
     import jax
     import jax.numpy as jnp
+    from _random_sd15 import random_pipeline
 
     from conceptax.methods.sage import SageConfig, erase_step, prepare
     from conceptax.methods.training import RULES, compile_step, make_mesh, shard_state, shard_tree
