@@ -1,7 +1,8 @@
 """Personalising methods on glyphs: everything that docs/personalising_results.md shows.
 
     python benchmarks/personalising_studies.py              # all rows, 3 seeds; resumable
-    python benchmarks/personalising_studies.py --write      # the page and its plots
+    python benchmarks/personalising_studies.py --write      # the page and its plot
+    python benchmarks/personalising_studies.py --picture    # what some rows draw, of the first seed
 
 The subject is one writer's seven in two tones, five images on one texture
 (`conceptax.methods.glyphs.subject`); the bundled model has seen digits of one colour only.  Asked
@@ -50,6 +51,7 @@ TOKEN = "<new1>"
 IMAGES = 67  # of each figure and seed: three seeds are 201
 STEPS, GUIDANCE = 20, 5.0
 CLASS_IMAGES = 48  # for prior preservation, drawn by the model itself
+SHOWN = ("a {}", "a photo of a {}", "a red {} on gravel", "a green {} on brick", "a white {}")
 PLAIN = ("a {}", "a photo of a {}", "a picture of a {}")
 
 # What all methods share here; the model is small, and its rates are larger than Stable Diffusion's.
@@ -88,25 +90,30 @@ class Bench:
             texts, seed=seed, num_inference_steps=STEPS, guidance_scale=GUIDANCE, batch_size=16
         )
 
+    def learn(
+        self, name: str, seed: int, changes: Mapping[str, Any], log: Path | None = None
+    ) -> tuple[Any, str]:
+        """A row's pipeline, and what its subject is called."""
+        method, settings = ROWS[name]
+        config = METHODS[method].config(**COMMON | dict(settings) | dict(changes))
+        prior = tuple(self.class_images) if config.prior_weight else ()
+        concept = Concept(TOKEN, WORD, tuple(self.images), class_images=prior)
+        pipeline = personalise(
+            self.pipeline, [concept], config, seed=seed, metrics_path=log, progress=False
+        )
+        # Textual inversion's token stands in the class word's place.
+        return pipeline, TOKEN if method == "textual-inversion" else f"{TOKEN} {WORD}"
+
     def run(self, name: str, seed: int, images: int, changes: Mapping[str, Any]) -> dict[str, Any]:
         """A cell's record."""
-        began = time.perf_counter()
         pipeline, subject, log = self.pipeline, WORD, []
+        _ = self.class_images  # drawn before the clock runs
+        began = time.perf_counter()
         if name != BASE:
-            method, settings = ROWS[name]
-            known = METHODS[method].config
-            config = known(**COMMON | dict(settings) | dict(changes))
-            prior = tuple(self.class_images) if config.prior_weight else ()
-            concept = Concept(TOKEN, WORD, tuple(self.images), class_images=prior)
-            began = time.perf_counter()
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "log.jsonl"
-                pipeline = personalise(
-                    pipeline, [concept], config, seed=seed, metrics_path=path, progress=False
-                )
+                pipeline, subject = self.learn(name, seed, changes, path)
                 log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            # Textual inversion's token stands in the class word's place.
-            subject = TOKEN if method == "textual-inversion" else f"{TOKEN} {WORD}"
         seconds = time.perf_counter() - began
         figures = self.figures(pipeline, subject, seed, images)
         return {
@@ -116,6 +123,25 @@ class Bench:
             "drift": [[each["step"], each["spl"]] for each in log if "spl" in each],
             **environment(),
         }  # fmt: skip
+
+    def picture(self, names: Sequence[str], seed: int) -> Figure:
+        """The five images, and below them what rows draw of the same noise."""
+        rows = {"the subject": self.images}
+        for name in names:
+            pipeline, subject = self.pipeline, WORD
+            if name != BASE:
+                pipeline, subject = self.learn(name, seed, {})
+            rows[name] = self.draw(pipeline, [each.format(subject) for each in SHOWN], seed)
+        figure = Figure(figsize=(7.5, 1.5 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(SHOWN))
+        for axes, (name, images) in zip(grid, rows.items(), strict=True):
+            axes[0].set_ylabel(name, fontsize=8)
+            for axis, image in zip(axes, images, strict=True):
+                axis.imshow(image)
+                axis.set(xticks=[], yticks=[])
+        for axis, prompt in zip(grid[1], SHOWN, strict=True):
+            axis.set_title(prompt.format("…"), fontsize=8)
+        return figure
 
     def figures(self, pipeline: Any, subject: str, seed: int, images: int) -> dict[str, Any]:
         """Fidelity of plain prompts, and what is obeyed of prompts that compose."""
@@ -226,8 +252,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--change", type=json.loads, default={}, help="settings, as JSON")
+    parser.add_argument("--picture", action="store_true", help="write docs/personalising.png")
     parser.add_argument("--write", action="store_true", help="write docs/personalising_results.md")
     options = parser.parse_args()
+    if options.picture:
+        names = (BASE, "Custom Diffusion", "ClassDiffusion", "DreamBooth")
+        Bench().picture(names, options.seeds[0]).savefig(DOCS / "personalising.png", dpi=110)
+        return
     wanted = [name for name in (*ROWS, BASE) if not options.only or name in options.only]
     if unknown := sorted(set(options.only or ()) - {*ROWS, BASE}):
         parser.error(f"rows are {[*ROWS, BASE]}, received {unknown}")
