@@ -195,6 +195,7 @@ class JaxTasks:
         import optax
         from flax import nnx
 
+        from conceptax.flax_models.layers.remat import compiler_options
         from conceptax.methods.training import TrainState, apply_gradients, init_state
 
         unet_def, unet = self.denoiser(remat=remat)
@@ -210,7 +211,7 @@ class JaxTasks:
 
             return apply_gradients(state, jax.grad(loss_of)(state.params), optimizer)
 
-        compiled = jax.jit(update, donate_argnums=0)
+        compiled = jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
         holder = [init_state(text, optimizer)]
 
         def run():

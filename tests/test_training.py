@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+from conceptax.flax_models.layers.remat import recomputed
 from conceptax.methods import training
 from conceptax.methods.training.reporting import Reporter
 from conceptax.methods.training.sharding import RULES
@@ -555,3 +556,36 @@ class TestTensorBoard:
         assert payloads[0].endswith(b"\x1a\x0dbrain.Event:2")
         value = b"\x0a\x04loss\x15" + struct.pack("<f", 0.5)
         assert payloads[1][9:] == b"\x10\xac\x02\x2a\x0d\x0a\x0b" + value
+
+
+# ---- memory ----
+
+
+def test_a_compiled_step_does_recompute():
+    """On a CPU, too, where XLA would merge what is computed twice."""
+    optimizer = optax.sgd(0.1)
+
+    def step(remat, state, frozen, batch, key):
+        layer = recomputed(lambda x, weight: x + jnp.tanh(x @ weight) @ weight.T, remat)
+
+        def loss_of(params):
+            x = batch
+            for weight in params:
+                x = layer(x, weight)
+            return jnp.mean(x**2)
+
+        loss, gradient = jax.value_and_grad(loss_of)(state.params)
+        return training.apply_gradients(state, gradient, optimizer), {"loss": loss}
+
+    keys = jax.random.split(jax.random.key(0), 8)
+    params = [0.1 * jax.random.normal(key, (16, 256)) for key in keys]
+    batch = jax.random.normal(jax.random.key(1), (512, 16))
+    sizes, found = [], []
+    for remat in (False, True):
+        state = training.init_state(jax.tree.map(jnp.copy, params), optimizer)
+        run = training.compile_step(step, remat).lower(state, None, batch, keys[0]).compile()
+        sizes.append(run.memory_analysis().temp_size_in_bytes)
+        found.append(run(state, None, batch, keys[0])[0].params)
+    assert sizes[1] < sizes[0] / 3
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)

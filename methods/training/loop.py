@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from ...flax_models.layers import remat
 from .checkpoints import Checkpoints
 from .paths import dotted
 from .processes import ProcessLostError, is_first_process, place, spread_flag
@@ -227,12 +228,13 @@ def _compile_step(
             metrics = {**metrics, _FINITE: _all_finite(state.params), _STOP: stop}
         return state, metrics
 
-    if not leaves:
-        return jax.jit(run, donate_argnums=0)
-    replicated = NamedSharding(leaves[0].mesh, PartitionSpec())
-    return jax.jit(
-        run, donate_argnums=0, out_shardings=(jax.tree.unflatten(treedef, leaves), replicated)
+    jit = functools.partial(
+        jax.jit, run, donate_argnums=0, compiler_options=remat.compiler_options()
     )
+    if not leaves:
+        return jit()
+    replicated = NamedSharding(leaves[0].mesh, PartitionSpec())
+    return jit(out_shardings=(jax.tree.unflatten(treedef, leaves), replicated))
 
 
 class _Watcher:
