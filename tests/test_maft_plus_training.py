@@ -72,8 +72,8 @@ def run(model, tmp_path_factory):
 def test_loss_falls(run):
     losses = [record["loss"] for record in run[4]]
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
-    assert run[4][0]["compensation"] == 0  # the student is its own teacher
-    assert run[4][-1]["compensation"] > 0
+    assert run[4][0]["compensation"] < 1e-10  # the student is its own teacher
+    assert run[4][-1]["compensation"] > 1e-6
 
 
 def test_exactly_the_trainable_parameters_change(run, model):
