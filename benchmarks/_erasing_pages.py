@@ -30,6 +30,10 @@ PAGE = """# What SAGE withstands, and what it does not
 <!-- concepts -->
 <!-- end of concepts -->
 
+## Coming back, and learning anew
+<!-- relapse -->
+<!-- end of relapse -->
+
 ## The same text encoder in another UNet
 <!-- transfer -->
 <!-- end of transfer -->
@@ -169,6 +173,17 @@ def simple_table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return markdown(("run", "figure", "before", "after"), body)
 
 
+def relapse_table(rows: dict[str, list[dict[str, Any]]], never: list[dict[str, Any]]) -> str:
+    """How soon fine-tuning brings the concept back, and how soon it teaches it."""
+    runs = [(TITLES[name], budgets(rows[name], "relapse")) for name in TITLES if name in rows]
+    if never:
+        runs.append(("never knew it", budgets(never, "relapse", "never_knew")))
+    updates = [f"{point['budget']['steps']:.0f} updates" for point in runs[0][1]]
+    return markdown(
+        ("method", *updates), [[title, *map(percent, points)] for title, points in runs]
+    )
+
+
 def plot_pareto(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Erasing (how much is left) against retention, a point per setting."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -192,7 +207,9 @@ def plot_pareto(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_budgets(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_budgets(
+    rows: dict[str, list[dict[str, Any]]], never: list[dict[str, Any]], path: Path
+) -> None:
     """Success against the budget of Concept Inversion (steps, norm) and of relapse (steps)."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -207,13 +224,12 @@ def plot_budgets(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             x = [point["budget"][key] for point in points]
             y = [100 * point["rate"] for point in points]
             axes.plot(x, y, marker=MARKS.get(row, "."), color=COLOURS[row], label=TITLES[row])
-            never = budgets(cells, name, "never_knew") if row == "original" else []
-            if never:
-                axes.plot(
-                    [point["budget"][key] for point in never],
-                    [100 * point["rate"] for point in never], "k--", label="never knew it",
-                )  # fmt: skip
         axes.set(xlabel=label, ylim=(-3, 103))
+    if anew := budgets(never, "relapse", "never_knew"):
+        panels[2].plot(
+            [point["budget"]["steps"] for point in anew],
+            [100 * point["rate"] for point in anew], "k--", label="never knew it",
+        )  # fmt: skip
     panels[0].set_ylabel("images that show the concept (%)")
     panels[2].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
@@ -222,10 +238,12 @@ def plot_budgets(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def write_page(results: Path, docs: Path, ablations: Sequence[str]) -> None:
     """Write the page's tables between its markers, and the plots; the text around them stays."""
     studies = {name: load(results / name) for name in ("table", "pareto", "ablations")}
+    never = load(results / "relapse").get("never knew", [])
     parts = {
         "table": main_table(studies["table"]),
         "ablations": ablation_table(studies["ablations"], ablations),
         "concepts": simple_table(load(results / "concepts")),
+        "relapse": relapse_table(studies["table"], never),
         "transfer": simple_table(load(results / "transfer")),
     }
     page = docs / "erasing_results.md"
@@ -237,4 +255,4 @@ def write_page(results: Path, docs: Path, ablations: Sequence[str]) -> None:
         text = text[:first] + (content if measured else "Not measured yet.") + "\n" + text[last:]
     page.write_text(text, encoding="utf-8")
     plot_pareto(studies["pareto"] | studies["table"], docs / "erasing_pareto.png")
-    plot_budgets(studies["table"], docs / "erasing_budgets.png")
+    plot_budgets(studies["table"], never, docs / "erasing_budgets.png")

@@ -3,6 +3,7 @@
     python benchmarks/erasing_studies.py table                  # all methods x all attacks, 3 seeds
     python benchmarks/erasing_studies.py pareto ablations concepts
     python benchmarks/erasing_studies.py transfer --second FOLDER   # of benchmarks/glyphs_unets.py
+    python benchmarks/erasing_studies.py relapse --never-knew FOLDER    # of its --without 3
     python benchmarks/erasing_studies.py --write                # tables and plots from what is kept
 
 A study is a list of cells, each one erasure and its evaluation.  A cell's figures are kept as JSON
@@ -188,10 +189,18 @@ def transfer() -> Iterator[Cell]:
         yield Cell("sage", "sage", seed=seed)
 
 
+def relapse() -> Iterator[Cell]:
+    """What the table's relapse teaches `--never-knew`, a pipeline whose UNet never saw a three."""
+    for seed in (0, 1, 2):
+        yield Cell("never knew", "original", seed=seed, attacks={"relapse": ATTACKS["relapse"]})
+
+
 STUDIES = {
     "table": table, "pareto": pareto, "ablations": ablations, "concepts": concepts,
-    "transfer": transfer,
+    "transfer": transfer, "relapse": relapse,
 }  # fmt: skip
+# Studies of a second pipeline, and the option that names its folder.
+SECOND = {"transfer": "second", "relapse": "never_knew"}
 
 
 class Bench:
@@ -225,7 +234,11 @@ class Bench:
         return load_edited(folder, self.pipeline, "float32"), seconds
 
     def run(self, cell: Cell, images: int, second: Any = None, never_knew: Any = None) -> dict:
-        """A cell's record; `second` is a pipeline whose UNet draws in place of the bundled one."""
+        """A cell's record.
+
+        `second` is a pipeline whose UNet draws in place of the bundled one, `never_knew` one that
+        relapse is also run on.
+        """
         edited, seconds = self.edited(cell)
         original = self.pipeline
         if second is not None:
@@ -265,14 +278,14 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := sorted(set(options.studies) - set(STUDIES)):
         parser.error(f"studies are {sorted(STUDIES)}, received {unknown}")
-    if "transfer" in options.studies and options.second is None:
-        parser.error("transfer needs --second")
+    for study in set(options.studies) & set(SECOND):
+        if getattr(options, SECOND[study]) is None:
+            parser.error(f"{study} needs --{SECOND[study].replace('_', '-')}")
     bench = Bench(options.work) if options.studies else None
-    second = load_pytorch(options.second, param_dtype=jnp.float32) if options.second else None
-    never = (
-        load_pytorch(options.never_knew, param_dtype=jnp.float32) if options.never_knew else None
-    )
     for study in options.studies:
+        others = {}
+        if option := SECOND.get(study):
+            others[option] = load_pytorch(getattr(options, option), param_dtype=jnp.float32)
         for cell in STUDIES[study]():
             path = options.results / study / f"{cell.key}.json"
             if path.exists() or (options.only and cell.name not in options.only):
@@ -281,11 +294,7 @@ def main() -> None:
                 continue
             print(f"{study}: {cell.key}", flush=True)
             began = time.perf_counter()
-            record = bench.run(
-                cell, options.images,
-                second=second if study == "transfer" else None,
-                never_knew=never if cell.method == "original" else None,
-            )  # fmt: skip
+            record = bench.run(cell, options.images, **others)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
             print(f"  {time.perf_counter() - began:.0f} s: {summary(record)}", flush=True)

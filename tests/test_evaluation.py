@@ -549,6 +549,8 @@ def test_whatever_erasing_exports_can_be_evaluated(pipeline, edited, tmp_path):
 def edited_folder(edited, tmp_path_factory):
     path = tmp_path_factory.mktemp("edited") / "encoder"
     save_pytorch(edited.text_encoder, path)
+    near = [{"phrase": "threes", "concept": "three", "similarity": 0.97}]
+    (path / "erasing.json").write_text(json.dumps({"method": "SAGE", "not_retained": near}))
     return path
 
 
@@ -585,7 +587,8 @@ def test_an_evaluation_repeats_itself_to_the_digit(folder, edited_folder, tmp_pa
 
     page = (tmp_path / "first" / "report.html").read_text()
     assert "<script" not in page and page.count("data:image/png;base64,") == 1 + 7 * 2 + 2
-    assert page.count("<table>") == 4
+    assert page.count("<table>") == 5 and "“threes”" in page
+    assert record["erasing"]["not_retained"][0]["phrase"] == "threes"
 
     again = ["evaluate", "--settings", tmp_path / "first/metrics.json"]
     again = [str(each) for each in [*again, "--output", tmp_path / "second"]]

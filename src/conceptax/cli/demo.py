@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table as PrintedTable
 
 import conceptax
-from conceptax.cli.erase import erase_into
+from conceptax.cli.erase import erase_into, erasing_record, near_tables
 from conceptax.cli.options import Model
 from conceptax.cli.pictures import Block, Row, before_after, png_bytes, save_png, sheet
 from conceptax.cli.report import Gallery, Picture, Table, counted, html_report, interval, share
@@ -133,7 +133,8 @@ def run(command: Command) -> None:
         write_json(folder / "metrics.json", record)
         grid = _grid(before, after)
         save_png(grid, folder / "grid.png")
-        report = _report(command, before.found, after.found, png_bytes(grid), record)
+        near = near_tables(erasing_record(folder / "erased"))
+        report = _report(command, before.found, after.found, png_bytes(grid), record, near)
         (folder / "report.html").write_text(report, encoding="utf-8")
     _show(console, command, record)
 
@@ -193,7 +194,7 @@ def _grid(before: _Look, after: _Look) -> Any:
 
 def _report(
     command: Command, before: dict[str, Findings], after: dict[str, Findings], grid: bytes,
-    record: dict[str, Any],
+    record: dict[str, Any], near: Sequence[Table],
 ) -> str:  # fmt: skip
     digit = digit_called(CONCEPT)
     galleries = []
@@ -231,7 +232,8 @@ def _report(
         ),
         grid=Picture(grid, "The same prompts before and after."),
         tables=[
-            Table("What an independent classifier sees", ("images", "before", "after"), rows, note)
+            Table("What an independent classifier sees", ("images", "before", "after"), rows, note),
+            *near,
         ],
         galleries=galleries,
         record=json.dumps(shown, indent=2, ensure_ascii=False),

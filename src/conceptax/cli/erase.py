@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -15,9 +15,11 @@ from flax import nnx
 import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
+from conceptax.cli.report import Number, Table
 from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
+from conceptax.converters.weights import read_json
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
@@ -134,6 +136,24 @@ def describe_near(retained: Retained, cap: float) -> str:
     more = len(retained.near) - _SHOWN
     rest = f", and {more} more: see {RECORD}" if more > 0 else ""
     return f"not retained, because closer to a concept than {cap}: {shown}{rest}\n"
+
+
+def erasing_record(edited: Path) -> dict[str, Any] | None:
+    """What erasing wrote beside an edited model, a folder or a file; None where it is not there."""
+    path = (edited if edited.is_dir() else edited.parent) / RECORD
+    return read_json(path) if path.exists() else None
+
+
+def near_tables(record: Mapping[str, Any] | None) -> list[Table]:
+    """For a report: the phrases that an erasing did not retain; no table where there are none."""
+    near = (record or {}).get("not_retained", [])
+    rows = [(f"“{e['phrase']}”", e["concept"], Number(f"{e['similarity']:.3f}")) for e in near]
+    note = (
+        "To the original text encoder these phrases are the concept, or nearly so: the cosine of "
+        "their pooled states is above the similarity cap. They were free to change."
+    )
+    table = Table("Not retained", ("phrase", "taken for", "cosine"), rows, note)
+    return [table] if rows else []
 
 
 def _check_options(command: Command[Any], method: Method) -> None:

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 import conceptax
-from conceptax.cli.erase import read_concepts
+from conceptax.cli.erase import erasing_record, near_tables, read_concepts
 from conceptax.cli.evaluation_report import report_page, report_tables
 from conceptax.cli.loading import load_classifier, load_clip, load_edited, load_pipeline
 from conceptax.cli.options import Model, OptionalPath
@@ -126,11 +126,13 @@ def run(command: Command[Any]) -> None:
         began = time.perf_counter()
         result = evaluate_settings(settings, Console(stderr=True))
         seconds = {**result.seconds, "total": round(time.perf_counter() - began, 2)}
+        erasing = erasing_record(Path(settings["edited"]))
         record = {
-            **result.metrics, "settings": settings, **environment(), "seconds": seconds,
+            **result.metrics, "settings": settings, "erasing": erasing, **environment(),
+            "seconds": seconds,
         }  # fmt: skip
         write_json(folder / METRICS, record)
-        tables = report_tables(result.metrics, settings)
+        tables = [*report_tables(result.metrics, settings), *near_tables(erasing)]
         page = report_page(result, tables, record)
         (folder / "report.html").write_text(page, encoding="utf-8")
         markdown = "\n".join(map(markdown_table, tables))
