@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from ..flax_models.clip import pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
 from ..flax_models.stable_diffusion_xl import TextEncoders
 from .concepts import (
@@ -94,7 +95,14 @@ def _encoded_chunks(encoder: Any, rows: np.ndarray):
 
 
 def pooled_states(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N C"]:
-    """The text encoder's pooled state of each row, float32."""
+    """The text encoder's pooled state of each row, float32.
+
+    What follows the token that is pooled does not reach it, since attention is causal; rows are
+    read as far as the longest needs, of 77 tokens a few.
+    """
+    every = jnp.asarray(rows.reshape(-1, rows.shape[-1]))  # SDXL has two rows for a phrase
+    ends = [pooling_positions(tower.config, every).max() for tower in encoder.towers]
+    rows = rows[..., : 1 + int(max(ends))]
     return jnp.concatenate([chunk.pooled for chunk in _encoded_chunks(encoder, rows)])
 
 
