@@ -156,7 +156,8 @@ def published(transformers, name):
     if name == "clip":
         vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
                   "patch_size": 14}  # fmt: skip
-        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+                "vocab_size": 99}  # fmt: skip
         config = transformers.CLIPConfig(
             text_config=text | one, vision_config=vision | one, projection_dim=768
         )
