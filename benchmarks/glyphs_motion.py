@@ -1,14 +1,15 @@
 """A motion adapter for the bundled model, trained on digits that cross textures.
 
-    python benchmarks/glyphs_motion.py                             # about an hour on two cores
+    python benchmarks/glyphs_motion.py
     python benchmarks/glyphs_motion.py --model learnt --prompt "a red <new1> seven on grass"
 
 The UNet stays as it is; motion modules are added and learn to denoise short videos, frames of one
 video together. Then the same prompts are drawn as videos and as frames that know nothing of each
 other, from the same noise. Measured: the similarity of consecutive frames (CLIP-I of the bundled
-CLIP), how much their pixels differ (a still video would differ by nothing), whether a classifier
-sees the digit, colour and texture that were asked for, and both of rendered videos. A model that
-was personalised (`--model`) is given the same adapter, which never saw its subject.
+CLIP), how much their pixels differ (a still video would differ by nothing) and those of the
+background, which should stand still, how far and how straight the digit moves, whether a classifier
+sees the digit, colour and texture that were asked for, and all but the last of rendered videos. A
+model that was personalised (`--model`) is given the same adapter, which never saw its subject.
 
 Writes the figures with settings, versions and times as JSON, a GIF, and the adapter as a folder
 that diffusers loads.
