@@ -1,14 +1,15 @@
 """A motion adapter for the bundled model, trained on digits that cross textures.
 
-    python benchmarks/glyphs_motion.py                             # about an hour on two cores
+    python benchmarks/glyphs_motion.py
     python benchmarks/glyphs_motion.py --model learnt --prompt "a red <new1> seven on grass"
 
 The UNet stays as it is; motion modules are added and learn to denoise short videos, frames of one
 video together. Then the same prompts are drawn as videos and as frames that know nothing of each
 other, from the same noise. Measured: the similarity of consecutive frames (CLIP-I of the bundled
-CLIP), how much their pixels differ (a still video would differ by nothing), whether a classifier
-sees the digit, colour and texture that were asked for, and both of rendered videos. A model that
-was personalised (`--model`) is given the same adapter, which never saw its subject.
+CLIP), how much their pixels differ (a still video would differ by nothing) and those of the
+background, which should stand still, how far and how straight the digit moves, whether a classifier
+sees the digit, colour and texture that were asked for, and all but the last of rendered videos. A
+model that was personalised (`--model`) is given the same adapter, which never saw its subject.
 
 Writes the figures with settings, versions and times as JSON, a GIF, and the adapter as a folder
 that diffusers loads.
@@ -44,9 +45,19 @@ from conceptax.methods.glyphs.captions import caption, prompts
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import proportion
 from conceptax.methods.glyphs.recipe import DenoisingStage, Recipe, final_params
-from conceptax.methods.glyphs.world import load_split, render_video, seen_combinations
+from conceptax.methods.glyphs.world import (
+    COLOUR_VALUES,
+    load_split,
+    render_video,
+    seen_combinations,
+)
 from conceptax.methods.metrics import Clip, frame_consistency, mean_interval
-from conceptax.methods.sampling import add_noise, encode_images, training_target
+from conceptax.methods.sampling import (
+    add_noise,
+    alphas_cumprod,
+    encode_images,
+    training_target,
+)
 from conceptax.methods.text_to_image import (
     TextToImage,
     encode_tokens,
@@ -64,17 +75,18 @@ GIF_ROWS = 4
 # ---- data ----
 
 
-def videos(count: int, frames: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Rendered videos uint8 [N,F,64,64,3] and a caption of each."""
+def videos(count: int, frames: int, seed: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Rendered videos uint8 [N,F,64,64,3], a caption of each, and the digits' colours [N]."""
     digits, triples = load_split("generator"), seen_combinations()
-    clips, texts = [], []
+    clips, texts, colours = [], [], []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         digit, colour, texture = triples[rng.integers(len(triples))]
         spline = digits.splines[rng.choice(digits.of(digit))]
         clips.append(render_video(rng, spline, colour, texture, frames=frames))
         texts.append(caption(rng, digit, colour, texture))
-    return np.stack(clips), texts
+        colours.append(colour)
+    return np.stack(clips), texts, np.asarray(colours)
 
 
 def batches(data: dict[str, np.ndarray], size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
@@ -123,10 +135,13 @@ def motion_step(static, state, frozen, batch, key):
     dropped = jax.random.bernoulli(drop_key, static.caption_dropout, (len(mean), 1))
     tokens = jnp.where(dropped, frozen["empty"], batch["tokens"])
     text = encode_tokens(static.text_graphdef, frozen["text_encoder"], tokens)
+    alphas = jnp.asarray(alphas_cumprod(static.schedule))[times]
+    weights = jnp.minimum(1.0, static.snr_cap * (1 - alphas) / alphas)  # as the UNet was trained
 
     def loss_of(params):
         unet = nnx.merge(static.graphdef, params, frozen["unet"])
-        return jnp.mean((unet(noisy, times, text) - target) ** 2)
+        error = (unet(noisy, times, text) - target) ** 2
+        return jnp.mean(weights * error.mean(axis=(1, 2, 3, 4)))
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     return apply_gradients(state, gradients, static.optimizer), {"loss": loss}
@@ -137,7 +152,7 @@ def fit(
 ) -> tuple[MotionAdapter, list[float]]:
     """The adapter after training, and how many seconds the data and the training took."""
     began = time.perf_counter()
-    clips, texts = videos(count, frames, seed)
+    clips, texts, _ = videos(count, frames, seed)
     mean, std = encode_images(pipeline.vae, clips.reshape(-1, *clips.shape[2:]))
     mean, std = pipeline.vae.scale(jnp.asarray(mean)), std * pipeline.vae.config.scaling_factor
     length = pipeline.text_encoder.config.max_position_embeddings
@@ -170,12 +185,35 @@ def fit(
 
 
 def figures(clips: np.ndarray, clip: Clip) -> dict[str, Any]:
-    """Of videos uint8 [N,F,H,W,3]: similarity and difference of consecutive frames."""
+    """Of videos uint8 [N,F,H,W,3]: similarity and difference of consecutive frames.
+
+    The digit covers less than half of a frame, so the median pixel is one of the background.
+    """
     features = clip.features(clips.reshape(-1, *clips.shape[2:])).reshape(*clips.shape[:2], -1)
-    change = np.abs(np.diff(clips.astype(np.float64), axis=1)).mean(axis=(1, 2, 3, 4))
+    change = np.abs(np.diff(clips.astype(np.float64), axis=1)).mean(axis=-1)  # [N,F-1,H,W]
     return {
         "frame_consistency": mean_interval(frame_consistency(features)),
-        "change_of_pixels": mean_interval(change),
+        "change_of_pixels": mean_interval(change.mean(axis=(1, 2, 3))),
+        "change_of_background": mean_interval(np.median(change, axis=(2, 3)).mean(axis=1)),
+    }
+
+
+def path_of_digit(clips: np.ndarray, colours: np.ndarray) -> dict[str, Any]:
+    """How far the middle of what has the digit's colour moves in a frame, and how straight.
+
+    Straightness is the distance from the first frame to the last over the length of the path: 1
+    for a digit that crosses, near 0 for one that jumps to and fro.
+    """
+    fill = COLOUR_VALUES[colours][:, None, None, None]
+    weight = np.exp(-((np.linalg.norm(clips / 255.0 - fill, axis=-1) / 0.25) ** 2))  # [N,F,H,W]
+    grid = np.stack(np.mgrid[: clips.shape[2], : clips.shape[3]], axis=-1)
+    total = weight.sum(axis=(2, 3))[..., None]
+    centre = np.einsum("nfhw,hwc->nfc", weight, grid) / np.maximum(total, 1e-9)
+    length = np.linalg.norm(np.diff(centre, axis=1), axis=-1).sum(axis=1)
+    crossed = np.linalg.norm(centre[:, -1] - centre[:, 0], axis=-1)
+    return {
+        "pixels_a_frame": mean_interval(length / (clips.shape[1] - 1)),
+        "straightness": mean_interval(crossed / np.maximum(length, 1e-9)),
     }
 
 
@@ -191,12 +229,12 @@ def recognised(clips: np.ndarray, asked: list[Any], judge: Any) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train and measure a motion adapter.")
-    parser.add_argument("--steps", type=int, default=4000, help="of the training")
-    parser.add_argument("--videos", type=int, default=2000, help="rendered to train on")
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4, help="videos per step")
+    parser.add_argument("--steps", type=int, default=1000, help="of the training")
+    parser.add_argument("--videos", type=int, default=500, help="rendered to train on")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1, help="videos per step")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
-    parser.add_argument("--drawn", type=int, default=60, help="videos that are measured")
+    parser.add_argument("--drawn", type=int, default=24, help="videos that are measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", type=Path, help="take this one instead of training")
     parser.add_argument("--model", type=Path, help="draw with this personalised model")
@@ -244,15 +282,20 @@ def main() -> None:
     ).reshape(together.shape)  # fmt: skip
     clip = load_clip(source / "clip", None, "bundled")
     judge = load_judge(source / "judge")
-    found = {}
-    for name, clips in (
-        ("with the adapter", together), ("frames on their own", alone),
-        ("rendered", videos(options.drawn, frames, options.seed + 1)[0]),
+    rendered, _, colours = videos(options.drawn, frames, options.seed + 1)
+    wanted, found = np.asarray([each.colour for each in asked]), {}
+    for name, clips, fill in (
+        ("with the adapter", together, wanted), ("frames on their own", alone, wanted),
+        ("rendered", rendered, colours),
     ):  # fmt: skip
         found[name] = figures(clips, clip)
+        if options.model is None or name == "rendered":
+            found[name] |= path_of_digit(clips, fill)
         if options.model is None and name != "rendered":
             found[name]["recognised"] = recognised(clips, asked, judge)
-        means = {key: round(found[name][key]["mean"], 4) for key in found[name] if "_" in key}
+        means = {
+            key: round(found[name][key]["mean"], 4) for key in found[name] if key != "recognised"
+        }
         print(f"{name:20} {means}")
     rows = [
         np.concatenate([one, other], axis=2) for one, other in zip(together, alone, strict=True)

@@ -89,7 +89,8 @@ def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
     except Exception as error:  # Pillow raises many types for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ImageError(
-            f"{path} cannot be read as an image: {reason[:200]} Replace it or take it out."
+            f"{path} cannot be read as an image: {reason[:200].rstrip('.')}. Replace it or take it "
+            "out."
         ) from error
 
 
@@ -184,10 +185,10 @@ def read_concepts(
             Concept(
                 token=token,
                 word=words[number] if words else class_word(entry["class_prompt"]),
-                images=read_images(_folder(entry["instance_data_dir"], path)),
+                images=_images(entry["instance_data_dir"], path),
                 prompt=prompt,
                 class_prompt=entry["class_prompt"],
-                class_images=read_images(_folder(class_folder, path)) if class_folder else (),
+                class_images=_images(class_folder, path) if class_folder else (),
                 initializer=initializers[number] if initializers else "",
             )
         )
@@ -249,6 +250,16 @@ def _token_in(prompt: str, where: str) -> str:
             f"found {found or 'none'}."
         )
     return found[0]
+
+
+def _images(given: str, path: Path) -> list[UInt8[np.ndarray, "H W 3"]]:
+    folder = _folder(given, path)
+    if not folder.is_dir():
+        raise ImageError(
+            f"{path}: {given} is not a folder, neither beside this file nor in the working "
+            "directory."
+        )
+    return read_images(folder)
 
 
 def _folder(given: str, path: Path) -> Path:

@@ -155,7 +155,7 @@ def test_concept_lists_have_the_published_layout(tmp_path):
     for content in ({}, [], ["dog"]):
         with pytest.raises(ConceptListError, match=r"list of concepts|must be an object"):
             read_concepts(_write_list(tmp_path, content))
-    with pytest.raises(ImageError, match="cat is not a folder"):
+    with pytest.raises(ImageError, match="json: cat is not a folder, neither beside"):
         read_concepts(_write_list(tmp_path, [entries[0] | {"instance_data_dir": "cat"}]))
     path.write_text("{")
     with pytest.raises(ConceptListError, match="cannot read the concepts"):

@@ -132,8 +132,12 @@ def _check_output(command: Command, output: Path, count: int) -> None:
             "--output of videos takes a folder without a suffix, or for a single one a .gif or "
             f".mp4 file, received {output} for {count}."
         )
-    if command.sampler == "euler":
-        raise ValueError("videos are drawn by DDIM: leave out --sampler euler.")
+    unfit = {
+        "--sampler": command.sampler not in (None, "ddim"),
+        "--devices": command.devices is not None, "--vae-tiling": command.vae_tiling,
+    }  # fmt: skip
+    if given := ", ".join(option for option, is_given in unfit.items() if is_given):
+        raise ValueError(f"videos are drawn by DDIM, one by one, whole: leave out {given}.")
     if command.fps < 1:
         raise ValueError(f"--fps must be at least 1, received {command.fps}.")
     if suffix != ".gif":
