@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from .errors import CheckpointError, OutputError, listing
 from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, PendingTensor, StoredTensor
 from .tensors import Path, TensorSpec, is_finite, variables
 
-ShardingRule = Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | None
+# "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
+ShardingRule = Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | Literal["mapped"] | None
 
 
 def fill(
@@ -70,8 +71,10 @@ def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
     return converted
 
 
-def put(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> jax.Array:
-    """Put a view of a mapped file onto its devices; nothing on them shares its memory."""
+def put(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> Any:
+    """Put a view of a mapped file onto its devices, where nothing shares its memory; or leave it."""
+    if isinstance(rule, str):
+        return view
     sharding = rule if isinstance(rule, Sharding) or rule is None else rule(
         (*prefix, *path), view.shape
     )  # fmt: skip
