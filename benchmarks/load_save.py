@@ -1,16 +1,23 @@
-"""Loading and saving a UNet: time and peak memory, beside diffusers' own.
+"""Converting, loading and saving a UNet: time and peak memory, beside a copy and diffusers' own.
 
     python benchmarks/load_save.py            # the published SD 1.5 size, 3.4 GB in float32
     python benchmarks/load_save.py --small    # the same architecture at a quarter of the width
 
+Converting is the command `conceptax convert FOLDER FOLDER`, from its start to its end, imports
+included, beside `cp -r` of the same folder to the same disk.  Each is timed until the command
+returns (what it wrote may still be in the page cache) and until the file system says that the bytes
+are on the disk (`sync -f`); before each the disk is idle.
+
 Every measurement runs in a process of its own.  Peak memory is *anonymous* memory (`RssAnon`: what
 the process owns; pages of mapped files are not counted, since the system can drop them at any
-moment), sampled from outside every two milliseconds, less what the process held before it began.
+moment), sampled from outside every two milliseconds, less what the process held before it began; of
+a command all of it, and its peak resident memory too, mapped pages included.
 Loading ends when every parameter has been touched; diffusers may keep parameters as views of the
-mapped file, which shows as less anonymous memory.  The file is in the page cache for both.
+mapped file, which shows as less anonymous memory.  The file is in the page cache for all.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -103,7 +110,8 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while self.running:
-            self.peak = max(self.peak, anonymous_memory(self.pid))
+            with contextlib.suppress(OSError):  # it has ended
+                self.peak = max(self.peak, anonymous_memory(self.pid))
             time.sleep(0.002)
 
     def stop(self) -> int:
@@ -152,6 +160,60 @@ def measure(library: str, folder: Path, work: Path) -> dict[str, dict[str, float
     return figures
 
 
+def measure_command(command: list[str], folder: Path, work: Path) -> dict[str, float]:
+    """Seconds of a command that takes a folder to another, and its peak memory."""
+    for file in folder.iterdir():
+        with open(file, "rb") as source:
+            while source.read(1 << 24):  # into the page cache
+                pass
+    with tempfile.TemporaryDirectory(dir=work) as output:
+        subprocess.run(["sync", "-f", output], check=True)
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, str(folder), str(Path(output) / "out")], stdout=subprocess.DEVNULL,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        sampler = Peak(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        returned = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{command} failed.")
+        subprocess.run(["sync", "-f", output], check=True)
+        return {
+            "seconds": returned, "seconds_on_disk": time.perf_counter() - start,
+            "peak_bytes": sampler.stop(), "peak_resident_bytes": usage.ru_maxrss * 1024,
+        }  # fmt: skip
+
+
+def conversions(folder: Path, work: Path, size: int, repeats: int) -> list[dict]:
+    """Rows of `cp` and of `conceptax convert`, the fastest run of each, taken in turns."""
+    commands = {
+        "cp": ["cp", "-r"],
+        "conceptax": [sys.executable, "-m", "conceptax", "convert"],
+    }
+    runs = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            runs[name].append(measure_command(command, folder, work))
+    rows = []
+    print(f"{'':10} {'seconds':>8} {'on disk':>8} {'peak / checkpoint':>18} {'with mapped':>12}")
+    for name, those in runs.items():
+        row = {key: min(run[key] for run in those) for key in ("seconds", "seconds_on_disk")}
+        row |= {
+            key: max(run[key] for run in those) for key in ("peak_bytes", "peak_resident_bytes")
+        }
+        peaks = [row[key] / size for key in ("peak_bytes", "peak_resident_bytes")]
+        rows.append(
+            {"library": name, "phase": "convert", **row, "peak_ratio": peaks[0], "runs": those}
+        )
+        print(
+            f"{name:10} {row['seconds']:8.2f} {row['seconds_on_disk']:8.2f} {peaks[0]:18.3f} "
+            f"{peaks[1]:12.3f}"
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a quarter of the width")
@@ -164,6 +226,7 @@ def main() -> None:
         if child("make", str(folder), str(int(arguments.small))).wait():
             raise SystemExit("The checkpoint could not be made.")
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        rows = conversions(folder, Path(work), size, arguments.repeats)
         runs = {name: [] for name in LIBRARIES}
         for _ in range(arguments.repeats):
             for name in LIBRARIES:  # alternating, so that both meet the same machine
@@ -171,7 +234,6 @@ def main() -> None:
 
     print(f"UNet2DConditionModel, float32, {size / 1e9:.2f} GB, CPU, {os.cpu_count()} cores")
     print(f"{'':10} {'':5} {'seconds':>8} {'peak GB':>8} {'peak / checkpoint':>18}")
-    rows = []
     for phase in ("load", "save"):
         for name in LIBRARIES:
             seconds = min(run[phase]["seconds"] for run in runs[name])
