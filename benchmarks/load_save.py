@@ -32,7 +32,12 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIBRARIES = ("conceptax", "diffusers")
+TIMES = ("seconds", "seconds_on_disk", "cpu_seconds")
 SMALL = {"block_out_channels": [96, 160, 320, 320], "cross_attention_dim": 768}
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def wait_for_parent(word: str) -> None:
@@ -183,6 +188,7 @@ def measure_command(command: list[str], folder: Path, work: Path) -> dict[str, f
         return {
             "seconds": returned, "seconds_on_disk": time.perf_counter() - start,
             "peak_bytes": sampler.stop(), "peak_resident_bytes": usage.ru_maxrss * 1024,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
         }  # fmt: skip
 
 
@@ -199,11 +205,12 @@ def conversions(folder: Path, work: Path, size: int, repeats: int) -> list[dict]
     rows = []
     print(f"{'':10} {'seconds':>8} {'on disk':>8} {'peak / checkpoint':>18} {'with mapped':>12}")
     for name, those in runs.items():
-        row = {key: min(run[key] for run in those) for key in ("seconds", "seconds_on_disk")}
+        row = {key: min(run[key] for run in those) for key in TIMES}
         row |= {
             key: max(run[key] for run in those) for key in ("peak_bytes", "peak_resident_bytes")
         }
         peaks = [row[key] / size for key in ("peak_bytes", "peak_resident_bytes")]
+        row |= {"date": today(), "load_average": os.getloadavg()[0]}
         rows.append(
             {"library": name, "phase": "convert", **row, "peak_ratio": peaks[0], "runs": those}
         )
@@ -219,33 +226,45 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a quarter of the width")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest run counts")
     parser.add_argument("--work", type=Path, default=None, help="folder for the checkpoint")
+    parser.add_argument("--only", choices=("convert", "load-save"), help="default: both")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="the UNet's folder; default: random weights"
+    )
     arguments = parser.parse_args()
+    target = RESULTS / f"load_save{'_small' if arguments.small else ''}.json"
+    kept = json.loads(target.read_text())["rows"] if target.exists() else []
 
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        folder = Path(work) / "unet"
-        if child("make", str(folder), str(int(arguments.small))).wait():
+        folder = arguments.checkpoint or Path(work) / "unet"
+        made = (
+            None if arguments.checkpoint else child("make", str(folder), str(int(arguments.small)))
+        )
+        if made is not None and made.wait():
             raise SystemExit("The checkpoint could not be made.")
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        rows = conversions(folder, Path(work), size, arguments.repeats)
-        runs = {name: [] for name in LIBRARIES}
-        for _ in range(arguments.repeats):
+        converts, loads = arguments.only != "load-save", arguments.only != "convert"
+        rows = [row for row in kept if not (converts if row["phase"] == "convert" else loads)]
+        if converts:
+            rows += conversions(folder, Path(work), size, arguments.repeats)
+        runs = {name: [] for name in LIBRARIES if loads}
+        for _ in range(arguments.repeats if loads else 0):
             for name in LIBRARIES:  # alternating, so that both meet the same machine
                 runs[name].append(measure(name, folder, Path(work)))
 
     print(f"UNet2DConditionModel, float32, {size / 1e9:.2f} GB, CPU, {os.cpu_count()} cores")
     print(f"{'':10} {'':5} {'seconds':>8} {'peak GB':>8} {'peak / checkpoint':>18}")
     for phase in ("load", "save"):
-        for name in LIBRARIES:
+        for name in runs:
             seconds = min(run[phase]["seconds"] for run in runs[name])
             peak = max(run[phase]["peak_bytes"] for run in runs[name])
             rows.append(
                 {"library": name, "phase": phase, "seconds": seconds, "peak_bytes": peak,
-                 "peak_ratio": peak / size}
+                 "peak_ratio": peak / size, "date": today()}
             )  # fmt: skip
             print(f"{name:10} {phase:5} {seconds:8.2f} {peak / 1e9:8.2f} {peak / size:18.3f}")
     versions = ("conceptax", "jax", "flax", "torch", "diffusers", "safetensors")
     report = {
-        "benchmark": "load_save", "date": datetime.date.today().isoformat(),
+        "benchmark": "load_save",
         "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in versions},
@@ -253,7 +272,6 @@ def main() -> None:
         "rows": rows,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"load_save{'_small' if arguments.small else ''}.json"
     target.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -43,7 +43,7 @@ def load_pytorch(
 
     The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
     torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
-    memory-mapped and copied, so the files may change or vanish afterwards.
+    memory-mapped and copied, so the files may change or vanish afterwards (but see `sharding`).
 
     Args:
       path: the folder or file; `~` is expanded.
