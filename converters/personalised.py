@@ -183,7 +183,8 @@ def is_personalised(path: Path) -> bool:
     """
     with open(path, "rb") as file:
         start = file.read(9)
-    content = open_safetensors(path) if start[8:] == b"{" else load_pickle(path)
+    safe = path.suffix == ".safetensors" or start[8:] == b"{"
+    content = open_safetensors(path) if safe else load_pickle(path)
     return any(
         isinstance(key, str)
         and (
