@@ -1,16 +1,23 @@
-"""Loading and saving a UNet: time and peak memory, beside diffusers' own.
+"""Converting, loading and saving a UNet: time and peak memory, beside a copy and diffusers' own.
 
     python benchmarks/load_save.py            # the published SD 1.5 size, 3.4 GB in float32
     python benchmarks/load_save.py --small    # the same architecture at a quarter of the width
 
+Converting is the command `conceptax convert FOLDER FOLDER`, from its start to its end, imports
+included, beside `cp -r` of the same folder to the same disk.  Each is timed until the command
+returns (what it wrote may still be in the page cache) and until the file system says that the bytes
+are on the disk (`sync -f`); before each the disk is idle.
+
 Every measurement runs in a process of its own.  Peak memory is *anonymous* memory (`RssAnon`: what
 the process owns; pages of mapped files are not counted, since the system can drop them at any
-moment), sampled from outside every two milliseconds, less what the process held before it began.
+moment), sampled from outside every two milliseconds, less what the process held before it began; of
+a command all of it, and its peak resident memory too, mapped pages included.
 Loading ends when every parameter has been touched; diffusers may keep parameters as views of the
-mapped file, which shows as less anonymous memory.  The file is in the page cache for both.
+mapped file, which shows as less anonymous memory.  The file is in the page cache for all.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -25,7 +32,12 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIBRARIES = ("conceptax", "diffusers")
+TIMES = ("seconds", "seconds_on_disk", "cpu_seconds")
 SMALL = {"block_out_channels": [96, 160, 320, 320], "cross_attention_dim": 768}
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def wait_for_parent(word: str) -> None:
@@ -103,7 +115,8 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while self.running:
-            self.peak = max(self.peak, anonymous_memory(self.pid))
+            with contextlib.suppress(OSError):  # it has ended
+                self.peak = max(self.peak, anonymous_memory(self.pid))
             time.sleep(0.002)
 
     def stop(self) -> int:
@@ -152,38 +165,106 @@ def measure(library: str, folder: Path, work: Path) -> dict[str, dict[str, float
     return figures
 
 
+def measure_command(command: list[str], folder: Path, work: Path) -> dict[str, float]:
+    """Seconds of a command that takes a folder to another, and its peak memory."""
+    for file in folder.iterdir():
+        with open(file, "rb") as source:
+            while source.read(1 << 24):  # into the page cache
+                pass
+    with tempfile.TemporaryDirectory(dir=work) as output:
+        subprocess.run(["sync", "-f", output], check=True)
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, str(folder), str(Path(output) / "out")], stdout=subprocess.DEVNULL,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        sampler = Peak(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        returned = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{command} failed.")
+        subprocess.run(["sync", "-f", output], check=True)
+        return {
+            "seconds": returned, "seconds_on_disk": time.perf_counter() - start,
+            "peak_bytes": sampler.stop(), "peak_resident_bytes": usage.ru_maxrss * 1024,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        }  # fmt: skip
+
+
+def conversions(folder: Path, work: Path, size: int, repeats: int) -> list[dict]:
+    """Rows of `cp` and of `conceptax convert`, the fastest run of each, taken in turns."""
+    commands = {
+        "cp": ["cp", "-r"],
+        "conceptax": [sys.executable, "-m", "conceptax", "convert"],
+    }
+    runs = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            runs[name].append(measure_command(command, folder, work))
+    rows = []
+    print(f"{'':10} {'seconds':>8} {'on disk':>8} {'peak / checkpoint':>18} {'with mapped':>12}")
+    for name, those in runs.items():
+        row = {key: min(run[key] for run in those) for key in TIMES}
+        row |= {
+            key: max(run[key] for run in those) for key in ("peak_bytes", "peak_resident_bytes")
+        }
+        peaks = [row[key] / size for key in ("peak_bytes", "peak_resident_bytes")]
+        row |= {"date": today(), "load_average": os.getloadavg()[0]}
+        rows.append(
+            {"library": name, "phase": "convert", **row, "peak_ratio": peaks[0], "runs": those}
+        )
+        print(
+            f"{name:10} {row['seconds']:8.2f} {row['seconds_on_disk']:8.2f} {peaks[0]:18.3f} "
+            f"{peaks[1]:12.3f}"
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a quarter of the width")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest run counts")
     parser.add_argument("--work", type=Path, default=None, help="folder for the checkpoint")
+    parser.add_argument("--only", choices=("convert", "load-save"), help="default: both")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="the UNet's folder; default: random weights"
+    )
     arguments = parser.parse_args()
+    target = RESULTS / f"load_save{'_small' if arguments.small else ''}.json"
+    kept = json.loads(target.read_text())["rows"] if target.exists() else []
 
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        folder = Path(work) / "unet"
-        if child("make", str(folder), str(int(arguments.small))).wait():
+        folder = arguments.checkpoint or Path(work) / "unet"
+        made = (
+            None if arguments.checkpoint else child("make", str(folder), str(int(arguments.small)))
+        )
+        if made is not None and made.wait():
             raise SystemExit("The checkpoint could not be made.")
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        runs = {name: [] for name in LIBRARIES}
-        for _ in range(arguments.repeats):
+        converts, loads = arguments.only != "load-save", arguments.only != "convert"
+        rows = [row for row in kept if not (converts if row["phase"] == "convert" else loads)]
+        if converts:
+            rows += conversions(folder, Path(work), size, arguments.repeats)
+        runs = {name: [] for name in LIBRARIES if loads}
+        for _ in range(arguments.repeats if loads else 0):
             for name in LIBRARIES:  # alternating, so that both meet the same machine
                 runs[name].append(measure(name, folder, Path(work)))
 
     print(f"UNet2DConditionModel, float32, {size / 1e9:.2f} GB, CPU, {os.cpu_count()} cores")
     print(f"{'':10} {'':5} {'seconds':>8} {'peak GB':>8} {'peak / checkpoint':>18}")
-    rows = []
     for phase in ("load", "save"):
-        for name in LIBRARIES:
+        for name in runs:
             seconds = min(run[phase]["seconds"] for run in runs[name])
             peak = max(run[phase]["peak_bytes"] for run in runs[name])
             rows.append(
                 {"library": name, "phase": phase, "seconds": seconds, "peak_bytes": peak,
-                 "peak_ratio": peak / size}
+                 "peak_ratio": peak / size, "date": today()}
             )  # fmt: skip
             print(f"{name:10} {phase:5} {seconds:8.2f} {peak / 1e9:8.2f} {peak / size:18.3f}")
     versions = ("conceptax", "jax", "flax", "torch", "diffusers", "safetensors")
     report = {
-        "benchmark": "load_save", "date": datetime.date.today().isoformat(),
+        "benchmark": "load_save",
         "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in versions},
@@ -191,7 +272,6 @@ def main() -> None:
         "rows": rows,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"load_save{'_small' if arguments.small else ''}.json"
     target.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -13,7 +13,8 @@ from .components import abstract
 from .compvis_parts import is_single_file, read_single_file
 from .errors import CheckpointError
 from .lora import FILES, is_lora
-from .safetensors_file import FLOAT_TYPES, ITEM_SIZES, StoredTensor
+from .personalised import is_personalised, read_personalisation
+from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, ITEM_SIZES, StoredTensor
 from .tensors import compare, tensor_specs
 from .weights import find_weights, open_weights, read_json
 
@@ -86,6 +87,8 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
         path = found
     stored = None
     if path.is_file():
+        if path.suffix in (".bin", ".pt", ".safetensors") and is_personalised(path):
+            return _personalisation(path)
         stored = open_weights(path, wrappers=("state_dict",) if path.suffix == ".ckpt" else ())
         if is_single_file(stored):
             return _single(stored, str(path))
@@ -130,6 +133,22 @@ def _single(stored: Mapping[str, StoredTensor], source: str) -> Inspection:
     if lost := [name for name in ("unet", "vae", "text_encoder") if name not in file.parts]:
         problems["missing"] = lost
     return Inspection(f"single file of {file.family}", parts, file.leftovers, problems)
+
+
+def _personalisation(path: Path) -> Inspection:
+    """New tokens and cross-attention weights: a few megabytes, which are read."""
+    rows, unet = read_personalisation(path)
+    named = {"new tokens": rows, "UNet": unet}
+    parts = [
+        _part(
+            name, f"{len(arrays)} tensors" if name == "UNet" else ", ".join(sorted(arrays)),
+            [StoredTensor(FLOAT_NAMES[a.dtype], a.shape, lambda a=a: a) for a in arrays.values()],
+            {},
+        )
+        for name, arrays in named.items()
+        if arrays
+    ]  # fmt: skip
+    return Inspection("personalisation", parts, {}, {})
 
 
 def _component(

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,7 +16,10 @@ from .errors import CheckpointError, OutputError, listing
 from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, PendingTensor, StoredTensor
 from .tensors import Path, TensorSpec, is_finite, variables
 
-ShardingRule = Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | None
+# "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
+ShardingRule = (
+    Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | Literal["mapped"] | None
+)
 
 
 def fill(
@@ -70,8 +73,10 @@ def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
     return converted
 
 
-def put(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> jax.Array:
-    """Put a view of a mapped file onto its devices; nothing on them shares its memory."""
+def put(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> Any:
+    """Put a view of a mapped file onto its devices; nothing there shares its memory."""
+    if isinstance(rule, str):
+        return view
     sharding = rule if isinstance(rule, Sharding) or rule is None else rule(
         (*prefix, *path), view.shape
     )  # fmt: skip
@@ -113,9 +118,13 @@ def pending(model: Any, specs: list[TensorSpec], dtype: np.dtype | None) -> list
 
 def _export(spec: TensorSpec, array: Any, dtype: np.dtype) -> np.ndarray:
     """One parameter in PyTorch's layout, on the host, C-contiguous."""
-    values = spec.to_torch(on_host(array))
-    if not values.flags.c_contiguous:
-        values = np.ascontiguousarray(values)
+    if _is_split(array):  # put together in its final layout: one tensor, not two
+        values = np.empty(spec.shape, array.dtype)
+        _collect(array, spec.to_nnx(values))
+    else:
+        values = spec.to_torch(on_host(array))
+        if not values.flags.c_contiguous:
+            values = np.ascontiguousarray(values)
     if not is_finite(values, FLOAT_NAMES[values.dtype]):
         raise OutputError(
             f"{spec.key} holds NaN or infinite values, so nothing was written. The training has "
@@ -137,7 +146,21 @@ def on_host(array: Any) -> np.ndarray:
     if not array.is_fully_addressable:  # all processes come here, each for the same parameter
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     whole = np.empty(array.shape, array.dtype)
+    _collect(array, whole)
+    return whole
+
+
+def _is_split(array: Any) -> bool:
+    """Whether an array lies in parts on devices of this process."""
+    return (
+        isinstance(array, jax.Array)
+        and array.is_fully_addressable
+        and not array.is_fully_replicated
+    )
+
+
+def _collect(array: jax.Array, whole: np.ndarray) -> None:
+    """Write the parts of an array into one of its shape."""
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
             whole[shard.index] = np.asarray(jax.device_put(shard.data, _host()))
-    return whole

@@ -175,6 +175,28 @@ def read_personalisation(path: Path | str) -> Personalisation:
     return Personalisation(rows, unet)
 
 
+def is_personalised(path: Path) -> bool:
+    """Whether the names in a file are those of new tokens or of Custom Diffusion.
+
+    Raises:
+      CheckpointError: a damaged or unsafe file.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    safe = path.suffix == ".safetensors" or start[8:] == b"{"
+    content = open_safetensors(path) if safe else load_pickle(path)
+    return any(
+        isinstance(key, str)
+        and (
+            fnmatch.fnmatchcase(key, "<*>")
+            or key == "emb_params"
+            or _PART in key
+            or key == "modifier_token"
+        )
+        for key in content
+    )
+
+
 def load_personalised(pipeline: Any, path: Path | str) -> Any:
     """The pipeline with new tokens and cross-attention weights from files merged into it.
 

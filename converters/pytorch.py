@@ -43,7 +43,7 @@ def load_pytorch(
 
     The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
     torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
-    memory-mapped and copied, so the files may change or vanish afterwards.
+    memory-mapped and copied, so the files may change or vanish afterwards (but see `sharding`).
 
     Args:
       path: the folder or file; `~` is expanded.
@@ -52,7 +52,8 @@ def load_pytorch(
         `save_pytorch` gives back the same bits.
       sharding: where parameters go, straight from the file: one sharding for all, or a function of
         (attribute path, shape in NNX layout) that returns one, or None for the default device. In a
-        pipeline the path begins with the component's name.
+        pipeline the path begins with the component's name. "mapped" leaves them in the file, as
+        NumPy views in NNX layout: for models to be written again, not to be run.
       components: of a pipeline, load only these of `unet`, `vae`, `text_encoder`, `tokenizer`,
         `scheduler` (and SDXL's `text_encoder_2`, `tokenizer_2`); the others are None.
       architecture: of a component, the model class, or its published name, to use in place of the

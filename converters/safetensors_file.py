@@ -233,3 +233,4 @@ def write_safetensors(
                     f"{tensor.key}: {values.dtype}{values.shape} was not announced"
                 )
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+            del values  # before the next one is made

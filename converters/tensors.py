@@ -198,13 +198,22 @@ def match(
     return found
 
 
-_EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
-_CHUNK = 1 << 20
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+_CHUNK = 1 << 18  # stays in a processor's cache
 
 
 def is_finite(values: np.ndarray, dtype: str) -> bool:
-    """Whether a C-contiguous float array has neither NaN nor infinity, in constant memory."""
-    mask = _EXPONENT_BITS[dtype]
-    bits = values.reshape(-1).view(f"u{FLOAT_TYPES[dtype].itemsize}")
-    mask = bits.dtype.type(mask)
-    return all((bits[i : i + _CHUNK] & mask).max() != mask for i in range(0, bits.size, _CHUNK))
+    """Whether a C-contiguous float array has neither NaN nor infinity, in constant memory.
+
+    As integers, the bits of positive numbers grow up to infinity and NaN behind it; so do those of
+    negative ones, all of which are larger where the sign bit counts as a digit.
+    """
+    size = FLOAT_TYPES[dtype].itemsize
+    unsigned, signed = (values.reshape(-1).view(f"{kind}{size}") for kind in "ui")
+    infinity = _INFINITY[dtype]
+    negative = infinity | 1 << (8 * size - 1)
+    pieces = (slice(start, start + _CHUNK) for start in range(0, unsigned.size, _CHUNK))
+    return all(
+        int(unsigned[piece].max()) < negative and int(signed[piece].max()) < infinity
+        for piece in pieces
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 _SEED = 0
 _SIDE = 16  # latents per side of a UNet's input, at least; more where it halves more often
@@ -53,6 +54,8 @@ def _difference(model: Any, folder: Path) -> float | None:
         import transformers as library
     published = getattr(library, model.pytorch_class)
     module = published.from_pretrained(folder).float().eval()
+    graphdef, state = nnx.split(model)  # what was left in its file goes onto the device
+    model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
     with torch.no_grad(), jax.default_matmul_precision("highest"):
         ours, theirs = rule(model, module, np.random.default_rng(_SEED))
     theirs = [value.numpy() for value in theirs]

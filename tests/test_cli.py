@@ -147,6 +147,17 @@ def test_every_command_explains_its_options(name, capsys):
     assert "│ (default" not in out.replace("  ", ""), out
 
 
+def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
+    """JAX, which no command has imported by then, reads it from the environment."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "conceptax" / "xla")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
 def test_wrong_words_are_told(capsys):
     refused(capsys, ["erode"], "there is no command 'erode'", status=2)
     refused(capsys, ["glyphs"], "'glyphs' needs a second word", status=2)

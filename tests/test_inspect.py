@@ -125,6 +125,28 @@ def test_other_files(tmp_path):
     assert inspect_checkpoint(tmp_path / "x.safetensors").kind == "weight file"
 
 
+def test_what_personalising_leaves(tmp_path, torch, capsys):
+    row, kernel = torch.ones(4), torch.ones(3, 2)
+    processor = "a.attn2.processor.to_k_custom_diffusion.weight"
+    files = {
+        "<new1>.bin": {"<new1>": row},
+        "pytorch_custom_diffusion_weights.bin": {processor: kernel, "a.attn1.processor": {}},
+        "delta.bin": {"unet": {"a.attn2.to_k.weight": kernel}, "modifier_token": {"<new1>": row}},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    safetensors.numpy.save_file({"<new2>": np.ones(4, np.float32)}, tmp_path / "e.safetensors")
+    found = {
+        name: [(part.name, part.architecture, part.parameters) for part in
+               inspect_checkpoint(tmp_path / name).parts]
+        for name in (*files, "e.safetensors")
+    }  # fmt: skip
+    tokens, unet = ("new tokens", "<new1>", 4), ("UNet", "1 tensors", 6)
+    assert list(found.values()) == [[tokens], [unet], [tokens, unet], [("new tokens", "<new2>", 4)]]
+    assert main(["inspect", str(tmp_path / "delta.bin")]) == 0
+    assert "new tokens: <new1>, 4 parameters, F32" in capsys.readouterr().out
+
+
 def test_verify(tmp_path, capsys, torch):
     pytest.importorskip("diffusers")
     out = str(tmp_path / "out")

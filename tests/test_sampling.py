@@ -320,6 +320,7 @@ def test_flow_matching_steps_equal_diffusers(torch, schedulers, monkeypatch, set
         ({"time_shift_type": "cubic"}, "exponential, linear"), ({"invert_sigmas": True}, "invert"),
         ({"shift": 0.0}, "positive"), ({"sigma_min": 0.1}, "Unknown scheduler settings sigma_min"),
         ({"_class_name": "DDIMScheduler"}, "got 'DDIMScheduler'"),
+        ({"shift": "3"}, "shift must be a float; got '3'"),
     ],
 )  # fmt: skip
 def test_unsupported_settings_of_a_flow_are_refused_by_name(settings, message):

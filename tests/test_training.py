@@ -22,12 +22,18 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+from conceptax.converters.architectures import MODULES
+from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.layers.remat import recomputed
 from conceptax.methods import training
 from conceptax.methods.training.reporting import Reporter
 from conceptax.methods.training.sharding import RULES
 from conceptax.methods.training.tensorboard import TensorBoardWriter, _masked_crc32c
 
+# Whose shapes alone take seconds to make.
+LARGE = {
+    "Blip2ForImageTextRetrieval", "MaftPlus", "MotionAdapter", "OpenCLIP", "UNetMotionModel",
+}  # fmt: skip
 _TOY = Path(__file__).with_name("training_toy.py")
 _spec = importlib.util.spec_from_file_location("training_toy", _TOY)
 toy = importlib.util.module_from_spec(_spec)
@@ -505,24 +511,20 @@ class TestSharding:
         assert found == NamedSharding(mesh, PartitionSpec(*spec))
 
     @pytest.mark.parametrize(
-        ("module", "name"),
-        [
-            ("unet_2d_condition", "UNet2DConditionModel"),
-            ("dit_transformer_2d", "DiTTransformer2DModel"),
-            ("autoencoder_kl", "AutoencoderKL"),
-            ("clip", "CLIPTextModel"),
-            ("clip", "CLIPModel"),
-        ],
+        "name",
+        [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in sorted(MODULES)],
     )
-    def test_published_sizes_split_evenly(self, module, name):
-        model = getattr(importlib.import_module(f"conceptax.flax_models.{module}"), name)
-        abstract = nnx.eval_shape(lambda: model(model.config_class(), rngs=nnx.Rngs(0)))
+    def test_published_sizes_split_evenly(self, name):
+        """Every family: an eighth of the parameters on each of eight devices."""
+        model = getattr(importlib.import_module(f"conceptax.flax_models.{MODULES[name]}"), name)
+        rngs = OneKey()
+        abstract = nnx.eval_shape(lambda: model(model.config_class(), rngs=rngs))
         params = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
         shardings = training.shard_tree(params, training.make_mesh(1, 8), RULES[name])
         leaves, places = jax.tree.leaves(params), jax.tree.leaves(shardings)
         total = sum(leaf.size for leaf in leaves)
         here = [s.shard_shape(leaf.shape) for leaf, s in zip(leaves, places, strict=True)]
-        assert total / 8 <= sum(map(math.prod, here)) <= 1.01 * total / 8
+        assert total / 8 <= sum(map(math.prod, here)) <= 1.015 * total / 8  # biases, norms
 
     def test_errors(self):
         mesh = training.make_mesh(4, 2)

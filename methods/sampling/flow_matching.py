@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .linear import LinearSampler, linear_sampler
+from .schedule import checked
 from .sigmas import respaced
 
 _CLASS = "FlowMatchEulerDiscreteScheduler"
@@ -67,13 +68,13 @@ class FlowMatchSchedule:
         if (name := config.get("_class_name", _CLASS)) != _CLASS:
             raise ValueError(f"a flow's schedule is of the class {_CLASS}; got {name!r}.")
         settings = {key: value for key, value in config.items() if not key.startswith("_")}
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(settings) - known):
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := sorted(settings.keys() - known):
             raise ValueError(
                 f"Unknown scheduler settings {', '.join(unknown)} for {_CLASS}; known are "
                 f"{', '.join(sorted(known))}."
             )
-        return cls(**settings)
+        return cls(**{name: checked(known[name], value) for name, value in settings.items()})
 
     def to_config(self) -> dict[str, Any]:
         """The `scheduler_config.json` dictionary."""

@@ -209,7 +209,7 @@ class NoiseSchedule:
             elif name == "disable_corrector":
                 settings[name] = tuple(int(step) for step in value or ())
             else:
-                settings[name] = _checked(fields[name], value)
+                settings[name] = checked(fields[name], value)
         return cls(inert=tuple(inert), **settings)
 
     def to_config(self) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _require(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
         )
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
+def checked(field: dataclasses.Field, value: Any) -> Any:
     """A JSON value as the field's type: bool, int, float or str; null where that means unset."""
     annotation = str(field.type)
     if value is None:

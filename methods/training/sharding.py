@@ -106,12 +106,19 @@ RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "StableDiffusionXLPipeline": STABLE_DIFFUSION_RULES,
     "UNet2DConditionModel": UNET_RULES,
+    "UNetMotionModel": UNET_RULES,
+    "MotionAdapter": UNET_RULES,
     "DiTTransformer2DModel": DIT_RULES,
     "MaftPlus": MAFT_PLUS_RULES,
     "AutoencoderKL": AUTOENCODER_RULES,
     "CLIPTextModel": CLIP_RULES,
     "CLIPTextModelWithProjection": CLIP_RULES,
+    "CLIPVisionModel": CLIP_RULES,
     "CLIPModel": CLIP_RULES,
+    "Dinov2Model": DEFAULT_RULES,
+    "BlipForImageTextRetrieval": DEFAULT_RULES,
+    "Blip2ForImageTextRetrieval": DEFAULT_RULES,
+    "OpenCLIP": DEFAULT_RULES,
 }
 
 

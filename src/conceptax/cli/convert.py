@@ -111,7 +111,8 @@ def _read(command: Command) -> Any:
     from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
-    model = load_pytorch(command.source, **{k: v for k, v in options.items() if v is not None})
+    options = {k: v for k, v in options.items() if v is not None}
+    model = load_pytorch(command.source, sharding="mapped", **options)
     if command.add and not isinstance(model, StableDiffusionPipeline):
         raise ValueError(
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
@@ -158,7 +159,7 @@ def _write_file(command: Command, model: Any, file: Path) -> None:
         save_single_file(model, file, dtype=command.dtype, force=True)
         return
     assert command.original is not None
-    original = load_pytorch(command.original)
+    original = load_pytorch(command.original, sharding="mapped")
     if command.form == "changes":
         if isinstance(model, StableDiffusionPipeline) or type(model) is not type(original):
             raise ValueError(
