@@ -292,19 +292,98 @@ def _told(values: Sequence[float]) -> Number:
     return Number(f"{statistics.mean(values):.1f}{spread}")
 
 
-PAGE = """# What MAFT+'s parts are good for
+STUDY = """# Segmentation: what was measured
 
-Written by `benchmarks/segmentation_glyphs.py --write` from the figures in
-`benchmarks/results/segmentation`.
+Written by `benchmarks/segmentation_glyphs.py --write` from the figures in `benchmarks/results`.
 
-A tiny OpenCLIP (ConvNeXt, four blocks) learnt all ten digits from captions. Segmentation was
+## What MAFT+'s parts are good for
+
+A tiny OpenCLIP (ConvNeXt, four blocks) learnt all ten digits from captions, once. Segmentation was
 trained on scenes of the digits 0 to 6 on three textures, and tested on scenes of all ten digits in
 other handwriting, a 7, 8 or 9 in each. Seen are seven digits and the textures, unseen the digits 7,
 8 and 9. Zero-shot is the share of images of a single digit that the fine-tuned CLIP puts to the
 right one of ten. The transfer is in its panoptic form, which starts as the identity, in raster
-order.
+order. The decoders of a seed learn first, around the frozen CLIP, and every row goes on from
+there, with the same scenes in the same order.
 
 """
+SPEED = """
+## A full-size forward pass
+
+MAFT+-Base at {size}×{size} pixels with random weights, threads: {threads}; the fastest of {repeats}
+calls ({clock}), and the peak of the process's resident memory, compilation included. PyTorch runs
+what transformers has of the model (ConvNeXt and Mask2Former); JAX runs all of it: class heads, mask
+pooling and the transfer of 404 text rows besides. Taken {date} with `benchmarks/maft_plus.py`.
+
+"""
+STREETS = """
+## Real street scenes
+
+A tiny model from random weights on 360×480 frames of CamVid, seen at 192×256 pixels, eleven
+classes; measured on the scenes that it was trained on, with `benchmarks/street_scenes.py`.
+
+"""
+
+
+def page(results: Path) -> str:
+    """The page of what is kept: this study, speed, street scenes."""
+    parts = [STUDY, markdown_table(table_of(results))]
+    if (path := results.parent / "maft_plus_640.json").exists():
+        speed = read_json(path)
+        parts += [SPEED.format_map(speed), *map(markdown_table, speed_tables(speed["results"]))]
+    if (path := results.parent / "street_scenes.json").exists():
+        parts += [STREETS, markdown_table(street_table(read_json(path)["runs"]))]
+    return "".join(parts)
+
+
+def speed_tables(measured: Mapping[str, Mapping[str, float]]) -> tuple[Table, Table]:
+    """A forward pass, and one layer's sampling, from `maft_plus.py`."""
+    forward = [
+        (title, Number(f"{one['best_s']:.2f}"), Number(f"{one['peak_gib']:.2f}"))
+        for key, title in (("forward jax", "JAX, everything"), ("forward torch", "PyTorch, parts"))
+        for one in (measured[key],)
+    ]
+    sampling = [
+        (title, *(Number(f"{one[key]:.2f}" if key in one else "") for key in _SAMPLING))
+        for name, title in _FORMS.items()
+        for one in (measured[f"sampling {name}"],)
+    ]
+    return (
+        Table("Forward", ("", "seconds", "peak, GiB"), forward),
+        Table("Deformable sampling of one layer", ("", *_SAMPLING.values()), sampling),
+    )
+
+
+_FORMS = {
+    "jax linear": "point after point (used)", "jax dense": "all corners at once",
+    "torch": "PyTorch, grid_sample",
+}  # fmt: skip
+_SAMPLING = {
+    "forward_s": "forward, s", "gradient_s": "with gradient, s",
+    "forward_temporary_mib": "scratch, MiB", "gradient_temporary_mib": "with gradient, MiB",
+}  # fmt: skip
+
+
+def street_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """From `street_scenes.py`."""
+    columns = (
+        "scenes",
+        "steps",
+        "loss, first ten",
+        "last ten",
+        "pACC, %",
+        "mIoU, %",
+        "training, s",
+    )
+    rows = [
+        (
+            str(run["scenes"]), Number(str(run["steps"])),
+            *(Number(f"{run[key]:.1f}") for key in
+              ("first_losses", "last_losses", "pacc", "miou", "seconds")),
+        )
+        for run in runs
+    ]  # fmt: skip
+    return Table("Training scenes", columns, rows)
 
 
 def main() -> None:
@@ -323,7 +402,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the page of what is kept")
     options = parser.parse_args()
     if options.write:
-        options.page.write_text(PAGE + markdown_table(table_of(options.results)), "utf-8")
+        options.page.write_text(page(options.results), "utf-8")
         return
     settings = SMALL if options.small else Settings()
     given = {
