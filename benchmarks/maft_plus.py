@@ -240,6 +240,8 @@ def main() -> None:
     if options.write:
         record = {
             "date": date.today().isoformat(), "size": options.size, "threads": options.threads,
+            "repeats": options.repeats,
+            "clock": "processor time" if options.threads == 1 else "elapsed time",
             "versions": {name: version(name) for name in ("jax", "torch", "transformers")},
             "results": results,
         }  # fmt: skip

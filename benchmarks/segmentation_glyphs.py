@@ -5,12 +5,14 @@
 
 A tiny CLIP learns all ten digits from captions, once.  Segmentation is trained on scenes of the
 digits 0 to 6 and tested on scenes of all ten, each with a 7, 8 or 9 in it; the handwriting of
-tests is in no training.  A cell's figures are kept as JSON under --results, the CLIP under --work;
-what is there is not run again, so the study may be stopped and started.
+tests is in no training.  The decoders of a seed learn first, on the frozen CLIP; every row goes on
+from there.  A cell's figures are kept as JSON under --results, the CLIP and the decoders under
+--work; what is there is not run again, so the study may be stopped and started.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, GlyphScene
 from conceptax.methods.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.augmentation import ResizeFlip
 from conceptax.methods.segmentation.batches import scene_batches
+from conceptax.methods.segmentation.datasets import Scene
 from conceptax.methods.segmentation.evaluation import evaluate
 from conceptax.methods.segmentation.metrics import harmonic_mean
 from conceptax.methods.segmentation.segmenter import Segmenter
@@ -83,23 +86,28 @@ class Settings:
       scenes, tests: how many there are to train on and to test on.
       zero_shot: images of single digits that are classified.
       batch_size, learning_rate: of the segmentation.
-      tower_rate: factor of the learning rate in the image tower.
+      tower_rate, transfer_rate: factors of the learning rate in the image tower and the transfer.
       compensation: weight of the loss.
-      steps, points: of the segmentation, and points at which its masks are compared.
-      decoder_layers: of the mask decoder.
+      decoder_steps: of the decoders on the frozen CLIP.
+      steps: of each row from there.
+      points: at which masks are compared.
+      width, decoder_layers: of the decoders.
     """
 
     pretraining: Recipe = RECIPE
     scale: int = 2
-    scenes: int = 1000
-    tests: int = 300
-    zero_shot: int = 1000
-    batch_size: int = 8
+    scenes: int = 400
+    tests: int = 100
+    zero_shot: int = 600
+    batch_size: int = 4
     learning_rate: float = 1e-3
-    tower_rate: float = 0.1
+    tower_rate: float = 0.3
+    transfer_rate: float = 0.01
     compensation: float = 0.1
-    steps: int = 400
+    decoder_steps: int = 300
+    steps: int = 80
     points: int = 1024
+    width: int = 32
     decoder_layers: int = 3
 
     @property
@@ -110,7 +118,7 @@ class Settings:
 
 SMALL = Settings(
     pretraining=Recipe(steps=3, batch_size=8, learning_rate=2e-3), scale=1, scenes=8, tests=4,
-    zero_shot=50, batch_size=2, steps=2, points=32, decoder_layers=1,
+    zero_shot=50, batch_size=2, decoder_steps=2, steps=2, points=32, decoder_layers=1,
 )  # fmt: skip
 
 
@@ -132,43 +140,69 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def run(row: Row, seed: int, clip: OpenCLIP, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class DrawnOnce(GlyphScenes):
+    """Scenes that are kept: drawing one takes as long as training on it."""
+
+    @functools.cache  # noqa: B019  (all of them are wanted to the end)
+    def __getitem__(self, index: int) -> Scene:
+        return super().__getitem__(index)
+
+
+def trained(
+    model: MaftPlus, tokenizer: Any, row: Row, seed: int, steps: int, settings: Settings
+) -> MaftPlus:
+    """The model after some steps on scenes of the digits 0 to 6."""
+    scenes = DrawnOnce(settings.scenes, digits=SEEN, seed=seed)
+    rates = (("backbone", settings.tower_rate), ("cdt", settings.transfer_rate), ("*", 1.0))
+    training = MaftPlusTraining(
+        steps=steps, learning_rate=settings.learning_rate, rates=rates, trainable=row.trainable,
+        compensation_weight=settings.compensation if row.compensation else 0.0,
+        set_losses=SetLossConfig(num_points=settings.points),
+    )  # fmt: skip
+    names = scenes.vocabulary
+    rows = text_rows(model.backbone.clip_model, tokenizer, names, templates=TEMPLATES)
+    augmentation = ResizeFlip(settings.side, settings.side, flip=False)
+    batches = scene_batches(scenes, augmentation, settings.batch_size, seed)
+    return fit(model, rows, names.synonyms(), batches, training, seed=seed, progress=False)
+
+
+def start_of(work: Path, seed: int, settings: Settings) -> tuple[MaftPlus, Any]:
+    """A seed's decoders, trained around the frozen CLIP, and the tokenizer."""
+    folder = work / f"decoders-{settings.decoder_steps}-{settings.width}-{seed}"
+    clip, tokenizer = clip_of(work, settings)
+    if not folder.exists():
+        config = MaftPlusConfig.tiny(clip.config, form="panoptic", token_order="raster")
+        decoders = dataclasses.replace(
+            config.decoder_config, hidden_dim=settings.width,
+            decoder_layers=settings.decoder_layers,
+        )  # fmt: skip
+        config = dataclasses.replace(config, decoder_config=decoders)
+        model = MaftPlus.around(clip, config, rngs=nnx.Rngs(seed))
+        frozen = ROWS["frozen CLIP"]
+        model = trained(model, tokenizer, frozen, seed, settings.decoder_steps, settings)
+        save_pytorch(model, folder)
+    return load_pytorch(folder), tokenizer
+
+
+def run(row: Row, seed: int, start: MaftPlus, tokenizer: Any, settings: Settings) -> dict[str, Any]:
     """A cell's figures, in percent.
 
     Args:
       row: what trains.
-      seed: of the new parameters, the scenes and the training.
-      clip, tokenizer: pretrained; the CLIP is copied.
+      seed: of the scenes and the training.
+      start: from `start_of`.
+      tokenizer: the CLIP's.
       settings: lengths and sizes.
     """
-    config = MaftPlusConfig.tiny(clip.config, form="panoptic", token_order="raster")
-    decoders = dataclasses.replace(config.decoder_config, decoder_layers=settings.decoder_layers)
-    config = dataclasses.replace(config, decoder_config=decoders)
-    model = MaftPlus.around(clip, config, rngs=nnx.Rngs(seed))
-    scenes = GlyphScenes(settings.scenes, digits=SEEN, seed=seed)
-    training = MaftPlusTraining(
-        steps=settings.steps, learning_rate=settings.learning_rate,
-        rates=(("backbone", settings.tower_rate), ("*", 1.0)), trainable=row.trainable,
-        compensation_weight=settings.compensation if row.compensation else 0.0,
-        set_losses=SetLossConfig(num_points=settings.points),
-    )  # fmt: skip
-    vocabulary = scenes.vocabulary
-    rows = text_rows(clip, tokenizer, vocabulary, templates=TEMPLATES)
-    batches = scene_batches(
-        scenes, ResizeFlip(settings.side, settings.side, flip=False), settings.batch_size, seed
-    )
     began = time.perf_counter()
-    trained = fit(
-        model, rows, vocabulary.synonyms(), batches, training, seed=seed,
-        progress=False,
-    )  # fmt: skip
+    model = trained(start, tokenizer, row, seed, settings.steps, settings)
     seconds = time.perf_counter() - began
-    tests = GlyphScenes(settings.tests, among=UNSEEN, split="judge_test", seed=1000)
+    clip = start.backbone.clip_model
+    tests = DrawnOnce(settings.tests, among=UNSEEN, split="judge_test", seed=1000)
     names = tests.vocabulary
     rows = text_rows(clip, tokenizer, names, templates=TEMPLATES)
-    segmenter = Segmenter(
-        trained, rows, names.synonyms(), short=settings.side, longest=settings.side
-    )
+    segmenter = Segmenter(model, rows, names.synonyms(), short=settings.side, longest=settings.side)
     quality = evaluate(segmenter, tests)
     iou = quality.semantic.iou
     unseen = float(np.nanmean(iou[list(UNSEEN)]))
@@ -179,9 +213,9 @@ def run(row: Row, seed: int, clip: OpenCLIP, tokenizer: Any, settings: Settings)
         )
         for when, each, digits in (
             ("zero_shot_before", clip, range(10)),
-            ("zero_shot", trained.backbone.clip_model, range(10)),
+            ("zero_shot", model.backbone.clip_model, range(10)),
             ("zero_shot_unseen_before", clip, UNSEEN),
-            ("zero_shot_unseen", trained.backbone.clip_model, UNSEEN),
+            ("zero_shot_unseen", model.backbone.clip_model, UNSEEN),
         )
     }
     return {
@@ -208,12 +242,12 @@ def study(
     seeds: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Run what is not there yet."""
-    clip, tokenizer = clip_of(work, settings)
     for name, seed in cells(seeds or SEEDS):
         path = path_of(results, name, seed)
         if path.exists() or (only and name not in only):
             continue
-        record = run(ROWS[name], seed, clip, tokenizer, settings)
+        start, tokenizer = start_of(work, seed, settings)
+        record = run(ROWS[name], seed, start, tokenizer, settings)
         _made(results)
         write_json(path, {
             "row": name, "seed": seed, "settings": dataclasses.asdict(settings), **record,
@@ -258,19 +292,98 @@ def _told(values: Sequence[float]) -> Number:
     return Number(f"{statistics.mean(values):.1f}{spread}")
 
 
-PAGE = """# What MAFT+'s parts are good for
+STUDY = """# Segmentation: what was measured
 
-Written by `benchmarks/segmentation_glyphs.py --write` from the figures in
-`benchmarks/results/segmentation`.
+Written by `benchmarks/segmentation_glyphs.py --write` from the figures in `benchmarks/results`.
 
-A tiny OpenCLIP (ConvNeXt, four blocks) learnt all ten digits from captions. Segmentation was
+## What MAFT+'s parts are good for
+
+A tiny OpenCLIP (ConvNeXt, four blocks) learnt all ten digits from captions, once. Segmentation was
 trained on scenes of the digits 0 to 6 on three textures, and tested on scenes of all ten digits in
 other handwriting, a 7, 8 or 9 in each. Seen are seven digits and the textures, unseen the digits 7,
 8 and 9. Zero-shot is the share of images of a single digit that the fine-tuned CLIP puts to the
 right one of ten. The transfer is in its panoptic form, which starts as the identity, in raster
-order.
+order. The decoders of a seed learn first, around the frozen CLIP, and every row goes on from
+there, with the same scenes in the same order.
 
 """
+SPEED = """
+## A full-size forward pass
+
+MAFT+-Base at {size}×{size} pixels with random weights, threads: {threads}; the fastest of {repeats}
+calls ({clock}), and the peak of the process's resident memory, compilation included. PyTorch runs
+what transformers has of the model (ConvNeXt and Mask2Former); JAX runs all of it: class heads, mask
+pooling and the transfer of 404 text rows besides. Taken {date} with `benchmarks/maft_plus.py`.
+
+"""
+STREETS = """
+## Real street scenes
+
+A tiny model from random weights on 360×480 frames of CamVid, seen at 192×256 pixels, eleven
+classes; measured on the scenes that it was trained on, with `benchmarks/street_scenes.py`.
+
+"""
+
+
+def page(results: Path) -> str:
+    """The page of what is kept: this study, speed, street scenes."""
+    parts = [STUDY, markdown_table(table_of(results))]
+    if (path := results.parent / "maft_plus_640.json").exists():
+        speed = read_json(path)
+        parts += [SPEED.format_map(speed), *map(markdown_table, speed_tables(speed["results"]))]
+    if (path := results.parent / "street_scenes.json").exists():
+        parts += [STREETS, markdown_table(street_table(read_json(path)["runs"]))]
+    return "".join(parts)
+
+
+def speed_tables(measured: Mapping[str, Mapping[str, float]]) -> tuple[Table, Table]:
+    """A forward pass, and one layer's sampling, from `maft_plus.py`."""
+    forward = [
+        (title, Number(f"{one['best_s']:.2f}"), Number(f"{one['peak_gib']:.2f}"))
+        for key, title in (("forward jax", "JAX, everything"), ("forward torch", "PyTorch, parts"))
+        for one in (measured[key],)
+    ]
+    sampling = [
+        (title, *(Number(f"{one[key]:.2f}" if key in one else "") for key in _SAMPLING))
+        for name, title in _FORMS.items()
+        for one in (measured[f"sampling {name}"],)
+    ]
+    return (
+        Table("Forward", ("", "seconds", "peak, GiB"), forward),
+        Table("Deformable sampling of one layer", ("", *_SAMPLING.values()), sampling),
+    )
+
+
+_FORMS = {
+    "jax linear": "point after point (used)", "jax dense": "all corners at once",
+    "torch": "PyTorch, grid_sample",
+}  # fmt: skip
+_SAMPLING = {
+    "forward_s": "forward, s", "gradient_s": "with gradient, s",
+    "forward_temporary_mib": "scratch, MiB", "gradient_temporary_mib": "with gradient, MiB",
+}  # fmt: skip
+
+
+def street_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """From `street_scenes.py`."""
+    columns = (
+        "scenes",
+        "steps",
+        "loss, first ten",
+        "last ten",
+        "pACC, %",
+        "mIoU, %",
+        "training, s",
+    )
+    rows = [
+        (
+            str(run["scenes"]), Number(str(run["steps"])),
+            *(Number(f"{run[key]:.1f}") for key in
+              ("first_losses", "last_losses", "pacc", "miou", "seconds")),
+        )
+        for run in runs
+    ]  # fmt: skip
+    return Table("Training scenes", columns, rows)
 
 
 def main() -> None:
@@ -289,7 +402,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the page of what is kept")
     options = parser.parse_args()
     if options.write:
-        options.page.write_text(PAGE + markdown_table(table_of(options.results)), "utf-8")
+        options.page.write_text(page(options.results), "utf-8")
         return
     settings = SMALL if options.small else Settings()
     given = {

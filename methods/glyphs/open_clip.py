@@ -6,6 +6,7 @@ head, which exists in training only, reads the image's digit, colour and texture
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ...flax_models.maft_plus import class_logits
 from ...flax_models.mask2former import normalise
@@ -165,10 +166,7 @@ def zero_shot_accuracy(
       scale: how much they are enlarged.
       digits: those that are shown; all ten are names to choose from.
     """
-    rng = np.random.default_rng(seed)
-    labels = rng.choice(np.asarray(digits), images)
-    colours, textures = rng.integers(len(COLOURS), size=images), rng.integers(3, size=images)
-    pictures = render_many(labels, colours, textures, split="judge_test", seed=seed)
+    labels, pictures = _single_digits(tuple(digits), images, seed)
     vocabulary = vocabulary_of(range(DIGITS))
     rows = text_rows(clip, tokenizer, vocabulary, templates=TEMPLATES)
     graphdef, state = nnx.split(clip)
@@ -180,6 +178,17 @@ def zero_shot_accuracy(
         wanted = labels[start : start + 50]
         right += int((found[: len(wanted)] == wanted).sum())
     return 100 * right / images
+
+
+@functools.lru_cache(maxsize=4)
+def _single_digits(
+    digits: tuple[int, ...], images: int, seed: int
+) -> tuple[Int[np.ndarray, " N"], UInt8[np.ndarray, "N H W 3"]]:
+    """Labels and images; drawn once, which takes longer than looking at them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(np.asarray(digits), images)
+    colours, textures = rng.integers(len(COLOURS), size=images), rng.integers(3, size=images)
+    return labels, render_many(labels, colours, textures, split="judge_test", seed=seed)
 
 
 def _nearest_class(
