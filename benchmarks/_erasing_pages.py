@@ -30,7 +30,7 @@ PAGE = """# What SAGE withstands, and what it does not
 <!-- concepts -->
 <!-- end of concepts -->
 
-## Coming back, and learning anew
+## Coming back
 <!-- relapse -->
 <!-- end of relapse -->
 
