@@ -5,13 +5,14 @@
 Only `CheckpointError` may come out, within a minute, and nothing may appear beside the file. Each
 target of `tests/fuzz_targets.py` gets an equal share of the time, with new examples every run
 (hypothesis), in a process of its own, so that a crash of the interpreter is a finding too. With
-`--engine atheris` the readers of bytes are driven by coverage instead, where atheris is installed.
+`--engine atheris`, where that is installed, coverage drives the changes to some of these examples.
 Findings are kept as files in the folder `--findings`, which a run makes only if it has any.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
@@ -25,9 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 _SLOW = 60.0  # seconds for one file
 
 
-def explore(name: str, seconds: float, seed: int, engine: str, report: Any) -> None:
-    """Run one target; sends (executions, findings) when done."""
-    from fuzz_targets import allowed, targets
+def explore(name: str, seconds: float, seed: int, engine: str, root: str, report: Any) -> None:
+    """Run one target on files in the folder `root`; sends (executions, findings) when done."""
+    if engine == "atheris":
+        import atheris
+
+        with atheris.instrument_imports(include=["conceptax", "msgpack"]):
+            from fuzz_targets import allowed, targets
+    else:
+        from fuzz_targets import allowed, targets
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
 
@@ -35,8 +42,14 @@ def explore(name: str, seconds: float, seed: int, engine: str, report: Any) -> N
     found: dict[str, tuple[str, bytes]] = {}  # where it was raised -> what, and the file
     count = 0
     end = time.monotonic() + seconds
+    folder, corpus = Path(root) / "inside", Path(root) / "corpus"
+    folder.mkdir()
+    options = settings(
+        max_examples=200, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
 
-    def attempt(folder: Path, contents: bytes) -> None:
+    def attempt(contents: bytes) -> None:
         nonlocal count
         if time.monotonic() > end:
             return
@@ -51,33 +64,40 @@ def explore(name: str, seconds: float, seed: int, engine: str, report: Any) -> N
             found.setdefault(where, (traceback.format_exc(), contents))
         if time.monotonic() - start > _SLOW:
             found.setdefault("slow", (f"{time.monotonic() - start:.0f} s", contents))
-        strange = [entry.name for entry in folder.parent.iterdir() if entry != folder]
+        strange = {entry.name for entry in folder.parent.iterdir()} - {folder.name, corpus.name}
         if strange:
-            found.setdefault("wrote", (f"appeared beside its folder: {strange}", contents))
+            found.setdefault("wrote", (f"appeared beside its folder: {sorted(strange)}", contents))
 
-    with tempfile.TemporaryDirectory() as root:
-        folder = Path(root) / "inside"
-        folder.mkdir()
-        if engine == "atheris":
-            import atheris
+    if engine == "atheris":
 
-            atheris.instrument_all()
-            limit = f"-max_total_time={int(seconds)}"
-            atheris.Setup(["fuzz", limit, f"-seed={seed}"], lambda data: attempt(folder, data))
-            atheris.Fuzz()
-        rounds = random.Random(seed)
-        while engine == "hypothesis" and time.monotonic() < end:
+        def attempt_or_end(contents: bytes) -> None:
+            attempt(contents)
+            if time.monotonic() > end:  # libFuzzer would end the process without a word
+                report.send(("done", (count, found)))
+                os._exit(0)
 
-            @seeded(rounds.getrandbits(64))
-            @settings(
-                max_examples=200, deadline=None, database=None, phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
-            )  # fmt: skip
-            @given(target.contents)
-            def run(contents: bytes) -> None:
-                attempt(folder, contents)
+        corpus.mkdir()
 
-            run()
+        @seeded(seed)
+        @options
+        @given(target.contents)
+        def write(contents: bytes) -> None:
+            (corpus / str(len(list(corpus.iterdir())))).write_bytes(contents)
+
+        write()
+        flags = [f"-seed={seed}", "-max_len=4096", "-verbosity=0"]
+        atheris.Setup(["fuzz", *flags, str(corpus)], attempt_or_end)
+        atheris.Fuzz()
+    rounds = random.Random(seed)
+    while time.monotonic() < end:
+
+        @seeded(rounds.getrandbits(64))
+        @options
+        @given(target.contents)
+        def run(contents: bytes) -> None:
+            attempt(contents)
+
+        run()
     report.send(("done", (count, found)))
 
 
@@ -97,20 +117,21 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for name in options.only:
         here, there = context.Pipe(duplex=False)
-        arguments = (name, share, options.seed, options.engine, there)
-        process = context.Process(target=explore, args=arguments)
-        process.start()
-        there.close()
         tried, count, found = b"", 0, {}
-        try:
-            while True:
-                kind, content = here.recv()
-                if kind == "trying":
-                    tried = content
-                else:
-                    count, found = content
-        except EOFError:
-            process.join()
+        with tempfile.TemporaryDirectory() as root:
+            arguments = (name, share, options.seed, options.engine, root, there)
+            process = context.Process(target=explore, args=arguments)
+            process.start()
+            there.close()
+            try:
+                while True:
+                    kind, content = here.recv()
+                    if kind == "trying":
+                        tried = content
+                    else:
+                        count, found = content
+            except EOFError:
+                process.join()
         if process.exitcode:
             found["crash"] = (f"the process ended with {process.exitcode}", tried)
         total += len(found)

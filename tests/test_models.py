@@ -240,7 +240,7 @@ def test_a_kernel_larger_than_the_image_convolves(stride, padding):
     if jax.default_backend() == "cpu":
         assert "convolution" not in call.lower().compile().as_text()
     for received, wanted in zip(call(), both(expected), strict=True):
-        np.testing.assert_allclose(received, wanted, atol=3e-6)
+        np.testing.assert_allclose(received, wanted, rtol=1e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize(
