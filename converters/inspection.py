@@ -15,6 +15,7 @@ from .errors import CheckpointError
 from .lora import FILES, is_lora
 from .personalised import is_personalised, read_personalisation
 from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, ITEM_SIZES, StoredTensor
+from .segmentation import Plan, plan_of
 from .tensors import compare, tensor_specs
 from .weights import find_weights, open_weights, read_json
 
@@ -94,6 +95,8 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
             return _single(stored, str(path))
         if is_lora(stored):
             return Inspection("LoRA", [_part("", "LoRA", stored.values(), {})], {}, {})
+        if (plan := plan_of(path)) is not None:
+            return _plan(plan, str(path))
         if not (folder / "config.json").is_file():
             part = _part("", "no config.json beside it tells", stored.values(), {})
             return Inspection("weight file", [part], {}, {})
@@ -133,6 +136,21 @@ def _single(stored: Mapping[str, StoredTensor], source: str) -> Inspection:
     if lost := [name for name in ("unet", "vae", "text_encoder") if name not in file.parts]:
         problems["missing"] = lost
     return Inspection(f"single file of {file.family}", parts, file.leftovers, problems)
+
+
+def _plan(plan: Plan, source: str) -> Inspection:
+    """A file of OpenCLIP or MAFT+, which may hold more than the model: a teacher, an optimizer."""
+    name = getattr(plan.model_class, "__name__", "")
+    try:
+        _, specs = plan.specs(dtype=jnp.float32, param_dtype=jnp.float32)
+        used = plan.wanted(specs)
+        problems = compare(specs, used, model_class=plan.model_class, double=True).problems
+    except (ValueError, TypeError) as error:
+        used, problems = {}, {"not supported here": [f"{source}: {error}"]}
+    unused = sorted(set(plan.stored) - set(used))
+    leftovers = {"tensors that are not loaded": unused} if unused else {}
+    part = _part("", name, used.values(), problems)
+    return Inspection(f"single file of {name}", [part], leftovers, {})
 
 
 def _personalisation(path: Path) -> Inspection:

@@ -23,6 +23,7 @@ from .errors import CheckpointError, OutputError, listing
 from .output import atomic_folder
 from .parameters import ShardingRule, fill, on_host, pending, put
 from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
+from .segmentation import loader_of
 from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
 from .weights import STEMS, find_weights, open_weights, read_json
@@ -38,8 +39,9 @@ def load_pytorch(
     architecture: str | type[nnx.Module] | None = None,
     **model_options: Any,
 ) -> Any:
-    """Load a component folder, a pipeline folder, one weight file beside its `config.json`, or a
-    single file of Stable Diffusion 1.x or 2.x (`.ckpt`, `.safetensors`, with CompVis's names).
+    """Load a component folder, a pipeline folder, one weight file beside its `config.json`, a
+    single file of Stable Diffusion 1.x or 2.x (`.ckpt`, `.safetensors`, with CompVis's names), or
+    one of OpenCLIP (with a ConvNeXt tower), MAFT+ or FC-CLIP.
 
     The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
     torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
@@ -60,7 +62,8 @@ def load_pytorch(
         one in `config.json`.
       model_options: of a component, further arguments of its model class: `remat=True`, or
         `attention=GNA(...)` for a `DiTTransformer2DModel`. Of a single file, `tokenizer=` and
-        `prediction_type=`, as for `compvis.load_single_file`.
+        `prediction_type=`, as for `compvis.load_single_file`, or what `load_open_clip` and
+        `load_maft_plus` take.
 
     Returns:
       An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline` (of SDXL a
@@ -85,6 +88,12 @@ def load_pytorch(
             path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, components=components,
             stored=stored, **model_options,
         )  # fmt: skip
+    if architecture is None and components is None and (loader := loader_of(path)) is not None:
+        if unknown := sorted(set(model_options) - set(inspect.signature(loader).parameters)):
+            raise ValueError(f"{path} is for {loader.__name__}, which takes no {listing(unknown)}.")
+        return loader(
+            path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, **model_options
+        )
     place = functools.partial(put, rule=sharding)
     options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
     if (path / "model_index.json").is_file():

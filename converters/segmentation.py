@@ -7,9 +7,9 @@ Models that are loaded here can be kept as folders with `save_pytorch`.
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ from .errors import CheckpointError, OutputError
 from .output import atomic_file
 from .parameters import OneKey, ShardingRule, fill, parameter_dtype, pending, put
 from .safetensors_file import PendingTensor, StoredTensor, write_safetensors
-from .tensors import match, tensor_specs
+from .tensors import TensorSpec, match, tensor_specs
 from .weights import open_weights
 
 STUDENT, TEACHER = "backbone.clip_model.", "backbone_t.clip_model."
@@ -28,8 +28,95 @@ _TRANSFER = "cdt."
 _CRITERION = "criterion.empty_weight"  # [K + 1]: ones, and the weight of void
 _VOID_WEIGHT = 0.1
 
+_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
+_TOWER = "visual.trunk.stages."
+
 Shapes = Mapping[str, tuple[int, ...]]
-Model = TypeVar("Model", bound=nnx.Module)
+
+
+class Plan(NamedTuple):
+    """What a file holds, told from names and shapes.
+
+    Attributes:
+      model_class: of the model.
+      config: its settings.
+      stored: tensors under the model's names, and others.
+      without: beginning of the names of parameters that such a file does not hold, if any.
+    """
+
+    model_class: Callable[..., nnx.Module]
+    config: Any
+    stored: Mapping[str, StoredTensor]
+    without: str = ""
+
+    def specs(self, **options: Any) -> tuple[nnx.Module, list[TensorSpec]]:
+        """The model in shapes only, and the tensors that it takes from the file."""
+        rngs = OneKey()
+        model = nnx.eval_shape(lambda: self.model_class(self.config, rngs=rngs, **options))
+        specs = tensor_specs(model)
+        return model, [s for s in specs if not (self.without and s.key.startswith(self.without))]
+
+    def wanted(self, specs: Sequence[TensorSpec]) -> dict[str, StoredTensor]:
+        """The tensors that the model has a place for."""
+        keys = {spec.key for spec in specs}
+        return {key: tensor for key, tensor in self.stored.items() if key in keys}
+
+
+def loader_of(path: Path) -> Callable[..., Any] | None:
+    """Which of the loaders below takes a weight file without a `config.json`; None for any other.
+
+    Raises:
+      CheckpointError: damaged or unsafe files.
+    """
+    alone = path.is_file() and not (path.parent / "config.json").is_file()
+    if not alone or path.suffix not in _SUFFIXES:
+        return None
+    return _loader(open_weights(path, wrappers=WRAPPERS))
+
+
+def _loader(keys: Iterable[str]) -> Callable[..., Any] | None:
+    keys = [key.removeprefix("module.") for key in keys]
+    if any(key.startswith(STUDENT + _TOWER) for key in keys):
+        return load_maft_plus
+    return load_open_clip if any(key.startswith(_TOWER) for key in keys) else None
+
+
+def plan_of(path: Path) -> Plan | None:
+    """What a file of one of the loaders holds; None for any other.
+
+    Raises:
+      CheckpointError: damaged or unsafe files, or a tensor that tells a size is missing.
+    """
+    loader = loader_of(path)
+    if loader is None:
+        return None
+    return _plan_maft_plus(path) if loader is load_maft_plus else _plan_open_clip(path)
+
+
+def _plan_open_clip(path: Path, prefix: str = "", config: Any = None) -> Plan:
+    from ..flax_models.open_clip import OpenCLIP
+
+    stored = open_weights(path, wrappers=WRAPPERS)
+    stored = {key.removeprefix("module."): tensor for key, tensor in stored.items()}
+    stored = {
+        k.removeprefix(prefix): tensor for k, tensor in stored.items() if k.startswith(prefix)
+    }
+    return Plan(OpenCLIP, config or clip_config(_shapes(stored), source=str(path)), stored)
+
+
+def _plan_maft_plus(
+    path: Path, form: str = "semantic", token_order: str = "reference", config: Any = None
+) -> Plan:
+    from ..flax_models.maft_plus import MaftPlus
+
+    stored = open_weights(path, wrappers=WRAPPERS)
+    has_transfer = any(key.startswith(_TRANSFER) for key in stored)
+    if config is None:
+        config = maft_plus_config(
+            _shapes(stored), form=form if has_transfer else "panoptic", token_order=token_order,
+            source=str(path),
+        )  # fmt: skip
+    return Plan(MaftPlus, config, stored, without="" if has_transfer else _TRANSFER)
 
 
 def load_open_clip(
@@ -53,19 +140,9 @@ def load_open_clip(
     Raises:
       CheckpointError: the file is absent, damaged, or of another architecture.
     """
-    from ..flax_models.open_clip import OpenCLIP
-
     path = _existing(path)
-    stored = open_weights(path, wrappers=WRAPPERS)
-    stored = {key.removeprefix("module."): tensor for key, tensor in stored.items()}
-    stored = {
-        k.removeprefix(prefix): tensor for k, tensor in stored.items() if k.startswith(prefix)
-    }
-    config = config or clip_config(_shapes(stored), source=str(path))
-    return _load(
-        OpenCLIP, config, stored, source=str(path), dtype=dtype, param_dtype=param_dtype,
-        sharding=sharding,
-    )  # fmt: skip
+    plan = _plan_open_clip(path, prefix, config)
+    return _load(plan, str(path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
 
 
 def load_maft_plus(
@@ -94,25 +171,17 @@ def load_maft_plus(
       CheckpointError: the file is absent, damaged, or of another architecture; one message names
         everything that is missing or has another shape.
     """
-    from ..flax_models.maft_plus import ContentDependentTransfer, MaftPlus
+    from ..flax_models.maft_plus import ContentDependentTransfer
 
     path = _existing(path)
-    stored = open_weights(path, wrappers=WRAPPERS)
-    has_transfer = any(key.startswith(_TRANSFER) for key in stored)
-    if config is None:
-        config = maft_plus_config(
-            _shapes(stored), form=form if has_transfer else "panoptic", token_order=token_order,
-            source=str(path),
-        )  # fmt: skip
-    model = _load(
-        MaftPlus, config, stored, source=str(path), dtype=dtype, param_dtype=param_dtype,
-        sharding=sharding, without="" if has_transfer else _TRANSFER,
-    )  # fmt: skip
-    if not has_transfer:
+    plan = _plan_maft_plus(path, form, token_order, config)
+    model = _load(plan, str(path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    if plan.without:
+        config = plan.config
         model.cdt = ContentDependentTransfer(
             config.clip_config.embed_dim, config.transfer_heads, form="panoptic",
             token_order=config.token_order, dtype=dtype,
-            param_dtype=parameter_dtype(stored, param_dtype), rngs=nnx.Rngs(0),
+            param_dtype=parameter_dtype(plan.stored, param_dtype), rngs=nnx.Rngs(0),
         )  # fmt: skip
     return model
 
@@ -167,21 +236,14 @@ def _shapes(stored: Mapping[str, StoredTensor]) -> Shapes:
     return {key: tensor.shape for key, tensor in stored.items()}
 
 
-def _load(
-    model_class: Callable[..., Model], config: Any, stored: Mapping[str, StoredTensor], *,
-    source: str, dtype: Any, param_dtype: Any, sharding: ShardingRule, without: str = "",
-) -> Model:  # fmt: skip
+def _load(plan: Plan, source: str, *, dtype: Any, param_dtype: Any, sharding: ShardingRule) -> Any:
     """Build a model and fill it; tensors that it has no place for are passed over."""
-    rngs, init_dtype = OneKey(), parameter_dtype(stored, param_dtype)
-    model = nnx.eval_shape(
-        lambda: model_class(config, dtype=dtype, param_dtype=init_dtype, rngs=rngs)
-    )
-    specs = [spec for spec in tensor_specs(model) if not (without and spec.key.startswith(without))]
-    wanted = {spec.key for spec in specs}
-    found = {key: tensor for key, tensor in stored.items() if key in wanted}
+    init_dtype = parameter_dtype(plan.stored, param_dtype)
+    model, specs = plan.specs(dtype=dtype, param_dtype=init_dtype)
     tensors = match(
-        specs, found, source=source, model_class=model_class, double=param_dtype is not None
-    )
+        specs, plan.wanted(specs), source=source, model_class=plan.model_class,
+        double=param_dtype is not None,
+    )  # fmt: skip
     place = functools.partial(put, rule=sharding)
     fill(model, specs, tensors, source=source, param_dtype=param_dtype, place=place)
     return model

@@ -122,7 +122,8 @@ def _clip_text(model: Any, module: Any, rng: np.random.Generator) -> tuple[list,
 
 
 def _pixels(config: Any, rng: np.random.Generator) -> np.ndarray:
-    return _normal(rng, 1, config.image_size, config.image_size, config.num_channels)
+    channels = getattr(config, "num_channels", 3)
+    return _normal(rng, 1, config.image_size, config.image_size, channels)
 
 
 def _clip_vision(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list]:
@@ -137,6 +138,51 @@ def _clip(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list
     return [jax.jit(model.__call__)(ids, pixels)], [out.logits_per_image]
 
 
+def _dit(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list]:
+    config = model.config
+    sample = _normal(rng, 1, config.sample_size, config.sample_size, config.in_channels)
+    times, labels = np.array([501]), rng.integers(0, config.num_embeds_ada_norm, 1)
+    out = module(_torch(sample, image=True), _torch(times), _torch(labels)).sample
+    return [jax.jit(model.__call__)(sample, times, labels)], [_nhwc(out)]
+
+
+def _video_unet(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list]:
+    config, frames = model.config, 2
+    side = max(_SIDE, 2 ** (len(config.block_out_channels) + 1))
+    sample = _normal(rng, 1, frames, side, side, config.in_channels)
+    text, times = _normal(rng, 1, 7, config.cross_attention_dim), np.array([501])
+    theirs = _torch(sample).permute(0, 4, 1, 2, 3), _torch(times), _torch(text.repeat(frames, 0))
+    ours = jax.jit(model.__call__)(sample, times, text)
+    return [ours], [module(*theirs).sample.permute(0, 2, 3, 4, 1)]
+
+
+def _dinov2(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list]:
+    pixels = _pixels(model.config, rng)
+    out = module(_torch(pixels, image=True))
+    return list(jax.jit(model.__call__)(pixels)), [out.last_hidden_state, out.pooler_output]
+
+
+def _text_and_pixels(text: Any, vision: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    length = min(text.max_position_embeddings, 16)
+    return rng.integers(0, text.vocab_size, (1, length)), _pixels(vision, rng)
+
+
+def _blip(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list]:
+    config = model.config
+    ids, pixels = _text_and_pixels(config.text_config, config.vision_config, rng)
+    theirs = _torch(ids), _torch(pixels, image=True)
+    ours = [jax.jit(model.__call__)(ids, pixels), jax.jit(model.matching_logits)(ids, pixels)]
+    contrast, matching = (module(*theirs, use_itm_head=head).itm_score for head in (False, True))
+    return ours, [contrast, matching]
+
+
+def _blip_2(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list]:
+    config = model.config
+    ids, pixels = _text_and_pixels(config.qformer_config, config.vision_config, rng)
+    out = module(_torch(pixels, image=True), _torch(ids), _torch(np.ones_like(ids)))
+    return [jax.jit(model.__call__)(ids, pixels)], [out.logits_per_image]
+
+
 # Published class -> (model, module, rng) -> outputs of both, ours and theirs, in our layout.
 _RULES: Mapping[str, Callable[..., tuple[list, list]]] = {
     "UNet2DConditionModel": _unet,
@@ -145,4 +191,9 @@ _RULES: Mapping[str, Callable[..., tuple[list, list]]] = {
     "CLIPTextModelWithProjection": _clip_text,
     "CLIPVisionModel": _clip_vision,
     "CLIPModel": _clip,
+    "DiTTransformer2DModel": _dit,
+    "UNetMotionModel": _video_unet,
+    "Dinov2Model": _dinov2,
+    "BlipForImageTextRetrieval": _blip,
+    "Blip2ForImageTextRetrieval": _blip_2,
 }

@@ -43,7 +43,7 @@ from .concepts import ConceptError, encode_phrases
 from .instance_batches import PREFIXES, augmented, batches, cached, collect
 from .instances import Concept
 from .new_tokens import default_initializers, encode_with_rows, initial_rows
-from .phrases import text_length
+from .phrases import edited_encoders, text_length
 from .sage import cosine
 from .sampling import NoiseSchedule, add_noise, training_target
 from .settings import check_settings
@@ -81,6 +81,7 @@ class ClassDiffusionConfig:
       weight_decay: AdamW's decay.
       trained: of the UNet: keys and values of the cross-attention, all of it, everything, nothing.
       train_tokens: whether the new tokens' embeddings train; else they stay the initializers'.
+      edit: in which of SDXL's text encoders they train; other models have one.
       initialize: where a new token's embedding starts: at a "rare" word's or at the "class" word's.
       prompt: of images that have none of their own; {token} and {word} stand for the concept's.
       spl_weight: weight of the semantic preservation loss (lambda).
@@ -101,6 +102,7 @@ class ClassDiffusionConfig:
     weight_decay: float = 1e-2
     trained: Literal["crossattn_kv", "crossattn", "unet", "nothing"] = "crossattn_kv"
     train_tokens: bool = True
+    edit: Literal["text_encoder", "text_encoder_2", "both"] = "both"
     initialize: Literal["rare", "class"] = "rare"
     prompt: str = "photo of a {token} {word}"
     spl_weight: float = 1.0
@@ -121,6 +123,7 @@ class ClassDiffusionConfig:
             accepted={
                 "trained": tuple(TRAINED), "pooling": ("eos", "reference"),
                 "initialize": ("rare", "class"),
+                "edit": ("text_encoder", "text_encoder_2", "both"),
             },
         )  # fmt: skip
         if self.trained == "nothing" and not self.train_tokens:
@@ -181,6 +184,7 @@ class PersonalisingStatic:
       optimizer: of the trained parameters.
       schedule: of the noise.
       spl_weight, prior_weight: of the losses.
+      columns: first and last of the embeddings' entries that train: all, or one encoder's.
     """
 
     unet: nnx.GraphDef[Any]
@@ -190,6 +194,13 @@ class PersonalisingStatic:
     schedule: NoiseSchedule
     spl_weight: float
     prior_weight: float
+    columns: tuple[int, int]
+
+    def rows(self, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> Float[Array, "N C"]:
+        """The new tokens' embeddings, what trains of them in its place."""
+        if "rows" not in params:
+            return frozen["rows"]
+        return frozen["rows"].at[:, slice(*self.columns)].set(params["rows"])
 
 
 def latent_posterior(
@@ -209,7 +220,7 @@ def personalise_step(
 
     Args:
       static, state, frozen: from `prepare`. The trained parameters are {"unet": a part of the
-        UNet's, "rows": [N, C]}, either of which may be absent.
+        UNet's, "rows": [N, C'], the trained columns}, either of which may be absent.
       batch: as `instance_batches` makes it.
       key: this step's key.
 
@@ -238,7 +249,7 @@ def personalise_step(
 
     def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
         unet = nnx.merge(static.unet, params.get("unet", {}), frozen["unet"])
-        encoded = encode_with_rows(text, tokens, params.get("rows"), frozen["ids"], ends)
+        encoded = encode_with_rows(text, tokens, static.rows(params, frozen), frozen["ids"], ends)
         condition = jax.tree.map(lambda leaf: leaf[:size], encoded.condition)
         prediction = unet(noisy, times, condition).astype(jnp.float32)
         metrics = {
@@ -305,8 +316,9 @@ def prepare(
         else _all_frozen(pipeline.unet)
     )
     params: dict[str, Any] = {"unet": trained} if trained else {}
+    start, columns = jnp.stack(list(rows.values())), _columns(pipeline, config.edit)
     if config.train_tokens:
-        params["rows"] = jnp.stack(list(rows.values()))
+        params["rows"] = start[:, slice(*columns)]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     images = config.batch_size * config.accumulate
     rate = config.learning_rate * (images if config.scale_lr else 1)
@@ -316,6 +328,7 @@ def prepare(
         "unet": rest,
         "text": nnx.to_pure_dict(text_params),
         "ids": np.asarray(token_ids(tokenizer, list(rows)), np.int32),
+        "rows": start.astype(jnp.float32),
         **_phrases(extended, concepts, config.pooling, length),
     }
     options = {"flip": config.flip, "crop": config.center_crop}
@@ -328,10 +341,19 @@ def prepare(
     static = PersonalisingStatic(
         unet, text, vae if config.augment else None, optimizer,
         NoiseSchedule.from_config(pipeline.scheduler_config),
-        config.spl_weight, config.prior_weight,
+        config.spl_weight, config.prior_weight, columns,
     )  # fmt: skip
     data = batches(example, len(instances.images), config.batch_size, seed)
     return static, init_state(params, optimizer), jax.tree.map(jnp.asarray, frozen), data
+
+
+def _columns(pipeline: StableDiffusionPipeline, edit: str) -> tuple[int, int]:
+    """Where the embeddings of the edited encoders are, in rows of all encoders' side by side."""
+    names = edited_encoders(pipeline, edit)
+    widths = [tower.config.hidden_size for tower in pipeline.prompt_encoder.towers]
+    first = 0 if names[0] == "text_encoder" else widths[0]
+    last = sum(widths) if names[-1] != "text_encoder" else widths[0]
+    return first, last
 
 
 def new_rows(
@@ -427,7 +449,7 @@ def personalised(
     nnx.update(unet, jax.tree.map(lambda new, old: new.astype(old.dtype), trained, stored))
     rows = new_rows(pipeline, concepts, config)
     if "rows" in state.params:
-        rows = dict(zip(rows, state.params["rows"], strict=True))
+        rows = dict(zip(rows, static.rows(state.params, frozen), strict=True))
     return dataclasses.replace(add_tokens(pipeline, rows), unet=unet)
 
 

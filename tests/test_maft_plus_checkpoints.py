@@ -12,9 +12,11 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from conceptax.cli import convert
 from conceptax.converters import (
     CheckpointError,
     OutputError,
+    inspect_checkpoint,
     load_maft_plus,
     load_open_clip,
     load_pytorch,
@@ -309,6 +311,31 @@ def test_open_clip_files(published, torch, tmp_path):
         save_pytorch(model, tmp_path / "out", force=True)
         same_bits(safetensors.numpy.load_file(tmp_path / "out/model.safetensors"), own)
     assert load_pytorch(tmp_path / "out").config == model.config
+
+
+def test_files_are_told_apart_by_their_names(published, torch, tmp_path):
+    """`load_pytorch`, `convert` and `inspect` need not be told which loader a file is for."""
+    path, tensors, sizes = published["base"]
+    own = {key: tensors[f"{TEACHER}{key}"] for key in clip_keys(sizes)}
+    safetensors.numpy.save_file(own, tmp_path / "clip.safetensors")
+    for source, keys, prefix in (
+        (path, model_keys(sizes), ""), (tmp_path / "clip.safetensors", clip_keys(sizes), TEACHER),
+    ):  # fmt: skip
+        convert.run(convert.Command(source, tmp_path / "out", force=True))
+        written = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
+        same_bits(written, {key: tensors[prefix + key] for key in keys})
+    assert load_pytorch(path, form="panoptic").config.form == "panoptic"
+    with pytest.raises(ValueError, match="load_open_clip, which takes no form"):
+        load_pytorch(tmp_path / "clip.safetensors", form="panoptic")
+
+    found = inspect_checkpoint(path)
+    assert found.kind == "single file of MaftPlus" and found.healthy
+    assert found.parts[0].parameters == sum(tensors[key].size for key in model_keys(sizes))
+    assert f"{TEACHER}logit_scale" in found.leftovers["tensors that are not loaded"]
+    del own["text_projection"]
+    safetensors.numpy.save_file(own, tmp_path / "clip.safetensors")
+    with pytest.raises(CheckpointError, match="holds no OpenCLIP model"):
+        inspect_checkpoint(tmp_path / "clip.safetensors")
 
 
 class TestErrors:

@@ -8,6 +8,7 @@ from flax import nnx
 from oracles import nchw, relative_error
 
 from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters.verification import verify
 from conceptax.flax_models.dinov2 import Dinov2Config, Dinov2Model
 
 TOWER = {
@@ -127,6 +128,19 @@ def ids(values=IDS):
     import torch
 
     return torch.tensor(values)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verify_runs_both_frameworks(torch, transformers, tmp_path, name):
+    module = CASES[name][0](transformers)
+    module.save_pretrained(tmp_path)
+    model = load_pytorch(tmp_path)
+    (difference,) = verify(model, tmp_path).values()
+    assert difference is not None and difference < 1e-5
+    with torch.no_grad():
+        next(module.parameters()).add_(0.1)
+    module.save_pretrained(tmp_path)
+    assert verify(model, tmp_path)[type(model).__name__] > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from conceptax.converters import load_pytorch
+from conceptax.converters.verification import verify
 from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import (
@@ -217,6 +218,17 @@ def test_long_attention_is_attention(keys, masked, monkeypatch):
     received = both(lambda *each: dot_product_attention(*each, mask=mask))
     for one, other in zip(received, both(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet_motion"])
+def test_verify_runs_both_frameworks(kind, torch, tmp_path):
+    import oracles
+
+    module = getattr(oracles, kind)().module
+    module.save_pretrained(tmp_path)
+    model = load_pytorch(tmp_path)
+    (difference,) = verify(model, tmp_path).values()
+    assert difference is not None and difference < 1e-5
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])

@@ -10,9 +10,9 @@ from flax import nnx
 
 from conceptax.cli.erase import erase_into
 from conceptax.cli.personalize import personalise_into
-from conceptax.converters import load_pytorch
+from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.class_diffusion import ClassDiffusionConfig
+from conceptax.methods.class_diffusion import ClassDiffusionConfig, personalise
 from conceptax.methods.erasing import (
     AdvUnlearnConfig,
     EsdXConfig,
@@ -124,6 +124,25 @@ def test_a_subject_is_learnt_in_both_encoders(torch, pipeline, tmp_path):
     assert not list((tmp_path / "learnt").glob("<new1>*"))
 
 
+@pytest.mark.parametrize("edit", ["text_encoder", "text_encoder_2"])
+def test_a_subject_is_learnt_in_one_encoder(pipeline, edit):
+    """The other's row stays that of the word it started from."""
+    from personalising_toy import subject
+
+    config = ClassDiffusionConfig(
+        steps=1, batch_size=1, augment=False, learning_rate=1e-2, trained="nothing", edit=edit
+    )
+    learnt = personalise(pipeline, [subject()], config, progress=False)
+    word = learnt.tokenizer.convert_tokens_to_ids("<new1>")
+    for name, tower in zip(
+        ("text_encoder", "text_encoder_2"), learnt.prompt_encoder.towers, strict=True
+    ):
+        table = np.asarray(tower.embeddings.token_embedding.embedding[...])
+        stayed = (table[:word] == table[word]).all(axis=1).any()
+        assert stayed == (name != edit)
+    assert all((one == other).all() for one, other in _unets(pipeline, learnt).values())
+
+
 def _unets(*pipelines):
     leaves = [
         {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -142,13 +161,11 @@ def test_models_with_one_encoder_have_no_second_to_edit():
             erase(empty, ["three"], config)
 
 
-@pytest.mark.slow
-def test_sage_runs_on_the_settings_of_sd_2(torch, tmp_path):
+@pytest.fixture(scope="module")
+def sd_2():
     """Linear projections, heads per level, v-prediction, gelu, and another padding."""
-    import diffusers
     from erasing_toy import tiny_pipeline
 
-    from conceptax.converters import save_pytorch
     from conceptax.flax_models.clip import CLIPTextModel
     from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
 
@@ -158,14 +175,36 @@ def test_sage_runs_on_the_settings_of_sd_2(torch, tmp_path):
         pipeline.unet.config, use_linear_projection=True, attention_head_dim=(2,)
     )
     text = dataclasses.replace(pipeline.text_encoder.config, hidden_act="gelu", eos_token_id=2)
-    pipeline = dataclasses.replace(
+    return dataclasses.replace(
         pipeline, unet=UNet2DConditionModel(unet, rngs=nnx.Rngs(0)),
         text_encoder=CLIPTextModel(text, rngs=nnx.Rngs(1)),
         scheduler_config={**pipeline.scheduler_config, "prediction_type": "v_prediction"},
     )  # fmt: skip
-    edited = erase(pipeline, ["three"], SageConfig(**SAGE), retain=["seven", "brick", "grass"])
-    assert changed_parts(pipeline, edited) == {"text_encoder"}
+
+
+@pytest.mark.slow
+def test_sage_runs_on_the_settings_of_sd_2(torch, sd_2, tmp_path):
+    import diffusers
+
+    edited = erase(sd_2, ["three"], SageConfig(**SAGE), retain=["seven", "brick", "grass"])
+    assert changed_parts(sd_2, edited) == {"text_encoder"}
     folder = save_pytorch(edited, tmp_path / "sd2")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     assert theirs.tokenizer.pad_token == "!" and theirs.text_encoder.config.hidden_act == "gelu"
     assert theirs.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_subject_is_learnt_on_the_settings_of_sd_2(torch, sd_2, tmp_path):
+    import diffusers
+    from personalising_toy import subject
+
+    config = ClassDiffusionConfig(steps=1, batch_size=1, augment=False, learning_rate=1e-2)
+    learnt = personalise(sd_2, [subject()], config, progress=False)
+    moved = {key for key, (one, other) in _unets(sd_2, learnt).items() if (one != other).any()}
+    assert moved and all("attn2" in key for key in moved)
+    assert learnt.scheduler_config["prediction_type"] == "v_prediction"
+    folder = save_pytorch(learnt, tmp_path / "sd2")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    ids = theirs.tokenizer("photo of a <new1> seven", padding="max_length").input_ids
+    assert ids == learnt.tokenizer("photo of a <new1> seven", padding="max_length")["input_ids"]
+    assert len(theirs.tokenizer) - 1 in ids and theirs.tokenizer.pad_token == "!"
