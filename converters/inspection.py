@@ -90,13 +90,13 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     if path.is_file():
         if path.suffix in (".bin", ".pt", ".safetensors") and is_personalised(path):
             return _personalisation(path)
+        if (plan := plan_of(path)) is not None:
+            return _plan(plan, str(path))
         stored = open_weights(path, wrappers=("state_dict",) if path.suffix == ".ckpt" else ())
         if is_single_file(stored):
             return _single(stored, str(path))
         if is_lora(stored):
             return Inspection("LoRA", [_part("", "LoRA", stored.values(), {})], {}, {})
-        if (plan := plan_of(path)) is not None:
-            return _plan(plan, str(path))
         if not (folder / "config.json").is_file():
             part = _part("", "no config.json beside it tells", stored.values(), {})
             return Inspection("weight file", [part], {}, {})
