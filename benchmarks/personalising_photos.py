@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="keep the rest")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -76,15 +77,16 @@ def main() -> None:
         print(json.dumps(measure(options.photos, RUNS[options.one], options.size, options.steps)))
         return
     if missing := sorted(
-        {s for run in RUNS.values() for s in run if not (options.photos / s).is_dir()}
+        {s for run in options.only for s in RUNS[run] if not (options.photos / s).is_dir()}
     ):
         print(f"{options.photos} has no folder {', '.join(missing)}: nothing is measured.")
         return
     from conceptax.cli.results import environment, write_json
 
-    rows = {}
+    output = options.output or RESULTS / f"personalising_photos_{options.size}.json"
+    rows = json.loads(output.read_text())["rows"] if output.exists() else {}
     print(f"{'':15}{'images':>7}{'pixels':>8}{'step':>10}{'in all':>10}{'peak':>11}")
-    for name in RUNS:
+    for name in options.only:
         command = [
             sys.executable, __file__, str(options.photos), "--size", options.size,
             "--steps", str(options.steps), "--one", name,
@@ -102,7 +104,6 @@ def main() -> None:
         "benchmark": "personalising_photos", "date": date.today().isoformat(),
         "size": options.size, "batch_size": 2, "compute": "bfloat16", "rows": rows,
     }  # fmt: skip
-    output = options.output or RESULTS / f"personalising_photos_{options.size}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, record | environment())
 
