@@ -43,7 +43,7 @@ from .concepts import ConceptError, encode_phrases
 from .instance_batches import PREFIXES, augmented, batches, cached, collect
 from .instances import Concept
 from .new_tokens import default_initializers, encode_with_rows, initial_rows
-from .phrases import edited_encoders, text_length
+from .phrases import Encoders, edited_encoders, text_length
 from .sage import cosine
 from .sampling import NoiseSchedule, add_noise, training_target
 from .settings import check_settings
@@ -102,7 +102,7 @@ class ClassDiffusionConfig:
     weight_decay: float = 1e-2
     trained: Literal["crossattn_kv", "crossattn", "unet", "nothing"] = "crossattn_kv"
     train_tokens: bool = True
-    edit: Literal["text_encoder", "text_encoder_2", "both"] = "both"
+    edit: Encoders = "both"
     initialize: Literal["rare", "class"] = "rare"
     prompt: str = "photo of a {token} {word}"
     spl_weight: float = 1.0
@@ -119,11 +119,6 @@ class ClassDiffusionConfig:
             least={
                 "steps": 1, "batch_size": 1, "accumulate": 1, "learning_rate": 0, "weight_decay": 0,
                 "spl_weight": 0, "prior_weight": 0,
-            },
-            accepted={
-                "trained": tuple(TRAINED), "pooling": ("eos", "reference"),
-                "initialize": ("rare", "class"),
-                "edit": ("text_encoder", "text_encoder_2", "both"),
             },
         )  # fmt: skip
         if self.trained == "nothing" and not self.train_tokens:
@@ -347,7 +342,7 @@ def prepare(
     return static, init_state(params, optimizer), jax.tree.map(jnp.asarray, frozen), data
 
 
-def _columns(pipeline: StableDiffusionPipeline, edit: str) -> tuple[int, int]:
+def _columns(pipeline: StableDiffusionPipeline, edit: Encoders) -> tuple[int, int]:
     """Where the embeddings of the edited encoders are, in rows of all encoders' side by side."""
     names = edited_encoders(pipeline, edit)
     widths = [tower.config.hidden_size for tower in pipeline.prompt_encoder.towers]

@@ -7,7 +7,7 @@ to what is erased; it is set aside, and named in `Retained.near`, so that nobody
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from .concepts import (
     encode_phrases,
     vocabulary_words,
 )
+
+# Which of SDXL's text encoders a method edits; other models have one, which "both" means too.
+Encoders = Literal["text_encoder", "text_encoder_2", "both"]
 
 _CHUNK = 256  # rows at a time, so that one compiled program serves any number
 
@@ -135,7 +138,7 @@ def embedding_scale(encoder: Any) -> Float[Array, "..."]:
     return scales[0][0] if len(scales) == 1 else jnp.concatenate(scales)
 
 
-def edited_encoders(pipeline: StableDiffusionPipeline, edit: str) -> tuple[str, ...]:
+def edited_encoders(pipeline: StableDiffusionPipeline, edit: Encoders) -> tuple[str, ...]:
     """The text encoders that a method's setting `edit` means.
 
     Raises:
@@ -148,7 +151,7 @@ def edited_encoders(pipeline: StableDiffusionPipeline, edit: str) -> tuple[str, 
 
 
 def encoder_patterns(
-    pipeline: StableDiffusionPipeline, patterns: Sequence[str], edit: str
+    pipeline: StableDiffusionPipeline, patterns: Sequence[str], edit: Encoders
 ) -> tuple[str, ...]:
     """Patterns of a text tower's parameters as those of the pipeline's `prompt_encoder`."""
     chosen = edited_encoders(pipeline, edit)

@@ -30,6 +30,7 @@ from ..flax_models.clip import pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
 from .concepts import TEMPLATES, encode_phrases
 from .phrases import (
+    Encoders,
     Retained,
     concept_states,
     embedding_scale,
@@ -114,7 +115,7 @@ class SageConfig:
     learning_rate: float = 1.75e-3
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
-    edit: Literal["text_encoder", "text_encoder_2", "both"] = "both"
+    edit: Encoders = "both"
     check: Literal["anchor", "recall", "guided"] = "recall"
     check_steps: int = 30
     check_rate: float = 0.1
@@ -147,13 +148,6 @@ class SageConfig:
                 "global_rows": 1, "local_rows": 1, "ddim_steps": 1, "ddim_samples": 1,
                 "contexts": 0, "frames": 0, "learning_rate": 0, "check_rate": 0, "check_weight": 0,
                 "global_weight": 0, "local_weight": 0, "weight_decay": 0, "eta": 0,
-            },
-            accepted={
-                "check": ("anchor", "recall", "guided"), "check_optimizer": ("adam", "sign"),
-                "edit": ("text_encoder", "text_encoder_2", "both"),
-                "check_start": ("prompt", "random"), "check_states": ("pooled", "tokens"),
-                "global_states": ("pooled", "tokens"),
-                "latents": ("noise", "ddim"), "global_form": ("cross", "self"),
             },
         )  # fmt: skip
         if self.check_radius is not None and not self.check_radius > 0:

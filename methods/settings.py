@@ -1,18 +1,17 @@
 """Checks that the settings of several methods share."""
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def check_settings(
-    settings: Any, *, least: Mapping[str, int], accepted: Mapping[str, tuple[str, ...]]
-) -> None:
-    """Check numbers against their least values, names against those known, and common ranges.
+def check_settings(settings: Any, *, least: Mapping[str, int]) -> None:
+    """Check numbers against their least values, choices against their types, and common ranges.
 
     Args:
-      settings: a dataclass; `min_timestep` and `similarity_cap` are checked wherever it has them.
+      settings: a dataclass; a field of a `Literal` type takes its values alone, `min_timestep` and
+        `similarity_cap` are checked wherever it has them.
       least: name of a setting -> its least value.
-      accepted: name of a setting -> the values it takes.
 
     Raises:
       ValueError: names the setting, what it takes and what was received.
@@ -22,10 +21,17 @@ def check_settings(
             raise ValueError(
                 f"{name} must be at least {value}, received {getattr(settings, name)}."
             )
-    for name, values in accepted.items():
+    for name, values in _choices(type(settings)).items():
         if getattr(settings, name) not in values:
             raise ValueError(f"{name} accepts {values}, received {getattr(settings, name)!r}.")
     if not 0 <= getattr(settings, "min_timestep", 0) < 1:
         raise ValueError(f"min_timestep is a fraction in [0, 1), received {settings.min_timestep}.")
     if not -1 <= getattr(settings, "similarity_cap", 0) <= 1:
         raise ValueError(f"similarity_cap is a cosine, received {settings.similarity_cap}.")
+
+
+@functools.cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    """Field -> the values of its type, of those that are a `Literal`."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}

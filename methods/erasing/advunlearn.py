@@ -32,6 +32,7 @@ from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES, ConceptError, encode_phrases
 from ..phrases import (
+    Encoders,
     Retained,
     embedding_scale,
     encoder_patterns,
@@ -100,7 +101,7 @@ class AdvUnlearnConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
-    edit: Literal["text_encoder", "text_encoder_2", "both"] = "both"
+    edit: Encoders = "both"
     attack_tokens: int = 3
     attack_steps: int = 5
     attack_rate: float = 0.1
@@ -124,10 +125,6 @@ class AdvUnlearnConfig:
                 "learning_rate": 0, "weight_decay": 0, "attack_tokens": 1, "attack_steps": 0,
                 "attack_rate": 0, "eta": 0, "ddim_steps": 1, "guidance": 0, "vocabulary": 1,
                 "frames": 0, "retain_rows": 1, "retain_weight": 0,
-            },
-            accepted={
-                "attack_optimizer": ("adam", "sign"), "latents": ("edited", "noise"),
-                "edit": ("text_encoder", "text_encoder_2", "both"),
             },
         )  # fmt: skip
 

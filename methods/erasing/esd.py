@@ -92,7 +92,6 @@ class EsdXConfig:
                 "contexts": 0, "cycles": 1, "prompts": 1, "learning_rate": 0, "weight_decay": 0,
                 "eta": 0, "ddim_steps": 1, "guidance": 0, "vocabulary": 1,
             },
-            accepted={"latents": ("edited", "noise")},
         )  # fmt: skip
 
 

@@ -78,7 +78,6 @@ class UceConfig:
                 "contexts": 0, "erase_weight": 0, "preserve_weight": 0, "vocabulary": 1,
                 "frames": 0,
             },
-            accepted={},
         )  # fmt: skip
         if not self.regularization > 0:
             raise ValueError(

@@ -53,7 +53,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         least = {"images": 2, "steps": 1, "batch_size": 1, "attack_images": 1}
-        check_settings(self, least=least, accepted={})
+        check_settings(self, least=least)
         if unknown := sorted(set(self.attacks) - set(known_attacks())):
             raise ValueError(f"attacks are among {sorted(known_attacks())}, received {unknown}.")
 

@@ -81,15 +81,13 @@ class AttackStatic:
     schedule: NoiseSchedule
 
 
-def check_attack(
-    settings: AttackSettings, least: Mapping[str, int], accepted: Mapping[str, tuple[str, ...]]
-) -> None:
+def check_attack(settings: AttackSettings, least: Mapping[str, int]) -> None:
     """`check_settings`, and the settings that all attacks have.
 
     Raises:
       ValueError: names the setting, what it takes and what was received.
     """
-    check_settings(settings, least={"steps": 1, "batch_size": 1, **least}, accepted=accepted)
+    check_settings(settings, least={"steps": 1, "batch_size": 1, **least})
     if not settings.min_timestep < settings.max_timestep <= 1:
         raise ValueError(
             f"max_timestep is a fraction above min_timestep={settings.min_timestep} and at most 1, "

@@ -82,7 +82,7 @@ class ConceptInversionConfig:
     max_timestep: float = 1.0
 
     def __post_init__(self):
-        check_attack(self, {"restarts": 1, "learning_rate": 0}, {})
+        check_attack(self, {"restarts": 1, "learning_rate": 0})
         if self.norm_cap is not None and not self.norm_cap > 0:
             raise ValueError(f"norm_cap must be positive or None, received {self.norm_cap}.")
         if not self.templates or any(each.count("{}") != 1 for each in self.templates):

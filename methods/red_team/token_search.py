@@ -82,11 +82,7 @@ class TokenSearchConfig:
     max_timestep: float = 1.0
 
     def __post_init__(self):
-        check_attack(
-            self,
-            {"restarts": 1, "tokens": 1, "candidates": 1, "top": 1},
-            {"target": ("noise", "original")},
-        )
+        check_attack(self, {"restarts": 1, "tokens": 1, "candidates": 1, "top": 1})
 
 
 def search_examples(
