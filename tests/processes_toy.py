@@ -1,10 +1,11 @@
 """The toy of the training tests in one of several processes, as a launcher starts them.
 
-    python processes_toy.py FOLDER [SIGNAL STEP]
+    python processes_toy.py FOLDER [SIGNAL STEP | UNREADABLE STEP]
 
 finds the other processes through the environment, trains, saving every third of ten steps to
 FOLDER/run, writes its losses and what it holds to FOLDER/INDEX.json, and exports the trained
-parameters to FOLDER/model.safetensors.  Given SIGNAL, process 1 sends it to itself at batch STEP.
+parameters to FOLDER/model.safetensors.  Given SIGNAL, process 1 sends it to itself at batch STEP;
+given UNREADABLE, it alone cannot read the checkpoint after STEP.
 """
 
 import json
@@ -27,12 +28,15 @@ def main() -> None:
     folder = Path(sys.argv[1])
     join_processes()
     me = jax.process_index()
+    what, number = (sys.argv[2], int(sys.argv[3])) if me == 1 and len(sys.argv) > 2 else ("", 0)
+    if what == "UNREADABLE":
+        _hide(number)
     rows, seen = training.local_rows(16), []
 
     def batches():
         for n, batch in enumerate(toy.batches()):
-            if me == 1 and len(sys.argv) > 2 and n == int(sys.argv[3]):
-                os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+            if what.startswith("SIG") and n == number:
+                os.kill(os.getpid(), getattr(signal, what))
             seen.append(len(batch["x"][rows]))
             yield {"x": batch["x"][rows]}
 
@@ -56,6 +60,17 @@ def main() -> None:
         "sum": float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(whole))),
     }  # fmt: skip
     (folder / f"{me}.json").write_text(json.dumps(found))
+
+
+def _hide(step: int) -> None:
+    restore = training.Checkpoints._restore
+
+    def fails(self, target, wanted, iterator):
+        if wanted == step:
+            raise OSError("only here")
+        return restore(self, target, wanted, iterator)
+
+    training.Checkpoints._restore = fails
 
 
 if __name__ == "__main__":

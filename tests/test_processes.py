@@ -35,6 +35,10 @@ def same_bits(left, right):
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
+def biggest(folder):
+    return max(folder.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """Final state and losses of the uninterrupted run in one process."""
@@ -103,6 +107,24 @@ def test_two_processes_give_the_losses_of_one(launcher, start, reference, tmp_pa
     assert sorted(exported) == sorted(paths)
     for path, leaf in zip(paths, jax.tree.leaves(restored.params), strict=True):
         assert exported[path].read().tobytes() == np.asarray(leaf).tobytes()
+
+
+def test_processes_agree_on_the_newest_checkpoint_that_all_can_read(start, reference, tmp_path):
+    """The files of the newest are damaged; the one before it one process alone cannot read."""
+    folder = tmp_path / "run"
+    toy.run(num_steps=9, checkpoint_dir=folder, checkpoint_every=3)
+    biggest(folder / "9" / "state").unlink()
+    processes = start(tmp_path, "UNREADABLE", "6")
+    outputs = [each.communicate(timeout=240)[0] for each in processes]
+    assert [each.returncode for each in processes] == [0, 0], outputs
+    for output, reason in zip(outputs, ("by another process", "only here"), strict=True):
+        assert "the checkpoint after step 9 cannot be read" in output
+        assert f"the checkpoint after step 6 cannot be read ({reason})" in output
+    assert {"damaged-9", "damaged-6", "9", "10"} <= {path.name for path in folder.iterdir()}
+    logged = records(tmp_path / "metrics-0.jsonl")
+    assert [record["step"] for record in logged] == list(range(4, toy.NUM_STEPS + 1))
+    losses = [record["loss"] for record in logged]
+    np.testing.assert_allclose(losses, reference[1][3:], rtol=0, atol=1e-5)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(start, reference, tmp_path):
@@ -221,7 +243,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, reference):
 def test_a_damaged_checkpoint_is_skipped(damage, tmp_path, reference):
     folder = tmp_path / "run"
     toy.run(num_steps=6, checkpoint_dir=folder, checkpoint_every=3)
-    data = max((folder / "6" / "state").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    data = biggest(folder / "6" / "state")
     if damage == "cut":
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     else:

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from .paths import dotted
-from .processes import is_first_process
+from .processes import any_process, is_first_process
 from .state import TrainState
 
 # How the libraries below tell that the disk takes no more.
@@ -144,8 +144,8 @@ class Checkpoints:
         Args:
             target: a state of arrays or `jax.ShapeDtypeStruct`; its shardings may be those of
                 another mesh than the one the checkpoint was written from.
-            step: which checkpoint; default the newest that can be read. One that cannot is put
-                aside, under the name ``damaged-STEP``, with a warning.
+            step: which checkpoint; default the newest that every process of the run can read. One
+                that cannot be is put aside, under the name ``damaged-STEP``, with a warning.
             iterator: moved to the saved position if it has ``set_state``.
 
         Raises:
@@ -154,40 +154,50 @@ class Checkpoints:
         if step is not None:
             return self._restore(target, step, iterator)
         while True:
-            newest = self._existing(None)
+            newest, restored, reason = self._existing(None), None, ""
             try:
-                return self._restore(target, newest, iterator)
+                restored = self._restore(target, newest, iterator)
             except _MisfitError:
                 raise
             except Exception as error:  # whatever the libraries below make of damaged files
-                if jax.process_count() > 1:  # renaming would need all of them to agree
-                    raise
-                aside = self._put_aside(newest)
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                warnings.warn(
-                    f"the checkpoint after step {newest} cannot be read ({reason}); it was moved "
-                    f"to {aside}, and the one before it is used.",
-                    stacklevel=2,
-                )
+            if not any_process(restored is None) and restored is not None:
+                return restored
+            aside = self._put_aside(newest)
+            warnings.warn(
+                f"the checkpoint after step {newest} cannot be read "
+                f"({reason or 'by another process'}); it was moved to {aside}, and the one before "
+                "it is used.",
+                stacklevel=2,
+            )
 
     def _restore(self, target: TrainState, step: int, iterator: Any) -> TrainState:
         step = self._existing(step)
         self._check_fits(step, _as_dict(target))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_as_dict(target)), data=ocp.args.JsonRestore()
-            ),
-        )
+        folder, alone = self.directory / str(step), _alone()
+        with (
+            ocp.Checkpointer(
+                ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+                multiprocessing_options=alone,
+            ) as arrays,
+            ocp.Checkpointer(
+                ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+                multiprocessing_options=alone,
+            ) as values,
+        ):
+            state = arrays.restore(
+                folder / "state", args=ocp.args.StandardRestore(_as_dict(target))
+            )
+            data = values.restore(folder / "data", args=ocp.args.JsonRestore())
         if iterator is not None and hasattr(iterator, "set_state"):
-            position = _from_json(restored["data"]["position"])
+            position = _from_json(data["position"])
             if position is None:
                 raise _MisfitError(
                     f"the checkpoint after step {step} holds no data position, but the batches "
                     "given now need one: it was written with other batches."
                 )
             iterator.set_state(position)
-        return TrainState(**restored["state"])
+        return TrainState(**state)
 
     def restore_params(self, *, step: int | None = None) -> dict[Any, Any]:
         """Read the trained parameters alone, without a target, as a nested dict of NumPy arrays."""
@@ -249,8 +259,10 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> Path:
         aside = self.directory / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.directory / str(step)).rename(aside)
+        if is_first_process():
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+        any_process(False)  # the others look into the folder after that
         self._manager.close()
         self._manager = self._open()
         self._complete = self._manager.latest_step()
@@ -291,6 +303,14 @@ class Checkpoints:
 
 class _MisfitError(ValueError):
     """A checkpoint that is whole, but not what was asked for."""
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Waits for no other process: one that meets damaged files would leave the rest waiting."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+    )
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -51,6 +51,16 @@ def local_rows(batch_size: int) -> slice:
     return slice(index * part, (index + 1) * part)
 
 
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process of the run. Waits until all of them have asked.
+
+    A program of its own, so only for where no other runs (see `spread_flag`).
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Arrays onto their devices; `shardings` is one sharding or a tree of them.
 
