@@ -1,6 +1,7 @@
 """A motion adapter for the bundled model, trained on digits that cross textures.
 
     python benchmarks/glyphs_motion.py
+    python benchmarks/glyphs_motion.py --start outputs/glyphs_motion --steps 2000
     python benchmarks/glyphs_motion.py --model learnt --prompt "a red <new1> seven on grass"
 
 The UNet stays as it is; motion modules are added and learn to denoise short videos, frames of one
@@ -148,8 +149,9 @@ def motion_step(static, state, frozen, batch, key):
 
 
 def fit(
-    pipeline: StableDiffusionPipeline, recipe: Recipe, *, count: int, frames: int, seed: int
-) -> tuple[MotionAdapter, list[float]]:
+    pipeline: StableDiffusionPipeline, start: MotionAdapter, recipe: Recipe, *, count: int,
+    frames: int, seed: int,
+) -> tuple[MotionAdapter, list[float]]:  # fmt: skip
     """The adapter after training, and how many seconds the data and the training took."""
     began = time.perf_counter()
     clips, texts, _ = videos(count, frames, seed)
@@ -162,7 +164,7 @@ def fit(
         "tokens": tokenize(pipeline.tokenizer, texts, max_length=length),
     }
     rendered = time.perf_counter()
-    model = with_motion(pipeline.unet, still_adapter(pipeline.unet, frames, seed))
+    model = with_motion(pipeline.unet, start)
     graphdef, motion, rest = nnx.split(model, is_motion, ...)
     text_graphdef, text = nnx.split(pipeline.text_encoder)
     optimizer = recipe.optimizer()
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--drawn", type=int, default=24, help="videos that are measured")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="go on with this adapter's training")
     parser.add_argument("--adapter", type=Path, help="take this one instead of training")
     parser.add_argument("--model", type=Path, help="draw with this personalised model")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw with it")
@@ -252,8 +255,11 @@ def main() -> None:
     recipe = Recipe(options.steps, options.batch, options.rate, ema=0.99)
     seconds = []
     if options.adapter is None:
+        start = still_adapter(pipeline.unet, frames, options.seed)
+        if options.start is not None:
+            start = load_pytorch(options.start)
         adapter, seconds = fit(
-            pipeline, recipe, count=options.videos, frames=frames, seed=options.seed
+            pipeline, start, recipe, count=options.videos, frames=frames, seed=options.seed
         )
         save_pytorch(adapter, options.save_adapter, force=True)
     else:
@@ -310,6 +316,7 @@ def main() -> None:
         "model": str(options.model or "bundled"),
         "prompts": options.prompt,
         "recipe": None if options.adapter else dataclasses.asdict(recipe),
+        "start": options.start and options.start.name,
         "videos": options.videos,
         "sampling": {"steps": SAMPLING_STEPS, "guidance": GUIDANCE, "videos": options.drawn},
         "seed": options.seed,

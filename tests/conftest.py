@@ -3,11 +3,13 @@
 import os
 
 # Eight host devices for the sharding tests; programs that run briefly are compiled with fewer
-# passes, which takes a third less time; one thread per library in each worker.
+# passes and the simpler emitters, which takes a third of the time; one thread per library in each
+# worker.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
