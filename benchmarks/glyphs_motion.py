@@ -313,7 +313,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "adapter": adapter.config.to_dict(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.split(adapter)[1])),
-        "model": str(options.model or "bundled"),
+        "model": options.model.name if options.model else "bundled",
         "prompts": options.prompt,
         "recipe": None if options.adapter else dataclasses.asdict(recipe),
         "start": options.start and options.start.name,
