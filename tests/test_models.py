@@ -70,7 +70,7 @@ ORACLES = {
 
 
 # What the others cover in fewer programs.
-SLOW = ("unet odd size", "video unet")
+SLOW = ("unet odd size", "video unet with other settings")
 
 
 @pytest.mark.parametrize(
