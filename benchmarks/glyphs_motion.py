@@ -255,8 +255,9 @@ def main() -> None:
     recipe = Recipe(options.steps, options.batch, options.rate, ema=0.99)
     seconds = []
     if options.adapter is None:
-        start = still_adapter(pipeline.unet, frames, options.seed)
-        if options.start is not None:
+        if options.start is None:
+            start = still_adapter(pipeline.unet, frames, options.seed)
+        else:
             start = load_pytorch(options.start)
         adapter, seconds = fit(
             pipeline, start, recipe, count=options.videos, frames=frames, seed=options.seed

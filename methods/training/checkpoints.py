@@ -174,21 +174,10 @@ class Checkpoints:
     def _restore(self, target: TrainState, step: int, iterator: Any) -> TrainState:
         step = self._existing(step)
         self._check_fits(step, _as_dict(target))
-        folder, alone = self.directory / str(step), _alone()
-        with (
-            ocp.Checkpointer(
-                ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-                multiprocessing_options=alone,
-            ) as arrays,
-            ocp.Checkpointer(
-                ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-                multiprocessing_options=alone,
-            ) as values,
-        ):
-            state = arrays.restore(
-                folder / "state", args=ocp.args.StandardRestore(_as_dict(target))
-            )
-            data = values.restore(folder / "data", args=ocp.args.JsonRestore())
+        folder = self.directory / str(step)
+        wanted = ocp.args.StandardRestore(_as_dict(target))
+        state = _read(folder / "state", ocp.StandardCheckpointHandler, wanted)
+        data = _read(folder / "data", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
         if iterator is not None and hasattr(iterator, "set_state"):
             position = _from_json(data["position"])
             if position is None:
@@ -305,12 +294,19 @@ class _MisfitError(ValueError):
     """A checkpoint that is whole, but not what was asked for."""
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Waits for no other process: one that meets damaged files would leave the rest waiting."""
+def _read(path: Path, handler: Any, wanted: ocp.args.CheckpointArgs) -> Any:
+    """One item of a checkpoint, without waiting for other processes.
+
+    A process that met damaged files would otherwise leave the rest waiting.
+    """
     me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
+    alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
     )
+    with ocp.Checkpointer(
+        handler(multiprocessing_options=alone), multiprocessing_options=alone
+    ) as checkpointer:
+        return checkpointer.restore(path, args=wanted)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
