@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,23 @@ def problem_of(layout, kernel_size, stride=1, heads=2, dim=8, dtype="float32"):
     return gna.describe(x, x, x, kernel_size=kernel_size, stride=stride)
 
 
-def test_all_take_turns_in_each_round():
-    order = []
-    waits = {"slow": 0.004, "fast": 0.002}
+def test_all_take_turns_in_each_round(monkeypatch):
+    order, waits, now = [], {"slow": 4.0, "fast": 2.0}, 0.0
 
     def contender(name):
-        return lambda: (order.append(name), time.sleep(waits[name]))
+        def call():
+            nonlocal now
+            now += waits[name]
+            order.append(name)
 
-    timings = measure.take_turns({name: contender(name) for name in waits}, 3, seconds=0.004)
-    warm = ["slow", "slow", "fast", "fast"]
-    assert order[:4] == warm and order[4:7] == ["slow", "fast", "fast"]
-    assert order[4:] == order[4:7] * 3
-    for name, timing in timings.items():
-        assert len(timing.rounds) == 3
-        assert waits[name] <= timing.best <= timing.median <= max(timing.rounds)
-    assert measure.speedup(timings["slow"], timings["fast"]) > 1
+        return call
+
+    monkeypatch.setattr(measure, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    timings = measure.take_turns({name: contender(name) for name in waits}, 3, seconds=4.0)
+    assert order[:4] == ["slow", "slow", "fast", "fast"]
+    assert order[4:] == ["slow", "fast", "fast"] * 3
+    assert timings == {name: (wait, (wait,) * 3) for name, wait in waits.items()}
+    assert measure.speedup(timings["slow"], timings["fast"]) == 2
     with pytest.raises(ValueError, match="at least 1 round, received 0"):
         measure.take_turns({}, 0)
 
