@@ -1,4 +1,4 @@
-"""MAFT+ speed: a full-size forward pass, and deformable sampling alone, JAX against PyTorch.
+"""MAFT+ speed: a full-size forward pass, deformable sampling alone, and matching.
 
     python benchmarks/maft_plus.py                     # Base at 640x640, float32
     python benchmarks/maft_plus.py --size 320 --threads 1
@@ -8,11 +8,14 @@ Every measurement runs in a process of its own (so that peak memory is its own),
 with random weights.  torch runs transformers' ConvNeXt and Mask2Former, the parts it has of the
 model; JAX runs all of it: class heads, mask pooling, 404 text rows and their transfer besides.
 Sampling is one layer's: `sample_levels` visits a query's points one after another, the dense form
-gathers all their corners at once.  Seconds are those of the process's processor time when --threads
-is 1 (other processes do not count), else of the clock.
+gathers all their corners at once.  Matching is a training step's: queries to targets for ten
+layers and eight images, on the host by SciPy through a callback (what the losses do) or on the
+device by optax; both must find assignments of the same cost.  Seconds are those of the process's
+processor time when --threads is 1 (other processes do not count), else of the clock.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -26,6 +29,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 ROWS = 403  # synonyms of ADE20K-150
 DIMS, DEPTHS = (128, 256, 512, 1024), (3, 3, 27, 3)
+LAYERS, IMAGES, QUERIES = 10, 8, 100  # whose targets a step matches
 
 
 def peak_memory() -> float:
@@ -198,12 +202,46 @@ def sampling_torch(size: int, repeats: int, threads: int) -> dict:
     return {"forward_s": one["best_s"], "gradient_s": two["best_s"]}
 
 
+def matching(solver: str, targets: int, size: int, repeats: int, threads: int) -> dict:
+    del size
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from conceptax.methods.segmentation.set_losses import match
+
+    costs = jnp.asarray(np.random.default_rng(0).random((LAYERS, IMAGES, QUERIES, targets)))
+    everything = jnp.ones((LAYERS, IMAGES, targets), bool)
+
+    def on_device(each):
+        queries, columns = optax.assignment.hungarian_algorithm(each)
+        return jnp.zeros(targets, jnp.int32).at[columns].set(queries)
+
+    find = {
+        "scipy": jax.jit(lambda costs: match(costs, everything)),
+        "optax": jax.jit(jax.vmap(jax.vmap(on_device))),
+    }
+    best, found = (
+        float(jnp.take_along_axis(costs, find[name](costs)[:, :, None], axis=2).sum())
+        for name in ("scipy", solver)
+    )
+    if not math.isclose(best, found, rel_tol=1e-5):
+        sys.exit(f"{solver} finds assignments of cost {found}, not {best}")
+    run = find[solver]
+    return timed(lambda: jax.block_until_ready(run(costs)), repeats, threads)
+
+
 MEASUREMENTS = {
     "forward jax": forward_jax,
     "forward torch": forward_torch,
     "sampling jax linear": lambda *a: sampling_jax("linear", *a),
     "sampling jax dense": lambda *a: sampling_jax("dense", *a),
     "sampling torch": sampling_torch,
+} | {
+    f"matching {solver} {targets}": functools.partial(matching, solver, targets)
+    for targets in (20, 60)
+    for solver in ("scipy", "optax")
 }
 
 
@@ -214,7 +252,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=640, help="pixels of each side")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", choices=["forward", "sampling"])
+    parser.add_argument("--only", choices=["forward", "sampling", "matching"])
     parser.add_argument("--write", action="store_true", help="keep the results beside this file")
     parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -233,7 +271,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", name]
         for flag in ("size", "repeats", "threads"):
             command += [f"--{flag}", str(getattr(options, flag))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
         results[name] = json.loads(done.stdout.splitlines()[-1])
         numbers = {k: v for k, v in results[name].items() if not isinstance(v, list)}
         print(f"{name:20}", *(f"{k}={v:.2f}" for k, v in numbers.items()), flush=True)

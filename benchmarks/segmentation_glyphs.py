@@ -336,8 +336,8 @@ def page(results: Path) -> str:
     return "".join(parts)
 
 
-def speed_tables(measured: Mapping[str, Mapping[str, float]]) -> tuple[Table, Table]:
-    """A forward pass, and one layer's sampling, from `maft_plus.py`."""
+def speed_tables(measured: Mapping[str, Mapping[str, float]]) -> tuple[Table, ...]:
+    """A forward pass, one layer's sampling, and a step's matching, from `maft_plus.py`."""
     forward = [
         (title, Number(f"{one['best_s']:.2f}"), Number(f"{one['peak_gib']:.2f}"))
         for key, title in (("forward jax", "JAX, everything"), ("forward torch", "PyTorch, parts"))
@@ -348,16 +348,29 @@ def speed_tables(measured: Mapping[str, Mapping[str, float]]) -> tuple[Table, Ta
         for name, title in _FORMS.items()
         for one in (measured[f"sampling {name}"],)
     ]
+    matching = [
+        (
+            title,
+            *(Number(f"{1e3 * measured[f'matching {name} {n}']['best_s']:.1f}") for n in _TARGETS),
+        )
+        for name, title in _SOLVERS.items()
+    ]
     return (
         Table("Forward", ("", "seconds", "peak, GiB"), forward),
         Table("Deformable sampling of one layer", ("", *_SAMPLING.values()), sampling),
-    )
+        Table(
+            "Matching of ten layers and eight images, milliseconds",
+            ("", *(f"{n} targets an image" for n in _TARGETS)), matching,
+        ),
+    )  # fmt: skip
 
 
 _FORMS = {
     "jax linear": "point after point (used)", "jax dense": "all corners at once",
     "torch": "PyTorch, grid_sample",
 }  # fmt: skip
+_SOLVERS = {"scipy": "on the host, SciPy (used)", "optax": "on the device, optax"}
+_TARGETS = (20, 60)
 _SAMPLING = {
     "forward_s": "forward, s", "gradient_s": "with gradient, s",
     "forward_temporary_mib": "scratch, MiB", "gradient_temporary_mib": "with gradient, MiB",
