@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from conceptax.methods.glyphs.captions import COLOURS, DIGIT_NAMES, TEXTURES
-from conceptax.methods.glyphs.open_clip import caption
+from conceptax.methods.glyphs.open_clip import caption, quarters, some_cells
 from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, Figure, GlyphScenes, draw
+from conceptax.methods.glyphs.world import COLOUR_VALUES
 from conceptax.methods.segmentation.datasets import SceneSource
 
 
@@ -71,13 +73,40 @@ def test_wrong_scenes(wrong):
 def test_captions_tell_what_they_say():
     rng, kinds = np.random.default_rng(0), set()
     for _ in range(300):
-        digit, colour, texture = (int(rng.integers(n)) for n in (10, 6, 3))
+        digit, colour, texture = (int(rng.integers(n)) for n in (11, 6, 3))
         text, said = caption(rng, digit, colour, texture)
         words = set(text.replace(",", "").replace(":", "").split())
-        assert bool(words & set(DIGIT_NAMES[digit])) == said[0], text
+        told = set(DIGIT_NAMES[digit]) if digit < 10 else {TEXTURES[texture]}
+        assert bool(words & told) == said[0], text
         assert (COLOURS[colour] in words) == said[1], text
         kinds.add(tuple(said.tolist()))
-    assert kinds == {(True, False, False), (False, False, True), (True, True, True)}
+    assert kinds == {(True, False, False), (True, False, True), (True, True, True)}
+
+
+def test_quarters_show_what_their_labels_say():
+    digits = set()
+    for index in range(30):
+        image, labels = quarters(3, index)
+        np.testing.assert_array_equal(image, quarters(3, index)[0])
+        distance = np.abs(image[..., None, :] / 255 - COLOUR_VALUES).max(axis=-1)
+        for number, (digit, colour, texture) in enumerate(labels):
+            top, left = (64 * place for place in divmod(number, 2))
+            painted = (distance[top : top + 64, left : left + 64] < 0.12).sum(axis=(0, 1))
+            assert np.flatnonzero(painted > 100).tolist() == ([colour] if digit < 10 else [])
+            assert (colour < 6) == (digit < 10) and texture == labels[0, 2]
+            digits.add(int(digit))
+    assert digits == set(range(11))
+
+
+def test_some_cells_of_every_quarter():
+    weights = np.asarray(some_cells(jax.random.key(0), 200, 4))
+    kept = (weights > 0).sum(axis=(2, 4))
+    np.testing.assert_allclose(weights.sum(axis=(2, 4)), 1, rtol=1e-5)
+    np.testing.assert_allclose(weights.max(axis=(2, 4)), 1 / kept, rtol=1e-5)
+    assert set(kept.ravel()) == set(range(1, 17))
+    np.testing.assert_allclose((weights > 0).mean(axis=(0, 1, 3)), 0.5, atol=0.08)
+    everything = some_cells(jax.random.key(0), 2, 4, whole=True)
+    np.testing.assert_allclose(everything, np.full((2, 2, 4, 2, 4), 1 / 16), rtol=1e-6)
 
 
 def test_the_study(repository, tmp_path, monkeypatch):

@@ -1,8 +1,12 @@
-"""A tiny OpenCLIP that learns the glyphs world's images and captions, for segmentation.
+"""A tiny OpenCLIP that learns the glyphs world's scenes and captions, for segmentation.
 
-Both towers learn together, from single digits: every caption is compared with every image of the
-batch, and one that leaves something unsaid belongs to all images that it is true of.  A linear
-head, which exists in training only, reads the image's digit, colour and texture besides.
+Both towers learn together.  A caption is about a quarter of a scene, which shows a digit or nothing
+but texture, and is compared with every quarter of the batch; one that leaves something unsaid
+belongs to all that it is true of.  A quarter is seen as the mean over its cells of the image
+tower's map, and later over some of them, drawn at random: where all are averaged, every cell speaks
+of everything, and what is pooled inside a mask means nothing; but digits are learnt from all of
+them first.  A linear head, which exists in training only, reads the quarter's digit, colour and
+texture besides.
 """
 
 import dataclasses
@@ -23,32 +27,45 @@ from ...flax_models.open_clip import IMAGE_MEAN, IMAGE_STD, OpenCLIP, OpenCLIPCo
 from ..segmentation.vocabulary import text_rows, tokenize
 from ..training import TrainState, apply_gradients, init_state, train
 from .captions import COLOURS, DIGIT_NAMES, DIGITS, SURFACES, TEXTURES, TRAIN_TEMPLATES, fill
-from .recipe import ATTRIBUTES, Recipe, Stage, attribute_loss
-from .scenes import vocabulary_of
+from .recipe import Recipe, Stage, attribute_loss, contrastive_loss
+from .scenes import Figure, draw, vocabulary_of
 from .tokenizer import MAX_LENGTH, build_tokenizer
-from .world import GlyphWorld, render_many
+from .world import render_many
 
 # In which the classes of scenes are put to it; the words around a name are those of captions.
 TEMPLATES = ("a {}", "a photo of a {}", "a photo of {}")
 _DIGIT_ALONE = ("a {name}", "a photo of a {name}", "a photo of {name}", "{name}")
 _TEXTURE_ALONE = ("a {surface}", "a photo of a {surface}", "a photo of {surface}", "{surface}")
 _COMPLETE = tuple(t for t in TRAIN_TEMPLATES if t.is_complete)
-RECIPE = Recipe(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
+# What a quarter without a digit has for its digit and its colour.
+_NO_DIGIT, _NO_COLOUR = DIGITS, len(COLOURS)
+_SIZES = (DIGITS + 1, len(COLOURS) + 1, len(TEXTURES))
+RECIPE = Recipe(steps=2500, batch_size=16, learning_rate=2e-3, weight_decay=0.05)
+
+
+def quarters(seed: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], Int[np.ndarray, "4 3"]]:
+    """A scene of up to four digits, and each quarter's digit, colour and texture."""
+    rng = np.random.default_rng([seed, index, 2])
+    count, texture = int(rng.integers(5)), int(rng.integers(len(TEXTURES)))
+    drawn = rng.integers(DIGITS, size=count), rng.permutation(len(COLOURS)), rng.permutation(4)
+    figures = [Figure(*map(int, each)) for each in zip(*drawn, strict=False)]
+    labels = np.full((4, 3), (_NO_DIGIT, _NO_COLOUR, texture), np.int32)
+    for figure in figures:
+        labels[figure.quarter, :2] = figure.digit, figure.colour
+    return draw(rng, figures, texture, tuple(range(DIGITS)), "generator").image, labels
 
 
 def caption(
     rng: np.random.Generator, digit: int, colour: int, texture: int
 ) -> tuple[str, Bool[np.ndarray, "3"]]:
-    """A caption, and which of digit, colour and texture it tells."""
-    name = str(rng.choice(list(DIGIT_NAMES[digit])))
+    """A caption of a quarter, and which of digit, colour and texture it tells."""
     word = TEXTURES[texture]
-    kind = rng.random()
-    if kind < 0.4:
+    if digit == _NO_DIGIT:
+        return fill(str(rng.choice(_TEXTURE_ALONE)), surface=word), np.array([True, False, True])
+    name = str(rng.choice(list(DIGIT_NAMES[digit])))
+    if rng.random() < 0.6:
         text = fill(str(rng.choice(_DIGIT_ALONE)), name=name)
         return text, np.array([True, False, False])
-    if kind < 0.6:
-        text = fill(str(rng.choice(_TEXTURE_ALONE)), surface=word)
-        return text, np.array([False, False, True])
     usable = [t for t in _COMPLETE if DIGIT_NAMES[digit][name] in t.kinds]
     surface = str(rng.choice(SURFACES[word]))
     template = usable[rng.integers(len(usable))]
@@ -68,14 +85,39 @@ class _Captioned(nnx.Module):
 
     def __init__(self, config: OpenCLIPConfig, *, rngs: nnx.Rngs):
         self.clip = OpenCLIP(config, rngs=rngs)
-        self.head = nnx.Linear(config.embed_dim, sum(ATTRIBUTES), rngs=rngs)
+        self.head = nnx.Linear(config.embed_dim, sum(_SIZES), rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionStage(Stage):
-    """The static part of a step; images are enlarged `scale` times."""
+    """The static part of a step.
+
+    Attributes:
+      scale: how much images are enlarged.
+      whole: steps that see all cells of a quarter.
+    """
 
     scale: int = 2
+    whole: int = 0
+
+
+def some_cells(
+    key: PRNGKeyArray, batch: int, side: int, whole: Bool[Array, ""] | bool = False
+) -> Float[Array, "B 2 S 2 S"]:
+    """Weights that average some cells of each quarter of a map.
+
+    Args:
+      key: of how many, for each quarter from one to all of them, and of which.
+      batch: maps.
+      side: cells along a quarter.
+      whole: take all of them.
+    """
+    share_key, cell_key = jax.random.split(key)
+    share = jax.random.uniform(share_key, (batch, 2, 1, 2, 1))
+    drawn = jax.random.uniform(cell_key, (batch, 2, side, 2, side))
+    first = drawn.min(axis=(2, 4), keepdims=True)
+    kept = (whole | (drawn <= jnp.maximum(share, first))).astype(jnp.float32)
+    return kept / kept.sum(axis=(2, 4), keepdims=True)
 
 
 def caption_step(
@@ -88,24 +130,28 @@ def caption_step(
       static: structure, optimizer and scale.
       state: parameters.
       frozen: nothing.
-      batch: {image uint8 [B, 64, 64, 3], tokens [B, L], labels int [B, 3], said bool [B, 3]}.
-      key: not used.
+      batch: {image uint8 [B, 128, 128, 3], tokens [B, 4, L], labels int [B, 4, 3], said bool
+        [B, 4, 3]}; what has four is of quarters, row by row.
+      key: of the cells.
     """
-    del frozen, key
-    labels, said = batch["labels"], batch["said"]
-    agree = (labels[:, None] == labels[None]) | ~said[None]  # [image, caption, attribute]
+    del frozen
+    labels, said, tokens = (
+        batch[name].reshape(-1, batch[name].shape[-1]) for name in ("labels", "said", "tokens")
+    )
+    agree = (labels[:, None] == labels[None]) | ~said[None]  # [quarter, caption, attribute]
     true = agree.all(axis=-1).astype(jnp.float32)
 
     def loss_of(params: Any) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(static.graphdef, params)
-        image = model.clip.encode_image(to_pixels(batch["image"], static.scale))
-        attributes = attribute_loss(model.head(normalise(image) * 8), labels)
-        text = model.clip.encode_text(batch["tokens"])
-        logits = model.clip.temperature() * normalise(image) @ normalise(text).T
-        contrast = jnp.zeros(())
-        for axis in (0, 1):
-            targets = true / true.sum(axis=axis, keepdims=True)
-            contrast -= (targets * jax.nn.log_softmax(logits, axis=axis)).sum(axis).mean() / 2
+        maps = model.clip.visual.trunk(to_pixels(batch["image"], static.scale))[-1]
+        count, side = maps.shape[0], maps.shape[1] // 2
+        weights = some_cells(key, count, side, state.step < static.whole)
+        maps = maps.reshape(count, 2, side, 2, side, -1)
+        pooled = jnp.einsum("byixjc,byixj->byxc", maps, weights).reshape(4 * count, -1)
+        image = normalise(model.clip.visual.project(pooled))
+        attributes = attribute_loss(model.head(image * 8), labels, _SIZES)
+        text = normalise(model.clip.encode_text(tokens))
+        contrast = contrastive_loss(model.clip.temperature() * image @ text.T, true)
         return contrast + attributes, (contrast, attributes)
 
     (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -114,36 +160,33 @@ def caption_step(
 
 
 def pretrain(
-    recipe: Recipe = RECIPE, *, seed: int = 0, scale: int = 2, images: int = 6000, **options: Any
+    recipe: Recipe = RECIPE, *, seed: int = 0, scale: int = 2, scenes: int = 3000, **options: Any
 ) -> tuple[OpenCLIP, Any]:
     """A CLIP that knows all ten digits, and its tokenizer.
 
     Args:
-      recipe: its length and speed.
-      seed: of parameters, images and captions.
-      scale: how much images are enlarged.
-      images: how many there are; each gets another caption whenever it is seen.
+      recipe: its length and speed; an update sees `batch_size` scenes.
+      seed: of parameters, scenes and captions.
+      scale: how much scenes are enlarged.
+      scenes: how many there are; their quarters get other captions whenever they are seen.
       options: of `training.train`.
     """
     tokenizer = build_tokenizer()
     config = OpenCLIPConfig.tiny(vocab_size=len(tokenizer), context_length=MAX_LENGTH)
     graphdef, params = nnx.split(_Captioned(config, rngs=nnx.Rngs(seed)))
-    stage = CaptionStage(graphdef, recipe.optimizer(), scale)
+    stage = CaptionStage(graphdef, recipe.optimizer(), scale, whole=2 * recipe.steps // 5)
     state = init_state(nnx.to_pure_dict(params), stage.optimizer)
-    images = min(images, recipe.steps * recipe.batch_size)
-    world = GlyphWorld("generator", images, seed)
-    items = [world[index] for index in range(images)]  # drawn once: it takes longer than a step
+    scenes = min(scenes, recipe.steps * recipe.batch_size)
+    drawn = [quarters(seed, index) for index in range(scenes)]  # once: it takes longer than a step
 
     def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        item = items[index]
-        triple = tuple(item[name] for name in ("digit", "colour", "texture"))
-        text, said = caption(rng, *triple)
-        tokens = tokenize(tokenizer, [text], MAX_LENGTH)[0]
-        labels = np.asarray(triple, np.int32)
-        return {"image": item["image"], "tokens": tokens, "labels": labels, "said": said}
+        image, labels = drawn[index]
+        texts, said = zip(*(caption(rng, *map(int, each)) for each in labels), strict=True)
+        tokens = tokenize(tokenizer, texts, MAX_LENGTH)
+        return {"image": image, "tokens": tokens, "labels": labels, "said": np.stack(said)}
 
     batches = (
-        grain.MapDataset.range(images).seed(seed).shuffle().repeat().random_map(example)
+        grain.MapDataset.range(scenes).seed(seed).shuffle().repeat().random_map(example)
         .batch(recipe.batch_size).to_iter_dataset()
     )  # fmt: skip
     state = train(
