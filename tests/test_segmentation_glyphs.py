@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from conceptax.methods.glyphs.captions import COLOURS, DIGIT_NAMES, TEXTURES
-from conceptax.methods.glyphs.open_clip import caption, quarters, some_cells
+from conceptax.methods.glyphs.open_clip import caption, cut, quarters, some_cells
 from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, Figure, GlyphScenes, draw
 from conceptax.methods.glyphs.world import COLOUR_VALUES
 from conceptax.methods.segmentation.datasets import SceneSource
@@ -98,15 +99,17 @@ def test_quarters_show_what_their_labels_say():
     assert digits == set(range(11))
 
 
-def test_some_cells_of_every_quarter():
-    weights = np.asarray(some_cells(jax.random.key(0), 200, 4))
-    kept = (weights > 0).sum(axis=(2, 4))
-    np.testing.assert_allclose(weights.sum(axis=(2, 4)), 1, rtol=1e-5)
-    np.testing.assert_allclose(weights.max(axis=(2, 4)), 1 / kept, rtol=1e-5)
-    assert set(kept.ravel()) == set(range(1, 17))
-    np.testing.assert_allclose((weights > 0).mean(axis=(0, 1, 3)), 0.5, atol=0.08)
-    everything = some_cells(jax.random.key(0), 2, 4, whole=True)
-    np.testing.assert_allclose(everything, np.full((2, 2, 4, 2, 4), 1 / 16), rtol=1e-6)
+def test_cells_of_quarters():
+    scene = np.arange(2 * 4 * 6).reshape(1, 8, 6, 1).astype(np.float32)
+    for number, part in enumerate(cut(jnp.asarray(scene))):
+        top, left = (number // 2) * 4, (number % 2) * 3
+        np.testing.assert_array_equal(part, scene[0, top : top + 4, left : left + 3])
+    weights = np.asarray(some_cells(jax.random.key(0), (800, 4, 4)))
+    kept = (weights > 0).sum(axis=(1, 2))
+    np.testing.assert_allclose(weights.sum(axis=(1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(weights.max(axis=(1, 2)), 1 / kept, rtol=1e-5)
+    assert set(kept) == set(range(1, 17))
+    np.testing.assert_allclose((weights > 0).mean(axis=0), 0.5, atol=0.08)
 
 
 def test_the_study(repository, tmp_path, monkeypatch):

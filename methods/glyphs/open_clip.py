@@ -2,11 +2,11 @@
 
 Both towers learn together.  A caption is about a quarter of a scene, which shows a digit or nothing
 but texture, and is compared with every quarter of the batch; one that leaves something unsaid
-belongs to all that it is true of.  A quarter is seen as the mean over its cells of the image
-tower's map, and later over some of them, drawn at random: where all are averaged, every cell speaks
-of everything, and what is pooled inside a mask means nothing; but digits are learnt from all of
-them first.  A linear head, which exists in training only, reads the quarter's digit, colour and
-texture besides.
+belongs to all that it is true of.  First each quarter is a picture of its own, seen as the mean
+over the image tower's map.  Then scenes are seen whole, and a quarter is the mean over some of its
+cells, drawn at random: otherwise every cell speaks of the whole picture, and what is pooled inside
+a mask means nothing.  A linear head, which exists in training only, reads the quarter's digit,
+colour and texture besides.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _COMPLETE = tuple(t for t in TRAIN_TEMPLATES if t.is_complete)
 # What a quarter without a digit has for its digit and its colour.
 _NO_DIGIT, _NO_COLOUR = DIGITS, len(COLOURS)
 _SIZES = (DIGITS + 1, len(COLOURS) + 1, len(TEXTURES))
-RECIPE = Recipe(steps=2500, batch_size=16, learning_rate=2e-3, weight_decay=0.05)
+RECIPE = Recipe(steps=2000, batch_size=16, learning_rate=2e-3, weight_decay=0.05)
 
 
 def quarters(seed: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], Int[np.ndarray, "4 3"]]:
@@ -94,30 +94,27 @@ class CaptionStage(Stage):
 
     Attributes:
       scale: how much images are enlarged.
-      whole: steps that see all cells of a quarter.
+      apart: whether the image tower sees each quarter alone, and all of it.
     """
 
     scale: int = 2
-    whole: int = 0
+    apart: bool = False
 
 
-def some_cells(
-    key: PRNGKeyArray, batch: int, side: int, whole: Bool[Array, ""] | bool = False
-) -> Float[Array, "B 2 S 2 S"]:
-    """Weights that average some cells of each quarter of a map.
+def cut(images: Float[Array, "B H W C"]) -> Float[Array, "N h w C"]:
+    """Four quarters of each image or map, row by row."""
+    batch, height, width, channels = images.shape
+    parts = images.reshape(batch, 2, height // 2, 2, width // 2, channels)
+    return parts.swapaxes(2, 3).reshape(4 * batch, height // 2, width // 2, channels)
 
-    Args:
-      key: of how many, for each quarter from one to all of them, and of which.
-      batch: maps.
-      side: cells along a quarter.
-      whole: take all of them.
-    """
+
+def some_cells(key: PRNGKeyArray, shape: tuple[int, int, int]) -> Float[Array, "N h w"]:
+    """Weights that average some cells of each map; how many is drawn, from one to all."""
     share_key, cell_key = jax.random.split(key)
-    share = jax.random.uniform(share_key, (batch, 2, 1, 2, 1))
-    drawn = jax.random.uniform(cell_key, (batch, 2, side, 2, side))
-    first = drawn.min(axis=(2, 4), keepdims=True)
-    kept = (whole | (drawn <= jnp.maximum(share, first))).astype(jnp.float32)
-    return kept / kept.sum(axis=(2, 4), keepdims=True)
+    drawn = jax.random.uniform(cell_key, shape)
+    share = jax.random.uniform(share_key, (shape[0], 1, 1))
+    kept = drawn <= jnp.maximum(share, drawn.min(axis=(1, 2), keepdims=True))
+    return kept / kept.sum(axis=(1, 2), keepdims=True)
 
 
 def caption_step(
@@ -143,11 +140,12 @@ def caption_step(
 
     def loss_of(params: Any) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(static.graphdef, params)
-        maps = model.clip.visual.trunk(to_pixels(batch["image"], static.scale))[-1]
-        count, side = maps.shape[0], maps.shape[1] // 2
-        weights = some_cells(key, count, side, state.step < static.whole)
-        maps = maps.reshape(count, 2, side, 2, side, -1)
-        pooled = jnp.einsum("byixjc,byixj->byxc", maps, weights).reshape(4 * count, -1)
+        trunk, pixels = model.clip.visual.trunk, to_pixels(batch["image"], static.scale)
+        if static.apart:
+            pooled = trunk(cut(pixels))[-1].mean(axis=(1, 2))
+        else:
+            maps = cut(trunk(pixels)[-1])
+            pooled = jnp.einsum("nhwc,nhw->nc", maps, some_cells(key, maps.shape[:3]))
         image = normalise(model.clip.visual.project(pooled))
         attributes = attribute_loss(model.head(image * 8), labels, _SIZES)
         text = normalise(model.clip.encode_text(tokens))
@@ -174,8 +172,9 @@ def pretrain(
     tokenizer = build_tokenizer()
     config = OpenCLIPConfig.tiny(vocab_size=len(tokenizer), context_length=MAX_LENGTH)
     graphdef, params = nnx.split(_Captioned(config, rngs=nnx.Rngs(seed)))
-    stage = CaptionStage(graphdef, recipe.optimizer(), scale, whole=2 * recipe.steps // 5)
-    state = init_state(nnx.to_pure_dict(params), stage.optimizer)
+    together = CaptionStage(graphdef, recipe.optimizer(), scale)
+    apart = dataclasses.replace(together, apart=True)
+    state = init_state(nnx.to_pure_dict(params), together.optimizer)
     scenes = min(scenes, recipe.steps * recipe.batch_size)
     drawn = [quarters(seed, index) for index in range(scenes)]  # once: it takes longer than a step
 
@@ -189,10 +188,11 @@ def pretrain(
         grain.MapDataset.range(scenes).seed(seed).shuffle().repeat().random_map(example)
         .batch(recipe.batch_size).to_iter_dataset()
     )  # fmt: skip
-    state = train(
-        caption_step, stage, state, None, batches, key=jax.random.key(seed),
-        num_steps=recipe.steps, **options,
-    )  # fmt: skip
+    for stage, until in ((apart, max(1, 2 * recipe.steps // 5)), (together, recipe.steps)):
+        state = train(
+            caption_step, stage, state, None, batches, key=jax.random.key(seed),
+            num_steps=until, **options,
+        )  # fmt: skip
     return nnx.merge(graphdef, state.params).clip, tokenizer
 
 
