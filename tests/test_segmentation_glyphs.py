@@ -10,6 +10,7 @@ import pytest
 
 from conceptax.methods.glyphs.captions import COLOURS, DIGIT_NAMES, TEXTURES
 from conceptax.methods.glyphs.open_clip import caption, cut, quarters, some_cells
+from conceptax.methods.glyphs.recipe import contrastive_loss
 from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, Figure, GlyphScenes, draw
 from conceptax.methods.glyphs.world import COLOUR_VALUES
 from conceptax.methods.segmentation.datasets import SceneSource
@@ -110,6 +111,16 @@ def test_cells_of_quarters():
     np.testing.assert_allclose(weights.max(axis=(1, 2)), 1 / kept, rtol=1e-5)
     assert set(kept) == set(range(1, 17))
     np.testing.assert_allclose((weights > 0).mean(axis=0), 0.5, atol=0.08)
+
+
+def test_contrasts_share_what_is_true_among_rows_and_columns():
+    rng = np.random.default_rng(0)
+    logits, true = rng.normal(size=(5, 5)), np.eye(5) + np.tri(5, k=-2)
+    likely = [logits - np.log(np.exp(logits).sum(axis, keepdims=True)) for axis in (0, 1)]
+    images = [-likely[1][i][true[i] > 0].mean() for i in range(5)]
+    captions = [-likely[0][:, j][true[:, j] > 0].mean() for j in range(5)]
+    received = contrastive_loss(jnp.asarray(logits), jnp.asarray(true))
+    assert float(received) == pytest.approx((np.mean(images) + np.mean(captions)) / 2, rel=1e-5)
 
 
 def test_the_study(repository, tmp_path, monkeypatch):

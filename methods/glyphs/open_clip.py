@@ -40,7 +40,7 @@ _COMPLETE = tuple(t for t in TRAIN_TEMPLATES if t.is_complete)
 # What a quarter without a digit has for its digit and its colour.
 _NO_DIGIT, _NO_COLOUR = DIGITS, len(COLOURS)
 _SIZES = (DIGITS + 1, len(COLOURS) + 1, len(TEXTURES))
-RECIPE = Recipe(steps=2000, batch_size=16, learning_rate=2e-3, weight_decay=0.05)
+RECIPE = Recipe(steps=3500, batch_size=16, learning_rate=2e-3, weight_decay=0.05)
 
 
 def quarters(seed: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], Int[np.ndarray, "4 3"]]:
@@ -145,7 +145,8 @@ def caption_step(
             pooled = trunk(cut(pixels))[-1].mean(axis=(1, 2))
         else:
             maps = cut(trunk(pixels)[-1])
-            pooled = jnp.einsum("nhwc,nhw->nc", maps, some_cells(key, maps.shape[:3]))
+            count, height, width, _ = maps.shape
+            pooled = jnp.einsum("nhwc,nhw->nc", maps, some_cells(key, (count, height, width)))
         image = normalise(model.clip.visual.project(pooled))
         attributes = attribute_loss(model.head(image * 8), labels, _SIZES)
         text = normalise(model.clip.encode_text(tokens))
