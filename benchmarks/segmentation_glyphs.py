@@ -117,7 +117,7 @@ class Settings:
 
 
 SMALL = Settings(
-    pretraining=Recipe(steps=3, batch_size=2, learning_rate=2e-3), scale=1, scenes=8, tests=4,
+    pretraining=Recipe(steps=3, batch_size=8, learning_rate=2e-3), scale=1, scenes=8, tests=4,
     zero_shot=50, batch_size=2, decoder_steps=2, steps=2, points=32, decoder_layers=1,
 )  # fmt: skip
 

@@ -1,12 +1,8 @@
-"""A tiny OpenCLIP that learns the glyphs world's scenes and captions, for segmentation.
+"""A tiny OpenCLIP that learns the glyphs world's images and captions, for segmentation.
 
-Both towers learn together.  A caption is about a quarter of a scene, which shows a digit or nothing
-but texture, and is compared with every quarter of the batch; one that leaves something unsaid
-belongs to all that it is true of.  First each quarter is a picture of its own, seen as the mean
-over the image tower's map.  Then scenes are seen whole, and a quarter is the mean over some of its
-cells, drawn at random: otherwise every cell speaks of the whole picture, and what is pooled inside
-a mask means nothing.  A linear head, which exists in training only, reads the quarter's digit,
-colour and texture besides.
+Both towers learn together, from single digits: every caption is compared with every image of the
+batch, and one that leaves something unsaid belongs to all images that it is true of.  A linear
+head, which exists in training only, reads the image's digit, colour and texture besides.
 """
 
 import dataclasses
@@ -27,45 +23,32 @@ from ...flax_models.open_clip import IMAGE_MEAN, IMAGE_STD, OpenCLIP, OpenCLIPCo
 from ..segmentation.vocabulary import text_rows, tokenize
 from ..training import TrainState, apply_gradients, init_state, train
 from .captions import COLOURS, DIGIT_NAMES, DIGITS, SURFACES, TEXTURES, TRAIN_TEMPLATES, fill
-from .recipe import Recipe, Stage, attribute_loss, contrastive_loss
-from .scenes import Figure, draw, vocabulary_of
+from .recipe import ATTRIBUTES, Recipe, Stage, attribute_loss
+from .scenes import vocabulary_of
 from .tokenizer import MAX_LENGTH, build_tokenizer
-from .world import render_many
+from .world import GlyphWorld, render_many
 
 # In which the classes of scenes are put to it; the words around a name are those of captions.
 TEMPLATES = ("a {}", "a photo of a {}", "a photo of {}")
 _DIGIT_ALONE = ("a {name}", "a photo of a {name}", "a photo of {name}", "{name}")
 _TEXTURE_ALONE = ("a {surface}", "a photo of a {surface}", "a photo of {surface}", "{surface}")
 _COMPLETE = tuple(t for t in TRAIN_TEMPLATES if t.is_complete)
-# What a quarter without a digit has for its digit and its colour.
-_NO_DIGIT, _NO_COLOUR = DIGITS, len(COLOURS)
-_SIZES = (DIGITS + 1, len(COLOURS) + 1, len(TEXTURES))
-RECIPE = Recipe(steps=3500, batch_size=16, learning_rate=2e-3, weight_decay=0.05)
-
-
-def quarters(seed: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], Int[np.ndarray, "4 3"]]:
-    """A scene of up to four digits, and each quarter's digit, colour and texture."""
-    rng = np.random.default_rng([seed, index, 2])
-    count, texture = int(rng.integers(5)), int(rng.integers(len(TEXTURES)))
-    drawn = rng.integers(DIGITS, size=count), rng.permutation(len(COLOURS)), rng.permutation(4)
-    figures = [Figure(*map(int, each)) for each in zip(*drawn, strict=False)]
-    labels = np.full((4, 3), (_NO_DIGIT, _NO_COLOUR, texture), np.int32)
-    for figure in figures:
-        labels[figure.quarter, :2] = figure.digit, figure.colour
-    return draw(rng, figures, texture, tuple(range(DIGITS)), "generator").image, labels
+RECIPE = Recipe(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
 
 
 def caption(
     rng: np.random.Generator, digit: int, colour: int, texture: int
 ) -> tuple[str, Bool[np.ndarray, "3"]]:
-    """A caption of a quarter, and which of digit, colour and texture it tells."""
-    word = TEXTURES[texture]
-    if digit == _NO_DIGIT:
-        return fill(str(rng.choice(_TEXTURE_ALONE)), surface=word), np.array([True, False, True])
+    """A caption, and which of digit, colour and texture it tells."""
     name = str(rng.choice(list(DIGIT_NAMES[digit])))
-    if rng.random() < 0.6:
+    word = TEXTURES[texture]
+    kind = rng.random()
+    if kind < 0.4:
         text = fill(str(rng.choice(_DIGIT_ALONE)), name=name)
         return text, np.array([True, False, False])
+    if kind < 0.6:
+        text = fill(str(rng.choice(_TEXTURE_ALONE)), surface=word)
+        return text, np.array([False, False, True])
     usable = [t for t in _COMPLETE if DIGIT_NAMES[digit][name] in t.kinds]
     surface = str(rng.choice(SURFACES[word]))
     template = usable[rng.integers(len(usable))]
@@ -85,36 +68,14 @@ class _Captioned(nnx.Module):
 
     def __init__(self, config: OpenCLIPConfig, *, rngs: nnx.Rngs):
         self.clip = OpenCLIP(config, rngs=rngs)
-        self.head = nnx.Linear(config.embed_dim, sum(_SIZES), rngs=rngs)
+        self.head = nnx.Linear(config.embed_dim, sum(ATTRIBUTES), rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionStage(Stage):
-    """The static part of a step.
-
-    Attributes:
-      scale: how much images are enlarged.
-      apart: whether the image tower sees each quarter alone, and all of it.
-    """
+    """The static part of a step; images are enlarged `scale` times."""
 
     scale: int = 2
-    apart: bool = False
-
-
-def cut(images: Float[Array, "B H W C"]) -> Float[Array, "N h w C"]:
-    """Four quarters of each image or map, row by row."""
-    batch, height, width, channels = images.shape
-    parts = images.reshape(batch, 2, height // 2, 2, width // 2, channels)
-    return parts.swapaxes(2, 3).reshape(4 * batch, height // 2, width // 2, channels)
-
-
-def some_cells(key: PRNGKeyArray, shape: tuple[int, int, int]) -> Float[Array, "N h w"]:
-    """Weights that average some cells of each map; how many is drawn, from one to all."""
-    share_key, cell_key = jax.random.split(key)
-    drawn = jax.random.uniform(cell_key, shape)
-    share = jax.random.uniform(share_key, (shape[0], 1, 1))
-    kept = drawn <= jnp.maximum(share, drawn.min(axis=(1, 2), keepdims=True))
-    return kept / kept.sum(axis=(1, 2), keepdims=True)
 
 
 def caption_step(
@@ -127,30 +88,24 @@ def caption_step(
       static: structure, optimizer and scale.
       state: parameters.
       frozen: nothing.
-      batch: {image uint8 [B, 128, 128, 3], tokens [B, 4, L], labels int [B, 4, 3], said bool
-        [B, 4, 3]}; what has four is of quarters, row by row.
-      key: of the cells.
+      batch: {image uint8 [B, 64, 64, 3], tokens [B, L], labels int [B, 3], said bool [B, 3]}.
+      key: not used.
     """
-    del frozen
-    labels, said, tokens = (
-        batch[name].reshape(-1, batch[name].shape[-1]) for name in ("labels", "said", "tokens")
-    )
-    agree = (labels[:, None] == labels[None]) | ~said[None]  # [quarter, caption, attribute]
+    del frozen, key
+    labels, said = batch["labels"], batch["said"]
+    agree = (labels[:, None] == labels[None]) | ~said[None]  # [image, caption, attribute]
     true = agree.all(axis=-1).astype(jnp.float32)
 
     def loss_of(params: Any) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(static.graphdef, params)
-        trunk, pixels = model.clip.visual.trunk, to_pixels(batch["image"], static.scale)
-        if static.apart:
-            pooled = trunk(cut(pixels))[-1].mean(axis=(1, 2))
-        else:
-            maps = cut(trunk(pixels)[-1])
-            count, height, width, _ = maps.shape
-            pooled = jnp.einsum("nhwc,nhw->nc", maps, some_cells(key, (count, height, width)))
-        image = normalise(model.clip.visual.project(pooled))
-        attributes = attribute_loss(model.head(image * 8), labels, _SIZES)
-        text = normalise(model.clip.encode_text(tokens))
-        contrast = contrastive_loss(model.clip.temperature() * image @ text.T, true)
+        image = model.clip.encode_image(to_pixels(batch["image"], static.scale))
+        attributes = attribute_loss(model.head(normalise(image) * 8), labels)
+        text = model.clip.encode_text(batch["tokens"])
+        logits = model.clip.temperature() * normalise(image) @ normalise(text).T
+        contrast = jnp.zeros(())
+        for axis in (0, 1):
+            targets = true / true.sum(axis=axis, keepdims=True)
+            contrast -= (targets * jax.nn.log_softmax(logits, axis=axis)).sum(axis).mean() / 2
         return contrast + attributes, (contrast, attributes)
 
     (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -159,41 +114,42 @@ def caption_step(
 
 
 def pretrain(
-    recipe: Recipe = RECIPE, *, seed: int = 0, scale: int = 2, scenes: int = 3000, **options: Any
+    recipe: Recipe = RECIPE, *, seed: int = 0, scale: int = 2, images: int = 6000, **options: Any
 ) -> tuple[OpenCLIP, Any]:
     """A CLIP that knows all ten digits, and its tokenizer.
 
     Args:
-      recipe: its length and speed; an update sees `batch_size` scenes.
-      seed: of parameters, scenes and captions.
-      scale: how much scenes are enlarged.
-      scenes: how many there are; their quarters get other captions whenever they are seen.
+      recipe: its length and speed.
+      seed: of parameters, images and captions.
+      scale: how much images are enlarged.
+      images: how many there are; each gets another caption whenever it is seen.
       options: of `training.train`.
     """
     tokenizer = build_tokenizer()
     config = OpenCLIPConfig.tiny(vocab_size=len(tokenizer), context_length=MAX_LENGTH)
     graphdef, params = nnx.split(_Captioned(config, rngs=nnx.Rngs(seed)))
-    together = CaptionStage(graphdef, recipe.optimizer(), scale)
-    apart = dataclasses.replace(together, apart=True)
-    state = init_state(nnx.to_pure_dict(params), together.optimizer)
-    scenes = min(scenes, recipe.steps * recipe.batch_size)
-    drawn = [quarters(seed, index) for index in range(scenes)]  # once: it takes longer than a step
+    stage = CaptionStage(graphdef, recipe.optimizer(), scale)
+    state = init_state(nnx.to_pure_dict(params), stage.optimizer)
+    images = min(images, recipe.steps * recipe.batch_size)
+    world = GlyphWorld("generator", images, seed)
+    items = [world[index] for index in range(images)]  # drawn once: it takes longer than a step
 
     def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image, labels = drawn[index]
-        texts, said = zip(*(caption(rng, *map(int, each)) for each in labels), strict=True)
-        tokens = tokenize(tokenizer, texts, MAX_LENGTH)
-        return {"image": image, "tokens": tokens, "labels": labels, "said": np.stack(said)}
+        item = items[index]
+        triple = tuple(item[name] for name in ("digit", "colour", "texture"))
+        text, said = caption(rng, *triple)
+        tokens = tokenize(tokenizer, [text], MAX_LENGTH)[0]
+        labels = np.asarray(triple, np.int32)
+        return {"image": item["image"], "tokens": tokens, "labels": labels, "said": said}
 
     batches = (
-        grain.MapDataset.range(scenes).seed(seed).shuffle().repeat().random_map(example)
+        grain.MapDataset.range(images).seed(seed).shuffle().repeat().random_map(example)
         .batch(recipe.batch_size).to_iter_dataset()
     )  # fmt: skip
-    for stage, until in ((apart, max(1, 2 * recipe.steps // 5)), (together, recipe.steps)):
-        state = train(
-            caption_step, stage, state, None, batches, key=jax.random.key(seed),
-            num_steps=until, **options,
-        )  # fmt: skip
+    state = train(
+        caption_step, stage, state, None, batches, key=jax.random.key(seed),
+        num_steps=recipe.steps, **options,
+    )  # fmt: skip
     return nnx.merge(graphdef, state.params).clip, tokenizer
 
 
