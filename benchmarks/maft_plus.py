@@ -19,25 +19,18 @@ import functools
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from _processes import measured_alone, peak_memory
+
 RESULTS = Path(__file__).parent / "results"
 ROWS = 403  # synonyms of ADE20K-150
 DIMS, DEPTHS = (128, 256, 512, 1024), (3, 3, 27, 3)
 LAYERS, IMAGES, QUERIES = 10, 8, 100  # whose targets a step matches
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process, GiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 2**20
-    return float("nan")
 
 
 def timed(run, repeats: int, threads: int) -> dict:
@@ -223,11 +216,11 @@ def matching(solver: str, targets: int, size: int, repeats: int, threads: int) -
         "optax": jax.jit(jax.vmap(jax.vmap(on_device))),
     }
     best, found = (
-        float(jnp.take_along_axis(costs, find[name](costs)[:, :, None], axis=2).sum())
-        for name in ("scipy", solver)
+        float(jnp.take_along_axis(costs, each(costs)[:, :, None], axis=2).sum())
+        for each in find.values()
     )
     if not math.isclose(best, found, rel_tol=1e-5):
-        sys.exit(f"{solver} finds assignments of cost {found}, not {best}")
+        sys.exit(f"optax finds assignments of cost {found}, SciPy of {best}")
     run = find[solver]
     return timed(lambda: jax.block_until_ready(run(costs)), repeats, threads)
 
@@ -271,10 +264,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", name]
         for flag in ("size", "repeats", "threads"):
             command += [f"--{flag}", str(getattr(options, flag))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-        results[name] = json.loads(done.stdout.splitlines()[-1])
+        results[name] = measured_alone(name, command, environment)
         numbers = {k: v for k, v in results[name].items() if not isinstance(v, list)}
         print(f"{name:20}", *(f"{k}={v:.2f}" for k, v in numbers.items()), flush=True)
     if options.write:

@@ -12,11 +12,12 @@ own.  A run whose loss is not finite, or whose trained part has not moved, is an
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import date
 from pathlib import Path
+
+from _processes import measured_alone, peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {"dog": ("dog",), "bear and barn": ("bear", "barn")}
@@ -26,7 +27,6 @@ def measure(photos: Path, subjects: tuple[str, ...], size: str, steps: int) -> d
     import jax
     import numpy as np
     from _random_sd15 import LATENT_SIZES, random_pipeline
-    from stable_diffusion import peak_memory
 
     from conceptax.methods.class_diffusion import ClassDiffusionConfig, personalise
     from conceptax.methods.instances import Concept, read_images
@@ -91,10 +91,7 @@ def main() -> None:
             sys.executable, __file__, str(options.photos), "--size", options.size,
             "--steps", str(options.steps), "--one", name,
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-        row = rows[name] = json.loads(done.stdout.splitlines()[-1])
+        row = rows[name] = measured_alone(name, command)
         print(
             f"{name:15}{row['images']:7}{row['pixels']:8}{row['step_s']:8.1f} s"
             f"{row['total_s']:8.0f} s{row['peak_gib']:7.2f} GiB",

@@ -14,11 +14,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
+
+from _processes import measured_alone
 
 RESULTS = Path(__file__).parent / "results"
 DEVICES = {"one device": 1, "fsdp over 8": 8}
@@ -96,12 +97,7 @@ def main() -> None:
             sys.executable, __file__, "--size", options.size, "--cycles", str(options.cycles),
             "--one", str(devices),
         ]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags}
-        )
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-        row = rows[name] = json.loads(done.stdout.splitlines()[-1])
+        row = rows[name] = measured_alone(name, command, os.environ | {"XLA_FLAGS": flags})
         cycle = f"{row['cycle_s']:8.1f} s" if "cycle_s" in row else f"{'':>10}"
         print(
             f"{name:14}{row['arguments_gib']:8.2f} GiB{row['temporaries_gib']:9.2f} GiB"

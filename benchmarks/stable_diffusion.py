@@ -28,6 +28,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from _processes import peak_memory
+
 RESULTS = Path(__file__).parent / "results"
 ENGINES = ("jax", "eager", "compile")
 TASKS = ("unet", "unet-xl", "vae", "text", "step", "step-remat", "sampler")
@@ -82,14 +84,6 @@ CONFIGS = {
 def pooled_size(xl: dict) -> int:
     """Features of SDXL's pooled text: what six embedded sizes leave of the projection's input."""
     return xl["projection_class_embeddings_input_dim"] - 6 * xl["addition_time_embed_dim"]
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process, GiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 2**20
-    return float("nan")
 
 
 def timed(run, wait, repeats: int) -> dict:
