@@ -29,7 +29,13 @@ from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
 from conceptax.converters.weights import read_json
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP
-from conceptax.methods.glyphs.open_clip import RECIPE, TEMPLATES, pretrain, zero_shot_accuracy
+from conceptax.methods.glyphs.open_clip import (
+    RECIPE,
+    TEMPLATES,
+    Lessons,
+    pretrain,
+    zero_shot_accuracy,
+)
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, GlyphScenes
 from conceptax.methods.maft_plus import MaftPlusTraining, fit
@@ -94,17 +100,17 @@ class Settings:
       width, decoder_layers: of the decoders.
     """
 
-    pretraining: Recipe = RECIPE
+    pretraining: Lessons = RECIPE
     scale: int = 2
     scenes: int = 400
     tests: int = 100
     zero_shot: int = 600
     batch_size: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     tower_rate: float = 0.3
     transfer_rate: float = 0.01
     compensation: float = 0.1
-    decoder_steps: int = 300
+    decoder_steps: int = 1500
     steps: int = 80
     points: int = 1024
     width: int = 32
@@ -117,19 +123,20 @@ class Settings:
 
 
 SMALL = Settings(
-    pretraining=Recipe(steps=3, batch_size=8, learning_rate=2e-3), scale=1, scenes=8, tests=4,
+    pretraining=Lessons(*[Recipe(steps=2, batch_size=4, learning_rate=2e-3)] * 3), scale=1,
+    scenes=8, tests=4,
     zero_shot=50, batch_size=2, decoder_steps=2, steps=2, points=32, decoder_layers=1,
 )  # fmt: skip
 
 
 def clip_of(work: Path, settings: Settings) -> tuple[OpenCLIP, Any]:
     """The pretrained CLIP and its tokenizer, from the work folder where they are there."""
-    folder = work / f"clip-{settings.pretraining.steps}-{settings.scale}"
+    lengths = "-".join(str(lesson.steps) for lesson in settings.pretraining)
+    folder = work / f"clip-{lengths}-{settings.scale}"
     if not (folder / "tokenizer.json").exists():
         clip, tokenizer = pretrain(
-            settings.pretraining, scale=settings.scale, progress=False,
-            metrics_path=_made(work) / "clip.jsonl",
-        )  # fmt: skip
+            settings.pretraining, scale=settings.scale, metrics_dir=_made(work), progress=False
+        )
         save_pytorch(clip, folder)
         write_tokenizer(tokenizer, folder)
     return load_pytorch(folder), read_tokenizer(folder)
@@ -410,7 +417,6 @@ def main() -> None:
         if field.name != "pretraining":
             flag = f"--{field.name.replace('_', '-')}"
             parser.add_argument(flag, type=type(field.default), default=None)
-    parser.add_argument("--pretraining-steps", type=int, default=None)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "segmentation_results.md")
     parser.add_argument("--write", action="store_true", help="write the page of what is kept")
     options = parser.parse_args()
@@ -422,10 +428,6 @@ def main() -> None:
         field.name: value for field in dataclasses.fields(Settings)
         if (value := getattr(options, field.name, None)) is not None
     }  # fmt: skip
-    if options.pretraining_steps is not None:
-        given["pretraining"] = dataclasses.replace(
-            settings.pretraining, steps=options.pretraining_steps
-        )
     settings = dataclasses.replace(settings, **given)
     study(options.work, options.results, settings, only=options.only, seeds=options.seeds)
 

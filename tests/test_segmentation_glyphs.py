@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from conceptax.methods.glyphs.captions import COLOURS, DIGIT_NAMES, TEXTURES
-from conceptax.methods.glyphs.open_clip import caption
+from conceptax.methods.glyphs.open_clip import caption, pooling, quarters, single
+from conceptax.methods.glyphs.recipe import contrastive_loss
 from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, Figure, GlyphScenes, draw
+from conceptax.methods.glyphs.world import COLOUR_VALUES, GlyphWorld
 from conceptax.methods.segmentation.datasets import SceneSource
 
 
@@ -71,13 +74,67 @@ def test_wrong_scenes(wrong):
 def test_captions_tell_what_they_say():
     rng, kinds = np.random.default_rng(0), set()
     for _ in range(300):
-        digit, colour, texture = (int(rng.integers(n)) for n in (10, 6, 3))
+        digit, colour, texture = (int(rng.integers(n)) for n in (11, 6, 3))
         text, said = caption(rng, digit, colour, texture)
         words = set(text.replace(",", "").replace(":", "").split())
-        assert bool(words & set(DIGIT_NAMES[digit])) == said[0], text
+        told = set(DIGIT_NAMES[digit]) if digit < 10 else {TEXTURES[texture]}
+        assert bool(words & told) == said[0], text
         assert (COLOURS[colour] in words) == said[1], text
         kinds.add(tuple(said.tolist()))
-    assert kinds == {(True, False, False), (False, False, True), (True, True, True)}
+    assert kinds == {(True, False, False), (True, False, True), (True, True, True)}
+
+
+def test_quarters_show_what_their_labels_say():
+    digits = set()
+    for index in range(30):
+        image, labels = quarters(3, index)
+        np.testing.assert_array_equal(image, quarters(3, index)[0])
+        distance = np.abs(image[..., None, :] / 255 - COLOUR_VALUES).max(axis=-1)
+        assert labels[4].tolist() == [10, 6, labels[0, 2]]
+        for number, (digit, colour, texture) in enumerate(labels[:4]):
+            top, left = (64 * place for place in divmod(number, 2))
+            painted = (distance[top : top + 64, left : left + 64] < 0.12).sum(axis=(0, 1))
+            assert np.flatnonzero(painted > 100).tolist() == ([colour] if digit < 10 else [])
+            assert (colour < 6) == (digit < 10) and texture == labels[0, 2]
+            digits.add(int(digit))
+    assert digits == set(range(11))
+
+
+def test_a_single_digit_is_its_region():
+    image, labels = single(3, 5)
+    np.testing.assert_array_equal(image, GlyphWorld("generator", 9, 3)[5]["image"])
+    assert labels.shape == (1, 3) and labels[0, 0] == GlyphWorld("generator", 9, 3)[5]["digit"]
+
+
+def test_pooling_takes_some_cells_of_each_quarter():
+    rng = np.random.default_rng(0)
+    np.testing.assert_allclose(pooling(rng, 1, 3, some=False), np.full((1, 3, 3), 1 / 9))
+    *every, whole = pooling(rng, 2, 3, some=False)
+    for number, weights in enumerate(every):
+        top, left = (number // 2) * 3, (number % 2) * 3
+        np.testing.assert_allclose(weights[top : top + 3, left : left + 3], 1 / 9, rtol=1e-6)
+        assert np.count_nonzero(weights) == 9
+    np.testing.assert_allclose(whole, 1 / 36, rtol=1e-6)
+    some = np.stack([pooling(rng, 2, 3, some=True) for _ in range(300)])
+    np.testing.assert_allclose(some.sum(axis=(2, 3)), 1, rtol=1e-5)
+    np.testing.assert_array_equal(some[:, 4], np.stack([whole] * 300))
+    parts = some[:, :4]
+    kept = (parts > 0).sum(axis=(2, 3))
+    np.testing.assert_allclose(parts.max(axis=(2, 3)), 1 / kept, rtol=1e-5)
+    assert set(kept.ravel()) == set(range(1, 10))
+    outside = np.stack(every) == 0
+    assert not np.any(parts[:, outside])
+    assert (parts[:, ~outside] > 0).mean() == pytest.approx(0.53, abs=0.05)
+
+
+def test_contrasts_share_what_is_true_among_rows_and_columns():
+    rng = np.random.default_rng(0)
+    logits, true = rng.normal(size=(5, 5)), np.eye(5) + np.tri(5, k=-2)
+    likely = [logits - np.log(np.exp(logits).sum(axis, keepdims=True)) for axis in (0, 1)]
+    images = [-likely[1][i][true[i] > 0].mean() for i in range(5)]
+    captions = [-likely[0][:, j][true[:, j] > 0].mean() for j in range(5)]
+    received = contrastive_loss(jnp.asarray(logits), jnp.asarray(true))
+    assert float(received) == pytest.approx((np.mean(images) + np.mean(captions)) / 2, rel=1e-5)
 
 
 def test_the_study(repository, tmp_path, monkeypatch):

@@ -1,14 +1,19 @@
 """A tiny OpenCLIP that learns the glyphs world's images and captions, for segmentation.
 
-Both towers learn together, from single digits: every caption is compared with every image of the
-batch, and one that leaves something unsaid belongs to all images that it is true of.  A linear
-head, which exists in training only, reads the image's digit, colour and texture besides.
+Both towers learn together.  A caption is about a region that shows a digit or nothing but texture,
+and is compared with every region of the batch; one that leaves something unsaid belongs to all that
+it is true of.  There are three lessons.  The first shows single digits, each a whole image.  In the
+second a region is a quarter of a scene: the mean over its part of the image tower's map.  In the
+third it is the mean over some of the quarter's cells, drawn at random: otherwise every cell speaks
+of the whole picture, and what is pooled inside a mask means nothing.  A linear head, which exists
+in training only, reads the region's digit, colour and texture besides.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -23,32 +28,74 @@ from ...flax_models.open_clip import IMAGE_MEAN, IMAGE_STD, OpenCLIP, OpenCLIPCo
 from ..segmentation.vocabulary import text_rows, tokenize
 from ..training import TrainState, apply_gradients, init_state, train
 from .captions import COLOURS, DIGIT_NAMES, DIGITS, SURFACES, TEXTURES, TRAIN_TEMPLATES, fill
-from .recipe import ATTRIBUTES, Recipe, Stage, attribute_loss
-from .scenes import vocabulary_of
+from .recipe import Recipe, Stage, attribute_loss, contrastive_loss
+from .scenes import Figure, draw, vocabulary_of
 from .tokenizer import MAX_LENGTH, build_tokenizer
-from .world import GlyphWorld, render_many
+from .world import IMAGE_SIZE, GlyphWorld, render_many
 
 # In which the classes of scenes are put to it; the words around a name are those of captions.
 TEMPLATES = ("a {}", "a photo of a {}", "a photo of {}")
 _DIGIT_ALONE = ("a {name}", "a photo of a {name}", "a photo of {name}", "{name}")
 _TEXTURE_ALONE = ("a {surface}", "a photo of a {surface}", "a photo of {surface}", "{surface}")
 _COMPLETE = tuple(t for t in TRAIN_TEMPLATES if t.is_complete)
-RECIPE = Recipe(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.05)
+# What a region without a digit has for its digit and its colour.
+_NO_DIGIT, _NO_COLOUR = DIGITS, len(COLOURS)
+_STRIDE = 32  # of the last map
+_SIZES = (DIGITS + 1, len(COLOURS) + 1, len(TEXTURES))
+
+
+class Lessons(NamedTuple):
+    """How long each lesson is; a later one begins anew, with the parameters of the one before."""
+
+    digits: Recipe
+    quarters: Recipe
+    cells: Recipe
+
+
+RECIPE = Lessons(
+    Recipe(steps=800, batch_size=64, learning_rate=2e-3, weight_decay=0.05),
+    Recipe(steps=400, batch_size=16, learning_rate=1.5e-3, weight_decay=0.05),
+    Recipe(steps=1200, batch_size=16, learning_rate=1.5e-3, weight_decay=0.05),
+)
+
+
+class Picture(NamedTuple):
+    """An image, and the digit, colour and texture of each of its regions."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    labels: Int[np.ndarray, "R 3"]
+
+
+def single(seed: int, index: int) -> Picture:
+    """An image of one digit, all of it one region."""
+    item = GlyphWorld("generator", index + 1, seed)[index]
+    labels = [[item[name] for name in ("digit", "colour", "texture")]]
+    return Picture(item["image"], np.array(labels, np.int32))
+
+
+def quarters(seed: int, index: int) -> Picture:
+    """A scene of up to four digits; its regions are its quarters, row by row, and all of it."""
+    rng = np.random.default_rng([seed, index, 2])
+    count, texture = int(rng.integers(5)), int(rng.integers(len(TEXTURES)))
+    drawn = rng.integers(DIGITS, size=count), rng.permutation(len(COLOURS)), rng.permutation(4)
+    figures = [Figure(*map(int, each)) for each in zip(*drawn, strict=False)]
+    labels = np.full((5, 3), (_NO_DIGIT, _NO_COLOUR, texture), np.int32)
+    for figure in figures:
+        labels[figure.quarter, :2] = figure.digit, figure.colour
+    return Picture(draw(rng, figures, texture, tuple(range(DIGITS)), "generator").image, labels)
 
 
 def caption(
     rng: np.random.Generator, digit: int, colour: int, texture: int
 ) -> tuple[str, Bool[np.ndarray, "3"]]:
-    """A caption, and which of digit, colour and texture it tells."""
-    name = str(rng.choice(list(DIGIT_NAMES[digit])))
+    """A caption of a region, and which of digit, colour and texture it tells."""
     word = TEXTURES[texture]
-    kind = rng.random()
-    if kind < 0.4:
+    if digit == _NO_DIGIT:
+        return fill(str(rng.choice(_TEXTURE_ALONE)), surface=word), np.array([True, False, True])
+    name = str(rng.choice(list(DIGIT_NAMES[digit])))
+    if rng.random() < 0.6:
         text = fill(str(rng.choice(_DIGIT_ALONE)), name=name)
         return text, np.array([True, False, False])
-    if kind < 0.6:
-        text = fill(str(rng.choice(_TEXTURE_ALONE)), surface=word)
-        return text, np.array([False, False, True])
     usable = [t for t in _COMPLETE if DIGIT_NAMES[digit][name] in t.kinds]
     surface = str(rng.choice(SURFACES[word]))
     template = usable[rng.integers(len(usable))]
@@ -68,7 +115,7 @@ class _Captioned(nnx.Module):
 
     def __init__(self, config: OpenCLIPConfig, *, rngs: nnx.Rngs):
         self.clip = OpenCLIP(config, rngs=rngs)
-        self.head = nnx.Linear(config.embed_dim, sum(ATTRIBUTES), rngs=rngs)
+        self.head = nnx.Linear(config.embed_dim, sum(_SIZES), rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +123,29 @@ class CaptionStage(Stage):
     """The static part of a step; images are enlarged `scale` times."""
 
     scale: int = 2
+
+
+def pooling(
+    rng: np.random.Generator, parts: int, width: int, *, some: bool
+) -> Float[np.ndarray, "R h w"]:
+    """Weights that average the cells of each part of a map, row by row, and then of all of it.
+
+    Args:
+      rng: draws which cells count, if not all do.
+      parts: along each side; 1 is all of it, which then comes once.
+      width: cells along each side of a part.
+      some: whether only some cells of a part count; how many is drawn too, from one to all.
+    """
+    side = parts * width
+    whole = np.full((1, side, side), side**-2, np.float32)
+    if parts == 1:
+        return whole
+    weights = np.zeros((parts, parts, parts, width, parts, width), np.float32)
+    for place in np.ndindex(parts, parts):
+        drawn = rng.random((width, width))
+        kept = drawn <= max(rng.random() if some else 1.0, drawn.min())
+        weights[*place, place[0], :, place[1]] = kept / kept.sum()
+    return np.concatenate([weights.reshape(-1, side, side), whole])
 
 
 def caption_step(
@@ -88,24 +158,25 @@ def caption_step(
       static: structure, optimizer and scale.
       state: parameters.
       frozen: nothing.
-      batch: {image uint8 [B, 64, 64, 3], tokens [B, L], labels int [B, 3], said bool [B, 3]}.
+      batch: {image uint8 [B, H, W, 3]} and of its regions {cells [B, R, h, w], weights over the
+        image tower's map; tokens [B, R, L]; labels int [B, R, 3]; said bool [B, R, 3]}.
       key: not used.
     """
     del frozen, key
-    labels, said = batch["labels"], batch["said"]
-    agree = (labels[:, None] == labels[None]) | ~said[None]  # [image, caption, attribute]
+    labels, said, tokens = (
+        batch[name].reshape(-1, batch[name].shape[-1]) for name in ("labels", "said", "tokens")
+    )
+    agree = (labels[:, None] == labels[None]) | ~said[None]  # [region, caption, attribute]
     true = agree.all(axis=-1).astype(jnp.float32)
 
     def loss_of(params: Any) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(static.graphdef, params)
-        image = model.clip.encode_image(to_pixels(batch["image"], static.scale))
-        attributes = attribute_loss(model.head(normalise(image) * 8), labels)
-        text = model.clip.encode_text(batch["tokens"])
-        logits = model.clip.temperature() * normalise(image) @ normalise(text).T
-        contrast = jnp.zeros(())
-        for axis in (0, 1):
-            targets = true / true.sum(axis=axis, keepdims=True)
-            contrast -= (targets * jax.nn.log_softmax(logits, axis=axis)).sum(axis).mean() / 2
+        features = model.clip.visual.trunk(to_pixels(batch["image"], static.scale))[-1]
+        pooled = jnp.einsum("bhwc,brhw->brc", features, batch["cells"])
+        image = normalise(model.clip.visual.project(pooled.reshape(-1, pooled.shape[-1])))
+        attributes = attribute_loss(model.head(image * 8), labels, _SIZES)
+        text = normalise(model.clip.encode_text(tokens))
+        contrast = contrastive_loss(model.clip.temperature() * image @ text.T, true)
         return contrast + attributes, (contrast, attributes)
 
     (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -114,43 +185,59 @@ def caption_step(
 
 
 def pretrain(
-    recipe: Recipe = RECIPE, *, seed: int = 0, scale: int = 2, images: int = 6000, **options: Any
-) -> tuple[OpenCLIP, Any]:
+    lessons: Lessons = RECIPE, *, seed: int = 0, scale: int = 2, images: int = 6000,
+    scenes: int = 3000, metrics_dir: Path | None = None, progress: bool = True,
+) -> tuple[OpenCLIP, Any]:  # fmt: skip
     """A CLIP that knows all ten digits, and its tokenizer.
 
     Args:
-      recipe: its length and speed.
+      lessons: their length and speed.
       seed: of parameters, images and captions.
       scale: how much images are enlarged.
-      images: how many there are; each gets another caption whenever it is seen.
-      options: of `training.train`.
+      images, scenes: how many there are at most; each gets other captions whenever it is seen.
+      metrics_dir: folder for a JSONL file of each lesson's losses.
+      progress: show how far a lesson is.
     """
     tokenizer = build_tokenizer()
     config = OpenCLIPConfig.tiny(vocab_size=len(tokenizer), context_length=MAX_LENGTH)
-    graphdef, params = nnx.split(_Captioned(config, rngs=nnx.Rngs(seed)))
-    stage = CaptionStage(graphdef, recipe.optimizer(), scale)
-    state = init_state(nnx.to_pure_dict(params), stage.optimizer)
-    images = min(images, recipe.steps * recipe.batch_size)
-    world = GlyphWorld("generator", images, seed)
-    items = [world[index] for index in range(images)]  # drawn once: it takes longer than a step
+    graphdef, state = nnx.split(_Captioned(config, rngs=nnx.Rngs(seed)))
+    width = scale * IMAGE_SIZE // _STRIDE
 
-    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        item = items[index]
-        triple = tuple(item[name] for name in ("digit", "colour", "texture"))
-        text, said = caption(rng, *triple)
-        tokens = tokenize(tokenizer, [text], MAX_LENGTH)[0]
-        labels = np.asarray(triple, np.int32)
-        return {"image": item["image"], "tokens": tokens, "labels": labels, "said": said}
+    def learn(name: str, params: Any, pictures: Sequence[Picture]) -> Any:
+        recipe = getattr(lessons, name)
+        stage = CaptionStage(graphdef, recipe.optimizer(), scale)
+        parts = 1 if name == "digits" else 2
 
-    batches = (
-        grain.MapDataset.range(images).seed(seed).shuffle().repeat().random_map(example)
-        .batch(recipe.batch_size).to_iter_dataset()
-    )  # fmt: skip
-    state = train(
-        caption_step, stage, state, None, batches, key=jax.random.key(seed),
-        num_steps=recipe.steps, **options,
-    )  # fmt: skip
-    return nnx.merge(graphdef, state.params).clip, tokenizer
+        def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+            image, labels = pictures[index]
+            texts, said = zip(*(caption(rng, *map(int, each)) for each in labels), strict=True)
+            return {
+                "image": image, "labels": labels, "said": np.stack(said),
+                "tokens": tokenize(tokenizer, texts, MAX_LENGTH),
+                "cells": pooling(rng, parts, width, some=name == "cells"),
+            }  # fmt: skip
+
+        batches = (
+            grain.MapDataset.range(len(pictures)).seed(seed).shuffle().repeat().random_map(example)
+            .batch(recipe.batch_size).to_iter_dataset()
+        )  # fmt: skip
+        state = train(
+            caption_step, stage, init_state(params, stage.optimizer), None, batches,
+            key=jax.random.key(seed), num_steps=recipe.steps, progress=progress,
+            metrics_path=metrics_dir and metrics_dir / f"{name}.jsonl",
+        )  # fmt: skip
+        return state.params
+
+    def drawn(draw: Callable[[int, int], Picture], most: int, *used: Recipe) -> list[Picture]:
+        # Once: it takes longer than a step.
+        count = min(most, max(recipe.steps * recipe.batch_size for recipe in used))
+        return [draw(seed, index) for index in range(count)]
+
+    params = learn("digits", nnx.to_pure_dict(state), drawn(single, images, lessons.digits))
+    pictures = drawn(quarters, scenes, lessons.quarters, lessons.cells)
+    for name in ("quarters", "cells"):
+        params = learn(name, params, pictures)
+    return nnx.merge(graphdef, params).clip, tokenizer
 
 
 def zero_shot_accuracy(

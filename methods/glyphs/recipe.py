@@ -157,17 +157,18 @@ class DenoisingStage(Stage):
     snr_cap: float = 5.0
 
 
-def contrastive_loss(logits: Float[Array, "N N"], same: Float[Array, "N N"]) -> Float[Array, ""]:
+def contrastive_loss(logits: Float[Array, "N N"], true: Float[Array, "N N"]) -> Float[Array, ""]:
     """Symmetric cross-entropy of image-text logits.
 
     Args:
       logits: [N, N], images along the first axis.
-      same: 1 where caption j says exactly what caption i says; such pairs are positives together.
+      true: 1 where caption j is true of image i; such pairs are positives together.
     """
-    targets = same / same.sum(axis=1, keepdims=True)
-    rows = -(targets * jax.nn.log_softmax(logits, axis=1)).sum(1).mean()
-    columns = -(targets.T * jax.nn.log_softmax(logits, axis=0)).sum(0).mean()
-    return 0.5 * (rows + columns)
+    loss = jnp.zeros(())
+    for axis in (0, 1):
+        targets = true / true.sum(axis=axis, keepdims=True)
+        loss -= (targets * jax.nn.log_softmax(logits, axis=axis)).sum(axis=axis).mean()
+    return 0.5 * loss
 
 
 class CaptionedClip(nnx.Module):
@@ -186,9 +187,11 @@ class CaptionedClip(nnx.Module):
 ATTRIBUTES = (10, 6, 3)  # digits, colours, textures
 
 
-def attribute_loss(logits: Float[Array, "B A"], labels: Int[Array, "B 3"]) -> Float[Array, ""]:
+def attribute_loss(
+    logits: Float[Array, "B A"], labels: Int[Array, "B 3"], sizes: tuple[int, ...] = ATTRIBUTES
+) -> Float[Array, ""]:
     """Mean cross-entropy of digit, colour and texture, summed over the three."""
-    parts = jnp.split(logits, np.cumsum(ATTRIBUTES)[:-1].tolist(), axis=-1)
+    parts = jnp.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)
     losses = [
         optax.softmax_cross_entropy_with_integer_labels(part, labels[:, i]).mean()
         for i, part in enumerate(parts)
