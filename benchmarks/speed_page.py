@@ -30,7 +30,7 @@ Written by `benchmarks/speed_page.py` from the figures in `benchmarks/results`.
 
 """
 MODELS = """{device}, {dtype}, images of {image} pixels, batch 1, random weights: the median of
-{repeats} calls after the first one, which compiles; the process's memory at its peak; the first call.
+{repeats} calls after the first one, which compiles; the process's peak of memory; the first call.
 With `benchmarks/stable_diffusion.py`, {dates}."""
 SAMPLER = """ A guided DDIM step of SD 1.5 takes {step:.2f} s, its UNet alone {model:.2f} s: the
 sampler adds {overhead:.1f} %."""
