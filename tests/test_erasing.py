@@ -86,7 +86,14 @@ def changed_paths(before, after):
 # ---- the interface ----
 
 
-@pytest.mark.parametrize("name", METHODS)
+# What tests of their equations cover in smaller programs.
+SLOW = ("advunlearn", "esd-x", "word")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in METHODS],
+)
 def test_every_method_edits_its_part_alone_for_several_concepts(pipeline, name):
     method, config = METHODS[name], TINY[name]
     assert method_of(config) is method
@@ -496,6 +503,7 @@ def test_the_lower_level_follows_its_equation(pipeline, adversarial, optimizer):
     np.testing.assert_allclose(attacked, prompt(prefix), atol=2e-3 * unit)
 
 
+@pytest.mark.slow
 def test_a_longer_attack_brings_the_concept_nearer(pipeline, adversarial):
     static, state, frozen = adversarial
     tokens = frozen["tokens"][0]

@@ -185,6 +185,7 @@ LAYERS = {name: next(iter(calls.values())) for name, (_, _, calls) in CASES.item
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_of_the_published_size_agrees(torch, transformers, tmp_path, name):
     module, side = published(transformers, name)

@@ -119,7 +119,7 @@ def test_parity(name, torch, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "remat"),
     [
-        ("unet", True),
+        pytest.param("unet", True, marks=pytest.mark.slow),
         ("dit", "dots_saveable"),
         ("autoencoder", True),
         ("clip_text", "dots_with_no_batch_dims_saveable"),

@@ -12,6 +12,7 @@ Images are `[B, 64, 64, 3]` uint8, latents `[B, 16, 16, 4]`, texts `[B, 24]` int
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ class Recipe:
     weight_decay: float = 0.01
     ema: float = 0.0
 
+    @functools.cache  # noqa: B019  (one program for all stages with this recipe)
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW under a warm-up of 5 % and a cosine decay to 1 %, gradients clipped at norm 1."""
         warm_up = min(max(1, self.steps // 20), self.steps - 1)
