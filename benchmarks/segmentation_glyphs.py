@@ -126,8 +126,8 @@ class Settings:
 
 SMALL = Settings(
     pretraining=Lessons(*[Recipe(steps=2, batch_size=4, learning_rate=2e-3)] * 3), scale=1,
-    scenes=8, tests=4,
-    zero_shot=50, batch_size=2, decoder_steps=2, steps=2, points=32, decoder_layers=1,
+    scenes=8, tests=4, zero_shot=50, batch_size=2, decoder_steps=2, steps=2, points=32,
+    decoder_layers=1,
 )  # fmt: skip
 
 
@@ -455,8 +455,6 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "segmentation_results.md")
     parser.add_argument("--write", action="store_true", help="write the page of what is kept")
     options = parser.parse_args()
-    if options.write:
-        options.page.write_text(page(options.results), "utf-8")
     settings = SMALL if options.small else Settings()
     given = {
         field.name: value for field in dataclasses.fields(Settings)
@@ -464,6 +462,7 @@ def main() -> None:
     }  # fmt: skip
     settings = dataclasses.replace(settings, **given)
     if options.write:
+        options.page.write_text(page(options.results), "utf-8")
         picture(options.work, settings).save(options.page.with_name("segmentation.png"))
         return
     study(options.work, options.results, settings, only=options.only, seeds=options.seeds)
