@@ -1,8 +1,8 @@
 # `make demo` and `make test` set up everything they need; `make help` lists the rest.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-full test-py312 test-natten lint format types contract docs \
-	wheel bench clean
+.PHONY: help install dev tools demo test test-full test-py312 test-natten lint format types \
+	contract docs wheel bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,11 +45,13 @@ help:
 	@echo "make test-full   all tests, full-size ones included"
 	@echo "make test-py312  the tests that need no torch, on Python 3.12 and jax 0.11"
 	@echo "make test-natten compare neighborhood attention with NATTEN, which this installs"
+	@echo "make tools       all that tests and documentation need, installed"
 	@echo "make docs        the documentation, into build/site"
 	@echo "make lint | format | types | contract | wheel | bench | clean"
 
 install: $(RUNTIME_STAMP)
 dev: $(DEV_STAMP)
+tools: $(DOCS_STAMP)
 
 demo: install
 	$(BIN)/conceptax demo

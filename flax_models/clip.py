@@ -24,6 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
 
+# So many tokens keep two cores busy, and a layer's activations are a few MiB.
+_TOKENS_IN_CACHE = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class _TowerConfig(ModelConfig):
@@ -180,10 +183,11 @@ def _layer_norm(config: _TowerConfig, **init) -> nnx.LayerNorm:
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention with biases."""
+    """Multi-head self-attention with biases; a text's is causal."""
 
     def __init__(self, config: _TowerConfig, **init):
         width = config.hidden_size
+        self.is_causal = isinstance(config, CLIPTextConfig)
         self.heads = config.num_attention_heads
         self.q_proj = nnx.Linear(width, width, **init)
         self.k_proj = nnx.Linear(width, width, **init)
@@ -191,13 +195,14 @@ class CLIPAttention(nnx.Module):
         self.out_proj = nnx.Linear(width, width, **init)
 
     def __call__(
-        self, x: Float[Array, "B L C"], mask: Bool[Array, "#B 1 #L L"] | None
+        self, x: Float[Array, "B L C"], mask: Bool[Array, "B 1 1 L"] | None
     ) -> Float[Array, "B L C"]:
         shape = (*x.shape[:2], self.heads, -1)
         query, key, value = (
             proj(x).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(dot_product_attention(query, key, value, mask=mask).reshape(x.shape))
+        attended = dot_product_attention(query, key, value, mask=mask, is_causal=self.is_causal)
+        return self.out_proj(attended.reshape(x.shape))
 
 
 class CLIPMLP(nnx.Module):
@@ -229,7 +234,8 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The stack of layers; `remat` recomputes each one in the backward pass.
 
-    Returns the output of the last layer and, second, its input.
+    Returns the output of the last layer and, second, its input.  On a CPU a large batch goes
+    through the stack in parts, one after another, whose activations stay in the cache.
     """
 
     def __init__(self, config: _TowerConfig, *, remat: Remat, **init):
@@ -239,11 +245,31 @@ class CLIPEncoder(nnx.Module):
         )
 
     def __call__(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+        parts = _parts(*x.shape[:2]) if jax.default_backend() == "cpu" else 1
+        if parts == 1:
+            return self.stack(x, mask)
+
+        def split(each: Array) -> Array:  # every part has rows of all devices that share the batch
+            return jnp.moveaxis(each.reshape(-1, parts, *each.shape[1:]), 1, 0)
+
+        each_part = jax.tree.map(split, (x, mask))
+        outputs = jax.lax.map(lambda part: self.stack(*part), each_part)
+        last, before = (jnp.moveaxis(each, 1, 0).reshape(x.shape) for each in outputs)
+        return last, before
+
+    def stack(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+        """All layers on all of `x`."""
         before = x
         for layer in self.layers:
             before = x
             x = recomputed(layer.__call__, self.remat)(x, mask)
         return x, before
+
+
+def _parts(batch: int, tokens: int) -> int:
+    """How many equal parts of a batch are some `_TOKENS_IN_CACHE` tokens each."""
+    wanted = max(1, batch * tokens // _TOKENS_IN_CACHE)
+    return max(parts for parts in range(1, wanted + 1) if batch % parts == 0)
 
 
 class CLIPTextEmbeddings(nnx.Module):
@@ -342,9 +368,7 @@ class CLIPTextModel(nnx.Module):
                     "inputs_embeds alone do not say where to pool: pass eos_positions."
                 )
             eos_positions = pooling_positions(self.config, input_ids)
-        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        if attention_mask is not None:
-            mask = mask & (attention_mask != 0)[:, None, None, :]
+        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
         x, penultimate = self.encoder(self.embeddings(inputs_embeds), mask)
         x = self.final_layer_norm(x)
         pooled = jnp.take_along_axis(x, eos_positions[:, None, None], axis=1)[:, 0]

@@ -25,7 +25,7 @@ from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from conceptax.flax_models.layers.attention import dot_product_attention
 from conceptax.flax_models.layers.remat import recomputed
-from conceptax.flax_models.layers.resnet import conv3x3
+from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 ORACLES = {
@@ -195,29 +195,71 @@ def test_bfloat16_computes_and_stores():
     assert jnp.linalg.norm(difference) < 0.03 * jnp.linalg.norm(full(ids).pooled)
 
 
+@pytest.mark.parametrize("long", [True, False])
 @pytest.mark.parametrize(
-    ("keys", "masked"), [(12, False), (10, False), (12, True)], ids=["self", "cross", "masked"]
+    ("keys", "masked", "causal"),
+    [
+        (12, False, False),
+        (10, False, False),
+        (12, True, False),
+        (12, False, True),
+        (12, True, True),
+    ],
+    ids=["self", "cross", "masked", "causal", "masked causal"],
 )
-def test_long_attention_is_attention(keys, masked, monkeypatch):
+def test_long_attention_is_attention(keys, masked, causal, long, monkeypatch):
     random = jax.random.split(jax.random.key(0), 3)
     shapes = ((2, 12, 2, 4), (2, keys, 2, 4), (2, keys, 2, 4))
     operands = [jax.random.normal(*each) for each in zip(random, shapes, strict=True)]
-    mask = jnp.tril(jnp.ones((1, 1, 12, keys), bool)) if masked else None
+    mask = (jnp.arange(keys) != jnp.array([[3], [7]]))[:, None, None] if masked else None
 
     def expected(query, key, value):
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2.0
         if masked:
             logits = jnp.where(mask, logits, -jnp.inf)
+        if causal:
+            logits = jnp.where(jnp.tril(jnp.ones((12, keys), bool)), logits, -jnp.inf)
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
 
     def both(function):
         out, pull = jax.vjp(function, *operands)
         return out, *pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))
 
-    monkeypatch.setattr("conceptax.flax_models.layers.attention._MANY_LOGITS", keys * 4)
-    received = both(lambda *each: dot_product_attention(*each, mask=mask))
+    if long:
+        monkeypatch.setattr("conceptax.flax_models.layers.attention._MANY_LOGITS", keys * 4)
+    received = both(lambda *each: dot_product_attention(*each, mask=mask, is_causal=causal))
     for one, other in zip(received, both(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
+    config = CLIPTextConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=9, max_position_embeddings=4, eos_token_id=8,
+    )  # fmt: skip
+    model = CLIPTextModel(config, rngs=nnx.Rngs(0))
+    ids = jax.random.randint(jax.random.key(1), (6, 4), 0, 8)
+    mask = jax.random.bernoulli(jax.random.key(2), 0.7, (6, 4)).at[:, 0].set(True)
+    graphdef, params = nnx.split(model)
+
+    def encode(params):
+        output = nnx.merge(graphdef, params)(ids, attention_mask=mask if masked else None)
+        return jnp.concatenate([each.reshape(-1) for each in output])
+
+    def both():
+        run = jax.jit(lambda: encode(params))
+        pull = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(encode(params)))))
+        return "while" in run.lower().as_text(), run(), pull(params)
+
+    in_parts, out, gradient = both()
+    assert not in_parts
+    monkeypatch.setattr("conceptax.flax_models.clip._TOKENS_IN_CACHE", 8)
+    in_parts, same_out, same_gradient = both()
+    assert in_parts == (jax.default_backend() == "cpu")
+    np.testing.assert_allclose(same_out, out, atol=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (same_gradient, gradient)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)  # of up to 20
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet_motion"])
@@ -253,6 +295,31 @@ def test_a_kernel_larger_than_the_image_convolves(stride, padding):
         assert "convolution" not in call.lower().compile().as_text()
     for received, wanted in zip(call(), both(expected), strict=True):
         np.testing.assert_allclose(received, wanted, rtol=1e-6, atol=3e-6)
+
+
+def test_a_doubled_image_is_convolved_before_it_is_doubled():
+    upsample = Upsample2D(5, rngs=nnx.Rngs(0))
+    upsample.conv.bias.set_value(jnp.arange(5.0))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 15, 5))
+    graphdef, params = nnx.split(upsample)
+
+    def expected(params, x):
+        return nnx.merge(graphdef, params).conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+    def both(function):
+        out, pull = jax.vjp(function, params, x)
+        return [
+            out,
+            *jax.tree.leaves(pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))),
+        ]
+
+    call = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x, (18, 30)))
+    convolved = [
+        line for line in call.lower(params, x).as_text().splitlines() if "convolut" in line
+    ]
+    assert any("2x10x16x20" in line for line in convolved)
+    for received, wanted in zip(both(call), both(expected), strict=True):
+        np.testing.assert_allclose(received, wanted, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 from ...kernels.gna import neighborhood_attention
 from ...kernels.gna.problem import PerDimension, windows_of
 
-# With this many logits per (batch, head) or more, queries are taken in chunks, so that memory stays
-# linear in their number.
+# With this many logits in all, a CPU spends its time on carrying them to and from memory.  With as
+# many per (batch, head), queries are taken in chunks, so that memory stays linear in their number.
 _MANY_LOGITS = 1 << 20
 
 
@@ -29,33 +29,42 @@ def dot_product_attention(
     value: Float[Array, "B K H D"],
     *,
     mask: Bool[Array, "#B #H #Q K"] | None = None,
+    is_causal: bool = False,
 ) -> Float[Array, "B Q H D"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with a float32 softmax.
 
-    Long self-attention on a CPU is that of `kernels.gna`, whose neighborhood may be everything: it
+    Large self-attention on a CPU is that of `kernels.gna`, whose neighborhood may be everything: it
     keeps blocks of logits in cache, forward and backward, but has no forward-mode derivative.
 
     Args:
       query, key, value: heads second-to-last, any float dtype.
       mask: True where a query may attend, broadcast over batch, heads and queries.
+      is_causal: whether no query attends to a later key; with a mask, both hold.
 
     Returns:
       [B, Q, H, D] in `value`'s dtype.
     """
     scale = query.shape[-1] ** -0.5
-    queries, keys = query.shape[1], key.shape[1]
-    if mask is not None or queries * keys < _MANY_LOGITS:
-        return _attend(query, key, value, mask, scale)
-    if queries == keys and jax.default_backend() == "cpu" and query.dtype != jnp.float64:
-        attended = neighborhood_attention(query, key, value, kernel_size=queries)
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
+    if (
+        mask is None
+        and queries == keys
+        and batch * heads * queries * keys >= _MANY_LOGITS
+        and jax.default_backend() == "cpu"
+        and query.dtype != jnp.float64
+    ):
+        attended = neighborhood_attention(
+            query, key, value, kernel_size=queries, is_causal=is_causal
+        )
         assert isinstance(attended, jax.Array)
         return attended
+    if is_causal:
+        earlier = jnp.tril(jnp.ones((queries, keys), bool))
+        mask = earlier if mask is None else mask & earlier
     chunk = max(1, _MANY_LOGITS // keys)
-    if queries % chunk:
-        return _attend(query, key, value, None, scale)
-
-    batch, _, heads, width = query.shape
-    chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, width), 1, 0)
+    if mask is not None or queries * keys < _MANY_LOGITS or queries % chunk:
+        return _attend(query, key, value, mask, scale)
+    chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, -1), 1, 0)
     # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
     attend = jax.checkpoint(lambda part: _attend(part, key, value, None, scale))
     return jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1).reshape(query.shape)
