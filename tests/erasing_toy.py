@@ -20,8 +20,8 @@ def tiny_pipeline() -> StableDiffusionPipeline:
     )  # fmt: skip
     unet = UNet2DConditionConfig(
         sample_size=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=16, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
+        mid_block_type=None, cross_attention_dim=16, attention_head_dim=2,
     )  # fmt: skip
     vae = AutoencoderKLConfig(
         block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",),

@@ -393,7 +393,7 @@ def test_uce_rewrites_the_projections_of_cross_attention(pipeline):
         pipeline.tokenizer, ["three"], [], strong, length=text_length(pipeline), seed=0
     )  # fmt: skip
     concept, anchor = uce.paired_states(pipeline, prompts)
-    attention = lambda p: p.unet.mid_block.attentions[0].transformer_blocks[0].attn2  # noqa: E731
+    attention = lambda p: p.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2  # noqa: E731
     old, new = (np.asarray(attention(p).to_v.kernel[...]) for p in (pipeline, edited))
     near = np.linalg.norm(concept @ new - anchor @ old)
     assert near < 0.5 * np.linalg.norm(concept @ old - anchor @ old)

@@ -137,12 +137,26 @@ def test_contrasts_share_what_is_true_among_rows_and_columns():
     assert float(received) == pytest.approx((np.mean(images) + np.mean(captions)) / 2, rel=1e-5)
 
 
-def test_the_study(repository, tmp_path, monkeypatch):
-    """One row and seed of a few steps, kept, not run again, and written down."""
+@pytest.fixture
+def benchmark(repository, monkeypatch):
+    """The study as a module."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    import segmentation_glyphs as benchmark
+    import segmentation_glyphs
 
+    return segmentation_glyphs
+
+
+def test_what_the_study_compares(benchmark):
     assert list(benchmark.cells((0,)))[:2] == [("frozen CLIP", 0), ("fine-tuned CLIP", 0)]
+    rows = benchmark.ROWS
+    assert not any("visual" in path for path in rows["frozen CLIP"].trainable)
+    assert "cdt" in rows["MAFT+"].trainable and "cdt" not in rows["+ compensation"].trainable
+
+
+# Nearly all of it is compilation.
+@pytest.mark.slow
+def test_the_study(benchmark, tmp_path):
+    """One row and seed of a few steps, kept, not run again, and written down."""
     settings = dataclasses.replace(benchmark.SMALL, tests=2)
     arguments = (tmp_path / "work", tmp_path / "results", settings)
     benchmark.study(*arguments, only=["frozen CLIP"], seeds=[0])
@@ -157,6 +171,3 @@ def test_the_study(repository, tmp_path, monkeypatch):
     table = benchmark.table_of(tmp_path / "results")
     assert [row[0] for row in table.rows] == ["frozen CLIP"]
     assert f"{record['seen']:.1f}" == table.rows[0][1].text
-    rows = benchmark.ROWS
-    assert not any("visual" in path for path in rows["frozen CLIP"].trainable)
-    assert "cdt" in rows["MAFT+"].trainable and "cdt" not in rows["+ compensation"].trainable
