@@ -4,7 +4,7 @@ python benchmarks/speed_page.py
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ Written by `benchmarks/speed_page.py` from the figures in `benchmarks/results`.
 """
 MODELS = """{device}, {dtype}, images of {image} pixels, batch 1, random weights: the median of
 {repeats} calls after the first one, which compiles; the process's peak of memory; the first call.
-With `benchmarks/stable_diffusion.py`, {dates}."""
+The figures of a line were taken one after another, on its day. With
+`benchmarks/stable_diffusion.py`."""
 SAMPLER = """ A guided DDIM step of SD 1.5 takes {step:.2f} s, its UNet alone {model:.2f} s: the
 sampler adds {overhead:.1f} %."""
 FILES = """SD 1.5's UNet in float32 ({size:.2f} GB), the file in the page cache; the fastest of
@@ -39,11 +40,6 @@ FILES = """SD 1.5's UNet in float32 ({size:.2f} GB), the file in the page cache;
 leaves what it loads mapped. Converting is `conceptax convert FOLDER FOLDER` from the start of the
 command to its end, beside `cp -r`; the second time is until the bytes are on the disk. With
 `benchmarks/load_save.py`, {dates}."""
-
-
-def dates_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The days on which rows were measured."""
-    return ", ".join(sorted({row["date"] for row in rows}))
 
 
 def models(report: Mapping[str, Any]) -> Table:
@@ -60,12 +56,13 @@ def models(report: Mapping[str, Any]) -> Table:
     for task in known:
         fastest = min(rows[task, engine]["median_s"] for engine in ("eager", "compile"))
         ratio = Number(f"{rows[task, 'jax']['median_s'] / fastest:.2f}")
-        lines.append((TASKS[task], *(cell(task, engine) for engine in ENGINES), ratio))
+        cells = (cell(task, engine) for engine in ENGINES)
+        lines.append((TASKS[task], *cells, ratio, rows[task, "jax"]["date"]))
     one = rows["unet", "jax"]
     note = MODELS.format(
         device=f"CPU ({one['cpu']}), {rows['unet', 'eager']['threads']} threads",
         dtype=report["dtype"], image=one["image"], repeats=one["repeats"],
-        dates=dates_of(report["rows"]),
+        dates=", ".join(sorted({row["date"] for row in report["rows"]})),
     )  # fmt: skip
     columns = ("", *ENGINES.values(), "JAX / PyTorch's best")
     if (row := rows.get(("sampler", "jax"))) is not None:
@@ -88,7 +85,7 @@ def files(report: Mapping[str, Any]) -> Table:
         )  # fmt: skip
     note = FILES.format(
         size=report["checkpoint_bytes"] / 1e9, repeats=report["repeats"],
-        dates=dates_of(report["rows"]),
+        dates=", ".join(sorted({row["date"] for row in report["rows"]})),
     )  # fmt: skip
     columns = ("", "with", "time", "peak memory / file")
     lines.sort(key=lambda line: line[0])

@@ -152,6 +152,7 @@ class Upsample2D(nnx.Module):
         doubled = size == (2 * height, 2 * width)
         if doubled and batch * height * width >= _REPAYS_ADDING_TAPS:
             conv = self.conv
+            assert conv.bias is not None
             x, kernel, bias = conv.promote_dtype(
                 (x, conv.kernel[...], conv.bias[...]), dtype=conv.dtype
             )
