@@ -485,9 +485,15 @@ def main() -> None:
     output = arguments.output or (
         RESULTS / f"stable_diffusion_{arguments.size}_{arguments.dtype}.json"
     )
-    kept = json.loads(output.read_text())["rows"] if output.exists() else []
-    rows = []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    packages = ("jax", "flax", "torch", "diffusers", "transformers")
+    report = {
+        "benchmark": "stable_diffusion", "size": arguments.size, "dtype": arguments.dtype,
+        "agreement": agreement, "versions": {p: version(p) for p in packages},
+        "rows": json.loads(output.read_text())["rows"] if output.exists() else [],
+    }  # fmt: skip
     for task in arguments.tasks:
+        rows = []
         for engine in arguments.engines if task != "sampler" else ("jax",):
             row = {
                 "task": task, "engine": engine, "image": arguments.image, "cpu": cpu_name(),
@@ -506,16 +512,11 @@ def main() -> None:
                 row |= json.loads(done.stdout.splitlines()[-1])
                 print(f"measured {task} {engine}: {row['best_s']:.3f} s", file=sys.stderr)
             rows.append(row)
-    measured = {(row["task"], row["engine"]) for row in rows}
-    rows += [row for row in kept if (row["task"], row["engine"]) not in measured]
-    rows.sort(key=lambda row: (TASKS.index(row["task"]), ENGINES.index(row["engine"])))
-    packages = ("jax", "flax", "torch", "diffusers", "transformers")
-    report = {
-        "benchmark": "stable_diffusion", "size": arguments.size, "dtype": arguments.dtype,
-        "agreement": agreement, "versions": {p: version(p) for p in packages}, "rows": rows,
-    }  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+        measured = {(row["task"], row["engine"]) for row in rows}
+        rows += [row for row in report["rows"] if (row["task"], row["engine"]) not in measured]
+        rows.sort(key=lambda row: (TASKS.index(row["task"]), ENGINES.index(row["engine"])))
+        report["rows"] = rows
+        output.write_text(json.dumps(report, indent=2) + "\n")  # each task once it is done
     show(report)
 
 
