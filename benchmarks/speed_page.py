@@ -59,10 +59,11 @@ def models(report: Mapping[str, Any]) -> Table:
         cells = (cell(task, engine) for engine in ENGINES)
         lines.append((TASKS[task], *cells, ratio, rows[task, "jax"]["date"]))
     one = rows["unet", "jax"]
+    counts = {rows[task, engine]["repeats"] for task in known for engine in ENGINES}
+    repeats = " to ".join(map(str, sorted({min(counts), max(counts)})))
     note = MODELS.format(
         device=f"CPU ({one['cpu']}), {rows['unet', 'eager']['threads']} threads",
-        dtype=report["dtype"], image=one["image"], repeats=one["repeats"],
-        dates=", ".join(sorted({row["date"] for row in report["rows"]})),
+        dtype=report["dtype"], image=one["image"], repeats=repeats,
     )  # fmt: skip
     columns = ("", *ENGINES.values(), "JAX / PyTorch's best")
     if (row := rows.get(("sampler", "jax"))) is not None:
