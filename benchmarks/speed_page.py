@@ -65,7 +65,7 @@ def models(report: Mapping[str, Any]) -> Table:
         device=f"CPU ({one['cpu']}), {rows['unet', 'eager']['threads']} threads",
         dtype=report["dtype"], image=one["image"], repeats=repeats,
     )  # fmt: skip
-    columns = ("", *ENGINES.values(), "JAX / PyTorch's best")
+    columns = ("", *ENGINES.values(), "JAX / PyTorch's best", "day")
     if (row := rows.get(("sampler", "jax"))) is not None:
         note += SAMPLER.format(
             step=row["best_s"], model=row["model_best_s"], overhead=100 * row["overhead"]
