@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from .configs import ModelConfig
 from .convnext import ConvNeXt, ConvNeXtConfig, Mlp
@@ -114,7 +114,7 @@ def _layer_norm(width: int, **init: Any) -> nnx.LayerNorm:
 
 
 class ResidualAttentionBlock(nnx.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer, causal."""
 
     def __init__(self, config: OpenCLIPTextConfig, **init: Any):
         self.ln_1 = _layer_norm(config.width, **init)
@@ -122,11 +122,9 @@ class ResidualAttentionBlock(nnx.Module):
         self.ln_2 = _layer_norm(config.width, **init)
         self.mlp = _MLP(config.width, **init)
 
-    def __call__(
-        self, x: Float[Array, "B L C"], mask: Bool[Array, "1 1 L L"]
-    ) -> Float[Array, "B L C"]:
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         h = self.ln_1(x)
-        x = x + self.attn(h, h, h, mask=mask)
+        x = x + self.attn(h, h, h, is_causal=True)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -219,9 +217,8 @@ class OpenCLIP(nnx.Module):
             )
         x = self.token_embedding(input_ids)  # [B, L, W]
         x = x + self.positional_embedding[...][:length].astype(x.dtype)
-        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
         for block in self.transformer.resblocks:
-            x = block(x, mask)
+            x = block(x)
         ends = jnp.argmax(input_ids, axis=-1)
         pooled = jnp.take_along_axis(self.ln_final(x), ends[:, None, None], axis=1)[:, 0]
         return pooled @ self.text_projection[...].astype(pooled.dtype)

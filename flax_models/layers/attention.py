@@ -178,8 +178,9 @@ class MultiheadAttention(nnx.Module):
         value: Float[Array, "B K C"],
         *,
         mask: Bool[Array, "#B #H #Q K"] | None = None,
+        is_causal: bool = False,
     ) -> Float[Array, "B Q C"]:
-        """Attend; `mask` is True where a query may."""
+        """Attend; `mask` and `is_causal` are those of `dot_product_attention`."""
         dtype = self.out_proj.dtype or query.dtype
         weights = jnp.split(self.in_proj_weight[...].astype(dtype), 3)
         biases = jnp.split(self.in_proj_bias[...].astype(dtype), 3)
@@ -187,4 +188,5 @@ class MultiheadAttention(nnx.Module):
             (x.astype(dtype) @ weight.T + bias).reshape(*x.shape[:2], self.heads, -1)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
-        return self.out_proj(dot_product_attention(*parts, mask=mask).reshape(query.shape))
+        attended = dot_product_attention(*parts, mask=mask, is_causal=is_causal)
+        return self.out_proj(attended.reshape(query.shape))
