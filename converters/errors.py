@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from ..errors import ConceptaxError
+
 _SHOWN = 8
 
 
-class ConversionError(ValueError):
+class ConversionError(ConceptaxError, ValueError):
     """Base of this package's errors; its message says what was received and what to do next."""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ..errors import ConceptaxError
 from .autoencoder_kl import AutoencoderKL
 from .clip import CLIPTextModel
 from .unet_2d_condition import UNet2DConditionModel
@@ -55,7 +56,7 @@ class StableDiffusionPipeline:
         return dataclasses.replace(self, text_encoder=encoder)
 
 
-class TokenError(ValueError):
+class TokenError(ConceptaxError, ValueError):
     """A token that cannot be added to a tokenizer."""
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ..errors import ConceptaxError
+
 # Neutral phrases around a concept; "{}" is the concept's place.
 TEMPLATES = (
     "{}", "a {}", "the {}", "a photo of {}", "a photo of a {}", "a photo of the {}",
@@ -24,7 +26,7 @@ _CONTEXTS = (
 )  # fmt: skip
 
 
-class ConceptError(ValueError):
+class ConceptError(ConceptaxError, ValueError):
     """A concept, template or phrase that cannot be used as text for this model."""
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from ..errors import ConceptaxError
+
 _HEIF = (".heic", ".heif")
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *_HEIF
@@ -22,11 +24,11 @@ SUFFIXES = (
 _KEYS = ("instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir")
 
 
-class ImageError(ValueError):
+class ImageError(ConceptaxError, ValueError):
     """An image that cannot be read; the message names the file."""
 
 
-class ConceptListError(ValueError):
+class ConceptListError(ConceptaxError, ValueError):
     """A list of concepts that cannot be used."""
 
 

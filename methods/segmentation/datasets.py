@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
+from ...errors import ConceptaxError
 from ..instances import SUFFIXES, read_image
 from .metrics import Segment
 
@@ -30,7 +31,7 @@ _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 _TOLD = 10
 
 
-class DataError(ValueError):
+class DataError(ConceptaxError, ValueError):
     """Scenes that cannot be used; the message names the first of what is wrong with them."""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from ...errors import ConceptaxError
 from .paths import dotted
 from .processes import any_process, is_first_process
 from .state import TrainState
@@ -28,7 +29,7 @@ from .state import TrainState
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
-class CheckpointError(OSError):
+class CheckpointError(ConceptaxError, OSError):
     """A checkpoint could not be written; those before it are as good as they were."""
 
 

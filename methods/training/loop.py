@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from ...errors import ConceptaxError
 from ...flax_models.layers import remat
 from .checkpoints import Checkpoints
 from .paths import dotted
@@ -49,7 +50,7 @@ _LAG = 2  # steps in flight before the loop reads metrics
 _FINITE, _STOP = "_finite", "_stop"
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(ConceptaxError, ArithmeticError):
     """The loss or a parameter became NaN or infinite.
 
     Attributes:

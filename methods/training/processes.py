@@ -11,8 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ...errors import ConceptaxError
 
-class ProcessLostError(ConnectionError):
+
+class ProcessLostError(ConceptaxError, ConnectionError):
     """Another process of the run no longer answers; what was saved lets the run go on."""
 
     def __init__(self, step: int, saved: int | None, reason: str) -> None:
