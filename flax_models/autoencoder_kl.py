@@ -26,6 +26,7 @@ from .layers.resnet import (
     group_norm,
 )
 from .layers.tiling import tiled
+from .pretrained import Pretrained
 
 _EPSILON = 1e-6
 
@@ -212,7 +213,7 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(nnx.Module):
+class AutoencoderKL(Pretrained, nnx.Module):
     """Variational autoencoder between images and latents.
 
     Args:

@@ -19,6 +19,7 @@ from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
 from .layers.embeddings import Dtype
+from .pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +301,7 @@ class BlipTextModel(nnx.Module):
 # ---- the model ----
 
 
-class BlipForImageTextRetrieval(nnx.Module):
+class BlipForImageTextRetrieval(Pretrained, nnx.Module):
     """BLIP's contrastive and matching heads.
 
     Args:

@@ -21,6 +21,7 @@ from .clip import ACTIVATIONS
 from .configs import ModelConfig
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
 from .layers.embeddings import Dtype
+from .pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Blip2QFormerModel(nnx.Module):
         return self.encoder(self.layernorm(tokens), queries, image, mask)
 
 
-class Blip2ForImageTextRetrieval(nnx.Module):
+class Blip2ForImageTextRetrieval(Pretrained, nnx.Module):
     """BLIP-2's contrastive and matching heads.
 
     Args:

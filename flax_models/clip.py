@@ -18,6 +18,7 @@ from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
+from .pretrained import Pretrained
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -292,7 +293,7 @@ def pooling_positions(config: CLIPTextConfig, input_ids: Int[Array, "B L"]) -> I
     return jnp.argmax(input_ids == config.eos_token_id, axis=-1)
 
 
-class CLIPTextModel(nnx.Module):
+class CLIPTextModel(Pretrained, nnx.Module):
     """CLIP's text tower, the text encoder of Stable Diffusion.
 
     Args:
@@ -375,7 +376,7 @@ class CLIPTextModel(nnx.Module):
         return CLIPTextOutput(x, pooled, penultimate)
 
 
-class CLIPTextModelWithProjection(nnx.Module):
+class CLIPTextModelWithProjection(Pretrained, nnx.Module):
     """A text tower whose pooled state is projected: SDXL's second text encoder.
 
     Arguments of making and of calling it are those of `CLIPTextModel`; so is its output, whose
@@ -435,7 +436,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
 
 
-class CLIPVisionModel(nnx.Module):
+class CLIPVisionModel(Pretrained, nnx.Module):
     """CLIP's vision tower (ViT)."""
 
     config_class = CLIPVisionConfig
@@ -467,7 +468,7 @@ class CLIPVisionModel(nnx.Module):
         return CLIPVisionOutput(x, self.post_layernorm(x[:, 0]))
 
 
-class CLIPModel(nnx.Module):
+class CLIPModel(Pretrained, nnx.Module):
     """Both towers, projected into one space.  Arguments as for `CLIPTextModel`."""
 
     config_class = CLIPConfig

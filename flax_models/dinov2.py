@@ -19,6 +19,7 @@ from .configs import ModelConfig
 from .layers.bert import Dense, Projections
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
+from .pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _layer_norm(config: Dinov2Config, **init) -> nnx.LayerNorm:
     )
 
 
-class Dinov2Model(nnx.Module):
+class Dinov2Model(Pretrained, nnx.Module):
     """DINOv2's vision transformer.
 
     Args:

@@ -21,6 +21,7 @@ from .layers.attention import GNA, Attention
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
 from .layers.remat import Remat, recomputed
 from .layers.transformer import Identity
+from .pretrained import Pretrained
 
 _TIME_FEATURES = 256  # sinusoidal features of the timestep, for every size of model
 # What the class of the first published DiT folders, `Transformer2DModel`, could do beside.
@@ -277,7 +278,7 @@ def _per_layer(attention: Neighborhoods, layers: int) -> tuple[GNA | None, ...]:
     return settings
 
 
-class DiTTransformer2DModel(nnx.Module):
+class DiTTransformer2DModel(Pretrained, nnx.Module):
     """Class-conditional diffusion transformer.
 
     Args:

@@ -35,6 +35,7 @@ from .mask2former import (
     torch_linear,
 )
 from .open_clip import OpenCLIP, OpenCLIPConfig
+from .pretrained import Pretrained
 
 FORMS = ("semantic", "panoptic")
 TOKEN_ORDERS = ("reference", "raster")
@@ -224,7 +225,7 @@ class _SegmentationHead(nnx.Module):
         self.predictor = MultiScaleMaskedTransformerDecoder(config, **init)
 
 
-class MaftPlus(nnx.Module):
+class MaftPlus(Pretrained, nnx.Module):
     """The whole model; the frozen teacher of its training is no part of it.
 
     Args:

@@ -20,6 +20,7 @@ from .convnext import ConvNeXt, ConvNeXtConfig, Mlp
 from .layers.attention import MultiheadAttention
 from .layers.embeddings import Dtype
 from .layers.remat import Remat
+from .pretrained import Pretrained
 
 # Of pixel values 0 to 255.
 IMAGE_MEAN = (122.7709383, 116.7460125, 104.09373615)
@@ -166,7 +167,7 @@ class VisionTower(nnx.Module):
         return self.head(self.trunk.head.norm(features))
 
 
-class OpenCLIP(nnx.Module):
+class OpenCLIP(Pretrained, nnx.Module):
     """Both towers.
 
     Args:

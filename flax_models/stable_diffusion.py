@@ -13,11 +13,12 @@ from jaxtyping import Array, Float
 from ..errors import ConceptaxError
 from .autoencoder_kl import AutoencoderKL
 from .clip import CLIPTextModel
+from .pretrained import Pretrained
 from .unet_2d_condition import UNet2DConditionModel
 
 
 @dataclasses.dataclass
-class StableDiffusionPipeline:
+class StableDiffusionPipeline(Pretrained):
     """Parts of a text-to-image model; how they sample and train is in `conceptax.methods`.
 
     Attributes:

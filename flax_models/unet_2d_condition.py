@@ -20,6 +20,7 @@ from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
 from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 from .layers.transformer import Transformer2DModel
+from .pretrained import Pretrained
 
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -273,7 +274,7 @@ class UpBlock(_Layers):
         return x
 
 
-class UNet2DConditionModel(nnx.Module):
+class UNet2DConditionModel(Pretrained, nnx.Module):
     """Text-conditioned UNet.
 
     Args:

@@ -24,6 +24,7 @@ from .layers.embeddings import Dtype
 from .layers.remat import Remat
 from .layers.resnet import group_norm
 from .layers.transformer import BasicTransformerBlock
+from .pretrained import Pretrained
 from .unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 PerLevel = int | tuple[int, ...]
@@ -284,7 +285,7 @@ class MotionModules(nnx.Module):
         self.motion_modules = nnx.List([make(**init) for _ in range(count)])
 
 
-class MotionAdapter(nnx.Module):
+class MotionAdapter(Pretrained, nnx.Module):
     """What is added to an image UNet; it is no model by itself.
 
     Args:

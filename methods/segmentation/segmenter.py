@@ -1,7 +1,7 @@
 """A model that looks at images of any size with the eyes of one vocabulary."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from .augmentation import resize_image, shortest_edge
 from .batches import normalise_image, padded_size
 from .inference import ImageSizes, class_scores, panoptic_map, semantic_labels
 from .metrics import Segment
+from .vocabulary import Vocabulary, text_rows
 
 
 class Seen(NamedTuple):
@@ -81,6 +82,35 @@ class Segmenter:
         pixels = normalise_image(resize_image(image, size), padded)
         scores, masks = self._look(jnp.asarray(pixels)[None], self.rows, self.synonyms)
         return Seen(scores, masks, ImageSizes(padded, size, (height, width)))
+
+
+def segment(
+    model: MaftPlus,
+    images: Sequence[UInt8[np.ndarray, "H W 3"]],
+    vocabulary: Vocabulary | str,
+    *,
+    tokenizer: Any,
+    short: int = 800,
+    longest: int = 1333,
+) -> list[Seen]:
+    """Find the classes of a vocabulary in images.
+
+    Args:
+      model: read, never changed.
+      images: of any sizes.
+      vocabulary: classes, or text such as "cat; sofa, couch; wall".
+      tokenizer: CLIP's, as `conceptax.converters.tokenizer.read_tokenizer` gives it.
+      short, longest: as for `Segmenter`.
+
+    Returns:
+      what the model sees in each image: its `labels()` are [H, W] numbers of classes, and the
+      number of classes where there is none.
+    """
+    if isinstance(vocabulary, str):
+        vocabulary = Vocabulary.named(vocabulary)
+    rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary)
+    look = Segmenter(model, rows, vocabulary.synonyms(), short=short, longest=longest)
+    return [look(image) for image in images]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,6 +1,7 @@
 """conceptax erases, learns and locates visual concepts in JAX.
 
-The rooms of the house, each imported on its own so that this module stays light:
+Everything that most programs need is here, and is imported on first use, so that this module stays
+light. Behind it are the rooms of the house:
 
 * `conceptax.flax_models`: what computes. NNX modules, one architecture per file.
 * `conceptax.methods`: what trains. Losses, pure steps, samplers, data, the training loop.
@@ -9,9 +10,84 @@ The rooms of the house, each imported on its own so that this module stays light
 * `conceptax.cli`: the `conceptax` command.
 """
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConceptaxError
+
+if TYPE_CHECKING:
+    from . import converters, flax_models, kernels, methods
+    from .converters import load_pytorch as load
+    from .converters import save_pytorch as save
+    from .flax_models.stable_diffusion import StableDiffusionPipeline
+    from .flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
+    from .kernels.gna import neighborhood_attention
+    from .kernels.gna.simulator import simulate
+    from .methods.class_diffusion import personalise as personalize
+    from .methods.erasing import erase
+    from .methods.evaluation import evaluate
+    from .methods.segmentation.segmenter import segment
+    from .methods.text_to_image import text_to_image
+    from .methods.text_to_video import text_to_video
+    from .methods.training import train
 
 __version__ = "0.1.0"
+
+# Public name -> module, and the name there if it is another one.
+_LAZY = {
+    "load": ("converters", "load_pytorch"),
+    "save": ("converters", "save_pytorch"),
+    "text_to_image": ("methods.text_to_image",),
+    "text_to_video": ("methods.text_to_video",),
+    "erase": ("methods.erasing",),
+    "personalize": ("methods.class_diffusion", "personalise"),
+    "segment": ("methods.segmentation.segmenter",),
+    "evaluate": ("methods.evaluation",),
+    "train": ("methods.training",),
+    "neighborhood_attention": ("kernels.gna",),
+    "simulate": ("kernels.gna.simulator",),
+    "StableDiffusionPipeline": ("flax_models.stable_diffusion",),
+    "StableDiffusionXLPipeline": ("flax_models.stable_diffusion_xl",),
+}
+_ROOMS = ("flax_models", "methods", "kernels", "converters")
+
+__all__ = [
+    "ConceptaxError",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "bundled_model",
+    "converters",
+    "erase",
+    "evaluate",
+    "flax_models",
+    "kernels",
+    "load",
+    "methods",
+    "neighborhood_attention",
+    "personalize",
+    "save",
+    "segment",
+    "simulate",
+    "text_to_image",
+    "text_to_video",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room, *other = _LAZY[name]
+    value = getattr(importlib.import_module(f".{room}", __name__), other[0] if other else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__"})
 
 
 def bundled_model() -> Path:

@@ -1,0 +1,156 @@
+"""`conceptax doctor`: what is installed, what runs here, and why not what does not."""
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Beside the core: what each is for.
+_OPTIONAL = {
+    "torch": "reads .bin, .pt and .ckpt files: pip install 'conceptax[torch]'",
+    "diffusers": "convert --verify: pip install 'conceptax[torch]'",
+    "jax_triton": "attention on NVIDIA GPUs: pip install 'conceptax[cuda]'",
+    "imageio_ffmpeg": "MP4 files: pip install 'conceptax[video]'",
+    "pillow_heif": "HEIC photographs: pip install 'conceptax[heic]'",
+    "sklearn": "training the bundled model: pip install 'conceptax[demo]'",
+    "skimage": "training the bundled model: pip install 'conceptax[demo]'",
+    "matplotlib": "pictures of gna search: pip install 'conceptax[demo]'",
+}
+_CORE = (
+    "conceptax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
+    "huggingface_hub", "safetensors", "numpy", "scipy",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Say what is installed, which devices and compilers there are, and which kernel runs where.
+
+    Exit status 1 where something that every command needs does not work.
+    """
+
+
+def run(command: Command) -> None:
+    """Print the report, a section at a time.
+
+    Raises:
+      RuntimeError: no device can compute.
+    """
+    _section("Versions", _versions())
+    _section("Optional packages", _optional())
+    devices, trouble = _devices()
+    _section("Devices", devices)
+    _section("Compilers", _compilers())
+    if trouble is None:
+        _section("Neighborhood attention", _backends())
+    _section("Folders", _folders())
+    if trouble is not None:
+        raise RuntimeError(f"no device can compute: {trouble}")
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, what in rows:
+        print(f"  {name:{width}}  {what}")
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [("python", f"{platform.python_version()}, {platform.platform()}")]
+    for name in _CORE:
+        try:
+            rows.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return rows
+
+
+def _optional() -> list[tuple[str, str]]:
+    there = {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL}
+    return [
+        (name, f"{'installed' if there[name] else 'not installed'}; {purpose}")
+        for name, purpose in _OPTIONAL.items()
+    ]
+
+
+def _devices() -> tuple[list[tuple[str, str]], str | None]:
+    import jax
+
+    try:
+        kinds: dict[tuple[str, str], int] = {}
+        for device in jax.devices():
+            key = (device.platform, device.device_kind)
+            kinds[key] = kinds.get(key, 0) + 1
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        return [("none", reason)], reason
+    rows = [(where, f"{count} x {kind}") for (where, kind), count in kinds.items()]
+    rows.append(("host", f"{_cores()} cores, {_memory()}"))
+    return rows, None
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> str:
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return "memory unknown"
+    sizes = dict(line.split(":", 1) for line in lines)
+    total, free = (int(sizes[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    return f"{total:.1f} GiB of memory, {free:.1f} GiB available"
+
+
+def _compilers() -> list[tuple[str, str]]:
+    from conceptax.kernels.gna.cuda import build
+
+    names = {"cpu": "C++", "gpu": "CUDA"}
+    return [(name, build.compiler(target) or build.missing(target) or "")
+            for target, name in names.items()]  # fmt: skip
+
+
+def _backends() -> list[tuple[str, str]]:
+    from conceptax.kernels.gna import features
+    from conceptax.kernels.gna.api import BACKENDS, select, unsupported
+    from conceptax.kernels.gna.platforms import default_platform
+
+    here = default_platform()
+    taken = select(features.BASE)
+    rows = []
+    for name in BACKENDS:
+        reason = unsupported(name, features.BASE)
+        what = "runs" if reason is None else f"does not run: {reason}"
+        rows.append((name, f"{what}; taken here ({here})" if name == taken else what))
+    return rows
+
+
+def _folders() -> list[tuple[str, str]]:
+    from huggingface_hub import constants
+
+    import conceptax
+    from conceptax.kernels.gna.cuda import build
+
+    caches: dict[str, Any] = {
+        "package": Path(conceptax.__file__).parent,
+        "libraries": build._cache_folder(),
+        "programs of XLA": os.environ.get("JAX_COMPILATION_CACHE_DIR") or "not kept",
+        "models of the Hub": constants.HF_HUB_CACHE,
+        "interpreter": sys.executable,
+    }
+    return [(name, f"{where}{_size(where)}") for name, where in caches.items()]
+
+
+def _size(place: Any) -> str:
+    folder = Path(place)
+    if not folder.is_dir() or folder.name == "conceptax" and (folder / "__init__.py").exists():
+        return ""
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    return f" ({len(files)} files, {sum(f.stat().st_size for f in files) / 1e6:.0f} MB)"
