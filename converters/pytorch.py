@@ -22,6 +22,14 @@ from .compvis import load_single_file, open_single_file
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_folder
 from .parameters import ShardingRule, fill, on_host, pending, put
+from .pipeline_folder import (
+    carried_parts,
+    copy_carried,
+    is_part,
+    pipeline_components,
+    read_index,
+    read_scheduler,
+)
 from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
 from .segmentation import loader_of
 from .tensors import match, tensor_specs, variables
@@ -111,15 +119,9 @@ def load_pytorch(
 def _load_pipeline(
     path: FilePath, components: Collection[str] | None, *, place: Callable, **options
 ) -> Any:
-    index = architectures.without_flax(read_json(path / "model_index.json"))
-    name = index.get("_class_name")
-    if name not in architectures.PIPELINES:
-        raise CheckpointError(
-            f"{path} is a {name!r} pipeline; known are {', '.join(architectures.PIPELINES)}. "
-            "Load its components one by one if their architectures are known."
-        )
-    kind = architectures.pipeline_class(name)
-    known = _components(kind)
+    index = read_index(path)
+    kind = architectures.class_of_pipeline(index, str(path))
+    known = pipeline_components(kind)
     wanted = set(known if components is None else components)
     if not wanted <= set(known):
         unknown = sorted(wanted - set(known))
@@ -136,13 +138,9 @@ def _load_pipeline(
         if name in wanted:
             parts[name] = read_tokenizer(path / name)
             _check_vocabulary(path, parts[name], parts[name.replace("tokenizer", "text_encoder")])
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    config = architectures.without_flax(read_json(scheduler)) if "scheduler" in wanted else {}
-    return kind(**parts, scheduler_config=config, model_index=index)
-
-
-def _components(kind: Any) -> tuple[str, ...]:
-    return (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
+    config = read_scheduler(path, index) if "scheduler" in wanted else {}
+    carried = carried_parts(path.resolve(), index, known) if components is None else {}
+    return kind(**parts, scheduler_config=config, model_index=index, carried=carried)
 
 
 def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None:
@@ -323,7 +321,9 @@ def _write_json(path: FilePath, content: Mapping[str, Any]) -> None:
 
 
 def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
-    index = {"_class_name": type(pipeline).__name__, **pipeline.model_index}
+    own = type(pipeline).__name__
+    index = {"_class_name": own, **pipeline.model_index}
+    index["_class_name"] = index["_class_name"] or own
     carried = {}
     for name in pipeline.MODELS:
         model = getattr(pipeline, name)
@@ -341,10 +341,13 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
         kind = config.setdefault("_class_name", entry[1] or "DDIMScheduler")
         _write_json(folder / "scheduler" / "scheduler_config.json", config)
         carried["scheduler"] = ["diffusers", kind]
+    copy_carried(pipeline.carried, folder)
+    carried |= {name: index.get(name, [None, None]) for name in pipeline.carried if name in index}
     # What diffusers asks for and what the original named, as absent unless it is written here.
-    for name in (*_components(pipeline), *pipeline.NOT_CARRIED):
+    named = [name for name, entry in index.items() if is_part(name, entry)]
+    for name in dict.fromkeys((*pipeline_components(pipeline), *pipeline.NOT_CARRIED, *named)):
         index[name] = carried.get(name, [None, None])
-    if "safety_checker" in pipeline.NOT_CARRIED:
+    if "safety_checker" in pipeline.NOT_CARRIED and "safety_checker" not in carried:
         index["requires_safety_checker"] = False
     _write_json(folder / "model_index.json", index)
 

@@ -111,9 +111,10 @@ class NoiseSchedule:
     """Settings of diffusers' schedulers over a table of betas, under the same names.
 
     None stands for the default of the class that samples, as in diffusers: `timestep_spacing` is
-    "leading" for DDIM and "linspace" for Euler, `clip_sample` is true for DDIM and false for LCM. Settings that only another sampler knows
-    (`clip_sample` for Euler, `use_karras_sigmas` for DDIM, …) are kept and do nothing there, as in
-    diffusers. Hashable, so it may be a static argument of `jax.jit`.
+    "leading" for DDIM and "linspace" for Euler, `clip_sample` is true for DDIM and false for LCM.
+    Settings that only another sampler knows (`clip_sample` for Euler, `use_karras_sigmas` for DDIM,
+    …) are kept and do nothing there, as in diffusers. Hashable, so it may be a static argument of
+    `jax.jit`.
 
     Raises `ValueError` for a setting out of range, at construction.
     """
@@ -196,10 +197,11 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Reads the dictionary of a diffusers `scheduler_config.json`.
 
-        `_class_name` is that of a scheduler in diffusers, and DDIMScheduler where absent. Of a class
-        whose steps are not known here the betas and the prediction type are read, and its other
-        settings are inert. Where the file is silent, betas are by default those of its class, and
-        all other settings those of the class that samples. Keys that start with "_" are ignored.
+        `_class_name` is that of a scheduler in diffusers, and DDIMScheduler where absent. Of a
+        class whose steps are not known here the betas and the prediction type are read, and its
+        other settings are inert. Where the file is silent, betas are by default those of its class,
+        and all other settings those of the class that samples. Keys that start with "_" are
+        ignored.
 
         Raises:
             ValueError: a class without betas, an unknown setting of a known class, or a value that
