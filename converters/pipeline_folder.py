@@ -45,6 +45,19 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
+    """Refuse a tokenizer that knows more tokens than its text encoder embeds.
+
+    Raises:
+      CheckpointError: it does.
+    """
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder embeds "
+            f"only {rows}. Use the tokenizer that belongs to it."
+        )
+
+
 def is_part(name: str, entry: Any) -> bool:
     """Whether an entry of a `model_index.json`, [library, class], names a part that exists."""
     pair = isinstance(entry, list | tuple) and len(entry) == 2

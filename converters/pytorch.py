@@ -18,23 +18,41 @@ from flax import nnx
 
 from . import architectures
 from .components import build
-from .compvis import load_single_file, open_single_file
+from .compvis import load_single_file
 from .errors import CheckpointError, OutputError, listing
+from .identify import (
+    COMPONENT,
+    PIPELINE,
+    SEGMENTATION,
+    SINGLE,
+    Identity,
+    identify,
+    open_component,
+    read_config,
+    resolved,
+)
 from .output import atomic_folder
 from .parameters import ShardingRule, fill, on_host, pending, put
 from .pipeline_folder import (
     carried_parts,
+    check_vocabulary,
     copy_carried,
     is_part,
     pipeline_components,
     read_index,
     read_scheduler,
 )
-from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
+from .safetensors_file import (
+    FLOAT_NAMES,
+    PendingTensor,
+    StoredTensor,
+    file_order,
+    write_safetensors,
+)
 from .segmentation import loader_of
 from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
-from .weights import STEMS, find_weights, open_weights, read_json
+from .weights import STEMS, find_weights, open_weights
 
 
 def load_pytorch(
@@ -83,20 +101,21 @@ def load_pytorch(
         shape or type, NaN or infinite.
       ValueError: an argument that does not apply to this checkpoint.
     """
-    path = FilePath(path).expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist. Pass a folder with config.json or model_index.json; models "
-            "are not downloaded here."
-        )
-    if architecture is None and (stored := open_single_file(path)) is not None:
+    found = Identity(COMPONENT, path := resolved(path))
+    if architecture is None or (path / "model_index.json").is_file():
+        found = identify(path)
+    if found.advice:
+        raise CheckpointError(found.advice)
+    if found.kind == SINGLE:
         if unknown := sorted(set(model_options) - {"tokenizer", "prediction_type"}):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
         return load_single_file(
             path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, components=components,
-            stored=stored, **model_options,
+            stored=dict(found.stored or {}), **model_options,
         )  # fmt: skip
-    if architecture is None and components is None and (loader := loader_of(path)) is not None:
+    if found.kind == SEGMENTATION and components is None:
+        loader = loader_of(path)
+        assert loader is not None
         if unknown := sorted(set(model_options) - set(inspect.signature(loader).parameters)):
             raise ValueError(f"{path} is for {loader.__name__}, which takes no {listing(unknown)}.")
         return loader(
@@ -104,7 +123,7 @@ def load_pytorch(
         )
     place = functools.partial(put, rule=sharding)
     options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
-    if (path / "model_index.json").is_file():
+    if found.kind == PIPELINE:
         if architecture is not None:
             raise ValueError(f"{path} is a pipeline: architecture= is for a component folder.")
         if model_options:
@@ -113,7 +132,7 @@ def load_pytorch(
         return _load_pipeline(path, components, place=place, **options)
     if components is not None:
         raise ValueError(f"{path} is no pipeline folder: components= does not apply to it.")
-    return _load_component(path, architecture, place=place, **options)
+    return _load_component(path, architecture, place=place, stored=found.stored, **options)
 
 
 def _load_pipeline(
@@ -137,35 +156,20 @@ def _load_pipeline(
     for name in kind.TOKENIZERS:
         if name in wanted:
             parts[name] = read_tokenizer(path / name)
-            _check_vocabulary(path, parts[name], parts[name.replace("tokenizer", "text_encoder")])
+            encoder = parts[name.replace("tokenizer", "text_encoder")]
+            if encoder is not None:
+                check_vocabulary(path, parts[name], encoder.config.vocab_size)
     config = read_scheduler(path, index) if "scheduler" in wanted else {}
     carried = carried_parts(path.resolve(), index, known) if components is None else {}
     return kind(**parts, scheduler_config=config, model_index=index, carried=carried)
 
 
-def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None:
-    if text_encoder is not None and len(tokenizer) > text_encoder.config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, but the text encoder embeds only "
-            f"{text_encoder.config.vocab_size}. Use the tokenizer that belongs to it."
-        )
-
-
 def _load_component(
     path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable,
-    model_options: Mapping[str, Any],
+    model_options: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None = None,
 ) -> nnx.Module:  # fmt: skip
-    if not path.exists():  # a part of a pipeline
-        raise CheckpointError(f"{path} does not exist. Check that the download is complete.")
     folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").exists():
-        there = sorted(entry.name for entry in folder.iterdir())
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json "
-            f"(found {listing(there) or 'nothing'}). Pass a diffusers or transformers folder."
-        )
-    source = str(folder / "config.json")
-    raw = architectures.without_flax(read_json(folder / "config.json"))
+    raw, source = read_config(folder)
     if architecture is None or isinstance(architecture, str):
         name = architecture or architectures.published_name(raw)
         model_class = architectures.model_class(name, source)
@@ -178,8 +182,10 @@ def _load_component(
             f"{', '.join(sorted(accepted))}."
         )
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
+    if stored is None:
+        stored = open_component(file)
     return build(
-        model_class, raw, open_weights(file), source=source, file=str(file), dtype=dtype,
+        model_class, raw, stored, source=source, file=str(file), dtype=dtype,
         param_dtype=param_dtype, place=place, model_options=model_options,
     )  # fmt: skip
 
