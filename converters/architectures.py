@@ -93,9 +93,9 @@ def class_of_pipeline(index: Mapping[str, Any], source: str) -> Any:
     if differing:
         called = "a pipeline without a name" if name is None else f"a {name!r} pipeline"
         raise CheckpointError(
-            f"{source} is {called}, whose {', '.join(differing)} are not those of {wanted}; known "
-            f"are pipelines with the parts of {', '.join(PIPELINES)}. Load its components one by "
-            "one if their architectures are known."
+            f"{source} is {called}; known are those with the models of {', '.join(PIPELINES)}, and "
+            f"its {', '.join(differing)} differ from {wanted}'s. Load its components one by one if "
+            "their architectures are known."
         )
     return pipeline_class(wanted)
 

@@ -110,8 +110,8 @@ def _folder(path: Path) -> Identity:
 
 
 def _present(file: Path) -> bool:
-    """Whether a file is there, be it as a link to nothing, which its reader reports."""
-    return file.is_file() or file.is_symlink()
+    """Whether there is something, be it a pipe or a link to nothing, which its reader reports."""
+    return file.exists() or file.is_symlink()
 
 
 def _file(path: Path) -> Identity:
@@ -170,17 +170,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
             f"{listing(visible(folder)) or 'nothing'}). Check that the download is complete."
         )
     return architectures.without_flax(read_json(file)), str(file)
-
-
-def open_component(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a component's weight file, or of the index of several.
-
-    Raises:
-      CheckpointError: damaged or unsafe files, or something else under such a name.
-    """
-    if not file.name.endswith(".json"):
-        check_content(file)
-    return open_weights(file)
 
 
 def check_content(path: Path) -> None:

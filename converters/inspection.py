@@ -20,7 +20,6 @@ from .identify import (
     SINGLE,
     WEIGHTS,
     identify,
-    open_component,
     read_config,
 )
 from .lora import lora_file
@@ -111,14 +110,14 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
         return _single(stored or {}, str(path))
     if found.kind == WEIGHTS:
         part = _part("", "no config.json beside it tells", (stored or {}).values(), {})
-        return Inspection("weight file", [part], {}, {"no model": [found.advice]}, found.advice)
+        return Inspection("weight file", [part], {}, {"no model": [found.advice]})
     return Inspection("component", [_component(path, "", None, stored)], {}, {})
 
 
 def _pipeline(path: Path) -> Inspection:
     index = read_index(path)
     named = index.get("_class_name")
-    kind = f"pipeline ({named if isinstance(named, str) else ', '.join(map(str, named or []))})"
+    kind = f"pipeline ({', '.join(map(str, named)) if isinstance(named, list) else named})"
     try:
         pipeline = architectures.class_of_pipeline(index, str(path))
     except CheckpointError as error:
@@ -221,13 +220,13 @@ def _component(
     """A component folder; what is wrong with it becomes a problem of the part."""
     architecture, variant = published, ""
     try:
-        raw, source = read_config(folder if folder.is_dir() else folder.parent)
+        raw, source = read_config(folder.parent if folder.is_file() else folder)
         architecture = published or architectures.published_name(raw)
         model_class = architectures.model_class(architecture, source)
         if stored is None:
             file = find_weights(folder, model_class.pytorch_library)
             variant = variant_of(file.name)
-            stored = open_component(file)
+            stored = open_weights(file)
         problems = _compare(architecture, raw, stored, source)
     except CheckpointError as error:
         problems = {"not readable": [str(error)]}

@@ -27,7 +27,6 @@ from .identify import (
     SINGLE,
     Identity,
     identify,
-    open_component,
     read_config,
     resolved,
 )
@@ -168,7 +167,7 @@ def _load_component(
     path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable,
     model_options: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None = None,
 ) -> nnx.Module:  # fmt: skip
-    folder = path if path.is_dir() else path.parent
+    folder = path.parent if path.is_file() else path
     raw, source = read_config(folder)
     if architecture is None or isinstance(architecture, str):
         name = architecture or architectures.published_name(raw)
@@ -183,7 +182,7 @@ def _load_component(
         )
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
     if stored is None:
-        stored = open_component(file)
+        stored = open_weights(file)
     return build(
         model_class, raw, stored, source=source, file=str(file), dtype=dtype,
         param_dtype=param_dtype, place=place, model_options=model_options,

@@ -197,7 +197,8 @@ ZOO = {
     "number for a class": (lambda t: linked(t / "m", _class_name=5), "has 5 as its _class_name"),
     "another model": (
         lambda t: linked(t / "m", _class_name="FluxPipeline", unet=[None, None]),
-        "'FluxPipeline' pipeline, whose unet (none)",
+        "'FluxPipeline' pipeline; known are those with the models of StableDiffusionPipeline, "
+        "StableDiffusionXLPipeline, and its unet (none) differ",
     ),
     "checker not there": (lambda t: linked(t / "m", safety_checker=["a", "Checker"]), None),
     "moving average": (
@@ -207,9 +208,9 @@ ZOO = {
         lambda t: replaced(t / "m", "unet", "config.json", settings("unet", sample_size=[8, 16])),
         None,
     ),
-    "three sizes": (
-        lambda t: replaced(t / "m", "unet", "config.json", settings("unet", sample_size=[8] * 3)),
-        "sample_size takes one number, or height and width",
+    "no size": (
+        lambda t: replaced(t / "m", "unet", "config.json", settings("unet", sample_size=[8, 0])),
+        "sample_size must be positive, received (8, 0)",
     ),
     "odd setting": (
         lambda t: replaced(t / "m", "vae", "config.json", settings("vae", act_fn="gelu")),
@@ -218,10 +219,10 @@ ZOO = {
     "no weights": (lambda t: replaced(t / "m", "vae", WEIGHTS, None), "holds no weights"),
     "pointer inside": (
         lambda t: replaced(t / "m", "vae", WEIGHTS, b"version https://git-lfs.github.com/spec/v1"),
-        "a pointer of Git LFS",
+        "is not a safetensors file",
     ),
     "page inside": (
-        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n<p>"), "a web page"
+        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n<p>"), "is not a safetensors"
     ),
     "no tokenizer": (
         lambda t: replaced(t / "m", "tokenizer", "tokenizer.json", b"{"), "not a CLIP tokenizer"
