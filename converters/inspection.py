@@ -27,6 +27,7 @@ from .personalised import read_personalisation
 from .pipeline_folder import (
     carried_parts,
     check_vocabulary,
+    class_in,
     is_part,
     pipeline_components,
     read_index,
@@ -129,8 +130,7 @@ def _pipeline(path: Path) -> Inspection:
         problems["missing"] = sorted(missing)
     for name in sorted(pipeline.MODELS):
         if name not in missing:
-            entry = index.get(name)
-            published = entry[1] if is_part(name, entry) else None
+            published = class_in(index.get(name))
             parts.append(_component(path / name, name, published, None))
     unreadable = []
     for name in pipeline.TOKENIZERS:

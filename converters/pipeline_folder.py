@@ -39,9 +39,8 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     if not file.exists() and (older := file.with_name("config.json")).is_file():
         file = older
     config = architectures.without_flax(read_json(file))
-    entry = index.get("scheduler")
-    if is_part("scheduler", entry):
-        config["_class_name"] = entry[1]
+    if (named := class_in(index.get("scheduler"))) is not None:
+        config["_class_name"] = named
     return config
 
 
@@ -60,8 +59,13 @@ def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
 
 def is_part(name: str, entry: Any) -> bool:
     """Whether an entry of a `model_index.json`, [library, class], names a part that exists."""
+    return class_in(entry) is not None and not name.startswith("_")
+
+
+def class_in(entry: Any) -> str | None:
+    """The class in such an entry; None where it names none."""
     pair = isinstance(entry, list | tuple) and len(entry) == 2
-    return pair and isinstance(entry[1], str) and not name.startswith("_")
+    return entry[1] if pair and isinstance(entry[1], str) else None
 
 
 def is_plain(name: str) -> bool:

@@ -35,6 +35,7 @@ from .parameters import ShardingRule, fill, on_host, pending, put
 from .pipeline_folder import (
     carried_parts,
     check_vocabulary,
+    class_in,
     copy_carried,
     is_part,
     pipeline_components,
@@ -147,8 +148,7 @@ def _load_pipeline(
     parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
     for name in kind.MODELS:
         if name in wanted:
-            entry = index.get(name)
-            published = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+            published = class_in(index.get(name))
             parts[name] = _load_component(
                 path / name, published, place=functools.partial(place, prefix=(name,)), **options
             )

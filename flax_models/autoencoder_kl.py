@@ -42,7 +42,7 @@ class AutoencoderKLConfig(ModelConfig):
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int | tuple[int, int] = 512  # in pixels: both sides, or height and width
+    sample_size: int | tuple[int, ...] = 512  # in pixels: both sides, or height and width
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     use_quant_conv: bool = True

@@ -65,7 +65,8 @@ class StableDiffusionPipeline:
                 "latents, such as those for inpainting, are converted, but not drawn with or "
                 "trained."
             )
-        return (*config.latent_size, config.in_channels)
+        height, width = config.latent_size
+        return height, width, config.in_channels
 
     @property
     def prompt_encoder(self) -> Any:

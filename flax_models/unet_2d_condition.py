@@ -32,7 +32,7 @@ class UNet2DConditionConfig(ModelConfig):
     `attention_head_dim` is, as in the published files, the *number of heads* per block.
     """
 
-    sample_size: int | tuple[int, int] | None = 64  # of latents: both sides, or height and width
+    sample_size: int | tuple[int, ...] | None = 64  # of latents: both sides, or height and width
     in_channels: int = 4
     out_channels: int = 4
     center_input_sample: bool = False
@@ -114,7 +114,8 @@ class UNet2DConditionConfig(ModelConfig):
         size = self.sample_size
         if size is None:  # where the file is silent: what its kind was trained on
             size = 128 if self.addition_embed_type == "text_time" else 64
-        return size if isinstance(size, tuple) else (size, size)
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height, width
 
     def per_block(self, name: str) -> tuple[int, ...]:
         """The value of a setting for each resolution, from the finest to the coarsest."""

@@ -93,7 +93,7 @@ class MotionAdapterConfig(ModelConfig):
 class UNetMotionConfig(ModelConfig):
     """Settings of `UNetMotionModel`; the defaults are Stable Diffusion 1.5's with its adapter."""
 
-    sample_size: int | tuple[int, int] | None = 64
+    sample_size: int | tuple[int, ...] | None = 64
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",)
