@@ -119,12 +119,12 @@ def _file(path: Path) -> Identity:
     index = path.name.endswith(".json") and ".index." in path.name
     if not index:
         check_content(path)
-        if path.suffix != ".msgpack" and is_personalised(path):
-            return _personalisation(path)
         if (single := open_single_file(path)) is not None:
             return Identity(SINGLE, path, single)
         if loader_of(path) is not None:
             return Identity(SEGMENTATION, path)
+        if path.suffix != ".msgpack" and is_personalised(path):
+            return _personalisation(path)
     stored = open_weights(path, wrappers=("state_dict",) if path.suffix == ".ckpt" else ())
     if is_lora(stored):
         return _lora(path, stored)

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from conceptax import bundled_model
 from conceptax.cli import main
+from conceptax.cli.loading import load_classifier
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch
 from conceptax.converters.inspection import Inspection
 
@@ -222,7 +223,7 @@ ZOO = {
         "is not a safetensors file",
     ),
     "page inside": (
-        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n<p>"), "is not a safetensors"
+        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n"), "is not a safetensors"
     ),
     "no tokenizer": (
         lambda t: replaced(t / "m", "tokenizer", "tokenizer.json", b"{"), "not a CLIP tokenizer"
@@ -290,6 +291,11 @@ def test_inspect_and_load_say_the_same(tmp_path, name):
     else:
         assert told == [raised]
         assert reason in raised and ".partial" not in raised
+
+
+def test_a_pipeline_is_no_classifier():
+    with pytest.raises(CheckpointError, match="is a pipeline, not a classifier"):
+        load_classifier(bundled_model(), None, "x")
 
 
 def test_what_personalising_leaves(tmp_path, torch, capsys):
