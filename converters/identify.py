@@ -190,7 +190,7 @@ def check_content(path: Path) -> None:
 def _other(start: bytes) -> str:
     """What else a file is, and what to do; empty where it may be weights."""
     if not start:
-        return "empty, as an interrupted download leaves it. Download it again."
+        return "empty, truncated by an interrupted download. Download it again."
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull."
     if start.startswith(_PICTURES) or (start.startswith(b"RIFF") and start[8:12] == b"WEBP"):
