@@ -29,6 +29,12 @@ PIPELINES = {
 }
 
 
+_SD = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_PARTS = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionXLPipeline": _SD | {"text_encoder_2": "CLIPTextModelWithProjection"},
+}
+
 _FLAX = "Flax"  # how diffusers up to 0.39 and transformers 4 began their names
 # Settings of diffusers' and maxdiffusion's Flax models that say how, not what, they compute.
 _FLAX_SETTINGS = {
@@ -52,6 +58,46 @@ def without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
         if names and (key == "architectures" or len(value) == 2):
             plain[key] = [each.removeprefix(_FLAX) for each in value]
     return plain
+
+
+def class_of_pipeline(index: Mapping[str, Any], source: str) -> Any:
+    """The pipeline class that reads the parts which a `model_index.json` names.
+
+    Its `_class_name` may be any whose models are those of Stable Diffusion or SDXL (image to image,
+    inpainting, latent consistency, a custom pipeline's `["file", "Class"]`), since the parts are
+    the same.
+
+    Raises:
+      CheckpointError: a name that is none, or parts of other models; the message names them.
+    """
+    name = index.get("_class_name")
+    if isinstance(name, str) and name in PIPELINES:
+        return pipeline_class(name)
+    pair = isinstance(name, list) and len(name) == 2 and all(isinstance(n, str) for n in name)
+    if not (name is None or isinstance(name, str) or pair):
+        raise CheckpointError(
+            f"{source} has {name!r} as its _class_name, which is not the name of a pipeline."
+        )
+    classes = {
+        key: entry[1] for key, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and not key.startswith("_")
+    }  # fmt: skip
+    wanted = "StableDiffusionPipeline"
+    if classes.get("text_encoder_2") is not None:
+        wanted = "StableDiffusionXLPipeline"
+    differing = [
+        f"{key} ({classes.get(key) or 'none'})"
+        for key, accepted in _PARTS[wanted].items()
+        if classes.get(key) != accepted
+    ]
+    if differing:
+        called = "a pipeline without a name" if name is None else f"a {name!r} pipeline"
+        raise CheckpointError(
+            f"{source} is {called}; known are those with the models of {', '.join(PIPELINES)}, and "
+            f"its {', '.join(differing)} differ from {wanted}'s. Load its components one by one if "
+            "their architectures are known."
+        )
+    return pipeline_class(wanted)
 
 
 def published_name(config: Mapping[str, Any]) -> str | None:

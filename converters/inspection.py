@@ -10,17 +10,34 @@ import jax.numpy as jnp
 
 from . import architectures
 from .components import abstract
-from .compvis_parts import is_single_file, read_single_file
+from .compvis_parts import read_single_file
 from .errors import CheckpointError
-from .lora import FILES, is_lora
-from .personalised import is_personalised, read_personalisation
+from .identify import (
+    LORA,
+    PERSONALISATION,
+    PIPELINE,
+    SEGMENTATION,
+    SINGLE,
+    WEIGHTS,
+    identify,
+    read_config,
+)
+from .lora import lora_file
+from .personalised import read_personalisation
+from .pipeline_folder import (
+    carried_parts,
+    check_vocabulary,
+    class_in,
+    is_part,
+    pipeline_components,
+    read_index,
+    read_scheduler,
+)
 from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, ITEM_SIZES, StoredTensor
 from .segmentation import Plan, plan_of
 from .tensors import compare, tensor_specs
-from .weights import find_weights, open_weights, read_json
-
-_OTHERS = ("tokenizer", "scheduler")
-_NO_MODEL = (*_OTHERS, "feature_extractor", "image_encoder", "safety_checker")
+from .tokenizer import read_tokenizer
+from .weights import find_weights, open_weights, variant_of
 
 
 class Part(NamedTuple):
@@ -33,6 +50,7 @@ class Part(NamedTuple):
       dtypes: type's name -> numbers stored in it.
       nbytes: size of the tensors.
       problems: what is wrong with it -> the tensors' names, or messages; empty if it can be loaded.
+      variant: of the weight file that is read, such as "fp16"; empty for the plain one.
     """
 
     name: str
@@ -41,6 +59,7 @@ class Part(NamedTuple):
     dtypes: dict[str, int]
     nbytes: int
     problems: dict[str, list[str]]
+    variant: str = ""
 
 
 class Inspection(NamedTuple):
@@ -51,12 +70,14 @@ class Inspection(NamedTuple):
       parts: its models.
       leftovers: what it holds beside them, harmless -> the names.
       problems: what is missing or extra beside what its parts say.
+      advice: of what is no model by itself, what takes it; `load_pytorch` refuses it with this.
     """
 
     kind: str
     parts: list[Part]
     leftovers: dict[str, list[str]]
     problems: dict[str, list[str]]
+    advice: str = ""
 
     @property
     def healthy(self) -> bool:
@@ -72,58 +93,82 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     Raises:
       CheckpointError: there is nothing that can be recognised, or a damaged file.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist.")
-    if (path / "model_index.json").is_file():
+    found = identify(path)
+    path, stored = found.path, found.stored
+    if found.kind == PIPELINE:
         return _pipeline(path)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and not (path / "config.json").is_file():
-        found = next((path / name for name in FILES if (path / name).is_file()), None)
-        if found is None:
-            raise CheckpointError(
-                f"{path} holds neither model_index.json, nor config.json, nor {FILES[0]}. Pass the "
-                "weight file itself."
-            )
-        path = found
-    stored = None
-    if path.is_file():
-        if path.suffix in (".bin", ".pt", ".safetensors") and is_personalised(path):
-            return _personalisation(path)
-        if (plan := plan_of(path)) is not None:
-            return _plan(plan, str(path))
-        stored = open_weights(path, wrappers=("state_dict",) if path.suffix == ".ckpt" else ())
-        if is_single_file(stored):
-            return _single(stored, str(path))
-        if is_lora(stored):
-            return Inspection("LoRA", [_part("", "LoRA", stored.values(), {})], {}, {})
-        if not (folder / "config.json").is_file():
-            part = _part("", "no config.json beside it tells", stored.values(), {})
-            return Inspection("weight file", [part], {}, {})
-    return Inspection("component", [_component(folder, "", None, stored)], {}, {})
+    if found.kind == PERSONALISATION:
+        return _personalisation(path)._replace(advice=found.advice)
+    if found.kind == SEGMENTATION:
+        plan = plan_of(path)
+        assert plan is not None
+        return _plan(plan, str(path))
+    if found.kind == LORA:
+        stored = open_weights(lora_file(path)) if stored is None else stored
+        part = _part("", "LoRA", stored.values(), {})
+        return Inspection("LoRA", [part], {}, {}, found.advice)
+    if found.kind == SINGLE:
+        return _single(stored or {}, str(path))
+    if found.kind == WEIGHTS:
+        part = _part("", "no config.json beside it tells", (stored or {}).values(), {})
+        return Inspection("weight file", [part], {}, {"no model": [found.advice]})
+    return Inspection("component", [_component(path, "", None, stored)], {}, {})
 
 
 def _pipeline(path: Path) -> Inspection:
-    index = architectures.without_flax(read_json(path / "model_index.json"))
-    kind = index.get("_class_name")
-    parts, missing, unused = [], [], []
-    for name, entry in sorted(index.items()):
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-            continue
-        if "/" in name or "\\" in name or name.startswith("."):
-            unused.append(name)
-        elif not (path / name).is_dir():
-            missing.append(name)
-        elif name not in _NO_MODEL:
-            parts.append(_component(path / name, name, entry[1], None))
-        elif name not in _OTHERS:
-            unused.append(name)
-    missing += [name for name in _OTHERS if name not in index and not (path / name).is_dir()]
-    problems: dict[str, list[str]] = {"missing": missing} if missing else {}
-    if kind not in architectures.PIPELINES:
-        problems["not supported here"] = [str(kind)]
+    index = read_index(path)
+    named = index.get("_class_name")
+    kind = f"pipeline ({', '.join(map(str, named)) if isinstance(named, list) else named})"
+    try:
+        pipeline = architectures.class_of_pipeline(index, str(path))
+    except CheckpointError as error:
+        return Inspection(kind, [], {}, {"not supported here": [str(error)]})
+    parts, problems, tokenizers = [], dict[str, list[str]](), {}
+    known = pipeline_components(pipeline)
+    missing = [name for name in known if not (path / name).is_dir()]
+    if missing:
+        problems["missing"] = sorted(missing)
+    for name in sorted(pipeline.MODELS):
+        if name not in missing:
+            published = class_in(index.get(name))
+            parts.append(_component(path / name, name, published, None))
+    unreadable = []
+    for name in pipeline.TOKENIZERS:
+        try:
+            if name not in missing:
+                tokenizers[name] = read_tokenizer(path / name)
+                encoder = name.replace("tokenizer", "text_encoder")
+                if encoder not in missing and (rows := _vocabulary(path / encoder)):
+                    check_vocabulary(path, tokenizers[name], rows)
+        except CheckpointError as error:
+            unreadable.append(str(error))
+    try:
+        if "scheduler" not in missing:
+            read_scheduler(path, index)
+        carried = carried_parts(path.resolve(), index, known)
+    except CheckpointError as error:
+        unreadable.append(str(error))
+        carried = {}
+    if unreadable:
+        problems["not readable"] = unreadable
+    others = {
+        name for name, entry in index.items() if name not in known and is_part(name, entry)
+    }  # fmt: skip
+    absent = sorted(name for name in others if not (path / name).is_dir() and "/" not in name)
+    unused = sorted((others | set(carried)) - set(absent))
     leftovers = {"parts that are not loaded": unused} if unused else {}
-    return Inspection(f"pipeline ({kind})", parts, leftovers, problems)
+    if absent:
+        leftovers["parts that are named and not there"] = absent
+    return Inspection(kind, parts, leftovers, problems)
+
+
+def _vocabulary(folder: Path) -> int | None:
+    """How many tokens a text encoder's settings say it embeds."""
+    try:
+        rows = read_config(folder)[0].get("vocab_size")
+    except CheckpointError:
+        return None  # told of the component
+    return rows if isinstance(rows, int) else None
 
 
 def _single(stored: Mapping[str, StoredTensor], source: str) -> Inspection:
@@ -173,17 +218,20 @@ def _component(
     folder: Path, name: str, published: str | None, stored: Mapping[str, StoredTensor] | None
 ) -> Part:
     """A component folder; what is wrong with it becomes a problem of the part."""
-    architecture = published
+    architecture, variant = published, ""
     try:
-        raw = architectures.without_flax(read_json(folder / "config.json"))
-        architecture = architectures.published_name(raw) or published
+        raw, source = read_config(folder.parent if folder.is_file() else folder)
+        architecture = published or architectures.published_name(raw)
+        model_class = architectures.model_class(architecture, source)
         if stored is None:
-            model_class = architectures.model_class(architecture, str(folder / "config.json"))
-            stored = open_weights(find_weights(folder, model_class.pytorch_library))
-        problems = _compare(architecture, raw, stored, str(folder / "config.json"))
+            file = find_weights(folder, model_class.pytorch_library)
+            variant = variant_of(file.name)
+            stored = open_weights(file)
+        problems = _compare(architecture, raw, stored, source)
     except CheckpointError as error:
         problems = {"not readable": [str(error)]}
-    return _part(name, architecture or "unknown", (stored or {}).values(), problems)
+    part = _part(name, architecture or "unknown", (stored or {}).values(), problems)
+    return part._replace(variant=variant)
 
 
 def _compare(

@@ -18,15 +18,41 @@ from flax import nnx
 
 from . import architectures
 from .components import build
-from .compvis import load_single_file, open_single_file
+from .compvis import load_single_file
 from .errors import CheckpointError, OutputError, listing
+from .identify import (
+    COMPONENT,
+    PIPELINE,
+    SEGMENTATION,
+    SINGLE,
+    Identity,
+    identify,
+    read_config,
+    resolved,
+)
 from .output import atomic_folder
 from .parameters import ShardingRule, fill, on_host, pending, put
-from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
+from .pipeline_folder import (
+    carried_parts,
+    check_vocabulary,
+    class_in,
+    copy_carried,
+    is_part,
+    pipeline_components,
+    read_index,
+    read_scheduler,
+)
+from .safetensors_file import (
+    FLOAT_NAMES,
+    PendingTensor,
+    StoredTensor,
+    file_order,
+    write_safetensors,
+)
 from .segmentation import loader_of
 from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
-from .weights import STEMS, find_weights, open_weights, read_json
+from .weights import STEMS, find_weights, open_weights
 
 
 def load_pytorch(
@@ -75,20 +101,21 @@ def load_pytorch(
         shape or type, NaN or infinite.
       ValueError: an argument that does not apply to this checkpoint.
     """
-    path = FilePath(path).expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist. Pass a folder with config.json or model_index.json; models "
-            "are not downloaded here."
-        )
-    if architecture is None and (stored := open_single_file(path)) is not None:
+    found = Identity(COMPONENT, path := resolved(path))
+    if architecture is None or (path / "model_index.json").is_file():
+        found = identify(path)
+    if found.advice:
+        raise CheckpointError(found.advice)
+    if found.kind == SINGLE:
         if unknown := sorted(set(model_options) - {"tokenizer", "prediction_type"}):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
         return load_single_file(
             path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, components=components,
-            stored=stored, **model_options,
+            stored=dict(found.stored or {}), **model_options,
         )  # fmt: skip
-    if architecture is None and components is None and (loader := loader_of(path)) is not None:
+    if found.kind == SEGMENTATION and components is None:
+        loader = loader_of(path)
+        assert loader is not None
         if unknown := sorted(set(model_options) - set(inspect.signature(loader).parameters)):
             raise ValueError(f"{path} is for {loader.__name__}, which takes no {listing(unknown)}.")
         return loader(
@@ -96,7 +123,7 @@ def load_pytorch(
         )
     place = functools.partial(put, rule=sharding)
     options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
-    if (path / "model_index.json").is_file():
+    if found.kind == PIPELINE:
         if architecture is not None:
             raise ValueError(f"{path} is a pipeline: architecture= is for a component folder.")
         if model_options:
@@ -105,21 +132,15 @@ def load_pytorch(
         return _load_pipeline(path, components, place=place, **options)
     if components is not None:
         raise ValueError(f"{path} is no pipeline folder: components= does not apply to it.")
-    return _load_component(path, architecture, place=place, **options)
+    return _load_component(path, architecture, place=place, stored=found.stored, **options)
 
 
 def _load_pipeline(
     path: FilePath, components: Collection[str] | None, *, place: Callable, **options
 ) -> Any:
-    index = architectures.without_flax(read_json(path / "model_index.json"))
-    name = index.get("_class_name")
-    if name not in architectures.PIPELINES:
-        raise CheckpointError(
-            f"{path} is a {name!r} pipeline; known are {', '.join(architectures.PIPELINES)}. "
-            "Load its components one by one if their architectures are known."
-        )
-    kind = architectures.pipeline_class(name)
-    known = _components(kind)
+    index = read_index(path)
+    kind = architectures.class_of_pipeline(index, str(path))
+    known = pipeline_components(kind)
     wanted = set(known if components is None else components)
     if not wanted <= set(known):
         unknown = sorted(wanted - set(known))
@@ -127,47 +148,27 @@ def _load_pipeline(
     parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
     for name in kind.MODELS:
         if name in wanted:
-            entry = index.get(name)
-            published = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+            published = class_in(index.get(name))
             parts[name] = _load_component(
                 path / name, published, place=functools.partial(place, prefix=(name,)), **options
             )
     for name in kind.TOKENIZERS:
         if name in wanted:
             parts[name] = read_tokenizer(path / name)
-            _check_vocabulary(path, parts[name], parts[name.replace("tokenizer", "text_encoder")])
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    config = architectures.without_flax(read_json(scheduler)) if "scheduler" in wanted else {}
-    return kind(**parts, scheduler_config=config, model_index=index)
-
-
-def _components(kind: Any) -> tuple[str, ...]:
-    return (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
-
-
-def _check_vocabulary(path: FilePath, tokenizer: Any, text_encoder: Any) -> None:
-    if text_encoder is not None and len(tokenizer) > text_encoder.config.vocab_size:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, but the text encoder embeds only "
-            f"{text_encoder.config.vocab_size}. Use the tokenizer that belongs to it."
-        )
+            encoder = parts[name.replace("tokenizer", "text_encoder")]
+            if encoder is not None:
+                check_vocabulary(path, parts[name], encoder.config.vocab_size)
+    config = read_scheduler(path, index) if "scheduler" in wanted else {}
+    carried = carried_parts(path.resolve(), index, known) if components is None else {}
+    return kind(**parts, scheduler_config=config, model_index=index, carried=carried)
 
 
 def _load_component(
     path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable,
-    model_options: Mapping[str, Any],
+    model_options: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None = None,
 ) -> nnx.Module:  # fmt: skip
-    if not path.exists():  # a part of a pipeline
-        raise CheckpointError(f"{path} does not exist. Check that the download is complete.")
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").exists():
-        there = sorted(entry.name for entry in folder.iterdir())
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it holds neither model_index.json nor config.json "
-            f"(found {listing(there) or 'nothing'}). Pass a diffusers or transformers folder."
-        )
-    source = str(folder / "config.json")
-    raw = architectures.without_flax(read_json(folder / "config.json"))
+    folder = path.parent if path.is_file() else path
+    raw, source = read_config(folder)
     if architecture is None or isinstance(architecture, str):
         name = architecture or architectures.published_name(raw)
         model_class = architectures.model_class(name, source)
@@ -180,8 +181,10 @@ def _load_component(
             f"{', '.join(sorted(accepted))}."
         )
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
+    if stored is None:
+        stored = open_weights(file)
     return build(
-        model_class, raw, open_weights(file), source=source, file=str(file), dtype=dtype,
+        model_class, raw, stored, source=source, file=str(file), dtype=dtype,
         param_dtype=param_dtype, place=place, model_options=model_options,
     )  # fmt: skip
 
@@ -323,7 +326,9 @@ def _write_json(path: FilePath, content: Mapping[str, Any]) -> None:
 
 
 def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
-    index = {"_class_name": type(pipeline).__name__, **pipeline.model_index}
+    own = type(pipeline).__name__
+    index = {"_class_name": own, **pipeline.model_index}
+    index["_class_name"] = index["_class_name"] or own
     carried = {}
     for name in pipeline.MODELS:
         model = getattr(pipeline, name)
@@ -341,10 +346,13 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
         kind = config.setdefault("_class_name", entry[1] or "DDIMScheduler")
         _write_json(folder / "scheduler" / "scheduler_config.json", config)
         carried["scheduler"] = ["diffusers", kind]
+    copy_carried(pipeline.carried, folder)
+    carried |= {name: index.get(name, [None, None]) for name in pipeline.carried if name in index}
     # What diffusers asks for and what the original named, as absent unless it is written here.
-    for name in (*_components(pipeline), *pipeline.NOT_CARRIED):
+    named = [name for name, entry in index.items() if is_part(name, entry)]
+    for name in dict.fromkeys((*pipeline_components(pipeline), *pipeline.NOT_CARRIED, *named)):
         index[name] = carried.get(name, [None, None])
-    if "safety_checker" in pipeline.NOT_CARRIED:
+    if "safety_checker" in pipeline.NOT_CARRIED and "safety_checker" not in carried:
         index["requires_safety_checker"] = False
     _write_json(folder / "model_index.json", index)
 

@@ -17,8 +17,8 @@ def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
     """
     import transformers
 
-    names = ("tokenizer.json", *_FILES[kind].split(" and "))
-    if not any((folder / name).is_file() for name in names):
+    fast, slow = ["tokenizer.json"], _FILES[kind].split(" and ")
+    if not any(all((folder / name).is_file() for name in names) for names in (fast, slow)):
         raise CheckpointError(
             f"{folder} holds no tokenizer (tokenizer.json, or {_FILES[kind]}). "
             "Check that the download is complete."

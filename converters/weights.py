@@ -4,6 +4,7 @@ Everything in a folder is untrusted: names in an index may not leave it, pickles
 `weights_only=True` (which executes nothing), and files are checked before their data is used.
 """
 
+import re
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -23,13 +24,15 @@ STEMS = {
     "transformers": ("model", "pytorch_model", "flax_model"),
 }
 _ORBAX = {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}
-# In the order of preference; full precision first.
-_LAYOUTS = (
-    "{safe}.safetensors", "{safe}.safetensors.index.json", "{safe}.fp16.safetensors",
-    "{safe}.safetensors.index.fp16.json", "{safe}.fp16.safetensors.index.json",
-    "{pickle}.bin", "{pickle}.bin.index.json", "{pickle}.fp16.bin",
-    "{pickle}.bin.index.fp16.json", "{flax}.msgpack",
-)  # fmt: skip
+_NAME = re.compile(
+    r"(?P<stem>[a-z_]+)(?:\.(?P<variant>(?!.*-\d+-of-)[\w-]+))?\.(?P<form>safetensors|bin|msgpack)"
+    r"(?:\.index(?:\.(?P<later>[\w-]+))?\.json)?",
+    re.IGNORECASE,
+)
+_FORMS = {"safetensors": 0, "bin": 1, "msgpack": 2}  # place among the stems of a library
+# Variants in the order in which they are taken where the plain file is absent; others follow.
+_VARIANTS = ("", "fp32", "fp16", "bf16", "ema")
+_NOT_AVERAGED = "non_ema"  # the last, since a model is used with its moving average
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,32 +63,66 @@ def _require_file(path: Path) -> None:
         raise CheckpointError(f"{path} is not a regular file. Replace it by the file itself.")
 
 
+def visible(folder: Path) -> list[str]:
+    """What is in a folder, for messages: without hidden entries and those still being written."""
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def is_orbax(names: Sequence[str]) -> bool:
+    """Whether a folder with these entries is a checkpoint of Orbax."""
+    return not _ORBAX.isdisjoint(names)
+
+
 def find_weights(folder: Path, library: str) -> Path:
     """The weight file or index of a component folder.
+
+    As in diffusers, the plain file comes first, safetensors before a pickle; where there is none,
+    a variant is taken, such as `model.fp16.safetensors`, and last Flax's.
 
     Raises:
       CheckpointError: there is none; the message lists what is there.
     """
-    first, *others = [library, *(name for name in STEMS if name != library)]
-    layouts = [
-        layout.format(safe=STEMS[name][0], pickle=STEMS[name][1], flax=STEMS[name][2])
-        for layout in _LAYOUTS
-        for name in (first, *others)
-    ]
-    for name in layouts:
-        if (folder / name).is_file():
-            return folder / name
-    there = sorted(entry.name for entry in folder.iterdir())
-    if _ORBAX & set(there):
+    found = [
+        (place, entry.name) for entry in folder.iterdir()
+        if (place := _place(entry.name, library)) is not None and entry.is_file()
+    ]  # fmt: skip
+    if found:
+        return folder / min(found)[1]
+    there = visible(folder)
+    if is_orbax(there):
         raise CheckpointError(
             f"{folder} is an Orbax checkpoint. Restore it with Orbax and write its parameters with "
             f"flax.serialization.to_bytes into {STEMS[library][2]}.msgpack, which is read here."
         )
     raise CheckpointError(
-        f"{folder} holds no weights: expected {layouts[0]}, {layouts[0]}.index.json or "
-        f"{STEMS[library][1]}.bin, found {listing(there) or 'nothing'}. "
+        f"{folder} holds no weights: expected {STEMS[library][0]}.safetensors, that with "
+        f".index.json, or {STEMS[library][1]}.bin, found {listing(there) or 'nothing'}. "
         "Check that the download is complete."
     )
+
+
+def variant_of(file: str) -> str:
+    """The variant in the name of a weight file, such as "fp16"; empty for the plain one."""
+    name = _NAME.fullmatch(file)
+    return ((name["variant"] or name["later"] or "") if name else "").lower()
+
+
+def _place(file: str, library: str) -> tuple[Any, ...] | None:
+    """What the files of a folder are sorted by; None for names that are not of weights."""
+    name = _NAME.fullmatch(file)
+    if name is None:
+        return None
+    form = name["form"].lower()
+    owners = [owner for owner in STEMS if name["stem"].lower() == STEMS[owner][_FORMS[form]]]
+    if not owners:
+        return None
+    variant = variant_of(file)
+    known = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
+    flax = form == "msgpack"
+    return (
+        flax, variant == _NOT_AVERAGED, known, variant, _FORMS[form],
+        library not in owners, file.lower().endswith(".json"),
+    )  # fmt: skip
 
 
 def open_weights(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, StoredTensor]:

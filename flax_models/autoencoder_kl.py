@@ -43,7 +43,7 @@ class AutoencoderKLConfig(ModelConfig):
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 512
+    sample_size: int | tuple[int, ...] = 512  # in pixels: both sides, or height and width
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     use_quant_conv: bool = True
@@ -60,6 +60,7 @@ class AutoencoderKLConfig(ModelConfig):
             "in_channels", "out_channels", "block_out_channels", "layers_per_block",
             "latent_channels", "norm_num_groups",
         )  # fmt: skip
+        self.require_size("sample_size")
         depth = len(self.block_out_channels)
         for name, kind in (
             ("down_block_types", "DownEncoderBlock2D"),
@@ -71,6 +72,11 @@ class AutoencoderKLConfig(ModelConfig):
             )
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         self.require(not bad, f"channels {bad} do not divide into {self.norm_num_groups} groups.")
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels along a side of a tile: the smaller one of those trained on."""
+        return min(self.sample_size) if isinstance(self.sample_size, tuple) else self.sample_size
 
     @property
     def downsampling(self) -> int:
@@ -272,7 +278,7 @@ class AutoencoderKL(Pretrained, nnx.Module):
             moments = self.encoder(images)
             return self.quant_conv(moments) if self.config.use_quant_conv else moments
 
-        images, size = images.astype(self.dtype), self.config.sample_size
+        images, size = images.astype(self.dtype), self.config.tile_size
         if tiling and max(images.shape[1:3]) > size:
             moments = tiled(encode, images, tile=size, output=size // factor)
         else:
@@ -301,7 +307,7 @@ class AutoencoderKL(Pretrained, nnx.Module):
                 latents = self.post_quant_conv(latents)
             return self.decoder(latents)
 
-        latents, size = latents.astype(self.dtype), self.config.sample_size
+        latents, size = latents.astype(self.dtype), self.config.tile_size
         if not tiling:
             return decode(latents)
         tile = size // self.config.downsampling

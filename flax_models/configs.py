@@ -12,6 +12,13 @@ from typing import Any, ClassVar, TypeVar
 Config = TypeVar("Config", bound="ModelConfig")
 
 
+# What diffusers' `EMAModel` writes beside the settings of the model whose moving average it is.
+_MOVING_AVERAGE = frozenset({
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
+    "use_ema_warmup",
+})  # fmt: skip
+
+
 def _freeze(value: Any) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
@@ -50,7 +57,7 @@ class ModelConfig:
                 known[field.name] = float(known[field.name])
         problems = []
         for key, value in sorted(raw.items()):
-            if key in names or key in cls.INERT or key.startswith("_"):
+            if key in names or key in cls.INERT | _MOVING_AVERAGE or key.startswith("_"):
                 continue
             if key in cls.FIXED:
                 if _freeze(value) != _freeze(cls.FIXED[key]):
@@ -83,3 +90,11 @@ class ModelConfig:
             entries = value if isinstance(value, tuple) else (value,)
             ok = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in entries)
             self.require(ok and bool(entries), f"{name} must be positive, received {value!r}.")
+
+    def require_size(self, name: str) -> None:
+        """Raise ValueError unless a field is a positive number, two of them, or None."""
+        value = getattr(self, name)
+        pair = not isinstance(value, tuple) or len(value) == 2
+        self.require(pair, f"{name} takes one number, or height and width; received {value!r}.")
+        if value is not None:
+            self.require_positive(name)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -26,10 +27,12 @@ class StableDiffusionPipeline(Pretrained):
       tokenizer: a `transformers.CLIPTokenizer`.
       scheduler_config: the parsed `scheduler_config.json`.
       model_index: the parsed `model_index.json`, kept so that a saved folder names the same parts.
+      carried: parts that nothing here computes with, such as the safety checker -> the folder (or
+        file) that a saved pipeline gets an unchanged copy of.
 
     Class attributes:
       MODELS, TOKENIZERS: the parts that are one or the other.
-      NOT_CARRIED: parts of diffusers' pipeline that this one does without.
+      NOT_CARRIED: parts of diffusers' pipeline that this one does without, where none is carried.
     """
 
     unet: UNet2DConditionModel | Any
@@ -38,6 +41,7 @@ class StableDiffusionPipeline(Pretrained):
     tokenizer: Any
     scheduler_config: Mapping[str, Any]
     model_index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    carried: Mapping[str, Path] = dataclasses.field(default_factory=dict, kw_only=True)
 
     MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer",)
@@ -46,6 +50,24 @@ class StableDiffusionPipeline(Pretrained):
     )  # fmt: skip
 
     force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the latents that the UNet was made for.
+
+        Raises:
+          ValueError: it denoises something other than latents (an inpainting model).
+        """
+        config = self.unet.config
+        if config.in_channels != config.out_channels:
+            raise ValueError(
+                f"A text-to-image UNet maps latents to latents: in_channels={config.in_channels} "
+                f"and out_channels={config.out_channels} must be equal. Models that read more than "
+                "latents, such as those for inpainting, are converted, but not drawn with or "
+                "trained."
+            )
+        height, width = config.latent_size
+        return height, width, config.in_channels
 
     @property
     def prompt_encoder(self) -> Any:

@@ -145,12 +145,13 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
                 f"SDXL's two tokenizers share a vocabulary; received {lengths[0]} and "
                 f"{lengths[1]} tokens."
             )
-        pixels = (self.unet.config.sample_size or 128) * self.vae.config.downsampling
+        factor = self.vae.config.downsampling
+        height, width = self.unet.config.latent_size
         return TextEncoders(
             *parts[:2],
             pad_tokens=(self.tokenizer.pad_token_id, self.tokenizer_2.pad_token_id),
             end_token=self.tokenizer.eos_token_id,
-            size=(pixels, pixels),
+            size=(height * factor, width * factor),
         )
 
     def with_prompt_encoder(self, encoder: Any) -> "StableDiffusionXLPipeline":

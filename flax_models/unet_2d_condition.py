@@ -33,7 +33,7 @@ class UNet2DConditionConfig(ModelConfig):
     `attention_head_dim` is, as in the published files, the *number of heads* per block.
     """
 
-    sample_size: int | None = 64
+    sample_size: int | tuple[int, ...] | None = 64  # of latents: both sides, or height and width
     in_channels: int = 4
     out_channels: int = 4
     center_input_sample: bool = False
@@ -79,6 +79,7 @@ class UNet2DConditionConfig(ModelConfig):
             "norm_num_groups", "cross_attention_dim", "transformer_layers_per_block",
             "attention_head_dim",
         )  # fmt: skip
+        self.require_size("sample_size")
         depth = len(self.block_out_channels)
         for name, accepted in (("down_block_types", _DOWN), ("up_block_types", _UP)):
             types = getattr(self, name)
@@ -107,6 +108,15 @@ class UNet2DConditionConfig(ModelConfig):
             self.require_positive(
                 "addition_time_embed_dim", "projection_class_embeddings_input_dim"
             )
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents it was made for."""
+        size = self.sample_size
+        if size is None:  # where the file is silent: what its kind was trained on
+            size = 128 if self.addition_embed_type == "text_time" else 64
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height, width
 
     def per_block(self, name: str) -> tuple[int, ...]:
         """The value of a setting for each resolution, from the finest to the coarsest."""

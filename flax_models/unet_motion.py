@@ -94,7 +94,7 @@ class MotionAdapterConfig(ModelConfig):
 class UNetMotionConfig(ModelConfig):
     """Settings of `UNetMotionModel`; the defaults are Stable Diffusion 1.5's with its adapter."""
 
-    sample_size: int | None = 64
+    sample_size: int | tuple[int, ...] | None = 64
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",)
@@ -134,6 +134,11 @@ class UNetMotionConfig(ModelConfig):
             _ = self.unet, self.adapter  # they check the rest
         except ValueError as error:
             raise ValueError(f"UNetMotionConfig: {error}") from error
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents it was made for."""
+        return self.unet.latent_size
 
     @property
     def unet(self) -> UNet2DConditionConfig:

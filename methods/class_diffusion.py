@@ -380,10 +380,11 @@ def _check_concepts(concepts: Sequence[Concept], config: ClassDiffusionConfig) -
 
 
 def _sizes(pipeline: StableDiffusionPipeline, config: ClassDiffusionConfig) -> tuple[int, int]:
-    """Pixels and latent cells along a side of an image."""
+    """Pixels and latent cells along a side of an image, which is square."""
     factor = pipeline.vae.config.downsampling
     unet = pipeline.unet.config
-    size = (unet.sample_size or 64) * factor if config.size is None else config.size
+    own = min(pipeline.latent_shape[:2]) * factor
+    size = own if config.size is None else config.size
     multiple = factor * 2 ** (len(unet.block_out_channels) - 1)
     if size % multiple or size < multiple:
         raise ValueError(f"size must be a multiple of {multiple} for this model, received {size}.")

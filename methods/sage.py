@@ -509,10 +509,8 @@ def prepare(
         config.learning_rate, config.weight_decay, config.cycles * config.erase_updates
     )
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    size = pipeline.unet.config.sample_size or 64
     static = SageStatic(
-        text, unet, optimizer, config, schedule.num_train_timesteps,
-        (size, size, pipeline.unet.config.in_channels),
+        text, unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape,
     )  # fmt: skip
     frozen = {
         "text": rest,

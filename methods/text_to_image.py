@@ -313,14 +313,12 @@ class TextToImage:
             if not getattr(pipeline, name):
                 raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
         static, params = split_pipeline(pipeline)
-        unet, vae = pipeline.unet.config, pipeline.vae.config
-        if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        vae, shape = pipeline.vae.config, pipeline.latent_shape
+        if shape[-1] != vae.latent_channels:
             raise ValueError(
-                f"A text-to-image UNet maps latents to latents: in_channels={unet.in_channels}, "
-                f"out_channels={unet.out_channels} and the autoencoder's latent_channels="
-                f"{vae.latent_channels} must be equal (inpainting models are not supported)."
+                f"The UNet denoises latents of {shape[-1]} channels, and the autoencoder's have "
+                f"latent_channels={vae.latent_channels}: they belong to different models."
             )
-        size = unet.sample_size or 64
         xl = isinstance(pipeline, StableDiffusionXLPipeline)
         schedule = NoiseSchedule.from_config if xl else stable_diffusion_schedule
         return cls(
@@ -328,7 +326,7 @@ class TextToImage:
             params=params,
             tokenizer=pipeline.tokenizer,
             schedule=schedule(pipeline.scheduler_config),
-            latent_shape=(size, size, unet.in_channels),
+            latent_shape=shape,
             downsampling=vae.downsampling,
             max_length=pipeline.text_encoder.config.max_position_embeddings,
             vocabulary=pipeline.text_encoder.config.vocab_size,

@@ -459,7 +459,7 @@ def unknown_architecture(folder):
 
 def unknown_pipeline(folder):
     index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "HolographicPipeline"
+    index |= {"_class_name": "HolographicPipeline", "unet": ["diffusers", "HolographicModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
 
 

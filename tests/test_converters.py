@@ -14,8 +14,16 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from conceptax.converters import CheckpointError, OutputError, load_pytorch, save_pytorch
+from conceptax import bundled_model
+from conceptax.converters import (
+    CheckpointError,
+    OutputError,
+    inspect_checkpoint,
+    load_pytorch,
+    save_pytorch,
+)
 from conceptax.converters.tensors import tensor_specs
+from conceptax.converters.weights import find_weights
 from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 
@@ -208,6 +216,81 @@ def test_shard_size_must_make_sense(tmp_path, size):
 def test_other_file_names(tmp_path, name):
     model = load_toy(write_toy(tmp_path, toy_tensors(), name))
     np.testing.assert_array_equal(np.asarray(model.token[...]), toy_tensors()["token"])
+
+
+def test_the_plain_file_comes_first_as_in_diffusers(tmp_path, torch):
+    def folder(*names):
+        for number, name in enumerate(names):
+            values = {k: np.full_like(v, number) for k, v in toy_tensors().items()}
+            write_toy(tmp_path / names[0], values, name)
+        return float(load_toy(tmp_path / names[0]).scale[...])
+
+    stem = "diffusion_pytorch_model"
+    assert folder(f"{stem}.non_ema.safetensors") == 0
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "upper" / f"{stem.upper()}.BF16.SAFETENSORS").touch()
+    assert find_weights(tmp_path / "upper", "diffusers").name.endswith(".BF16.SAFETENSORS")
+    assert folder(f"{stem}.bf16.safetensors", f"{stem}.fp16.safetensors") == 1
+    assert folder(f"{stem}.fp16.safetensors", f"{stem}.non_ema.safetensors") == 0
+    assert folder(f"{stem}.fp8.safetensors", f"{stem}.safetensors") == 1
+    mixed = write_toy(tmp_path / "mixed", toy_tensors(), f"{stem}.fp16.safetensors")
+    plain = {k: torch.full(v.shape, 7.0) for k, v in toy_tensors().items()}
+    torch.save(plain, mixed / f"{stem}.bin")
+    assert float(load_toy(mixed).scale[...]) == 7
+    (found,) = inspect_checkpoint(bundled_model() / "vae").parts
+    assert found.variant == ""
+
+
+@pytest.mark.parametrize("index", ["safetensors.index.fp16.json", "fp16.safetensors.index.json"])
+def test_a_variant_in_shards(tmp_path, index):
+    tensors, weight_map = toy_tensors(), {}
+    for number, keys in enumerate((list(tensors)[:5], list(tensors)[5:]), 1):
+        shard = f"diffusion_pytorch_model.fp16-0000{number}-of-00002.safetensors"
+        write_toy(tmp_path, {key: tensors[key] for key in keys}, shard)
+        weight_map |= dict.fromkeys(keys, shard)
+    file = tmp_path / f"diffusion_pytorch_model.{index}"
+    file.write_text(json.dumps({"weight_map": weight_map}))
+    np.testing.assert_array_equal(load_toy(tmp_path).token[...], tensors["token"])
+
+
+def test_parts_that_nothing_computes_with_travel_along(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(bundled_model(), source)
+    index = json.loads((source / "model_index.json").read_text()) | {
+        "_class_name": ["pipeline", "MyPipeline"], "requires_safety_checker": True,
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],  # not downloaded
+    }  # fmt: skip
+    (source / "model_index.json").write_text(json.dumps(index))
+    (source / "pipeline.py").write_text("raise SystemExit")
+    (source / "feature_extractor").mkdir()
+    (source / "feature_extractor/preprocessor_config.json").write_text("{ }")
+    (source / "safety_checker/deep").mkdir(parents=True)
+    (tmp_path / "blob").write_bytes(bytes(range(256)))
+    (source / "safety_checker/model.safetensors").symlink_to(tmp_path / "blob")
+    (source / "safety_checker/deep/x").write_text("x")
+    pipeline = dataclasses.replace(load_pytorch(source, sharding="mapped"), unet=None)
+    save_pytorch(pipeline, tmp_path / "out", dtype="float16")
+    out = tmp_path / "out"
+    for name in (
+        "safety_checker/model.safetensors", "safety_checker/deep/x", "pipeline.py",
+        "feature_extractor/preprocessor_config.json",
+    ):  # fmt: skip
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+        assert not (out / name).is_symlink()
+    after = json.loads((out / "model_index.json").read_text())
+    kept = ("_class_name", "safety_checker", "feature_extractor", "requires_safety_checker")
+    assert {name: after[name] for name in kept} == {name: index[name] for name in kept}
+    assert after["image_encoder"] == after["unet"] == [None, None]
+    shutil.rmtree(source / "safety_checker")
+    with pytest.raises(OutputError, match=r"safety_checker was to be carried along from"):
+        save_pytorch(pipeline, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    (source / "safety_checker").mkdir()
+    (source / "safety_checker/up").symlink_to(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a file nor a folder of its own"):
+        load_pytorch(source, sharding="mapped")
 
 
 def test_single_file_beside_its_config(tmp_path):

@@ -1,6 +1,7 @@
 """What a checkpoint is, told from headers; whether PyTorch agrees; differences as files."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -9,6 +10,7 @@ import safetensors.numpy
 
 from conceptax import bundled_model
 from conceptax.cli import main
+from conceptax.cli.loading import load_classifier
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch
 from conceptax.converters.inspection import Inspection
 
@@ -106,10 +108,10 @@ def test_what_is_lost_from_a_pipeline(tmp_path):
     assert found.leftovers == {"parts that are not loaded": ["../up", "safety_checker"]}
     (tmp_path / "vae").mkdir()
     (part,) = [part for part in inspect_checkpoint(tmp_path).parts if part.problems]
-    assert "config.json does not exist" in part.problems["not readable"][0]
-    index["_class_name"] = "FluxPipeline"
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert inspect_checkpoint(tmp_path).problems["not supported here"] == ["FluxPipeline"]
+    assert "vae is not a checkpoint: it holds no config.json" in part.problems["not readable"][0]
+    shutil.rmtree(tmp_path / "safety_checker")  # not needed, and so not missed
+    absent = inspect_checkpoint(tmp_path).leftovers["parts that are named and not there"]
+    assert absent == ["safety_checker"]
 
 
 def test_other_files(tmp_path):
@@ -123,6 +125,177 @@ def test_other_files(tmp_path):
     assert (found.kind, found.parts[0].parameters) == ("LoRA", 8)
     safetensors.numpy.save_file({"x": np.arange(3)}, tmp_path / "x.safetensors")
     assert inspect_checkpoint(tmp_path / "x.safetensors").kind == "weight file"
+
+
+# ---- one verdict ----
+
+
+def linked(folder, **index):
+    """The bundled pipeline in links, with another index."""
+    folder.mkdir(parents=True)
+    for part in bundled_model().iterdir():
+        if part.is_dir():
+            (folder / part.name).symlink_to(part)
+    own = json.loads((bundled_model() / "model_index.json").read_text()) | index
+    (folder / "model_index.json").write_text(json.dumps(own))
+    return folder
+
+
+def replaced(folder, part, file, content):
+    """That pipeline with one file of a part written anew, or removed."""
+    linked(folder)
+    (folder / part).unlink()
+    shutil.copytree(bundled_model() / part, folder / part)
+    if content is None:
+        (folder / part / file).unlink()
+    else:
+        (folder / part / file).write_bytes(content)
+    return folder
+
+
+def settings(part, **changes):
+    file = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return json.dumps(json.loads((bundled_model() / part / file).read_text()) | changes).encode()
+
+
+def cached(folder, *, ref="abc", others=()):
+    """As the Hub's cache keeps it."""
+    root = folder / "models--org--name"
+    linked(root / "snapshots/abc")
+    (root / "refs").mkdir()
+    (root / "refs/main").write_text(ref)
+    for name in others:
+        (root / "snapshots" / name).mkdir()
+    return root
+
+
+def tensors(path, **arrays):
+    safetensors.numpy.save_file(arrays, path)
+    return path
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+PAIR = {f"unet.a.lora_{x}.weight": np.ones((2, 2), np.float32) for x in "AB"}
+EMA = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 5, "power": 0.75,
+       "update_after_step": 0, "use_ema_warmup": False}  # fmt: skip
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What a path is -> how to make it, and what is said about it; None where it is read.
+ZOO = {
+    "bundled": (lambda t: bundled_model(), None),
+    "component": (lambda t: bundled_model() / "unet", None),
+    "weights beside config": (lambda t: bundled_model() / "unet" / WEIGHTS, None),
+    "the Hub's cache": (cached, None),
+    "a lost version": (lambda t: cached(t, ref="xyz"), "version 'xyz' is not there"),
+    "custom class": (lambda t: linked(t / "m", _class_name=["pipeline", "MyPipeline"]), None),
+    "latent consistency": (
+        lambda t: linked(t / "m", _class_name="LatentConsistencyModelPipeline"), None
+    ),
+    "no class": (lambda t: linked(t / "m", _class_name=None), None),
+    "number for a class": (lambda t: linked(t / "m", _class_name=5), "has 5 as its _class_name"),
+    "another model": (
+        lambda t: linked(t / "m", _class_name="FluxPipeline", unet=[None, None]),
+        "'FluxPipeline' pipeline; known are those with the models of StableDiffusionPipeline, "
+        "StableDiffusionXLPipeline, and its unet (none) differ",
+    ),
+    "checker not there": (lambda t: linked(t / "m", safety_checker=["a", "Checker"]), None),
+    "moving average": (
+        lambda t: replaced(t / "m", "unet", "config.json", settings("unet", **EMA)), None
+    ),
+    "two sizes": (
+        lambda t: replaced(t / "m", "unet", "config.json", settings("unet", sample_size=[8, 16])),
+        None,
+    ),
+    "no size": (
+        lambda t: replaced(t / "m", "unet", "config.json", settings("unet", sample_size=[8, 0])),
+        "sample_size must be positive, received (8, 0)",
+    ),
+    "odd setting": (
+        lambda t: replaced(t / "m", "vae", "config.json", settings("vae", act_fn="gelu")),
+        "act_fn='gelu'",
+    ),
+    "no weights": (lambda t: replaced(t / "m", "vae", WEIGHTS, None), "holds no weights"),
+    "pointer inside": (
+        lambda t: replaced(t / "m", "vae", WEIGHTS, b"version https://git-lfs.github.com/spec/v1"),
+        "is not a safetensors file",
+    ),
+    "page inside": (
+        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n"), "is not a safetensors"
+    ),
+    "no tokenizer": (
+        lambda t: replaced(t / "m", "tokenizer", "tokenizer.json", b"{"), "not a CLIP tokenizer"
+    ),
+    "no scheduler": (
+        lambda t: replaced(t / "m", "scheduler", "scheduler_config.json", None),
+        "scheduler_config.json does not exist",
+    ),
+    "other scheduler": (
+        lambda t: replaced(
+            t / "m", "scheduler", "scheduler_config.json",
+            settings("scheduler", _class_name="HeunDiscreteScheduler"),
+        ),
+        None,
+    ),
+    "absent": (lambda t: t / "none", "does not exist"),
+    "picture": (lambda t: written(t / "a.png", b"\x89PNG\r\n\x1a\n" + bytes(9)), "is a picture"),
+    "picture in disguise": (
+        lambda t: written(t / "model.safetensors", b"\xff\xd8\xff\xe0" + bytes(9)), "is a picture"
+    ),
+    "text": (lambda t: written(t / "prompts.txt", b"a cat\n"), "is a text, no model"),
+    "settings": (lambda t: bundled_model() / "unet/config.json", "is a file of settings"),
+    "empty": (lambda t: written(t / "model.ckpt", b""), "is empty"),
+    "lora": (lambda t: tensors(t / "l.safetensors", **PAIR), "is a LoRA, which changes a model"),
+    "lora's folder": (
+        lambda t: tensors(t / "pytorch_lora_weights.safetensors", **PAIR).parent,
+        "is a LoRA, which changes a model",
+    ),
+    "embedding": (
+        lambda t: tensors(t / "e.safetensors", **{"<new>": np.ones(4, np.float32)}),
+        "holds new tokens",
+    ),
+    "weights alone": (
+        lambda t: tensors(t / "w.safetensors", x=np.ones(4, np.float32)), "no config.json beside it"
+    ),
+    "nothing": (lambda t: t, "(found nothing)"),
+    "only temporary": (
+        lambda t: (t / ".out.x.partial").mkdir() or t, "(found nothing)"
+    ),
+    "folder of a file": (
+        lambda t: tensors(t / "w.safetensors", x=np.ones(4, np.float32)).parent,
+        "Pass the weight file itself",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_inspect_and_load_say_the_same(tmp_path, name):
+    make, reason = ZOO[name]
+    path = make(tmp_path)
+    try:
+        found = inspect_checkpoint(path)
+        told = [found.advice] if found.advice else []
+        for problems in (found.problems, *(part.problems for part in found.parts)):
+            told += [each for names in problems.values() for each in names]
+    except CheckpointError as error:
+        told = [str(error)]
+    try:
+        load_pytorch(path, sharding="mapped")
+        raised = None
+    except CheckpointError as error:
+        raised = str(error)
+    if reason is None:
+        assert (told, raised) == ([], None)
+    else:
+        assert told == [raised]
+        assert reason in raised and ".partial" not in raised
+
+
+def test_a_pipeline_is_no_classifier():
+    with pytest.raises(CheckpointError, match="is a pipeline, not a classifier"):
+        load_classifier(bundled_model(), None, "x")
 
 
 def test_what_personalising_leaves(tmp_path, torch, capsys):

@@ -1,6 +1,7 @@
 """Samplers against diffusers' schedulers step by step; the training side against its equations."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -351,6 +352,72 @@ def test_the_default_kind_follows_the_class_and_explicit_kinds_override():
     )
 
 
+# Settings that a file may hold or not: what is silent is the sampling class's own default.
+GRID = [
+    {}, {"clip_sample": False}, {"clip_sample": True, "clip_sample_range": 2.0},
+    {"clip_sample": None}, {"thresholding": True, "sample_max_value": 1.5},
+    {"set_alpha_to_one": False}, {"steps_offset": 1}, {"timestep_spacing": "trailing"},
+    {"timestep_spacing": "linspace", "prediction_type": "v_prediction"},
+    {"final_sigmas_type": "sigma_min"}, {"use_karras_sigmas": True}, {"solver_order": 1},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    {"lambda_min_clipped": -3.0}, {"variance_type": "fixed_large"},
+    {"original_inference_steps": 40, "timestep_scaling": 5.0}, {"skip_prk_steps": True},
+]  # fmt: skip
+TARGETS = {
+    "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler",
+}  # fmt: skip
+OWNERS = [
+    "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "DEISMultistepScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_a_sampler_reads_another_class_configuration_as_diffusers_does(schedulers, owner):
+    """The same tables as from the complete settings that diffusers makes of the file.
+
+    With complete settings every sampler is compared step by step above.
+    """
+    assert list(TARGETS) == list(SAMPLER_KINDS)
+    for settings in GRID:
+        config = {"_class_name": owner, **SCALED, **settings}
+        own = getattr(schedulers, owner).from_config(config)
+        for kind, name in TARGETS.items():
+            reference = getattr(schedulers, name).from_config(own.config)
+            known = set(inspect.signature(type(reference).__init__).parameters)
+            full = {key: value for key, value in reference.config.items() if key in known}
+            sampler, complete = (
+                make_sampler(NoiseSchedule.from_config(each), kind, num_inference_steps=6)
+                for each in (config, {**full, "_class_name": name})
+            )
+            reference.set_timesteps(6)
+            np.testing.assert_allclose(sampler.timesteps, reference.timesteps[:6], atol=1e-4)
+            for field in dataclasses.fields(sampler):
+                received, expected = (getattr(each, field.name) for each in (sampler, complete))
+                assert np.array_equal(received, expected), (kind, settings, field.name)
+
+
+def test_schedulers_whose_steps_are_not_known_lend_their_betas():
+    heun = {"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": False}
+    schedule = NoiseSchedule.from_config(heun | {"history": [1, {"a": [2]}]})
+    assert (schedule.beta_start, schedule.beta_end) == (0.00085, 0.012)  # that class's defaults
+    assert schedule.to_config()["history"] == [1, {"a": [2]}]
+    assert NoiseSchedule.from_config(schedule.to_config()) == schedule
+    hash(schedule)
+    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler.*\(--sampler\), such as 'euler'"):
+        make_sampler(schedule, num_inference_steps=2)
+    assert make_sampler(schedule, "ddim", num_inference_steps=2).num_steps == 2
+    unheard = NoiseSchedule.from_config({"_class_name": "OwnScheduler", "own": True, **SCALED})
+    plain = NoiseSchedule.from_config(SCALED)
+    np.testing.assert_array_equal(alphas_cumprod(unheard), alphas_cumprod(plain))
+    parallel = NoiseSchedule.from_config({"_class_name": "DDPMParallelScheduler"})
+    assert type(make_sampler(parallel, num_inference_steps=2)).__name__ == "LinearSampler"
+    old = {"predict_epsilon": False, "num_inference_steps": None, "tensor_format": "pt"}
+    assert NoiseSchedule.from_config(old).prediction_type == "sample"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -375,7 +442,10 @@ def test_wrong_calls_of_make_sampler_say_what_is_accepted(arguments, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"_class_name": "HeunDiscreteScheduler"}, "accepted are DDIMScheduler"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "has no beta_schedule"),
+        ({"_class_name": ["a", "B"]}, "must be a scheduler's name"),
+        ({"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0, **SCALED}, "snr_shift"),
+        ({"predict_epsilon": False, "prediction_type": "epsilon"}, "accepted: 'sample'"),
         ({"use_ab_lambdas": True}, "Unknown scheduler setting use_ab_lambdas=True"),
         ({"inert": 1}, "Unknown scheduler setting"),
         ({"beta_schedule": "sigmoid"}, "'squaredcos_cap_v2'"),

@@ -12,7 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from conceptax.cli import main
-from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters import inspect_checkpoint, load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from conceptax.methods import text_to_image as t2i
 from conceptax.methods.concepts import encode_phrases
@@ -28,6 +28,16 @@ def folder(tmp_path_factory):
     pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("xl")
     return xl_toy.save_pipeline(folder), folder
+
+
+def test_inspect_knows_both_tokenizers(folder, tmp_path):
+    found = inspect_checkpoint(folder[1])
+    assert found.healthy and not found.leftovers, found
+    assert [part.name for part in found.parts] == ["text_encoder", "text_encoder_2", "unet", "vae"]
+    for part in folder[1].iterdir():
+        if part.name != "tokenizer_2":
+            (tmp_path / part.name).symlink_to(part)
+    assert inspect_checkpoint(tmp_path).problems == {"missing": ["tokenizer_2"]}
 
 
 @pytest.fixture(scope="module")

@@ -329,6 +329,21 @@ def test_pipelines_that_cannot_draw_are_refused(pipeline):
         t2i.text_to_image(dataclasses.replace(pipeline, unet=inpainting), "three")
 
 
+def test_a_pair_of_sizes_is_height_and_width(pipeline):
+    def shape(**sizes):
+        config = UNet2DConditionConfig(**UNET | sizes)
+        unet = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
+        replaced = dataclasses.replace(pipeline, unet=unet)
+        return t2i.TextToImage.from_pipeline(replaced).latent_shape
+
+    assert shape(sample_size=(6, 8)) == (6, 8, 4)
+    assert shape(sample_size=5) == (5, 5, 4)
+    assert shape(sample_size=None) == (64, 64, 4)
+    assert AutoencoderKLConfig(**VAE | {"sample_size": (32, 16)}).tile_size == 16
+    with pytest.raises(ValueError, match="height and width"):
+        UNet2DConditionConfig.from_dict(UNET | {"sample_size": [8]})
+
+
 def test_not_a_number_is_an_error_not_a_black_image(drawer):
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, drawer.params["vae"])
     with pytest.raises(FloatingPointError, match="images 0 to 1"):

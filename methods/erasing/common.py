@@ -53,13 +53,11 @@ def latent_sources(
 ) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
     """Timesteps, latent shape, and the frozen arrays that `draw_latents` reads."""
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    unet = pipeline.unet.config
-    size = unet.sample_size or 64
     arrays = {
         "sampler": make_sampler(schedule, "ddim", num_inference_steps=settings.ddim_steps),
         "empty_states": empty_condition(pipeline),  # [L, D]
     }
-    return schedule.num_train_timesteps, (size, size, unet.in_channels), arrays
+    return schedule.num_train_timesteps, pipeline.latent_shape, arrays
 
 
 def draw_latents(

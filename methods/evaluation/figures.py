@@ -197,6 +197,7 @@ class _Bench:
         settings = {
             "seed": config.seed, "num_inference_steps": config.steps,
             "guidance_scale": config.guidance, "batch_size": config.batch_size,
+            "sampler": model.schedule.closest_sampler,  # None: the model's own is known
         }  # fmt: skip
         return model(prompts, **{**settings, **options})
 

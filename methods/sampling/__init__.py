@@ -50,7 +50,8 @@ def make_sampler(
     Args:
         schedule: the model's noise schedule.
         kind: one of `SAMPLER_KINDS`; by default that of the schedule's configuration, and DDIM
-            for a PNDMScheduler, which shares its betas but not its steps.
+            for a PNDMScheduler, which shares its betas but not its steps. Required where the
+            configuration is of a class whose steps are not known.
         num_inference_steps: model evaluations per sample.
         eta: DDIM's fresh noise, 0 (none) to 1 (DDPM).
         s_churn: Euler's fresh noise over the whole run, 0 for none.
@@ -62,9 +63,15 @@ def make_sampler(
     Raises:
         ValueError: an unknown kind, a setting that belongs to another kind, or too many steps.
     """
+    if kind is None and (closest := schedule.closest_sampler) is not None:
+        raise ValueError(
+            f"the model's scheduler asks for {schedule.scheduler_class}, whose steps are not "
+            f"known here: choose a sampler (--sampler), such as {closest!r}; accepted: "
+            f"{', '.join(SAMPLER_KINDS)}."
+        )
     if kind is None:
-        own = (name for name, (_, owner) in _MAKERS.items() if owner == schedule.scheduler_class)
-        kind = next(own, "ddim")
+        owner = schedule.scheduler_class.replace("Parallel", "")  # the same steps
+        kind = next((name for name, (_, own) in _MAKERS.items() if own == owner), "ddim")
     if kind not in _MAKERS:
         raise ValueError(f"sampler={kind!r} is not known; accepted: {', '.join(SAMPLER_KINDS)}.")
     given = {name: value for name, value in {"eta": eta, "s_churn": s_churn}.items() if value}

@@ -47,7 +47,7 @@ def ddpm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSam
         keep=np.sqrt(ratio) * (1 - alpha_next) / (1 - alpha),
         weights=np.sqrt(alpha_next) * beta / (1 - alpha),
         noise_scale=np.where(timesteps > 0, np.sqrt(variance), 0.0),
-        **clipping(schedule),
+        **clipping(schedule, default=True),
     )
 
 
@@ -119,5 +119,5 @@ def lcm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSamp
         keep=np.sqrt(alpha_next) * skip,
         weights=np.sqrt(alpha_next) * out,
         noise_scale=np.sqrt(1 - alpha_next),
-        **clipping(schedule),
+        **clipping(schedule, default=False),
     )

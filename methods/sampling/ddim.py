@@ -105,8 +105,9 @@ def ddim_sampler(
     alpha = table[timesteps]
     alpha_next = np.where(following >= 0, table[np.maximum(following, 0)], final)
 
-    clips = schedule.clip_sample or schedule.thresholding
-    if schedule.prediction_type == "epsilon" and alpha[0] == 0 and not clips:
+    clips = schedule.clip_sample is not False  # also where the settings are silent
+    free = not (clips or schedule.thresholding)
+    if schedule.prediction_type == "epsilon" and alpha[0] == 0 and free:
         raise ValueError(
             "A noise-predicting model cannot start at zero signal (rescale_betas_zero_snr=True "
             f"reaches timestep {timesteps[0]}): use a v_prediction or sample model, or "
@@ -123,9 +124,7 @@ def ddim_sampler(
         direction=np.sqrt(1 - alpha_next - np.square(noise_scale)),
         noise_scale=noise_scale,
         prediction_type=schedule.prediction_type,
-        clip_range=schedule.clip_sample_range
-        if schedule.clip_sample and not schedule.thresholding
-        else None,
+        clip_range=schedule.clip_sample_range if clips and not schedule.thresholding else None,
         threshold=(schedule.dynamic_thresholding_ratio, schedule.sample_max_value)
         if schedule.thresholding
         else None,

@@ -179,9 +179,15 @@ def estimate_of(
     return 1 / signal, -sigma / signal
 
 
-def clipping(schedule: NoiseSchedule) -> dict[str, Any]:
-    """What the schedule says of clipping, as arguments of `linear_sampler`."""
+def clipping(schedule: NoiseSchedule, *, default: bool) -> dict[str, Any]:
+    """What the schedule says of clipping, as arguments of `linear_sampler`.
+
+    Args:
+        schedule: settings.
+        default: whether the sampler clips where they are silent.
+    """
+    clips = default if schedule.clip_sample is None else schedule.clip_sample
     if schedule.thresholding:
         ratio, largest = schedule.dynamic_thresholding_ratio, schedule.sample_max_value
         return {"threshold": (ratio, largest)}
-    return {"clip_range": schedule.clip_sample_range} if schedule.clip_sample else {}
+    return {"clip_range": schedule.clip_sample_range} if clips else {}

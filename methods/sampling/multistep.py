@@ -29,7 +29,9 @@ def dpm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSamp
     """
     solver = _checked_solver(schedule, orders=(1, 2), own=("midpoint", "heun"))
     cosine = schedule.beta_schedule == "squaredcos_cap_v2"
-    timesteps, sigmas = _timesteps_and_sigmas(schedule, num_inference_steps, whole=not cosine)
+    timesteps, sigmas = _timesteps_and_sigmas(
+        schedule, num_inference_steps, whole=not cosine, lowest=schedule.lambda_min_clipped
+    )
     alpha, noise, lam = _levels(sigmas)
     count = len(timesteps)
     keep, weights, scale = np.zeros(count), np.zeros((count, 2)), np.zeros(count)
@@ -149,10 +151,11 @@ def _checked_solver(
     values = {
         "solver_order": (schedule.solver_order, orders),
         "solver_type": (kind, own),
-        "algorithm_type": (schedule.algorithm_type, SOLVER_ALGORITHMS),
-        "use_lu_lambdas": (schedule.use_lu_lambdas, (False,)),
         "use_flow_sigmas": (schedule.use_flow_sigmas, (False,)),
     }
+    if "midpoint" in own:  # settings that only DPM-Solver has
+        values["algorithm_type"] = (schedule.algorithm_type, SOLVER_ALGORITHMS)
+        values["use_lu_lambdas"] = (schedule.use_lu_lambdas, (False,))
     for name, (value, accepted) in values.items():
         if value not in accepted:
             raise ValueError(
@@ -171,15 +174,16 @@ def _levels(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _thresholding(schedule: NoiseSchedule) -> dict:
-    return clipping(schedule) if schedule.thresholding else {}
+    return clipping(schedule, default=False) if schedule.thresholding else {}
 
 
 def _timesteps_and_sigmas(
-    schedule: NoiseSchedule, num_steps: int, *, whole: bool
+    schedule: NoiseSchedule, num_steps: int, *, whole: bool, lowest: float = -math.inf
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [n] and σ [n + 1], descending; one more is spaced than is taken.
 
-    `whole` rounds the timesteps of Karras' levels; others are cut off, as in diffusers.
+    `whole` rounds the timesteps of Karras' levels; others are cut off, as in diffusers. Timesteps
+    whose λ is below `lowest` are left out.
     """
     trained = trained_sigmas(schedule)
     log_trained = np.log(trained)
@@ -190,7 +194,7 @@ def _timesteps_and_sigmas(
             f"got {num_steps}."
         )
     # A cosine schedule's last timesteps may be left out: λ is too small there.
-    end = count - int(np.searchsorted(-log_trained[::-1], schedule.lambda_min_clipped))
+    end = count - int(np.searchsorted(-log_trained[::-1], lowest))
     spacing = schedule.timestep_spacing or "linspace"
     if spacing == "linspace":
         timesteps = np.linspace(0, end - 1, num_steps + 1).round()[:0:-1]

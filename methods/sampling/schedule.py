@@ -70,28 +70,51 @@ _CLASS_SETTINGS = {
     "PNDMScheduler": _COMMON | {"set_alpha_to_one"},
     "DDPMScheduler": _COMMON | _CLIPPING | {"rescale_betas_zero_snr", "variance_type"},
 }  # fmt: skip
-# Where a class's defaults differ from those below.
-_CLASS_DEFAULTS = {
-    "LCMScheduler": {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-    },
-}  # fmt: skip
-# Settings that change no sampling here, and the values for which that is true.
-_INERT = {
-    "skip_prk_steps": (True, False),  # PNDM's Runge-Kutta warm-up
-    "solver_p": (None,),  # another scheduler in the predictor's place
+_CLASS_SETTINGS |= {
+    "DDIMParallelScheduler": _CLASS_SETTINGS["DDIMScheduler"],
+    "DDPMParallelScheduler": _CLASS_SETTINGS["DDPMScheduler"],
 }
+# Where the betas of a class, which belong to the model, differ from those below by default.
+_HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_LCM_BETAS = _HEUN_BETAS | {"beta_schedule": "scaled_linear"}
+_CLASS_BETAS = {
+    "LCMScheduler": _LCM_BETAS, "TCDScheduler": _LCM_BETAS, "HeunDiscreteScheduler": _HEUN_BETAS,
+    "KDPM2DiscreteScheduler": _HEUN_BETAS, "KDPM2AncestralDiscreteScheduler": _HEUN_BETAS,
+    "DPMSolverSDEScheduler": _HEUN_BETAS,
+}  # fmt: skip
+# Classes whose steps are not ported -> the sampler that is closest; they have betas by default.
+_CLOSEST = {
+    "DEISMultistepScheduler": "dpm++", "DPMSolverSDEScheduler": "dpm++",
+    "DPMSolverSinglestepScheduler": "dpm++", "HeunDiscreteScheduler": "euler",
+    "KDPM2AncestralDiscreteScheduler": "euler-ancestral", "KDPM2DiscreteScheduler": "euler",
+    "LMSDiscreteScheduler": "euler", "SASolverScheduler": "dpm++", "TCDScheduler": "ddim",
+}  # fmt: skip
+# Values by which DEIS and SA-Solver name their own algorithms; other solvers take their default.
+_FOREIGN_SOLVERS = (
+    ("algorithm_type", "deis"), ("solver_type", "logrho"), ("algorithm_type", "data_prediction"),
+    ("algorithm_type", "noise_prediction"),
+)  # fmt: skip
+_BETAS = ("beta_schedule", "beta_start", "beta_end")
+# Settings of other samplers' steps, which change nothing here, and the values for which that is
+# true; None stands for all.
+_INERT = {
+    "skip_prk_steps": None,  # PNDM's Runge-Kutta warm-up
+    "solver_p": (None,),  # another scheduler in the predictor's place
+    "snr_shift_scale": (None, 1, 1.0),  # changes the table of betas
+    "predictor_order": None, "corrector_order": None, "tau_func": None,  # SA-Solver
+    "noise_sampler_seed": None, "eta": None, "num_inference_steps": None, "tensor_format": None,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NoiseSchedule:
     """Settings of diffusers' schedulers over a table of betas, under the same names.
 
-    `timestep_spacing=None` stands for the default of the class that samples, as in diffusers:
-    "leading" for DDIM, "linspace" for Euler. Settings that only another sampler knows
-    (`clip_sample` for Euler, `use_karras_sigmas` for DDIM, …) are kept and do nothing there, as in
-    diffusers. Hashable, so it may be a static argument of `jax.jit`.
+    None stands for the default of the class that samples, as in diffusers: `timestep_spacing` is
+    "leading" for DDIM and "linspace" for Euler, `clip_sample` is true for DDIM and false for LCM.
+    Settings that only another sampler knows (`clip_sample` for Euler, `use_karras_sigmas` for DDIM,
+    …) are kept and do nothing there, as in diffusers. Hashable, so it may be a static argument of
+    `jax.jit`.
 
     Raises `ValueError` for a setting out of range, at construction.
     """
@@ -108,7 +131,7 @@ class NoiseSchedule:
     steps_offset: int = 0  # added to the timesteps of "leading"
     # DDIM
     set_alpha_to_one: bool = True  # ᾱ after the last step: 1, or ᾱ_0
-    clip_sample: bool = True  # clip x₀ to ±clip_sample_range
+    clip_sample: bool | None = None  # clip x₀ to ±clip_sample_range
     clip_sample_range: float = 1.0
     thresholding: bool = False  # dynamic thresholding (arXiv 2205.11487), replaces clipping
     dynamic_thresholding_ratio: float = 0.995
@@ -146,7 +169,6 @@ class NoiseSchedule:
     inert: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        _require("scheduler_class", self.scheduler_class, tuple(_CLASS_SETTINGS))
         _require("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         _require("prediction_type", self.prediction_type, PREDICTION_TYPES)
         if self.timestep_spacing is not None:
@@ -175,39 +197,55 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Reads the dictionary of a diffusers `scheduler_config.json`.
 
-        `_class_name` is that of a scheduler in diffusers, and DDIMScheduler where absent; the error
-        names those that are known. A PNDMScheduler shares its betas but not its steps, and is
-        sampled with DDIM. Keys that start with "_" are ignored; `skip_prk_steps` is inert.
+        `_class_name` is that of a scheduler in diffusers, and DDIMScheduler where absent. Of a
+        class whose steps are not known here the betas and the prediction type are read, and its
+        other settings are inert. Where the file is silent, betas are by default those of its class,
+        and all other settings those of the class that samples. Keys that start with "_" are
+        ignored.
 
         Raises:
-            ValueError: another class, an unknown setting, or a value that is not supported.
+            ValueError: a class without betas, an unknown setting of a known class, or a value that
+                is not supported.
         """
-        scheduler_class = config.get("_class_name", "DDIMScheduler")
-        if scheduler_class not in _CLASS_SETTINGS:
+        scheduler_class = config.get("_class_name") or "DDIMScheduler"
+        if not isinstance(scheduler_class, str):
+            raise ValueError(f"_class_name must be a scheduler's name; got {scheduler_class!r}.")
+        foreign = scheduler_class not in _CLASS_SETTINGS
+        told = config.get("trained_betas") is not None or all(name in config for name in _BETAS)
+        if foreign and scheduler_class not in _CLOSEST and not told:
             raise ValueError(
-                f"The scheduler class {scheduler_class!r} is not supported; accepted are "
-                f"{', '.join(_CLASS_SETTINGS)}. Replace scheduler_config.json by the configuration "
-                "of one of them (the betas and the prediction type are what belongs to the model)."
+                f"The scheduler class {scheduler_class!r} is not known, and its configuration has "
+                f"no {', '.join(_BETAS)}, which belong to the model; known are "
+                f"{', '.join([*_CLASS_SETTINGS, *_CLOSEST])}."
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         settings: dict[str, Any] = {"scheduler_class": scheduler_class}
-        settings |= _CLASS_DEFAULTS.get(scheduler_class, {})
-        inert = []
+        settings |= _CLASS_BETAS.get(scheduler_class, {})
+        inert: list[tuple[str, Any]] = []
         for name, value in config.items():
             if name.startswith("_"):
                 continue
-            if name in _INERT:
-                _require(name, value, _INERT[name])
-                inert.append((name, value))
+            if name == "predict_epsilon":  # how diffusers wrote the prediction type up to 0.8
+                predicted = "sample" if value is False else "epsilon"
+                _require("prediction_type", config.get("prediction_type", predicted), (predicted,))
+                settings["prediction_type"] = predicted
+            elif name in _INERT:
+                if (accepted := _INERT[name]) is not None:
+                    _require(name, value, accepted)
+                inert.append((name, _frozen(value)))
             elif name in ("scheduler_class", "inert") or name not in fields:
-                raise ValueError(
-                    f"Unknown scheduler setting {name}={value!r} for {scheduler_class}; known are "
-                    f"{', '.join(sorted(_all_settings()))}. Remove it if it has no effect."
-                )
+                if not foreign:
+                    raise ValueError(
+                        f"Unknown scheduler setting {name}={value!r} for {scheduler_class}; known "
+                        f"are {', '.join(sorted(_all_settings()))}. Remove it if it has no effect."
+                    )
+                inert.append((name, _frozen(value)))
             elif name == "trained_betas":
                 settings[name] = None if value is None else tuple(float(beta) for beta in value)
             elif name == "disable_corrector":
                 settings[name] = tuple(int(step) for step in value or ())
+            elif (name, value) in _FOREIGN_SOLVERS:
+                inert.append((name, value))
             else:
                 settings[name] = checked(fields[name], value)
         return cls(inert=tuple(inert), **settings)
@@ -218,18 +256,46 @@ class NoiseSchedule:
         Holds every setting of `scheduler_class`, and those of other classes that differ from their
         defaults.
         """
-        own = _CLASS_SETTINGS[self.scheduler_class]
+        own = _CLASS_SETTINGS.get(self.scheduler_class, _COMMON)
         config: dict[str, Any] = {"_class_name": self.scheduler_class}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("scheduler_class", "inert"):
                 continue
-            unset = ("timestep_spacing", "variance_type", "solver_type")
+            unset = ("timestep_spacing", "variance_type", "solver_type", "clip_sample")
             if field.name in unset and value is None:
                 continue  # absent means the sampling class's default, here and in diffusers
             if field.name in own or value != field.default:
                 config[field.name] = list(value) if isinstance(value, tuple) else value
-        return config | dict(self.inert)
+        return config | {name: _thawed(value) for name, value in self.inert}
+
+    @property
+    def closest_sampler(self) -> str | None:
+        """Which sampler to take in place of a class whose steps are not known; None for others."""
+        if self.scheduler_class in _CLASS_SETTINGS:
+            return None
+        return _CLOSEST.get(self.scheduler_class, "ddim")
+
+
+def _frozen(value: Any) -> Any:
+    """A JSON value that can be hashed; `_thawed` gives it back."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(each) for each in value)
+    if isinstance(value, Mapping):
+        return _Settings((name, _frozen(each)) for name, each in value.items())
+    return value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, _Settings):
+        return {name: _thawed(each) for name, each in value}
+    return [_thawed(each) for each in value] if isinstance(value, tuple) else value
+
+
+class _Settings(tuple):
+    """The items of a JSON object."""
+
+    __slots__ = ()
 
 
 def _all_settings() -> frozenset[str]:
@@ -247,9 +313,11 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     """A JSON value as the field's type: bool, int, float or str; null where that means unset."""
     annotation = str(field.type)
     if value is None:
-        # diffusers writes null for an unset option, whatever its type
-        if field.default is None or field.default is False:
-            return field.default
+        # diffusers writes null for an unset option, whatever its type, and reads it as false
+        if "bool" in annotation:
+            return False
+        if field.default is None:
+            return None
     elif "bool" in annotation:
         if isinstance(value, bool):
             return value

@@ -44,6 +44,7 @@ def run(command: Command) -> None:
         print(
             f"  {part.name or 'model'}: {part.architecture}, {part.parameters:,} parameters"
             f"{dtypes and ', '}{dtypes}, {part.nbytes / 1e6:,.1f} MB"
+            f"{part.variant and f' (from the {part.variant} files)'}"
         )
         told(part.problems, "    ")
     if len(found.parts) > 1:
@@ -53,5 +54,7 @@ def run(command: Command) -> None:
     for what, names in found.leftovers.items():
         print(f"  not loaded, {len(names)} of {what}: {listing(names, command.names)}")
     told(found.problems, "  ")
+    if found.advice and found.healthy:
+        print(f"  {found.advice}")
     if not found.healthy:
         raise CheckpointError(f"{command.path} cannot be loaded whole: see above.")

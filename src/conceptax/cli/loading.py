@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from conceptax.converters import load_changes, load_maft_plus, load_open_clip, load_pytorch
 from conceptax.converters.errors import CheckpointError
+from conceptax.converters.identify import read_config, resolved
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.tokenizer import read_tokenizer
 from conceptax.converters.weights import open_weights, read_json
@@ -66,6 +67,7 @@ def load_edited(
     Raises:
       CheckpointError: none of these, or a part that does not fit the original.
     """
+    path = resolved(path)
     if (path / "model_index.json").is_file():
         return load_pipeline(path, dtype, "evaluating")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -115,6 +117,7 @@ def load_clip(path: Path, tokenizer: Any, name: str) -> Clip:
     Raises:
       CheckpointError: what is wrong with it, or a tokenizer of another vocabulary.
     """
+    path = resolved(path)
     model = _load(path, CLIPModel, "a CLIP with both towers")
     if any((path / file).is_file() for file in _TOKENIZER):
         tokenizer = read_tokenizer(path)
@@ -137,6 +140,7 @@ def load_dino(path: Path, name: str) -> Dino:
     Raises:
       CheckpointError: what is wrong with it.
     """
+    path = resolved(path)
     model = _load(path, Dinov2Model, "a DINOv2")
     return Dino(model, name, _preprocessing(path, Preprocessing.dinov2()))
 
@@ -147,6 +151,7 @@ def load_blip(path: Path, name: str, *, second: bool = False) -> Blip:
     Raises:
       CheckpointError: what is wrong with it.
     """
+    path = resolved(path)
     kind = Blip2ForImageTextRetrieval if second else BlipForImageTextRetrieval
     model = _load(path, kind, f"a {kind.__name__}")
     tokenizer = read_tokenizer(path, "BertTokenizer")
@@ -176,7 +181,13 @@ def load_classifier(path: Path, tokenizer: Any, name: str) -> GlyphsClassifier |
     Raises:
       CheckpointError: it is neither.
     """
-    config = read_json(path / "config.json")
+    path = resolved(path)
+    if (path / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{path} is a pipeline, not a classifier: pass a judge that `conceptax glyphs train` "
+            "built, or a CLIP with both towers."
+        )
+    config, _ = read_config(path if path.is_dir() else path.parent)
     if config.get("_class_name") == "Judge":
         return GlyphsClassifier(load_judge(path))
     if config.get("model_type") == "clip":

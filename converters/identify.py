@@ -1,0 +1,205 @@
+"""What a path is: told once, for all that read models, so that all say the same about it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import architectures
+from .compvis import open_single_file
+from .errors import CheckpointError, listing
+from .lora import holds_lora, is_lora
+from .personalised import CUSTOM_DIFFUSION, is_personalised
+from .safetensors_file import StoredTensor
+from .segmentation import loader_of
+from .weights import is_orbax, open_weights, read_json, visible
+
+PIPELINE, COMPONENT = "pipeline", "component"  # a component: its folder, or weights beside config
+SINGLE, SEGMENTATION = "single file", "segmentation"  # of Stable Diffusion; of OpenCLIP or MAFT+
+LORA, PERSONALISATION, WEIGHTS = "LoRA", "personalisation", "weight file"
+
+_INDEX, _CONFIG = "model_index.json", "config.json"
+_HUB = "models--"  # how the Hub's cache begins the name of a model's folder
+_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack")
+_PERSONALISED = (CUSTOM_DIFFUSION, "delta*.bin", "learned_embeds.*", "<*>.*")
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+
+
+class Identity(NamedTuple):
+    """What a path is.
+
+    Attributes:
+      kind: one of this module's names.
+      path: the folder or file; of a folder in the Hub's cache that of the model's files.
+      stored: the tensors of a file that was opened.
+      advice: for what is no model by itself, a sentence that says what it is and what takes it.
+    """
+
+    kind: str
+    path: Path
+    stored: Mapping[str, StoredTensor] | None = None
+    advice: str = ""
+
+
+def identify(path: Path | str) -> Identity:
+    """Tell what a folder or file is, by its content.
+
+    Raises:
+      CheckpointError: it is absent, damaged, or nothing that is read here.
+    """
+    path = resolved(path)
+    return _file(path) if path.is_file() else _folder(path)
+
+
+def resolved(path: Path | str) -> Path:
+    """The path itself; of a model's folder in the Hub's cache, the folder of its files.
+
+    Raises:
+      CheckpointError: there is nothing, or a cache with several versions none of which is "main".
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        dangling = " (a symlink to nothing)" if path.is_symlink() else ""
+        raise CheckpointError(
+            f"{path} does not exist{dangling}. Pass a folder with config.json or model_index.json, "
+            "or a single file; models are not downloaded here."
+        )
+    snapshots = path / "snapshots"
+    if not (path.name.startswith(_HUB) or (path / "refs").is_dir()) or not snapshots.is_dir():
+        return path
+    main = path / "refs" / "main"
+    named = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    there = [name for name in visible(snapshots) if (snapshots / name).is_dir()]
+    if named in there:
+        return snapshots / named
+    if len(there) == 1 and not named:
+        return snapshots / there[0]
+    raise CheckpointError(
+        f"{path} is a folder of the Hub's cache whose version {named or 'main'!r} is not there "
+        f"(found {listing(there) or 'none'}). Pass one of the folders in {snapshots}, or download "
+        "the model again."
+    )
+
+
+def _folder(path: Path) -> Identity:
+    if _present(path / _INDEX):
+        return Identity(PIPELINE, path)
+    if _present(path / _CONFIG):
+        return Identity(COMPONENT, path)
+    if holds_lora(path):
+        return _lora(path)
+    if any(file.is_file() for pattern in _PERSONALISED for file in path.glob(pattern)):
+        return _personalisation(path)
+    there = visible(path)
+    if is_orbax(there):
+        raise CheckpointError(
+            f"{path} is an Orbax checkpoint. Restore it with Orbax and write its parameters with "
+            "flax.serialization.to_bytes into diffusion_flax_model.msgpack beside a config.json, "
+            "which is read here."
+        )
+    files = [name for name in there if Path(name).suffix.lower() in _WEIGHT_SUFFIXES]
+    inside = [name for name in there if (path / name / _INDEX).is_file()]
+    advice = "Pass a diffusers or transformers folder."
+    if files:
+        advice = f"Pass the weight file itself: {path / files[0]}."
+    elif inside:
+        advice = f"Pass the folder inside it: {path / inside[0]}."
+    raise CheckpointError(
+        f"{path} is not a checkpoint: it holds neither {_INDEX} nor {_CONFIG} (found "
+        f"{listing(there) or 'nothing'}). {advice}"
+    )
+
+
+def _present(file: Path) -> bool:
+    """Whether there is something, be it a pipe or a link to nothing, which its reader reports."""
+    return file.exists() or file.is_symlink()
+
+
+def _file(path: Path) -> Identity:
+    beside = (path.parent / _CONFIG).is_file()
+    index = path.name.endswith(".json") and ".index." in path.name
+    if not index:
+        check_content(path)
+        if (single := open_single_file(path)) is not None:
+            return Identity(SINGLE, path, single)
+        if loader_of(path) is not None:
+            return Identity(SEGMENTATION, path)
+        if path.suffix != ".msgpack" and is_personalised(path):
+            return _personalisation(path)
+    stored = open_weights(path, wrappers=("state_dict",) if path.suffix == ".ckpt" else ())
+    if is_lora(stored):
+        return _lora(path, stored)
+    if beside:
+        return Identity(COMPONENT, path, stored)
+    advice = (
+        f"{path} is a weight file, and no config.json beside it tells of which model. Put it "
+        "beside the config.json it belongs to; a file of changed tensors goes with the model that "
+        "it changes (load_changes)."
+    )
+    return Identity(WEIGHTS, path, stored, advice)
+
+
+def _lora(path: Path, stored: Mapping[str, StoredTensor] | None = None) -> Identity:
+    advice = (
+        f"{path} is a LoRA, which changes a model and is none itself. Merge it into one: conceptax "
+        f"convert MODEL DEST --add {path} (merge_lora)."
+    )
+    return Identity(LORA, path, stored, advice)
+
+
+def _personalisation(path: Path) -> Identity:
+    advice = (
+        f"{path} holds new tokens or weights of cross-attention (a personalisation), which add to "
+        f"a model and are none. Merge them into one: conceptax convert MODEL DEST --add {path} "
+        "(load_personalised)."
+    )
+    return Identity(PERSONALISATION, path, None, advice)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """The settings of a component, and what to call them in messages.
+
+    Raises:
+      CheckpointError: they are absent or damaged.
+    """
+    file = folder / _CONFIG
+    if not folder.is_dir():  # a part of a pipeline
+        raise CheckpointError(f"{folder} does not exist. Check that the download is complete.")
+    if not _present(file):
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it holds no {_CONFIG} (found "
+            f"{listing(visible(folder)) or 'nothing'}). Check that the download is complete."
+        )
+    return architectures.without_flax(read_json(file)), str(file)
+
+
+def check_content(path: Path) -> None:
+    """Refuse a file whose first bytes are those of something else than weights.
+
+    Raises:
+      CheckpointError: it says what the file is.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if what := _other(start):
+        raise CheckpointError(f"{path} is {what}")
+
+
+def _other(start: bytes) -> str:
+    """What else a file is, and what to do; empty where it may be weights."""
+    if not start:
+        return "empty, truncated by an interrupted download. Download it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull."
+    if start.startswith(_PICTURES) or (start.startswith(b"RIFF") and start[8:12] == b"WEBP"):
+        return "a picture, no model. Pass a model's folder or weight file."
+    text = start.decode("utf-8", "ignore")
+    if len(text.encode()) < len(start) - 3 or not all(c.isprintable() or c.isspace() for c in text):
+        return ""
+    if text.lstrip().lower().startswith(("<!doctype html", "<html", "<?xml")):
+        return "a web page, as a failed download leaves it. Download the file itself."
+    if text.lstrip().startswith("{"):
+        return "a file of settings (JSON), no weights. Pass the folder that it is in."
+    return "a text, no model. Pass a model's folder or weight file."
