@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from . import architectures
 from .components import abstract
-from .compvis_parts import is_single_file, read_single_file
+from .compvis import WRAPPERS, file_metadata, open_single_file
+from .compvis_parts import read_single_file, stranger
 from .errors import CheckpointError
 from .lora import FILES, is_lora
 from .personalised import is_personalised, read_personalisation
@@ -92,14 +93,16 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
             return _personalisation(path)
         if (plan := plan_of(path)) is not None:
             return _plan(plan, str(path))
-        stored = open_weights(path, wrappers=("state_dict",) if path.suffix == ".ckpt" else ())
-        if is_single_file(stored):
-            return _single(stored, str(path))
+        if (single := open_single_file(path)) is not None:
+            return _single(single, path)
+        alone = not (folder / "config.json").is_file()
+        stored = open_weights(path, wrappers=WRAPPERS if alone else ())
         if is_lora(stored):
             return Inspection("LoRA", [_part("", "LoRA", stored.values(), {})], {}, {})
-        if not (folder / "config.json").is_file():
+        if alone:
             part = _part("", "no config.json beside it tells", stored.values(), {})
-            return Inspection("weight file", [part], {}, {})
+            what = stranger(stored) or "Nothing tells whose weights these are."
+            return Inspection("weight file", [part], {}, {"not readable alone": [what]})
     return Inspection("component", [_component(folder, "", None, stored)], {}, {})
 
 
@@ -126,16 +129,14 @@ def _pipeline(path: Path) -> Inspection:
     return Inspection(f"pipeline ({kind})", parts, leftovers, problems)
 
 
-def _single(stored: Mapping[str, StoredTensor], source: str) -> Inspection:
-    file = read_single_file(dict(stored), source)
+def _single(stored: Mapping[str, StoredTensor], path: Path) -> Inspection:
+    file = read_single_file(dict(stored), str(path), file_metadata(path))
     parts = []
     for name, part in file.parts.items():
-        problems = _compare(part.class_name, part.raw, part.tensors, source)
+        problems = _compare(part.class_name, part.raw, part.tensors, str(path))
         parts.append(_part(name, part.class_name, part.tensors.values(), problems))
     problems = {"unexpected": file.unknown} if file.unknown else {}
-    if lost := [name for name in ("unet", "vae", "text_encoder") if name not in file.parts]:
-        problems["missing"] = lost
-    return Inspection(f"single file of {file.family}", parts, file.leftovers, problems)
+    return Inspection(file.kind, parts, file.leftovers, problems)
 
 
 def _plan(plan: Plan, source: str) -> Inspection:

@@ -18,7 +18,8 @@ from flax import nnx
 
 from . import architectures
 from .components import build
-from .compvis import load_single_file, open_single_file
+from .compvis import WRAPPERS, load_single_file, open_single_file
+from .compvis_parts import stranger
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_folder
 from .parameters import ShardingRule, fill, on_host, pending, put
@@ -103,6 +104,10 @@ def load_pytorch(
             names = ", ".join(f"{name}=" for name in model_options)
             raise ValueError(f"{path} is a pipeline: {names} is for a component folder.")
         return _load_pipeline(path, components, place=place, **options)
+    if path.is_file() and not (path.parent / "config.json").exists():
+        what = stranger(open_weights(path, wrappers=WRAPPERS))
+        if what:
+            raise CheckpointError(f"{path} is no model that can be read alone. {what}")
     if components is not None:
         raise ValueError(f"{path} is no pipeline folder: components= does not apply to it.")
     return _load_component(path, architecture, place=place, **options)
