@@ -194,7 +194,7 @@ def _wanted(
         if prediction_type is not None:
             raise ValueError(f"{path} holds no UNet, of which a prediction type could tell.")
         wanted.discard("scheduler")
-    if lacking:
+    if lacking and len(file.parts) > 1:
         warnings.warn(
             f"{path} holds {listing(sorted(file.parts))} and no {' or '.join(lacking)}: that can "
             "be converted, and drawn from only with the rest of a pipeline.",
@@ -258,8 +258,8 @@ def _scheduler(
     if "prediction_type" not in told and family == "SD 2":
         warnings.warn(
             f"{path} does not tell what its UNet predicts: 'v_prediction' is assumed, as for 768 "
-            "pixels; pass prediction_type='epsilon' (--prediction-type epsilon) for the base "
-            "models.",
+            "pixels; pass prediction_type='epsilon' for the base models (--prediction-type "
+            "epsilon).",
             stacklevel=3,
         )
         told["prediction_type"] = "v_prediction"
