@@ -60,6 +60,7 @@ from .weights import SAFETENSORS, content_of, open_weights
 WRAPPERS = ("state_dict", "module", "model", "ema")
 _NOT_READ = (".json", ".msgpack")
 _PREDICTIONS = ("epsilon", "v_prediction")
+_INPAINTING = 9  # channels: latents, those of the masked image, and the mask
 _PIPELINES = {"SDXL": "StableDiffusionXLPipeline"}
 
 
@@ -135,6 +136,8 @@ def load_single_file(
     file = read_single_file(stored, str(path), file_metadata(path))
     kind = architectures.pipeline_class(_PIPELINES.get(file.family, "StableDiffusionPipeline"))
     index = {"_class_name": kind.__name__}
+    if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
+        index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
     accepted = (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
     if components is not None and not set(components) <= set(accepted):
         raise ValueError(f"components accepts {accepted}, received {sorted(components)}.")

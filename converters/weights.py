@@ -221,8 +221,8 @@ def load_pickle(path: Path) -> dict[Any, Any]:
     """
     told = f"{path} is not a PyTorch file of plain tensors"
     content = content_of(path)
-    if content not in (PICKLE, ""):
-        raise CheckpointError(f"{told}: it is {content}. {_ADVICE}")
+    if content != PICKLE:
+        raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_ADVICE}")
     try:
         import torch
     except ImportError as error:

@@ -639,6 +639,15 @@ def test_relatives_are_refused_by_name(shapes, named):
         read_single_file(stored(shapes), "it")
 
 
+def test_inpainting_unets_are_written_under_their_class(single, tmp_path):
+    content = safetensors.numpy.load_file(single)
+    content["model.diffusion_model.input_blocks.0.0.weight"] = np.ones((32, 9, 3, 3), np.float32)
+    safetensors.numpy.save_file(content, tmp_path / "a.safetensors")
+    pipeline = load_pytorch(tmp_path / "a.safetensors", components=["unet"])
+    assert pipeline.unet.config.in_channels == 9
+    assert pipeline.model_index["_class_name"] == "StableDiffusionInpaintPipeline"
+
+
 @pytest.mark.parametrize("form", ["module.{}", "module.model.{}", "model.{}"])
 def test_wrapped_names(single, form):
     whole = {k: v.shape for k, v in safetensors.numpy.load_file(single).items()}
@@ -731,7 +740,8 @@ def test_names_of_files_do_not_matter(single, torch, tmp_path, tiny):
         ("x.ckpt", b"<!DOCTYPE html><html>", "a web page"),
         ("x.safetensors", b"\n<html>", "a web page"),
         ("y.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-        ("z.bin", b"\x89PNG\r\n", "a picture"), ("w.safetensors", bytes(600), "full of zeros"),
+        ("z.bin", b"\x89PNG\r\n", "a picture"), ("v.ckpt", b"what", "of no known format"), 
+        ("w.safetensors", bytes(600), "full of zeros"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(start)
         with pytest.raises(CheckpointError, match=rf"{name} is not a .*: it is {what}"):
