@@ -740,7 +740,7 @@ def test_names_of_files_do_not_matter(single, torch, tmp_path, tiny):
         ("x.ckpt", b"<!DOCTYPE html><html>", "a web page"),
         ("x.safetensors", b"\n<html>", "a web page"),
         ("y.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-        ("z.bin", b"\x89PNG\r\n", "a picture"), ("v.ckpt", b"what", "of no known format"), 
+        ("z.bin", b"\x89PNG\r\n", "a picture"), ("v.ckpt", b"what", "of no known format"),
         ("w.safetensors", bytes(600), "full of zeros"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(start)

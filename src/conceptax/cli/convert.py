@@ -153,8 +153,8 @@ def _alone(command: Command, model: Any) -> Any:
         import warnings
 
         warnings.warn(
-            f"{command.source} tells of its UNet {dict(model.scheduler_config)}, for which the "
-            "folder of one component has no place: set it in the pipeline's scheduler.",
+            f"{command.source} tells that its UNet predicts velocities (v_prediction), for which "
+            "the folder of one component has no place: set it in the pipeline's scheduler.",
             stacklevel=2,
         )
     return parts[0]
