@@ -1,15 +1,16 @@
 """Single files of CompVis's latent diffusion (`.ckpt`, `.safetensors`): SD 1, SD 2 and SDXL.
 
 Such a file holds the UNet, the autoencoder and the text encoders under the names of the training
-code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. SD 1 and SDXL are
-also written.
+code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files of a part of
+these, with their prefixes or without, are read too; all three families are written.
 """
 
 import copy
 import dataclasses
 import functools
+import json
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from . import architectures
 from .components import build
 from .compvis_names import (
+    MARKERS,
     PROJECTIONS,
     TEXT_ENCODERS,
     UNET,
@@ -32,26 +34,33 @@ from .compvis_names import (
 )
 from .compvis_parts import (
     Part,
-    Shapes,
+    SingleFile,
     Stored,
-    heads,
+    is_bare_text,
     is_single_file,
     read_single_file,
-    unet_config,
+    stranger,
     unet_names_of,
-    vae_config,
 )
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_file
 from .parameters import ShardingRule, pending, put
-from .safetensors_file import PendingTensor, write_safetensors
+from .safetensors_file import (
+    FLOAT_NAMES,
+    PendingTensor,
+    StoredTensor,
+    parse_json,
+    read_metadata,
+    write_safetensors,
+)
 from .tensors import tensor_specs
 from .tokenizer import read_tokenizer
-from .weights import open_weights
+from .weights import SAFETENSORS, content_of, open_weights
 
-WRAPPERS = ("state_dict",)
-_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+WRAPPERS = ("state_dict", "module", "model", "ema")
+_NOT_READ = (".json", ".msgpack")
 _PREDICTIONS = ("epsilon", "v_prediction")
+_INPAINTING = 9  # channels: latents, those of the masked image, and the mask
 _PIPELINES = {"SDXL": "StableDiffusionXLPipeline"}
 
 
@@ -59,15 +68,25 @@ _PIPELINES = {"SDXL": "StableDiffusionXLPipeline"}
 
 
 def open_single_file(path: Path) -> Stored | None:
-    """The tensors of a file if it is a single file of several models; None for any other.
+    """The tensors of a file if it is a single file of one or several models; None for any other.
+
+    What it is told by its content, whatever its name.
 
     Raises:
       CheckpointError: damaged or unsafe files.
     """
-    if path.suffix not in _SUFFIXES or not path.is_file():
+    if path.suffix.lower() in _NOT_READ or not path.is_file():
         return None
-    stored = open_weights(path, wrappers=WRAPPERS if path.suffix != ".safetensors" else ())
+    stored = open_weights(path, wrappers=WRAPPERS)
+    if is_bare_text(stored) and (path.parent / "config.json").is_file():
+        return None  # a file of a component folder
     return stored if is_single_file(stored) else None
+
+
+def file_metadata(path: Path) -> dict[str, str]:
+    """The free text in a file's header; nothing where it has none."""
+    safe = path.is_file() and content_of(path) == SAFETENSORS
+    return read_metadata(path) if safe else {}
 
 
 def load_single_file(
@@ -91,17 +110,20 @@ def load_single_file(
       tokenizer: folder of the tokenizer, which such files lack: that of any Stable Diffusion
         folder; default: the folder `tokenizer` beside the file. Where there is neither, the
         pipeline has none, and a warning says so. SDXL's second one is the same, padding with "!".
-      prediction_type: what the UNet predicts, "epsilon" or "v_prediction"; default: the latter for
-        SD 2, with a warning, because the published files for 512 pixels ("base") do the former and
-        nothing in them tells.
+      prediction_type: what the UNet predicts, "epsilon" or "v_prediction"; default: what the file
+        tells, by the marker `v_pred` or in its header (`modelspec.prediction_type`); else epsilon,
+        and for SD 2 velocities, with a warning, because the published files for 512 pixels ("base")
+        predict the noise and nothing in them tells.
       dtype, param_dtype, sharding, components: as for `load_pytorch`.
       stored: the file's tensors, where it has been opened before.
 
     Returns:
-      A `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline`.
+      A `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline`; what the file lacks is None,
+      and a warning names it, unless `components` asks for it.
 
     Raises:
       CheckpointError: damaged or unsafe files, missing or unexpected tensors, another family.
+      ValueError: an argument for a part that the file lacks.
     """
     path = Path(path).expanduser()
     if prediction_type not in (None, *_PREDICTIONS):
@@ -109,27 +131,33 @@ def load_single_file(
     if stored is None and (stored := open_single_file(path)) is None:
         raise CheckpointError(
             f"{path} is no single file of Stable Diffusion: no tensor begins with {UNET} or {VAE}."
+            f" {stranger(open_weights(path, wrappers=WRAPPERS))}".rstrip()
         )
-    file = read_single_file(stored, str(path))
-    index = {"_class_name": _PIPELINES.get(file.family, "StableDiffusionPipeline")}
-    kind = architectures.pipeline_class(index["_class_name"])
+    file = read_single_file(stored, str(path), file_metadata(path))
+    kind = architectures.pipeline_class(_PIPELINES.get(file.family, "StableDiffusionPipeline"))
+    index = {"_class_name": kind.__name__}
+    if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
+        index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
     accepted = (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
-    wanted = set(accepted if components is None else components)
-    if not wanted <= set(accepted):
-        raise ValueError(f"components accepts {accepted}, received {sorted(wanted)}.")
+    if components is not None and not set(components) <= set(accepted):
+        raise ValueError(f"components accepts {accepted}, received {sorted(components)}.")
     if file.unknown:
         raise CheckpointError(
             f"{path} does not fit {file.family}: {len(file.unknown)} unexpected: "
             f"{listing(file.unknown)}. It holds another model, or more than one."
         )
+    if components is None:
+        wanted = _wanted(path, file, accepted, tokenizer, prediction_type)
+    else:
+        wanted = set(components)
     parts: dict[str, Any] = dict.fromkeys(accepted[:-1])
     for name in kind.MODELS:
         if name not in wanted:
             continue
         if name not in file.parts:
             raise CheckpointError(
-                f"{path} holds no {name} (found {listing(sorted(file.parts))}). Pass components= "
-                "with the parts to load."
+                f"{path} holds no {name} (found {listing(sorted(file.parts))}): leave it out of "
+                "components, or take it from another file."
             )
         part = file.parts[name]
         parts[name] = build(
@@ -145,16 +173,51 @@ def load_single_file(
             second.pad_token = "!"  # as in the published folders
         both = {"tokenizer": first, "tokenizer_2": second}
         parts |= {name: both[name] for name in kind.TOKENIZERS if name in wanted}
-    scheduler = _scheduler(path, file.family, prediction_type) if "scheduler" in wanted else {}
+    scheduler = {}
+    if "scheduler" in wanted:
+        scheduler = _scheduler(path, file.family, prediction_type, _told(path, file))
     return kind(**parts, scheduler_config=scheduler, model_index=index)
+
+
+def _wanted(
+    path: Path, file: SingleFile, accepted: Sequence[str], tokenizer: Any, prediction_type: Any
+) -> set[str]:
+    """What to load where nobody says: what is there, and what belongs to that."""
+    lacking = [
+        name for name in accepted if name not in file.parts
+        and name != "scheduler" and not name.startswith("tokenizer")
+    ]  # fmt: skip
+    wanted = set(accepted) - set(lacking)
+    texts = [name for name in file.parts if name.startswith("text_encoder")]
+    if tokenizer is not None and not texts:
+        raise ValueError(f"{path} holds no text encoder, to which a tokenizer could belong.")
+    if tokenizer is None and (not texts or len(file.parts) == 1):
+        wanted -= {"tokenizer", "tokenizer_2"}
+    if "unet" in lacking:
+        if prediction_type is not None:
+            raise ValueError(f"{path} holds no UNet, of which a prediction type could tell.")
+        wanted.discard("scheduler")
+    if lacking and len(file.parts) > 1:
+        warnings.warn(
+            f"{path} holds {listing(sorted(file.parts))} and no {' or '.join(lacking)}: that can "
+            "be converted, and drawn from only with the rest of a pipeline.",
+            stacklevel=4,
+        )
+    if file.guessed and "vae" in file.parts:
+        warnings.warn(
+            f"nothing in {path} tells whether it belongs to Stable Diffusion 1 and 2 or to XL: "
+            "scaling_factor 0.18215 is assumed; XL's is 0.13025, to be set in its config.json.",
+            stacklevel=4,
+        )
+    return wanted
 
 
 def _tokenizer(path: Path, folder: Path | str | None, text: Part | None) -> Any:
     beside = path.parent / "tokenizer"
     if folder is None and not beside.is_dir():
         warnings.warn(
-            f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer=, "
-            "the folder of one, to draw from prompts or to train.",
+            f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer= "
+            "(--tokenizer), the folder of one, to draw from prompts or to train.",
             stacklevel=3,
         )
         return None
@@ -168,26 +231,53 @@ def _tokenizer(path: Path, folder: Path | str | None, text: Part | None) -> Any:
     return tokenizer
 
 
-def _scheduler(path: Path, family: str, prediction_type: str | None) -> dict[str, Any]:
-    """The noise schedule that all Stable Diffusion models were trained with."""
-    if prediction_type is None and family == "SD 2":
+# Where a file written here keeps the settings of the sampler, which other programs choose anew.
+_OWN_SCHEDULER = "conceptax.scheduler_config"
+
+
+def _told(path: Path, file: SingleFile) -> dict[str, Any]:
+    """Settings of the scheduler that a file tells."""
+    text = file_metadata(path).get(_OWN_SCHEDULER)
+    if text is None:
+        return dict(file.scheduler)
+    own = parse_json(text.encode(), f"{path}: {_OWN_SCHEDULER}")
+    return own | {k: v for k, v in file.scheduler.items() if k in _MODELS_OWN}
+
+
+def _scheduler(
+    path: Path, family: str, prediction_type: str | None, told: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The noise schedule that all Stable Diffusion models were trained with.
+
+    Args:
+      path: the file, for messages.
+      family: as in `SingleFile`.
+      prediction_type: what the caller says of it.
+      told: what the file says; a whole configuration where it names its class.
+    """
+    told = dict(told or {})
+    if prediction_type is not None:
+        told["prediction_type"] = prediction_type
+    if "prediction_type" not in told and family == "SD 2":
         warnings.warn(
             f"{path} does not tell what its UNet predicts: 'v_prediction' is assumed, as for 768 "
-            "pixels; pass prediction_type='epsilon' for the base models.",
+            "pixels; pass prediction_type='epsilon' for the base models (--prediction-type "
+            "epsilon).",
             stacklevel=3,
         )
-        prediction_type = "v_prediction"
+        told["prediction_type"] = "v_prediction"
+    if "_class_name" in told:
+        return told
     config = {
         "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
         "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-        "set_alpha_to_one": False, "steps_offset": 1,
-        "prediction_type": prediction_type or "epsilon",
+        "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon",
     }  # fmt: skip
     if family == "SDXL":
         for name in ("clip_sample", "set_alpha_to_one"):
             del config[name]
         config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
-    return config
+    return config | told
 
 
 # ---- out ----
@@ -196,72 +286,177 @@ def _scheduler(path: Path, family: str, prediction_type: str | None) -> dict[str
 def save_single_file(
     pipeline: Any, path: Path | str, *, dtype: Any = None, force: bool = False
 ) -> Path:
-    """Write a Stable Diffusion 1.x or XL pipeline as one `.safetensors` with CompVis's names.
+    """Write a Stable Diffusion pipeline as one `.safetensors` with CompVis's names.
+
+    What such a file tells of the scheduler is written as other programs read it: the marker keys
+    `v_pred` and `ztsnr`, and `modelspec`'s entries in the header. The sampler's settings, which
+    those choose anew, are kept in the header for `load_single_file`.
 
     Args:
       pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; parts that are None are
-        left out, and so are tokenizers and the scheduler, for which such files have no place.
+        left out, and so are tokenizers, for which such files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       force: replace an existing file.
 
     Raises:
-      OutputError: `path` is occupied or unwritable, a parameter is NaN or infinite, the text
-        encoder is that of SD 2, whose last layer diffusers' folders lack, or a setting is another
-        than readers of such files assume, who would take the model for one that it is not.
+      OutputError: `path` is occupied or unwritable, a parameter is NaN or infinite, or a setting is
+        another than readers of such files assume, who would take the model for one that it is not.
     """
     path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
-    family = "SDXL" if "text_encoder_2" in pipeline.MODELS else "SD 1"
+    family = _family_of(pipeline)
     tensors = []
     if pipeline.unet is not None:
-        names = unet_names_of(pipeline.unet.config.to_dict())
-        per_level = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block")
-        _require_told(pipeline.unet, unet_config, names, per_level)
-        tensors += _named(pipeline.unet, UNET, names, kind)
+        tensors += _named(pipeline.unet, UNET, unet_names_of(pipeline.unet.config.to_dict()), kind)
     if pipeline.vae is not None:
         config = pipeline.vae.config
         names = vae_names(len(config.block_out_channels), config.layers_per_block)
-        _require_told(pipeline.vae, functools.partial(vae_config, family=family), names)
         tensors += _named(pipeline.vae, VAE, names, kind)
-    for encoder in TEXT_ENCODERS[family]:
-        if (model := getattr(pipeline, encoder.component)) is not None:
+    written = {each.component: each for each in reversed(TEXT_ENCODERS[family])}
+    for component, encoder in written.items():
+        if (model := getattr(pipeline, component)) is not None:
             tensors += _text(model, encoder, kind)
+    markers, metadata = _scheduler_out(pipeline)
+    tensors += markers
+    metadata |= _header(pipeline, family)
+    _require_told(pipeline, family, tensors, metadata)
     with atomic_file(path, force=force) as partial:
-        write_safetensors(partial, tensors, {"format": "pt"})
+        write_safetensors(partial, tensors, {"format": "pt", **metadata})
     return path
 
 
-def _require_told(
-    model: Any,
-    read: Callable[[Shapes], dict[str, Any]],
-    names: Names,
-    per_level: Sequence[str] = (),
-) -> None:
-    """Refuse a model whose settings are not those that its shapes are taken to tell."""
-    back = {new: old for old, new in names.items()}
-    shapes = {renamed(spec.key, back) or spec.key: spec.shape for spec in tensor_specs(model)}
-    config = model.config
+def _family_of(pipeline: Any) -> str:
+    if "text_encoder_2" in pipeline.MODELS:
+        return "SDXL"
+    if pipeline.text_encoder is not None:
+        return "SD 1" if pipeline.text_encoder.config.hidden_act == "quick_gelu" else "SD 2"
+    linear = pipeline.unet is not None and pipeline.unet.config.use_linear_projection
+    return "SD 2" if linear else "SD 1"
+
+
+_ARCHITECTURES = {
+    "SD 1": "stable-diffusion-v1", "SD 2": "stable-diffusion-v2",
+    "SDXL": "stable-diffusion-xl-v1-base",
+}  # fmt: skip
+
+
+def _header(pipeline: Any, family: str) -> dict[str, str]:
+    """What the header tells of the models."""
+    told = {"modelspec.architecture": _ARCHITECTURES[family]}
+    sizes = getattr(getattr(pipeline.unet, "config", None), "sample_size", None)
+    if sizes is not None:
+        levels = 4 if pipeline.vae is None else len(pipeline.vae.config.block_out_channels)
+        height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
+        told["modelspec.resolution"] = f"{width << (levels - 1)}x{height << (levels - 1)}"
+    return told
+
+
+# Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
+# readers of single files take for granted.
+_DEFAULTS = {
+    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+    "trained_betas": None,
+}  # fmt: skip
+_ASSUMED = {
+    **_DEFAULTS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+}  # fmt: skip
+_LINEAR = {**_ASSUMED, "beta_schedule": "linear"}
+_CLASS_DEFAULTS = {
+    "LCMScheduler": _ASSUMED, "HeunDiscreteScheduler": _LINEAR, "KDPM2DiscreteScheduler": _LINEAR,
+    "KDPM2AncestralDiscreteScheduler": _LINEAR,
+}  # fmt: skip
+_MODELS_OWN = ("prediction_type", "rescale_betas_zero_snr")
+
+
+def _scheduler_out(pipeline: Any) -> tuple[list[PendingTensor], dict[str, str]]:
+    """The marker keys and the header's entries that tell a pipeline's noise schedule.
+
+    Raises:
+      OutputError: a setting of the model's that readers would assume otherwise.
+    """
+    config = dict(pipeline.scheduler_config)
+    if pipeline.unet is None or not config:
+        return [], {}
+    own = _CLASS_DEFAULTS.get(config.get("_class_name", ""), _DEFAULTS) | config
+    prediction, zero = own.get("prediction_type", "epsilon"), own.get("rescale_betas_zero_snr")
+    differing = [f"{k}={own[k]}" for k, value in _ASSUMED.items() if own[k] != value]
+    if prediction not in _PREDICTIONS:
+        differing.append(f"prediction_type={prediction}")
+    elif zero and prediction == "epsilon":  # readers ask for the marker of it where velocities are
+        differing.append("rescale_betas_zero_snr=True with prediction_type=epsilon")
+    if differing:
+        raise OutputError(
+            f"a single file cannot tell {listing(differing)} of the scheduler, and readers would "
+            "assume otherwise. Write a folder."
+        )
+    names = [name for name, told in zip(MARKERS, (prediction == "v_prediction", zero), strict=True)
+             if told]  # fmt: skip
+    empty = np.zeros(0, np.float32)
+    markers = [PendingTensor(name, empty.dtype, empty.shape, lambda: empty) for name in names]
     try:
-        told = type(config).from_dict(read(shapes))
-    except (KeyError, IndexError, ValueError) as error:
+        text = json.dumps({"_class_name": "DDIMScheduler", **config})
+    except TypeError as error:
+        raise OutputError(f"the scheduler's settings cannot be written: {error}.") from error
+    spec = "v" if prediction == "v_prediction" else prediction
+    return markers, {"modelspec.prediction_type": spec, _OWN_SCHEDULER: text}
+
+
+def _require_told(
+    pipeline: Any, family: str, tensors: Sequence[PendingTensor], metadata: Mapping[str, str]
+) -> None:
+    """Refuse models whose settings are not those that a reader of the file finds in it."""
+    shapes = {
+        each.key: StoredTensor(FLOAT_NAMES[each.dtype], each.shape, each.produce)
+        for each in tensors
+    }
+    try:
+        file = read_single_file(shapes, "a single file", metadata)
+        if file.family != family and file.parts:
+            raise CheckpointError(f"Readers would take it for {file.family}, and it is {family}.")
+        told = {}
+        for name, part in file.parts.items():
+            told[name] = type(getattr(pipeline, name).config).from_dict(part.raw)
+    except ValueError as error:
         raise OutputError(
             f"a single file cannot hold this model: {error} Write a folder."
         ) from error
-    differing = [
-        f"{field.name}={getattr(config, field.name)}"
-        for field in dataclasses.fields(config)
-        if field.name != "sample_size"
-        and (
-            told.per_block(field.name) != config.per_block(field.name)
-            if field.name in per_level
-            else getattr(told, field.name) != getattr(config, field.name)
-        )
-    ]
+    differing = []
+    for name, reading in told.items():
+        config = getattr(pipeline, name).config
+        for field in dataclasses.fields(config):
+            here, there = _meaning(config, field.name), _meaning(reading, field.name)
+            if here != there and not _same(name, field.name, config):
+                differing.append(f"{field.name}={getattr(config, field.name)}")
+    if file.unknown:
+        differing.append(f"the layers {listing(file.unknown)}")
+    if lost := file.leftovers:
+        differing.append(f"the layers {listing([key for keys in lost.values() for key in keys])}")
     if differing:
         raise OutputError(
             f"a single file cannot tell {listing(differing)}, and readers would assume otherwise. "
             "Write a folder."
         )
+
+
+def _meaning(config: Any, name: str) -> Any:
+    """A setting, for each resolution where it is one for all or one for each."""
+    per_level = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block")
+    return config.per_block(name) if hasattr(config, "per_block") and name in per_level else (
+        getattr(config, name)
+    )  # fmt: skip
+
+
+def _same(component: str, name: str, config: Any) -> bool:
+    """Whether a setting computes nothing here, whatever it is."""
+    if name == "sample_size":
+        return component == "vae" or config.sample_size is None
+    if component.startswith("text_encoder"):
+        if name == "eos_token_id":  # pooling at the greatest id is pooling there
+            return config.eos_token_id in (2, config.vocab_size - 1)
+        return name in ("bos_token_id", "pad_token_id") or (
+            name == "projection_dim" and component == "text_encoder"
+        )
+    return False
 
 
 def _named(model: Any, prefix: str, names: Names, dtype: np.dtype | None) -> list[PendingTensor]:
@@ -281,18 +476,6 @@ def _named(model: Any, prefix: str, names: Names, dtype: np.dtype | None) -> lis
 
 def _text(model: Any, encoder: TextEncoder, dtype: np.dtype | None) -> list[PendingTensor]:
     config = model.config
-    activation = "gelu" if encoder.open_clip else "quick_gelu"
-    if config.hidden_act != activation:
-        raise OutputError(
-            f"only Stable Diffusion 1.x and XL are written as a single file: this "
-            f"{encoder.component} is of another family ({config.hidden_act}, not {activation}). "
-            "Write a folder."
-        )
-    if config.num_attention_heads != heads(config.hidden_size):
-        raise OutputError(
-            f"a single file cannot tell num_attention_heads={config.num_attention_heads}, and "
-            f"readers would assume {heads(config.hidden_size)}. Write a folder."
-        )
     tensors = pending(model, tensor_specs(model), dtype)
     if not encoder.open_clip:
         return [dataclasses.replace(each, key=encoder.prefix + each.key) for each in tensors]

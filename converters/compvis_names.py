@@ -45,23 +45,46 @@ class TextEncoder(NamedTuple):
       component: its name in a diffusers pipeline.
       prefix: what its keys begin with.
       open_clip: whether it has OpenCLIP's names and fused projections, or transformers' names.
-      dropped: how many of its last layers diffusers leaves out, because nothing reads them.
+      hidden_act: its activation, which nothing in a file tells.
+      unread: number of the published last layer, which nothing reads and diffusers leaves out.
     """
 
     component: str
     prefix: str
     open_clip: bool
-    dropped: int = 0
+    hidden_act: str = "quick_gelu"
+    unread: int | None = None
 
 
-# By family.
+# By family; of two for one component the first is written.
 TEXT_ENCODERS = {
     "SD 1": (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
-    "SD 2": (TextEncoder("text_encoder", "cond_stage_model.model.", open_clip=True, dropped=1),),
+    "SD 2": (
+        TextEncoder("text_encoder", "cond_stage_model.model.", True, "gelu", unread=23),
+        TextEncoder("text_encoder", "cond_stage_model.transformer.", False, "gelu", unread=23),
+    ),
     "SDXL": (
         TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
-        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", open_clip=True),
+        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", True, "gelu"),
+        TextEncoder("text_encoder_2", "conditioner.embedders.1.transformer.", False, "gelu"),
     ),
+}  # fmt: skip
+
+# What other programs' keys begin with -> CompVis's.
+ALIASES = {
+    "diffusion_model.": UNET,
+    "vae.": VAE,
+    "cond_stage_model.clip_l.transformer.": "cond_stage_model.transformer.",
+    "cond_stage_model.clip_h.transformer.": "cond_stage_model.transformer.",
+    "conditioner.embedders.0.clip_l.transformer.": "conditioner.embedders.0.transformer.",
+    "conditioner.embedders.1.clip_g.transformer.": "conditioner.embedders.1.transformer.",
+}
+
+# Keys without tensors to speak of, by which programs that train and merge models tell what the
+# UNet predicts -> settings of the scheduler.
+MARKERS = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }
 
 # What single files hold beside the models: harmless, and not loaded.
@@ -69,15 +92,36 @@ LEFTOVERS = {
     "moving averages (EMA)": ("model_ema.*", "first_stage_model.model_ema.*"),
     "the noise schedule": (
         "betas", "alphas_cumprod*", "sqrt_*", "log_one_minus_alphas_cumprod", "posterior_*",
-        "logvar", "lvlb_weights", "scale_factor", "denoiser.*",
+        "logvar", "lvlb_weights", "scale_factor", "denoiser.*", "model_sampling.*",
+        "model.model_sampling.*", "sigmas", "log_sigmas",
+    ),
+    "the training's state": (
+        "global_step", "optimizer_states*", "optimizer.*", "lr_schedulers*", "embedding_manager.*",
     ),
     "the autoencoder's training loss": ("first_stage_model.loss.*", "loss.*"),
     "positions of tokens, which are counted": ("*.position_ids",),
     "CLIP's contrastive head": (
         "cond_stage_model.logit_scale", "cond_stage_model.text_projection*",
-        "cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection",
-        "cond_stage_model.model.visual.*", "cond_stage_model.model.attn_mask",
-        "conditioner.embedders.*.logit_scale",
+        "cond_stage_model.*.logit_scale", "cond_stage_model.*.text_projection*",
+        "cond_stage_model.model.visual.*", "cond_stage_model.*.attn_mask",
+        "cond_stage_model.transformer.vision_model.*",
+        "cond_stage_model.transformer.visual_projection.*",
+        "conditioner.embedders.*.logit_scale", "conditioner.embedders.*.attn_mask",
+        "conditioner.embedders.0.*text_projection*", "conditioner.embedders.1.model.visual.*",
+    ),
+}  # fmt: skip
+
+# What no model here computes -> the beginnings of keys that tell it.
+STRANGERS = {
+    "Playground 2.5, whose latents are scaled in another way": ("edm_mean", "edm_std"),
+    "a model of continuous noise levels (CosXL)": ("edm_vpred.",),
+    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.", "joint_blocks."),
+    "a Flux-like transformer": ("model.diffusion_model.double_blocks.", "double_blocks."),
+    "Stable Cascade": ("clip_txt_mapper.", "down_blocks.0.0.channelwise."),
+    "SDXL's refiner": ("conditioner.embedders.0.model.",),
+    "Stable Diffusion 2 unCLIP": ("noise_augmentor.", "embedder.model.visual."),
+    "8-bit weights with scales of their own (ComfyUI's scaled fp8)": (
+        "scaled_fp8", "model.diffusion_model.scaled_fp8",
     ),
 }  # fmt: skip
 

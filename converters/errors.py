@@ -15,6 +15,10 @@ class CheckpointError(ConversionError):
     """A checkpoint that cannot be read: absent, damaged, unsafe, or of another model."""
 
 
+class TypeToConvert(CheckpointError):
+    """Weights of a type that no parameter keeps: they can be read only by converting them."""
+
+
 class OutputError(ConversionError):
     """A result that cannot be written; nothing of it is left on disk."""
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import architectures
-from .compvis import open_single_file
+from .compvis import WRAPPERS, open_single_file
+from .compvis_parts import stranger
 from .errors import CheckpointError, listing
 from .lora import holds_lora, is_lora
 from .personalised import CUSTOM_DIFFUSION, is_personalised
@@ -123,18 +124,18 @@ def _file(path: Path) -> Identity:
             return Identity(SINGLE, path, single)
         if loader_of(path) is not None:
             return Identity(SEGMENTATION, path)
-        if path.suffix != ".msgpack" and is_personalised(path):
+        if path.suffix.lower() != ".msgpack" and is_personalised(path):
             return _personalisation(path)
-    stored = open_weights(path, wrappers=("state_dict",) if path.suffix == ".ckpt" else ())
+    stored = open_weights(path, wrappers=() if beside else WRAPPERS)
     if is_lora(stored):
         return _lora(path, stored)
     if beside:
         return Identity(COMPONENT, path, stored)
-    advice = (
-        f"{path} is a weight file, and no config.json beside it tells of which model. Put it "
-        "beside the config.json it belongs to; a file of changed tensors goes with the model that "
-        "it changes (load_changes)."
+    what = stranger(stored) or (
+        "No config.json beside it tells of which model. Put it beside the config.json it belongs "
+        "to; a file of changed tensors goes with the model that it changes (load_changes)."
     )
+    advice = f"{path} is no model that can be read alone. {what}"
     return Identity(WEIGHTS, path, stored, advice)
 
 

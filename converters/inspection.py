@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from . import architectures
 from .components import abstract
+from .compvis import file_metadata
 from .compvis_parts import read_single_file
 from .errors import CheckpointError
 from .identify import (
@@ -108,7 +109,7 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
         part = _part("", "LoRA", stored.values(), {})
         return Inspection("LoRA", [part], {}, {}, found.advice)
     if found.kind == SINGLE:
-        return _single(stored or {}, str(path))
+        return _single(stored or {}, path)
     if found.kind == WEIGHTS:
         part = _part("", "no config.json beside it tells", (stored or {}).values(), {})
         return Inspection("weight file", [part], {}, {"no model": [found.advice]})
@@ -171,16 +172,14 @@ def _vocabulary(folder: Path) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _single(stored: Mapping[str, StoredTensor], source: str) -> Inspection:
-    file = read_single_file(dict(stored), source)
+def _single(stored: Mapping[str, StoredTensor], path: Path) -> Inspection:
+    file = read_single_file(dict(stored), str(path), file_metadata(path))
     parts = []
     for name, part in file.parts.items():
-        problems = _compare(part.class_name, part.raw, part.tensors, source)
+        problems = _compare(part.class_name, part.raw, part.tensors, str(path))
         parts.append(_part(name, part.class_name, part.tensors.values(), problems))
     problems = {"unexpected": file.unknown} if file.unknown else {}
-    if lost := [name for name in ("unet", "vae", "text_encoder") if name not in file.parts]:
-        problems["missing"] = lost
-    return Inspection(f"single file of {file.family}", parts, file.leftovers, problems)
+    return Inspection(file.kind, parts, file.leftovers, problems)
 
 
 def _plan(plan: Plan, source: str) -> Inspection:

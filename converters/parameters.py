@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
 from .errors import CheckpointError, OutputError, listing
-from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, PendingTensor, StoredTensor
+from .safetensors_file import FLOAT_NAMES, PARAMETER_TYPES, PendingTensor, StoredTensor
 from .tensors import Path, TensorSpec, is_finite, variables
 
 # "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
@@ -57,10 +57,9 @@ def fill(
 
 
 def parameter_dtype(stored: Mapping[str, StoredTensor], param_dtype: Any) -> np.dtype:
-    """`param_dtype`, or the type most of a checkpoint's tensors have (float32 for float64)."""
-    kinds = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in FLOAT_TYPES)
-    common = kinds.most_common(1)[0][0] if kinds else "F32"
-    return np.dtype(param_dtype or FLOAT_TYPES["F32" if common == "F64" else common])
+    """`param_dtype`, or the type that most of a checkpoint's tensors have and keep, or float32."""
+    kinds = Counter(tensor.dtype for tensor in stored.values() if tensor.dtype in PARAMETER_TYPES)
+    return np.dtype(param_dtype or PARAMETER_TYPES[kinds.most_common(1)[0][0] if kinds else "F32"])
 
 
 def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
@@ -107,7 +106,7 @@ def pending(model: Any, specs: list[TensorSpec], dtype: np.dtype | None) -> list
     for spec in specs:
         array = slots[spec.path].get_value()
         kind = np.dtype(array.dtype) if dtype is None else dtype
-        if kind not in FLOAT_NAMES:
+        if kind not in PARAMETER_TYPES.values():
             raise OutputError(
                 f"{spec.key} is {kind}, which is not stored as a weight. Convert it to float32."
             )

@@ -22,18 +22,24 @@ import numpy as np
 
 from .errors import CheckpointError
 
-# Floating-point types that become parameters, under their names in the format.
-FLOAT_TYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
+# Floating-point types that parameters have, under their names in the format.
+PARAMETER_TYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# And those that are read to be converted to one of them.
+FLOAT_TYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    **PARAMETER_TYPES,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 # Bytes per element of everything else a file may hold; a type not listed is not checked further.
 ITEM_SIZES = {
     **{name: dtype.itemsize for name, dtype in FLOAT_TYPES.items()},
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2,
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2,
     "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the reference implementation's limit

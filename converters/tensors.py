@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from .errors import CheckpointError, listing
-from .safetensors_file import FLOAT_TYPES, StoredTensor
+from .errors import CheckpointError, TypeToConvert, listing
+from .safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, StoredTensor
 
 _SAME = lambda rank: tuple(range(rank))  # noqa: E731
 _REVERSED = lambda rank: tuple(range(rank))[::-1]  # noqa: E731  [out, in] -> [in, out]
@@ -124,7 +124,8 @@ def compare(
       specs: the model's specification.
       stored: what the checkpoint holds.
       model_class: declares `pytorch_prefix`, `pytorch_renames`, `pytorch_ignored`, all optional.
-      double: whether float64 tensors are accepted (they can only be kept by converting them).
+      double: whether types that no parameter keeps, float64 and those of 8 bits, are accepted,
+        to be converted.
     """
     prefix = getattr(model_class, "pytorch_prefix", "")
     renames = getattr(model_class, "pytorch_renames", {})
@@ -145,7 +146,7 @@ def compare(
         else:
             found[key], names[key] = tensor, name
 
-    accepted = [name for name in FLOAT_TYPES if name != "F64" or double]
+    accepted = FLOAT_TYPES if double else PARAMETER_TYPES
     misshaped = [
         f"{names[key]} {list(tensor.shape)} instead of {list(expected[key].shape)}"
         for key, tensor in found.items()
@@ -190,15 +191,22 @@ def match(
     if problems:
         told = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items()]
         advice = "Check that config.json and the weights belong together."
-        if not double and any(tensor.dtype == "F64" for tensor in found.values()):
-            advice = "Pass param_dtype to convert float64 weights."
-        raise CheckpointError(
-            f"{source} does not fit {model_class.__name__}: {'; '.join(told)}. {advice}"
-        )
+        kind = CheckpointError
+        others = FLOAT_TYPES.keys() - PARAMETER_TYPES.keys()
+        if not double and any(tensor.dtype in others for tensor in found.values()):
+            kind = TypeToConvert
+            advice = (
+                "Convert such weights: conceptax convert SOURCE DEST --dtype float32 (param_dtype= "
+                "in Python)."
+            )
+        raise kind(f"{source} does not fit {model_class.__name__}: {'; '.join(told)}. {advice}")
     return found
 
 
-_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+_INFINITY = {  # the least bits that are no number
+    "F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000,
+    "F8_E4M3": 0x7F, "F8_E5M2": 0x7C,
+}  # fmt: skip
 _CHUNK = 1 << 18  # stays in a processor's cache
 
 

@@ -7,7 +7,7 @@ Everything in a folder is untrusted: names in an index may not leave it, pickles
 import re
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,53 @@ def open_weights(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, Store
     if path.name.endswith(".json"):
         return _open_index(path)
     _require_file(path)
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".safetensors":
-            return open_safetensors(path)
-        if path.suffix == ".msgpack":
+        if suffix == ".msgpack":
             return open_flax(path)
-        return _open_pickle(path, wrappers)
+        content = content_of(path)
+        if suffix == ".safetensors":
+            if content in (SAFETENSORS, ""):
+                return open_safetensors(path)
+            advice = (
+                "Name it .ckpt or .bin: it is read with torch, and nothing in it is executed."
+                if content == PICKLE
+                else _ADVICE
+            )
+            raise CheckpointError(f"{path} is not a safetensors file: it is {content}. {advice}")
+        return open_safetensors(path) if content == SAFETENSORS else _open_pickle(path, wrappers)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+SAFETENSORS, PICKLE = "a safetensors file", "a PyTorch pickle"
+_ADVICE = "Download the file itself again."
+# What a file that is called weights may begin with -> what it is.
+_BEGINNINGS = (
+    (rb"PK\x03\x04|\x80[\x02-\x05]", PICKLE),
+    (rb"version https://git-lfs", "a Git LFS pointer to the file (git lfs pull fetches it)"),
+    (rb"(?i)\s*<(!doctype html|html|\?xml|head)", "a web page, as a failed download leaves it"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a picture"),
+    (rb"GGUF", "a GGUF file, which is not read here"),
+    (rb"\x89HDF", "an HDF5 file, which is not read here"),
+    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive (unpack it first)"),
+    (rb"\s*[{\[]", "a text in JSON"),
+    (rb"\x00{512}", "full of zeros, as an unfinished download leaves it"),
+)
+
+
+def content_of(path: Path) -> str:
+    """What a file is by its first bytes: `SAFETENSORS`, `PICKLE`, other words, or "" for unknown.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start[8:9] == b"{":
+        return SAFETENSORS
+    found = (what for form, what in _BEGINNINGS if re.match(form, start, re.DOTALL))
+    return next(found, "")
 
 
 def _open_index(path: Path) -> dict[str, StoredTensor]:
@@ -190,9 +229,6 @@ _NAMED_CLASSES = (
 def _refuse_compression(path: Path) -> None:
     """`torch.save` stores plainly; a compressed entry could unpack to any size."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return  # torch refuses to map anything else
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [
@@ -212,11 +248,17 @@ def _refuse_compression(path: Path) -> None:
 
 
 def load_pickle(path: Path) -> dict[Any, Any]:
-    """The dict in a file written by `torch.save`, mapped; nothing in it is executed.
+    """The dict in a file written by `torch.save`; nothing in it is executed.
+
+    Its tensors are mapped; those of a file from before torch 1.6, which is no archive, are read.
 
     Raises:
       CheckpointError: torch is not installed, a damaged or an unsafe file, or no dict.
     """
+    told = f"{path} is not a PyTorch file of plain tensors"
+    content = content_of(path)
+    if content != PICKLE:
+        raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_ADVICE}")
     try:
         import torch
     except ImportError as error:
@@ -224,15 +266,20 @@ def load_pickle(path: Path) -> dict[Any, Any]:
             f"{path} is a PyTorch pickle, and reading it needs torch. Install conceptax[torch], or "
             "use the checkpoint's .safetensors files."
         ) from error
-    _refuse_compression(path)
+    with open(path, "rb") as file:
+        archive = file.read(2) == b"PK"
+    if archive:
+        _refuse_compression(path)
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED_CLASSES]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # torch raises many types for damaged and for unsafe files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if named := re.search(r"GLOBAL `?([\w.]{1,100})", str(error)):
+            reason = f"it names {named[1]}, which could run a program and is not loaded."
         raise CheckpointError(
-            f"{path} is not a PyTorch file of plain tensors: {reason[:200]} "
-            "Use the checkpoint's .safetensors files, or a fresh download."
+            f"{told}: {reason} Use the checkpoint's .safetensors files, a file with the model's "
+            "state_dict alone, or a fresh download."
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -254,11 +301,30 @@ def tensor_values(tensor: Any) -> np.ndarray:
             f"a tensor of shape {list(tensor.shape)} is stored in "
             f"{tensor.untyped_storage().nbytes()} bytes. Do not trust this checkpoint."
         )
-    tensor = tensor.detach().contiguous()
-    # NumPy knows no bfloat16, so the bits travel as int16.
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(FLOAT_TYPES["BF16"])
+    tensor = tensor.detach().resolve_neg().contiguous()
+    # NumPy knows none of these, so the bits travel as integers.
+    name = _TORCH_TYPES.get(str(tensor.dtype).removeprefix("torch."), "")
+    if name.startswith(("BF", "F8")):
+        bits = torch.int16 if name == "BF16" else torch.uint8
+        return tensor.view(bits).numpy().view(FLOAT_TYPES[name])
     return tensor.numpy()
+
+
+_TORCH_TYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+def _unwrapped(state: Mapping[Any, Any], wrappers: Sequence[str]) -> Mapping[Any, Any]:
+    """What lies under one of the names, or under several of them, one in the other."""
+    for _ in wrappers:
+        inner = next((state[name] for name in wrappers if isinstance(state.get(name), dict)), None)
+        if inner is None:
+            break
+        state = inner
+    return state
 
 
 def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
@@ -267,23 +333,20 @@ def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]
     import torch
 
     if wrappers:
-        inner = next((state[name] for name in wrappers if isinstance(state.get(name), dict)), state)
-        state = {key: value for key, value in inner.items() if type(value) is torch.Tensor}
-
-    names = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.int64: "I64",
-    }  # fmt: skip
+        inner = _unwrapped(state, wrappers)
+        state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
 
     def stored(key: Any, value: Any) -> StoredTensor:
         if not isinstance(key, str):
             raise CheckpointError(f"{path} has a key that is a {type(key).__name__}, no name.")
-        if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_meta:
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not dense or value.is_meta or value.is_quantized:
             raise CheckpointError(
                 f"{path}: {key[:80]!r} is a {type(value).__name__}, expected a dense tensor. "
                 "Use the file with the model's weights only."
             )
-        dtype = names.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = _TORCH_TYPES.get(dtype, dtype)
 
         return StoredTensor(dtype, tuple(value.shape), lambda: tensor_values(value))
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from conceptax import bundled_model
+from conceptax.cli import main
 from conceptax.converters import (
     CheckpointError,
     OutputError,
@@ -22,6 +23,7 @@ from conceptax.converters import (
     load_pytorch,
     save_pytorch,
 )
+from conceptax.converters.safetensors_file import PendingTensor, write_safetensors
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.weights import find_weights
 from conceptax.flax_models.configs import ModelConfig
@@ -160,14 +162,44 @@ def test_conversion_on_load_and_on_save(tmp_path):
     same_bits(read(tmp_path / "b"), expected)
 
 
-def test_float64_is_converted_only_on_request(tmp_path):
-    source = write_toy(tmp_path / "source", toy_tensors(np.float64))
-    with pytest.raises(CheckpointError, match=r"wrong type .*\(F64\).* Pass param_dtype"):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (np.float64, "F64"), (ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+        (ml_dtypes.float8_e5m2, "F8_E5M2"),
+    ],
+)  # fmt: skip
+def test_types_that_no_parameter_keeps_are_converted_on_request(tmp_path, kind, name):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"_class_name": "Toy", "width": 4}))
+    tensors = toy_tensors(kind)
+    write_safetensors(
+        source / "diffusion_pytorch_model.safetensors",
+        [PendingTensor(k, v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()], {},
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=rf"wrong type .*\({name}\).* --dtype float32"):
         load_toy(source)
-    model = load_toy(source, param_dtype=jnp.float32)
+    model = load_toy(source, param_dtype=jnp.float16)
     np.testing.assert_array_equal(
-        np.asarray(model.token[...]), toy_tensors(np.float64)["token"].astype(np.float32)
+        np.asarray(model.token[...]), tensors["token"].astype(np.float16), strict=True
     )
+    with pytest.raises(OutputError, match="which is not stored as a weight"):
+        save_pytorch(model, tmp_path / "out", dtype=kind)
+
+
+def test_the_command_converts_them(tmp_path, monkeypatch, capsys):
+    from conceptax.converters import architectures
+
+    monkeypatch.setattr(architectures, "model_class", lambda name, source: Toy)
+    source = write_toy(tmp_path / "source", toy_tensors(np.float64))
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 1
+    assert "--dtype float32" in capsys.readouterr().err
+    assert main(["convert", str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    expected = toy_tensors(np.float64, "toy.")
+    same_bits(read(tmp_path / "out"), {
+        key: value.astype(ml_dtypes.bfloat16) for key, value in expected.items()
+    })  # fmt: skip
 
 
 def test_values_that_do_not_fit_the_new_type(tmp_path):
@@ -300,6 +332,23 @@ def test_single_file_beside_its_config(tmp_path):
     )
     model = load_toy(str(tmp_path / "other.safetensors"))
     np.testing.assert_array_equal(np.asarray(model.token[...]), toy_tensors()["token"] + 1)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_pickled_parameters(tmp_path, torch, old):
+    """A saved dict of `named_parameters`, in both forms of torch.save."""
+    source = write_toy(tmp_path / "source", toy_tensors())
+    (source / "diffusion_pytorch_model.safetensors").unlink()
+    state = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in toy_tensors().items()}
+    expected = toy_tensors(prefix="toy.")
+    if not old:
+        state["token"] = torch.nn.Parameter(state["token"].detach().to(torch.float8_e5m2))
+        eighth = expected["toy.token"].astype(ml_dtypes.float8_e5m2)
+        expected["toy.token"] = eighth.astype(np.float32)
+    file = source / "diffusion_pytorch_model.bin"
+    torch.save(state, file, _use_new_zipfile_serialization=not old)
+    save_pytorch(load_toy(source, param_dtype=jnp.float32), tmp_path / "out")
+    same_bits(read(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -421,8 +421,33 @@ def test_pickles_of_something_else(folder, torch):
         fails(folder, "is not a PyTorch file of plain tensors")
 
 
+def test_pickles_from_before_torch_1_6(folder, torch, monkeypatch):
+    """They are no archives: whole they are read, else refused, and never executed."""
+    (folder / WEIGHTS).unlink()
+    file = folder / "diffusion_pytorch_model.bin"
+    state = {key: torch.from_numpy(value) for key, value in tensors().items()}
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    assert load(folder) is not None
+    size = max(t.numel() for t in state.values())
+    claimed = b"\x8a\x06" + (1 << 44).to_bytes(6, "little")
+    lied = whole.replace(b"K" + bytes([size]) + b"Nt", claimed + b"Nt")
+    assert lied != whole
+    for damaged in (whole[:-1], whole[:300], whole[:20], lied):
+        file.write_bytes(damaged)
+        fails(folder, "is not a PyTorch file of plain tensors")
+    target = folder / "exploded"
+    monkeypatch.setenv("BOMB", str(target))
+    torch.save({"first.bias": Bomb()}, file, _use_new_zipfile_serialization=False)
+    fails(folder, "is not a PyTorch file of plain tensors", "which could run a program")
+    torch.save(state | {"best": np.float64(3)}, file)
+    fails(folder, "it names numpy", "which could run a program and is not loaded")
+    assert not target.exists()
+
+
 def test_pickle_without_torch(folder, monkeypatch):
-    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"PK\x03\x04")
     monkeypatch.setitem(sys.modules, "torch", None)
     fails(folder, "needs torch", "conceptax[torch]")
 

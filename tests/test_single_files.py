@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +12,19 @@ from flax import nnx
 
 from conceptax import bundled_model
 from conceptax.cli import main
-from conceptax.converters import CheckpointError, OutputError, load_pytorch, save_pytorch
+from conceptax.cli.loading import load_pipeline
+from conceptax.converters import (
+    CheckpointError,
+    OutputError,
+    inspect_checkpoint,
+    load_pytorch,
+    save_pytorch,
+)
 from conceptax.converters.compvis import load_single_file, save_single_file
 from conceptax.converters.compvis_parts import read_single_file
 from conceptax.converters.safetensors_file import StoredTensor
 from conceptax.converters.tensors import tensor_specs, variables
+from conceptax.methods.concepts import ConceptError
 from conceptax.methods.sampling import NoiseSchedule, make_sampler
 
 MODELS = ("unet", "vae", "text_encoder")
@@ -225,7 +234,12 @@ def test_parts_and_options(single, tmp_path):
     content = {k: v for k, v in content.items() if not k.startswith("first_stage_model")}
     safetensors.numpy.save_file(content, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"holds no vae \(found text_encoder, unet\)"):
-        load_pytorch(tmp_path / "a.safetensors")
+        load_pytorch(tmp_path / "a.safetensors", components=["vae"])
+    with pytest.warns(UserWarning) as told:
+        pipeline = load_pytorch(tmp_path / "a.safetensors")
+    assert "holds text_encoder, unet and no vae" in str(told[0].message)
+    assert pipeline.vae is None
+    assert pipeline.unet is not None
     (tmp_path / "b.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="truncated"):
         load_pytorch(tmp_path / "b.safetensors")
@@ -325,7 +339,7 @@ def second(torch, tmp_path_factory):
     unet.save_pretrained(folder / "unet")
     pipeline = load_pytorch_parts(unet=folder / "unet")
     file = save_single_file(pipeline, folder / "sd2.safetensors")
-    text = {f"cond_stage_model.model.{k}": v for k, v in open_clip(torch).items()}
+    text = {f"cond_stage_model.model.{k}": v for k, v in open_clip(torch, layers=24).items()}
     content = safetensors.numpy.load_file(file) | {k: v.numpy() for k, v in text.items()}
     safetensors.numpy.save_file(content, file)
 
@@ -333,8 +347,7 @@ def second(torch, tmp_path_factory):
         class config:
             hidden_size = 64
 
-    shorter = {k: v for k, v in text.items() if ".resblocks.2." not in k}
-    return file, theirs.convert_open_clip_checkpoint(Stub, shorter), numpy_state(unet)
+    return file, theirs.convert_open_clip_checkpoint(Stub, text), numpy_state(unet)
 
 
 def load_pytorch_parts(**paths):
@@ -355,14 +368,19 @@ def test_second_generation(second):
     assert pipeline.unet.config.attention_head_dim == (1, 2)
     assert pipeline.unet.config.use_linear_projection
     config = pipeline.text_encoder.config
-    assert (config.num_hidden_layers, config.hidden_act) == (2, "gelu")
+    assert (config.num_hidden_layers, config.hidden_act) == (23, "gelu")
     theirs = {k.removeprefix("text_model."): v.numpy() for k, v in text.items()}
     theirs.pop("text_projection.weight", None)
     same(values(pipeline.text_encoder), theirs)
     base = load_pytorch(file, components=["scheduler"], prediction_type="epsilon")
     assert base.scheduler_config["prediction_type"] == "epsilon"
-    with pytest.raises(OutputError, match=r"only Stable Diffusion 1\.x and XL"):
-        save_single_file(pipeline, file.parent / "again.safetensors")
+    again = save_single_file(pipeline, file.parent / "again.safetensors")
+    told = {k: v for k, v in safetensors.numpy.load_file(file).items()
+            if ".resblocks.23." not in k
+            and not k.endswith(("model.logit_scale", "model.text_projection"))}  # fmt: skip
+    same(safetensors.numpy.load_file(again), told | {"v_pred": np.zeros(0, np.float32)})
+    back = load_pytorch(again, components=["scheduler"])
+    assert back.scheduler_config == pipeline.scheduler_config
 
 
 def test_sdxl(torch, tiny, tmp_path):
@@ -431,8 +449,303 @@ def test_sdxl(torch, tiny, tmp_path):
     same(safetensors.numpy.load_file(tmp_path / "again.safetensors"), content)
     config = dataclasses.replace(pipeline.text_encoder_2.config, hidden_act="quick_gelu")
     pipeline.text_encoder_2.text_model.config = config
-    with pytest.raises(OutputError, match="text_encoder_2 is of another family"):
+    with pytest.raises(OutputError, match="cannot tell hidden_act=quick_gelu"):
         save_single_file(pipeline, tmp_path / "other.safetensors")
+
+
+# What a file tells beside its tensors.
+
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "linspace",
+}  # fmt: skip
+VELOCITY = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+def with_header(source, path, extra=None, **metadata):
+    content = safetensors.numpy.load_file(source) | (extra or {})
+    safetensors.numpy.save_file(content, path, metadata=metadata)
+    return load_pytorch(path, components=["scheduler"]).scheduler_config
+
+
+def test_velocities_are_told_to_readers_and_back(tiny, tmp_path):
+    pipeline = load_pytorch(tiny[0], components=MODELS)
+    pipeline = dataclasses.replace(pipeline, scheduler_config=SCHEDULER | VELOCITY)
+    file = save_single_file(pipeline, tmp_path / "v.safetensors")
+    content = safetensors.numpy.load_file(file)
+    assert content["v_pred"].shape == content["ztsnr"].shape == (0,)
+    with safetensors.safe_open(file, "np") as opened:
+        assert opened.metadata()["modelspec.prediction_type"] == "v"
+    with pytest.warns(UserWarning, match="holds no tokenizer"):
+        back = load_pytorch(file)
+    assert back.scheduler_config == pipeline.scheduler_config
+    assert back.unet.config.sample_size == 8  # of 16 pixels, as the header says
+    assert load_pytorch(file, components=["scheduler"], prediction_type="epsilon").scheduler_config[
+        "prediction_type"
+    ] == "epsilon"  # fmt: skip
+    assert inspect_checkpoint(file).kind == (
+        "single file of SD 1, predicts v_prediction, zero terminal SNR"
+    )
+    # without the marker: of a file that tells no more, epsilon
+    (tmp_path / "plain").mkdir()
+    plain = dataclasses.replace(pipeline, scheduler_config=SCHEDULER)
+    save_single_file(plain, tmp_path / "plain/e.safetensors")
+    assert (
+        not {"v_pred", "ztsnr"}
+        & safetensors.numpy.load_file(tmp_path / "plain/e.safetensors").keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "metadata", "expected"),
+    [
+        ((), {}, {}),
+        (("v_pred",), {}, {"prediction_type": "v_prediction"}),
+        (("v_pred", "ztsnr"), {}, VELOCITY | {"timestep_spacing": "trailing"}),
+        (("model.diffusion_model.v_pred",), {}, {"prediction_type": "v_prediction"}),
+        ((), {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
+        ((), {"modelspec.predict_key": "v"}, {"prediction_type": "v_prediction"}),
+        (("v_pred",), {"modelspec.prediction_type": "epsilon"},
+         {"prediction_type": "v_prediction"}),
+        ((), {"modelspec.prediction_type": "epsilon"}, {}),
+    ],
+)  # fmt: skip
+def test_markers_of_other_programs(single, tmp_path, keys, metadata, expected):
+    extra = {key: np.zeros(0, np.float32) for key in keys}
+    told = with_header(single, tmp_path / "a.safetensors", extra, **metadata)
+    assert told == with_header(single, tmp_path / "b.safetensors") | expected
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prediction_type": "sample"}, "prediction_type=sample"),
+        ({"beta_schedule": "linear"}, "beta_schedule=linear"),
+        ({"beta_end": 0.02}, "beta_end=0.02"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps=500"),
+        ({"trained_betas": [0.1]}, r"trained_betas=\[0.1\]"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True with"),
+    ],
+)
+def test_schedules_that_no_reader_assumes(tiny, tmp_path, change, named):
+    pipeline = load_pytorch(tiny[0], components=["unet"])
+    pipeline = dataclasses.replace(pipeline, scheduler_config=SCHEDULER | change)
+    with pytest.raises(OutputError, match=f"cannot tell {named}.*Write a folder"):
+        save_single_file(pipeline, tmp_path / "x.safetensors")
+    with pytest.raises(OutputError, match=r"beta_start=0\.0001, beta_end=0\.02, beta_schedule=l"):
+        save_single_file(  # the defaults of the class
+            dataclasses.replace(pipeline, scheduler_config={"_class_name": "DDIMScheduler"}),
+            tmp_path / "x.safetensors",
+        )
+
+
+# Families and names.
+
+
+def transformers_names(layers, width, projection=None):
+    """Shapes of a text encoder with transformers' names."""
+    block = {
+        **{f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")},
+        "layer_norm1": (width,), "layer_norm2": (width,), "mlp.fc1": (32, width),
+        "mlp.fc2": (width, 32),
+    }  # fmt: skip
+    shapes = {
+        "embeddings.token_embedding.weight": (60, width),
+        "embeddings.position_embedding.weight": (12, width),
+        "final_layer_norm.weight": (width,), "final_layer_norm.bias": (width,),
+    }  # fmt: skip
+    for layer in range(layers):
+        for name, shape in block.items():
+            shapes |= {
+                f"encoder.layers.{layer}.{name}.weight": shape,
+                f"encoder.layers.{layer}.{name}.bias": shape[:1],
+            }
+    shapes = {f"text_model.{key}": shape for key, shape in shapes.items()}
+    return shapes | ({"text_projection.weight": (projection, width)} if projection else {})
+
+
+@pytest.mark.parametrize(
+    ("prefix", "width", "layers", "family", "component", "kept"),
+    [
+        ("cond_stage_model.transformer.", 768, 12, "SD 1", "text_encoder", 12),
+        ("", 768, 12, "SD 1", "text_encoder", 12),
+        ("cond_stage_model.transformer.", 1024, 23, "SD 2", "text_encoder", 23),
+        ("cond_stage_model.transformer.", 1024, 24, "SD 2", "text_encoder", 23),
+        ("", 1024, 24, "SD 2", "text_encoder", 23),
+        ("conditioner.embedders.0.transformer.", 768, 24, "SDXL", "text_encoder", 24),
+        ("conditioner.embedders.1.transformer.", 1280, 32, "SDXL", "text_encoder_2", 32),
+        ("", 1280, 32, "SDXL", "text_encoder_2", 32),
+    ],
+)
+def test_text_encoders_with_the_names_of_transformers(
+    prefix, width, layers, family, component, kept
+):
+    second = component == "text_encoder_2"
+    shapes = transformers_names(layers, width, projection=1280 if second else None)
+    file = read_single_file(stored({prefix + k: shape for k, shape in shapes.items()}), "it")
+    assert (file.family, list(file.parts), file.unknown) == (family, [component], [])
+    raw = file.parts[component].raw
+    assert raw["num_hidden_layers"] == kept
+    assert raw["num_attention_heads"] == width // 64
+    assert raw["hidden_act"] == ("quick_gelu" if width == 768 else "gelu")
+    dropped = [key for keys in file.leftovers.values() for key in keys]
+    assert all(".layers.23." in key for key in dropped)
+    assert len(dropped) == (16 if kept < layers else 0)
+    shorter = {k: s for k, s in shapes.items() if kept == layers or ".layers.23." not in k}
+    found = {
+        k.removeprefix("text_model."): t.shape for k, t in file.parts[component].tensors.items()
+    }
+    assert found == {k.removeprefix("text_model."): shape for k, shape in shorter.items()}
+
+
+@pytest.mark.parametrize("layers", [22, 23, 24])
+def test_only_the_published_last_layer_is_passed_over(torch, layers):
+    from diffusers.loaders import single_file_utils as theirs
+
+    tower = open_clip(torch, layers=layers)
+    tower = {f"cond_stage_model.model.{key}": value for key, value in tower.items()}
+
+    class Stub:
+        class config:
+            hidden_size = 64
+
+    expected = theirs.convert_open_clip_checkpoint(Stub, dict(tower))
+    expected.pop("text_projection.weight", None)
+    file = read_single_file(stored({k: tuple(v.shape) for k, v in tower.items()}), "it")
+    assert {f"text_model.{k}": t.shape for k, t in file.parts["text_encoder"].tensors.items()} == {
+        key: tuple(value.shape) for key, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        ({"conditioner.embedders.0.model.ln_final.weight": (1280,)}, "SDXL's refiner"),
+        ({"model.diffusion_model.label_emb.0.0.weight": (5120, 2560),
+          "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight":
+          (768, 1280)}, "SDXL's refiner"),
+        ({"model.diffusion_model.label_emb.0.0.weight": (1280, 2048),
+          "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
+          (320, 1024)}, "Stable Diffusion 2 unCLIP"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (320, 5, 3, 3)}, "depth-to-image"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (320, 7, 3, 3)}, "x4 upscaler"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}, "InstructPix2Pix"),
+        ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "Stable Diffusion 3"),
+        ({"edm_mean": (4,), "first_stage_model.x": (1,)}, "Playground 2.5"),
+    ],
+)  # fmt: skip
+def test_relatives_are_refused_by_name(shapes, named):
+    with pytest.raises(CheckpointError, match=f"it is .*{named}.*SD 1, SD 2 and SDXL are read"):
+        read_single_file(stored(shapes), "it")
+
+
+def test_inpainting_unets_are_written_under_their_class(single, tmp_path):
+    content = safetensors.numpy.load_file(single)
+    content["model.diffusion_model.input_blocks.0.0.weight"] = np.ones((32, 9, 3, 3), np.float32)
+    safetensors.numpy.save_file(content, tmp_path / "a.safetensors")
+    pipeline = load_pytorch(tmp_path / "a.safetensors", components=["unet"])
+    assert pipeline.unet.config.in_channels == 9
+    assert pipeline.model_index["_class_name"] == "StableDiffusionInpaintPipeline"
+
+
+@pytest.mark.parametrize("form", ["module.{}", "module.model.{}", "model.{}"])
+def test_wrapped_names(single, form):
+    whole = {k: v.shape for k, v in safetensors.numpy.load_file(single).items()}
+    wrapped = read_single_file(stored({form.format(k): s for k, s in whole.items()}), "it")
+    plain = read_single_file(stored(whole), "it")
+    assert wrapped.unknown == []
+    assert {n: p.raw for n, p in wrapped.parts.items()} == {
+        n: p.raw for n, p in plain.parts.items()
+    }
+
+
+# Files of a part of a model, and under other names.
+
+
+def prefixed(file, prefix):
+    return {
+        key: value for key, value in safetensors.numpy.load_file(file).items()
+        if key.startswith(prefix)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("component", "prefix", "bare"),
+    [
+        ("vae", "first_stage_model.", ""), ("vae", "first_stage_model.", "first_stage_model."),
+        ("vae", "first_stage_model.", "vae."), ("unet", "model.diffusion_model.", ""),
+        ("unet", "model.diffusion_model.", "diffusion_model."),
+        ("unet", "model.diffusion_model.", "model.diffusion_model."),
+        ("text_encoder", "cond_stage_model.transformer.", ""),
+    ],
+)  # fmt: skip
+def test_a_file_of_one_model_becomes_its_folder(
+    tiny, single, tmp_path, capsys, component, prefix, bare
+):
+    content = {bare + k.removeprefix(prefix): v for k, v in prefixed(single, prefix).items()}
+    file = tmp_path / "part.safetensors"
+    safetensors.numpy.save_file(content, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["convert", str(file), str(tmp_path / "out")]) == 0
+        told = capsys.readouterr().err
+        assert ("scaling_factor 0.18215 is assumed" in told) == (component == "vae")
+        with pytest.raises(ConceptError, match="needs the whole pipeline"):
+            load_pipeline(file, "float32", "sampling")
+    received = values(load_pytorch(tmp_path / "out"))
+    same(received, {k.removeprefix("text_model."): v for k, v in tiny[1][component].items()})
+    assert main(["inspect", str(file)]) == 0
+    assert f"{component} alone" in capsys.readouterr().out
+
+
+def test_an_sdxl_vae_is_told_by_the_header(tiny, tmp_path):
+    vae = load_pytorch(tiny[0] / "vae")
+    vae.config = dataclasses.replace(vae.config, scaling_factor=0.13025)
+    vae.published_config = "{}"
+    from conceptax.flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
+
+    file = save_single_file(
+        StableDiffusionXLPipeline(None, vae, None, None, {}), tmp_path / "vae.safetensors"
+    )
+    assert load_pytorch(file, components=["vae"]).vae.config.scaling_factor == 0.13025
+
+
+def test_diffusers_weights_need_their_config(tiny, tmp_path, capsys):
+    for name in ("unet", "vae"):
+        (source,) = (tiny[0] / name).glob("*.safetensors")
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(source.read_bytes())
+        assert main(["convert", str(file), str(tmp_path / "out")]) == 1
+        said = capsys.readouterr().err
+        assert "needs its config.json" in said
+        assert main(["inspect", str(file)]) == 1
+        assert "needs its config.json" in capsys.readouterr().out
+
+
+def test_names_of_files_do_not_matter(single, torch, tmp_path, tiny):
+    content = prefixed(single, "first_stage_model.")
+    safetensors.numpy.save_file(content, tmp_path / "a.SAFETENSORS")
+    for name in ("model", "b.ckpt"):
+        (tmp_path / name).write_bytes((tmp_path / "a.SAFETENSORS").read_bytes())
+    pickled = {key: torch.from_numpy(value) for key, value in content.items()}
+    torch.save({"model": {"state_dict": pickled}, "epoch": 3}, tmp_path / "c.CKPT")
+    torch.save(pickled, tmp_path / "old", _use_new_zipfile_serialization=False)
+    for name in ("a.SAFETENSORS", "model", "b.ckpt", "c.CKPT", "old"):
+        vae = load_pytorch(tmp_path / name, components=["vae"]).vae
+        same(values(vae), tiny[1]["vae"])
+    torch.save(pickled, tmp_path / "d.safetensors")
+    with pytest.raises(CheckpointError, match=r"it is a PyTorch pickle\. Name it \.ckpt"):
+        load_pytorch(tmp_path / "d.safetensors")
+    for name, start, what in (
+        ("x.ckpt", b"<!DOCTYPE html><html>", "a web page"),
+        ("x.safetensors", b"\n<html>", "a web page"),
+        ("y.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        ("z.bin", b"\x89PNG\r\n", "a picture"), ("v.ckpt", b"what", "of no known format"),
+        ("w.safetensors", bytes(600), "full of zeros"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(CheckpointError, match=rf"{name} is not a .*: it is {what}"):
+            load_pytorch(tmp_path / name)
 
 
 def meta_state(module):

@@ -15,7 +15,8 @@ class Command:
 
     Reads diffusers and transformers folders (`.safetensors`, sharded or not, `.bin`, and Flax's
     `.msgpack` of earlier versions), a whole pipeline or one component; and single files of Stable
-    Diffusion 1.x and 2.x (`.ckpt`, `.safetensors`). Nothing in a pickle is executed.
+    Diffusion 1.x, 2.x and XL (`.ckpt`, `.safetensors`), also of a part of one: what holds one model
+    becomes the folder of that component. Nothing in a pickle is executed.
 
     With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT, diffusers
     and kohya), embeddings of new tokens (textual inversions), pytorch_custom_diffusion_weights.bin,
@@ -26,7 +27,7 @@ class Command:
         single file.
       dest: what to write.
       form: "folder" of safetensors in the layout of diffusers and transformers; "single" file with
-        CompVis's names, of a Stable Diffusion 1.x pipeline; "changes", one file with a component's
+        CompVis's names, of a Stable Diffusion pipeline; "changes", one file with a component's
         tensors that differ from --original; "lora", one file with the difference from --original at
         a low rank.
       add: a file or folder to merge into the pipeline; repeat for several.
@@ -34,12 +35,13 @@ class Command:
       original: the model that SOURCE was made from, for --form changes and lora.
       rank: of a LoRA.
       energy: in place of --rank, the fraction of each change to keep, such as 0.95.
-      dtype: dtype to store; by default each tensor's own.
+      dtype: dtype to store; by default each tensor's own. Weights in float64 or 8 bits need one.
       shard_size: split larger weights over several files, in a folder.
       tokenizer: folder of the tokenizer, for a single file, which has none; by default a folder of
         that name beside it.
-      prediction_type: what the UNet of a single file predicts; by default "epsilon" for 1.x and
-        velocities for 2.x, whose base models (512 pixels) need "epsilon".
+      prediction_type: what the UNet of a single file predicts; by default what its marker keys or
+        header say, else "epsilon" for 1.x and XL and velocities for 2.x, whose base models (512
+        pixels) need "epsilon".
       verify: run PyTorch on what was written and JAX on what was read, with one random input, and
         print the largest relative difference; needs torch, and diffusers or transformers.
       force: replace an earlier checkpoint at DEST.
@@ -68,7 +70,7 @@ def run(command: Command) -> None:
     _check(command)
     if command.form == "folder":
         with new_folder(command.dest, force=command.force) as folder:
-            model = _read(command)
+            model = _alone(command, _read(command))
             _write_folder(command, model, folder)
     else:
         with new_file(command.dest, force=command.force) as file:
@@ -107,12 +109,11 @@ def _needs_torch() -> None:
 
 
 def _read(command: Command) -> Any:
-    from conceptax.converters import load_pytorch
     from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
     options = {k: v for k, v in options.items() if v is not None}
-    model = load_pytorch(command.source, sharding="mapped", **options)
+    model = _mapped(command.source, command.dtype, **options)
     if command.add and not isinstance(model, StableDiffusionPipeline):
         raise ValueError(
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
@@ -121,6 +122,42 @@ def _read(command: Command) -> Any:
     for addition in command.add:
         model = _merged(model, addition, command.add_scale)
     return model
+
+
+def _mapped(source: Path, dtype: str | None, **options: Any) -> Any:
+    """A model left in its file, unless its weights are of a type to be converted."""
+    from conceptax.converters import load_pytorch
+    from conceptax.converters.errors import TypeToConvert
+
+    try:
+        return load_pytorch(source, sharding="mapped", **options)
+    except TypeToConvert:
+        if dtype is None:
+            raise
+        import jax.numpy as jnp
+
+        return load_pytorch(source, sharding="mapped", param_dtype=jnp.dtype(dtype), **options)
+
+
+def _alone(command: Command, model: Any) -> Any:
+    """The one model of a single file without a tokenizer, which is a component and no pipeline."""
+    from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+
+    if not isinstance(model, StableDiffusionPipeline) or command.source.expanduser().is_dir():
+        return model
+    parts = [getattr(model, name) for name in (*model.MODELS, *model.TOKENIZERS)]
+    parts = [part for part in parts if part is not None]
+    if len(parts) > 1:
+        return model
+    if model.scheduler_config.get("prediction_type", "epsilon") != "epsilon":
+        import warnings
+
+        warnings.warn(
+            f"{command.source} tells that its UNet predicts velocities (v_prediction), for which "
+            "the folder of one component has no place: set it in the pipeline's scheduler.",
+            stacklevel=2,
+        )
+    return parts[0]
 
 
 def _merged(pipeline: Any, addition: Path, scale: float) -> Any:
@@ -145,12 +182,7 @@ def _write_folder(command: Command, model: Any, folder: Path) -> None:
 
 
 def _write_file(command: Command, model: Any, file: Path) -> None:
-    from conceptax.converters import (
-        load_pytorch,
-        save_changes,
-        save_lora,
-        save_single_file,
-    )
+    from conceptax.converters import save_changes, save_lora, save_single_file
     from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 
     if command.form == "single":
@@ -159,7 +191,7 @@ def _write_file(command: Command, model: Any, file: Path) -> None:
         save_single_file(model, file, dtype=command.dtype, force=True)
         return
     assert command.original is not None
-    original = load_pytorch(command.original, sharding="mapped")
+    original = _mapped(command.original, command.dtype)
     if command.form == "changes":
         if isinstance(model, StableDiffusionPipeline) or type(model) is not type(original):
             raise ValueError(

@@ -45,6 +45,11 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
             f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
             "folder with model_index.json."
         )
+    if lacking := [name for name in pipeline.MODELS if getattr(pipeline, name) is None]:
+        raise ConceptError(
+            f"{path} holds no {' and no '.join(lacking)}, and {purpose} needs the whole pipeline: "
+            "pass a folder or file that has all of it."
+        )
     if pipeline.tokenizer is None:
         raise ConceptError(
             f"{path} is a single file without a tokenizer: put the folder 'tokenizer' of a Stable "
