@@ -87,6 +87,50 @@ def test_merging_parts_without_keys():
         np.testing.assert_allclose(gradient, 1, rtol=1e-6)
 
 
+EMPTY = {  # which parts have keys, row by row of the queries
+    "two": [(0, 0), (0, 1), (1, 0), (1, 1)],
+    "three": [(0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1)],
+    "five": [(0, 0, 0, 0, 1), (1, 0, 0, 0, 0), (0, 0, 1, 0, 0), (0, 1, 0, 0, 1), (0,) * 5],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merging_parts_without_keys_differentiates(name, dtype):
+    """Values and gradients against float64: a sum over the parts that have keys, and no other.
+
+    What stands in an output without keys counts for nothing, be it not a number.
+    """
+    has = np.array(EMPTY[name], bool).T[:, :, None]  # [parts, queries, heads]
+    rng = np.random.default_rng(0)
+    parts, (queries, heads, dim) = len(has), (has.shape[1], 1, 4)
+    outputs = rng.standard_normal((parts, queries, heads, dim)).astype(np.float32)
+    outputs = np.array(jnp.asarray(outputs, dtype).astype(jnp.float32), np.float64)
+    lses = np.where(has, rng.standard_normal((parts, queries, heads)).astype(np.float32), -np.inf)
+    d_output, d_lse = rng.standard_normal((queries, heads, dim)), rng.standard_normal((queries, 1))
+    some = has.any(0)
+    mass = np.exp(lses.astype(np.float64))
+    weights = mass / np.where(some, mass.sum(0), 1)
+    merged = (weights[..., None] * outputs).sum(0)
+    d_weights = ((outputs - merged) * d_output).sum(-1)
+    expected = (
+        merged,
+        np.log(mass.sum(0), out=np.full(some.shape, -np.inf), where=some),
+        weights[..., None] * d_output,
+        weights * (d_weights + np.where(some, d_lse, 0)),
+    )
+
+    def call(outputs, lses):
+        return gna.merge_attentions(list(outputs), list(lses))
+
+    given = jnp.asarray(np.where(has[..., None], outputs, np.nan), dtype), jnp.float32(lses)
+    cotangents = jnp.asarray(d_output, dtype), jnp.float32(d_lse)
+    results, pull = jax.vjp(jax.jit(call), *given)
+    for got, value in zip((*results, *pull(cotangents)), expected, strict=True):
+        rough = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5  # a few units of roundoff
+        np.testing.assert_allclose(np.float64(got), value, rtol=4 * rough, atol=4 * rough)
+
+
 def test_the_default_device_decides(monkeypatch):
     problem = gna.describe(X, X, X, kernel_size=3)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
