@@ -34,6 +34,55 @@ def test_vmap_over_nothing(implementation):
 
 
 @pytest.mark.parametrize("implementation", CPU_BACKENDS)
+def test_each_sample_takes_its_own_branch(implementation):
+    """A vmapped `cond` or `switch`: values and gradients, either way round, as one by one."""
+    x = jax.random.normal(jax.random.key(1), (3, 1, 6, 2, 4))
+    text = jax.random.normal(jax.random.key(2), (1, 2, 2, 4))
+    which = (2, 0, 1)
+
+    def window(kernel_size, x, text):
+        return gna.neighborhood_attention(
+            x,
+            x,
+            x,
+            kernel_size=kernel_size,
+            additional_keys=text,
+            additional_values=text,
+            implementation=implementation,
+        )
+
+    branches = [functools.partial(window, kernel_size) for kernel_size in (6, 3, 2)]
+
+    def one(n, x, text):
+        return (jax.lax.switch(n, branches, x, text) ** 2).sum()
+
+    def expected(x, text):
+        return jnp.stack(
+            [(branches[n](one, text) ** 2).sum() for n, one in zip(which, x, strict=True)]
+        )
+
+    @jax.jit
+    def transformed(n, x, text):
+        each = jax.vmap(one, (0, 0, None))
+        values, gradients = jax.value_and_grad(lambda *y: each(n, *y).sum(), (0, 1))(x, text)
+        own = jax.vmap(jax.grad(one, (1, 2)), (0, 0, None))(n, x, text)
+        nested = jax.vmap(jax.vmap(one, (None, 0, None)), (0, None, None))(n, x, text)
+        mapped = jax.lax.map(lambda pair: one(*pair, text), (n, x), batch_size=2)
+        return each(n, x, text), values, gradients, own, jnp.diagonal(nested), mapped
+
+    values, total, gradients, own, nested, mapped = transformed(jnp.array(which), x, text)
+    want = expected(x, text)
+    of_x, of_text = jax.grad(lambda *y: expected(*y).sum(), (0, 1))(x, text)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for got in (values, nested, mapped):
+        close(got, want)
+    close(total, want.sum())
+    for got in (gradients, (own[0], own[1].sum(0))):
+        close(got[0], of_x)
+        close(got[1], of_text)
+
+
+@pytest.mark.parametrize("implementation", CPU_BACKENDS)
 def test_with_64_bits(implementation):
     def loss(x):
         output, lse = attend(x, x, x, implementation=implementation)

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Bool
 
 from . import cuda, reference, triton, xla
@@ -315,26 +316,39 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:
     """A backend's function of arrays [B, ...], whose vmapped axes become part of B."""
-    call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
+    divided = partitioned(run, problem, axes)
 
-    @call.def_vmap
-    def fold(size: int, batched: Any, *operands: Any) -> Any:
+    def fold(size: int, batched: Any, _: Any, operands: Any) -> Any:
         def flat(x: Array, is_batched: bool) -> Array:
             x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
             return x.reshape(size * x.shape[1], *x.shape[2:])
 
+        batched = batched[1]
         if size == 0:  # backends take a batch of at least one
             one = jax.tree.map(
                 lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),
                 operands,
-                tuple(batched),
+                batched,
             )
             results = jax.eval_shape(call, *one)
             none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), results)
             return none, jax.tree.map(lambda _: True, none)
         larger = dataclasses.replace(problem, batch=size * problem.batch)
-        results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, tuple(batched)))
+        results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, batched))
         unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)
         return unfolded, jax.tree.map(lambda _: True, results)
+
+    def call(*operands: Any) -> Any:
+        # Tables are constants of the program. A vmapped `cond` batches all that its branches read,
+        # constants too, which `custom_vmap` takes for arguments only: the batch has its own tables.
+        program, shapes = jax.make_jaxpr(divided, return_shape=True)(*operands)
+
+        def whole(tables: list[Any], given: Any) -> Any:
+            flat = eval_jaxpr(program.jaxpr, tables, *jax.tree.leaves(given))
+            return jax.tree.unflatten(jax.tree.structure(shapes), flat)
+
+        foldable = jax.custom_batching.custom_vmap(whole)
+        foldable.def_vmap(fold)
+        return foldable(program.consts, operands)
 
     return call
