@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import cuda, reference, triton, xla
-from .partition import BACKWARD, FORWARD, foldable, partitioned, sharded_as, with_whole_tokens
+from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
 from .problem import Number, PerDimension, Problem, Residuals, describe, windows_of
 from .varying import vary, varying_axes
@@ -336,11 +336,7 @@ def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[
     call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 
     @call.def_vmap
-    def fold(size: int, batched: Any, *operands: Any) -> Any:
-        def flat(x: Array, is_batched: bool) -> Array:
-            x = foldable(x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape)))
-            return x.reshape(size * x.shape[1], *x.shape[2:])
-
+    def rule(size: int, batched: Any, *operands: Any) -> Any:
         if size == 0:  # backends take a batch of at least one
             one = jax.tree.map(
                 lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),
@@ -351,8 +347,18 @@ def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[
             none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), results)
             return none, jax.tree.map(lambda _: True, none)
         larger = dataclasses.replace(problem, batch=size * problem.batch)
-        results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, tuple(batched)))
-        unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)
-        return unfolded, jax.tree.map(lambda _: True, results)
+        everywhere = jax.tree.map(
+            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape)),
+            operands,
+            tuple(batched),
+        )
+        results = _foldable(run, larger, axes)(*jax.tree.map(fold, everywhere))
+        leaves = jax.tree.leaves(everywhere)
+        mapped = next(
+            x for x, is_one in zip(leaves, jax.tree.leaves(batched), strict=True) if is_one
+        )
+        shape = (size, problem.batch)
+        results = jax.tree.map(lambda x: unfold(x, shape, mapped, leaves[0]), results)
+        return results, jax.tree.map(lambda _: True, results)
 
     return call

@@ -142,9 +142,7 @@ def _divided(
 
     def spec(names: str) -> PartitionSpec:
         where = {"b": (batch or None,), "x": tokens, "h": (heads or None,), "g": (heads or None,)}
-        return PartitionSpec(
-            *(axis for name in names.split() for axis in where.get(name, (None,)))
-        )
+        return PartitionSpec(*(axis for name in names.split() for axis in where.get(name, (None,))))
 
     return part, spec
 
@@ -253,13 +251,19 @@ def with_whole_tokens(x: Array) -> Array:
 
 def sharded_as(x: Array, other: Array, dimensions: int) -> Array:
     """An array with the first dimensions divided as those of another."""
-    return sharded(x, (*_spec(other)[:dimensions], *((),) * (x.ndim - dimensions)))
+    return sharded(x, (*_spec(other)[:dimensions], *_spec(x)[dimensions:]))
 
 
-def foldable(x: Array) -> Array:
-    """An array [S, B, ...] whose first two dimensions may become one."""
+def fold(x: Array) -> Array:
+    """[S, B, ...] as [S * B, ...], where Explicit axes then divide S only."""
     spec = _spec(x)
-    return sharded(x, (spec[0], (), *spec[2:]))
+    return sharded(x, (spec[0], (), *spec[2:])).reshape(-1, *x.shape[2:])
+
+
+def unfold(x: Array, shape: tuple[int, int], like: Array, query: Array) -> Array:
+    """[S * B, ...] as [S, B, ...], S divided as in the array `like`, B as in the query."""
+    x = x.reshape(*shape, *x.shape[1:])
+    return sharded(x, (_spec(like)[0], _spec(query)[1], *_spec(x)[2:]))
 
 
 def _over_explicit_axes(
@@ -280,11 +284,13 @@ def _over_explicit_axes(
     def laid_out(x: Array, where: PartitionSpec) -> Array:
         return sharded(x, tuple(axes or () for axes in where), mesh)
 
+    # No names are all axes but those along which vmap maps.
+    every = all(kind == AxisType.Explicit for kind in mesh.axis_types)
     divided = jax.shard_map(
         functools.partial(run, part),
         mesh=mesh,
         in_specs=inside,
         out_specs=outside,
-        axis_names=set(_explicit_axes(mesh)),
+        axis_names=set() if every else set(_explicit_axes(mesh)),
     )
     return divided(*jax.tree.map(laid_out, given, inside))
