@@ -25,11 +25,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
 from jaxtyping import Array, Bool
 
 from . import cuda, reference, triton, xla
-from .partition import BACKWARD, FORWARD, partitioned
+from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
 from .problem import Number, PerDimension, Problem, Residuals, describe, windows_of
 from .varying import vary, varying_axes
@@ -188,13 +187,17 @@ def neighborhood_attention(
     implementation = select(problem, implementation)
     problem = seen_by_backends(problem)
     layout = (problem.batch, *problem.layout)
-    operands = [x.reshape(*layout, *x.shape[-2:]) for x in (query, key, value)]
+    operands = [with_whole_tokens(x) for x in (query, key, value)]
+    operands = [x.reshape(*layout, *x.shape[-2:]) for x in operands]
     operands += [additional_keys, additional_values]
     axes = varying_axes(*operands)
     operands = (None if x is None else vary(x, axes) for x in operands)
     output, lse = attend(problem, implementation, *operands)
     output = output.reshape(*query.shape[:-1], problem.value_dim)
-    return (output, lse.reshape(query.shape[:-1])) if return_lse else output
+    output = sharded_as(output, query, query.ndim - 1)
+    if not return_lse:
+        return output
+    return output, sharded_as(lse.reshape(query.shape[:-1]), query, query.ndim - 1)
 
 
 def neighborhood_mask(
@@ -279,23 +282,16 @@ def joint_neighborhood_attention(
     return of_image.reshape(*image[0].shape[:-1], -1), of_text
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(
-    problem: Problem,
-    implementation: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None,
-    additional_values: Array | None,
-) -> tuple[Array, Array]:
-    """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
+def _attend(problem: Problem, implementation: str, *operands: Array | None) -> tuple[Array, Array]:
     run = _foldable(BACKENDS[implementation].forward, problem, FORWARD)
-    return run(query, key, value, additional_keys, additional_values)
+    query = operands[0]
+    assert query is not None
+    output, lse = (sharded_as(x, query, query.ndim - 1) for x in run(*operands))
+    return output, lse
 
 
 def _attend_forward(problem: Problem, implementation: str, *operands: Array | None) -> Any:
-    output, lse = attend(problem, implementation, *operands)
+    output, lse = _attend(problem, implementation, *operands)
     return (output, lse), Residuals._make((*operands, output, lse))
 
 
@@ -308,47 +304,61 @@ def _attend_backward(
     product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
     delta = product.sum(-1) - d_lse
     run = _foldable(BACKENDS[implementation].backward, problem, BACKWARD)
-    return tuple(run(residuals, d_output, delta))
+    gradients = run(residuals, d_output, delta)
+    return tuple(
+        None if x is None else sharded_as(gradient, x, x.ndim)
+        for gradient, x in zip(gradients, residuals, strict=False)
+    )
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
+_differentiable.defvjp(_attend_forward, _attend_backward)
+
+
+# One function for all calls, so that a problem is traced and compiled once, also outside of `jit`.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attend(
+    problem: Problem,
+    implementation: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    additional_keys: Array | None,
+    additional_values: Array | None,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
+    operands = (query, key, value, additional_keys, additional_values)
+    return _differentiable(problem, implementation, *operands)
 
 
 def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:
     """A backend's function of arrays [B, ...], whose vmapped axes become part of B."""
-    divided = partitioned(run, problem, axes)
+    call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 
-    def fold(size: int, batched: Any, _: Any, operands: Any) -> Any:
-        def flat(x: Array, is_batched: bool) -> Array:
-            x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
-            return x.reshape(size * x.shape[1], *x.shape[2:])
-
-        batched = batched[1]
+    @call.def_vmap
+    def rule(size: int, batched: Any, *operands: Any) -> Any:
         if size == 0:  # backends take a batch of at least one
             one = jax.tree.map(
                 lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),
                 operands,
-                batched,
+                tuple(batched),
             )
             results = jax.eval_shape(call, *one)
             none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), results)
             return none, jax.tree.map(lambda _: True, none)
         larger = dataclasses.replace(problem, batch=size * problem.batch)
-        results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, batched))
-        unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)
-        return unfolded, jax.tree.map(lambda _: True, results)
-
-    def call(*operands: Any) -> Any:
-        # Tables are constants of the program. A vmapped `cond` batches all that its branches read,
-        # constants too, which `custom_vmap` takes for arguments only: the batch has its own tables.
-        program, shapes = jax.make_jaxpr(divided, return_shape=True)(*operands)
-
-        def whole(tables: list[Any], given: Any) -> Any:
-            flat = eval_jaxpr(program.jaxpr, tables, *jax.tree.leaves(given))
-            return jax.tree.unflatten(jax.tree.structure(shapes), flat)
-
-        foldable = jax.custom_batching.custom_vmap(whole)
-        foldable.def_vmap(fold)
-        return foldable(program.consts, operands)
+        everywhere = jax.tree.map(
+            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape)),
+            operands,
+            tuple(batched),
+        )
+        results = _foldable(run, larger, axes)(*jax.tree.map(fold, everywhere))
+        leaves = jax.tree.leaves(everywhere)
+        mapped = next(
+            x for x, is_one in zip(leaves, jax.tree.leaves(batched), strict=True) if is_one
+        )
+        shape = (size, problem.batch)
+        results = jax.tree.map(lambda x: unfold(x, shape, mapped, leaves[0]), results)
+        return results, jax.tree.map(lambda _: True, results)
 
     return call
