@@ -565,12 +565,20 @@ def test_commands_refuse_in_one_sentence(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and text in err and "Traceback" not in err, err
 
-    refused("simulate --layout 8 8 --window 9", "9")
-    refused("simulate --layout 8 8 --window 4 --stride 1 1 1", "stride")
-    refused("search --layout 8 8", "either kernel_size or sparsity")
+    refused("simulate --layout 8 8 --window 9", "--window must not exceed the tokens along a dim")
+    refused("simulate --layout 8 8 --window 9", "dimension 0 (--window=(9, 9), --layout (8, 8)).")
+    refused("simulate --layout 8 8 --window 4 --stride 1 1 1", "--stride must be an integer of")
+    refused("simulate --layout 8 8 --window 4 --stride 5", "--stride must not exceed --window;")
+    refused("simulate --layout 8 8 --window 4 --query-tile 2", "--key-tile come together")
+    refused("search --layout 8 8 --sparsity 0.5 --dilation 9", "--dilation must not exceed the tok")
+    refused("search --layout 8 8", "either --window or --sparsity; received neither")
+    refused("bench --layout 8 8 --window 9 --rounds 1", "--window must not exceed the tokens along")
     refused("search --layout 8 8 --window 4 --limit 0", "--limit must be at least 1")
     refused(f"search --layout 8 8 --window 4 --output {tmp_path}/a.gif", ".png file")
-    refused(f"search --layout 8 8 --sparsity 2 --output {tmp_path}/a.png", "below 1")
+    refused(
+        f"search --layout 8 8 --sparsity 2 --output {tmp_path}/a.png",
+        "--sparsity must be at least 0 and below 1, r",
+    )
     assert list(tmp_path.iterdir()) == []
     assert main(["gna"]) == 2
 

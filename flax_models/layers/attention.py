@@ -165,11 +165,19 @@ class GNA:
 
     def require_fit(self, layout: tuple[int, ...]) -> None:
         """Raise ValueError unless the settings suit a grid of `layout` tokens."""
+        names = {"kernel_size": "window"}
         try:
-            windows_of(layout, self.window, self.stride, self.dilation)
+            windows_of(layout, self.window, self.stride, self.dilation, names=names)
         except ValueError as error:
+            given = ", ".join(
+                f"{field.name}={getattr(self, field.name)!r}"
+                for field in dataclasses.fields(self)
+                if getattr(self, field.name) != field.default
+            )
             grid = "x".join(map(str, layout))
-            raise ValueError(f"{self} does not fit a grid of {grid} tokens: {error}") from error
+            raise ValueError(
+                f"GNA({given}) does not fit a grid of {grid} tokens: {error}"
+            ) from error
 
     def __call__(
         self,

@@ -109,11 +109,10 @@ def search(
         raise ValueError(
             f"search needs either kernel_size or sparsity, received {kernel_size} and {sparsity}."
         )
-    if sparsity is not None and not (0 <= sparsity < 1 and tolerance >= 0):
-        raise ValueError(
-            f"sparsity must be at least 0 and below 1 and tolerance not negative, received "
-            f"{sparsity} and {tolerance}."
-        )
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, received {sparsity}.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, received {tolerance}.")
     window = 1 if kernel_size is None else kernel_size
     windows = windows_of(token_layout, window, 1, dilation, is_causal)
     machine = find_gpu(gpu)

@@ -75,7 +75,7 @@ def missing(target: str) -> str | None:
     said.
     """
     try:
-        if _found(target):
+        if compiler(target) is not None:
             return None
     except RuntimeError:
         return None
