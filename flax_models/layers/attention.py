@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def _attend_in_cache(query: Array, key: Array, value: Array, is_causal: bool) ->
     return attended.astype(value.dtype)
 
 
-def _are_many(*sizes: int) -> bool:
+def _are_many(*sizes: Any) -> bool:
     """Whether so many logits are many; of symbolic sizes nothing is known."""
     return all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= _MANY_LOGITS
 
@@ -77,8 +78,8 @@ def dot_product_attention(
 
     Large self-attention where a program is lowered for a CPU is that of `kernels.gna`, whose
     neighborhood may be everything: it keeps blocks of logits in cache, forward and backward. It
-    has no forward-mode derivative (`jax.jvp`, `jax.jacfwd`); lowered for other platforms, the same
-    program holds nothing of it.
+    has no forward-mode derivative (`jax.jvp`, `jax.jacfwd`), and `jax.export` for a CPU asks leave
+    for its calls; lowered for other platforms, the same program holds nothing of it.
 
     Args:
       query, key, value: heads second-to-last, any float dtype, not necessarily the same.
