@@ -78,6 +78,24 @@ def command(target: str, architecture: str | None = None) -> list[str]:
     return [str(compiler(target)), *shared, *options]
 
 
+def library_of(target: str, architecture: str | None = None, folder: Path | None = None) -> Path:
+    """Where the library of a target is, or is to be once it is built; see `build`.
+
+    Raises:
+      RuntimeError: if there is no compiler.
+    """
+    options = command(target, architecture)
+    digest = hashlib.sha256(shlex.join(options).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".h", ".cc", ".cu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(_version(options[0]).encode() + importlib.metadata.version("jaxlib").encode())
+    if target == "cpu":
+        digest.update(_instructions().encode())
+    folder = folder or _cache_folder()
+    return folder / f"gna-{target}-{digest.hexdigest()[:20]}.so"
+
+
 def build(target: str, architecture: str | None = None, folder: Path | None = None) -> Path:
     """Path of a target's library, compiled unless it is there already.
 
@@ -90,21 +108,13 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
       RuntimeError: if there is no compiler, or it fails, with what it said, or the folder cannot be
         written.
     """
-    options = command(target, architecture)
-    digest = hashlib.sha256(shlex.join(options).encode())
-    for path in sorted(SOURCES.iterdir()):
-        if path.suffix in (".h", ".cc", ".cu"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(_version(options[0]).encode() + importlib.metadata.version("jaxlib").encode())
-    if target == "cpu":
-        digest.update(_instructions().encode())
-    folder = folder or _cache_folder()
-    library = folder / f"gna-{target}-{digest.hexdigest()[:20]}.so"
+    library = library_of(target, architecture, folder)
     if library.exists():
         return library
+    folder = library.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(options, target, library)
+        _compile(command(target, architecture), target, library)
     except OSError as error:
         raise RuntimeError(
             f"the cuda implementation could not be written to {folder}: {error}. XDG_CACHE_HOME "
