@@ -31,6 +31,8 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return f"it runs on a GPU, not on {platform}"
     if problem.shards > 1:
         return "it does not attend from a shard of the tokens"
+    if not isinstance(problem.batch, int):
+        return "it takes a batch of known size, not a symbolic one"
     most = largest_dim(problem)
     if max(problem.head_dim, problem.value_dim) > most:
         return (

@@ -251,7 +251,9 @@ def _run_loop(
 def _lanes(problem: Problem, most: int) -> tuple[int, int]:
     """Key heads and batch entries of a step: at most so many pairs, heads first."""
     heads = _divisor(problem.kv_heads, most)
-    return heads, _divisor(problem.batch, most // heads) if heads == problem.kv_heads else 1
+    if heads < problem.kv_heads:
+        return heads, 1
+    return heads, _divisor(problem.known_batch, most // heads)
 
 
 def _divisor(number: int, most: int) -> int:
