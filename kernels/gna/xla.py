@@ -287,7 +287,7 @@ def _masks(
         for m, limits in enumerate(masks):
             if limits is not None:
                 first, last = limits[mask][..., None]
-                inside = jnp.arange(loop.box[m])
+                inside = jnp.arange(loop.box[m], dtype=limits.dtype)[None]
                 inside = (inside >= first) & (inside < last)  # [tile, box]
                 others = [n for n in range(2 * rank) if n not in (m, rank + m)]
                 seen &= jnp.expand_dims(inside if queries_first else inside.T, others)
