@@ -231,7 +231,11 @@ def _explicit_axes(mesh: AbstractMesh) -> Axes:
 
 def _spec(x: Array) -> tuple[Axes, ...]:
     """The Explicit axes that divide each dimension."""
-    entries = (*jax.typeof(x).sharding.spec, *(None,) * x.ndim)[: x.ndim]
+    return _entries(jax.typeof(x).sharding.spec, x.ndim)
+
+
+def _entries(spec: PartitionSpec, rank: int) -> tuple[Axes, ...]:
+    entries = (*spec, *(None,) * rank)[:rank]
     return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in entries)
 
 
@@ -282,7 +286,7 @@ def _over_explicit_axes(
     outside = jax.tree.map(partition, results)
 
     def laid_out(x: Array, where: PartitionSpec) -> Array:
-        return sharded(x, tuple(axes or () for axes in where), mesh)
+        return sharded(x, _entries(where, x.ndim), mesh)
 
     # No names are all axes but those along which vmap maps.
     every = all(kind == AxisType.Explicit for kind in mesh.axis_types)
