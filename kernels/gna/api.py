@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool
 from . import cuda, reference, triton, xla
 from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
-from .problem import Number, PerDimension, Problem, Residuals, describe, windows_of
+from .problem import Number, PerDimension, Problem, Residuals, Size, describe, windows_of
 from .varying import vary, varying_axes
 from .windows import Window
 
@@ -360,7 +360,7 @@ def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[
     call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 
     @call.def_vmap
-    def rule(size: int, batched: Any, *operands: Any) -> Any:
+    def rule(size: Size, batched: Any, *operands: Any) -> Any:
         if size == 0:  # backends take a batch of at least one
             one = jax.tree.map(
                 lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),

@@ -200,7 +200,7 @@ def describe(
 
 
 def _check_additional(
-    batch: int,
+    batch: Size,
     kv_heads: int,
     head_dim: int,
     value_dim: int,
