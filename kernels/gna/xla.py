@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .boxes import Loop, Plan, plan
 from .platforms import default_platform
-from .problem import Gradients, Problem, Residuals
+from .problem import Gradients, Problem, Residuals, Size
 from .varying import vary, varying_axes
 
 # Scores of a step: on a CPU they should stay in its cache, elsewhere fill the device.
@@ -329,6 +329,6 @@ def _add(x: Float[Array, "B *GY K r D"], at: _Box, new: Float[Array, "l N D"]) -
     return _write(x, at, _read(x, at) + new)
 
 
-def _full(shape: tuple[int, ...], value: float, dtype: Any, like: Array) -> Array:
+def _full(shape: tuple[Size, ...], value: float, dtype: Any, like: Array) -> Array:
     """A constant that varies over the mesh axes that `like` varies over, as a loop's state must."""
     return vary(jnp.full(shape, value, dtype), varying_axes(like))
