@@ -4,8 +4,11 @@ The GPU's sources also run here, on an emulator of the instructions they use (`c
 """
 
 import ctypes
+import pickle
 import re
 import stat
+import subprocess
+import sys
 
 import gna_machines
 import jax
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gna_oracle import attention, operands, random_case
+from jax.experimental import serialize_executable
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna import cuda
@@ -350,3 +354,47 @@ def test_lowers_for_a_gpu_without_one():
 def test_compiles_for_gpus(architecture, tmp_path):
     library = ctypes.CDLL(str(build.build("gpu", architecture, tmp_path)))
     assert library.GnaForward and library.GnaBackward
+
+
+RUN = """
+import pickle, sys
+import jax
+import numpy as np
+from jax.experimental import serialize_executable
+import conceptax.kernels.gna
+folder = sys.argv[1]
+with open(f"{folder}/program", "rb") as file:
+    run = serialize_executable.deserialize_and_load(
+        *pickle.load(file), execution_devices=jax.devices()[:1]
+    )
+np.save(f"{folder}/gradient.npy", run(np.load(f"{folder}/x.npy")))
+"""
+
+
+@needs_compiler
+def test_a_program_compiled_elsewhere_runs_after_the_import(tmp_path):
+    """Its calls are known without anything being traced."""
+
+    def loss(x):
+        return gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="cuda").sum()
+
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 4))
+    step = jax.jit(jax.grad(loss)).lower(x).compile()
+    (tmp_path / "program").write_bytes(pickle.dumps(serialize_executable.serialize(step)))
+    np.save(tmp_path / "x.npy", x)
+    later = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True
+    )
+    assert later.returncode == 0, later.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "gradient.npy"), step(x))
+
+
+def test_importing_builds_nothing(fake_compiler):
+    cuda.prepare_what_is_built()
+    assert not (fake_compiler / "runs").exists()
+
+
+def test_preparing_by_name():
+    gna.prepare("xla")
+    with pytest.raises(ValueError, match=r"implementation must be one of.*received 'cxx'"):
+        gna.prepare("cxx")

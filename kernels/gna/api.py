@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool
 from . import cuda, reference, triton, xla
 from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
-from .problem import Number, PerDimension, Problem, Residuals, describe, windows_of
+from .problem import Number, PerDimension, Problem, Residuals, Size, describe, windows_of
 from .varying import vary, varying_axes
 from .windows import Window
 
@@ -66,13 +66,8 @@ def unsupported(implementation: str, problem: Problem, platform: str | None = No
     Raises:
       ValueError: if `implementation` names none.
     """
-    if implementation not in BACKENDS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
-            f"{implementation!r}."
-        )
     platform = platform or default_platform()
-    reason = BACKENDS[implementation].unsupported(problem, platform)
+    reason = _backend(implementation).unsupported(problem, platform)
     if reason is None and implementation in NEEDS:
         reason = NEEDS[implementation](platform)
     return reason
@@ -112,6 +107,35 @@ def _is_ready(implementation: str, platform: str) -> bool:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+def prepare(implementation: str = "cuda", platform: str | None = None) -> None:
+    """Builds an implementation, unless it is there already, and makes its calls known to jax.
+
+    Attention does so by itself. A program that was compiled or exported in another process is not
+    traced again: on a CPU importing this package suffices for it where the library was built
+    before, elsewhere this is to be called before the program is loaded.
+
+    Args:
+      implementation: a key of `BACKENDS`; most need nothing.
+      platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
+
+    Raises:
+      ValueError: if `implementation` names none.
+      RuntimeError: if it cannot be built.
+    """
+    build = getattr(_backend(implementation), "prepare", None)
+    if build is not None:
+        build(platform or default_platform())
+
+
+def _backend(implementation: str) -> ModuleType:
+    if implementation not in BACKENDS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
+            f"{implementation!r}."
+        )
+    return BACKENDS[implementation]
 
 
 def seen_by_backends(problem: Problem) -> Problem:
@@ -336,7 +360,7 @@ def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[
     call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 
     @call.def_vmap
-    def rule(size: int, batched: Any, *operands: Any) -> Any:
+    def rule(size: Size, batched: Any, *operands: Any) -> Any:
         if size == 0:  # backends take a batch of at least one
             one = jax.tree.map(
                 lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),

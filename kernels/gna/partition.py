@@ -24,7 +24,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from .problem import Gradients, Problem, Residuals
+from .problem import Gradients, Problem, Residuals, Size
 
 # Axes of the operands and results: batch, tokens, query heads, key heads, dims, additional keys.
 _QUERY, _KEY, _VALUE = "b x h d", "b x g d", "b x g e"
@@ -147,7 +147,7 @@ def _divided(
     return part, spec
 
 
-def _dividing(size: int, mesh: Mesh | AbstractMesh, axes: Axes) -> Axes:
+def _dividing(size: Size, mesh: Mesh | AbstractMesh, axes: Axes) -> Axes:
     """The first of the axes, as many as divide a size together."""
     counts = [math.prod(mesh.shape[a] for a in axes[:n]) for n in range(len(axes) + 1)]
     return axes[: max(n for n, count in enumerate(counts) if size % count == 0)]
@@ -231,7 +231,11 @@ def _explicit_axes(mesh: AbstractMesh) -> Axes:
 
 def _spec(x: Array) -> tuple[Axes, ...]:
     """The Explicit axes that divide each dimension."""
-    entries = (*jax.typeof(x).sharding.spec, *(None,) * x.ndim)[: x.ndim]
+    return _entries(jax.typeof(x).sharding.spec, x.ndim)
+
+
+def _entries(spec: PartitionSpec, rank: int) -> tuple[Axes, ...]:
+    entries = (*spec, *(None,) * rank)[:rank]
     return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in entries)
 
 
@@ -260,7 +264,7 @@ def fold(x: Array) -> Array:
     return sharded(x, (spec[0], (), *spec[2:])).reshape(-1, *x.shape[2:])
 
 
-def unfold(x: Array, shape: tuple[int, int], like: Array, query: Array) -> Array:
+def unfold(x: Array, shape: tuple[Size, Size], like: Array, query: Array) -> Array:
     """[S * B, ...] as [S, B, ...], S divided as in the array `like`, B as in the query."""
     x = x.reshape(*shape, *x.shape[1:])
     return sharded(x, (_spec(like)[0], _spec(query)[1], *_spec(x)[2:]))
@@ -282,7 +286,7 @@ def _over_explicit_axes(
     outside = jax.tree.map(partition, results)
 
     def laid_out(x: Array, where: PartitionSpec) -> Array:
-        return sharded(x, tuple(axes or () for axes in where), mesh)
+        return sharded(x, _entries(where, x.ndim), mesh)
 
     # No names are all axes but those along which vmap maps.
     every = all(kind == AxisType.Explicit for kind in mesh.axis_types)

@@ -23,6 +23,9 @@ PerDimension: TypeAlias = Any
 
 Number: TypeAlias = float | int | np.floating
 
+# An integer, or an expression of symbolic dimensions (`jax.export.symbolic_shape`).
+Size: TypeAlias = Any
+
 # Descriptions need shapes and dtypes only.
 Operand: TypeAlias = Array | jax.ShapeDtypeStruct
 
@@ -56,7 +59,7 @@ class Problem:
     """One neighborhood attention.
 
     Attributes:
-      batch: B; vmapped axes are folded into it.
+      batch: B; vmapped axes are folded into it. It may be symbolic.
       windows: the token layout and what is seen along each of its 1 to 3 dimensions.
       heads: query heads Hq.
       kv_heads: key and value heads Hkv; query head h reads key head h // (Hq / Hkv).
@@ -70,7 +73,7 @@ class Problem:
       axis_name: the mesh axis of these devices.
     """
 
-    batch: int
+    batch: Size
     windows: tuple[Window, ...]
     heads: int
     kv_heads: int
@@ -91,6 +94,11 @@ class Problem:
     def tokens(self) -> int:
         """All tokens."""
         return math.prod(self.layout)
+
+    @property
+    def known_batch(self) -> int:
+        """What the batch is known to be a multiple of: itself, or 1 where it is symbolic."""
+        return self.batch if isinstance(self.batch, int) else 1
 
     @property
     def repeats(self) -> int:
@@ -121,6 +129,18 @@ def describe(
     Raises:
       ValueError: naming the argument, what was received and what is accepted.
     """
+    for name, x in (
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("additional_keys", additional_keys),
+        ("additional_values", additional_values),
+    ):
+        if x is not None and not all(isinstance(size, (int, np.integer)) for size in x.shape[1:]):
+            raise ValueError(
+                f"only the batch may be symbolic, {name}'s other sizes must be numbers; received "
+                f"shape {x.shape}."
+            )
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not 4 <= x.ndim <= 6:
             raise ValueError(
@@ -181,7 +201,7 @@ def describe(
 
 
 def _check_additional(
-    batch: int,
+    batch: Size,
     kv_heads: int,
     head_dim: int,
     value_dim: int,

@@ -119,6 +119,33 @@ def command(target: str, architecture: str | None = None) -> list[str]:
     return [*found, *shared, *options]
 
 
+def library_of(
+    target: str, architecture: str | None = None, folder: Path | None = None
+) -> Path | None:
+    """The library of a target if it is built, and whole; see `build`.
+
+    Raises:
+      RuntimeError: if there is no compiler.
+    """
+    name = _name(target, architecture)
+    there = sorted((folder or _cache_folder()).glob(f"{name}-*.so"))
+    return next((path for path in there if path.stem == f"{name}-{_digest(path)}"), None)
+
+
+def _name(target: str, architecture: str | None) -> str:
+    """A library's name up to the digest of its content."""
+    options = command(target, architecture)
+    digest = hashlib.sha256(shlex.join(options).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".h", ".cc", ".cu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    version = _version(tuple(_found(target)))
+    digest.update(version.encode() + importlib.metadata.version("jaxlib").encode())
+    if target == "cpu":
+        digest.update(_instructions().encode())
+    return f"gna-{target}-{digest.hexdigest()[:20]}"
+
+
 def build(target: str, architecture: str | None = None, folder: Path | None = None) -> Path:
     """Path of a target's library, compiled unless it is there already, and whole.
 
@@ -131,33 +158,25 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
       RuntimeError: if there is no compiler, or it fails, with what it said, or the folder cannot be
         written.
     """
-    options = command(target, architecture)
-    digest = hashlib.sha256(shlex.join(options).encode())
-    for path in sorted(SOURCES.iterdir()):
-        if path.suffix in (".h", ".cc", ".cu"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    version = _version(tuple(_found(target)))
-    digest.update(version.encode() + importlib.metadata.version("jaxlib").encode())
-    if target == "cpu":
-        digest.update(_instructions().encode())
     folder = folder or _cache_folder()
-    name = f"gna-{target}-{digest.hexdigest()[:20]}"
     try:
-        there = sorted(folder.glob(f"{name}-*.so"))
-        whole = next((path for path in there if path.stem == f"{name}-{_digest(path)}"), None)
-        if whole is not None:
-            return whole
+        library = library_of(target, architecture, folder)
+        if library is not None:
+            return library
         folder.mkdir(parents=True, exist_ok=True)
-        library = _compile(options, target, folder, name)
+        name = _name(target, architecture)
+        library = _compile(command(target, architecture), target, folder, name)
+        damaged = [path for path in folder.glob(f"{name}-*.so") if path != library]
     except OSError as error:
         raise RuntimeError(
             f"the cuda implementation could not be written to {folder}: {error}. XDG_CACHE_HOME "
             "chooses another place."
         ) from error
-    for damaged in there:
-        if damaged != library:
+    for path in damaged:
+        # Another process may have built one meanwhile, and be about to load it.
+        if path.stem != f"{name}-{_digest(path)}":
             with contextlib.suppress(OSError):
-                damaged.unlink()
+                path.unlink()
     return library
 
 
