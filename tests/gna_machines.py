@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from conceptax.kernels.gna import cuda
+from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.cuda import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,9 @@ def emulator() -> Iterator[None]:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
             patch.setattr(cuda, name, target)
         patch.setattr(cuda, "prepare", lambda platform: None)
+        attend.clear_cache()  # programs for the calls that were patched, and afterwards these
         yield
+    attend.clear_cache()
 
 
 @functools.cache

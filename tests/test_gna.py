@@ -131,6 +131,10 @@ Q2 = array(1, 8, 8, 2, 4)
         ((Q2, Q2, Q2), X | {"is_causal": (True, 0)}, "received (True, 0)"),
         ((Q, Q, Q), X | {"dilation": 3}, "kernel_size times dilation must not exceed the tokens "
          "along a dimension; received 3 * 3 = 9 > 8 in dimension 0"),
+        ((Q, Q, Q), {"kernel_size": 9}, "kernel_size must not exceed the tokens along a dimension; "
+         "received 9 > 8 in dimension 0 (kernel_size=(9,), token layout (8,))."),
+        ((Q, Q, Q), {"kernel_size": 1, "dilation": 9}, "dilation must not exceed the tokens along "
+         "a dimension; received 9 > 8 in dimension 0 (dilation=(9,), token layout (8,))."),
         ((Q2, Q2, Q2), X | {"stride": (1, 4)}, "stride must not exceed kernel_size; received 4 > 3 "
          "in dimension 1"),
         ((Q, Q, Q), X | {"scale": 0.0}, "scale must be a positive number, or None for "

@@ -4,8 +4,11 @@ The GPU's sources also run here, on an emulator of the instructions they use (`c
 """
 
 import ctypes
+import pickle
 import re
 import stat
+import subprocess
+import sys
 
 import gna_machines
 import jax
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gna_oracle import attention, operands, random_case
+from jax.experimental import serialize_executable
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna import cuda
@@ -239,10 +243,11 @@ def fake_compiler(tmp_path, monkeypatch):
     path = tmp_path / "c++"
     path.write_text(
         "#!/bin/sh\n"
-        'if [ "$1" = --version ]; then echo fake 1; exit; fi\n'
+        "for last; do :; done\n"
+        'if [ "$last" = --version ]; then echo fake 1; exit; fi\n'
         f"if [ -e {tmp_path}/broken ]; then echo it is broken >&2; exit 1; fi\n"
         f"echo run >> {tmp_path}/runs\n"
-        'for last; do :; done; echo "$@" > "$last"\n'
+        'echo "$@" > "$last"\n'
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(path))
@@ -270,6 +275,60 @@ def test_libraries_are_built_once(fake_compiler, monkeypatch):
     assert len(list(library.parent.iterdir())) == 4  # nothing else is left behind
 
 
+@pytest.mark.parametrize(
+    "damage", [b"", b"\x7fELF", None], ids=["empty", "truncated", "other bytes"]
+)
+def test_a_damaged_library_is_built_again(fake_compiler, damage):
+    library = build.build("cpu")
+    whole = library.read_bytes()
+    other = library.with_name(library.name.replace(library.stem[-20:], "0" * 20))
+    for path in (library, other):
+        path.write_bytes(whole[::-1] if damage is None else damage)
+    again = build.build("cpu")
+    assert (fake_compiler / "runs").read_text().count("run") == 2
+    assert list(library.parent.iterdir()) == [again]
+    assert again.read_bytes().startswith(b"-std=c++17")  # as written, if not to the same place
+
+
+def test_a_library_that_does_not_load_says_what_to_do(fake_compiler):
+    """What the fake compiler writes is no library, which the system says when it is to map it."""
+    with pytest.raises(RuntimeError, match=r"could not be loaded: .*\. If .*XDG_CACHE_HOME"):
+        build.load.__wrapped__("cpu")
+
+
+def test_compilers_with_arguments_and_without_a_program(fake_compiler, monkeypatch):
+    path = fake_compiler / "c++"
+    monkeypatch.setenv("CXX", f"{path} -m64 '-DA=b c'")
+    monkeypatch.setenv("NVCC", f"{path} -ccbin g++")
+    assert build.compiler("cpu") == build.compiler("gpu") == str(path)
+    assert build.command("cpu")[:3] == [str(path), "-m64", "-DA=b c"]
+    assert build.command("gpu", "80")[:3] == [str(path), "-ccbin", "g++"]
+    first = build.build("cpu")
+    assert first.read_text().startswith("-m64 -DA=b c -std=c++17")
+    monkeypatch.setenv("CXX", str(path))
+    assert build.build("cpu") != first
+    for value, words in (
+        ("/nowhere/g++ -O3", "/nowhere/g++ is not an exec"),
+        ("g++ '", "No closin"),
+    ):
+        monkeypatch.setenv("CXX", value)
+        with pytest.raises(
+            RuntimeError, match=f"cannot be built: CXX={re.escape(value)} .*{re.escape(words)}"
+        ):
+            build.build("cpu")
+        assert build.missing("cpu") is None  # said when it is built, not passed over in silence
+
+
+def test_a_home_that_is_unknown(fake_compiler, monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build.Path, "home", unknown)
+    with pytest.raises(RuntimeError, match=r"no place .* home directory\. XDG_CACHE_HOME chooses"):
+        build.build("cpu")
+
+
 def test_a_failed_build_says_why(fake_compiler):
     (fake_compiler / "broken").touch()
     with pytest.raises(RuntimeError, match=r"did not compile with\n[^\n]*gna_cpu.cc[^\n]*\nit is"):
@@ -295,3 +354,47 @@ def test_lowers_for_a_gpu_without_one():
 def test_compiles_for_gpus(architecture, tmp_path):
     library = ctypes.CDLL(str(build.build("gpu", architecture, tmp_path)))
     assert library.GnaForward and library.GnaBackward
+
+
+RUN = """
+import pickle, sys
+import jax
+import numpy as np
+from jax.experimental import serialize_executable
+import conceptax.kernels.gna
+folder = sys.argv[1]
+with open(f"{folder}/program", "rb") as file:
+    run = serialize_executable.deserialize_and_load(
+        *pickle.load(file), execution_devices=jax.devices()[:1]
+    )
+np.save(f"{folder}/gradient.npy", run(np.load(f"{folder}/x.npy")))
+"""
+
+
+@needs_compiler
+def test_a_program_compiled_elsewhere_runs_after_the_import(tmp_path):
+    """Its calls are known without anything being traced."""
+
+    def loss(x):
+        return gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="cuda").sum()
+
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 4))
+    step = jax.jit(jax.grad(loss)).lower(x).compile()
+    (tmp_path / "program").write_bytes(pickle.dumps(serialize_executable.serialize(step)))
+    np.save(tmp_path / "x.npy", x)
+    later = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True
+    )
+    assert later.returncode == 0, later.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "gradient.npy"), step(x))
+
+
+def test_importing_builds_nothing(fake_compiler):
+    cuda.prepare_what_is_built()
+    assert not (fake_compiler / "runs").exists()
+
+
+def test_preparing_by_name():
+    gna.prepare("xla")
+    with pytest.raises(ValueError, match=r"implementation must be one of.*received 'cxx'"):
+        gna.prepare("cxx")

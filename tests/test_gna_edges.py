@@ -34,6 +34,55 @@ def test_vmap_over_nothing(implementation):
 
 
 @pytest.mark.parametrize("implementation", CPU_BACKENDS)
+def test_each_sample_takes_its_own_branch(implementation):
+    """A vmapped `cond` or `switch`: values and gradients, either way round, as one by one."""
+    x = jax.random.normal(jax.random.key(1), (3, 1, 6, 2, 4))
+    text = jax.random.normal(jax.random.key(2), (1, 2, 2, 4))
+    which = (2, 0, 1)
+
+    def window(kernel_size, x, text):
+        return gna.neighborhood_attention(
+            x,
+            x,
+            x,
+            kernel_size=kernel_size,
+            additional_keys=text,
+            additional_values=text,
+            implementation=implementation,
+        )
+
+    branches = [functools.partial(window, kernel_size) for kernel_size in (6, 3, 2)]
+
+    def one(n, x, text):
+        return (jax.lax.switch(n, branches, x, text) ** 2).sum()
+
+    def expected(x, text):
+        return jnp.stack(
+            [(branches[n](one, text) ** 2).sum() for n, one in zip(which, x, strict=True)]
+        )
+
+    @jax.jit
+    def transformed(n, x, text):
+        each = jax.vmap(one, (0, 0, None))
+        values, gradients = jax.value_and_grad(lambda *y: each(n, *y).sum(), (0, 1))(x, text)
+        own = jax.vmap(jax.grad(one, (1, 2)), (0, 0, None))(n, x, text)
+        nested = jax.vmap(jax.vmap(one, (None, 0, None)), (0, None, None))(n, x, text)
+        mapped = jax.lax.map(lambda pair: one(*pair, text), (n, x), batch_size=2)
+        return each(n, x, text), values, gradients, own, jnp.diagonal(nested), mapped
+
+    values, total, gradients, own, nested, mapped = transformed(jnp.array(which), x, text)
+    want = expected(x, text)
+    of_x, of_text = jax.grad(lambda *y: expected(*y).sum(), (0, 1))(x, text)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for got in (values, nested, mapped):
+        close(got, want)
+    close(total, want.sum())
+    for got in (gradients, (own[0], own[1].sum(0))):
+        close(got[0], of_x)
+        close(got[1], of_text)
+
+
+@pytest.mark.parametrize("implementation", CPU_BACKENDS)
 def test_with_64_bits(implementation):
     def loss(x):
         output, lse = attend(x, x, x, implementation=implementation)
@@ -85,6 +134,50 @@ def test_merging_parts_without_keys():
     gradients = jax.grad(lambda *x: sum(y.sum() for y in merged(*x)), (0, 1))(output, lse)
     for gradient in gradients:
         np.testing.assert_allclose(gradient, 1, rtol=1e-6)
+
+
+EMPTY = {  # which parts have keys, row by row of the queries
+    "two": [(0, 0), (0, 1), (1, 0), (1, 1)],
+    "three": [(0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1)],
+    "five": [(0, 0, 0, 0, 1), (1, 0, 0, 0, 0), (0, 0, 1, 0, 0), (0, 1, 0, 0, 1), (0,) * 5],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merging_parts_without_keys_differentiates(name, dtype):
+    """Values and gradients against float64: a sum over the parts that have keys, and no other.
+
+    What stands in an output without keys counts for nothing, be it not a number.
+    """
+    has = np.array(EMPTY[name], bool).T[:, :, None]  # [parts, queries, heads]
+    rng = np.random.default_rng(0)
+    parts, (queries, heads, dim) = len(has), (has.shape[1], 1, 4)
+    outputs = rng.standard_normal((parts, queries, heads, dim)).astype(np.float32)
+    outputs = np.array(jnp.asarray(outputs, dtype).astype(jnp.float32), np.float64)
+    lses = np.where(has, rng.standard_normal((parts, queries, heads)).astype(np.float32), -np.inf)
+    d_output, d_lse = rng.standard_normal((queries, heads, dim)), rng.standard_normal((queries, 1))
+    some = has.any(0)
+    mass = np.exp(lses.astype(np.float64))
+    weights = mass / np.where(some, mass.sum(0), 1)
+    merged = (weights[..., None] * outputs).sum(0)
+    d_weights = ((outputs - merged) * d_output).sum(-1)
+    expected = (
+        merged,
+        np.log(mass.sum(0), out=np.full(some.shape, -np.inf), where=some),
+        weights[..., None] * d_output,
+        weights * (d_weights + np.where(some, d_lse, 0)),
+    )
+
+    def call(outputs, lses):
+        return gna.merge_attentions(list(outputs), list(lses))
+
+    given = jnp.asarray(np.where(has[..., None], outputs, np.nan), dtype), jnp.float32(lses)
+    cotangents = jnp.asarray(d_output, dtype), jnp.float32(d_lse)
+    results, pull = jax.vjp(jax.jit(call), *given)
+    for got, value in zip((*results, *pull(cotangents)), expected, strict=True):
+        rough = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5  # a few units of roundoff
+        np.testing.assert_allclose(np.float64(got), value, rtol=4 * rough, atol=4 * rough)
 
 
 def test_the_default_device_decides(monkeypatch):

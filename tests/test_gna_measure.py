@@ -186,6 +186,25 @@ def test_bench_fits_and_predicts(tmp_path, capsys, monkeypatch):
     assert "0.30" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("given", "window", "stride"),
+    [
+        ({}, (32, 32), (8, 8)),
+        ({"layout": (6,)}, (3,), (3,)),
+        ({"layout": (64,), "dilation": (4,)}, (8,), (8,)),
+        ({"window": (4,)}, (4, 4), (4, 4)),
+        ({"stride": (2,)}, (32, 32), (2, 2)),
+    ],
+)
+def test_bench_suits_what_is_not_given_to_what_is(given, window, stride):
+    from conceptax.cli.gna import Bench
+    from conceptax.cli.gna_bench import _windows
+
+    windows = _windows(Bench(**given))
+    assert tuple(w.kernel_size for w in windows) == window
+    assert tuple(w.stride for w in windows) == stride
+
+
 def test_bench_refuses_in_one_sentence(tmp_path, capsys):
     def refused(rest, text):
         assert main([*LINE, *rest.split()]) == 1

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import time
+import tracemalloc
 
 import jaxtyping
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from conceptax.cli import main
 from conceptax.kernels.gna import schedule
+from conceptax.kernels.gna import search as search_module
 from conceptax.kernels.gna.schedule import GPUS, Blocks, Gpu
 from conceptax.kernels.gna.search import tabulate
 from conceptax.kernels.gna.simulator import (
@@ -431,26 +433,75 @@ def test_cosmos_needs_tiles_that_divide_its_layout():
     assert max(shares[1]) == 1
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_search_returns_what_nothing_beats(causal, unchecked):
-    layout, tiles = (6, 9), {"query_tile": 2, "key_tile": (2, 3), "gpu": "b200"}
+@pytest.mark.parametrize(
+    ("layout", "causal", "dilation", "at"),
+    [
+        ((6, 9), (False, False), (1, 1), {"sparsity": 0.6, "tolerance": 0.1}),
+        ((6, 9), (True, False), (1, 1), {"sparsity": 0.6, "tolerance": 0.1}),
+        # A causal window's pairs change with its stride: what beats another may leave the band.
+        ((12,), (True,), (1,), {"sparsity": 0.7, "tolerance": 0.01}),
+        ((19,), (True,), (2,), {"sparsity": 0.8, "tolerance": 0.02}),
+        ((8, 6), (True, True), (1, 1), {"sparsity": 0.8, "tolerance": 0.02}),
+        ((4, 5, 3), (False, True, True), (1, 1, 1), {"sparsity": 0.8, "tolerance": 0.01}),
+        ((16,), (True,), (1,), {"kernel_size": (13,)}),
+        ((8, 6), (True, False), (1, 1), {"kernel_size": (7, 5)}),
+    ],
+)
+def test_search_returns_what_nothing_beats(layout, causal, dilation, at, unchecked):
+    rank = len(layout)
+    options = {"query_tile": 2, "key_tile": (2, 3, 2)[:rank], "gpu": "b200"}
+    options |= {"is_causal": causal, "dilation": dilation}
+    longest = [x // d for x, d in zip(layout, dilation, strict=True)]
+    windows = itertools.product(*(range(2, x + 1) for x in longest))
     everything = []
-    for k in itertools.product(range(2, 7), range(2, 10)):
-        for s in itertools.product(range(1, k[0] + 1), range(1, k[1] + 1)):
-            one = simulate(layout, kernel_size=k, stride=s, is_causal=(causal, False), **tiles)
-            if abs(one.sparsity - 0.6) <= 0.1:
+    for k in [at["kernel_size"]] if "kernel_size" in at else windows:
+        for s in itertools.product(*(range(1, x + 1) for x in k)):
+            one = simulate(layout, kernel_size=k, stride=s, **options)
+            if "kernel_size" in at or abs(one.sparsity - at["sparsity"]) <= at["tolerance"]:
                 masked = one.visited_tiles - one.free_tiles
                 speedup = one.dense_tiles / (one.visited_tiles + GPUS["b200"].mask * masked)
-                everything.append((speedup, -one.sparsity, -s[0] * s[1]))
+                everything.append((speedup, -one.sparsity, -math.prod(s)))
     points = np.array(everything)
     at_least = (points[:, None] >= points - 1e-12).all(axis=-1)
     more = (points[:, None] > points + 1e-12).any(axis=-1)
     beaten = (at_least & more).any(axis=0)
     expected = np.unique(points[~beaten].round(9), axis=0)
-    found = search(layout, sparsity=0.6, tolerance=0.1, is_causal=(causal, False), **tiles)
+    found = search(layout, **at, **options)
     values = [(c.speedup, -c.sparsity, -math.prod(c.stride)) for c in found]
     np.testing.assert_allclose(np.unique(np.round(values, 9), axis=0), expected)
-    assert len(found) == len(expected) > 3
+    assert len(found) == len(expected) > 1
+
+
+def test_search_takes_little_memory(monkeypatch):
+    """A search takes parts of the products at a time, and finds the same in smaller ones."""
+
+    def values(choices):
+        return {(c.speedup, c.sparsity, math.prod(c.stride)) for c in choices}
+
+    at = {"sparsity": 0.9, "is_causal": (True, False, False)}
+    found = search((16, 24, 24), **at)
+    tracemalloc.start()
+    try:
+        monkeypatch.setattr(search_module, "CHUNK", 1 << 12)
+        assert values(search((16, 24, 24), **at)) == values(found)
+        monkeypatch.setattr(search_module, "CHUNK", 1 << 17)
+        tracemalloc.reset_peak()
+        assert search((64, 48, 80), sparsity=0.9, **HOPPER_3D)
+        # All products at once take 2 GB.
+        assert tracemalloc.get_traced_memory()[1] < 1e8
+    finally:
+        tracemalloc.stop()
+
+
+def test_search_of_too_much_takes_whole_tiles(monkeypatch):
+    monkeypatch.setattr(search_module, "ALL_PRODUCTS", 100)
+    found = search((16, 24, 24), sparsity=0.9, **HOPPER_3D)
+    for choice in found:
+        assert abs(choice.sparsity - 0.9) <= 0.01 + 1e-9
+        sides = zip(choice.kernel_size, choice.stride, (16, 24, 24), (2, 8, 8), strict=True)
+        for window, stride, length, tile in sides:
+            assert window % tile == 0 or window == length
+            assert stride % tile == 0 or stride == 1
 
 
 def test_search_says_what_it_needs():
@@ -514,12 +565,20 @@ def test_commands_refuse_in_one_sentence(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and text in err and "Traceback" not in err, err
 
-    refused("simulate --layout 8 8 --window 9", "9")
-    refused("simulate --layout 8 8 --window 4 --stride 1 1 1", "stride")
-    refused("search --layout 8 8", "either kernel_size or sparsity")
+    refused("simulate --layout 8 8 --window 9", "--window must not exceed the tokens along a dim")
+    refused("simulate --layout 8 8 --window 9", "dimension 0 (--window=(9, 9), --layout (8, 8)).")
+    refused("simulate --layout 8 8 --window 4 --stride 1 1 1", "--stride must be an integer of")
+    refused("simulate --layout 8 8 --window 4 --stride 5", "--stride must not exceed --window;")
+    refused("simulate --layout 8 8 --window 4 --query-tile 2", "--key-tile come together")
+    refused("search --layout 8 8 --sparsity 0.5 --dilation 9", "--dilation must not exceed the tok")
+    refused("search --layout 8 8", "either --window or --sparsity; received neither")
+    refused("bench --layout 8 8 --window 9 --rounds 1", "--window must not exceed the tokens along")
     refused("search --layout 8 8 --window 4 --limit 0", "--limit must be at least 1")
     refused(f"search --layout 8 8 --window 4 --output {tmp_path}/a.gif", ".png file")
-    refused(f"search --layout 8 8 --sparsity 2 --output {tmp_path}/a.png", "below 1")
+    refused(
+        f"search --layout 8 8 --sparsity 2 --output {tmp_path}/a.png",
+        "--sparsity must be at least 0 and below 1, r",
+    )
     assert list(tmp_path.iterdir()) == []
     assert main(["gna"]) == 2
 

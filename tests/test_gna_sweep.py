@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna import boxes, triton, xla
+from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.cuda import build
 from conceptax.kernels.gna.problem import Residuals
 
@@ -131,6 +132,7 @@ def blocked():
             patch.setattr(boxes, "STEP_COST", how["step_cost"])
             patch.setattr(boxes, "KEY_COST", how["key_cost"])
             patch.setattr(xla, "plan_of", lambda x: plan(x, how["budget"], how["shapes"]))
+            attend.clear_cache()  # it may have met the problem before, cut otherwise
             return run(drawn)
 
     return cut

@@ -3,13 +3,16 @@
 import functools
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gna_oracle import full_mask
+from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
 from conceptax.kernels import gna
+from conceptax.kernels.gna.api import attend as attend_checked
 from conceptax.kernels.gna.boxes import key_rows
 from conceptax.kernels.gna.problem import windows_of
 
@@ -207,6 +210,103 @@ def test_half_precision(dtype, unit):
     for one, two in zip(gradients, pull_exact(cotangent.astype(jnp.float32)), strict=True):
         assert one.dtype == dtype
         np.testing.assert_allclose(one.astype(jnp.float32), two, atol=2 * unit, rtol=4 * unit)
+
+
+@pytest.fixture
+def compilations():
+    """The number of programs that were compiled so far, as a function."""
+    count = 0
+
+    def listen(event, duration, **_):
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_calls_outside_of_jit_compile_once(implementation, compilations):
+    (x,) = arrays((2, 5, 2, 4))
+
+    def all_calls():
+        # New functions each time, as in a loop of a notebook.
+        def function(x):
+            return gna.neighborhood_attention(x, x, x, kernel_size=3, implementation=implementation)
+
+        def scalar(x):
+            return function(x).sum()
+
+        functions = (
+            function,
+            jax.grad(scalar),
+            lambda x: jax.vmap(function)(x[None]),
+            lambda x: jax.vmap(jax.grad(scalar))(x[None]),
+        )
+        return [function(x) for function in functions]
+
+    start = compilations()
+    all_calls()
+    first = compilations()
+    all_calls()
+    assert first > start and compilations() == first
+
+
+def test_a_problem_is_traced_once_until_it_is_forgotten():
+    """What changes how a problem is run, as tuning does, has to clear what was traced before."""
+    q, k, v = arrays(Q, K, K)
+    attend(q, k, v)
+    size = attend_checked._cache_size()
+    attend(q, k, v)
+    assert attend_checked._cache_size() == size > 0
+    attend_checked.clear_cache()
+    assert attend_checked._cache_size() == 0
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_symbolic_batch(implementation):
+    (batch,) = export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((batch, *x[1:]), jnp.float32) for x in (Q, K, K)]
+    function = functools.partial(attend, implementation=implementation)
+    step = jax.jit(jax.value_and_grad(loss(function), (0, 1, 2)))
+    exported = export.export(step, platforms=["cpu"])(*shapes)
+    for size in (1, 3):
+        inputs = arrays(*((size, *x[1:]) for x in (Q, K, K)))
+        got, expected = exported.call(*inputs), step(*inputs)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-4)
+
+
+def test_symbolic_tokens_are_refused():
+    (tokens,) = export.symbolic_shape("n")
+    x = jax.ShapeDtypeStruct((1, tokens, 2, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"only the batch may be symbolic.*shape \(1, n, 2, 4\)"):
+        export.export(jax.jit(lambda x: attend(x, x, x)))(x)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+def test_strict_promotion(implementation):
+    """No operand is brought to another rank or dtype without being told, also where jax counts in
+    64 bits."""
+    inputs = [np.asarray(x) for x in arrays(Q, K, K, (2, 5, 2, 8), (2, 5, 2, 8))]
+
+    def call(q, k, v, ak, av):
+        output, lse = gna.neighborhood_attention(
+            q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
+            implementation=implementation, **SETTINGS,
+        )  # fmt: skip
+        output, lse = gna.merge_attentions([output, output], [lse, lse])
+        return output.sum() + lse.sum()
+
+    step = jax.value_and_grad(call, range(5))
+    expected = step(*inputs)
+    strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    with strict[0], strict[1], jax.enable_x64(True):
+        received = step(*inputs)
+    for one, other in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
 CONTEXT = {

@@ -232,6 +232,41 @@ def test_long_attention_is_attention(keys, masked, causal, long, monkeypatch):
         np.testing.assert_allclose(one, other, atol=2e-6)
 
 
+@pytest.mark.parametrize("long", [True, False])
+def test_attention_is_the_same_at_any_size(long, monkeypatch):
+    """Dtypes, promotion, empty batches, values of another dimension, and other platforms."""
+    if long:
+        monkeypatch.setattr("conceptax.flax_models.layers.attention._MANY_LOGITS", 96)
+    random = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, 12, 2, 4), (2, 12, 2, 4), (2, 12, 2, 6))
+    query, key, value = (jax.random.normal(*each) for each in zip(random, shapes, strict=True))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2.0
+    expected = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
+    np.testing.assert_allclose(dot_product_attention(query, key, value), expected, atol=2e-6)
+    dtypes = ((jnp.float32, jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32, jnp.float32))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for each in dtypes:
+            for causal in (False, True):
+                operands = [x.astype(t) for x, t in zip((query, key, value), each, strict=True)]
+                attended = dot_product_attention(*operands, is_causal=causal)
+                assert attended.dtype == each[2]
+                if not causal:
+                    np.testing.assert_allclose(attended.astype(jnp.float32), expected, atol=0.03)
+    for tokens, keys in ((12, 12), (12, 0), (0, 0)):
+        empty = query[:0, :tokens], key[:0, :keys], value[:0, :keys]
+        assert dot_product_attention(*empty).shape == (0, tokens, 2, 6)
+    assert jax.vmap(dot_product_attention)(*(x[None][:0] for x in empty)).shape == (0, 0, 0, 2, 6)
+    traced = jax.jit(jax.grad(lambda *x: dot_product_attention(*x).sum())).trace(query, key, value)
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "custom_call @conceptax" not in text
+    (batch,) = jax.export.symbolic_shape("batch")
+    operands = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in (query, key, value)]
+    exported = jax.export.export(jax.jit(dot_product_attention), platforms=("cpu", "tpu"))
+    attended = exported(*operands).call(query, key, value)
+    np.testing.assert_allclose(attended, expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
     config = CLIPTextConfig(

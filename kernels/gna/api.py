@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import cuda, reference, triton, xla
-from .partition import BACKWARD, FORWARD, partitioned
+from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
-from .problem import Number, PerDimension, Problem, Residuals, describe, windows_of
+from .problem import Number, PerDimension, Problem, Residuals, Size, describe, windows_of
 from .varying import vary, varying_axes
 from .windows import Window
 
@@ -66,13 +66,8 @@ def unsupported(implementation: str, problem: Problem, platform: str | None = No
     Raises:
       ValueError: if `implementation` names none.
     """
-    if implementation not in BACKENDS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
-            f"{implementation!r}."
-        )
     platform = platform or default_platform()
-    reason = BACKENDS[implementation].unsupported(problem, platform)
+    reason = _backend(implementation).unsupported(problem, platform)
     if reason is None and implementation in NEEDS:
         reason = NEEDS[implementation](platform)
     return reason
@@ -112,6 +107,35 @@ def _is_ready(implementation: str, platform: str) -> bool:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+def prepare(implementation: str = "cuda", platform: str | None = None) -> None:
+    """Builds an implementation, unless it is there already, and makes its calls known to jax.
+
+    Attention does so by itself. A program that was compiled or exported in another process is not
+    traced again: on a CPU importing this package suffices for it where the library was built
+    before, elsewhere this is to be called before the program is loaded.
+
+    Args:
+      implementation: a key of `BACKENDS`; most need nothing.
+      platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
+
+    Raises:
+      ValueError: if `implementation` names none.
+      RuntimeError: if it cannot be built.
+    """
+    build = getattr(_backend(implementation), "prepare", None)
+    if build is not None:
+        build(platform or default_platform())
+
+
+def _backend(implementation: str) -> ModuleType:
+    if implementation not in BACKENDS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(BACKENDS)}, or None to choose; received "
+            f"{implementation!r}."
+        )
+    return BACKENDS[implementation]
 
 
 def seen_by_backends(problem: Problem) -> Problem:
@@ -187,13 +211,17 @@ def neighborhood_attention(
     implementation = select(problem, implementation)
     problem = seen_by_backends(problem)
     layout = (problem.batch, *problem.layout)
-    operands = [x.reshape(*layout, *x.shape[-2:]) for x in (query, key, value)]
+    operands = [with_whole_tokens(x) for x in (query, key, value)]
+    operands = [x.reshape(*layout, *x.shape[-2:]) for x in operands]
     operands += [additional_keys, additional_values]
     axes = varying_axes(*operands)
     operands = (None if x is None else vary(x, axes) for x in operands)
     output, lse = attend(problem, implementation, *operands)
     output = output.reshape(*query.shape[:-1], problem.value_dim)
-    return (output, lse.reshape(query.shape[:-1])) if return_lse else output
+    output = sharded_as(output, query, query.ndim - 1)
+    if not return_lse:
+        return output
+    return output, sharded_as(lse.reshape(query.shape[:-1]), query, query.ndim - 1)
 
 
 def neighborhood_mask(
@@ -278,23 +306,16 @@ def joint_neighborhood_attention(
     return of_image.reshape(*image[0].shape[:-1], -1), of_text
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(
-    problem: Problem,
-    implementation: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None,
-    additional_values: Array | None,
-) -> tuple[Array, Array]:
-    """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
+def _attend(problem: Problem, implementation: str, *operands: Array | None) -> tuple[Array, Array]:
     run = _foldable(BACKENDS[implementation].forward, problem, FORWARD)
-    return run(query, key, value, additional_keys, additional_values)
+    query = operands[0]
+    assert query is not None
+    output, lse = (sharded_as(x, query, query.ndim - 1) for x in run(*operands))
+    return output, lse
 
 
 def _attend_forward(problem: Problem, implementation: str, *operands: Array | None) -> Any:
-    output, lse = attend(problem, implementation, *operands)
+    output, lse = _attend(problem, implementation, *operands)
     return (output, lse), Residuals._make((*operands, output, lse))
 
 
@@ -307,10 +328,31 @@ def _attend_backward(
     product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
     delta = product.sum(-1) - d_lse
     run = _foldable(BACKENDS[implementation].backward, problem, BACKWARD)
-    return tuple(run(residuals, d_output, delta))
+    gradients = run(residuals, d_output, delta)
+    return tuple(
+        None if x is None else sharded_as(gradient, x, x.ndim)
+        for gradient, x in zip(gradients, residuals, strict=False)
+    )
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
+_differentiable.defvjp(_attend_forward, _attend_backward)
+
+
+# One function for all calls, so that a problem is traced and compiled once, also outside of `jit`.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attend(
+    problem: Problem,
+    implementation: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    additional_keys: Array | None,
+    additional_values: Array | None,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
+    operands = (query, key, value, additional_keys, additional_values)
+    return _differentiable(problem, implementation, *operands)
 
 
 def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:
@@ -318,11 +360,7 @@ def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[
     call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 
     @call.def_vmap
-    def fold(size: int, batched: Any, *operands: Any) -> Any:
-        def flat(x: Array, is_batched: bool) -> Array:
-            x = x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
-            return x.reshape(size * x.shape[1], *x.shape[2:])
-
+    def rule(size: Size, batched: Any, *operands: Any) -> Any:
         if size == 0:  # backends take a batch of at least one
             one = jax.tree.map(
                 lambda x, is_batched: jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype),
@@ -333,8 +371,18 @@ def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[
             none = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), results)
             return none, jax.tree.map(lambda _: True, none)
         larger = dataclasses.replace(problem, batch=size * problem.batch)
-        results = _foldable(run, larger, axes)(*jax.tree.map(flat, operands, tuple(batched)))
-        unfolded = jax.tree.map(lambda x: x.reshape(size, problem.batch, *x.shape[1:]), results)
-        return unfolded, jax.tree.map(lambda _: True, results)
+        everywhere = jax.tree.map(
+            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape)),
+            operands,
+            tuple(batched),
+        )
+        results = _foldable(run, larger, axes)(*jax.tree.map(fold, everywhere))
+        leaves = jax.tree.leaves(everywhere)
+        mapped = next(
+            x for x, is_one in zip(leaves, jax.tree.leaves(batched), strict=True) if is_one
+        )
+        shape = (size, problem.batch)
+        results = jax.tree.map(lambda x: unfold(x, shape, mapped, leaves[0]), results)
+        return results, jax.tree.map(lambda _: True, results)
 
     return call

@@ -198,7 +198,7 @@ def _best_sides(problem: Problem, join: bool) -> list[_Side]:
         if math.prod(tiles) > max(1, 2 * ROWS // problem.repeats):
             return math.inf
         scores = math.prod(pairs) * problem.repeats * (1 if all(free) else MASK_COST)
-        lanes = problem.batch * problem.kv_heads
+        lanes = problem.known_batch * problem.kv_heads
         return lanes * (scores + math.prod(keys) * KEY_COST) + math.prod(steps) * STEP_COST
 
     return [one[1] for one in min(itertools.product(*choices), key=cost)]
@@ -267,7 +267,7 @@ def plan(problem: Problem, budget: int, most: int | None = None) -> Plan:
     if most is None:
         sides = _best_sides(problem, False)
         pairs = math.prod(int((side.sizes * side.length).sum()) for side in sides)
-        work = problem.batch * problem.heads * pairs
+        work = problem.known_batch * problem.heads * pairs
         most = (8, 3, 2)[rank - 1] if work > 1 << 20 else 1
     sides = _best_sides(problem, most > 1)
     dilation = tuple(w.dilation for w in windows)

@@ -12,7 +12,8 @@ def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[A
 
     With partial results (O1, l1) and (O2, l2), w = sigmoid(l2 - l1), O = O1 - w (O1 - O2) and
     l = log(exp l1 + exp l2), in float32, further ones from left to right. It differentiates, the
-    log-sum-exps included. A part without any keys has the log-sum-exp -inf and counts for nothing.
+    log-sum-exps included. A part without any keys has the log-sum-exp -inf and counts for nothing;
+    where no part has any, the output is 0, its log-sum-exp -inf and all gradients are 0.
 
     Args:
       outputs: partial outputs [..., H, Dv].
@@ -36,12 +37,20 @@ def merge_attentions(outputs: Sequence[Array], lses: Sequence[Array]) -> tuple[A
                 f"that shape without its last dimension; received {output.shape} and {lse.shape} "
                 f"at position {n}."
             )
-    merged, total = (x.astype(jnp.float32) for x in (outputs[0], lses[0]))
-    for output, lse in zip(outputs[1:], lses[1:], strict=True):
-        lse = lse.astype(jnp.float32)
-        # Infinities are equal where neither part has keys, and have no difference.
-        difference = jnp.where(lse == -jnp.inf, -jnp.inf, lse - total)
-        weight = jax.nn.sigmoid(difference)[..., None]
-        merged = merged - weight * (merged - output.astype(jnp.float32))
-        total = jnp.logaddexp(total, lse)
+    lses = [lse.astype(jnp.float32) for lse in lses]
+    parts = [_counted(output, lse) for output, lse in zip(outputs, lses, strict=True)]
+    merged, total = parts[0], lses[0]
+    for output, lse in zip(parts[1:], lses[1:], strict=True):
+        # Infinities are equal where neither part has keys, and have no difference; the derivative
+        # of what is not taken there must be finite, too.
+        neither = (lse == -jnp.inf) & (total == -jnp.inf)
+        some = jnp.where(neither, 0, total)
+        weight = jax.nn.sigmoid(lse - some)[..., None]
+        merged = merged - weight * (merged - output)
+        total = jnp.where(neither, -jnp.inf, jnp.logaddexp(some, lse))
     return merged.astype(outputs[0].dtype), total
+
+
+def _counted(output: Array, lse: Array) -> Array:
+    """The output in float32, zero where the part has no keys, whatever stands there."""
+    return jnp.where(lse[..., None] == -jnp.inf, 0, output.astype(jnp.float32))

@@ -3,20 +3,28 @@
 Devices need nothing of each other's batch entries and heads.  A compiler that partitions programs
 cannot know that of a custom call, or of a loop that takes a few heads at a time: it would gather
 all operands on all devices.  Tokens are gathered; `context_parallel` divides them.
+
+Where the mesh's axes are Auto, the compiler asks how operands are divided when it partitions
+(`custom_partitioning`).  Where they are Explicit, the operands' types say it (`shard_map`).
 """
 
 import dataclasses
 import functools
+import hashlib
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import eval_jaxpr
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
 
-from .problem import Gradients, Problem, Residuals
+from .problem import Gradients, Problem, Residuals, Size
 
 # Axes of the operands and results: batch, tokens, query heads, key heads, dims, additional keys.
 _QUERY, _KEY, _VALUE = "b x h d", "b x g d", "b x g e"
@@ -29,6 +37,8 @@ BACKWARD = (
     (Residuals._make((*_OPERANDS, _OUTPUT, _LSE)), _OUTPUT, _LSE),
     Gradients._make(_OPERANDS),
 )
+
+Axes = tuple[str, ...]
 
 
 def partitioned(
@@ -49,19 +59,14 @@ def partitioned(
 
     def partition(mesh: Mesh, arguments: Any, _: Any) -> Any:
         tables, given = arguments
-        batch, heads = _axes_of(mesh, jax.tree.leaves(given)[0], problem)
-        part = dataclasses.replace(
-            problem,
-            batch=problem.batch // _devices(mesh, batch),
-            heads=problem.heads // _devices(mesh, heads),
-            kv_heads=problem.kv_heads // _devices(mesh, heads),
-        )
-        tokens = (None,) * len(problem.windows)
+        query = jax.tree.leaves(given)[0]
+        mesh = _refined(mesh, query.sharding)
+        batch = _axes_along(0, mesh, query)
+        heads = _axes_along(query.ndim - 2, mesh, query)
+        part, spec = _divided(problem, mesh, batch, heads)
 
         def sharding(names: str) -> NamedSharding:
-            where = {"b": (batch,), "x": tokens, "h": (heads,), "g": (heads,)}
-            spec = [axis for name in names.split() for axis in where.get(name, (None,))]
-            return NamedSharding(mesh, PartitionSpec(*spec))
+            return NamedSharding(mesh, spec(names))
 
         everywhere = [NamedSharding(mesh, PartitionSpec())] * len(tables)
         return (
@@ -72,18 +77,25 @@ def partitioned(
         )
 
     def call(*given: Any) -> Any:
+        mesh = _explicit_mesh(*jax.tree.leaves(given))
+        if mesh is not None:
+            return _over_explicit_axes(run, problem, operands, results, mesh, given)
         if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, which has divided already
             return run(problem, *given)
         # Tables are constants of the program, which a partitioned call must be handed.
         program, shapes = jax.make_jaxpr(functools.partial(run, problem), return_shape=True)(*given)
+        words = _fingerprint(run, problem, program)
 
         def whole(tables: list[Any], given: Any) -> Any:
-            flat = eval_jaxpr(program.jaxpr, tables, *jax.tree.leaves(given))
+            flat = eval_jaxpr(program.jaxpr, tables[len(words) :], *jax.tree.leaves(given))
             return jax.tree.unflatten(jax.tree.structure(shapes), flat)
 
+        tables = [*words, *program.consts]
         divided = custom_partitioning(whole)
-        divided.def_partition(partition, **_rule(problem, program.consts, operands, results))
-        return divided(program.consts, given)
+        divided.def_partition(
+            partition, decode_shardings=False, **_rule(problem, tables, operands, results)
+        )
+        return divided(tables, given)
 
     return call
 
@@ -110,16 +122,179 @@ def _rule(problem: Problem, tables: list[Any], operands: Any, results: Any) -> d
     }
 
 
-def _axes_of(mesh: Mesh, query: Any, problem: Problem) -> tuple[Any, Any]:
-    """The mesh axes that divide the batch and the heads of a query; None where they cannot."""
-    spec = (*query.sharding.spec, *(None,) * query.ndim)
-    batch, heads = spec[0], spec[query.ndim - 2]
-    return (
-        None if problem.batch % _devices(mesh, batch) else batch,
-        None if problem.kv_heads % _devices(mesh, heads) else heads,
+def _divided(
+    problem: Problem, mesh: Mesh | AbstractMesh, batch: Axes, heads: Axes
+) -> tuple[Problem, Callable[[str], PartitionSpec]]:
+    """A device's part of a problem, and the partition of an operand or result by its axes' names.
+
+    Of the mesh axes along the batch and the heads of a query those are used that divide evenly.
+    """
+    batch = _dividing(problem.batch, mesh, batch)
+    heads = _dividing(problem.kv_heads, mesh, heads)
+    along_batch, along_heads = (math.prod(mesh.shape[a] for a in axes) for axes in (batch, heads))
+    part = dataclasses.replace(
+        problem,
+        batch=problem.batch // along_batch,
+        heads=problem.heads // along_heads,
+        kv_heads=problem.kv_heads // along_heads,
     )
+    tokens = (None,) * len(problem.windows)
+
+    def spec(names: str) -> PartitionSpec:
+        where = {"b": (batch or None,), "x": tokens, "h": (heads or None,), "g": (heads or None,)}
+        return PartitionSpec(*(axis for name in names.split() for axis in where.get(name, (None,))))
+
+    return part, spec
 
 
-def _devices(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+def _dividing(size: Size, mesh: Mesh | AbstractMesh, axes: Axes) -> Axes:
+    """The first of the axes, as many as divide a size together."""
+    counts = [math.prod(mesh.shape[a] for a in axes[:n]) for n in range(len(axes) + 1)]
+    return axes[: max(n for n, count in enumerate(counts) if size % count == 0)]
+
+
+# What the key of a program in the compilation cache is made from
+
+
+def _fingerprint(run: Callable[..., Any], problem: Problem, program: Any) -> list[Array]:
+    """Numbers that stand for all that a call does, in every process the same.
+
+    A program that is yet to be partitioned shows of the call only its operands, and the key of the
+    persistent compilation cache is made from such a program: so they are operands too.
+    """
+    # Functions among the parameters of an equation are printed with their addresses.
+    text = re.sub("0x[0-9a-f]+", "", str(program.jaxpr))
+    said = repr((run.__module__, run.__qualname__, problem, text, _sources()))
+    words = np.frombuffer(hashlib.sha256(said.encode()).digest(), "<u4")
+    # Made by the program: what it closes over may become an argument of it instead.
+    return [jax.lax.full((1,), int(word), np.uint32) for word in words]
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of this package: a kernel's code is not part of a traced program."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+# Auto axes: what the partitioner has chosen
+
+
+def _refined(mesh: Mesh, sharding: Sharding) -> Mesh:
+    """The devices of a mesh with an axis for each prime factor of its axes.
+
+    Heads that share key heads may be divided by a part of an axis. Where no mesh is known, its
+    devices stand in one row.
+    """
+    devices = mesh.devices if mesh.size > 1 else np.array(list(sharding.devices_indices_map((1,))))
+    sizes = [factor for size in devices.shape for factor in _factors(size)] or [1]
+    return Mesh(devices.reshape(sizes), tuple(f"axis{n}" for n in range(len(sizes))))
+
+
+def _factors(number: int) -> list[int]:
+    first = next((n for n in range(2, number + 1) if number % n == 0), None)
+    return [] if first is None else [first, *_factors(number // first)]
+
+
+def _axes_along(dimension: int, mesh: Mesh, x: jax.ShapeDtypeStruct) -> Axes:
+    """The mesh axes that divide a dimension, major first; none where axes do not describe it."""
+    places = {
+        device: index[dimension].start or 0
+        for device, index in x.sharding.devices_indices_map(x.shape).items()
+    }
+    starts = np.vectorize(places.__getitem__, otypes=[int])(mesh.devices)
+    steps = {
+        name: int(np.take(starts, 1, axis).flat[0])
+        for axis, name in enumerate(mesh.axis_names)
+        if mesh.shape[name] > 1
+    }
+    axes = sorted((name for name in steps if steps[name]), key=lambda name: -steps[name])
+    pieces = x.shape[dimension] // x.sharding.shard_shape(x.shape)[dimension]
+    return tuple(axes) if math.prod(mesh.shape[name] for name in axes) == pieces else ()
+
+
+# Explicit axes
+
+
+def _explicit_mesh(*arrays: Array) -> AbstractMesh | None:
+    """The mesh of the arrays, if any of its axes are Explicit."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
+    return next((mesh for mesh in meshes if AxisType.Explicit in (mesh.axis_types or ())), None)
+
+
+def _explicit_axes(mesh: AbstractMesh) -> Axes:
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in types if kind == AxisType.Explicit)
+
+
+def _spec(x: Array) -> tuple[Axes, ...]:
+    """The Explicit axes that divide each dimension."""
+    return _entries(jax.typeof(x).sharding.spec, x.ndim)
+
+
+def _entries(spec: PartitionSpec, rank: int) -> tuple[Axes, ...]:
+    entries = (*spec, *(None,) * rank)[:rank]
+    return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in entries)
+
+
+def sharded(x: Array, spec: tuple[Axes, ...], mesh: AbstractMesh | None = None) -> Array:
+    """An array divided over these Explicit axes along each dimension; without a mesh as it is."""
+    mesh = mesh or _explicit_mesh(x)
+    if mesh is None or _spec(x) == spec:
+        return x
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec))))
+
+
+def with_whole_tokens(x: Array) -> Array:
+    """Operand [B, *X, H, D] of which Explicit axes divide the batch and the heads only."""
+    spec = _spec(x)
+    return sharded(x, (spec[0], *((),) * (x.ndim - 3), spec[-2], ()))
+
+
+def sharded_as(x: Array, other: Array, dimensions: int) -> Array:
+    """An array with the first dimensions divided as those of another."""
+    return sharded(x, (*_spec(other)[:dimensions], *_spec(x)[dimensions:]))
+
+
+def fold(x: Array) -> Array:
+    """[S, B, ...] as [S * B, ...], where Explicit axes then divide S only."""
+    spec = _spec(x)
+    return sharded(x, (spec[0], (), *spec[2:])).reshape(-1, *x.shape[2:])
+
+
+def unfold(x: Array, shape: tuple[Size, Size], like: Array, query: Array) -> Array:
+    """[S * B, ...] as [S, B, ...], S divided as in the array `like`, B as in the query."""
+    x = x.reshape(*shape, *x.shape[1:])
+    return sharded(x, (_spec(like)[0], _spec(query)[1], *_spec(x)[2:]))
+
+
+def _over_explicit_axes(
+    run: Callable[..., Any],
+    problem: Problem,
+    operands: Any,
+    results: Any,
+    mesh: AbstractMesh,
+    given: Any,
+) -> Any:
+    """Every operand and result is divided as the query is, as far as its heads allow."""
+    query = jax.tree.leaves(given)[0]
+    spec = _spec(query)
+    part, partition = _divided(problem, mesh, spec[0], spec[-2])
+    inside = jax.tree.map(partition, operands)
+    outside = jax.tree.map(partition, results)
+
+    def laid_out(x: Array, where: PartitionSpec) -> Array:
+        return sharded(x, _entries(where, x.ndim), mesh)
+
+    # No names are all axes but those along which vmap maps.
+    every = all(kind == AxisType.Explicit for kind in mesh.axis_types)
+    divided = jax.shard_map(
+        functools.partial(run, part),
+        mesh=mesh,
+        in_specs=inside,
+        out_specs=outside,
+        axis_names=set() if every else set(_explicit_axes(mesh)),
+    )
+    return divided(*jax.tree.map(laid_out, given, inside))

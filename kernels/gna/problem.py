@@ -6,7 +6,8 @@ tables, compile and cache by it.  Arguments are checked here, once, for all back
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,6 +22,9 @@ from .windows import Window
 PerDimension: TypeAlias = Any
 
 Number: TypeAlias = float | int | np.floating
+
+# An integer, or an expression of symbolic dimensions (`jax.export.symbolic_shape`).
+Size: TypeAlias = Any
 
 # Descriptions need shapes and dtypes only.
 Operand: TypeAlias = Array | jax.ShapeDtypeStruct
@@ -55,7 +59,7 @@ class Problem:
     """One neighborhood attention.
 
     Attributes:
-      batch: B; vmapped axes are folded into it.
+      batch: B; vmapped axes are folded into it. It may be symbolic.
       windows: the token layout and what is seen along each of its 1 to 3 dimensions.
       heads: query heads Hq.
       kv_heads: key and value heads Hkv; query head h reads key head h // (Hq / Hkv).
@@ -69,7 +73,7 @@ class Problem:
       axis_name: the mesh axis of these devices.
     """
 
-    batch: int
+    batch: Size
     windows: tuple[Window, ...]
     heads: int
     kv_heads: int
@@ -90,6 +94,11 @@ class Problem:
     def tokens(self) -> int:
         """All tokens."""
         return math.prod(self.layout)
+
+    @property
+    def known_batch(self) -> int:
+        """What the batch is known to be a multiple of: itself, or 1 where it is symbolic."""
+        return self.batch if isinstance(self.batch, int) else 1
 
     @property
     def repeats(self) -> int:
@@ -120,6 +129,18 @@ def describe(
     Raises:
       ValueError: naming the argument, what was received and what is accepted.
     """
+    for name, x in (
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("additional_keys", additional_keys),
+        ("additional_values", additional_values),
+    ):
+        if x is not None and not all(isinstance(size, (int, np.integer)) for size in x.shape[1:]):
+            raise ValueError(
+                f"only the batch may be symbolic, {name}'s other sizes must be numbers; received "
+                f"shape {x.shape}."
+            )
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not 4 <= x.ndim <= 6:
             raise ValueError(
@@ -180,7 +201,7 @@ def describe(
 
 
 def _check_additional(
-    batch: int,
+    batch: Size,
     kv_heads: int,
     head_dim: int,
     value_dim: int,
@@ -212,8 +233,12 @@ def windows_of(
     stride: PerDimension = 1,
     dilation: PerDimension = 1,
     is_causal: PerDimension = False,
+    *,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Window, ...]:
     """Checks the settings of each dimension of a token layout; see `Window`.
+
+    `names` are what messages call the arguments, where the caller knows them by other names.
 
     Raises:
       ValueError: for settings of another type or number than the layout's dimensions, and where not
@@ -224,22 +249,30 @@ def windows_of(
         raise ValueError(
             f"a token layout is a tuple of the tokens along 1 to 3 dimensions; received {layout!r}."
         )
-    lengths = per_dimension("token_layout", layout, rank)
-    sizes = per_dimension("kernel_size", kernel_size, rank)
-    strides = per_dimension("stride", stride, rank)
-    dilations = per_dimension("dilation", dilation, rank)
-    causal = per_dimension("is_causal", is_causal, rank, convert=_as_bool)
+    arguments = ("token_layout", "kernel_size", "stride", "dilation", "is_causal")
+    names = {name: names.get(name, name) for name in arguments}
+    of_layout = names["token_layout"].replace("_", " ")
+    lengths = per_dimension(names["token_layout"], layout, rank)
+    sizes = per_dimension(names["kernel_size"], kernel_size, rank)
+    strides = per_dimension(names["stride"], stride, rank)
+    dilations = per_dimension(names["dilation"], dilation, rank)
+    causal = per_dimension(names["is_causal"], is_causal, rank, convert=_as_bool)
     for m, (x, k, s, d) in enumerate(zip(lengths, sizes, strides, dilations, strict=True)):
+        # Windows and dilations of 1, and strides, fit every layout: what is 1 may not be given.
         if k * d > x:
+            given = {"kernel_size": (k, sizes), "dilation": (d, dilations)}
+            given = {names[name]: each for name, each in given.items() if each[0] > 1}
+            numbers = " * ".join(str(one) for one, _ in given.values())
+            received = f"{numbers} = {k * d}" if len(given) > 1 else numbers
+            settings = ", ".join(f"{name}={every}" for name, (_, every) in given.items())
             raise ValueError(
-                f"kernel_size times dilation must not exceed the tokens along a dimension; "
-                f"received {k} * {d} = {k * d} > {x} in dimension {m} (kernel_size={sizes}, "
-                f"dilation={dilations}, token layout {lengths})."
+                f"{' times '.join(given)} must not exceed the tokens along a dimension; "
+                f"received {received} > {x} in dimension {m} ({settings}, {of_layout} {lengths})."
             )
         if s > k:
             raise ValueError(
-                f"stride must not exceed kernel_size; received {s} > {k} in dimension {m} "
-                f"(stride={strides}, kernel_size={sizes})."
+                f"{names['stride']} must not exceed {names['kernel_size']}; received {s} > {k} in "
+                f"dimension {m} ({names['stride']}={strides}, {names['kernel_size']}={sizes})."
             )
     return tuple(map(Window, lengths, sizes, strides, dilations, causal))
 

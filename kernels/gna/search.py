@@ -1,7 +1,8 @@
 """Which windows and strides pay: a search over all of them, one dimension at a time.
 
 Pairs, visited tiles and mask-free tiles are products over the dimensions. So each dimension is
-tabulated over all its windows and strides, its hopeless rows dropped, and the rest multiplied out.
+tabulated over all its windows and strides, its hopeless rows dropped, and the rest multiplied out,
+a part at a time, of which only what nothing beats is kept.
 """
 
 import dataclasses
@@ -21,6 +22,11 @@ from .windows import Window, bounds, tile_visits
 ALL_WINDOWS = 512
 # Up to here every stride of every window is tried; beyond, 1 and those of whole query tiles.
 ALL_ROWS = 1 << 17
+# Up to here all products of the dimensions' rows are tried, beyond, the same is left out in all
+# dimensions: first strides, then windows.
+ALL_PRODUCTS = 1 << 26
+# So many products are looked at together, some 100 bytes each.
+CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +87,10 @@ def search(
     Less sparsity keeps more of the attention, and a smaller product of strides treats tokens more
     alike; both cost speed. The fastest choice comes first.
 
+    Every window and stride is tried, but for layouts so large that this takes too long (a dimension
+    of more than 512 tokens, or some hundred million combinations): there strides are 1 or whole
+    query tiles, and windows, where that does not suffice, whole key tiles.
+
     Args:
       token_layout: tokens along each of one to three dimensions.
       kernel_size: a window whose strides to search; otherwise all windows are searched.
@@ -99,11 +109,10 @@ def search(
         raise ValueError(
             f"search needs either kernel_size or sparsity, received {kernel_size} and {sparsity}."
         )
-    if sparsity is not None and not (0 <= sparsity < 1 and tolerance >= 0):
-        raise ValueError(
-            f"sparsity must be at least 0 and below 1 and tolerance not negative, received "
-            f"{sparsity} and {tolerance}."
-        )
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, received {sparsity}.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, received {tolerance}.")
     window = 1 if kernel_size is None else kernel_size
     windows = windows_of(token_layout, window, 1, dilation, is_causal)
     machine = find_gpu(gpu)
@@ -112,12 +121,22 @@ def search(
     band = (0.0, math.inf)
     if sparsity is not None:
         band = ((1 - sparsity - tolerance) * pairs, (1 - sparsity + tolerance) * pairs)
+    # More pairs in a dimension may leave the band; without one they are only better.
+    alike = "kernel_size" if sparsity is None else "pairs"
     pool: list[Choice] = []
     for tiles in tile_options(machine, len(windows), query_tile, key_tile):
-        tables = [
-            _undominated(tabulate(window, query, key, every_window=every_window), block_sparse)
-            for window, query, key in zip(windows, *tiles, strict=True)
-        ]
+        tables: list[Table] = []
+        for thin in range(3):
+            tables = [
+                _undominated(
+                    tabulate(window, query, key, every_window=every_window, thin=thin),
+                    block_sparse,
+                    alike,
+                )
+                for window, query, key in zip(windows, *tiles, strict=True)
+            ]
+            if _expected(tables, band) <= ALL_PRODUCTS:
+                break
         pool += _best(token_layout, tiles, tables, band, machine.mask)
     if not pool:
         asked = "the window" if sparsity is None else f"a sparsity of {sparsity} ± {tolerance}"
@@ -133,19 +152,22 @@ def search(
     return tuple(sorted((pool[n] for n in keep), key=lambda choice: -choice.speedup))
 
 
-def tabulate(window: Window, query_tile: int, key_tile: int, *, every_window: bool = True) -> Table:
+def tabulate(
+    window: Window, query_tile: int, key_tile: int, *, every_window: bool = True, thin: int = 0
+) -> Table:
     """Counts along one dimension for all strides of the given window, or of every window.
 
-    `window` gives length, dilation, causality and, unless `every_window`, its size.
+    `window` gives length, dilation, causality and, unless `every_window`, its size. From `thin` 1
+    on strides are 1 or whole query tiles, with 2 every window is one of whole key tiles.
     """
     longest = window.length // window.dilation
     if not every_window:
         sizes = np.array([window.kernel_size])
-    elif longest <= ALL_WINDOWS:
+    elif longest <= ALL_WINDOWS and thin < 2:
         sizes = np.arange(min(2, longest), longest + 1)
     else:
         sizes = np.union1d(np.arange(key_tile, longest, key_tile), longest)
-    if sizes.sum() <= ALL_ROWS:
+    if sizes.sum() <= ALL_ROWS and thin < 1:
         strides = np.arange(1, sizes.max() + 1)
     else:
         strides = np.union1d(1, np.arange(query_tile, sizes.max() + 1, query_tile))
@@ -175,19 +197,27 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, rows, size))
 
 
-def _undominated(table: Table, block_sparse: bool) -> Table:
-    """Without the rows that a finer stride of the same window beats in both counts."""
+def _undominated(table: Table, block_sparse: bool, alike: str) -> Table:
+    """Without the rows that a row beats which has as fine a stride and as many pairs.
+
+    Only rows are compared that are `alike` in "kernel_size", or in "pairs".
+    """
     if block_sparse:
         table = table.take(table.visited == table.free)
-    # Of equal counts, keep the finest stride: rows come in its order.
-    counts = np.stack([table.kernel_size, table.visited, table.free])
+    table = table.take(np.lexsort((table.kernel_size, table.stride)))
+    # Of equal counts, keep the finest stride.
+    group = getattr(table, alike)
+    counts = np.stack([group, table.pairs, table.visited, table.free])
     table = table.take(np.sort(np.unique(counts, axis=1, return_index=True)[1]))
-    keep = np.zeros(len(table.stride), bool)
-    for size in np.unique(table.kernel_size):
-        rows = np.flatnonzero(table.kernel_size == size)
-        visited, free = table.visited[rows], table.free[rows]
-        better = (visited <= visited[:, None]) & (free >= free[:, None])
-        keep[rows] = ~np.tril(better, -1).any(axis=1)
+    group = getattr(table, alike)
+    keep = np.ones(len(group), bool)
+    order = np.argsort(group, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        if len(rows) > 1:
+            pairs, visited, free = table.pairs[rows], table.visited[rows], table.free[rows]
+            better = (visited <= visited[:, None]) & (free >= free[:, None])
+            better &= pairs >= pairs[:, None]
+            keep[rows] = ~np.tril(better, -1).any(axis=1)
     return table.take(keep)
 
 
@@ -199,16 +229,27 @@ def _best(
     mask: float,
 ) -> list[Choice]:
     """The undominated products of rows whose pairs lie in the band."""
-    rows = _products(tables, band)
-    picked = [table.take(row) for table, row in zip(tables, rows, strict=True)]
-    pairs, visited, free, coarseness = (
-        np.prod([getattr(table, name) for table in picked], axis=0)
-        for name in ("pairs", "visited", "free", "stride")
-    )
     query_size, key_size = map(math.prod, tiles)
     tokens = math.prod(token_layout)
     dense = -(-tokens // query_size) * -(-tokens // key_size)
-    speedup = dense / (visited + mask * (visited - free))
+
+    def counts(name: str, rows: Int[np.ndarray, "dims points"]) -> Int[np.ndarray, " points"]:
+        each = (getattr(table, name)[row] for table, row in zip(tables, rows, strict=True))
+        return functools.reduce(np.multiply, each)
+
+    def values(rows: Int[np.ndarray, "dims points"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        visited, free = counts("visited", rows), counts("free", rows)
+        speedup = dense / (visited + mask * (visited - free))
+        return speedup, counts("pairs", rows), counts("stride", rows)
+
+    front = np.zeros((len(tables), 0), int)
+    for rows in _products(tables, band):
+        rows = rows[:, ~_reached(values(front), values(rows))]
+        if rows.size:
+            rows = np.concatenate([front, rows], axis=1)
+            front = rows[:, _pareto(*values(rows))]
+    picked = [table.take(row) for table, row in zip(tables, front, strict=True)]
+    visited, free, pairs = (counts(name, front) for name in ("visited", "free", "pairs"))
     return [
         Choice(
             kernel_size=tuple(int(table.kernel_size[n]) for table in picked),
@@ -218,29 +259,81 @@ def _best(
             sparsity=1 - int(pairs[n]) / tokens**2,
             flop_speedup=tokens**2 / int(pairs[n]),
             tile_speedup=dense / int(visited[n]),
-            speedup=float(speedup[n]),
+            speedup=float(speedup),
             block_sparse=bool(visited[n] == free[n]),
         )
-        for n in _pareto(speedup, pairs, coarseness)
+        for n, speedup in enumerate(values(front)[0])
     ]
+
+
+def _expected(tables: Sequence[Table], band: tuple[float, float]) -> float:
+    """About how many products of rows have pairs in the band: told from some of them."""
+    combinations = math.prod(len(table.stride) for table in tables[:-1])
+    some = np.unique(np.linspace(0, combinations, 4096, endpoint=False).astype(int))
+    if not combinations:
+        return 0.0
+    low, high = _runs(tables, band, _heads(tables, some))
+    return float((high - low).mean()) * combinations
+
+
+def _heads(
+    tables: Sequence[Table], numbers: Int[np.ndarray, " heads"]
+) -> tuple[Int[np.ndarray, " heads"], ...]:
+    """The rows of all dimensions but the last that combinations, counted through, consist of."""
+    return np.unravel_index(numbers, (1, *(len(table.stride) for table in tables[:-1])))[1:]
+
+
+def _runs(
+    tables: Sequence[Table], band: tuple[float, float], heads: Sequence[Int[np.ndarray, " heads"]]
+) -> tuple[Int[np.ndarray, " heads"], Int[np.ndarray, " heads"]]:
+    """Which of the last dimension's rows, sorted by pairs, bring each of the others' products into
+    the band: from where and to where.
+    """
+    pairs = functools.reduce(
+        np.multiply,
+        (table.pairs[row] for table, row in zip(tables[:-1], heads, strict=True)),
+        np.ones(1),
+    )
+    last = np.sort(tables[-1].pairs)
+    low = np.searchsorted(last, band[0] / pairs * (1 - 1e-12), "left")
+    return low, np.searchsorted(last, band[1] / pairs * (1 + 1e-12), "right")
 
 
 def _products(
     tables: Sequence[Table], band: tuple[float, float]
-) -> list[Int[np.ndarray, " products"]]:
-    """Row numbers per table of all products of rows whose pairs lie in the band."""
-    *heads, last = tables
-    order = np.argsort(last.pairs, kind="stable")
-    rows = [index.ravel() for index in np.indices([len(table.stride) for table in heads])]
-    pairs = functools.reduce(
-        np.multiply, (table.pairs[row] for table, row in zip(heads, rows, strict=True)), np.ones(1)
-    )
-    # Of the last dimension, sorted by pairs, each product of the others takes one run.
-    low = np.searchsorted(last.pairs[order], band[0] / pairs * (1 - 1e-12), "left")
-    high = np.searchsorted(last.pairs[order], band[1] / pairs * (1 + 1e-12), "right")
-    counts = high - low
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return [*(np.repeat(row, counts) for row in rows), order[np.repeat(low, counts) + within]]
+) -> Iterator[Int[np.ndarray, "dims products"]]:
+    """Row numbers per table of all products of rows whose pairs lie in the band, in parts."""
+    order = np.argsort(tables[-1].pairs, kind="stable")
+    combinations = math.prod(len(table.stride) for table in tables[:-1])
+    for first in range(0, combinations, CHUNK):
+        heads = _heads(tables, np.arange(first, min(first + CHUNK, combinations)))
+        low, high = _runs(tables, band, heads)
+        number = high - low
+        before = np.cumsum(number) - number
+        parts = np.searchsorted(before, np.arange(CHUNK, number.sum(), CHUNK))
+        for part in np.split(np.arange(len(number)), parts):
+            times, start = number[part], low[part]
+            within = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+            last = order[np.repeat(start, times) + within]
+            yield np.stack([*(np.repeat(row[part], times) for row in heads), last])
+
+
+def _reached(
+    front: tuple[np.ndarray, np.ndarray, np.ndarray],
+    points: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> Bool[np.ndarray, " points"]:
+    """Whether a point of the front is as good in speed-up, pairs and coarseness, point by point."""
+    levels, row = np.unique(front[2], return_inverse=True)
+    marks, column = np.unique(front[1], return_inverse=True)
+    # best[i, j]: the highest speed-up at most as coarse as level i and with pairs from mark j on;
+    # the last row and column are for points that nobody can reach.
+    best = np.full((len(levels) + 1, len(marks) + 1), -np.inf)
+    np.maximum.at(best, (row, column), front[0])
+    best[:-1] = np.maximum.accumulate(best[:-1], axis=0)
+    best[:, :-1] = np.maximum.accumulate(best[:, -2::-1], axis=1)[:, ::-1]
+    speedup, pairs, coarseness = points
+    level = np.searchsorted(levels, coarseness, "right") - 1
+    return best[level, np.searchsorted(marks, pairs, "left")] >= speedup
 
 
 def _pareto(

@@ -31,6 +31,8 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return f"it runs on a GPU, not on {platform}"
     if problem.shards > 1:
         return "it does not attend from a shard of the tokens"
+    if not isinstance(problem.batch, int):
+        return "it takes a batch of known size, not a symbolic one"
     most = largest_dim(problem)
     if max(problem.head_dim, problem.value_dim) > most:
         return (
@@ -245,6 +247,8 @@ def tune(
       Milliseconds of each candidate that ran, the fastest first, by kernel; of the two kernels of
       the backward pass together, while one of them is tuned.
     """
+    from .api import attend
+
     times: dict[str, dict[Blocks, float]] = {}
     operands = _random_operands(problem)
     for kernel in ("forward", "backward_query", "backward_keys"):
@@ -259,6 +263,7 @@ def tune(
         times[kernel] = dict(sorted(found.items(), key=lambda item: item[1]))
         if found:
             TUNED[key] = next(iter(times[kernel]))
+    attend.clear_cache()  # what it has traced is for the tiles of before
     return times
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .boxes import Loop, Plan, plan
 from .platforms import default_platform
-from .problem import Gradients, Problem, Residuals
+from .problem import Gradients, Problem, Residuals, Size
 from .varying import vary, varying_axes
 
 # Scores of a step: on a CPU they should stay in its cache, elsewhere fill the device.
@@ -251,7 +251,9 @@ def _run_loop(
 def _lanes(problem: Problem, most: int) -> tuple[int, int]:
     """Key heads and batch entries of a step: at most so many pairs, heads first."""
     heads = _divisor(problem.kv_heads, most)
-    return heads, _divisor(problem.batch, most // heads) if heads == problem.kv_heads else 1
+    if heads < problem.kv_heads:
+        return heads, 1
+    return heads, _divisor(problem.known_batch, most // heads)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -285,7 +287,7 @@ def _masks(
         for m, limits in enumerate(masks):
             if limits is not None:
                 first, last = limits[mask][..., None]
-                inside = jnp.arange(loop.box[m])
+                inside = jnp.arange(loop.box[m], dtype=limits.dtype)[None]
                 inside = (inside >= first) & (inside < last)  # [tile, box]
                 others = [n for n in range(2 * rank) if n not in (m, rank + m)]
                 seen &= jnp.expand_dims(inside if queries_first else inside.T, others)
@@ -327,6 +329,6 @@ def _add(x: Float[Array, "B *GY K r D"], at: _Box, new: Float[Array, "l N D"]) -
     return _write(x, at, _read(x, at) + new)
 
 
-def _full(shape: tuple[int, ...], value: float, dtype: Any, like: Array) -> Array:
+def _full(shape: tuple[Size, ...], value: float, dtype: Any, like: Array) -> Array:
     """A constant that varies over the mesh axes that `like` varies over, as a loop's state must."""
     return vary(jnp.full(shape, value, dtype), varying_axes(like))

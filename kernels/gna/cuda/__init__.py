@@ -7,6 +7,7 @@ Both list the keys that a tile of queries meets, first those that all queries se
 mask, then the others, wherever they lie: windows of any size and stride fill whole tiles of keys.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -101,6 +102,16 @@ def prepare(platform: str) -> None:
     library = build.load(platform)
     for name, symbol in ((FORWARD, library.GnaForward), (BACKWARD, library.GnaBackward)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform=PLATFORMS[platform])
+
+
+def prepare_what_is_built() -> None:
+    """Registers the CPU's calls if their library is there, as programs that are not traced need.
+
+    Such are programs that were compiled or exported in another process.
+    """
+    with contextlib.suppress(OSError, RuntimeError):
+        if build.library_of("cpu") is not None:
+            prepare("cpu")
 
 
 def _operands(query: Array, key: Array, value: Array, *additional: Array | None) -> list[Array]:

@@ -2,9 +2,11 @@
 
 A library's name carries a digest of all that its code depends on: the sources, the compiler and its
 options, the machine's instructions, XLA's headers.  So another version never meets an old library,
-and machines that share a home folder do not take each other's.
+and machines that share a home folder do not take each other's.  It ends with a digest of the file
+itself: a damaged one, as a full disk or a power cut may leave, is never mapped but built again.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -23,24 +26,58 @@ SOURCES = Path(__file__).parent
 TARGETS = {"cpu": "gna_cpu.cc", "gpu": "gna_gpu.cu"}
 
 
+VARIABLES = {"cpu": "CXX", "gpu": "NVCC"}
+
+
 def compiler(target: str) -> str | None:
     """Path of the compiler for a target ("cpu" or "gpu"), or None if there is none.
 
-    For the CPU that is $CXX, or else g++, c++ or clang++; for the GPU $NVCC, $CUDA_HOME/bin/nvcc or
-    nvcc.
+    For the CPU that is the first word of $CXX if it is set, or else g++, c++ or clang++; for the
+    GPU that of $NVCC, or else $CUDA_HOME/bin/nvcc or nvcc.
     """
+    words = _found(target)
+    return words[0] if words else None
+
+
+def _found(target: str) -> list[str]:
+    """The compiler's path, and the arguments that its variable gives it; nothing if there is none.
+
+    Raises:
+      RuntimeError: if its variable is set to what cannot be run: another is not taken instead.
+    """
+    variable = VARIABLES[target]
+    given = os.environ.get(variable, "").strip()
+    if given:
+        try:
+            name, *arguments = shlex.split(given)
+        except ValueError as error:
+            raise RuntimeError(f"{variable}={given} cannot be read: {error}.") from error
+        path = shutil.which(name)
+        if path is None:
+            raise RuntimeError(
+                f"{variable}={given} names no program: {name} is not an executable file, nor found "
+                f"on PATH. Set {variable} to a compiler, or not at all for the one on PATH."
+            )
+        return [path, *arguments]
     if target == "cpu":
-        names = [os.environ.get("CXX"), "g++", "c++", "clang++"]
+        names = ["g++", "c++", "clang++"]
     else:
         home = os.environ.get("CUDA_HOME")
-        names = [os.environ.get("NVCC"), home and f"{home}/bin/nvcc", "nvcc"]
-        names.append("/usr/local/cuda/bin/nvcc")
-    return next(filter(None, (shutil.which(name) for name in names if name)), None)
+        names = [f"{home}/bin/nvcc"] if home else []
+        names += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return [path for path in map(shutil.which, names) if path][:1]
 
 
 def missing(target: str) -> str | None:
-    """Why a target cannot be built for want of a compiler, and what to do; None if it can."""
-    if compiler(target) is not None:
+    """Why a target cannot be built for want of a compiler, and what to do; None if it can.
+
+    A variable that names no compiler is none of these reasons: it fails the build, so that it is
+    said.
+    """
+    try:
+        if compiler(target) is not None:
+            return None
+    except RuntimeError:
         return None
     if target == "cpu":
         return (
@@ -65,6 +102,10 @@ def command(target: str, architecture: str | None = None) -> list[str]:
     Raises:
       RuntimeError: if there is no compiler.
     """
+    try:
+        found = _found(target)
+    except RuntimeError as error:
+        raise RuntimeError(f"the cuda implementation cannot be built: {error}") from error
     reason = missing(target)
     if reason is not None:
         raise RuntimeError(f"the cuda implementation cannot be built: {reason}.")
@@ -75,11 +116,38 @@ def command(target: str, architecture: str | None = None) -> list[str]:
     else:
         options = [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
         options += ["-Xcompiler", "-fPIC"]
-    return [str(compiler(target)), *shared, *options]
+    return [*found, *shared, *options]
+
+
+def library_of(
+    target: str, architecture: str | None = None, folder: Path | None = None
+) -> Path | None:
+    """The library of a target if it is built, and whole; see `build`.
+
+    Raises:
+      RuntimeError: if there is no compiler.
+    """
+    name = _name(target, architecture)
+    there = sorted((folder or _cache_folder()).glob(f"{name}-*.so"))
+    return next((path for path in there if path.stem == f"{name}-{_digest(path)}"), None)
+
+
+def _name(target: str, architecture: str | None) -> str:
+    """A library's name up to the digest of its content."""
+    options = command(target, architecture)
+    digest = hashlib.sha256(shlex.join(options).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".h", ".cc", ".cu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    version = _version(tuple(_found(target)))
+    digest.update(version.encode() + importlib.metadata.version("jaxlib").encode())
+    if target == "cpu":
+        digest.update(_instructions().encode())
+    return f"gna-{target}-{digest.hexdigest()[:20]}"
 
 
 def build(target: str, architecture: str | None = None, folder: Path | None = None) -> Path:
-    """Path of a target's library, compiled unless it is there already.
+    """Path of a target's library, compiled unless it is there already, and whole.
 
     Args:
       target: "cpu" or "gpu".
@@ -90,57 +158,98 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
       RuntimeError: if there is no compiler, or it fails, with what it said, or the folder cannot be
         written.
     """
-    options = command(target, architecture)
-    digest = hashlib.sha256(shlex.join(options).encode())
-    for path in sorted(SOURCES.iterdir()):
-        if path.suffix in (".h", ".cc", ".cu"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(_version(options[0]).encode() + importlib.metadata.version("jaxlib").encode())
-    if target == "cpu":
-        digest.update(_instructions().encode())
     folder = folder or _cache_folder()
-    library = folder / f"gna-{target}-{digest.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
     try:
+        library = library_of(target, architecture, folder)
+        if library is not None:
+            return library
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(options, target, library)
+        name = _name(target, architecture)
+        library = _compile(command(target, architecture), target, folder, name)
+        damaged = [path for path in folder.glob(f"{name}-*.so") if path != library]
     except OSError as error:
         raise RuntimeError(
             f"the cuda implementation could not be written to {folder}: {error}. XDG_CACHE_HOME "
             "chooses another place."
         ) from error
+    for path in damaged:
+        # Another process may have built one meanwhile, and be about to load it.
+        if path.stem != f"{name}-{_digest(path)}":
+            with contextlib.suppress(OSError):
+                path.unlink()
     return library
 
 
-def _compile(options: list[str], target: str, library: Path) -> None:
-    folder = library.parent
+def _digest(path: Path) -> str:
+    """That of a file's content; of one that cannot be read, nothing."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
+    except OSError:
+        return ""
+
+
+def _compile(options: list[str], target: str, folder: Path, name: str) -> Path:
     # Several processes may build at once: each its own file, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        output = Path(scratch) / library.name
+        output = Path(scratch) / f"{name}.so"
         arguments = [*options, str(SOURCES / TARGETS[target]), "-o", str(output)]
-        result = subprocess.run(arguments, capture_output=True, text=True)
+        result = _run(arguments)
         if result.returncode != 0:
             raise RuntimeError(
                 f"the cuda implementation did not compile with\n{shlex.join(arguments)}\n"
                 f"{result.stderr[-4000:]}"
             )
+        library = folder / f"{name}-{_digest(output)}.so"
+        with output.open("rb+") as file:  # on the disk before it has its name
+            os.fsync(file.fileno())
         output.replace(library)
+    return library
+
+
+def _run(arguments: Sequence[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(
+            arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise RuntimeError(
+            f"the cuda implementation cannot be built: {arguments[0]} does not run: {error}."
+        ) from error
 
 
 @functools.cache
 def load(target: str) -> ctypes.CDLL:
-    """The library of a target for this machine, built if need be."""
-    return ctypes.CDLL(str(build(target, architecture() if target == "gpu" else None)))
+    """The library of a target for this machine, built if need be.
+
+    Raises:
+      RuntimeError: if it cannot be built, or the system does not load it.
+    """
+    library = build(target, architecture() if target == "gpu" else None)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise RuntimeError(
+            f"the cuda implementation could not be loaded: {error}. If files in {library.parent} "
+            "may not be executed, XDG_CACHE_HOME chooses another place."
+        ) from error
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "conceptax"
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen) / "conceptax"
+    try:
+        return Path.home() / ".cache" / "conceptax"
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the cuda implementation has no place to be kept: {str(error).rstrip('.')}. "
+            "XDG_CACHE_HOME chooses one."
+        ) from error
 
 
 @functools.cache
-def _version(path: str) -> str:
-    return subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+def _version(words: tuple[str, ...]) -> str:
+    return _run([*words, "--version"]).stdout
 
 
 def _instructions() -> str:

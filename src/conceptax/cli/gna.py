@@ -5,6 +5,7 @@ The first two need no GPU; the last one measures where it runs (`gna_bench`).
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -147,8 +148,14 @@ class Bench:
     """
 
     layout: Ints = (64, 64)
-    window: Ints = (32, 32)
-    stride: Ints = (8, 8)
+    window: Annotated[
+        tuple[int, ...] | None,
+        tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(default: half the layout)"),
+    ] = None
+    stride: Annotated[
+        tuple[int, ...] | None,
+        tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(default: 8, or the window)"),
+    ] = None
     dilation: Ints = (1,)
     causal: Bools = (False,)
     batch: int = 1
@@ -166,15 +173,37 @@ COMMANDS = {"simulate": Simulate, "search": Search, "bench": Bench}
 
 
 def run(command: Simulate | Search | Bench) -> None:
-    """Print what was asked for; a search with an output draws it, too."""
-    if isinstance(command, Simulate):
-        print(_simulated(command))
-    elif isinstance(command, Search):
-        _search(command)
-    else:
-        from conceptax.cli.gna_bench import bench
+    """Print what was asked for; a search with an output draws it, too.
 
-        bench(command)
+    Raises:
+      ValueError: a flag does not suit the others; the message calls it as it was typed.
+    """
+    try:
+        if isinstance(command, Simulate):
+            print(_simulated(command))
+        elif isinstance(command, Search):
+            _search(command)
+        else:
+            from conceptax.cli.gna_bench import bench
+
+            bench(command)
+    except ValueError as error:
+        if type(error) is not ValueError:  # of files, in words of their own
+            raise
+        raise ValueError(_in_flags(str(error))) from error
+
+
+def _in_flags(message: str) -> str:
+    """A message of `kernels.gna` with its arguments called as the flags that give them."""
+    flags = {"kernel_size": "--window", "token_layout": "--layout", "token layout": "--layout"}
+    flags |= {"is_causal": "--causal"}
+    for name in ("query_tile", "key_tile", "kv_heads", "head_dim"):
+        flags[name] = "--" + name.replace("_", "-")
+    # Names that are words, too, are meant where a message says what they must be or are.
+    plain = "stride|dilation|batch|heads|additional|sparsity|tolerance|attention_share|replaced"
+    message = re.sub(rf"(?<![-\w])({'|'.join(flags)})\b", lambda m: flags[m[1]], message)
+    message = re.sub(rf"(?<![-\w])({plain})(?= must\b|=)", r"--\1", message)
+    return re.sub(r"--attention_share\b", "--attention-share", message)
 
 
 def _simulated(command: Simulate) -> str:
@@ -239,6 +268,9 @@ def _simulated(command: Simulate) -> str:
 
 
 def _search(command: Search) -> None:
+    if (command.window is None) == (command.sparsity is None):
+        given = "neither" if command.window is None else "both"
+        raise ValueError(f"Search needs either --window or --sparsity; received {given}.")
     if command.limit < 1:
         raise ValueError(f"--limit must be at least 1, received {command.limit}.")
     if command.output is None:

@@ -18,6 +18,7 @@ from conceptax.kernels.gna import describe, measure, unsupported
 from conceptax.kernels.gna.api import select
 from conceptax.kernels.gna.problem import Problem, windows_of
 from conceptax.kernels.gna.simulator import Gpu, Simulation, fit
+from conceptax.kernels.gna.windows import Window
 
 if TYPE_CHECKING:
     from conceptax.cli.gna import Bench
@@ -64,12 +65,25 @@ def _output(path: Path | None, force: bool) -> Iterator[Path | None]:
         yield file
 
 
+def _windows(command: "Bench") -> tuple[Window, ...]:
+    """The windows asked for."""
+    dilation, causal = _each(command.dilation), _each(command.causal)
+    alone = windows_of(command.layout, 1, 1, dilation, causal)
+    # What is not given suits what is.
+    window: Any = tuple(max(1, w.length // (2 * w.dilation)) for w in alone)
+    if command.window is not None:
+        window = _each(command.window)
+    stride: Any = tuple(
+        min(8, w.kernel_size) for w in windows_of(command.layout, window, 1, dilation, causal)
+    )
+    if command.stride is not None:
+        stride = _each(command.stride)
+    return windows_of(command.layout, window, stride, dilation, causal)
+
+
 def _plan(command: "Bench") -> tuple[str, dict[str, Run]]:
     """The implementation, and the runs by name: three to fit, and what was asked for."""
-    window, stride, dilation, causal = map(
-        _each, (command.window, command.stride, command.dilation, command.causal)
-    )
-    windows = windows_of(command.layout, window, stride, dilation, causal)
+    windows = _windows(command)
     dtype = command.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     layout = tuple(w.length for w in windows)
     x = jax.ShapeDtypeStruct((command.batch, *layout, command.heads, command.head_dim), dtype)
