@@ -130,6 +130,27 @@ def embedding_rows(
     return [jnp.concatenate([table[index] for table in tables]) for index in ids]
 
 
+def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts with every word of several vectors spelt out, as diffusers reads them.
+
+    Of a textual inversion of n vectors the tokenizer has `<t>`, `<t>_1`, ..., and a prompt names
+    the first one alone. Every occurrence of its text is replaced, so this is done once and last.
+    """
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    vectors = {}
+    for token in added:
+        names = [token]
+        while f"{token}_{len(names)}" in added:
+            names.append(f"{token}_{len(names)}")
+        if len(names) > 1:
+            vectors[token] = " ".join(names)
+    prompts = list(prompts)
+    for number, prompt in enumerate(prompts if vectors else ()):
+        for token in dict.fromkeys(tokenizer.tokenize(prompt)):
+            prompts[number] = prompts[number].replace(token, vectors.get(token, token))
+    return prompts
+
+
 def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """The ids of added tokens.
 

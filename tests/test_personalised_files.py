@@ -1,5 +1,6 @@
 """What personalising leaves behind: diffusers reads it, and so do we."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -27,8 +28,10 @@ from conceptax.converters import (
 )
 from conceptax.converters.personalised import CUSTOM_DIFFUSION, read_personalisation
 from conceptax.converters.tensors import tensor_specs, variables
-from conceptax.flax_models.stable_diffusion import TokenError, token_ids
+from conceptax.flax_models.stable_diffusion import TokenError, expanded, token_ids
+from conceptax.methods.concepts import concept_prompts, encode_phrases
 from conceptax.methods.instances import image_files, read_class_folders, read_image
+from conceptax.methods.new_tokens import initial_rows
 from conceptax.methods.sampling import make_sampler
 from conceptax.methods.text_to_image import TextToImage, jitted_generate, tokenize
 
@@ -366,6 +369,26 @@ def test_layouts_of_others_are_read(learnt, tmp_path, torch):
     assert received.unet.keys() == expected.unet.keys()
     with pytest.raises(CheckpointError, match="'<new1>' in more than one file"):
         read_personalisation(tmp_path)
+
+
+def test_words_of_several_vectors_stand_for_all_of_them(work, tmp_path):
+    """As diffusers reads them, also where a prompt names a later vector; folders keep it."""
+    diffusers = pytest.importorskip("diffusers")
+    base = load_pytorch(work / "base")
+    rows = np.eye(3, base.text_encoder.config.hidden_size, dtype=np.float32)
+    safetensors.numpy.save_file({"<cat>": rows}, tmp_path / "cat.safetensors")
+    save_pytorch(load_personalised(base, tmp_path / "cat.safetensors"), tmp_path / "out")
+    tokenizer = load_pytorch(tmp_path / "out", components=["tokenizer"]).tokenizer
+    theirs = diffusers.loaders.TextualInversionLoaderMixin()
+    prompts = ["a <cat>", "seven", "a <cat> and <cat>_1", "<cat><cat>_2, seven", "a <Cat>"]
+    assert expanded(tokenizer, prompts) == theirs.maybe_convert_prompt(prompts, tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
+    assert tokenize(tokenizer, ["a <cat>"])[0, 2:5].tolist() == ids
+    assert encode_phrases(tokenizer, ["a <cat>"], 12)[0, 2:5].tolist() == ids
+    prompts = concept_prompts(tokenizer, "<cat>", 12, ["a {}", "{} seven"])
+    assert prompts.tokens[prompts.concept].tolist() == 2 * ids
+    with pytest.raises(TokenError, match="'<cat>' of '<dog>' is 3 tokens"):
+        initial_rows(dataclasses.replace(base, tokenizer=tokenizer), ["<dog>"], ["<cat>"])
 
 
 def test_files_that_do_not_fit_are_explained(work, learnt, tmp_path, torch):
