@@ -12,7 +12,7 @@ from . import architectures
 from .components import abstract
 from .compvis_parts import is_single_file, read_single_file
 from .errors import CheckpointError
-from .lora import FILES, is_lora
+from .lora import FILES, check_lora, is_lora
 from .personalised import is_personalised, read_personalisation
 from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, ITEM_SIZES, StoredTensor
 from .segmentation import Plan, plan_of
@@ -88,7 +88,7 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
         path = found
     stored = None
     if path.is_file():
-        if path.suffix in (".bin", ".pt", ".safetensors") and is_personalised(path):
+        if path.suffix.lower() in (".bin", ".pt", ".safetensors") and is_personalised(path):
             return _personalisation(path)
         if (plan := plan_of(path)) is not None:
             return _plan(plan, str(path))
@@ -96,7 +96,7 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
         if is_single_file(stored):
             return _single(stored, str(path))
         if is_lora(stored):
-            return Inspection("LoRA", [_part("", "LoRA", stored.values(), {})], {}, {})
+            return _lora(path, stored)
         if not (folder / "config.json").is_file():
             part = _part("", "no config.json beside it tells", stored.values(), {})
             return Inspection("weight file", [part], {}, {})
@@ -153,10 +153,20 @@ def _plan(plan: Plan, source: str) -> Inspection:
     return Inspection(f"single file of {name}", [part], leftovers, {})
 
 
+def _lora(path: Path, stored: Mapping[str, StoredTensor]) -> Inspection:
+    """A LoRA, or a relative of it that cannot be merged."""
+    problems = {}
+    try:
+        check_lora(path)
+    except CheckpointError as error:
+        problems = {"not supported here": [str(error)]}
+    return Inspection("LoRA", [_part("", "LoRA", stored.values(), problems)], {}, {})
+
+
 def _personalisation(path: Path) -> Inspection:
     """New tokens and cross-attention weights: a few megabytes, which are read."""
-    rows, unet = read_personalisation(path)
-    named = {"new tokens": rows, "UNet": unet}
+    found = read_personalisation(path)
+    named = {"new tokens": found.rows, "UNet": found.unet}
     parts = [
         _part(
             name, f"{len(arrays)} tensors" if name == "UNet" else ", ".join(sorted(arrays)),

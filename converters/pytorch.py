@@ -22,6 +22,7 @@ from .compvis import load_single_file, open_single_file
 from .errors import CheckpointError, OutputError, listing
 from .output import atomic_folder
 from .parameters import ShardingRule, fill, on_host, pending, put
+from .personalised import describe
 from .safetensors_file import FLOAT_NAMES, PendingTensor, file_order, write_safetensors
 from .segmentation import loader_of
 from .tensors import match, tensor_specs, variables
@@ -93,6 +94,11 @@ def load_pytorch(
             raise ValueError(f"{path} is for {loader.__name__}, which takes no {listing(unknown)}.")
         return loader(
             path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, **model_options
+        )
+    if architecture is None and (kind := describe(path)) is not None:
+        raise CheckpointError(
+            f"{path} is {kind}, which is no model by itself: merge it into one with "
+            f"`conceptax convert MODEL DEST --add {path}`."
         )
     place = functools.partial(put, rule=sharding)
     options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}

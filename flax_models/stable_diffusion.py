@@ -77,6 +77,8 @@ def add_tokens(
       TokenError: a token that exists, that is empty or holds white space, or that the tokenizer
         would not read as one; an embedding of another width.
     """
+    if pipeline.tokenizer is None or pipeline.prompt_encoder is None:
+        raise TokenError("new tokens need a pipeline with its tokenizer and text encoder.")
     tokenizers = {name: copy.deepcopy(getattr(pipeline, name)) for name in pipeline.TOKENIZERS}
     tokenizer = tokenizers["tokenizer"]
     vocabulary = tokenizer.get_vocab()

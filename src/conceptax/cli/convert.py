@@ -126,10 +126,18 @@ def _read(command: Command) -> Any:
 def _merged(pipeline: Any, addition: Path, scale: float) -> Any:
     from conceptax.converters import load_personalised, merge_lora
     from conceptax.converters.lora import holds_lora
+    from conceptax.converters.personalised import personalised_files
 
-    if holds_lora(addition):
-        return merge_lora(pipeline, addition, scale)
-    return load_personalised(pipeline, addition)
+    lora = holds_lora(addition)
+    if lora:
+        pipeline = merge_lora(pipeline, addition, scale)
+    if lora and (not addition.is_dir() or not personalised_files(addition)):
+        return pipeline
+    merged = load_personalised(pipeline, addition)
+    if merged.tokenizer is not pipeline.tokenizer:
+        new = merged.tokenizer.get_added_vocab().keys() - pipeline.tokenizer.get_vocab().keys()
+        print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")
+    return merged
 
 
 def _write_folder(command: Command, model: Any, folder: Path) -> None:
