@@ -331,7 +331,7 @@ def _kind(content: Mapping[str, Any]) -> str | None:
         return _INVERSION
     if len(content) == 1:
         ((key, value),) = content.items()
-        shape = value.shape if isinstance(value, StoredTensor) else ()
+        shape = value.shape if _is_float(value) else ()
         named = not key.endswith(("weight", "bias")) and "." not in key and not is_lora([key])
         return _INVERSION if named and len(shape) in (1, 2) else None
     return None

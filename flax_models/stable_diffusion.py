@@ -65,7 +65,8 @@ def add_tokens(
 ) -> StableDiffusionPipeline:
     """The pipeline with more tokens in its tokenizer and text encoder; it stays as it is.
 
-    A new token's id follows the tokenizer's last one. The table of embeddings grows where it has no
+    A new token's id follows the tokenizer's last one; a name with capitals is read as it is
+    written, others in any case. The table of embeddings grows where it has no
     row to spare there; every other row keeps its bits.
 
     Args:
@@ -90,8 +91,12 @@ def add_tokens(
                 f"the tokenizer already has the token {token!r}: choose another name, such as "
                 "'<new1>'."
             )
+    from transformers import AddedToken
+
+    # CLIP reads in lower case, in which a name with capitals would not be found again.
+    added = [AddedToken(token, normalized=token == token.lower()) for token in rows]
     for each in tokenizers.values():
-        each.add_tokens(list(rows))
+        each.add_tokens(added)
     ids = token_ids(tokenizer, list(rows))
     encoder = nnx.clone(pipeline.prompt_encoder)
     widths = [tower.config.hidden_size for tower in encoder.towers]

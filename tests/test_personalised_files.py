@@ -462,10 +462,15 @@ def test_words_of_several_vectors_stand_for_all_of_them(work, tmp_path):
     base = load_pytorch(work / "base")
     rows = np.eye(3, base.text_encoder.config.hidden_size, dtype=np.float32)
     safetensors.numpy.save_file({"<cat>": rows}, tmp_path / "cat.safetensors")
-    save_pytorch(load_personalised(base, tmp_path / "cat.safetensors"), tmp_path / "out")
+    safetensors.numpy.save_file({"emb_params": rows[:2]}, tmp_path / "EasyNegative.safetensors")
+    both = load_personalised(base, tmp_path / "cat.safetensors")
+    both = load_personalised(both, tmp_path / "EasyNegative.safetensors")
+    save_pytorch(both, tmp_path / "out")
     tokenizer = load_pytorch(tmp_path / "out", components=["tokenizer"]).tokenizer
     theirs = diffusers.loaders.TextualInversionLoaderMixin()
     prompts = ["a <cat>", "seven", "a <cat> and <cat>_1", "<cat><cat>_2, seven", "a <Cat>"]
+    assert expanded(tokenizer, ["(EasyNegative)"]) == ["(EasyNegative EasyNegative_1)"]
+    prompts += ["EasyNegative, a <cat>", "easynegative"]
     assert expanded(tokenizer, prompts) == theirs.maybe_convert_prompt(prompts, tokenizer)
     ids = tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
     assert tokenize(tokenizer, ["a <cat>"])[0, 2:5].tolist() == ids
