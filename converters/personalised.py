@@ -292,7 +292,7 @@ def _open(path: Path) -> dict[str, Any]:
         load_pickle(path)  # says what is missing
         raise
     # The dict of parameters of the first textual inversions is a module, whose state is a dict.
-    named = [(_Parameters, "torch.nn.modules.container.ParameterDict")]
+    named: list[Any] = [(_Parameters, "torch.nn.modules.container.ParameterDict")]
     with torch.serialization.safe_globals(named):
         content = load_pickle(path)
 

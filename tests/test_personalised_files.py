@@ -30,7 +30,7 @@ from conceptax.converters.compvis_names import renamed
 from conceptax.converters.compvis_parts import unet_names_of
 from conceptax.converters.personalised import CUSTOM_DIFFUSION, describe, read_personalisation
 from conceptax.converters.tensors import tensor_specs, variables
-from conceptax.flax_models.stable_diffusion import TokenError, expanded, token_ids
+from conceptax.flax_models.stable_diffusion import TokenError, add_tokens, expanded, token_ids
 from conceptax.methods.concepts import concept_prompts, encode_phrases
 from conceptax.methods.instances import image_files, read_class_folders, read_image
 from conceptax.methods.new_tokens import initial_rows
@@ -475,6 +475,8 @@ def test_words_of_several_vectors_stand_for_all_of_them(work, tmp_path):
     ids = tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
     assert tokenize(tokenizer, ["a <cat>"])[0, 2:5].tolist() == ids
     assert encode_phrases(tokenizer, ["a <cat>"], 12)[0, 2:5].tolist() == ids
+    with pytest.raises(TokenError, match="<cat>_2, <cat>_3 for the vectors of one token '<cat>'"):
+        add_tokens(both, {"<cat>_3": rows[0]})
     prompts = concept_prompts(tokenizer, "<cat>", 12, ["a {}", "{} seven"])
     assert prompts.tokens[prompts.concept].tolist() == 2 * ids
     with pytest.raises(TokenError, match="'<cat>' of '<dog>' is 3 tokens"):
