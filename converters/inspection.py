@@ -13,7 +13,7 @@ from .components import abstract
 from .compvis_parts import is_single_file, read_single_file
 from .errors import CheckpointError
 from .lora import FILES, check_lora, is_lora
-from .personalised import is_personalised, read_personalisation
+from .personalised import describe, is_personalised, read_personalisation
 from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, ITEM_SIZES, StoredTensor
 from .segmentation import Plan, plan_of
 from .tensors import compare, tensor_specs
@@ -80,6 +80,8 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and not (path / "config.json").is_file():
         found = next((path / name for name in FILES if (path / name).is_file()), None)
+        if found is None and describe(path) is not None:
+            return _personalisation(path)
         if found is None:
             raise CheckpointError(
                 f"{path} holds neither model_index.json, nor config.json, nor {FILES[0]}. Pass the "

@@ -154,9 +154,14 @@ def _header(path: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as one of this format does, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
+    """Whether a file is called so, or begins as one does whatever its name."""
+    if path.suffix.lower() == ".safetensors":
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -19,8 +19,8 @@ class Command:
 
     With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT,
     diffusers, kohya, OneTrainer and ComfyUI), embeddings of new tokens (textual inversions, also
-    A1111's and SDXL's), pytorch_custom_diffusion_weights.bin, delta.bin, and changed weights of a UNet or a
-    text encoder (ESD, UCE).
+    A1111's and SDXL's), pytorch_custom_diffusion_weights.bin, delta.bin, and changed weights of a
+    UNet or a text encoder (ESD, UCE).
 
     Attributes:
       source: folder of a pipeline or of a component, a weight file beside its config.json, or a
