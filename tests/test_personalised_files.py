@@ -373,7 +373,7 @@ def test_layouts_of_others_are_read(learnt, tmp_path, torch):
         read_personalisation(tmp_path)
 
 
-def test_embeddings_of_every_program(work, tmp_path, torch):
+def test_embeddings_of_every_program(work, tmp_path, torch, capsys):
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
     table, save = torch.tensor(rows), safetensors.numpy.save_file
 
@@ -422,6 +422,8 @@ def test_embeddings_of_every_program(work, tmp_path, torch):
         load_personalised(base, tmp_path / "xl.safetensors")
     with pytest.raises(CheckpointError, match="is a textual inversion, which is no model"):
         load_pytorch(tmp_path / "xl.safetensors")
+    refused(capsys, "--add-scale is for LoRA files", "convert", work / "base", tmp_path / "out",
+            "--add", tmp_path / "x.pt", "--add-scale", "0.5")  # fmt: skip
 
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model."])
