@@ -154,7 +154,7 @@ def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     prompts = list(prompts)
     for number, prompt in enumerate(prompts if vectors else ()):
         for token in dict.fromkeys(tokenizer.tokenize(prompt)):
-            prompts[number] = prompts[number].replace(token, vectors.get(token, token))
+            prompts[number] = prompts[number].replace(token, vectors.get(token) or token)
     return prompts
 
 
