@@ -9,7 +9,7 @@ from .compvis import WRAPPERS, open_single_file
 from .compvis_parts import stranger
 from .errors import CheckpointError, listing
 from .lora import holds_lora, is_lora
-from .personalised import CUSTOM_DIFFUSION, is_personalised
+from .personalised import is_personalised, personalised_files
 from .safetensors_file import StoredTensor
 from .segmentation import loader_of
 from .weights import is_orbax, open_weights, read_json, visible
@@ -21,7 +21,6 @@ LORA, PERSONALISATION, WEIGHTS = "LoRA", "personalisation", "weight file"
 _INDEX, _CONFIG = "model_index.json", "config.json"
 _HUB = "models--"  # how the Hub's cache begins the name of a model's folder
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack")
-_PERSONALISED = (CUSTOM_DIFFUSION, "delta*.bin", "learned_embeds.*", "<*>.*")
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
@@ -88,7 +87,7 @@ def _folder(path: Path) -> Identity:
         return Identity(COMPONENT, path)
     if holds_lora(path):
         return _lora(path)
-    if any(file.is_file() for pattern in _PERSONALISED for file in path.glob(pattern)):
+    if personalised_files(path):
         return _personalisation(path)
     there = visible(path)
     if is_orbax(there):

@@ -23,7 +23,7 @@ from .identify import (
     identify,
     read_config,
 )
-from .lora import lora_file
+from .lora import check_lora, lora_file
 from .personalised import read_personalisation
 from .pipeline_folder import (
     carried_parts,
@@ -105,9 +105,7 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
         assert plan is not None
         return _plan(plan, str(path))
     if found.kind == LORA:
-        stored = open_weights(lora_file(path)) if stored is None else stored
-        part = _part("", "LoRA", stored.values(), {})
-        return Inspection("LoRA", [part], {}, {}, found.advice)
+        return _lora(lora_file(path), stored)._replace(advice=found.advice)
     if found.kind == SINGLE:
         return _single(stored or {}, path)
     if found.kind == WEIGHTS:
@@ -197,10 +195,21 @@ def _plan(plan: Plan, source: str) -> Inspection:
     return Inspection(f"single file of {name}", [part], leftovers, {})
 
 
+def _lora(path: Path, stored: Mapping[str, StoredTensor] | None) -> Inspection:
+    """A LoRA, or a relative of it that cannot be merged."""
+    problems = {}
+    try:
+        check_lora(path)
+    except CheckpointError as error:
+        problems = {"not supported here": [str(error)]}
+    tensors = (open_weights(path) if stored is None else stored).values()
+    return Inspection("LoRA", [_part("", "LoRA", tensors, problems)], {}, {})
+
+
 def _personalisation(path: Path) -> Inspection:
     """New tokens and cross-attention weights: a few megabytes, which are read."""
-    rows, unet = read_personalisation(path)
-    named = {"new tokens": rows, "UNet": unet}
+    found = read_personalisation(path)
+    named = {"new tokens": found.rows, "UNet": found.unet}
     parts = [
         _part(
             name, f"{len(arrays)} tensors" if name == "UNet" else ", ".join(sorted(arrays)),

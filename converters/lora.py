@@ -1,14 +1,17 @@
-"""LoRA files (Hu et al. 2021): read under three programs' names, merged, kept apart, and written.
+"""LoRA files (Hu et al. 2021): read under many programs' names, merged, kept apart, and written.
 
 A LoRA changes the weight W [out, in] of a layer to W + scale * alpha/r * B A, with A [r, in] and
-B [out, r]; for a convolution A is [r, in, h, w] and B is [out, r, 1, 1].  The names are
+B [out, r]; for a convolution A is [r, in, h, w] and B is [out, r, 1, 1], or, in three parts, A is
+[r, in, 1, 1] with a middle [r, r, h, w].  The names are
 
-* PEFT's: `unet.<module>.lora_A.weight`, `.lora_B.weight` (what diffusers writes);
+* PEFT's: `unet.<module>.lora_A.weight`, `.lora_B.weight` (what diffusers writes), or with
+  `base_model.model.` in front, of a model that the settings beside the file tell;
 * diffusers' older: `unet.<module>.lora.down.weight`, `<attention>.processor.to_q_lora.up.weight`;
-* kohya's: `lora_unet_<module, with _ for .>.lora_down.weight`, with `.alpha`; the module may also
-  have CompVis's name.
+* kohya's and OneTrainer's: `lora_unet_<module, with _ for .>.lora_down.weight`, with `.alpha`;
+* ComfyUI's: `diffusion_model.<module>`, `clip_l.transformer.<module>`.
 
-In the file alpha may be a tensor (kohya) or be noted in the header (PEFT); without either it is r.
+A module of the UNet may also have CompVis's name.  Alpha may be a tensor (kohya), or be noted in
+the file's header (diffusers) or in `adapter_config.json` (PEFT); without any of them it is r.
 """
 
 import dataclasses
@@ -32,28 +35,59 @@ from .safetensors_file import (
     FLOAT_TYPES,
     PendingTensor,
     StoredTensor,
+    is_safetensors,
+    open_safetensors,
     read_metadata,
     write_safetensors,
 )
 from .tensors import TensorSpec, is_finite, tensor_specs, variables
-from .weights import open_weights
+from .weights import open_weights, read_json
 
-FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+FILES = (
+    "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
+    "adapter_model.safetensors", "adapter_model.bin",
+)  # fmt: skip
 _KEY = re.compile(
-    r"(?P<module>.+?)(?:\.lora_(?P<peft>A|B)(?:\.default(?:_\d+)?)?\.weight"
-    r"|(?:\.lora|\.lora_linear_layer|(?P<processor>_lora))\.(?P<old>down|up)\.weight"
-    r"|\.lora_(?P<kohya>down|up)\.weight|(?P<alpha>\.alpha))"
+    r"(?P<module>.+?)(?:\.lora_(?P<new>A|B|down|mid|up)(?:(?:\.[^.]+)?\.weight)?"
+    r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<old>down|up|alpha)(?:\.weight)?"
+    r"|\.(?P<alpha>alpha))"
 )
+_KINDS = {"A": "A", "down": "A", "B": "B", "up": "B", "mid": "mid", "alpha": "alpha"}
+# What else such files hold, none of which is read.
+_RELATIVES = {
+    "LoHa": r".+\.hada_.+", "LoKr": r".+\.lokr_.+", "GLoRA": r"lora_.+\.[ab][12]\.weight",
+    "DoRA": r".+\.(dora_scale|lora_magnitude_vector.*)", "OFT": r".+\.b?oft_.+",
+    "IA3": r".+\.(on_input|ia3_l.*)", "VeRA": r".+\.vera_.+",
+    "LoRA of embeddings": r".+\.lora_embedding_[AB].*",
+    "LoRA with biases": r".+\.lora_(B|up)(\..+)?\.bias",
+    "whole differences": r".+\.diff(_b)?",
+    "embeddings within a LoRA": r"bundle_emb\..+",
+}  # fmt: skip
 # What a module's name begins with -> the pipeline's component.
 _PREFIXES = {
-    "unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
-    "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-}  # fmt: skip
+    r"unet\.|lora_unet_|(model\.)?diffusion_model\.": "unet",
+    r"text_encoder\.|lora_te1?_|(text_encoders\.)?clip_[lh]\.(transformer\.)?": "text_encoder",
+    r"text_encoder_2\.|lora_te2_|(text_encoders\.)?clip_g\.(transformer\.)?": "text_encoder_2",
+}
+_COMPONENTS = tuple(_PREFIXES.values())
+_PEFT = "base_model.model."
 _TEXT = "text_model."
+# The attention of text encoders, by diffusers' names of 2023.
+_TEXT_2023 = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 _HEADER = "lora_adapter_metadata"  # where diffusers notes PEFT's settings
+_CONFIG = "adapter_config.json"  # where PEFT does
+# PEFT's settings that make of a LoRA something else; what is not named here serves training alone.
+_REFUSED = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save",
+    "layer_replication", "trainable_token_indices", "target_parameters", "megatron_config",
+    "arrow_config", "alora_invocation_tokens",
+)  # fmt: skip
+_OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change it
+_PEFT_ALPHA = 8  # PEFT's own, where its settings name none
+_MAX_PATTERN = 300
 
 Pair = tuple[np.ndarray, np.ndarray]
+Noted = dict[str, Any]  # PEFT's settings
 
 
 class LoraSummary(NamedTuple):
@@ -75,8 +109,11 @@ class LoraSummary(NamedTuple):
 
 
 def is_lora(keys: Any) -> bool:
-    """Whether tensors with these names are a LoRA, of whatever program."""
-    return any((found := _KEY.fullmatch(key)) and not found["alpha"] for key in keys)
+    """Whether tensors with these names are a LoRA, or a relative of it, of whatever program."""
+    return any(
+        ((found := _KEY.fullmatch(key)) and found["alpha"] is None) or _relative(key)
+        for key in keys
+    )
 
 
 def holds_lora(path: Path | str) -> bool:
@@ -85,16 +122,25 @@ def holds_lora(path: Path | str) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in FILES)
     try:
-        return path.is_file() and is_lora(open_weights(path))
+        return path.is_file() and is_lora(_stored(path))
     except CheckpointError:
         return False  # whoever reads it as something else says what is wrong with it
+
+
+def check_lora(path: Path | str) -> None:
+    """Read all of a LoRA but its numbers, as `load_lora` does without knowing the model.
+
+    Raises:
+      CheckpointError: a damaged file, another kind of file, or settings that are not supported.
+    """
+    _read(lora_file(path))
 
 
 def load_lora(path: Path | str, pipeline: Any) -> dict[str, dict[str, Pair]]:
     """Read a LoRA without merging it.
 
     Args:
-      path: the file, or a folder with `pytorch_lora_weights.safetensors`.
+      path: the file, or a folder with one of `FILES`; PEFT's `adapter_config.json` lies beside it.
       pipeline: a `StableDiffusionPipeline` of the model it was made for.
 
     Returns:
@@ -105,41 +151,26 @@ def load_lora(path: Path | str, pipeline: Any) -> dict[str, dict[str, Pair]]:
       CheckpointError: a damaged file, another kind of file, modules that the pipeline lacks.
     """
     path = lora_file(path)
-    stored = open_weights(path)
-    noted = _noted_alphas(path)
-    parts: dict[tuple[str, str], dict[str, StoredTensor]] = {}
-    strange = []
-    for key, tensor in stored.items():
-        found = _KEY.fullmatch(key)
-        if found is None:
-            strange.append(key)
-            continue
-        down = found["peft"] == "A" or "down" in (found["old"], found["kohya"])
-        kind = "alpha" if found["alpha"] else "A" if down else "B"
-        place = _place(found["module"], processor=bool(found["processor"]))
-        if kind in parts.setdefault(place, {}):
-            raise CheckpointError(f"{path} has {key} under two names.")
-        parts[place][kind] = tensor
-    if strange:
-        raise CheckpointError(
-            f"{path} is no LoRA that can be read: {len(strange)} unexpected: "
-            f"{listing(sorted(strange))}. LoHa, LoKr, DoRA and other relatives are not supported."
-        )
-
+    parts, noted = _read(path)
+    targets = {name: _targets(pipeline, name) for name in _COMPONENTS}
+    home = _home(path, noted, pipeline)
     pairs: dict[str, dict[str, Pair]] = {}
-    targets = {name: _targets(pipeline, name) for name in sorted({name for name, _ in parts})}
-    unknown = sorted(f"{name}.{module}" for name, module in parts if module not in targets[name])
-    if unknown:
-        raise CheckpointError(
-            f"{path} does not fit this pipeline: {len(unknown)} unexpected: {listing(unknown)}. It "
-            "was made for another model."
-        )
-    for (name, module), tensors in parts.items():
+    unknown = []
+    for (prefix, module), tensors in parts.items():
+        name = prefix or home or _component(module, targets, path)
+        if module not in targets[name]:
+            unknown.append(f"{name}.{module}")
+            continue
         target = targets[name][module]
         what = f"{path}: {name}.{target}"
         if target in pairs.setdefault(name, {}):
             raise CheckpointError(f"{what} is there under two names.")
-        pairs[name][target] = _pair(tensors, noted.get(name), module, what)
+        pairs[name][target] = _pair(tensors, noted.get(name, noted.get("")), target, what)
+    if unknown:
+        raise CheckpointError(
+            f"{path} does not fit this pipeline: {len(unknown)} unexpected: "
+            f"{listing(sorted(unknown))}. It was made for another model."
+        )
     return pairs
 
 
@@ -194,25 +225,85 @@ def lora_file(path: Path | str) -> Path:
     if path.is_dir():
         found = next((path / name for name in FILES if (path / name).is_file()), None)
         if found is None:
-            raise CheckpointError(f"{path} holds neither {' nor '.join(FILES)}. Pass the file.")
+            raise CheckpointError(f"{path} holds none of {', '.join(FILES)}. Pass the file.")
         return found
     return path
 
 
-def _place(module: str, *, processor: bool) -> tuple[str, str]:
-    """The component, and the module's name in it as the file has it."""
-    module = module.removeprefix("base_model.model.")
-    component = "unet"
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    """A file's tensors: what is in it decides, not its suffix."""
+    return open_safetensors(path) if is_safetensors(path) else open_weights(path)
+
+
+def _relative(key: str) -> str | None:
+    """What a tensor of this name belongs to, if it is one of `_RELATIVES`."""
+    return next((kind for kind, form in _RELATIVES.items() if re.fullmatch(form, key)), None)
+
+
+def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], dict[str, Noted]]:
+    """(component or "", module) -> A, B, ... of it; and the settings by component or ""."""
+    stored = _stored(path)
+    parts: dict[tuple[str, str], dict[str, StoredTensor]] = {}
+    strange: dict[str, list[str]] = {}
+    for key, tensor in stored.items():
+        found, kind = _KEY.fullmatch(key), _relative(key)
+        if kind is not None or found is None:
+            told = "unexpected" if kind is None else f"of {kind}, which is not supported"
+            strange.setdefault(told, []).append(key)
+            continue
+        kind = _KINDS[found["new"] or found["old"] or found["alpha"]]
+        place = _place(found["module"])
+        if kind in parts.setdefault(place, {}):
+            raise CheckpointError(f"{path} has {key} under two names.")
+        parts[place][kind] = tensor
+    if strange or not parts:
+        told = [f"{len(names)} {kind}: {listing(sorted(names))}" for kind, names in strange.items()]
+        raise CheckpointError(
+            f"{path} is no LoRA that can be read: {'; '.join(told) or 'it is empty'}."
+        )
+    noted = _noted(path)
+    peft = [key for key in stored if key.startswith(_PEFT)]
+    if not noted and (peft or path.stem == "adapter_model"):
+        config = path.parent / _CONFIG
+        if config.is_file():
+            noted = {"": _supported(read_json(config), str(config))}
+        elif path.stem == "adapter_model" and not any("alpha" in part for part in parts.values()):
+            raise CheckpointError(
+                f"{path} is PEFT's, which keeps the strength of a LoRA in {_CONFIG}: put that file "
+                "beside it."
+            )
+    return parts, noted
+
+
+def _place(module: str) -> tuple[str, str]:
+    """The component, "" where the name does not tell, and the module's name in it."""
+    module = module.removeprefix(_PEFT).replace(".processor.", ".")
     for prefix, name in _PREFIXES.items():
-        if module.startswith(prefix):
-            component, module = name, module.removeprefix(prefix)
-            break
-    if processor:
-        module = module.replace(".processor.", ".")
-        module += ".0" if module.endswith(".to_out") else ""
-    if component != "unet":
-        module = module.removeprefix(_TEXT).removeprefix(_TEXT.replace(".", "_"))
-    return component, module
+        if found := re.match(prefix, module):
+            return name, module[found.end() :]
+    return "", module
+
+
+def _home(path: Path, noted: Mapping[str, Noted], pipeline: Any) -> str | None:
+    """The component that an adapter of one model belongs to, where its settings or folder tell."""
+    mapping = noted.get("", {}).get("auto_mapping")
+    kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    for name in _COMPONENTS:
+        if kind is not None and getattr(getattr(pipeline, name, None), "pytorch_class", 0) == kind:
+            return name
+    folder = path.resolve().parent.name
+    return folder if folder in _COMPONENTS else None
+
+
+def _component(module: str, targets: Mapping[str, Mapping[str, str]], path: Path) -> str:
+    """The component that has a module."""
+    found = [name for name in _COMPONENTS if module in targets[name]]
+    if len(found) > 1 and "unet" not in found:
+        raise CheckpointError(
+            f"{path} does not tell whether it is for {' or '.join(found)}: put it into a folder of "
+            "that name."
+        )
+    return found[0] if found else "unet"
 
 
 def _weights(model: Any) -> dict[str, TensorSpec]:
@@ -230,69 +321,132 @@ def _targets(pipeline: Any, component: str) -> dict[str, str]:
     model = getattr(pipeline, component, None)
     if model is None:
         return {}
-    modules = list(_weights(model))
-    names = {module.replace(".", "_"): module for module in modules}
+    back: dict[str, str] = {}
     if component == "unet":
         back = {new: old for old, new in unet_names_of(model.config.to_dict()).items()}
-        for module in modules:
-            if (old := renamed(module, back)) is not None:
-                names |= {old: module, old.replace(".", "_"): module}
-    return names | {module: module for module in modules}
+    targets: dict[str, str] = {}
+    for module in _weights(model):
+        bare = module.removeprefix(_TEXT)
+        *inside, last = bare.rsplit(".", 1)
+        names = [bare, bare.removesuffix(".0"), renamed(bare, back) or bare]
+        if inside and inside[0].endswith("self_attn"):
+            names.append(f"{inside[0]}.{_TEXT_2023[last]}")
+        if component != "unet":
+            names += [_TEXT + name for name in names]
+        for name in names:
+            targets |= {name: module, name.replace(".", "_"): module}
+    return targets
 
 
-def _noted_alphas(path: Path) -> dict[str, dict[str, Any]]:
-    """PEFT's settings by component, where the header has them."""
-    if path.suffix != ".safetensors":
+def _noted(path: Path) -> dict[str, Noted]:
+    """PEFT's settings by component, or "" of a model alone, where the header has them."""
+    if not is_safetensors(path):
         return {}
     try:
         settings = json.loads(read_metadata(path).get(_HEADER, "{}"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the {_HEADER} in its header is no JSON.") from error
-    noted: dict[str, dict[str, Any]] = {}
+    noted: dict[str, Noted] = {}
     for name, value in settings.items() if isinstance(settings, dict) else ():
         component, _, setting = name.partition(".")
+        if component not in _COMPONENTS:
+            component, setting = "", name
         noted.setdefault(component, {})[setting] = value
-    for component, own in noted.items():
-        odd = [name for name in ("use_dora", "use_rslora", "lora_bias", "alpha_pattern")
-               if own.get(name)]  # fmt: skip
-        if odd:
-            raise CheckpointError(
-                f"{path} was trained with {listing(odd)} ({component}), which is not supported."
-            )
-    return noted
+    return {
+        name: _supported(own, str(path), f" ({name})" if name else "")
+        for name, own in noted.items()
+    }
 
 
-def _pair(
-    tensors: Mapping[str, StoredTensor], noted: Mapping[str, Any] | None, module: str, what: str
-) -> Pair:
-    """A and B of one module, checked, with alpha/r in B."""
+def _supported(settings: Noted, source: str, where: str = "") -> Noted:
+    """PEFT's settings, if the LoRA is one that W + alpha/r B A describes."""
+    odd = [name for name in _REFUSED if settings.get(name)]
+    if settings.get("bias") not in (None, "none"):
+        odd.append(f"bias={settings['bias']!r}")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
+        odd.append(f"init_lora_weights={start!r}")
+    kind = settings.get("peft_type")
+    if kind is not None and str(kind).upper().removeprefix("PEFTTYPE.") != "LORA":
+        odd.append(f"peft_type={kind!r}")
+    if odd:
+        raise CheckpointError(
+            f"{source} was trained with {listing(odd)}{where}, which is not supported."
+        )
+    patterns = {name: settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern")}
+    numbers = {name: settings.get(name, _PEFT_ALPHA) for name in ("lora_alpha", "r")}
+    for name, value in (numbers | patterns).items():
+        values = list(value.values()) if name in patterns and isinstance(value, dict) else [value]
+        if not all(map(_is_number, values)):
+            raise CheckpointError(f"{source}: {name} is {str(value)[:80]!r}, expected numbers.")
+    return {**settings, **patterns}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _setting(noted: Noted, pattern: str, default: Any, module: str, what: str) -> Any:
+    """A setting of a module: the first pattern that its name ends with, or the default."""
+    for form, value in noted[pattern].items():
+        try:
+            if len(form) <= _MAX_PATTERN and re.match(rf"(.*\.)?({form})$", module):
+                return value
+        except re.error as error:
+            raise CheckpointError(f"{what}: {pattern} has {form[:80]!r}: {error}.") from error
+    return default
+
+
+def _scale(noted: Noted | None, rank: int, module: str, what: str) -> float:
+    """What B A is multiplied by, where no tensor says so."""
+    if noted is None:
+        return 1.0
+    module = _TEXT + module if module.startswith(("encoder.", "embeddings.")) else module
+    alpha = _setting(noted, "alpha_pattern", noted.get("lora_alpha", _PEFT_ALPHA), module, what)
+    told = _setting(noted, "rank_pattern", noted.get("r"), module, what)
+    if told not in (None, rank):
+        raise CheckpointError(f"{what} has rank {rank}, and its settings say {told}.")
+    return alpha / (np.sqrt(rank) if noted.get("use_rslora") else rank)
+
+
+def _pair(tensors: Mapping[str, StoredTensor], noted: Noted | None, module: str, what: str) -> Pair:
+    """A and B of one module, checked, with what multiplies them in B."""
     lost = [f"lora_{kind}" for kind in "AB" if kind not in tensors]
     if lost:
         raise CheckpointError(f"{what} lacks {lost[0]}. The file is incomplete.")
     arrays = {}
     for kind, tensor in tensors.items():
-        if tensor.dtype not in FLOAT_TYPES:
+        if kind == "alpha":
+            if int(np.prod(tensor.shape)) != 1:
+                raise CheckpointError(f"{what}: alpha has shape {list(tensor.shape)}.")
+        elif tensor.dtype not in FLOAT_TYPES:
             raise CheckpointError(f"{what}: {kind} is {tensor.dtype}, expected floating point.")
-        values = np.ascontiguousarray(tensor.read())
-        if not is_finite(values, tensor.dtype) or not values.size:
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(tensor.read()).astype(np.float32)
+        if not values.size or not is_finite(values, "F32"):
             raise CheckpointError(f"{what}: {kind} is empty, or holds NaN or infinite values.")
-        arrays[kind] = values.astype(np.float32)
-    down, up = arrays["A"], arrays["B"]
-    fits = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == len(down)
+        arrays[kind] = values
+    down, up, rank = arrays["A"], arrays["B"], len(arrays["A"])
+    if (mid := arrays.get("mid")) is not None:
+        one = down.ndim in (2, 4) and down[0, 0].size == 1
+        if not one or mid.ndim != 4 or mid.shape[:2] != (rank, rank):
+            raise CheckpointError(
+                f"{what} has A {list(down.shape)} and a middle {list(mid.shape)}; expected "
+                "[r, in, 1, 1] and [r, r, h, w]."
+            )
+        down = np.einsum("ijhw,jc->ichw", mid, down.reshape(down.shape[:2]))
+    fits = down.ndim in (2, 4) and up.ndim in (2, 4) and up.shape[1] == rank
     if not fits or up[0, 0].size != 1:
         raise CheckpointError(
             f"{what} has A {list(down.shape)} and B {list(up.shape)}; expected [r, in] and "
             "[out, r], or those of a convolution."
         )
-    rank = len(down)
-    alpha: Any = rank
+    up = up.reshape(up.shape[:2] + (1,) * (down.ndim - 2))
     if "alpha" in arrays:
-        if arrays["alpha"].size != 1:
-            raise CheckpointError(f"{what}: alpha has shape {list(arrays['alpha'].shape)}.")
-        alpha = float(arrays["alpha"].reshape(()))
-    elif noted and isinstance(noted.get("lora_alpha"), int | float):
-        alpha = noted["lora_alpha"]
-    return down, up * np.float32(alpha / rank)
+        scale = float(arrays["alpha"].reshape(())) / rank
+    else:
+        scale = _scale(noted, rank, module, what)
+    return down, up * np.float32(scale)
 
 
 # ---- out ----

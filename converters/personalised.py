@@ -1,11 +1,15 @@
 """What personalising leaves behind, in the files that diffusers and the authors exchange.
 
 * Textual inversion: one file per token, `{"<new1>": [dim]}`, for `pipe.load_textual_inversion`.
+  Those of others may hold several vectors [n, dim], and may leave the token to the file's name:
+  A1111's (`string_to_param`), kohya's (`emb_params`), and SDXL's (`clip_l` and `clip_g`).
 * Custom Diffusion and ClassDiffusion: `pytorch_custom_diffusion_weights.bin`, the trained part of
   the cross-attention under the names of diffusers' attention processors, with an empty dict for
   each self-attention, for `unet.load_attn_procs(folder, weight_name=CUSTOM_DIFFUSION,
   _pipeline=pipe)`; without `_pipeline` diffusers 0.29 and later ignore it in silence.
 * Custom Diffusion's first form, `delta.bin`: `{"unet": {...}, "modifier_token": {...}}`.
+* Changed weights of a UNet or a text encoder under their own names, as ESD and UCE are published
+  and as `save_changes` writes.
 
 The authors' safe form of the first has safetensors bytes under a `.bin` name, so the content of a
 file decides, not its suffix.
@@ -13,19 +17,26 @@ file decides, not its suffix.
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from .compvis_names import renamed
+from .compvis_parts import is_single_file, unet_names_of
 from .errors import CheckpointError, OutputError, listing
+from .lora import holds_lora, is_lora
 from .safetensors_file import (
     FLOAT_NAMES,
     FLOAT_TYPES,
     PendingTensor,
+    StoredTensor,
+    is_safetensors,
     open_safetensors,
     write_safetensors,
 )
@@ -39,14 +50,40 @@ _TRAINED = {
     "crossattn_kv": ("*.attn2.to_k.*", "*.attn2.to_v.*"),
     "crossattn": ("*.attn2.*",),
 }
+# What such files are called in a folder.
+_PATTERNS = (
+    CUSTOM_DIFFUSION, "delta*.bin", "learned_embeds.*", "<*>.*", "*_emb.safetensors",
+    "*_changes.safetensors",
+)  # fmt: skip
+_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
+_TEXT = "text_model."
+# Keys of a UNet and of a text encoder, by diffusers', transformers' and CompVis's names.
+_CHANGED = re.compile(
+    r"(?:unet\.|(?:model\.)?diffusion_model\.)?(?P<unet>(?:(?:down|up|input|output)_blocks"
+    r"|mid_block|middle_block|conv_in|conv_norm_out|conv_out|time_embed(?:ding)?|add_embedding"
+    r"|label_emb|out)\..+)"
+    r"|(?P<second>text_encoder_2\.)?(?:text_encoder\.)?(?:text_model\.)?"
+    r"(?P<text>(?:encoder\.layers|embeddings|final_layer_norm|text_projection)\..+)"
+)
+_COUNTED = "*.position_ids"  # older transformers stored them; they are no weights
+_INVERSION, _CROSS, _WEIGHTS = (
+    "a textual inversion", "weights of Custom Diffusion", "changed weights of a model",
+)  # fmt: skip
 Array = Any
 
 
 class Personalisation(NamedTuple):
-    """New tokens with their embeddings, and UNet tensors by their state-dict key."""
+    """What is merged into a model.
+
+    Attributes:
+      rows: new tokens -> embeddings [dim], of SDXL the two encoders' one after the other.
+      unet: cross-attention tensors of the UNet by their state-dict key.
+      changes: component -> its other tensors by key, without `text_model.`; perhaps CompVis's.
+    """
 
     rows: dict[str, np.ndarray]
     unet: dict[str, np.ndarray]
+    changes: Mapping[str, dict[str, np.ndarray]] = MappingProxyType({})
 
 
 # ---- out ----
@@ -141,38 +178,49 @@ def _processor_key(key: str) -> str:
 # ---- in ----
 
 
-def read_personalisation(path: Path | str) -> Personalisation:
-    """Read a file, or all such files of a folder.
+def personalised_files(path: Path | str) -> list[Path]:
+    """The files that `read_personalisation` reads: the path itself, or those of a folder.
 
-    In a folder those are `pytorch_custom_diffusion_weights.bin`, `delta*.bin`, `learned_embeds.*`
-    and the files named for a token, `<...>.safetensors` or `<...>.bin`.
+    In a folder they are `pytorch_custom_diffusion_weights.bin`, `delta*.bin`, `learned_embeds.*`,
+    `*_emb.safetensors`, `*_changes.safetensors`, and those named for a token, `<...>.safetensors`
+    or `<...>.bin`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        file for file in path.iterdir()
+        if file.suffix.lower() in _SUFFIXES
+        and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _PATTERNS)
+    )  # fmt: skip
+
+
+def read_personalisation(path: Path | str) -> Personalisation:
+    """Read a file, or all `personalised_files` of a folder.
 
     Raises:
       CheckpointError: nothing of the kind, damaged or unsafe files, a token that comes twice.
     """
     path = Path(path).expanduser()
-    files = [path]
-    if path.is_dir():
-        patterns = (CUSTOM_DIFFUSION, "delta*.bin", "learned_embeds.*", "<*>.*")
-        files = sorted(
-            file for file in path.iterdir()
-            if file.suffix in (".bin", ".safetensors")
-            and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)
-        )  # fmt: skip
+    files = personalised_files(path)
     if not files:
         raise CheckpointError(
             f"{path} holds neither {CUSTOM_DIFFUSION}, nor delta.bin, nor embeddings of tokens "
-            "such as '<new1>.safetensors'. Pass the file itself if it has another name."
+            "such as '<new1>.safetensors', nor changed weights such as 'unet_changes.safetensors'. "
+            "Pass the file itself if it has another name."
         )
     rows: dict[str, np.ndarray] = {}
     unet: dict[str, np.ndarray] = {}
+    changes: dict[str, dict[str, np.ndarray]] = {}
     for file in files:
         found = _interpret(_open(file), file)
         if twice := sorted(rows.keys() & found.rows.keys()):
             raise CheckpointError(f"{path} has the token {twice[0]!r} in more than one file.")
         rows |= found.rows
         unet |= found.unet
-    return Personalisation(rows, unet)
+        for name, tensors in found.changes.items():
+            changes.setdefault(name, {}).update(tensors)
+    return Personalisation(rows, unet, changes)
 
 
 def is_personalised(path: Path) -> bool:
@@ -181,24 +229,31 @@ def is_personalised(path: Path) -> bool:
     Raises:
       CheckpointError: a damaged or unsafe file.
     """
-    with open(path, "rb") as file:
-        start = file.read(9)
-    safe = path.suffix == ".safetensors" or start[8:] == b"{"
-    content = open_safetensors(path) if safe else load_pickle(path)
-    return any(
-        isinstance(key, str)
-        and (
-            fnmatch.fnmatchcase(key, "<*>")
-            or key == "emb_params"
-            or _PART in key
-            or key == "modifier_token"
-        )
-        for key in content
-    )
+    return _kind(_open(path)) in (_INVERSION, _CROSS)
+
+
+def describe(path: Path | str) -> str | None:
+    """What a path is that goes into a model and is none: "a LoRA", "a textual inversion", ...
+
+    None for everything else, which includes weights under a model's own names.
+
+    Raises:
+      CheckpointError: a damaged or unsafe file.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and (
+        (path / "model_index.json").is_file() or (path / "config.json").is_file()
+    ):
+        return None
+    if holds_lora(path):
+        return "a LoRA"
+    files = [file for file in personalised_files(path) if file.suffix.lower() in _SUFFIXES]
+    kinds = [_kind(_open(file)) for file in files if file.is_file()]
+    return next((kind for kind in kinds if kind in (_INVERSION, _CROSS)), None)
 
 
 def load_personalised(pipeline: Any, path: Path | str) -> Any:
-    """The pipeline with new tokens and cross-attention weights from files merged into it.
+    """The pipeline with new tokens, cross-attention and changed weights from files merged into it.
 
     Args:
       pipeline: a `StableDiffusionPipeline` of the model that was personalised; it stays as it is.
@@ -210,61 +265,187 @@ def load_personalised(pipeline: Any, path: Path | str) -> Any:
     """
     from ..flax_models.stable_diffusion import add_tokens
 
-    rows, tensors = read_personalisation(path)
-    if tensors:
-        pipeline = dataclasses.replace(
-            pipeline, unet=_with_tensors(pipeline.unet, tensors, str(path))
-        )
+    rows, cross, changes = read_personalisation(path)
+    if cross:
+        needed = _TRAINED["crossattn_kv"]
+        unet = _with_tensors(pipeline.unet, cross, f"{path} does not fit this UNet", needed)
+        pipeline = dataclasses.replace(pipeline, unet=unet)
+    for name, tensors in changes.items():
+        model = getattr(pipeline, name, None)
+        if model is None:
+            raise CheckpointError(f"{path} changes a {name}, which this pipeline has not.")
+        told = f"{path} does not fit this pipeline's {name}"
+        model = _with_tensors(model, _own_names(model, tensors, name), told)
+        pipeline = dataclasses.replace(pipeline, **{name: model})
     return add_tokens(pipeline, rows) if rows else pipeline
 
 
 def _open(path: Path) -> dict[str, Any]:
-    """The content of a file: name -> array, or a nested dict of them."""
+    """What a file holds: name -> stored tensor, or a nested dict of them, or anything else."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":
-        stored = open_safetensors(path)
-        wrong = [key for key, tensor in stored.items() if tensor.dtype not in FLOAT_TYPES]
-        if wrong:
-            raise CheckpointError(f"{path}: {listing(wrong)} are no floating-point tensors.")
-        return {key: np.array(tensor.read()) for key, tensor in stored.items()}
-    content = load_pickle(path)
-    import torch
+    if is_safetensors(path):
+        return dict(open_safetensors(path))
+    try:
+        import torch
+    except ImportError:
+        load_pickle(path)  # says what is missing
+        raise
+    # The dict of parameters of the first textual inversions is a module, whose state is a dict.
+    named: list[Any] = [(_Parameters, "torch.nn.modules.container.ParameterDict")]
+    with torch.serialization.safe_globals(named):
+        content = load_pickle(path)
 
     def convert(value: Any) -> Any:
+        if isinstance(value, _Parameters):
+            value = getattr(value, "_parameters", None)
         if isinstance(value, dict):
             return {str(key): convert(each) for key, each in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
         if value.layout != torch.strided or value.is_meta:
             raise CheckpointError(f"{path} holds a tensor that is not dense.")
-        return tensor_values(value)
+        kind = str(value.dtype).removeprefix("torch.")
+        return StoredTensor(kind, tuple(value.shape), lambda: tensor_values(value))
 
-    return convert(content)
+    found = convert(content)
+    inner = found.get("state_dict")
+    return inner if isinstance(inner, dict) else found
+
+
+class _Parameters:
+    """Stands for a `torch.nn.ParameterDict`; what it holds is a plain attribute."""
+
+
+def _kind(content: Mapping[str, Any]) -> str | None:
+    """What a file is, from its names and shapes; None if it is nothing of the kind."""
+    if isinstance(content.get("unet"), dict) or "modifier_token" in content:
+        return _CROSS
+    if any(_PART in key for key in content):
+        return _CROSS
+    if {"string_to_param", "emb_params", "clip_l", "clip_g"} & content.keys():
+        return _INVERSION
+    if content and all(_CHANGED.fullmatch(key) for key in content):
+        return _WEIGHTS
+    if any(fnmatch.fnmatchcase(key, "<*>") for key in content):
+        return _INVERSION
+    if len(content) == 1:
+        ((key, value),) = content.items()
+        shape = value.shape if _is_float(value) else ()
+        named = not key.endswith(("weight", "bias")) and "." not in key and not is_lora([key])
+        return _INVERSION if named and len(shape) in (1, 2) else None
+    return None
 
 
 def _interpret(content: Mapping[str, Any], path: Path) -> Personalisation:
-    if isinstance(content.get("unet"), dict):  # delta.bin
-        tokens = content.get("modifier_token") or {}
-        unet = {key.replace(".processor.", "."): value for key, value in content["unet"].items()}
-        return Personalisation(_rows(tokens, path), _tensors(unet, path))
-    if any(_PART in key for key in content):
-        unet = {
-            key.replace(".processor.", ".").replace(_PART, ""): value
-            for key, value in content.items()
-            if not (isinstance(value, dict) and not value)  # a self-attention
-        }
-        return Personalisation({}, _tensors(unet, path))
-    if "emb_params" in content:  # the token is in the file's name alone
-        return Personalisation(_rows({path.stem: content["emb_params"]}, path), {})
-    return Personalisation(_rows(content, path), {})
+    kind = _kind(content)
+    if kind == _INVERSION:
+        return Personalisation(_rows(_embeddings(content, path), path), {})
+    if kind == _WEIGHTS:
+        return Personalisation({}, {}, _changes(content, path))
+    if kind != _CROSS:
+        raise CheckpointError(f"{path} {_what(content)}")
+    if not any(_PART in key for key in content):  # delta.bin
+        if other := sorted(content.keys() - {"unet", "modifier_token"}):
+            raise CheckpointError(f"{path} holds {listing(other)} too, which is not supported.")
+        tokens, unet = (content.get(name) or {} for name in ("modifier_token", "unet"))
+        unet = {key.replace(".processor.", "."): value for key, value in unet.items()}
+        return Personalisation(
+            _rows(tokens, path) if tokens else {}, _tensors(unet, path) if unet else {}
+        )
+    unet = {
+        key.replace(".processor.", ".").replace(_PART, ""): value
+        for key, value in content.items()
+        if not (isinstance(value, dict) and not value)  # a self-attention
+    }
+    return Personalisation({}, _tensors(unet, path))
+
+
+def _what(content: Mapping[str, Any]) -> str:
+    """The rest of a sentence on a file that is nothing of the kind."""
+    if not content:
+        return "holds no tensors."
+    if is_lora(content):
+        return "is a LoRA, for merge_lora."
+    if is_single_file(content):
+        return "is a whole model: use it in place of another one, not in addition to it."
+    return (
+        "is no LoRA, no textual inversion, no Custom Diffusion, and no changed weights of a UNet "
+        f"or a text encoder; it holds {listing([key[:80] for key in sorted(content)])}."
+    )
+
+
+def _embeddings(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Token -> embeddings, under the names of every program; no token is the file's name."""
+    content = dict(content)
+    name = None
+    if "string_to_param" in content:  # A1111, and the authors of textual inversion
+        name, content = content.get("name"), content["string_to_param"]
+        if not isinstance(content, dict) or not content:
+            raise CheckpointError(f"{path}: string_to_param holds no embeddings.")
+    clips = {part: content.pop(part) for part in ("clip_l", "clip_g") if part in content}
+    if clips:
+        if len(clips) == 1:
+            (lost,) = {"clip_l", "clip_g"} - clips.keys()
+            raise CheckpointError(
+                f"{path} has {next(iter(clips))} and no {lost}: an embedding of SDXL has a part "
+                "for each of the two text encoders."
+            )
+        first, second = (np.atleast_2d(each) for each in _tensors(clips, path).values())
+        if first.ndim != 2 or second.ndim != 2 or len(first) != len(second):
+            raise CheckpointError(
+                f"{path}: clip_l is {list(first.shape)} and clip_g {list(second.shape)}; an "
+                "embedding of SDXL has as many vectors in both."
+            )
+        content["emb_params"] = np.concatenate([first, second], axis=1)
+    unnamed = [key for key in ("emb_params", "*") if key in content]
+    if unnamed and (other := sorted(content.keys() - {unnamed[0]})):
+        raise CheckpointError(
+            f"{path} is a textual inversion that holds {listing(other)} too, which is not read."
+        )
+    if not unnamed:
+        return content
+    if not isinstance(name, str) or name.split() != [name]:
+        name = path.stem
+    if name.split() != [name]:
+        raise CheckpointError(
+            f"{path} does not name its token, so that its file's name is it, which must be one "
+            "word: rename the file."
+        )
+    return {name: content[unnamed[0]]}
+
+
+def _changes(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Component -> tensors, of changed weights."""
+    content = {k: v for k, v in content.items() if not fnmatch.fnmatchcase(k, _COUNTED)}
+    changes: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in _tensors(content, path).items():
+        found = _CHANGED.fullmatch(key)
+        assert found is not None
+        second = found["second"] or path.stem.startswith("text_encoder_2")  # as it is exported
+        name = "unet" if found["unet"] else "text_encoder_2" if second else "text_encoder"
+        tensors = changes.setdefault(name, {})
+        bare = found["unet"] or found["text"]
+        if bare in tensors:
+            raise CheckpointError(f"{path} has {key} under two names.")
+        tensors[bare] = value
+    return changes
+
+
+def _own_names(
+    model: Any, tensors: Mapping[str, np.ndarray], component: str
+) -> dict[str, np.ndarray]:
+    """Changed weights under the keys of the model, where it has such keys."""
+    own = {spec.key.removeprefix(_TEXT): spec.key for spec in tensor_specs(model)}
+    if component == "unet":
+        old = unet_names_of(model.config.to_dict())
+        tensors = {key if key in own else renamed(key, old) or key: tensors[key] for key in tensors}
+    return {own.get(key, key): value for key, value in tensors.items()}
 
 
 def _rows(content: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
     """Embeddings by token; a table of n rows is `<t>`, `<t>_1`, ... as in diffusers."""
-    rows = {}
+    rows: dict[str, np.ndarray] = {}
     for token, value in _tensors(content, path).items():
         if value.ndim not in (1, 2) or not value.size:
             raise CheckpointError(
@@ -272,34 +453,52 @@ def _rows(content: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
                 "several have two. This is no textual inversion."
             )
         for number, row in enumerate(np.atleast_2d(value)):
-            rows[token if number == 0 else f"{token}_{number}"] = row
+            name = token if number == 0 else f"{token}_{number}"
+            if name in rows:
+                raise CheckpointError(f"{path} has the token {name!r} twice.")
+            rows[name] = row
     return rows
 
 
 def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
-    for key, value in content.items():
+    """The values of floating-point tensors, checked."""
+    values = {}
+    for key, stored in content.items():
+        value = np.array(stored.read()) if _is_float(stored) else stored
         if not isinstance(value, np.ndarray) or value.dtype not in FLOAT_NAMES:
-            kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            kind = stored.dtype if isinstance(stored, StoredTensor) else type(stored).__name__
             raise CheckpointError(
                 f"{path}: {key[:80]!r} is {kind}, expected a tensor of floating-point numbers. "
-                f"Known are textual inversions, {CUSTOM_DIFFUSION} and delta.bin."
+                f"Known are textual inversions, {CUSTOM_DIFFUSION}, delta.bin and changed weights."
             )
-        if not is_finite(np.ascontiguousarray(value), FLOAT_NAMES[value.dtype]):
+        if value.size and not is_finite(np.ascontiguousarray(value), FLOAT_NAMES[value.dtype]):
             raise CheckpointError(f"{path}: {key!r} holds NaN or infinite values.")
-    if not content:
+        values[key] = value
+    if not values:
         raise CheckpointError(f"{path} holds no tensors.")
-    return dict(content)
+    return values
 
 
-def _with_tensors(unet: Any, tensors: Mapping[str, np.ndarray], source: str) -> Any:
-    """A UNet with some tensors replaced: all keys and values of its cross-attention at least."""
-    specs: dict[str, TensorSpec] = {spec.key: spec for spec in tensor_specs(unet)}
-    needed = [
-        key for key in specs
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in _TRAINED["crossattn_kv"])
-    ]  # fmt: skip
+def _is_float(stored: Any) -> bool:
+    kinds = (*FLOAT_TYPES, "float64", "float32", "float16", "bfloat16")
+    return isinstance(stored, StoredTensor) and stored.dtype in kinds
+
+
+def _with_tensors(
+    model: Any, tensors: Mapping[str, np.ndarray], told: str, needed: Sequence[str] = ()
+) -> Any:
+    """A model with some tensors replaced.
+
+    Args:
+      model: it stays as it is.
+      tensors: by key.
+      told: what an error begins with.
+      needed: patterns of the keys that must be there.
+    """
+    specs: dict[str, TensorSpec] = {spec.key: spec for spec in tensor_specs(model)}
+    wanted = {key for key in specs if any(fnmatch.fnmatchcase(key, each) for each in needed)}
     problems = {
-        "missing": sorted(set(needed) - tensors.keys()),
+        "missing": sorted(wanted - tensors.keys()),
         "unexpected": sorted(tensors.keys() - specs.keys()),
         "of the wrong shape": [
             f"{key} {list(value.shape)} instead of {list(specs[key].shape)}"
@@ -307,14 +506,12 @@ def _with_tensors(unet: Any, tensors: Mapping[str, np.ndarray], source: str) -> 
             if key in specs and value.shape != specs[key].shape
         ],
     }
-    told = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
-    if told:
-        raise CheckpointError(
-            f"{source} does not fit this UNet: {'; '.join(told)}. It was made for another model."
-        )
-    unet = nnx.clone(unet)
-    slots = variables(unet)
+    lines = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
+    if lines:
+        raise CheckpointError(f"{told}: {'; '.join(lines)}. It was made for another model.")
+    model = nnx.clone(model)
+    slots = variables(model)
     for key, value in tensors.items():
         slot = slots[specs[key].path]
         slot.set_value(jnp.asarray(specs[key].to_nnx(value), slot.get_value().dtype))
-    return unet
+    return model

@@ -36,6 +36,10 @@ FLOAT_TYPES: dict[str, np.dtype] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+# Types that are read too, though no parameter has them: alphas of LoRA files.
+_INTEGERS = {
+    f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)
+}
 # Bytes per element of everything else a file may hold; a type not listed is not checked further.
 ITEM_SIZES = {
     **{name: dtype.itemsize for name, dtype in FLOAT_TYPES.items()},
@@ -155,6 +159,17 @@ def _header(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     return header, mapped[8 + length :]
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is called so, or begins as one does whatever its name."""
+    if path.suffix.lower() == ".safetensors":
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The free text in a file's header, by name.
 
@@ -172,7 +187,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
     Returns:
       Tensor name -> stored tensor; its `read()` is a read-only view into the mapped file, whose
-      type is one of `FLOAT_TYPES` (other types are listed, but cannot be read).
+      type is one of `FLOAT_TYPES` or an integer (other types are listed, but cannot be read).
 
     Raises:
       CheckpointError: not a safetensors file, truncated, or with an inconsistent header.
@@ -194,9 +209,14 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
     def stored(entry: Mapping[str, Any], start: int, stop: int) -> StoredTensor:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        return StoredTensor(
-            dtype, shape, lambda: data[start:stop].view(FLOAT_TYPES[dtype]).reshape(shape)
-        )
+        kind = FLOAT_TYPES.get(dtype, _INTEGERS.get(dtype))
+
+        def read() -> np.ndarray:
+            if kind is None:
+                raise CheckpointError(f"{path} holds {dtype}, which is not read here.")
+            return data[start:stop].view(kind).reshape(shape)
+
+        return StoredTensor(dtype, shape, read)
 
     return {key: stored(header[key], *span) for key, span in ranges.items()}
 

@@ -88,7 +88,8 @@ def add_tokens(
 ) -> StableDiffusionPipeline:
     """The pipeline with more tokens in its tokenizer and text encoder; it stays as it is.
 
-    A new token's id follows the tokenizer's last one. The table of embeddings grows where it has no
+    A new token's id follows the tokenizer's last one; a name with capitals is read as it is
+    written, others in any case. The table of embeddings grows where it has no
     row to spare there; every other row keeps its bits.
 
     Args:
@@ -97,9 +98,11 @@ def add_tokens(
         encoders' one after the other.
 
     Raises:
-      TokenError: a token that exists, that is empty or holds white space, or that the tokenizer
-        would not read as one; an embedding of another width.
+      TokenError: a token that exists, that is empty or holds white space, that the tokenizer would
+        not read as one, or would take for a vector of another; an embedding of another width.
     """
+    if pipeline.tokenizer is None or pipeline.prompt_encoder is None:
+        raise TokenError("new tokens need a pipeline with its tokenizer and text encoder.")
     tokenizers = {name: copy.deepcopy(getattr(pipeline, name)) for name in pipeline.TOKENIZERS}
     tokenizer = tokenizers["tokenizer"]
     vocabulary = tokenizer.get_vocab()
@@ -111,8 +114,19 @@ def add_tokens(
                 f"the tokenizer already has the token {token!r}: choose another name, such as "
                 "'<new1>'."
             )
+    from transformers import AddedToken
+
+    # CLIP reads in lower case, in which a name with capitals would not be found again.
+    added = [AddedToken(token, normalized=token == token.lower()) for token in rows]
     for each in tokenizers.values():
-        each.add_tokens(list(rows))
+        each.add_tokens(added)
+    for token, names in _vectors(tokenizer).items():
+        mixed = rows.keys() & set(names)
+        if mixed and not mixed.issuperset(names):
+            raise TokenError(
+                f"the tokenizer would take {', '.join(names)} for the vectors of one token "
+                f"{token!r}, and some of them are there already: choose another name."
+            )
     ids = token_ids(tokenizer, list(rows))
     encoder = nnx.clone(pipeline.prompt_encoder)
     widths = [tower.config.hidden_size for tower in encoder.towers]
@@ -151,6 +165,33 @@ def embedding_rows(
         tower.embeddings.token_embedding.embedding[...] for tower in pipeline.prompt_encoder.towers
     ]
     return [jnp.concatenate([table[index] for table in tables]) for index in ids]
+
+
+def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts with every word of several vectors spelt out, as diffusers reads them.
+
+    Of a textual inversion of n vectors the tokenizer has `<t>`, `<t>_1`, ..., and a prompt names
+    the first one alone. Every occurrence of its text is replaced, so this is done once and last.
+    """
+    vectors = {token: " ".join(names) for token, names in _vectors(tokenizer).items()}
+    prompts = list(prompts)
+    for number, prompt in enumerate(prompts if vectors else ()):
+        for token in dict.fromkeys(tokenizer.tokenize(prompt)):
+            prompts[number] = prompts[number].replace(token, vectors.get(token) or token)
+    return prompts
+
+
+def _vectors(tokenizer: Any) -> dict[str, list[str]]:
+    """Added tokens of several vectors -> the names of all of them."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    vectors = {}
+    for token in added:
+        names = [token]
+        while f"{token}_{len(names)}" in added:
+            names.append(f"{token}_{len(names)}")
+        if len(names) > 1:
+            vectors[token] = names
+    return vectors
 
 
 def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:

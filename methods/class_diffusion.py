@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..flax_models.autoencoder_kl import AutoencoderKL
 from ..flax_models.clip import CLIPTextConfig, pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
-from .concepts import ConceptError, encode_phrases
+from .concepts import ConceptError, encode_phrases, phrase_ids
 from .instance_batches import PREFIXES, augmented, batches, cached, collect
 from .instances import Concept
 from .new_tokens import default_initializers, encode_with_rows, initial_rows
@@ -406,7 +406,7 @@ def _phrases(
     for phrase in (_PHRASE, _CLASS_PHRASE):
         texts = [phrase.format(token=c.token, word=c.word) for c in concepts]
         tokens = encode_phrases(tokenizer, texts, length)
-        lengths = np.asarray([len(row) for row in tokenizer(texts)["input_ids"]])
+        lengths = np.asarray([len(row) for row in phrase_ids(tokenizer, texts)])
         sides.append((tokens, spl_positions(tokens, lengths, encoder.config, pooling)))
     (tokens, positions), (class_tokens, class_positions) = sides
     return {

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from ..errors import ConceptaxError
+from ..flax_models.stable_diffusion import expanded
 
 # Neutral phrases around a concept; "{}" is the concept's place.
 TEMPLATES = (
@@ -65,6 +66,18 @@ def context_length(tokenizer: Any, max_positions: int) -> int:
     return min(int(tokenizer.model_max_length), max_positions)
 
 
+def phrase_ids(tokenizer: Any, phrases: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """Token ids of phrases, unpadded and uncut; a word of several vectors stands for all of them.
+
+    Args:
+      tokenizer: of the model.
+      phrases: texts, as people write them.
+      special: with the tokens of start and end.
+    """
+    phrases = expanded(tokenizer, phrases)
+    return tokenizer(phrases, truncation=False, add_special_tokens=special)["input_ids"]
+
+
 def encode_phrases(
     tokenizer: Any, phrases: Sequence[str], length: int
 ) -> Int[np.ndarray, "N L"]:  # fmt: skip
@@ -75,7 +88,7 @@ def encode_phrases(
     """
     if not phrases:
         return np.zeros((0, length), np.int32)
-    ids = tokenizer(list(phrases), truncation=False)["input_ids"]
+    ids = phrase_ids(tokenizer, phrases)
     for phrase, row in zip(phrases, ids, strict=True):
         if len(row) > length:
             raise ConceptError(
@@ -108,12 +121,12 @@ def concept_prompts(
             f"templates need exactly one '{{}}' each; received {wrong or templates}."
         )
     phrase = encode_phrases(tokenizer, [concept], length)[0]
-    inner = tokenizer(concept, add_special_tokens=False)["input_ids"]
+    (inner,) = phrase_ids(tokenizer, [concept], special=False)
     if not inner:
         raise ConceptError(f"the tokenizer knows no token of the concept {concept!r}.")
     rows, free, places, without = [], [], [], []
     for template in templates:
-        ids = tokenizer(template.format(concept), truncation=False)["input_ids"]
+        (ids,) = phrase_ids(tokenizer, [template.format(concept)])
         start = _find(ids, inner)
         if len(ids) > length or start is None:
             continue

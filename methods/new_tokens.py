@@ -11,6 +11,7 @@ from ..flax_models.stable_diffusion import (
     TokenError,
     embedding_rows,
 )
+from .concepts import phrase_ids
 
 # Single tokens of CLIP's vocabulary with next to no meaning of their own, one per concept.
 RARE_WORDS = ("ktn", "pll", "ucd")
@@ -26,8 +27,7 @@ def default_initializers(tokenizer: Any, words: Sequence[str], kind: str) -> lis
         not know them as one token; "class" takes the class words.
     """
     rare = [
-        word for word in RARE_WORDS
-        if len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+        word for word in RARE_WORDS if len(phrase_ids(tokenizer, [word], special=False)[0]) == 1
     ]  # fmt: skip
     if kind == "class":
         rare = []
@@ -54,7 +54,7 @@ def initial_rows(
     tokenizer = pipeline.tokenizer
     rows = {}
     for token, word in zip(tokens, initializers, strict=True):
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        (ids,) = phrase_ids(tokenizer, [word], special=False)
         if len(ids) != 1:
             pieces = tokenizer.convert_ids_to_tokens(ids)
             raise TokenError(

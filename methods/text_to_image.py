@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from ..flax_models.stable_diffusion import StableDiffusionPipeline
+from ..flax_models.stable_diffusion import StableDiffusionPipeline, expanded
 from ..flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from ..flax_models.unet_2d_condition import TextCondition
 from .sampling import NoiseSchedule, Sampler, make_sampler
@@ -254,11 +254,12 @@ def tokenize(
 ) -> Int[np.ndarray, "B L"]:
     """Token ids int32 [B, L], padded to the context length as diffusers pads them.
 
+    A word of several vectors stands for all of them (`expanded`).
     `max_length` bounds the tokenizer's own limit (which some folders do not state). A longer prompt
     is cut with a warning that names the part which is lost.
     """
     length = min(tokenizer.model_max_length, max_length or tokenizer.model_max_length)
-    prompts = list(prompts)
+    prompts = expanded(tokenizer, prompts)
     ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
     for prompt, full in zip(prompts, tokenizer(prompts, truncation=False).input_ids, strict=True):
         if len(full) > length:

@@ -11,7 +11,7 @@ import safetensors.numpy
 from conceptax import bundled_model
 from conceptax.cli import main
 from conceptax.cli.loading import load_classifier
-from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch
+from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch, merge_lora
 from conceptax.converters.inspection import Inspection
 
 
@@ -66,6 +66,26 @@ def huge(folder, *, drop=(), extra=()):
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     return folder, end
+
+
+def test_what_goes_into_a_model(tmp_path):
+    """One verdict: a LoRA or an embedding is told, none is a model, LoHa is refused."""
+    row = np.ones((1, 3), np.float32)
+    for name, key, kind, healthy in (
+        ("lora", "lora_unet_x.lora_up.weight", "LoRA", True),
+        ("loha", "lora_unet_x.hada_w1_a", "LoRA", False),
+        ("learned_embeds", "<cat>", "personalisation", True),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        safetensors.numpy.save_file({key: row}, folder / f"{name}.safetensors")
+        found = inspect_checkpoint(folder / f"{name}.safetensors")
+        assert (found.kind, found.healthy) == (kind, healthy)
+        with pytest.raises(CheckpointError, match=r"a (LoRA|textual inversion), which is no model"):
+            load_pytorch(folder / f"{name}.safetensors")
+    assert inspect_checkpoint(tmp_path / "learned_embeds").kind == "personalisation"
+    with pytest.raises(CheckpointError, match="of LoHa, which is not supported"):
+        merge_lora(None, tmp_path / "loha" / "loha.safetensors")
 
 
 def test_headers_only(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from conceptax import bundled_model
 from conceptax.converters import CheckpointError, OutputError, load_pytorch
 from conceptax.converters.lora import difference, load_lora, merge_lora, save_lora
 from conceptax.converters.tensors import tensor_specs, variables
+from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 QUERY, OUT = f"{ATTENTION}.to_q", f"{ATTENTION}.to_out.0"
@@ -102,6 +104,21 @@ def kohya_compvis(name, module):
     return kohya(name, module)
 
 
+def comfy(name, module):
+    prefix = (
+        "diffusion_model." if name == "unet" else "text_encoders.clip_l.transformer.text_model."
+    )
+    return [f"{prefix}{module}.lora_{x}.weight" for x in ("down", "up")]
+
+
+def of_2023(name, module):
+    """diffusers 0.18: text encoders with the UNet's names."""
+    module = module.replace("q_proj", "to_q")
+    prefix = "unet." if name == "unet" else "text_encoder.text_model."
+    between = "_lora" if name != "unet" else ".lora"
+    return [f"{prefix}{module}{between}.{x}.weight" for x in ("down", "up")]
+
+
 def write(path, pairs, names, extra=None, metadata=None):
     content = dict(extra or {})
     for (name, module), pair in pairs.items():
@@ -116,7 +133,9 @@ def same(pipeline, expected):
             np.testing.assert_allclose(value, state[key], rtol=2e-6, atol=2e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("names", [peft, adapter, older, processors, kohya, kohya_compvis])
+@pytest.mark.parametrize(
+    "names", [peft, adapter, older, processors, kohya, kohya_compvis, comfy, of_2023]
+)
 def test_names_of_every_program(pipeline, before, pairs, tmp_path, names):
     file = write(tmp_path / "pytorch_lora_weights.safetensors", pairs, names)
     same(merge_lora(pipeline, tmp_path, 0.7), expected(before, pairs, 0.7))
@@ -144,6 +163,148 @@ def test_alpha_is_folded(pipeline, before, pairs, tmp_path):
         load_lora(write(tmp_path / "c.safetensors", pairs, peft, metadata=noted), pipeline)
 
 
+def test_alphas_may_be_integers_and_have_an_axis(pipeline, before, pairs, tmp_path, torch):
+    names = [kohya(*place)[0].replace("lora_down.weight", "alpha") for place in pairs]
+    for dtype, shape in ((np.int64, ()), (np.int32, (1,)), (np.float64, (1, 1))):
+        alphas = {name: np.full(shape, 6, dtype) for name in names}
+        file = write(tmp_path / "a.SAFETENSORS", pairs, kohya, alphas)
+        same(merge_lora(pipeline, file), expected(before, pairs, 2.0))
+    content = {}
+    for place, pair in pairs.items():
+        content |= dict(zip(kohya(*place), map(torch.from_numpy, pair), strict=True))
+    torch.save(content | dict.fromkeys(names, torch.tensor(6)), tmp_path / "a.pt")
+    same(merge_lora(pipeline, tmp_path / "a.pt"), expected(before, pairs, 2.0))
+
+
+def test_settings_beside_a_pefts_adapter(pipeline, pairs, tmp_path):
+    """As PEFT scales: patterns end a module's name, the first that fits holds."""
+    own = {place: pair for place, pair in pairs.items() if place[0] == "unet"}
+    file = write(
+        tmp_path / "adapter_model.safetensors", own,
+        lambda _, module: [f"base_model.model.{module}.lora_{x}.weight" for x in "AB"],
+    )  # fmt: skip
+
+    def scales(**settings):
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **settings}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        found = load_lora(tmp_path, pipeline)["unet"]
+        ratios = [np.ptp(found[m][1] / own["unet", m][1]) for m in (QUERY, OUT, CONV)]
+        assert max(ratios) < 1e-5
+        return [round(float((found[m][1] / own["unet", m][1]).mean()), 5)
+                for m in (QUERY, OUT, CONV)]  # fmt: skip
+
+    with pytest.raises(CheckpointError, match=r"keeps the strength of a LoRA in adapter_config"):
+        load_lora(file, pipeline)
+    assert scales() == [2, 2, 2]
+    assert scales(lora_alpha=0) == [0, 0, 0]
+    root = round(6 / np.sqrt(3), 5)
+    assert scales(use_rslora=True, bias="none") == [root] * 3
+    patterns = {"to_q": 12, ".*attn2.*": 3, "out.0": 1}
+    assert scales(alpha_pattern=patterns) == [4, 1, 2]
+    assert scales(r=8, rank_pattern={"to_q|to_out.0|conv1": 3}) == [2, 2, 2]
+    for settings, told in (
+        ({"use_dora": True}, "use_dora"), ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["conv_out"]}, "modules_to_save"), ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"r": 4}, "has rank 3, and its settings say 4"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8', expected numbers"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\('"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=told):
+            scales(**settings)
+    text = {place: pair for place, pair in pairs.items() if place[0] != "unet"}
+    write(
+        file, text,
+        lambda _, module: [f"base_model.model.text_model.{module}.lora_{x}.weight" for x in "AB"],
+    )  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "r": 3}))
+    (found,) = load_lora(file, pipeline)["text_encoder"].values()
+    np.testing.assert_allclose(found[1], 2 * text["text_encoder", TEXT][1], rtol=1e-6)
+    settings = {"unet.r": 3, "unet.lora_alpha": 3, "unet.alpha_pattern": {QUERY: 9}}
+    noted = {"lora_adapter_metadata": json.dumps(settings)}
+    found = load_lora(write(tmp_path / "x.safetensors", own, peft, metadata=noted), pipeline)
+    np.testing.assert_allclose(found["unet"][QUERY][1], 3 * own["unet", QUERY][1], rtol=1e-6)
+    np.testing.assert_allclose(found["unet"][OUT][1], own["unet", OUT][1], rtol=1e-6)
+
+
+def test_a_convolution_in_three_parts(pipeline, before, tmp_path, torch):
+    """A middle, as LyCORIS writes: the change is three convolutions, one after another."""
+    key, rng = kohya("unet", CONV)[0].removesuffix("lora_down.weight"), np.random.default_rng(1)
+    out, inside, *window = before["unet"][f"{CONV}.weight"].shape
+    shapes = {
+        "lora_down": (3, inside, 1, 1),
+        "lora_mid": (3, 3, *window),
+        "lora_up": (out, 3, 1, 1),
+    }
+    parts = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    content = {f"{key}{name}.weight": values for name, values in parts.items()}
+    safetensors.numpy.save_file(
+        content | {f"{key}alpha": np.float32([6])}, tmp_path / "x.safetensors"
+    )
+    change = difference(*load_lora(tmp_path / "x.safetensors", pipeline)["unet"][CONV])
+    x = torch.tensor(rng.standard_normal((1, inside, 5, 5)), dtype=torch.float32)
+    conv, y = torch.nn.functional.conv2d, x
+    for name in ("lora_down", "lora_mid", "lora_up"):
+        y = conv(y, torch.tensor(parts[name]))
+    np.testing.assert_allclose(conv(x, torch.tensor(change)), 2 * y, rtol=2e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_both_text_encoders_of_xl(tmp_path, name):
+    settings = CLIPTextConfig.from_dict({
+        "vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "projection_dim": 5,
+    })  # fmt: skip
+    pipeline = SimpleNamespace(
+        unet=None, text_encoder=CLIPTextModel(settings, rngs=nnx.Rngs(0)),
+        text_encoder_2=CLIPTextModelWithProjection(settings, rngs=nnx.Rngs(0)),
+    )  # fmt: skip
+    second = name == "text_encoder_2"
+    module = "encoder.layers.0.self_attn.out_proj"
+    under = f"lora_te{1 + second}_text_model_{module.replace('.', '_')}.lora"
+    full = f"{name}.text_model.{module}"
+    clip = f"clip_{'lg'[second]}"
+    names = [
+        (f"{under}_down.weight", f"{under}_up.weight"),
+        (f"{full}.lora_A.weight", f"{full}.lora_B.weight"),
+        (f"{name}.{module}.lora_A.weight", f"{name}.{module}.lora_B.weight"),
+        (f"{full}.lora_linear_layer.down.weight", f"{full}.lora_linear_layer.up.weight"),
+        *((f"{each}.text_model.{module}.lora_down.weight",
+           f"{each}.text_model.{module}.lora_up.weight")
+          for each in (clip, f"{clip}.transformer", f"text_encoders.{clip}.transformer")),
+        (f"{name}.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight",
+         f"{name}.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight"),
+    ]  # fmt: skip
+    pair = np.ones((2, 4), np.float32), np.ones((4, 2), np.float32)
+    place = ("text_model." if second else "") + module
+    for keys in names:
+        safetensors.numpy.save_file(dict(zip(keys, pair, strict=True)), tmp_path / "x.safetensors")
+        assert {n: set(p) for n, p in load_lora(tmp_path / "x.safetensors", pipeline).items()} == {
+            name: {place}
+        }, keys
+    # An adapter of a model alone: its settings or its folder tell which one
+    keys = [f"base_model.model.text_model.{module}.lora_{x}.weight" for x in "AB"]
+    folder = tmp_path / name
+    folder.mkdir()
+    for to in (tmp_path, folder):
+        file = to / "adapter_model.safetensors"
+        safetensors.numpy.save_file(dict(zip(keys, pair, strict=True)), file)
+        (to / "adapter_config.json").write_text("{}")
+    assert load_lora(folder, pipeline).keys() == {name}
+    with pytest.raises(CheckpointError, match="whether it is for text_encoder or text_encoder_2"):
+        load_lora(tmp_path, pipeline)
+    kind = "CLIPTextModelWithProjection" if second else "CLIPTextModel"
+    settings = {"auto_mapping": {"base_model_class": kind}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert load_lora(tmp_path, pipeline).keys() == {name}
+    if second:
+        keys = [f"lora_te2_text_projection.lora_{x}.weight" for x in ("down", "up")]
+        pair = np.ones((1, 4), np.float32), np.ones((5, 1), np.float32)
+        safetensors.numpy.save_file(dict(zip(keys, pair, strict=True)), tmp_path / "x.safetensors")
+        assert list(load_lora(tmp_path / "x.safetensors", pipeline)[name]) == ["text_projection"]
+
+
 def test_pickles_and_half_precision(pipeline, before, pairs, tmp_path, torch):
     content = {}
     for place, pair in pairs.items():
@@ -164,7 +325,11 @@ def test_what_does_not_fit_is_told(pipeline, pairs, tmp_path):
             merge_lora(pipeline, file)
 
     one = np.ones((3, 3), np.float32)
-    fails({"unet.x.hada_w1_a": one}, "1 unexpected: unet.x.hada_w1_a. LoHa, LoKr, DoRA")
+    fails({"unet.x.hada_w1_a": one}, "1 of LoHa, which is not supported: unet.x.hada_w1_a")
+    fails({"lora_unet_x.dora_scale": one}, "1 of DoRA, which is not supported: lora_unet_x")
+    fails({"unet.x.lora_B.bias": one}, "1 of LoRA with biases")
+    fails({"bundle_emb.cat.emb_params": one}, "1 of embeddings within a LoRA")
+    fails({"unet.x.weight": one}, "1 unexpected: unet.x.weight")
     fails({"unet.x.lora_A.weight": one}, r"1 unexpected: unet\.x\. It was made for another")
     fails({"text_encoder_2.x.lora_A.weight": one}, r"unexpected: text_encoder_2\.x")
     value = f"{ATTENTION}.to_v"
@@ -178,7 +343,7 @@ def test_what_does_not_fit_is_told(pipeline, pairs, tmp_path):
           "A is I64, expected floating")  # fmt: skip
     twice = kohya("unet", QUERY)
     fails(dict.fromkeys(twice, one), "under two names")
-    with pytest.raises(CheckpointError, match="holds neither pytorch_lora_weights"):
+    with pytest.raises(CheckpointError, match="holds none of pytorch_lora_weights"):
         load_lora(tmp_path, pipeline)
 
 

@@ -1,5 +1,6 @@
 """What personalising leaves behind: diffusers reads it, and so do we."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -25,10 +26,14 @@ from conceptax.converters import (
     save_pytorch,
     save_textual_inversion,
 )
-from conceptax.converters.personalised import CUSTOM_DIFFUSION, read_personalisation
+from conceptax.converters.compvis_names import renamed
+from conceptax.converters.compvis_parts import unet_names_of
+from conceptax.converters.personalised import CUSTOM_DIFFUSION, describe, read_personalisation
 from conceptax.converters.tensors import tensor_specs, variables
-from conceptax.flax_models.stable_diffusion import TokenError, token_ids
+from conceptax.flax_models.stable_diffusion import TokenError, add_tokens, expanded, token_ids
+from conceptax.methods.concepts import concept_prompts, encode_phrases
 from conceptax.methods.instances import image_files, read_class_folders, read_image
+from conceptax.methods.new_tokens import initial_rows
 from conceptax.methods.sampling import make_sampler
 from conceptax.methods.text_to_image import TextToImage, jitted_generate, tokenize
 
@@ -366,6 +371,118 @@ def test_layouts_of_others_are_read(learnt, tmp_path, torch):
     assert received.unet.keys() == expected.unet.keys()
     with pytest.raises(CheckpointError, match="'<new1>' in more than one file"):
         read_personalisation(tmp_path)
+
+
+def test_embeddings_of_every_program(work, tmp_path, torch, capsys):
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    table, save = torch.tensor(rows), safetensors.numpy.save_file
+
+    def read(name):
+        return {
+            token: row.tolist() for token, row in read_personalisation(tmp_path / name).rows.items()
+        }
+
+    a1111 = {"string_to_token": {"*": 265}, "name": "cat", "step": 9, "sd_checkpoint": None}
+    for content, file, token in (
+        (a1111 | {"string_to_param": {"*": table}}, "x.pt", "cat"),
+        (a1111 | {"string_to_param": {"*": torch.nn.Parameter(table)}}, "x.pt", "cat"),
+        (a1111 | {"string_to_param": {"*": table}, "name": "big cat"}, "dog.pt", "dog"),
+        ({"string_to_token": {"*": torch.tensor(265)},
+          "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(table)})},
+         "embeddings_gs-500.pt", "embeddings_gs-500"),
+        ({"<cat-toy>": table}, "learned_embeds.bin", "<cat-toy>"),
+        ({"cat": table.to(torch.float64)}, "x.bin", "cat"),
+    ):  # fmt: skip
+        torch.save(content, tmp_path / file)
+        assert read(file) == {token: rows[0].tolist(), f"{token}_1": rows[1].tolist()}
+        assert describe(tmp_path / file) == "a textual inversion"
+    save({"emb_params": rows[0]}, tmp_path / "bad-hands.SAFETENSORS")
+    assert read("bad-hands.SAFETENSORS") == {"bad-hands": rows[0].tolist()}
+    save({"clip_g": rows + 6, "clip_l": rows}, tmp_path / "xl.safetensors")
+    both = np.concatenate([rows, rows + 6], axis=1).tolist()
+    assert read("xl.safetensors") == {"xl": both[0], "xl_1": both[1]}
+
+    for content, file, told in (
+        ({"clip_l": rows}, "a.safetensors", "has clip_l and no clip_g"),
+        ({"clip_g": rows}, "a.safetensors", "has clip_g and no clip_l"),
+        ({"clip_g": rows, "clip_l": rows[:1]}, "a.safetensors", r"clip_l is \[1, 3\] and clip_g"),
+        ({"emb_params": rows, "clip_l_out": rows}, "a.safetensors", "holds clip_l_out too"),
+        ({"emb_params": rows}, "a b.safetensors", "rename the file"),
+        ({"a.weight": rows}, "a.safetensors", "no textual inversion.* it holds a.weight"),
+        ({"cat": rows, "dog": rows}, "a.safetensors", "it holds cat, dog"),
+        ({"first_stage_model.x": rows}, "a.safetensors", "is a whole model"),
+        ({"unet.x.lora_A.weight": rows}, "a.safetensors", "is a LoRA"),
+        ({"<a>": rows, "<a>_1": rows[0]}, "a.safetensors", "has the token '<a>_1' twice"),
+    ):
+        save(content, tmp_path / file)
+        with pytest.raises(CheckpointError, match=told):
+            read(file)
+    base = load_pytorch(work / "base", components=["text_encoder", "tokenizer"])
+    with pytest.raises(TokenError, match=r"the embedding of 'xl' has shape \(6,\)"):
+        load_personalised(base, tmp_path / "xl.safetensors")
+    with pytest.raises(CheckpointError, match="is a textual inversion, which is no model"):
+        load_pytorch(tmp_path / "xl.safetensors")
+    refused(capsys, "--add-scale is for LoRA files", "convert", work / "base", tmp_path / "out",
+            "--add", tmp_path / "x.pt", "--add-scale", "0.5")  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model."])
+def test_changed_weights_are_no_tokens(work, tmp_path, prefix):
+    """As ESD and UCE are published: keys of the UNet, with a prefix or CompVis's names."""
+    base = load_pytorch(work / "base")
+    names = {new: old for old, new in unet_names_of(base.unet.config.to_dict()).items()}
+    unet = {key: value for key, value in by_key(base.unet).items() if "attn2.to_k" in key}
+    text = {key: value for key, value in by_key(base.text_encoder).items() if "fc1" in key}
+    content = {
+        prefix + (renamed(key, names) if "model" in prefix else key): value + 1
+        for key, value in unet.items()
+    }  # fmt: skip
+    content |= {f"text_encoder.text_model.{key}": value + 1 for key, value in text.items()}
+    content = {key: np.array(value, order="C") for key, value in content.items()}
+    safetensors.numpy.save_file(content, tmp_path / "uce.safetensors")
+    after = load_personalised(base, tmp_path / "uce.safetensors")
+    assert after.tokenizer is base.tokenizer
+    for name, changed in (("unet", unet), ("text_encoder", text)):
+        old, new = by_key(getattr(base, name)), by_key(getattr(after, name))
+        assert {key for key in old if (old[key] != new[key]).any()} == changed.keys()
+        assert all((new[key] == old[key] + 1).all() for key in changed)
+    wrong = {f"{prefix}down_blocks.9.attn2.to_k.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(wrong, tmp_path / "uce.safetensors")
+    with pytest.raises(CheckpointError, match=r"pipeline's unet: 1 unexpected: down_blocks\.9"):
+        load_personalised(base, tmp_path / "uce.safetensors")
+    if not prefix:
+        assert describe(tmp_path / "uce.safetensors") is None
+        second = {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.bias": np.ones(2)}
+        safetensors.numpy.save_file(second, tmp_path / "uce.safetensors")
+        with pytest.raises(CheckpointError, match="changes a text_encoder_2"):
+            load_personalised(base, tmp_path / "uce.safetensors")
+
+
+def test_words_of_several_vectors_stand_for_all_of_them(work, tmp_path):
+    """As diffusers reads them, also where a prompt names a later vector; folders keep it."""
+    diffusers = pytest.importorskip("diffusers")
+    base = load_pytorch(work / "base")
+    rows = np.eye(3, base.text_encoder.config.hidden_size, dtype=np.float32)
+    safetensors.numpy.save_file({"<cat>": rows}, tmp_path / "cat.safetensors")
+    safetensors.numpy.save_file({"emb_params": rows[:2]}, tmp_path / "EasyNegative.safetensors")
+    both = load_personalised(base, tmp_path / "cat.safetensors")
+    both = load_personalised(both, tmp_path / "EasyNegative.safetensors")
+    save_pytorch(both, tmp_path / "out")
+    tokenizer = load_pytorch(tmp_path / "out", components=["tokenizer"]).tokenizer
+    theirs = diffusers.loaders.TextualInversionLoaderMixin()
+    prompts = ["a <cat>", "seven", "a <cat> and <cat>_1", "<cat><cat>_2, seven", "a <Cat>"]
+    assert expanded(tokenizer, ["(EasyNegative)"]) == ["(EasyNegative EasyNegative_1)"]
+    prompts += ["EasyNegative, a <cat>", "easynegative"]
+    assert expanded(tokenizer, prompts) == theirs.maybe_convert_prompt(prompts, tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
+    assert tokenize(tokenizer, ["a <cat>"])[0, 2:5].tolist() == ids
+    assert encode_phrases(tokenizer, ["a <cat>"], 12)[0, 2:5].tolist() == ids
+    with pytest.raises(TokenError, match="<cat>_2, <cat>_3 for the vectors of one token '<cat>'"):
+        add_tokens(both, {"<cat>_3": rows[0]})
+    prompts = concept_prompts(tokenizer, "<cat>", 12, ["a {}", "{} seven"])
+    assert prompts.tokens[prompts.concept].tolist() == 2 * ids
+    with pytest.raises(TokenError, match="'<cat>' of '<dog>' is 3 tokens"):
+        initial_rows(dataclasses.replace(base, tokenizer=tokenizer), ["<dog>"], ["<cat>"])
 
 
 def test_files_that_do_not_fit_are_explained(work, learnt, tmp_path, torch):

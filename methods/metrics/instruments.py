@@ -18,7 +18,7 @@ from ...flax_models.blip import BlipForImageTextRetrieval
 from ...flax_models.blip_2 import Blip2Config, Blip2ForImageTextRetrieval
 from ...flax_models.clip import CLIPModel
 from ...flax_models.dinov2 import Dinov2Model
-from ..concepts import context_length
+from ..concepts import context_length, phrase_ids
 from ..glyphs.judge import in_batches
 from ..text_to_image import tokenize
 from .preprocessing import Images, Preprocessing
@@ -149,7 +149,7 @@ class Blip(_Eye):
         Raises:
           ValueError: a token that the model does not embed.
         """
-        longest = max(map(len, self.tokenizer(list(texts), truncation=False)["input_ids"]))
+        longest = max(map(len, phrase_ids(self.tokenizer, texts)))
         length = min(-(-longest // _ROUND) * _ROUND, self.length)
         ids = tokenize(self.tokenizer, texts, max_length=length)
         if ids.max() >= self.rows:

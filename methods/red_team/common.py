@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import ConceptError
+from ..concepts import ConceptError, phrase_ids
 from ..sage import prediction_loss
 from ..sampling import NoiseSchedule, encode_images, noised_latents
 from ..settings import check_settings
@@ -137,7 +137,7 @@ def word_tokens(tokenizer: Any, text: str) -> list[int]:
     Raises:
       ConceptError: it has none.
     """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    (ids,) = phrase_ids(tokenizer, [text], special=False)
     if not ids:
         raise ConceptError(f"the tokenizer knows no token of {text!r}.")
     return ids

@@ -18,9 +18,10 @@ class Command:
     Diffusion 1.x, 2.x and XL (`.ckpt`, `.safetensors`), also of a part of one: what holds one model
     becomes the folder of that component. Nothing in a pickle is executed.
 
-    With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT, diffusers
-    and kohya), embeddings of new tokens (textual inversions), pytorch_custom_diffusion_weights.bin,
-    delta.bin.
+    With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT,
+    diffusers, kohya, OneTrainer and ComfyUI), embeddings of new tokens (textual inversions, also
+    A1111's and SDXL's), pytorch_custom_diffusion_weights.bin, delta.bin, and changed weights of a
+    UNet or a text encoder (ESD, UCE).
 
     Attributes:
       source: folder of a pipeline or of a component, a weight file beside its config.json, or a
@@ -109,6 +110,7 @@ def _needs_torch() -> None:
 
 
 def _read(command: Command) -> Any:
+    from conceptax.converters.lora import holds_lora
     from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
@@ -119,6 +121,8 @@ def _read(command: Command) -> Any:
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
             "model_index.json."
         )
+    if command.add_scale != 1 and not any(map(holds_lora, command.add)):
+        raise ValueError("--add-scale is for LoRA files, and --add names none.")
     for addition in command.add:
         model = _merged(model, addition, command.add_scale)
     return model
@@ -163,10 +167,17 @@ def _alone(command: Command, model: Any) -> Any:
 def _merged(pipeline: Any, addition: Path, scale: float) -> Any:
     from conceptax.converters import load_personalised, merge_lora
     from conceptax.converters.lora import holds_lora
+    from conceptax.converters.personalised import personalised_files
 
     if holds_lora(addition):
-        return merge_lora(pipeline, addition, scale)
-    return load_personalised(pipeline, addition)
+        pipeline = merge_lora(pipeline, addition, scale)
+        if personalised_files(addition) in ([], [addition.expanduser()]):
+            return pipeline
+    merged = load_personalised(pipeline, addition)
+    if merged.tokenizer is not pipeline.tokenizer:
+        new = merged.tokenizer.get_added_vocab().keys() - pipeline.tokenizer.get_vocab().keys()
+        print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")
+    return merged
 
 
 def _write_folder(command: Command, model: Any, folder: Path) -> None:
