@@ -343,7 +343,9 @@ def test_a_rival_edits_the_unet_and_exports_it(model, tmp_path, capsys):
     for _ in range(2):  # replaced by its record alone
         changes = [*base, "--output", str(tmp_path / "changes"), "--export", "changes", "--force"]
         assert main(changes) == 0
-    assert sorted(os.listdir(tmp_path / "changes")) == ["erasing.json", "unet_changes.safetensors"]
+    assert sorted(os.listdir(tmp_path / "changes")) == [
+        "conceptax.json", "erasing.json", "unet_changes.safetensors",
+    ]  # fmt: skip
     found = tensors_of(tmp_path / "changes")
     assert {key.split("/", 1)[1] for key in found} == {key.split("/", 1)[1] for key in changed}
     capsys.readouterr()
@@ -385,7 +387,9 @@ def test_sample_draws_files_and_sheets(model, tmp_path, capsys):
     base += ["--prompt", "a red three", "--prompt", "a blue seven"]
     assert main([*base, "--output", str(tmp_path / "some")]) == 0
     names = sorted(os.listdir(tmp_path / "some"))
-    assert names == ["0000_a-red-three.png", "0001_a-blue-seven.png", "sample.json"]
+    assert names == [
+        "0000_a-red-three.png", "0001_a-blue-seven.png", "conceptax.json", "sample.json",
+    ]  # fmt: skip
     first = read_png(tmp_path / "some" / names[0])
     assert first.size == (64, 64) and json.loads(first.text["conceptax"])["steps"] == 2
 
@@ -527,6 +531,37 @@ def test_force_does_not_replace_what_is_no_result(model, tmp_path, capsys):
     assert (tmp_path / "photos" / "cat.png").read_text() == "dear"
 
 
+def test_no_command_replaces_what_it_reads(model, tmp_path, capsys, monkeypatch):
+    work = tmp_path / "work"
+    shutil.copytree(model, work / "model")
+    (work / "model" / "conceptax.json").write_text('{"files": []}')
+    (work / "link").symlink_to(work / "model")
+    before = set(work.rglob("*"))
+    inner, prompts = work / "model" / "unet", work / "prompts.txt"
+    prompts.write_text("three")
+    monkeypatch.chdir(tmp_path)
+    name = Path("work/../work/model")
+    erase = ["erase", "--concept", "three", "--model"]
+    for arguments in (
+        ["convert", work / "model", work / "model"],
+        ["convert", work / "link", name],
+        ["convert", inner, work / "model"],
+        ["convert", work / "model", inner / "deeper"],
+        ["convert", inner / "diffusion_pytorch_model.safetensors", inner],
+        ["convert", name, work / "model/x.safetensors", "--form", "single"],
+        ["convert", model, work / "model", "--add", work / "model"],
+        [*erase, work / "model", "--output", work / "link"],
+        [*erase, model, "--output", work / "model", "--retain", inner / "config.json"],
+        [*erase, model, "--output", inner, "--checkpoint-dir", inner],
+        ["sample", "--prompts", prompts, "--output", work],
+        ["evaluate", "--edited", work / "model", "--concept", "a", "--output", inner],
+        ["personalize", "--images", work, "--token", "<n>", "--class-word", "a", "--class-count",
+         "1", "--class-images", work, "--output", work],
+    ):  # fmt: skip
+        refused(capsys, [*arguments, "--force"], "what is read is never replaced")
+    assert set(work.rglob("*")) == before | {prompts}
+
+
 def test_a_full_disk_leaves_nothing(model, tmp_path, capsys, monkeypatch):
     def full(file, mode="r", *arguments, **options):
         if "r" in mode:
@@ -548,7 +583,12 @@ def test_demo_counts_shows_and_leaves_an_erased_model(model, tmp_path, capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "“three” drawn as it" in shown and "other digits right" in shown
-    assert sorted(os.listdir(out)) == ["erased", "grid.png", "metrics.json", "report.html"]
+    assert sorted(os.listdir(out)) == [
+        "conceptax.json", "erased", "grid.png", "metrics.json", "report.html",
+    ]  # fmt: skip
+    own = json.loads((out / "erased/conceptax.json").read_text())
+    assert own["written_by"] == "conceptax.converters.save_pytorch"
+    assert "erasing.json" in own["files"]  # so that it may be replaced on its own
 
     record = json.loads((out / "metrics.json").read_text())
     for when in ("before", "after"):

@@ -181,7 +181,7 @@ def test_baselines_write_what_they_train(work, tmp_path, method):
         arguments += ["--class-images", work / "others"]
     assert run(*arguments, *STEPS, "--output", tmp_path / "out") == 0
     names = {file.name for file in (tmp_path / "out").iterdir()} - {"personalising.json"}
-    expected = {"training.jsonl", "<new1>.safetensors"}
+    expected = {"conceptax.json", "training.jsonl", "<new1>.safetensors"}
     if method == "dreambooth":
         expected |= {"unet_changes.safetensors"}
     torch = pytest.importorskip("torch")

@@ -67,11 +67,11 @@ def run(command: Command) -> None:
 
     _check(command)
     if command.form == "folder":
-        with new_folder(command.dest, force=command.force) as folder:
+        with new_folder(command.dest, force=command.force, command=command) as folder:
             model = _read(command)
             _write_folder(command, model, folder)
     else:
-        with new_file(command.dest, force=command.force) as file:
+        with new_file(command.dest, force=command.force, command=command) as file:
             model = _read(command)
             _write_file(command, model, file)
     files = [command.dest, *command.dest.rglob("*")]

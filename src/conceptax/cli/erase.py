@@ -94,7 +94,9 @@ def run(command: Command[Any]) -> None:
     retain = None if command.retain is None else read_phrases(command.retain)
     mesh = device_mesh(command.mesh)
     markers = (*CHECKPOINT_FILES, RECORD)
-    with new_folder(command.output, force=command.force, markers=markers) as folder:
+    with new_folder(
+        command.output, force=command.force, command=command, markers=markers
+    ) as folder:
         source = command.model or conceptax.bundled_model()
         pipeline = load_pipeline(source, command.dtype, "erasing")
         began = time.perf_counter()

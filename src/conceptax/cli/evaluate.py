@@ -33,6 +33,7 @@ from conceptax.methods.unsafe_prompts import read_unsafe_prompts
 
 METRICS = "metrics.json"
 _OF_THIS_RUN = ("output", "settings", "force")  # not of what is measured
+_MODELS = ("original", "edited", "never_knew", "classifier", "clip")
 _LISTS = ("synonyms", "neighbours", "distant", "templates")  # files of phrases
 
 Settings = TypeVar("Settings")
@@ -122,7 +123,11 @@ def command_type(arguments: Sequence[str]) -> Any:
 def run(command: Command[Any]) -> None:
     """Settle the settings, evaluate, and write it all down; the output is claimed first."""
     settings = _recorded(command) if command.settings else _stated(command)
-    with new_folder(command.output, force=command.force, markers=[METRICS]) as folder:
+    models = [settings[name] for name in _MODELS if settings[name] is not None]
+    with new_folder(
+        command.output, force=command.force, command=command, markers=[METRICS],
+        sources=map(Path, models),
+    ) as folder:  # fmt: skip
         began = time.perf_counter()
         result = evaluate_settings(settings, Console(stderr=True))
         seconds = {**result.seconds, "total": round(time.perf_counter() - began, 2)}

@@ -54,7 +54,7 @@ class Command:
 
 def run(command: Command) -> None:
     """Train what is not yet trained, then publish."""
-    with new_folder(command.output, force=command.force) as folder:
+    with new_folder(command.output, force=command.force, command=command) as folder:
         command.workdir.mkdir(parents=True, exist_ok=True)
         pipeline, clip = build(command.build, command.workdir)
         judge = _judge(command)

@@ -30,7 +30,13 @@ from conceptax.flax_models.stable_diffusion import (
     token_ids,
 )
 from conceptax.methods.class_diffusion import ClassDiffusionConfig
-from conceptax.methods.instances import Concept, read_class_folders, read_concepts, read_images
+from conceptax.methods.instances import (
+    Concept,
+    named_folders,
+    read_class_folders,
+    read_concepts,
+    read_images,
+)
 from conceptax.methods.personalising import METHODS, method_of, personalise
 from conceptax.methods.training import RULES
 
@@ -115,7 +121,10 @@ def run(command: Command[Any]) -> None:
     mesh = device_mesh(command.mesh)
     method = METHODS[command.method]
     markers = (*CHECKPOINT_FILES, RECORD)
-    with new_folder(command.output, force=command.force, markers=markers) as folder:
+    named = [] if command.concepts is None else named_folders(command.concepts)
+    with new_folder(
+        command.output, force=command.force, command=command, markers=markers, sources=named
+    ) as folder:
         source = command.model or conceptax.bundled_model()
         pipeline = load_pipeline(source, command.dtype, "personalising")
         if folders:

@@ -1,32 +1,43 @@
 """What commands leave on disk: folders and files that appear only when complete, and records."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import conceptax
+from conceptax.cli.options import Model
 from conceptax.converters import OutputError, atomic_folder
-from conceptax.converters.output import CHECKPOINT_FILES
+from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
 
 _PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
 @contextlib.contextmanager
 def new_folder(
-    path: Path, *, force: bool, markers: Sequence[str] = CHECKPOINT_FILES
-) -> Iterator[Path]:
+    path: Path, *, force: bool, markers: Sequence[str] = CHECKPOINT_FILES, command: Any = None,
+    sources: Iterable[Path] = (),
+) -> Iterator[Path]:  # fmt: skip
     """`converters.atomic_folder`, entered before the work starts.
 
     So an occupied or unwritable `path` is refused before minutes are spent, and messages name
     `path` and not the temporary folder.
+
+    Args:
+      path, force, markers: as for `atomic_folder`.
+      command: whose result it is; the files and folders it names are sources.
+      sources: more of them.
     """
-    with atomic_folder(path, force=force, markers=markers) as folder:
+    read = [*sources_of(command), *sources]
+    with atomic_folder(
+        path, force=force, markers=markers, sources=read, by=_name(command)
+    ) as folder:
         try:
             yield folder
         except OutputError as error:
@@ -34,47 +45,43 @@ def new_folder(
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block succeeds, and vanishes when it fails.
+def new_file(path: Path, *, force: bool, command: Any = None) -> Iterator[Path]:
+    """`converters.atomic_file`, entered before the work starts.
 
-    Raises:
-      OutputError: `path` exists and `force` is off, or the file system refuses.
+    Args:
+      path, force: as for `atomic_file`.
+      command: whose result it is; the files and folders it names are sources.
     """
-    path = Path(os.path.abspath(path.expanduser()))
-    if path.exists() and not force:
-        raise OutputError(f"{path} already exists. Choose another output path or pass --force.")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder. Choose another output path.")
-    made: list[Path] = []
-    work: Path | None = None
-    try:
-        made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
-        root = made[-1].parent if made else path.parent
-        if not root.is_dir():
-            raise OutputError(f"{root} is not a folder, so {path} cannot be made in it.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent
-        )
-        os.close(handle)
-        work = Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o666 & ~umask)
-        yield work
-        os.replace(work, path)
-    except BaseException as error:
-        if work is not None:
-            work.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"{path} could not be written: {error.strerror or error}. Nothing was left behind; "
-                "choose another output path."
-            ) from error
-        raise
+    with atomic_file(path, force=force, sources=sources_of(command)) as file:
+        yield file
+
+
+def sources_of(command: Any) -> list[Path]:
+    """The files and folders that a command names, but for its result."""
+    if command is None:
+        return []
+    found: list[Path] = []
+    for field in dataclasses.fields(command):
+        if field.name in ("output", "dest"):
+            continue
+        value = getattr(command, field.name)
+        if value is None and field.type == Model:  # the bundled one
+            value = conceptax.bundled_model()
+        if dataclasses.is_dataclass(value):
+            found += sources_of(value)
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            is_list = isinstance(each, str) and each.endswith((".txt", ".csv", ".json"))
+            if isinstance(each, Path) or is_list:
+                found.append(Path(each))
+    return found
+
+
+def _name(command: Any) -> str:
+    if command is None:
+        return "conceptax"
+    module = type(command).__module__.rsplit(".", 1)[-1]
+    return f"conceptax {module.replace('_', ' ')}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -81,7 +81,7 @@ def run(command: Command) -> None:
         from conceptax.methods.concepts import read_phrases
 
         read = read_phrases(command.prompts)
-        command = dataclasses.replace(command, prompt=(*command.prompt, *read), prompts=None)
+        command = dataclasses.replace(command, prompt=(*command.prompt, *read))
     if not command.prompt:
         raise ValueError("there is nothing to draw: pass at least one --prompt, or --prompts FILE.")
     if command.count < 1:
@@ -92,7 +92,7 @@ def run(command: Command) -> None:
     output = command.output or Path("sample" if video else "sample.png")
     _check_output(command, output, len(prompts))
     if output.suffix:
-        with new_file(output, force=command.force) as file:
+        with new_file(output, force=command.force, command=command) as file:
             images = _draw(command, prompts)
             if video:
                 save_video(images[0], file, command.fps)
@@ -100,7 +100,9 @@ def run(command: Command) -> None:
                 image = images[0] if len(images) == 1 else sheet(images, columns=_columns(command))
                 save_png(image, file, {"conceptax": json.dumps(record)})
     else:
-        with new_folder(output, force=command.force, markers=["sample.json"]) as folder:
+        with new_folder(
+            output, force=command.force, command=command, markers=["sample.json"]
+        ) as folder:
             images = _draw(command, prompts)
             files = {}
             for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):

@@ -123,7 +123,10 @@ def train(command: Train) -> None:
     vocabulary = Vocabulary.named(command.vocabulary)
     mesh = device_mesh(command.mesh)
     with new_folder(
-        command.output, force=command.force, markers=(*CHECKPOINT_FILES, RECORD)
+        command.output,
+        force=command.force,
+        command=command,
+        markers=(*CHECKPOINT_FILES, RECORD),
     ) as folder:
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
