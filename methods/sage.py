@@ -589,6 +589,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         erase_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, **options,
+        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -272,12 +273,62 @@ def test_erase_checkpoints_belong_to_one_run(model, tmp_path, capsys):
     assert main([*base, "--concept", "three", "--output", str(tmp_path / "a")]) == 0
     capsys.readouterr()
     other = [*base, "--concept", "four", "--output", str(tmp_path / "b")]
-    refused(capsys, other, "another ['concepts']")
-    # Continuing for longer is the same run.
+    refused(capsys, other, '--concept (["three"] before, ["four"] now)')
+    other = [*base, "--concept", "three", "--output", str(tmp_path / "b"), "--dtype", "bfloat16"]
+    refused(capsys, other, '--dtype ("float32" before, "bfloat16" now)')
+    # Its learning rate falls along the run, so a longer one is another from the first step on.
     longer = [*base, "--concept", "three", "--output", str(tmp_path / "b"), "--cycles", "3"]
-    assert main(longer) == 0
-    assert len((tmp_path / "b" / "training.jsonl").read_text().splitlines()) == 3
+    refused(capsys, longer, "--cycles (2 before, 3 now)")
+    assert main([*base, "--concept", "three", "--output", str(tmp_path / "b")]) == 0
+    assert "going on after step 2" in capsys.readouterr().err
+    assert len((tmp_path / "b" / "training.jsonl").read_text().splitlines()) == 2
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "run"]
+
+
+def test_an_interrupted_run_goes_on_without_being_told(
+    model, erased, tmp_path, capsys, monkeypatch
+):
+    from conceptax.methods.training import loop
+
+    started, out = loop._Watcher.started, tmp_path / "out"
+    command = ["erase", "--model", str(model), "--concept", "three", "--output", str(out)]
+    command += ["--seed", "3", *ERASE]
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        started(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Watcher, "started", interrupted)
+        assert main([*command, "--checkpoint-every", "0"]) == 130
+        assert "no checkpoints were kept" in capsys.readouterr().err
+        assert os.listdir(tmp_path) == []
+        assert main(command) == 130
+    assert "stopped after step 1 and saved: run the same" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [".out.checkpoints"]
+    refused(capsys, [*command, "--anchor", "seven"], '--anchor ("" before, "seven" now)')
+    assert main(command) == 0
+    assert "going on after step 1" in capsys.readouterr().err
+    expected, found = tensors_of(erased), tensors_of(out)
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_trouble_with_checkpoints_is_told_of_them(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("dear")
+    base = ["erase", "--model", model, "--concept", "three", "--output", tmp_path / "out", *ERASE]
+    for name, message in (
+        ("file", "file is not a folder"), ("file/deeper", "file is not a folder"),
+        ("mine", "it holds something else (notes) and no erasing.json"),
+    ):  # fmt: skip
+        place = tmp_path / name
+        refused(capsys, [*base, "--checkpoint-dir", place], f"cannot be kept in {place}: ")
+        refused(capsys, [*base, "--checkpoint-dir", place], message)
+    refused(capsys, [*base, "--checkpoint-every", "-1"], "--checkpoint-every takes a number")
+    assert sorted(os.listdir(tmp_path)) == ["file", "mine"]
+    assert os.listdir(tmp_path / "mine") == ["notes"]
 
 
 def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
@@ -287,6 +338,12 @@ def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
     refused(capsys, [*base, "--concept", "three", "--concept", ""], "the concept is empty")
     refused(capsys, [*base, "--concept", "three " * 40], "this text encoder reads 24")
     refused(capsys, [*base, "--concept", "three", "--cycles", "0"], "cycles must be at least 1")
+    for method in METHODS:
+        itself = [*base, "--concept", "Three ", "--method", method, "--anchor", " three"]
+        itself += ["--similarity-cap", "1"]  # to a random encoder all phrases are near
+        refused(capsys, itself, "turning it into itself erases nothing")
+    none = [*base, "--concept", "three", "--learning-rate", "0"]
+    refused(capsys, none, "learning_rate must be positive")
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n")
     refused(capsys, [*base, "--concept", "three", "--retain", empty], "holds no phrases")

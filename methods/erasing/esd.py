@@ -216,6 +216,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         esd_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, **options,
+        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        **options,
     )  # fmt: skip
     return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))

@@ -88,6 +88,8 @@ def _check(command: Command) -> None:
         raise ValueError("--form lora takes --rank or --energy, one of them; other forms neither.")
     if command.form != "folder" and command.dest.suffix != ".safetensors":
         raise ValueError(f"--form {command.form} writes a file: name one in .safetensors.")
+    if command.add_scale == 0:
+        raise ValueError("--add-scale 0 adds nothing: pass another scale, or leave out --add.")
     if command.verify and command.form != "folder":
         raise ValueError("--verify is for --form folder, which PyTorch's libraries load.")
     if command.verify:

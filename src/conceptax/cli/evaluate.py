@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -220,6 +221,11 @@ def evaluate_settings(settings: Mapping[str, Any], progress: Console | None = No
     if settings["original"] is not None:
         source = Path(settings["original"])
     report(f"loading {source.name} and {settings['edited']}")
+    if source.resolve() == Path(settings["edited"]).resolve():
+        warnings.warn(
+            f"the edited model is the original, {source}: every difference will be none.",
+            stacklevel=2,
+        )
     original = load_pipeline(source, dtype, "evaluating")
     edited = load_edited(Path(settings["edited"]), original, dtype)
     never_knew = settings["never_knew"]

@@ -5,15 +5,17 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import conceptax
 from conceptax.cli.options import Model
 from conceptax.converters import OutputError, atomic_folder
+from conceptax.converters.errors import listing
 from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
 
 _PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -115,35 +117,172 @@ def environment() -> dict[str, Any]:
     }
 
 
-def claim_run(path: Path, record: Mapping[str, Any], *, length: str) -> None:
+class Kept(NamedTuple):
+    """Where a training keeps its checkpoints, and how often; nowhere where `directory` is None.
+
+    Attributes:
+      directory: of the checkpoints, and of the record and the log beside them.
+      every: steps between them.
+      options: more for `conceptax.methods.training.train`.
+    """
+
+    directory: Path | None
+    every: int
+    options: Mapping[str, Any] = {}
+
+
+@contextlib.contextmanager
+def kept_run(command: Any, steps: int) -> Iterator[Kept]:
+    """The checkpoints of a command: in --checkpoint-dir, or beside the output until that is there.
+
+    Entered before the output is claimed, and left after that is in place. Those beside the output
+    are few and small for a short run: one is kept, and the last step only of a run that is longer
+    than --checkpoint-every.
+
+    Args:
+      command: with output, checkpoint_dir, checkpoint_every.
+      steps: of the training; 0 for none.
+
+    Raises:
+      ValueError: --checkpoint-every is negative, or is 0 while there is a --checkpoint-dir.
+    """
+    given, every = command.checkpoint_dir, command.checkpoint_every
+    if every < 0 or (every == 0 and given is not None):
+        raise ValueError(
+            f"--checkpoint-every takes a number of steps, received {every}; 0 keeps no "
+            "checkpoints, and goes without --checkpoint-dir."
+        )
+    if given is not None or not (every and steps):
+        yield Kept(given, every)
+        return
+    output = Path(os.path.abspath(command.output.expanduser()))
+    directory = output.with_name(f".{output.name or 'output'}.checkpoints")
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    try:
+        yield Kept(directory, every, {"keep": 1, "save_last": steps > every})
+    except BaseException:
+        if directory in made and not _checkpoints_in(directory):
+            _discard(directory)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+    _discard(directory)
+
+
+def _checkpoints_in(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(each.name) for each in directory.iterdir() if each.name.isdigit())
+
+
+def _discard(directory: Path) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def claim_run(path: Path, record: Mapping[str, Any], *, length: str | None = None) -> None:
     """Refuse checkpoints of another run; note this one's settings beside them.
 
     Args:
       path: the record beside the checkpoints, written here.
       record: what the run is, its settings under "settings".
-      length: the setting that says how long it runs, which may differ.
+      length: the setting that says how long it runs, where a run may go on for longer: nothing in
+        it depends on its end.
 
     Raises:
-      ValueError: the record there differs, or is damaged.
+      ValueError: the record there differs, or is damaged, or the folder holds something else.
+      OSError: the folder cannot be made or written.
     """
+    folder = path.parent
+    _check_kept(folder, path)
     if path.exists():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before, now = _flat(earlier), _flat(json.loads(json.dumps(record)))
+        except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); choose another folder.") from error
-        here = json.loads(json.dumps(record))
-        differing = {name for name in here if here[name] != earlier.get(name)}
-        for settings in (here["settings"], earlier.get("settings", {})):
-            settings.pop(length, None)
-        if here["settings"] == earlier.get("settings"):
-            differing.discard("settings")
-        if differing:
+        before.setdefault("dtype", now.get("dtype"))  # earlier versions did not tell
+        differing = [
+            f"{_flag(name)} ({_short(before.get(name))} before, {_short(now.get(name))} now)"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name != f"settings.{length}"
+        ]
+        begun = [each for each in _content(folder, path) if each.suffix != ".jsonl"]
+        if differing and begun:
             raise ValueError(
-                f"{path.parent} holds checkpoints of a run with another {sorted(differing)}. "
-                "Choose another --checkpoint-dir, or remove this one."
+                f"{folder} holds checkpoints of a run with other settings: "
+                f"{'; '.join(differing[:_SHOWN])}. A run goes on with the settings that it began "
+                f"with: take those, remove {folder} to begin anew, or choose another place for "
+                "the checkpoints."
             )
+        if steps := _checkpoints_in(folder):
+            print(f"going on after step {steps[-1]}, from {folder}", file=sys.stderr)
     import jax
 
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(work := path.with_name(f".{path.name}"), record)
+            work.replace(path)  # at once, since other processes read it
+        except OSError as error:
+            raise _not_kept(folder, error.strerror or str(error)) from error
+
+
+def _check_kept(folder: Path, path: Path) -> None:
+    """Refuse a place of checkpoints that is no folder, or somebody's own."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise _not_kept(folder, f"{there} is not a folder")
+    if not path.exists() and (content := _content(folder, path)):
+        found = listing(sorted(each.name for each in content), 3)
+        raise _not_kept(folder, f"it holds something else ({found}) and no {path.name}")
+
+
+def _content(folder: Path, record: Path) -> list[Path]:
+    """What a folder of checkpoints holds besides their record."""
+    own = (record.name, f".{record.name}")
+    return [each for each in folder.iterdir() if each.name not in own] if folder.is_dir() else []
+
+
+def _not_kept(folder: Path, why: str) -> Exception:
+    from conceptax.methods.training import CheckpointError
+
+    return CheckpointError(
+        f"checkpoints cannot be kept in {folder}: {why}. Choose another place for them."
+    )
+
+
+_SHOWN = 4  # settings that differ
+_FLAGS = {
+    "concepts": "--concept", "retained_phrases": "--retain", "words_beside_the_concept": "--retain",
+    "scenes": "the number of scenes",
+}  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    """The flag that a value of a record came from."""
+    plain = name.removeprefix("settings.").removeprefix("build.")
+    if plain.startswith("concepts."):  # of subjects to learn, each with several flags
+        return plain
+    return _FLAGS.get(plain) or "--" + plain.replace("_", "-")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -18,7 +18,14 @@ from conceptax.cli.loading import (
     load_segmenter_model,
 )
 from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
-from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
+from conceptax.cli.results import (
+    claim_run,
+    environment,
+    kept_run,
+    new_folder,
+    training_log,
+    write_json,
+)
 from conceptax.converters import save_maft_plus, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.segmentation import TEACHER, WRAPPERS
@@ -70,8 +77,10 @@ class Train:
       export: a folder with config.json, or one detectron2 file (pth needs torch) with the teacher.
       seed: of everything random in the run.
       text_cache: folder to keep the text embeddings of vocabularies in.
-      checkpoint_dir: keep checkpoints here, and go on from the newest one.
-      checkpoint_every: save after every n-th step, and at the end.
+      checkpoint_dir: keep checkpoints here, and go on from the newest one. Without it they are kept
+        beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the same
+        command goes on where it was.
+      checkpoint_every: save after every n-th step, and when interrupted; 0 keeps none.
       mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; the pixel decoder and what is trained are always float32.
       force: replace an earlier result at the output.
@@ -122,12 +131,11 @@ def train(command: Train) -> None:
         raise ValueError("--export pth needs torch; install conceptax[torch], or take safetensors.")
     vocabulary = Vocabulary.named(command.vocabulary)
     mesh = device_mesh(command.mesh)
-    with new_folder(
-        command.output,
-        force=command.force,
-        command=command,
-        markers=(*CHECKPOINT_FILES, RECORD),
-    ) as folder:
+    markers = (*CHECKPOINT_FILES, RECORD)
+    with (
+        kept_run(command, command.settings.steps) as kept,
+        new_folder(command.output, force=command.force, command=command, markers=markers) as folder,
+    ):
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
@@ -142,10 +150,10 @@ def train(command: Train) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             options: dict[str, Any] = {"mesh": mesh, "rules": RULES["MaftPlus"]}
             logs = Path(scratch)
-            if command.checkpoint_dir is not None:
-                logs = command.checkpoint_dir
-                claim_run(logs / RECORD, record, length="steps")
-                options |= {"checkpoint_dir": logs, "checkpoint_every": command.checkpoint_every}
+            if kept.directory is not None:
+                logs = kept.directory
+                claim_run(logs / RECORD, record)
+                options |= {"checkpoint_dir": logs, "checkpoint_every": kept.every, **kept.options}
             log = logs / _LOG
             trained = fit(
                 model, rows, vocabulary.synonyms(), batches, command.settings,
