@@ -7,8 +7,11 @@ name only when it is complete. With several processes the folder is one that all
 
 import base64
 import contextlib
+import functools
+import logging
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +32,31 @@ from .state import TrainState
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
+class _Quiet(logging.Filter):
+    """Holds back the errors that Orbax logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
+
+
+@functools.cache
+def _hush() -> None:
+    """Tell a failed write once, as the error that comes of it.
+
+    Orbax logs it in every thread, and each array that was still being written then finds its event
+    loop closed, of which tensorstore prints a traceback.
+    """
+    logging.getLogger("absl").addFilter(_Quiet())
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+
+
 class CheckpointError(ConceptaxError, OSError):
     """A checkpoint could not be written; those before it are as good as they were."""
 
@@ -44,6 +72,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, *, keep: int = 3, best: str | None = None) -> None:
         self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
+        _hush()
         with self._opening():
             self._manager = self._open()
         self._complete = self._manager.latest_step()  # the newest that is known to be written
