@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ..flax_models.clip import pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
 from .concepts import TEMPLATES, encode_phrases
+from .memory import require_unet_memory
 from .phrases import (
     Encoders,
     Retained,
@@ -497,6 +498,10 @@ def prepare(
     tokenizer, encoder = pipeline.tokenizer, pipeline.prompt_encoder
     length = text_length(pipeline)
     words = retained_phrases(pipeline, concepts, config, retain).kept
+    require_unet_memory(
+        pipeline, 2 * config.prompts + config.local_rows,
+        f"a cycle of {config.prompts} prompts with local_rows {config.local_rows}", "take fewer",
+    )  # fmt: skip
     prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
     framed = framed_phrases(words, prompts.templates, config.frames, seed)
     retained = encode_phrases(tokenizer, framed, length)

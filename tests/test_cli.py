@@ -342,6 +342,8 @@ def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
         itself = [*base, "--concept", "Three ", "--method", method, "--anchor", " three"]
         itself += ["--similarity-cap", "1"]  # to a random encoder all phrases are near
         refused(capsys, itself, "turning it into itself erases nothing")
+    many = [*base, "--concept", "three", "--prompts", "1000000000", "--similarity-cap", "1"]
+    refused(capsys, many, "a cycle of 1000000000 --prompts with --local-rows 6 takes at least")
     none = [*base, "--concept", "three", "--learning-rate", "0"]
     refused(capsys, none, "learning_rate must be positive")
     empty = tmp_path / "empty.txt"
@@ -460,6 +462,13 @@ def test_sample_draws_files_and_sheets(model, tmp_path, capsys):
     refused(capsys, [*base, "--output", tmp_path / "x.png", "--height", "63"], "height=63")
     refused(capsys, [*base, "--output", tmp_path / "x.png", "--count", "0"], "--count")
     refused(capsys, ["sample", "--output", tmp_path / "x.png"], "at least one --prompt")
+    for options, message in (
+        (["--height", "0"], "must be a positive multiple"),
+        (["--height", "100000"], "must be a positive multiple of 8 pixels, at most 65536"),
+        (["--height", "65536", "--width", "65536"], "a --height and --width of up to"),
+        (["--count", "100000000000"], "take a smaller --count"),
+    ):
+        refused(capsys, [*base, "--output", tmp_path / "x.png", *options], message)
     component = ["sample", "--model", model / "vae", "--prompt", "x", "--output", tmp_path / "x"]
     refused(capsys, component, "is no pipeline")
     assert sorted(os.listdir(tmp_path)) == ["sheet.png", "some"]

@@ -30,6 +30,7 @@ from conceptax.converters.weights import read_json
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
+from conceptax.methods.memory import flags
 from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
 from conceptax.methods.training import RULES
 
@@ -113,12 +114,13 @@ def run(command: Command[Any]) -> None:
         began = time.perf_counter()
         retained = retained_phrases(pipeline, concepts, command.settings, retain)
         print(describe_near(retained, command.settings.similarity_cap), end="")
-        erase_into(
-            folder, pipeline, concepts, command.settings, seed=command.seed,
-            retain=retain, retained=retained, source=str(command.model or "bundled"),
-            export=command.export, dtype=command.dtype, mesh=mesh, checkpoint_dir=kept.directory,
-            checkpoint_every=kept.every, **kept.options,
-        )  # fmt: skip
+        with flags(("prompts", "local_rows")):
+            erase_into(
+                folder, pipeline, concepts, command.settings, seed=command.seed,
+                retain=retain, retained=retained, source=str(command.model or "bundled"),
+                export=command.export, dtype=command.dtype, mesh=mesh,
+                checkpoint_dir=kept.directory, checkpoint_every=kept.every, **kept.options,
+            )  # fmt: skip
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")

@@ -44,6 +44,7 @@ from conceptax.methods.instances import (
     read_concepts,
     read_images,
 )
+from conceptax.methods.memory import flags
 from conceptax.methods.personalising import METHODS, method_of, personalise
 from conceptax.methods.training import RULES
 
@@ -143,11 +144,13 @@ def run(command: Command[Any]) -> None:
             complete_class_images(pipeline, folders, command.class_count, command.seed)
             subjects = gather(command)
         began = time.perf_counter()
-        personalise_into(
-            folder, pipeline, subjects, command.settings, seed=command.seed,
-            source=str(command.model or "bundled"), export=command.export, dtype=command.dtype,
-            mesh=mesh, checkpoint_dir=kept.directory, checkpoint_every=kept.every, **kept.options,
-        )  # fmt: skip
+        with flags(("batch_size", "size")):
+            personalise_into(
+                folder, pipeline, subjects, command.settings, seed=command.seed,
+                source=str(command.model or "bundled"), export=command.export, dtype=command.dtype,
+                mesh=mesh, checkpoint_dir=kept.directory, checkpoint_every=kept.every,
+                **kept.options,
+            )  # fmt: skip
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
     print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")

@@ -11,6 +11,8 @@ import tyro
 from conceptax.cli.options import Model, OptionalInt, OptionalPath
 from conceptax.cli.videos import SUFFIXES, encoder, save_video
 
+_SIZES = ("height", "width", "batch_size", "vae_tiling")  # what memory depends on
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -86,6 +88,13 @@ def run(command: Command) -> None:
         raise ValueError("there is nothing to draw: pass at least one --prompt, or --prompts FILE.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
+    from conceptax.methods.memory import flags, require_memory
+
+    count = len(command.prompt) * command.count
+    smallest = 8 + 3 * (command.height or 8) * (command.width or 8)  # of a list, of an image
+    require_memory(
+        float(count * smallest), f"keeping {count} images", "take a smaller --count", host=True
+    )
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
     record = _record(command)
     video = command.motion_adapter is not None
@@ -93,7 +102,8 @@ def run(command: Command) -> None:
     _check_output(command, output, len(prompts))
     if output.suffix:
         with new_file(output, force=command.force, command=command) as file:
-            images = _draw(command, prompts)
+            with flags(_SIZES):
+                images = _draw(command, prompts)
             if video:
                 save_video(images[0], file, command.fps)
             else:
@@ -103,7 +113,8 @@ def run(command: Command) -> None:
         with new_folder(
             output, force=command.force, command=command, markers=["sample.json"]
         ) as folder:
-            images = _draw(command, prompts)
+            with flags(_SIZES):
+                images = _draw(command, prompts)
             files = {}
             for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
                 stem = f"{number:04d}_{_slug(prompt)}"
