@@ -101,6 +101,18 @@ def vae_bytes(
     return float(batch) * height * width * (first + second) * np.dtype(dtype).itemsize
 
 
+def segmenter_bytes(config: Any, batch: int, height: int, width: int) -> float:
+    """What MAFT+ holds of images: their pixels, and the backbone's finest map.
+
+    Args:
+      config: of a `MaftPlus`.
+      batch: images at a time.
+      height, width: as the model sees them.
+    """
+    channels = config.decoder_config.feature_channels[0]
+    return float(batch) * height * width * (4 * 3 + 2 * channels / 16)
+
+
 def require_unet_memory(pipeline: Any, rows: int, what: str, remedy: str) -> None:
     """Refuse a training step that has a pipeline's UNet predict for more rows than can fit.
 

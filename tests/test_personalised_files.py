@@ -168,7 +168,9 @@ def test_command_learns_several_subjects_and_goes_on_from_a_checkpoint(work, tmp
         )
         assert one == two
     capsys.readouterr()
-    refused(capsys, "--seed (3 before, 4 now)", *arguments[:-1], "4", *kept, "--output", tmp_path / "x")
+    refused(
+        capsys, "--seed (3 before, 4 now)", *arguments[:-1], "4", *kept, "--output", tmp_path / "x"
+    )
 
 
 @pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth", "textual-inversion"])

@@ -349,7 +349,7 @@ def test_bytes_round_to_the_nearest():
     [
         (5.5, 8, "8 at a time, takes at least 27.4 GB .* 18.8 GB are free: batch_size 5 may do"),
         (0.5, 1, "vae_tiling with batch_size 1 may do"),
-        (0.1, 1, r"with batch_size 1, a height and width of up to 2276 may do"),
+        (0.1, 1, r"with batch_size 1, a height and width of up to 1292 may do"),
     ],
 )
 def test_what_cannot_fit_is_told_before_it_is_tried(monkeypatch, free, count, remedy):

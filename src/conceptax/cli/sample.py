@@ -93,7 +93,10 @@ def run(command: Command) -> None:
     count = len(command.prompt) * command.count
     smallest = 8 + 3 * (command.height or 8) * (command.width or 8)  # of a list, of an image
     require_memory(
-        float(count * smallest), f"keeping {count} images", "take a smaller --count", host=True
+        float(count * smallest),
+        f"keeping {count} images",
+        "take a smaller --count, --height or --width",
+        host=True,
     )
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
     record = _record(command)

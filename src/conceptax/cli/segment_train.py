@@ -34,6 +34,7 @@ from conceptax.converters.weights import open_weights
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.methods.maft_plus import MaftPlusTraining, fit
+from conceptax.methods.memory import require_memory, segmenter_bytes
 from conceptax.methods.segmentation.augmentation import LargeScaleJitter, ResizeFlip
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
@@ -140,6 +141,16 @@ def train(command: Train) -> None:
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
         model, original, tokenizer = _start(command)
+        small, name = (
+            (command.crop, "--crop")
+            if _jitters(command, scenes.panoptic)
+            else (min(command.short_side, command.long_side), "--short-side")
+        )
+        require_memory(
+            segmenter_bytes(model.config, command.batch_size, small, small),
+            f"training on {command.batch_size} scenes of {small} pixels",
+            f"take a smaller --batch-size or {name}", spread=True,
+        )  # fmt: skip
         rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary, cache=command.text_cache)
         batches = scene_batches(
             scenes, _augmentation(command, scenes.panoptic), command.batch_size, command.seed,
@@ -197,9 +208,12 @@ def _holds_teacher(path: Path) -> bool:
     return any(key.startswith(TEACHER) for key in open_weights(path, wrappers=WRAPPERS))
 
 
+def _jitters(command: Train, panoptic: bool) -> bool:
+    return (command.augmentation or ("jitter" if panoptic else "resize")) == "jitter"
+
+
 def _augmentation(command: Train, panoptic: bool) -> ResizeFlip | LargeScaleJitter:
-    chosen = command.augmentation or ("jitter" if panoptic else "resize")
-    if chosen == "jitter":
+    if _jitters(command, panoptic):
         return LargeScaleJitter(command.crop)
     return ResizeFlip(command.short_side, command.long_side)
 
