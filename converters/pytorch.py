@@ -207,7 +207,9 @@ def save_pytorch(
       path: the folder to make.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       max_shard_size: bytes, or text such as "5GB"; larger weights are split over several files.
-      force: replace an earlier checkpoint at `path`, once the new one is complete.
+      force: replace an earlier checkpoint at `path`, once the new one is complete. Only a folder
+        that this function or a command wrote is replaced, as its `conceptax.json` tells, and only
+        while nothing was added to it.
 
     Returns:
       The folder's path.
@@ -221,7 +223,7 @@ def save_pytorch(
     options = {"dtype": None if dtype is None else np.dtype(dtype), "limit": _bytes(max_shard_size)}
     if options["dtype"] not in (None, *FLOAT_NAMES):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, received {dtype}.")
-    with atomic_folder(path, force=force) as folder:
+    with atomic_folder(path, force=force, by="conceptax.converters.save_pytorch") as folder:
         if isinstance(model_or_pipeline, StableDiffusionPipeline):
             _write_pipeline(model_or_pipeline, folder, **options)
         elif hasattr(model_or_pipeline, "pytorch_class"):

@@ -42,6 +42,7 @@ from ..flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens, 
 from .concepts import ConceptError, encode_phrases, phrase_ids
 from .instance_batches import PREFIXES, augmented, batches, cached, collect
 from .instances import Concept
+from .memory import require_memory, unet_bytes, vae_bytes
 from .new_tokens import default_initializers, encode_with_rows, initial_rows
 from .phrases import Encoders, edited_encoders, text_length
 from .sage import cosine
@@ -293,6 +294,15 @@ def prepare(
     """
     size, cells = _sizes(pipeline, config)
     _check_concepts(concepts, config)
+    seen = config.batch_size * (2 if config.prior_weight else 1)
+    require_memory(
+        max(
+            unet_bytes(pipeline.unet.config, seen, cells, cells, pipeline.unet.dtype),
+            vae_bytes(pipeline.vae.config, 1, size, size, pipeline.vae.dtype),
+        ),
+        f"training on {config.batch_size} images of {size}x{size} pixels at a time",
+        "take a smaller batch_size or size", spread=True,
+    )  # fmt: skip
     rows = new_rows(pipeline, concepts, config)
     extended = add_tokens(pipeline, rows)
     tokenizer, length = extended.tokenizer, text_length(pipeline)

@@ -210,6 +210,17 @@ def read_class_folders(path: Path | str) -> list[tuple[Path, str]]:
     ]  # fmt: skip
 
 
+def named_folders(path: Path | str) -> list[Path]:
+    """All folders that such a file names, of instances and of classes.
+
+    Raises:
+      ConceptListError: a file of another layout.
+    """
+    path = Path(path)
+    given = [entry.get(key) for entry in _entries(path) for key in _KEYS[2:]]
+    return [_folder(name, path) for name in given if name]
+
+
 def class_word(prompt: str) -> str:
     """The class in a class prompt: "a photo of a teddy bear" -> "teddy bear"."""
     prompt = re.sub(r"^(an? |the )?(photo|picture|image) of ", "", prompt.strip())

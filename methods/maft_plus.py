@@ -279,7 +279,7 @@ def fit(
     static, state, frozen = prepare(model, rows, synonyms, config, teacher=teacher)
     state = train(
         train_step, static, state, frozen, batches, key=jax.random.key(seed),
-        num_steps=config.steps, **options,
+        num_steps=config.steps, fixed_length=True, **options,
     )  # fmt: skip
     return nnx.merge(static.model, gather(state.params), frozen["model"])
 

@@ -231,18 +231,33 @@ def stacked_prompts(
     tokenizer: Any, concepts: Sequence[str], words: Sequence[str], settings: PhraseSettings, *,
     length: int, seed: int,
 ) -> Prompts:  # fmt: skip
-    """Every concept in the settings' templates, and in `contexts` more with `words` in them."""
+    """Every concept in the settings' templates, and in `contexts` more with `words` in them.
+
+    Raises:
+      ConceptError: no or unusable concepts, or an anchor that is a concept to the tokenizer.
+    """
     templates = settings.templates + context_templates(words, settings.contexts, seed)
     each = [
         concept_prompts(tokenizer, concept, length, templates, settings.anchor)
         for concept in concepts
     ]
+    for concept, prompts in zip(concepts, each, strict=True):
+        same = _plain(settings.anchor) == _plain(concept)
+        if same or np.array_equal(prompts.tokens, prompts.without):
+            raise ConceptError(
+                f"the anchor {settings.anchor!r} is the concept {concept!r}: turning it into "
+                "itself erases nothing. Choose another anchor."
+            )
     least = min(len(prompts.tokens) for prompts in each)  # a long concept fits fewer templates
 
     def stack(name: str) -> np.ndarray:
         return np.stack([getattr(prompts, name)[:least] for prompts in each])
 
     return Prompts(stack("tokens"), stack("without"), stack("free"), stack("concept"), templates)
+
+
+def _plain(phrase: str) -> str:
+    return " ".join(phrase.split()).casefold()
 
 
 def framed_phrases(

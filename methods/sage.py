@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ..flax_models.clip import pooling_positions
 from ..flax_models.stable_diffusion import StableDiffusionPipeline
 from .concepts import TEMPLATES, encode_phrases
+from .memory import require_unet_memory
 from .phrases import (
     Encoders,
     Retained,
@@ -497,6 +498,10 @@ def prepare(
     tokenizer, encoder = pipeline.tokenizer, pipeline.prompt_encoder
     length = text_length(pipeline)
     words = retained_phrases(pipeline, concepts, config, retain).kept
+    require_unet_memory(
+        pipeline, 2 * config.prompts + config.local_rows,
+        f"a cycle of {config.prompts} prompts with local_rows {config.local_rows}", "take fewer",
+    )  # fmt: skip
     prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
     framed = framed_phrases(words, prompts.templates, config.frames, seed)
     retained = encode_phrases(tokenizer, framed, length)
@@ -587,6 +592,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         erase_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, **options,
+        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))

@@ -9,8 +9,8 @@ def check_settings(settings: Any, *, least: Mapping[str, int]) -> None:
     """Check numbers against their least values, choices against their types, and common ranges.
 
     Args:
-      settings: a dataclass; a field of a `Literal` type takes its values alone, `min_timestep` and
-        `similarity_cap` are checked wherever it has them.
+      settings: a dataclass; a field of a `Literal` type takes its values alone, `learning_rate`,
+        `erase_weight`, `min_timestep` and `similarity_cap` are checked wherever it has them.
       least: name of a setting -> its least value.
 
     Raises:
@@ -20,6 +20,12 @@ def check_settings(settings: Any, *, least: Mapping[str, int]) -> None:
         if not getattr(settings, name) >= value:
             raise ValueError(
                 f"{name} must be at least {value}, received {getattr(settings, name)}."
+            )
+    for name in ("learning_rate", "erase_weight"):
+        if not getattr(settings, name, 1) > 0:
+            raise ValueError(
+                f"{name} must be positive, received {getattr(settings, name)}: with none, nothing "
+                "changes."
             )
     for name, values in _choices(type(settings)).items():
         if getattr(settings, name) not in values:

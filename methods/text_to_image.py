@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,10 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from ..flax_models.stable_diffusion import StableDiffusionPipeline, expanded
 from ..flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from ..flax_models.unet_2d_condition import TextCondition
+from .memory import available_memory, require_memory, unet_bytes, vae_bytes
 from .sampling import NoiseSchedule, Sampler, make_sampler
+
+_LONGEST = 1 << 16  # pixels along a side; attention over more would take days
 
 Params = Mapping[str, Any]  # {"unet": …, "vae": …, "text_encoder": …}, each a plain dict pytree
 
@@ -380,6 +384,7 @@ class TextToImage:
         Raises:
             ValueError: no prompt, token ids or sizes that do not fit, settings the sampler does
                 not know.
+            NotEnoughMemoryError: images too large, or too many, for the memory there is.
             FloatingPointError: the model produced NaN or infinity.
         """
         if isinstance(prompts, str):
@@ -399,15 +404,18 @@ class TextToImage:
         tables = make_sampler(
             self.schedule, sampler, num_inference_steps=num_inference_steps, eta=eta
         )
+        devices = 1 if mesh is None else mesh.shape["data"]
+        total = len(prompts)
+        each = min(batch_size, -(-total // devices))  # on a device
+        batch_size = devices * each
+        guided = guidance_scale > 1
+        self._require_memory(shape, total, each, devices, guided)
         ids = self._token_ids(prompts)
         negative = None
-        if guidance_scale > 1:
+        if guided:
             zeros = negative_prompt is None and self.force_zeros
             negative = np.zeros(0, np.int32) if zeros else self._token_ids([negative_prompt or ""])
 
-        devices = 1 if mesh is None else mesh.shape["data"]
-        total = len(prompts)
-        batch_size = devices * min(batch_size, -(-total // devices))
         draw = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
         images = []
         for start in range(0, total, batch_size):
@@ -430,6 +438,55 @@ class TextToImage:
             if on_progress is not None:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
+
+    def _require_memory(
+        self, shape: tuple[int, ...], total: int, batch: int, devices: int, guided: bool
+    ) -> None:
+        """Refuse what cannot fit, and say what might.
+
+        Args:
+            shape: of a latent, [h, w, C] or [F, h, w, C].
+            total: images or videos in all, whose bytes the host keeps.
+            batch: at a time on each device.
+            devices: that draw at the same time.
+            guided: whether the model sees each twice.
+        """
+        unet, vae = (
+            nnx.merge(getattr(self.static, name), self.params[name]) for name in ("unet", "vae")
+        )
+        *frames, h, w, _ = shape
+        count, tiling, factor = math.prod(frames), self.static.vae_tiling, self.downsampling
+        shared = devices if jax.default_backend() == "cpu" else 1  # all take of the host's
+        video = self.frames is not None
+
+        def needed(batch: int, tiling: bool, h: int, w: int) -> float:
+            decoded = (min(side, vae.config.sample_size) if tiling else side
+                       for side in (h * factor, w * factor))  # fmt: skip
+            at_once = 1 if tiling else batch  # of videos frame by frame
+            return shared * max(
+                unet_bytes(unet.config, (1 + guided) * batch * count, h, w, unet.dtype),
+                vae_bytes(vae.config, at_once, *decoded, vae.dtype)
+                + 12.0 * batch * count * h * w * factor**2,
+            )
+
+        what = f"{'a video' if video else 'an image'} of {h * factor}x{w * factor} pixels"
+        if video:
+            what = f"{what} and {self.frames} frames"
+        require_memory(
+            3.0 * total * count * h * w * factor**2, f"keeping {total} times {what}",
+            "draw fewer at a time, or smaller ones with height and width", host=True,
+        )  # fmt: skip
+        free, most = available_memory(), needed(batch, tiling, h, w)
+        if free is None or most <= free:
+            return
+        if fewer := int(free / needed(1, tiling, h, w)):
+            remedy = f"batch_size {fewer} may do"
+        elif not tiling and not video and needed(1, True, h, w) <= free:
+            remedy = "vae_tiling with batch_size 1 may do"
+        else:
+            side = factor * max(1, int(64 * math.sqrt(free / needed(1, tiling, 64, 64))))
+            remedy = f"with batch_size 1, a height and width of up to {side} may do"
+        require_memory(most, f"drawing {what}, {batch} at a time,", remedy)
 
     def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Int[np.ndarray, "N *two L"]:
         if not isinstance(prompts, np.ndarray):
@@ -455,9 +512,10 @@ class TextToImage:
             ("height", height, default_height),
             ("width", width, default_width),
         ):
-            if size is not None and (size < 1 or size % self.downsampling):
+            if size is not None and (not 1 <= size <= _LONGEST or size % self.downsampling):
                 raise ValueError(
-                    f"{name}={size} must be a positive multiple of {self.downsampling} pixels."
+                    f"{name}={size} must be a positive multiple of {self.downsampling} pixels, at "
+                    f"most {_LONGEST}."
                 )
             sizes.append(default if size is None else size // self.downsampling)
         return (*(() if self.frames is None else (self.frames,)), *sizes, channels)

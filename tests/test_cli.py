@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -272,12 +273,62 @@ def test_erase_checkpoints_belong_to_one_run(model, tmp_path, capsys):
     assert main([*base, "--concept", "three", "--output", str(tmp_path / "a")]) == 0
     capsys.readouterr()
     other = [*base, "--concept", "four", "--output", str(tmp_path / "b")]
-    refused(capsys, other, "another ['concepts']")
-    # Continuing for longer is the same run.
+    refused(capsys, other, '--concept (["three"] before, ["four"] now)')
+    other = [*base, "--concept", "three", "--output", str(tmp_path / "b"), "--dtype", "bfloat16"]
+    refused(capsys, other, '--dtype ("float32" before, "bfloat16" now)')
+    # Its learning rate falls along the run, so a longer one is another from the first step on.
     longer = [*base, "--concept", "three", "--output", str(tmp_path / "b"), "--cycles", "3"]
-    assert main(longer) == 0
-    assert len((tmp_path / "b" / "training.jsonl").read_text().splitlines()) == 3
+    refused(capsys, longer, "--cycles (2 before, 3 now)")
+    assert main([*base, "--concept", "three", "--output", str(tmp_path / "b")]) == 0
+    assert "going on after step 2" in capsys.readouterr().err
+    assert len((tmp_path / "b" / "training.jsonl").read_text().splitlines()) == 2
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "run"]
+
+
+def test_an_interrupted_run_goes_on_without_being_told(
+    model, erased, tmp_path, capsys, monkeypatch
+):
+    from conceptax.methods.training import loop
+
+    started, out = loop._Watcher.started, tmp_path / "out"
+    command = ["erase", "--model", str(model), "--concept", "three", "--output", str(out)]
+    command += ["--seed", "3", *ERASE]
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        started(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Watcher, "started", interrupted)
+        assert main([*command, "--checkpoint-every", "0"]) == 130
+        assert "no checkpoints were kept" in capsys.readouterr().err
+        assert os.listdir(tmp_path) == []
+        assert main(command) == 130
+    assert "stopped after step 1 and saved: run the same" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [".out.checkpoints"]
+    refused(capsys, [*command, "--anchor", "seven"], '--anchor ("" before, "seven" now)')
+    assert main(command) == 0
+    assert "going on after step 1" in capsys.readouterr().err
+    expected, found = tensors_of(erased), tensors_of(out)
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_trouble_with_checkpoints_is_told_of_them(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("dear")
+    base = ["erase", "--model", model, "--concept", "three", "--output", tmp_path / "out", *ERASE]
+    for name, message in (
+        ("file", "file is not a folder"), ("file/deeper", "file is not a folder"),
+        ("mine", "it holds something else (notes) and no erasing.json"),
+    ):  # fmt: skip
+        place = tmp_path / name
+        refused(capsys, [*base, "--checkpoint-dir", place], f"cannot be kept in {place}: ")
+        refused(capsys, [*base, "--checkpoint-dir", place], message)
+    refused(capsys, [*base, "--checkpoint-every", "-1"], "--checkpoint-every takes a number")
+    assert sorted(os.listdir(tmp_path)) == ["file", "mine"]
+    assert os.listdir(tmp_path / "mine") == ["notes"]
 
 
 def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
@@ -287,6 +338,14 @@ def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
     refused(capsys, [*base, "--concept", "three", "--concept", ""], "the concept is empty")
     refused(capsys, [*base, "--concept", "three " * 40], "this text encoder reads 24")
     refused(capsys, [*base, "--concept", "three", "--cycles", "0"], "cycles must be at least 1")
+    for method in METHODS:
+        itself = [*base, "--concept", "Three ", "--method", method, "--anchor", " three"]
+        itself += ["--similarity-cap", "1"]  # to a random encoder all phrases are near
+        refused(capsys, itself, "turning it into itself erases nothing")
+    many = [*base, "--concept", "three", "--prompts", "1000000000", "--similarity-cap", "1"]
+    refused(capsys, many, "a cycle of 1000000000 --prompts with --local-rows 6 takes at least")
+    none = [*base, "--concept", "three", "--learning-rate", "0"]
+    refused(capsys, none, "learning_rate must be positive")
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n")
     refused(capsys, [*base, "--concept", "three", "--retain", empty], "holds no phrases")
@@ -343,7 +402,9 @@ def test_a_rival_edits_the_unet_and_exports_it(model, tmp_path, capsys):
     for _ in range(2):  # replaced by its record alone
         changes = [*base, "--output", str(tmp_path / "changes"), "--export", "changes", "--force"]
         assert main(changes) == 0
-    assert sorted(os.listdir(tmp_path / "changes")) == ["erasing.json", "unet_changes.safetensors"]
+    assert sorted(os.listdir(tmp_path / "changes")) == [
+        "conceptax.json", "erasing.json", "unet_changes.safetensors",
+    ]  # fmt: skip
     found = tensors_of(tmp_path / "changes")
     assert {key.split("/", 1)[1] for key in found} == {key.split("/", 1)[1] for key in changed}
     capsys.readouterr()
@@ -385,7 +446,9 @@ def test_sample_draws_files_and_sheets(model, tmp_path, capsys):
     base += ["--prompt", "a red three", "--prompt", "a blue seven"]
     assert main([*base, "--output", str(tmp_path / "some")]) == 0
     names = sorted(os.listdir(tmp_path / "some"))
-    assert names == ["0000_a-red-three.png", "0001_a-blue-seven.png", "sample.json"]
+    assert names == [
+        "0000_a-red-three.png", "0001_a-blue-seven.png", "conceptax.json", "sample.json",
+    ]  # fmt: skip
     first = read_png(tmp_path / "some" / names[0])
     assert first.size == (64, 64) and json.loads(first.text["conceptax"])["steps"] == 2
 
@@ -399,6 +462,13 @@ def test_sample_draws_files_and_sheets(model, tmp_path, capsys):
     refused(capsys, [*base, "--output", tmp_path / "x.png", "--height", "63"], "height=63")
     refused(capsys, [*base, "--output", tmp_path / "x.png", "--count", "0"], "--count")
     refused(capsys, ["sample", "--output", tmp_path / "x.png"], "at least one --prompt")
+    for options, message in (
+        (["--height", "0"], "must be a positive multiple"),
+        (["--height", "100000"], "must be a positive multiple of 8 pixels, at most 65536"),
+        (["--height", "65536", "--width", "65536"], "smaller --count, --height or --width"),
+        (["--count", "100000000000"], "keeping 200000000000 images takes at least"),
+    ):
+        refused(capsys, [*base, "--output", tmp_path / "x.png", *options], message)
     component = ["sample", "--model", model / "vae", "--prompt", "x", "--output", tmp_path / "x"]
     refused(capsys, component, "is no pipeline")
     assert sorted(os.listdir(tmp_path)) == ["sheet.png", "some"]
@@ -527,6 +597,37 @@ def test_force_does_not_replace_what_is_no_result(model, tmp_path, capsys):
     assert (tmp_path / "photos" / "cat.png").read_text() == "dear"
 
 
+def test_no_command_replaces_what_it_reads(model, tmp_path, capsys, monkeypatch):
+    work = tmp_path / "work"
+    shutil.copytree(model, work / "model")
+    (work / "model" / "conceptax.json").write_text('{"files": []}')
+    (work / "link").symlink_to(work / "model")
+    before = set(work.rglob("*"))
+    inner, prompts = work / "model" / "unet", work / "prompts.txt"
+    prompts.write_text("three")
+    monkeypatch.chdir(tmp_path)
+    name = Path("work/../work/model")
+    erase = ["erase", "--concept", "three", "--model"]
+    for arguments in (
+        ["convert", work / "model", work / "model"],
+        ["convert", work / "link", name],
+        ["convert", inner, work / "model"],
+        ["convert", work / "model", inner / "deeper"],
+        ["convert", inner / "diffusion_pytorch_model.safetensors", inner],
+        ["convert", name, work / "model/x.safetensors", "--form", "single"],
+        ["convert", model, work / "model", "--add", work / "model"],
+        [*erase, work / "model", "--output", work / "link"],
+        [*erase, model, "--output", work / "model", "--retain", inner / "config.json"],
+        [*erase, model, "--output", inner, "--checkpoint-dir", inner],
+        ["sample", "--prompts", prompts, "--output", work],
+        ["evaluate", "--edited", work / "model", "--concept", "a", "--output", inner],
+        ["personalize", "--images", work, "--token", "<n>", "--class-word", "a", "--class-count",
+         "1", "--class-images", work, "--output", work],
+    ):  # fmt: skip
+        refused(capsys, [*arguments, "--force"], "what is read is never replaced")
+    assert set(work.rglob("*")) == before | {prompts}
+
+
 def test_a_full_disk_leaves_nothing(model, tmp_path, capsys, monkeypatch):
     def full(file, mode="r", *arguments, **options):
         if "r" in mode:
@@ -548,7 +649,12 @@ def test_demo_counts_shows_and_leaves_an_erased_model(model, tmp_path, capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "“three” drawn as it" in shown and "other digits right" in shown
-    assert sorted(os.listdir(out)) == ["erased", "grid.png", "metrics.json", "report.html"]
+    assert sorted(os.listdir(out)) == [
+        "conceptax.json", "erased", "grid.png", "metrics.json", "report.html",
+    ]  # fmt: skip
+    own = json.loads((out / "erased/conceptax.json").read_text())
+    assert own["written_by"] == "conceptax.converters.save_pytorch"
+    assert "erasing.json" in own["files"]  # so that it may be replaced on its own
 
     record = json.loads((out / "metrics.json").read_text())
     for when in ("before", "after"):

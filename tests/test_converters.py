@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from conceptax.converters import (
     load_pytorch,
     save_pytorch,
 )
+from conceptax.converters.output import atomic_file, atomic_folder
 from conceptax.converters.safetensors_file import PendingTensor, write_safetensors
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.weights import find_weights
@@ -225,8 +228,9 @@ def test_sharded_files_with_index(tmp_path):
     model = load_toy(write_toy(tmp_path / "source", toy_tensors()))
     save_pytorch(model, tmp_path / "out", max_shard_size=300)
     names = sorted(os.listdir(tmp_path / "out"))
-    assert len(names) > 4
-    assert names[1].startswith("diffusion_pytorch_model-00001-of-")
+    assert len(names) > 5
+    assert names[:2] == ["conceptax.json", "config.json"]
+    assert names[2].startswith("diffusion_pytorch_model-00001-of-")
     index = json.loads(
         (tmp_path / "out/diffusion_pytorch_model.safetensors.index.json").read_text()
     )
@@ -433,19 +437,101 @@ def test_refuses_to_overwrite_without_force(tmp_path):
     with pytest.raises(OutputError, match=r"already exists and is not empty.*--force"):
         save_pytorch(model, tmp_path / "out")
     model.token[...] = model.token[...] + 1
-    (tmp_path / "out/stale").write_text("")
     save_pytorch(model, tmp_path / "out", force=True)
     assert sorted(os.listdir(tmp_path / "out")) == [
-        "config.json", "diffusion_pytorch_model.safetensors",
+        "conceptax.json", "config.json", "diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
     np.testing.assert_array_equal(read(tmp_path / "out")["toy.token"], np.asarray(model.token[...]))
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
 def test_saving_over_the_source(tmp_path):
+    """A result of ours may be; what somebody else wrote may not, mapped or not."""
     source = write_toy(tmp_path / "source", toy_tensors())
-    save_pytorch(load_toy(source), source, force=True)
-    same_bits(read(source), toy_tensors(prefix="toy."))
+    for sharding in (None, "mapped"):
+        with pytest.raises(OutputError, match=r"no conceptax.json.*remove it yourself"):
+            save_pytorch(load_toy(source, sharding=sharding), source, force=True)
+    same_bits(read(source), toy_tensors())
+    saved = save_pytorch(load_toy(source), tmp_path / "saved")
+    save_pytorch(load_toy(saved, sharding="mapped"), saved, force=True)
+    same_bits(read(saved), toy_tensors(prefix="toy."))
+
+
+@pytest.mark.parametrize("name", [".git/HEAD", "notes.txt", "deeper/config.json"])
+def test_what_was_added_to_a_result_is_not_deleted(tmp_path, name):
+    model = Toy(ToyConfig(), rngs=nnx.Rngs(0))
+    out = save_pytorch(model, tmp_path / "out")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("years of work")
+    with pytest.raises(OutputError, match=rf"also holds .*{name.split('/')[0]}"):
+        save_pytorch(model, out, force=True)
+    assert (out / name).read_text() == "years of work"
+    (out / name).unlink()
+    save_pytorch(model, out, force=True)
+
+
+def test_the_working_folder_is_no_result(tmp_path, monkeypatch):
+    model = Toy(ToyConfig(), rngs=nnx.Rngs(0))
+    inner = save_pytorch(model, tmp_path / "out") / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    for path in (".", "..", tmp_path, "../../out/inner", "/"):
+        with pytest.raises(OutputError, match="working folder, which is not replaced"):
+            save_pytorch(model, path, force=True)
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(tmp_path / "out"))
+    with pytest.raises(OutputError, match="is the home folder"):
+        save_pytorch(model, tmp_path / "out", force=True)
+
+
+def test_the_next_run_repairs_what_a_killed_one_left(tmp_path):
+    """A run that ended between its two renames left no result, but the old one aside."""
+    kill = """
+import os, sys, pathlib
+from conceptax.converters.output import atomic_folder, atomic_file
+where, when = sys.argv[1:]
+renames = []
+rename = pathlib.Path.rename
+def dying(self, target):
+    renames.append(target)
+    if len(renames) == 2:
+        os._exit(9)
+    return rename(self, target)
+with atomic_file(f"{where}/x.png", force=True) as file:
+    file.write_text("half")
+    with atomic_folder(f"{where}/out", force=True) as work:
+        (work / "config.json").write_text("{}")
+        pathlib.Path.rename = dying
+        if when == "writing":
+            os._exit(9)
+"""
+    (tmp_path / ".out.notes.partial").write_text("not ours")
+    with atomic_folder(tmp_path / "out") as work:
+        (work / "config.json").write_text('{"first": true}')
+    for when in ("writing", "replacing"):
+        run = subprocess.run([sys.executable, "-c", kill, tmp_path, when], timeout=300)
+        assert run.returncode == 9
+        assert (tmp_path / "out").exists() == (when == "writing")
+        assert len(os.listdir(tmp_path)) > 2
+        with pytest.raises(OutputError, match="already exists"), atomic_folder(tmp_path / "out"):
+            pass
+        with atomic_file(tmp_path / "x.png", force=True) as file:
+            file.write_text("whole")
+        assert sorted(os.listdir(tmp_path)) == [".out.notes.partial", "out", "x.png"]
+        assert (tmp_path / "out/config.json").read_text() == '{"first": true}'
+
+
+def test_a_result_that_is_being_written_is_left_alone(tmp_path):
+    with atomic_folder(tmp_path / "out") as work:
+        with (
+            pytest.raises(OutputError, match="by another process"),
+            atomic_folder(tmp_path / "out"),
+        ):
+            pass
+        with atomic_folder(tmp_path / "out.b"):
+            pass
+        (work / "x").write_text("")
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.b"]
 
 
 def test_force_replaces_checkpoints_only(tmp_path):

@@ -572,7 +572,7 @@ def test_an_evaluation_repeats_itself_to_the_digit(folder, edited_folder, tmp_pa
     shown = capsys.readouterr().out
     assert "another stub" in shown and "· trio" not in shown and "· “trio”" in shown
     written = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert written == ["metrics.json", "report.html", "table.md"]
+    assert written == ["conceptax.json", "metrics.json", "report.html", "table.md"]
     record = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert record["settings"]["attack_settings"] == {"other-one": {"steps": 1, "words": ["nonet"]}}
     assert [(row["attack"], row["concept"]) for row in record["attacks"]] == [

@@ -503,15 +503,16 @@ def test_disk_full_leaves_nothing(model, tmp_path, monkeypatch, short):
 
 
 def test_disk_full_keeps_the_earlier_result(model, tmp_path, monkeypatch):
-    before = (tmp_path / "model" / WEIGHTS).read_bytes()
+    before = (save_pytorch(model, tmp_path / "saved") / WEIGHTS).read_bytes()
     disk_full(monkeypatch, 100)
     with pytest.raises(OutputError, match="No space left"):
-        save_pytorch(model, tmp_path / "model", force=True)
-    assert (tmp_path / "model" / WEIGHTS).read_bytes() == before
-    assert os.listdir(tmp_path) == ["model"]
+        save_pytorch(model, tmp_path / "saved", force=True)
+    assert (tmp_path / "saved" / WEIGHTS).read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["model", "saved"]
 
 
 def test_failing_swap_restores_the_earlier_result(model, tmp_path, monkeypatch):
+    save_pytorch(model, tmp_path / "saved")
     rename = Path.rename
 
     def fail_once(self, target):
@@ -521,9 +522,9 @@ def test_failing_swap_restores_the_earlier_result(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(OutputError, match="Input/output error"):
-        save_pytorch(model, tmp_path / "model", force=True)
-    assert os.listdir(tmp_path) == ["model"]
-    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", WEIGHTS]
+        save_pytorch(model, tmp_path / "saved", force=True)
+    assert sorted(os.listdir(tmp_path)) == ["model", "saved"]
+    assert sorted(os.listdir(tmp_path / "saved")) == ["conceptax.json", "config.json", WEIGHTS]
 
 
 def test_unwritable_output(model, tmp_path):

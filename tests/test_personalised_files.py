@@ -173,7 +173,9 @@ def test_command_learns_several_subjects_and_goes_on_from_a_checkpoint(work, tmp
         )
         assert one == two
     capsys.readouterr()
-    refused(capsys, "another ['seed']", *arguments[:-1], "4", *kept, "--output", tmp_path / "x")
+    refused(
+        capsys, "--seed (3 before, 4 now)", *arguments[:-1], "4", *kept, "--output", tmp_path / "x"
+    )
 
 
 @pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth", "textual-inversion"])
@@ -186,7 +188,7 @@ def test_baselines_write_what_they_train(work, tmp_path, method):
         arguments += ["--class-images", work / "others"]
     assert run(*arguments, *STEPS, "--output", tmp_path / "out") == 0
     names = {file.name for file in (tmp_path / "out").iterdir()} - {"personalising.json"}
-    expected = {"training.jsonl", "<new1>.safetensors"}
+    expected = {"conceptax.json", "training.jsonl", "<new1>.safetensors"}
     if method == "dreambooth":
         expected |= {"unet_changes.safetensors"}
     torch = pytest.importorskip("torch")

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from conceptax import bundled_model
+from conceptax.converters import load_pytorch
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods import memory
 from conceptax.methods import text_to_image as t2i
 from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
 from conceptax.methods.sampling import make_sampler
@@ -199,6 +202,7 @@ _ONE_DEVICE = """
 import sys
 import jax, numpy as np
 from conceptax.converters import load_pytorch
+from conceptax.methods import memory
 from conceptax.methods import text_to_image as t2i
 
 assert jax.device_count() == 1
@@ -353,3 +357,28 @@ def test_not_a_number_is_an_error_not_a_black_image(drawer):
 def test_bytes_round_to_the_nearest():
     values = np.array([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0], np.float32).reshape(1, 2, 3)
     assert t2i.to_uint8(values).ravel().tolist() == [0, 0, 128, 255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("free", "count", "remedy"),
+    [
+        (5.5, 8, "8 at a time, takes at least 27.4 GB .* 18.8 GB are free: batch_size 5 may do"),
+        (0.5, 1, "vae_tiling with batch_size 1 may do"),
+        (0.1, 1, r"with batch_size 1, a height and width of up to 1292 may do"),
+    ],
+)
+def test_what_cannot_fit_is_told_before_it_is_tried(monkeypatch, free, count, remedy):
+    drawer = t2i.TextToImage.from_pipeline(load_pytorch(bundled_model()))
+    # Of one image: 32 channels that the last layers of the decoder read, 16 that they write, and
+    # three floats with their copy.
+    one = 4096**2 * (4 * (32 + 16) + 12)
+    for module in (memory, t2i):
+        monkeypatch.setattr(module, "available_memory", lambda **_: int(free * one))
+    with pytest.raises(memory.NotEnoughMemoryError, match=remedy):
+        drawer(["three"] * count, height=4096, width=4096)
+
+
+def test_memory_is_found_out():
+    free = memory.available_memory(host=True)
+    assert free is not None and 1e6 < free < 1e15
+    assert [memory.describe_bytes(n) for n in (0, 999, 1.5e9)] == ["0 B", "999 B", "1.5 GB"]

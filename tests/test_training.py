@@ -323,6 +323,25 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="beyond num_steps=4"):
             toy.run(num_steps=4, **options)
 
+    def test_a_schedule_is_not_stretched(self, tmp_path):
+        """Two lengths in one run would be two schedules, of which neither is followed."""
+        options = {"checkpoint_dir": tmp_path / "run", "fixed_length": True}
+        toy.run(num_steps=2, **options)
+        with pytest.raises(ValueError, match=r"of a run of 2 steps, and this one is to have 3"):
+            toy.run(num_steps=3, **options)
+        toy.run(num_steps=2, **options)
+        toy.run(num_steps=3, checkpoint_dir=tmp_path / "run")
+
+    def test_the_last_step_need_not_be_saved(self, tmp_path):
+        toy.run(num_steps=3, checkpoint_every=2, save_last=False, checkpoint_dir=tmp_path / "run")
+        with training.Checkpoints(tmp_path / "run") as checkpoints:
+            assert checkpoints.steps == [2]
+
+    def test_a_folder_that_is_none(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(training.CheckpointError, match=r"kept in .*file/run: .*not a folder"):
+            toy.run(checkpoint_dir=tmp_path / "file" / "run")
+
     def test_data_position_is_saved(self, tmp_path):
         def data():
             rows = grain.MapDataset.source(np.arange(16 * 8 * 5, dtype=np.float32).reshape(-1, 8))

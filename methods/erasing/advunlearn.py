@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES, ConceptError, encode_phrases
+from ..memory import require_unet_memory
 from ..phrases import (
     Encoders,
     Retained,
@@ -301,6 +302,9 @@ def prepare(
             f"{length} tokens."
         )
     words = retained_phrases(pipeline, concepts, config, retain).kept
+    require_unet_memory(
+        pipeline, config.prompts, f"a cycle of {config.prompts} prompts", "take fewer"
+    )  # fmt: skip
     prompts = stacked_prompts(tokenizer, concepts, words, config, length=room, seed=seed)
     framed = framed_phrases(words, prompts.templates, config.frames, seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -345,6 +349,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         adversarial_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, **options,
+        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(nnx.merge(static.text, state.params, frozen["text"]))

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES
+from ..memory import require_unet_memory
 from ..phrases import Retained, conditions, retained_phrases, stacked_prompts, text_length
 from ..sage import erase_target, prediction_loss
 from ..settings import check_settings
@@ -180,6 +181,9 @@ def prepare(
     """
     words = retained_phrases(pipeline, concepts, config, retain).kept
     length = text_length(pipeline)
+    require_unet_memory(
+        pipeline, config.prompts, f"a cycle of {config.prompts} prompts", "take fewer"
+    )  # fmt: skip
     prompts = stacked_prompts(pipeline.tokenizer, concepts, words, config, length=length, seed=seed)
 
     def states(rows: np.ndarray) -> Any:
@@ -216,6 +220,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         esd_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, **options,
+        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        **options,
     )  # fmt: skip
     return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))

@@ -223,6 +223,7 @@ def _run(
         batches,
         key=jax.random.key(config.seed),
         num_steps=plan.steps,
+        fixed_length=True,
         checkpoint_dir=(workdir / name).absolute(),
         checkpoint_every=500,
         keep=2,

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from ...flax_models.maft_plus import MaftPlus, class_logits
+from ..memory import require_memory, segmenter_bytes
 from .augmentation import resize_image, shortest_edge
 from .batches import normalise_image, padded_size
 from .inference import ImageSizes, class_scores, panoptic_map, semantic_labels
@@ -65,7 +66,7 @@ class Segmenter:
         short: int = 800, longest: int = 1333,
     ):  # fmt: skip
         self.rows, self.synonyms = jnp.asarray(rows), jnp.asarray(synonyms)
-        self.short, self.longest = short, longest
+        self.short, self.longest, self._config = short, longest, model.config
         graphdef, state = nnx.split(model)
         self._look = functools.partial(_look, graphdef, state)
 
@@ -79,6 +80,10 @@ class Segmenter:
         height, width = image.shape[:2]
         size = shortest_edge((height, width), self.short, self.longest)
         padded = padded_size(size)
+        require_memory(
+            segmenter_bytes(self._config, 1, *padded),
+            f"looking at an image of {padded[0]}x{padded[1]} pixels", "take a smaller short side",
+        )  # fmt: skip
         pixels = normalise_image(resize_image(image, size), padded)
         scores, masks = self._look(jnp.asarray(pixels)[None], self.rows, self.synonyms)
         return Seen(scores, masks, ImageSizes(padded, size, (height, width)))

@@ -7,8 +7,11 @@ name only when it is complete. With several processes the folder is one that all
 
 import base64
 import contextlib
+import functools
+import logging
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +32,31 @@ from .state import TrainState
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
+class _Quiet(logging.Filter):
+    """Holds back the errors that Orbax logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
+
+
+@functools.cache
+def _hush() -> None:
+    """Tell a failed write once, as the error that comes of it.
+
+    Orbax logs it in every thread, and each array that was still being written then finds its event
+    loop closed, of which tensorstore prints a traceback.
+    """
+    logging.getLogger("absl").addFilter(_Quiet())
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+
+
 class CheckpointError(ConceptaxError, OSError):
     """A checkpoint could not be written; those before it are as good as they were."""
 
@@ -44,7 +72,9 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, *, keep: int = 3, best: str | None = None) -> None:
         self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
-        self._manager = self._open()
+        _hush()
+        with self._opening():
+            self._manager = self._open()
         self._complete = self._manager.latest_step()  # the newest that is known to be written
         self._swept = self._abandoned = False
 
@@ -101,10 +131,12 @@ class Checkpoints:
         return dict(self._manager.metrics(self._existing(step)) or {})
 
     def save(
-        self, state: TrainState, iterator: Any = None, metrics: Mapping[str, float] | None = None
-    ) -> None:
+        self, state: TrainState, iterator: Any = None, metrics: Mapping[str, float] | None = None,
+        *, length: int | None = None,
+    ) -> None:  # fmt: skip
         """Start writing `state`, the iterator's position if it has ``get_state``, and the metrics.
 
+        `length` is the number of steps that the run must have, if a resumed one must have as many.
         Returns as soon as the arrays are copied: `state` may be donated right after. A step that
         is already there is left as it is.
 
@@ -129,7 +161,7 @@ class Checkpoints:
                 metrics=dict(metrics or {}),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_as_dict(jax.tree.map(jnp.copy, state))),
-                    data=ocp.args.JsonSave({"position": _to_json(position)}),
+                    data=ocp.args.JsonSave({"position": _to_json(position), "length": length}),
                 ),
             )
 
@@ -139,6 +171,7 @@ class Checkpoints:
         *,
         step: int | None = None,
         iterator: Any = None,
+        length: int | None = None,
     ) -> TrainState:
         """Read a checkpoint into the structure, dtypes and shardings of `target`.
 
@@ -148,16 +181,17 @@ class Checkpoints:
             step: which checkpoint; default the newest that every process of the run can read. One
                 that cannot be is put aside, under the name ``damaged-STEP``, with a warning.
             iterator: moved to the saved position if it has ``set_state``.
+            length: number of steps that the run must have been meant to have, if that matters.
 
         Raises:
-            ValueError: there is no such checkpoint, or it does not fit `target`.
+            ValueError: there is no such checkpoint, or it does not fit `target` or `length`.
         """
         if step is not None:
-            return self._restore(target, step, iterator)
+            return self._restore(target, step, iterator, length)
         while True:
             newest, restored, reason = self._existing(None), None, ""
             try:
-                restored = self._restore(target, newest, iterator)
+                restored = self._restore(target, newest, iterator, length)
             except _MisfitError:
                 raise
             except Exception as error:  # whatever the libraries below make of damaged files
@@ -172,13 +206,22 @@ class Checkpoints:
                 stacklevel=2,
             )
 
-    def _restore(self, target: TrainState, step: int, iterator: Any) -> TrainState:
+    def _restore(
+        self, target: TrainState, step: int, iterator: Any, length: int | None
+    ) -> TrainState:
         step = self._existing(step)
         self._check_fits(step, _as_dict(target))
         folder = self.directory / str(step)
         wanted = ocp.args.StandardRestore(_as_dict(target))
         state = _read(folder / "state", ocp.StandardCheckpointHandler, wanted)
         data = _read(folder / "data", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+        begun = data.get("length")
+        if None not in (length, begun) and length != begun:
+            raise _MisfitError(
+                f"the checkpoint after step {step} in {self.directory} is of a run of {begun} "
+                f"steps, and this one is to have {length}: its learning rate, which depends on "
+                f"that, would follow neither. Run {begun} steps, or choose another folder."
+            )
         if iterator is not None and hasattr(iterator, "set_state"):
             position = _from_json(data["position"])
             if position is None:
@@ -223,6 +266,21 @@ class Checkpoints:
         """Wait for nothing from now on; the step of the newest complete checkpoint."""
         self._abandoned = True
         return self._complete
+
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Say that it is this folder which cannot be used."""
+        folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"checkpoints cannot be kept in {self.directory}: {folder} is not a folder."
+            )
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints cannot be kept in {self.directory}: {error.strerror or error}."
+            ) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

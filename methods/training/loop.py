@@ -80,7 +80,11 @@ class TrainingInterrupted(SystemExit):
 
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name
-        end = "and saved: run again to resume" if self.saved else "(no checkpoint folder was given)"
+        end = (
+            "and saved: run the same again to resume"
+            if self.saved
+            else "(no checkpoints were kept)"
+        )
         return f"{name} received; stopped after step {self.step} {end}."
 
 
@@ -99,6 +103,8 @@ def train(
     checkpoint_every: int | None = None,
     keep: int = 3,
     keep_best: str | None = None,
+    save_last: bool = True,
+    fixed_length: bool = False,
     resume: bool = True,
     metrics_path: str | Path | None = None,
     tensorboard_dir: str | Path | None = None,
@@ -121,10 +127,14 @@ def train(
         mesh: mesh to shard over (`sharding.make_mesh`); None runs on the default device, and with
             several processes splits the batch over the devices of all.
         rules: sharding table for the trained and the frozen parameters; used with `mesh` only.
-        checkpoint_dir: folder for checkpoints; the last step is always saved there.
+        checkpoint_dir: folder for checkpoints: of the last step, and of the one at which a signal
+            ended the run.
         checkpoint_every: save also after every n-th step.
         keep: number of newest checkpoints kept.
         keep_best: a metric; the checkpoint whose step had its lowest value is kept besides.
+        save_last: whether the last step is saved.
+        fixed_length: whether the step depends on `num_steps`, as a learning rate that falls along
+            the run does: checkpoints of a run of another length are then refused.
         resume: continue from the newest checkpoint in `checkpoint_dir`, if there is one.
         metrics_path: JSONL file, one record per logged step.
         tensorboard_dir: folder for TensorBoard curves.
@@ -138,8 +148,8 @@ def train(
             current step was finished and saved.
         CheckpointError: a checkpoint could not be written; earlier ones stay.
         ProcessLostError: another process of the run ended.
-        ValueError: the arguments do not fit together, the batches end early, or the step returns
-            a wrong step number or metrics.
+        ValueError: the arguments do not fit together or to the checkpoints, the batches end early,
+            or the step returns a wrong step number or metrics.
     """
     _check_arguments(num_steps, checkpoint_every, checkpoint_dir, keep, log_every)
     with contextlib.ExitStack() as stack:
@@ -152,7 +162,8 @@ def train(
             mesh = make_mesh()
         shardings = shard_state(state, mesh, rules) if mesh is not None else None
         iterator = None if batches is None else iter(batches)
-        state = _start(state, shardings, checkpoints, iterator, resume)
+        length = num_steps if fixed_length else None
+        state = _start(state, shardings, checkpoints, iterator, resume, length)
         first = int(state.step)
         if first > num_steps:
             raise ValueError(
@@ -185,11 +196,12 @@ def train(
             state, metrics = run(state, frozen, _on_devices(batch, mesh), key, told)
             watcher.started(n + 1, state.step, metrics, batch)
             stop = bool(received) if alone else watcher.stop  # known to all after the same step
-            due = n + 1 == num_steps or (checkpoint_every and (n + 1) % checkpoint_every == 0)
-            if stop or due:
+            last = n + 1 == num_steps
+            due = bool(checkpoint_every) and (n + 1) % checkpoint_every == 0
+            if stop or due or last:
                 values = watcher.finish()
-                if checkpoints is not None:
-                    checkpoints.save(state, iterator, values)
+                if checkpoints is not None and (stop or due or save_last):
+                    checkpoints.save(state, iterator, values, length=length)
             if stop:
                 signum = received[0] if received else signal.SIGTERM  # another process's
                 raise TrainingInterrupted(n + 1, signum, checkpoints is not None)
@@ -304,6 +316,7 @@ def _start(
     checkpoints: Checkpoints | None,
     iterator: Iterator[Any] | None,
     resume: bool,
+    length: int | None,
 ) -> TrainState:
     """The state to begin with, on its devices, and the iterator moved to its place."""
     if checkpoints is not None and checkpoints.latest_step is not None:
@@ -312,7 +325,9 @@ def _start(
                 f"{checkpoints.directory} already holds checkpoints and resume is off. Choose "
                 "another folder, remove this one, or resume."
             )
-        state = checkpoints.restore(abstract_state(state, shardings), iterator=iterator)
+        state = checkpoints.restore(
+            abstract_state(state, shardings), iterator=iterator, length=length
+        )
         if iterator is not None and not hasattr(iterator, "set_state"):
             for _ in range(int(state.step)):
                 next(iterator, None)

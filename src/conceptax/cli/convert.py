@@ -70,11 +70,11 @@ def run(command: Command) -> None:
 
     _check(command)
     if command.form == "folder":
-        with new_folder(command.dest, force=command.force) as folder:
+        with new_folder(command.dest, force=command.force, command=command) as folder:
             model = _alone(command, _read(command))
             _write_folder(command, model, folder)
     else:
-        with new_file(command.dest, force=command.force) as file:
+        with new_file(command.dest, force=command.force, command=command) as file:
             model = _read(command)
             _write_file(command, model, file)
     files = [command.dest, *command.dest.rglob("*")]
@@ -91,6 +91,8 @@ def _check(command: Command) -> None:
         raise ValueError("--form lora takes --rank or --energy, one of them; other forms neither.")
     if command.form != "folder" and command.dest.suffix != ".safetensors":
         raise ValueError(f"--form {command.form} writes a file: name one in .safetensors.")
+    if command.add_scale == 0:
+        raise ValueError("--add-scale 0 adds nothing: pass another scale, or leave out --add.")
     if command.verify and command.form != "folder":
         raise ValueError("--verify is for --form folder, which PyTorch's libraries load.")
     if command.verify:

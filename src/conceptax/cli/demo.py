@@ -104,7 +104,9 @@ def run(command: Command) -> None:
         yield
         seconds[name] = round(time.perf_counter() - began, 1)
 
-    with new_folder(command.output, force=command.force, markers=["metrics.json"]) as folder:
+    with new_folder(
+        command.output, force=command.force, command=command, markers=["metrics.json"]
+    ) as folder:
         source = command.model or conceptax.bundled_model()
         pipeline = load_pytorch(source)
         judge = load_judge(source / "judge")

@@ -16,13 +16,21 @@ import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
 from conceptax.cli.report import Number, Table
-from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
+from conceptax.cli.results import (
+    claim_run,
+    environment,
+    kept_run,
+    new_folder,
+    training_log,
+    write_json,
+)
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.weights import read_json
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
+from conceptax.methods.memory import flags
 from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
 from conceptax.methods.training import RULES
 
@@ -57,8 +65,10 @@ class Command(Generic[Config]):
       export: the pipeline, the edited part alone (text-encoder or unet), or the changed tensors
         alone, as one safetensors file.
       seed: of everything random in the run.
-      checkpoint_dir: keep checkpoints here, and go on from the newest one.
-      checkpoint_every: save after every n-th cycle, and at the end.
+      checkpoint_dir: keep checkpoints here, and go on from the newest one. Without it they are kept
+        beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the same
+        command goes on where it was.
+      checkpoint_every: save after every n-th cycle, and when interrupted; 0 keeps none.
       mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; parameters keep the dtype they are stored in.
       force: replace an earlier checkpoint at the output.
@@ -94,18 +104,23 @@ def run(command: Command[Any]) -> None:
     retain = None if command.retain is None else read_phrases(command.retain)
     mesh = device_mesh(command.mesh)
     markers = (*CHECKPOINT_FILES, RECORD)
-    with new_folder(command.output, force=command.force, markers=markers) as folder:
+    steps = command.settings.cycles if method.trains else 0
+    with (
+        kept_run(command, steps) as kept,
+        new_folder(command.output, force=command.force, command=command, markers=markers) as folder,
+    ):
         source = command.model or conceptax.bundled_model()
         pipeline = load_pipeline(source, command.dtype, "erasing")
         began = time.perf_counter()
         retained = retained_phrases(pipeline, concepts, command.settings, retain)
         print(describe_near(retained, command.settings.similarity_cap), end="")
-        erase_into(
-            folder, pipeline, concepts, command.settings, seed=command.seed,
-            retain=retain, retained=retained, source=str(command.model or "bundled"),
-            export=command.export, mesh=mesh, checkpoint_dir=command.checkpoint_dir,
-            checkpoint_every=command.checkpoint_every,
-        )  # fmt: skip
+        with flags(("prompts", "local_rows")):
+            erase_into(
+                folder, pipeline, concepts, command.settings, seed=command.seed,
+                retain=retain, retained=retained, source=str(command.model or "bundled"),
+                export=command.export, dtype=command.dtype, mesh=mesh,
+                checkpoint_dir=kept.directory, checkpoint_every=kept.every, **kept.options,
+            )  # fmt: skip
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
@@ -170,8 +185,8 @@ def _check_options(command: Command[Any], method: Method) -> None:
 def erase_into(
     folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
     seed: int, source: str, retain: Sequence[str] | None = None, retained: Retained | None = None,
-    export: Export = "pipeline", mesh: Any = None, checkpoint_dir: Path | None = None,
-    checkpoint_every: int = 100,
+    export: Export = "pipeline", dtype: str = "float32", mesh: Any = None,
+    checkpoint_dir: Path | None = None, checkpoint_every: int = 100, **options: Any,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """Erase, write the result and its record into an empty `folder`, and return the pipeline.
 
@@ -182,7 +197,8 @@ def erase_into(
       source: what to call the model in the record.
       retained: what `retain` comes to, where the caller knows it.
       export: what to write.
-      mesh, checkpoint_dir, checkpoint_every: of the training loop.
+      dtype: what the pipeline computes in.
+      mesh, checkpoint_dir, checkpoint_every, options: of the training loop.
     """
     method = method_of(config)
     edits = (method.edits,)
@@ -199,6 +215,7 @@ def erase_into(
         "concepts": list(concepts),
         "model": source,
         "seed": seed,
+        "dtype": dtype,
         "settings": dataclasses.asdict(config),
         "retained_phrases": "the tokenizer's words" if retain is None else list(retained.kept),
     }
@@ -209,13 +226,12 @@ def erase_into(
         )
     log = None
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {}
         if method.trains:
             if checkpoint_dir is None:
                 logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
                 logs = checkpoint_dir
-                claim_run(logs / RECORD, record, length="cycles")
+                claim_run(logs / RECORD, record)
                 options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
             log = logs / _LOG
             rules = RULES["StableDiffusionPipeline"]

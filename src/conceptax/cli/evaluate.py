@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -33,6 +34,7 @@ from conceptax.methods.unsafe_prompts import read_unsafe_prompts
 
 METRICS = "metrics.json"
 _OF_THIS_RUN = ("output", "settings", "force")  # not of what is measured
+_MODELS = ("original", "edited", "never_knew", "classifier", "clip")
 _LISTS = ("synonyms", "neighbours", "distant", "templates")  # files of phrases
 
 Settings = TypeVar("Settings")
@@ -122,7 +124,11 @@ def command_type(arguments: Sequence[str]) -> Any:
 def run(command: Command[Any]) -> None:
     """Settle the settings, evaluate, and write it all down; the output is claimed first."""
     settings = _recorded(command) if command.settings else _stated(command)
-    with new_folder(command.output, force=command.force, markers=[METRICS]) as folder:
+    models = [settings[name] for name in _MODELS if settings[name] is not None]
+    with new_folder(
+        command.output, force=command.force, command=command, markers=[METRICS],
+        sources=map(Path, models),
+    ) as folder:  # fmt: skip
         began = time.perf_counter()
         result = evaluate_settings(settings, Console(stderr=True))
         seconds = {**result.seconds, "total": round(time.perf_counter() - began, 2)}
@@ -215,6 +221,11 @@ def evaluate_settings(settings: Mapping[str, Any], progress: Console | None = No
     if settings["original"] is not None:
         source = Path(settings["original"])
     report(f"loading {source.name} and {settings['edited']}")
+    if source.resolve() == Path(settings["edited"]).resolve():
+        warnings.warn(
+            f"the edited model is the original, {source}: every difference will be none.",
+            stacklevel=2,
+        )
     original = load_pipeline(source, dtype, "evaluating")
     edited = load_edited(Path(settings["edited"]), original, dtype)
     never_knew = settings["never_knew"]

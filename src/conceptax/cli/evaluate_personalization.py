@@ -85,7 +85,9 @@ def run(command: Command) -> None:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
     subjects = [Subject(path.resolve().name, read_images(path)) for path in command.references]
     began = time.perf_counter()
-    with new_folder(command.output, force=command.force, markers=[METRICS]) as folder:
+    with new_folder(
+        command.output, force=command.force, command=command, markers=[METRICS]
+    ) as folder:
         instruments = _instruments(command)
         if command.images is not None:
             images, prompts = _found(command.images, command.prompts)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import tyro
 
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.results import claim_run, environment, new_folder, write_json
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.clip import CLIPModel
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
@@ -35,7 +35,7 @@ class Command:
 
     Attributes:
       output: the folder to write.
-      workdir: where the trainings keep their checkpoints and logs.
+      workdir: where the trainings keep their checkpoints and logs; of one build alone.
       measure: images per measured set of prompts.
       force: replace an earlier model at the output.
       build: seed, data and the trainings.
@@ -54,8 +54,10 @@ class Command:
 
 def run(command: Command) -> None:
     """Train what is not yet trained, then publish."""
-    with new_folder(command.output, force=command.force) as folder:
-        command.workdir.mkdir(parents=True, exist_ok=True)
+    with new_folder(command.output, force=command.force, command=command) as folder:
+        settings = {"build": dataclasses.asdict(command.build)}
+        settings["judge"] = dataclasses.asdict(command.judge)
+        claim_run(command.workdir / "building.json", {"settings": settings})
         pipeline, clip = build(command.build, command.workdir)
         judge = _judge(command)
         quality = publish(folder, pipeline, clip, judge, command)

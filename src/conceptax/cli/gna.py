@@ -281,7 +281,7 @@ def _search(command: Search) -> None:
 
     if command.output.suffix.lower() != ".png":
         raise ValueError(f"--output takes a .png file, received {command.output}.")
-    with new_file(command.output, force=command.force) as file:
+    with new_file(command.output, force=command.force, command=command) as file:
         choices = _choices(command)
         dilation, causal = _each(command.dilation), _each(command.causal)
         draw_search(file, command.layout, choices, dilation=dilation, is_causal=causal)

@@ -7,11 +7,13 @@ step, of starting a block, and what a mask adds.  With them the problem asked fo
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from conceptax.cli.results import environment, new_file, write_json
 from conceptax.kernels.gna import describe, measure, unsupported
@@ -19,6 +21,7 @@ from conceptax.kernels.gna.api import select
 from conceptax.kernels.gna.problem import Problem, windows_of
 from conceptax.kernels.gna.simulator import Gpu, Simulation, fit
 from conceptax.kernels.gna.windows import Window
+from conceptax.methods.memory import require_memory
 
 if TYPE_CHECKING:
     from conceptax.cli.gna import Bench
@@ -119,6 +122,11 @@ def _measure(
 ) -> dict[str, measure.Timing]:
     make = measure.PASSES["training step" if command.training else "forward"]
     dense = runs["dense"].problem
+    held = 4.0 * dense.batch * math.prod(dense.layout) * dense.heads * dense.head_dim
+    require_memory(
+        held * jnp.dtype(dense.dtype).itemsize, "holding query, key, value and their gradient",
+        "take a smaller --layout, --batch, --heads or --head-dim",
+    )  # fmt: skip
     given = measure.operands(dense)
     kernel: Literal["xla", "cudnn"] = "xla"
     if jax.default_backend() == "gpu" and dense.dtype != "float32":

@@ -15,7 +15,14 @@ import conceptax
 from conceptax.cli.class_images import complete_class_images
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
+from conceptax.cli.results import (
+    claim_run,
+    environment,
+    kept_run,
+    new_folder,
+    training_log,
+    write_json,
+)
 from conceptax.converters import (
     save_changes,
     save_custom_diffusion,
@@ -30,7 +37,14 @@ from conceptax.flax_models.stable_diffusion import (
     token_ids,
 )
 from conceptax.methods.class_diffusion import ClassDiffusionConfig
-from conceptax.methods.instances import Concept, read_class_folders, read_concepts, read_images
+from conceptax.methods.instances import (
+    Concept,
+    named_folders,
+    read_class_folders,
+    read_concepts,
+    read_images,
+)
+from conceptax.methods.memory import flags
 from conceptax.methods.personalising import METHODS, method_of, personalise
 from conceptax.methods.training import RULES
 
@@ -69,8 +83,10 @@ class Command(Generic[Config]):
       model: a folder of Stable Diffusion 1, 2 or XL.
       export: the pipeline and the small files, or the small files alone (weights).
       seed: of everything random in the run.
-      checkpoint_dir: keep checkpoints here, and go on from the newest one.
-      checkpoint_every: save after every n-th step, and at the end.
+      checkpoint_dir: keep checkpoints here, and go on from the newest one. Without it they are kept
+        beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the same
+        command goes on where it was.
+      checkpoint_every: save after every n-th step, and when interrupted; 0 keeps none.
       mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; parameters keep the dtype they are stored in.
       force: replace an earlier result at the output.
@@ -115,18 +131,26 @@ def run(command: Command[Any]) -> None:
     mesh = device_mesh(command.mesh)
     method = METHODS[command.method]
     markers = (*CHECKPOINT_FILES, RECORD)
-    with new_folder(command.output, force=command.force, markers=markers) as folder:
+    named = [] if command.concepts is None else named_folders(command.concepts)
+    with (
+        kept_run(command, command.settings.steps) as kept,
+        new_folder(
+            command.output, force=command.force, command=command, markers=markers, sources=named
+        ) as folder,
+    ):
         source = command.model or conceptax.bundled_model()
         pipeline = load_pipeline(source, command.dtype, "personalising")
         if folders:
             complete_class_images(pipeline, folders, command.class_count, command.seed)
             subjects = gather(command)
         began = time.perf_counter()
-        personalise_into(
-            folder, pipeline, subjects, command.settings, seed=command.seed,
-            source=str(command.model or "bundled"), export=command.export, mesh=mesh,
-            checkpoint_dir=command.checkpoint_dir, checkpoint_every=command.checkpoint_every,
-        )  # fmt: skip
+        with flags(("batch_size", "size")):
+            personalise_into(
+                folder, pipeline, subjects, command.settings, seed=command.seed,
+                source=str(command.model or "bundled"), export=command.export, dtype=command.dtype,
+                mesh=mesh, checkpoint_dir=kept.directory, checkpoint_every=kept.every,
+                **kept.options,
+            )  # fmt: skip
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
     print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")
@@ -195,7 +219,8 @@ def gather(command: Command[Any]) -> list[Concept]:
 def personalise_into(
     folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[Concept],
     config: ClassDiffusionConfig, *, seed: int, source: str, export: Export = "pipeline",
-    mesh: Any = None, checkpoint_dir: Path | None = None, checkpoint_every: int = 100,
+    dtype: str = "float32", mesh: Any = None, checkpoint_dir: Path | None = None,
+    checkpoint_every: int = 100, **options: Any,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """Learn, write the result and its record into an empty `folder`, and return the pipeline.
 
@@ -205,7 +230,8 @@ def personalise_into(
       config: settings of one of the methods; they say which.
       source: what to call the model in the record.
       export: what to write.
-      mesh, checkpoint_dir, checkpoint_every: of the training loop.
+      dtype: what the pipeline computes in.
+      mesh, checkpoint_dir, checkpoint_every, options: of the training loop.
     """
     one_encoder = len(pipeline.TOKENIZERS) == 1
     if export != "pipeline" and not one_encoder:
@@ -220,9 +246,10 @@ def personalise_into(
         "concepts": [_describe(concept) for concept in concepts],
         "model": source,
         "seed": seed,
+        "dtype": dtype,
         "settings": dataclasses.asdict(config),
     }
-    options: dict[str, Any] = {"mesh": mesh, "rules": RULES["StableDiffusionPipeline"]}
+    options |= {"mesh": mesh, "rules": RULES["StableDiffusionPipeline"]}
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch)
         if checkpoint_dir is not None:

@@ -1,32 +1,45 @@
 """What commands leave on disk: folders and files that appear only when complete, and records."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import conceptax
+from conceptax.cli.options import Model
 from conceptax.converters import OutputError, atomic_folder
-from conceptax.converters.output import CHECKPOINT_FILES
+from conceptax.converters.errors import listing
+from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
 
 _PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
 @contextlib.contextmanager
 def new_folder(
-    path: Path, *, force: bool, markers: Sequence[str] = CHECKPOINT_FILES
-) -> Iterator[Path]:
+    path: Path, *, force: bool, markers: Sequence[str] = CHECKPOINT_FILES, command: Any = None,
+    sources: Iterable[Path] = (),
+) -> Iterator[Path]:  # fmt: skip
     """`converters.atomic_folder`, entered before the work starts.
 
     So an occupied or unwritable `path` is refused before minutes are spent, and messages name
     `path` and not the temporary folder.
+
+    Args:
+      path, force, markers: as for `atomic_folder`.
+      command: whose result it is; the files and folders it names are sources.
+      sources: more of them.
     """
-    with atomic_folder(path, force=force, markers=markers) as folder:
+    read = [*sources_of(command), *sources]
+    with atomic_folder(
+        path, force=force, markers=markers, sources=read, by=_name(command)
+    ) as folder:
         try:
             yield folder
         except OutputError as error:
@@ -34,47 +47,43 @@ def new_folder(
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block succeeds, and vanishes when it fails.
+def new_file(path: Path, *, force: bool, command: Any = None) -> Iterator[Path]:
+    """`converters.atomic_file`, entered before the work starts.
 
-    Raises:
-      OutputError: `path` exists and `force` is off, or the file system refuses.
+    Args:
+      path, force: as for `atomic_file`.
+      command: whose result it is; the files and folders it names are sources.
     """
-    path = Path(os.path.abspath(path.expanduser()))
-    if path.exists() and not force:
-        raise OutputError(f"{path} already exists. Choose another output path or pass --force.")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder. Choose another output path.")
-    made: list[Path] = []
-    work: Path | None = None
-    try:
-        made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
-        root = made[-1].parent if made else path.parent
-        if not root.is_dir():
-            raise OutputError(f"{root} is not a folder, so {path} cannot be made in it.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent
-        )
-        os.close(handle)
-        work = Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o666 & ~umask)
-        yield work
-        os.replace(work, path)
-    except BaseException as error:
-        if work is not None:
-            work.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"{path} could not be written: {error.strerror or error}. Nothing was left behind; "
-                "choose another output path."
-            ) from error
-        raise
+    with atomic_file(path, force=force, sources=sources_of(command)) as file:
+        yield file
+
+
+def sources_of(command: Any) -> list[Path]:
+    """The files and folders that a command names, but for its result."""
+    if command is None:
+        return []
+    found: list[Path] = []
+    for field in dataclasses.fields(command):
+        if field.name in ("output", "dest"):
+            continue
+        value = getattr(command, field.name)
+        if value is None and field.type == Model:  # the bundled one
+            value = conceptax.bundled_model()
+        if dataclasses.is_dataclass(value):
+            found += sources_of(value)
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            is_list = isinstance(each, str) and each.endswith((".txt", ".csv", ".json"))
+            if isinstance(each, Path) or is_list:
+                found.append(Path(each))
+    return found
+
+
+def _name(command: Any) -> str:
+    if command is None:
+        return "conceptax"
+    module = type(command).__module__.rsplit(".", 1)[-1]
+    return f"conceptax {module.replace('_', ' ')}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -108,35 +117,172 @@ def environment() -> dict[str, Any]:
     }
 
 
-def claim_run(path: Path, record: Mapping[str, Any], *, length: str) -> None:
+class Kept(NamedTuple):
+    """Where a training keeps its checkpoints, and how often; nowhere where `directory` is None.
+
+    Attributes:
+      directory: of the checkpoints, and of the record and the log beside them.
+      every: steps between them.
+      options: more for `conceptax.methods.training.train`.
+    """
+
+    directory: Path | None
+    every: int
+    options: Mapping[str, Any] = {}
+
+
+@contextlib.contextmanager
+def kept_run(command: Any, steps: int) -> Iterator[Kept]:
+    """The checkpoints of a command: in --checkpoint-dir, or beside the output until that is there.
+
+    Entered before the output is claimed, and left after that is in place. Those beside the output
+    are few and small for a short run: one is kept, and the last step only of a run that is longer
+    than --checkpoint-every.
+
+    Args:
+      command: with output, checkpoint_dir, checkpoint_every.
+      steps: of the training; 0 for none.
+
+    Raises:
+      ValueError: --checkpoint-every is negative, or is 0 while there is a --checkpoint-dir.
+    """
+    given, every = command.checkpoint_dir, command.checkpoint_every
+    if every < 0 or (every == 0 and given is not None):
+        raise ValueError(
+            f"--checkpoint-every takes a number of steps, received {every}; 0 keeps no "
+            "checkpoints, and goes without --checkpoint-dir."
+        )
+    if given is not None or not (every and steps):
+        yield Kept(given, every)
+        return
+    output = Path(os.path.abspath(command.output.expanduser()))
+    directory = output.with_name(f".{output.name or 'output'}.checkpoints")
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    try:
+        yield Kept(directory, every, {"keep": 1, "save_last": steps > every})
+    except BaseException:
+        if directory in made and not _checkpoints_in(directory):
+            _discard(directory)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+    _discard(directory)
+
+
+def _checkpoints_in(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(each.name) for each in directory.iterdir() if each.name.isdigit())
+
+
+def _discard(directory: Path) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def claim_run(path: Path, record: Mapping[str, Any], *, length: str | None = None) -> None:
     """Refuse checkpoints of another run; note this one's settings beside them.
 
     Args:
       path: the record beside the checkpoints, written here.
       record: what the run is, its settings under "settings".
-      length: the setting that says how long it runs, which may differ.
+      length: the setting that says how long it runs, where a run may go on for longer: nothing in
+        it depends on its end.
 
     Raises:
-      ValueError: the record there differs, or is damaged.
+      ValueError: the record there differs, or is damaged, or the folder holds something else.
+      OSError: the folder cannot be made or written.
     """
+    folder = path.parent
+    _check_kept(folder, path)
     if path.exists():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before, now = _flat(earlier), _flat(json.loads(json.dumps(record)))
+        except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); choose another folder.") from error
-        here = json.loads(json.dumps(record))
-        differing = {name for name in here if here[name] != earlier.get(name)}
-        for settings in (here["settings"], earlier.get("settings", {})):
-            settings.pop(length, None)
-        if here["settings"] == earlier.get("settings"):
-            differing.discard("settings")
-        if differing:
+        before.setdefault("dtype", now.get("dtype"))  # earlier versions did not tell
+        differing = [
+            f"{_flag(name)} ({_short(before.get(name))} before, {_short(now.get(name))} now)"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name != f"settings.{length}"
+        ]
+        begun = [each for each in _content(folder, path) if each.suffix != ".jsonl"]
+        if differing and begun:
             raise ValueError(
-                f"{path.parent} holds checkpoints of a run with another {sorted(differing)}. "
-                "Choose another --checkpoint-dir, or remove this one."
+                f"{folder} holds checkpoints of a run with other settings: "
+                f"{'; '.join(differing[:_SHOWN])}. A run goes on with the settings that it began "
+                f"with: take those, remove {folder} to begin anew, or choose another place for "
+                "the checkpoints."
             )
+        if steps := _checkpoints_in(folder):
+            print(f"going on after step {steps[-1]}, from {folder}", file=sys.stderr)
     import jax
 
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(work := path.with_name(f".{path.name}"), record)
+            work.replace(path)  # at once, since other processes read it
+        except OSError as error:
+            raise _not_kept(folder, error.strerror or str(error)) from error
+
+
+def _check_kept(folder: Path, path: Path) -> None:
+    """Refuse a place of checkpoints that is no folder, or somebody's own."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise _not_kept(folder, f"{there} is not a folder")
+    if not path.exists() and (content := _content(folder, path)):
+        found = listing(sorted(each.name for each in content), 3)
+        raise _not_kept(folder, f"it holds something else ({found}) and no {path.name}")
+
+
+def _content(folder: Path, record: Path) -> list[Path]:
+    """What a folder of checkpoints holds besides their record."""
+    own = (record.name, f".{record.name}")
+    return [each for each in folder.iterdir() if each.name not in own] if folder.is_dir() else []
+
+
+def _not_kept(folder: Path, why: str) -> Exception:
+    from conceptax.methods.training import CheckpointError
+
+    return CheckpointError(
+        f"checkpoints cannot be kept in {folder}: {why}. Choose another place for them."
+    )
+
+
+_SHOWN = 4  # settings that differ
+_FLAGS = {
+    "concepts": "--concept", "retained_phrases": "--retain", "words_beside_the_concept": "--retain",
+    "scenes": "the number of scenes",
+}  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    """The flag that a value of a record came from."""
+    plain = name.removeprefix("settings.").removeprefix("build.")
+    if plain.startswith("concepts."):  # of subjects to learn, each with several flags
+        return plain
+    return _FLAGS.get(plain) or "--" + plain.replace("_", "-")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

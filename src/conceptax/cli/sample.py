@@ -11,6 +11,8 @@ import tyro
 from conceptax.cli.options import Model, OptionalInt, OptionalPath
 from conceptax.cli.videos import SUFFIXES, encoder, save_video
 
+_SIZES = ("height", "width", "batch_size", "vae_tiling")  # what memory depends on
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -81,27 +83,41 @@ def run(command: Command) -> None:
         from conceptax.methods.concepts import read_phrases
 
         read = read_phrases(command.prompts)
-        command = dataclasses.replace(command, prompt=(*command.prompt, *read), prompts=None)
+        command = dataclasses.replace(command, prompt=(*command.prompt, *read))
     if not command.prompt:
         raise ValueError("there is nothing to draw: pass at least one --prompt, or --prompts FILE.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
+    from conceptax.methods.memory import flags, require_memory
+
+    count = len(command.prompt) * command.count
+    smallest = 8 + 3 * (command.height or 8) * (command.width or 8)  # of a list, of an image
+    require_memory(
+        float(count * smallest),
+        f"keeping {count} images",
+        "take a smaller --count, --height or --width",
+        host=True,
+    )
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
     record = _record(command)
     video = command.motion_adapter is not None
     output = command.output or Path("sample" if video else "sample.png")
     _check_output(command, output, len(prompts))
     if output.suffix:
-        with new_file(output, force=command.force) as file:
-            images = _draw(command, prompts)
+        with new_file(output, force=command.force, command=command) as file:
+            with flags(_SIZES):
+                images = _draw(command, prompts)
             if video:
                 save_video(images[0], file, command.fps)
             else:
                 image = images[0] if len(images) == 1 else sheet(images, columns=_columns(command))
                 save_png(image, file, {"conceptax": json.dumps(record)})
     else:
-        with new_folder(output, force=command.force, markers=["sample.json"]) as folder:
-            images = _draw(command, prompts)
+        with new_folder(
+            output, force=command.force, command=command, markers=["sample.json"]
+        ) as folder:
+            with flags(_SIZES):
+                images = _draw(command, prompts)
             files = {}
             for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
                 stem = f"{number:04d}_{_slug(prompt)}"

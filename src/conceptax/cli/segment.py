@@ -131,7 +131,7 @@ def run(command: Run | Evaluate | Train | CocoStuff) -> None:
     else:
         from conceptax.methods.segmentation.coco_stuff import convert
 
-        with new_folder(command.output, force=False) as folder:
+        with new_folder(command.output, force=False, command=command) as folder:
             count = convert(command.source, folder)
         print(f"{command.output}: {count} label maps")
 
@@ -162,7 +162,9 @@ def _run(command: Run) -> None:
     colours = class_colours(len(vocabulary))
     content: dict[str, Any] = {"images": [], "annotations": []}
     pixels = np.zeros(len(vocabulary) + 1, np.int64)
-    with new_folder(command.output, force=command.force, markers=[LEGEND]) as folder:
+    with new_folder(
+        command.output, force=command.force, command=command, markers=[LEGEND]
+    ) as folder:
         images = [read_image(path) for path in command.images]  # a damaged one is told first
         segmenter = _segmenter(command, vocabulary)
         for number, (path, image) in enumerate(zip(command.images, images, strict=True), 1):
@@ -236,7 +238,9 @@ def _described(ids: np.ndarray, segments: dict[int, Segment]) -> list[dict[str, 
 
 def _evaluate(command: Evaluate) -> None:
     vocabulary = Vocabulary.named(command.vocabulary)
-    with new_folder(command.output, force=command.force, markers=[METRICS]) as folder:
+    with new_folder(
+        command.output, force=command.force, command=command, markers=[METRICS]
+    ) as folder:
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )

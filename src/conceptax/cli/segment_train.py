@@ -18,7 +18,14 @@ from conceptax.cli.loading import (
     load_segmenter_model,
 )
 from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
-from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
+from conceptax.cli.results import (
+    claim_run,
+    environment,
+    kept_run,
+    new_folder,
+    training_log,
+    write_json,
+)
 from conceptax.converters import save_maft_plus, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.segmentation import TEACHER, WRAPPERS
@@ -27,6 +34,7 @@ from conceptax.converters.weights import open_weights
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.methods.maft_plus import MaftPlusTraining, fit
+from conceptax.methods.memory import require_memory, segmenter_bytes
 from conceptax.methods.segmentation.augmentation import LargeScaleJitter, ResizeFlip
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
@@ -70,8 +78,10 @@ class Train:
       export: a folder with config.json, or one detectron2 file (pth needs torch) with the teacher.
       seed: of everything random in the run.
       text_cache: folder to keep the text embeddings of vocabularies in.
-      checkpoint_dir: keep checkpoints here, and go on from the newest one.
-      checkpoint_every: save after every n-th step, and at the end.
+      checkpoint_dir: keep checkpoints here, and go on from the newest one. Without it they are kept
+        beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the same
+        command goes on where it was.
+      checkpoint_every: save after every n-th step, and when interrupted; 0 keeps none.
       mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; the pixel decoder and what is trained are always float32.
       force: replace an earlier result at the output.
@@ -122,13 +132,25 @@ def train(command: Train) -> None:
         raise ValueError("--export pth needs torch; install conceptax[torch], or take safetensors.")
     vocabulary = Vocabulary.named(command.vocabulary)
     mesh = device_mesh(command.mesh)
-    with new_folder(
-        command.output, force=command.force, markers=(*CHECKPOINT_FILES, RECORD)
-    ) as folder:
+    markers = (*CHECKPOINT_FILES, RECORD)
+    with (
+        kept_run(command, command.settings.steps) as kept,
+        new_folder(command.output, force=command.force, command=command, markers=markers) as folder,
+    ):
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
         model, original, tokenizer = _start(command)
+        small, name = (
+            (command.crop, "--crop")
+            if _jitters(command, scenes.panoptic)
+            else (min(command.short_side, command.long_side), "--short-side")
+        )
+        require_memory(
+            segmenter_bytes(model.config, command.batch_size, small, small),
+            f"training on {command.batch_size} scenes of {small} pixels",
+            f"take a smaller --batch-size or {name}", spread=True,
+        )  # fmt: skip
         rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary, cache=command.text_cache)
         batches = scene_batches(
             scenes, _augmentation(command, scenes.panoptic), command.batch_size, command.seed,
@@ -139,10 +161,10 @@ def train(command: Train) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             options: dict[str, Any] = {"mesh": mesh, "rules": RULES["MaftPlus"]}
             logs = Path(scratch)
-            if command.checkpoint_dir is not None:
-                logs = command.checkpoint_dir
-                claim_run(logs / RECORD, record, length="steps")
-                options |= {"checkpoint_dir": logs, "checkpoint_every": command.checkpoint_every}
+            if kept.directory is not None:
+                logs = kept.directory
+                claim_run(logs / RECORD, record)
+                options |= {"checkpoint_dir": logs, "checkpoint_every": kept.every, **kept.options}
             log = logs / _LOG
             trained = fit(
                 model, rows, vocabulary.synonyms(), batches, command.settings,
@@ -186,9 +208,12 @@ def _holds_teacher(path: Path) -> bool:
     return any(key.startswith(TEACHER) for key in open_weights(path, wrappers=WRAPPERS))
 
 
+def _jitters(command: Train, panoptic: bool) -> bool:
+    return (command.augmentation or ("jitter" if panoptic else "resize")) == "jitter"
+
+
 def _augmentation(command: Train, panoptic: bool) -> ResizeFlip | LargeScaleJitter:
-    chosen = command.augmentation or ("jitter" if panoptic else "resize")
-    if chosen == "jitter":
+    if _jitters(command, panoptic):
         return LargeScaleJitter(command.crop)
     return ResizeFlip(command.short_side, command.long_side)
 
