@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from ..interrupts import temporary
 from .errors import OutputError
 
 CHECKPOINT_FILES = ("config.json", "model_index.json")
@@ -69,7 +70,8 @@ def atomic_folder(
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o777 & ~umask)
-        yield work
+        with temporary(work, made):
+            yield work
         _swap_in(work, path)
     except BaseException as error:
         if work is not None:
@@ -109,7 +111,8 @@ def atomic_file(path: Path | str, *, force: bool = False) -> Iterator[Path]:
         )
     work = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield work
+        with temporary(work):
+            yield work
         work.replace(path)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error

@@ -25,6 +25,7 @@ from ..flax_models.stable_diffusion import StableDiffusionPipeline
 from ..flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from ..flax_models.unet_2d_condition import TextCondition
 from .sampling import NoiseSchedule, Sampler, make_sampler
+from .seeds import seed_key
 
 Params = Mapping[str, Any]  # {"unet": …, "vae": …, "text_encoder": …}, each a plain dict pytree
 
@@ -194,7 +195,7 @@ def generate(
 
 def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
     """One key per image, a function of the seed and the image's own index alone."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
+    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key(seed), jnp.asarray(indices))
 
 
 def initial_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, " B *shape"]:

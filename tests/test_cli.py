@@ -1,9 +1,12 @@
 """The command line end to end, on a tiny pipeline of the real classes."""
 
+import codecs
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +19,27 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli import COMMANDS, is_for_people, main
+from conceptax.cli import COMMANDS, main
+from conceptax.cli.failures import sentence
 from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters.weights import read_json
+from conceptax.errors import ConceptaxError
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods.concepts import read_phrases
 from conceptax.methods.erasing import METHODS
 from conceptax.methods.glyphs import recipe
 from conceptax.methods.glyphs.judge import Judge, save_judge
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.text_to_image import TextToImage
+from conceptax.methods.instances import read_class_folders
+from conceptax.methods.sage import SageConfig
+from conceptax.methods.seeds import SeedError, check_seed
+from conceptax.methods.segmentation.vocabulary import Vocabulary
+from conceptax.methods.text_to_image import TextToImage, image_keys
+from conceptax.methods.unsafe_prompts import read_unsafe_prompts
 
 # 64 pixels from an 8x8 latent, so that the judge can look at them.
 UNET = UNet2DConditionConfig(
@@ -167,23 +179,140 @@ def test_wrong_words_are_told(capsys):
     assert main([]) == 0
 
 
-def test_bugs_keep_their_traceback():
-    def error_of(function):
+def test_whatever_goes_wrong_is_one_sentence(capsys, monkeypatch):
+    """Of a command that raises what is given; a bug says where the rest is."""
+    from conceptax.cli import inspect
+
+    def told(error):
+        def run(command):
+            raise error
+
+        monkeypatch.setattr(inspect, "run", run)
+        refused(capsys, ["inspect", "x"], "error: ")
+        with pytest.raises(type(error)):
+            main(["--debug", "inspect", "x"])
+        monkeypatch.setenv("CONCEPTAX_DEBUG", "1")
+        with pytest.raises(type(error)):
+            main(["inspect", "x"])
+        monkeypatch.delenv("CONCEPTAX_DEBUG")
+        return sentence(error)
+
+    class Panic(BaseException):
+        """As Rust's, which are no `Exception`s."""
+
+    assert told(ConceptaxError("one\n  two")) == "one two"
+    assert told(OSError(errno.ENOSPC, "No space left", "x")) == "x: No space left."
+    assert "IndexError: out. This is a bug" in told(IndexError("out"))
+    assert "--debug" in told(Panic("at the disco")) and "Panic" in told(Panic("at the disco"))
+    assert "RecursionError" in told(RecursionError("too deep"))
+    assert "not enough memory" in told(MemoryError())
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    assert "not enough memory (RESOURCE_EXHAUSTED" in told(memory)
+    assert "a library is missing" in told(ModuleNotFoundError("No module named 'optax'"))
+    assert len(told(ConceptaxError("long " * 1000))) == 1000
+    assert "\x1b" not in told(ConceptaxError("\x1b[2J"))
+
+
+def test_errors_of_ours_are_told_apart_from_those_of_libraries():
+    def told(function):
         try:
             function()
         except Exception as error:
-            return error
+            return sentence(error)
 
-    assert not is_for_people(error_of(lambda: int("x")))
-    assert not is_for_people(error_of(lambda: [][0]))
-    assert not is_for_people(error_of(lambda: jnp.zeros(2).reshape(3)))
-    assert is_for_people(error_of(lambda: load_pytorch("/nowhere")))
-    assert is_for_people(error_of(lambda: os.listdir("/nowhere/at/all")))
+    assert "This is a bug" in told(lambda: jnp.zeros(2).reshape(3))
+    assert "This is a bug" in told(lambda: [][0])
+    assert told(lambda: load_pytorch("/nowhere")).startswith("/nowhere does not exist")
+    assert told(lambda: os.listdir("/nowhere/at/all")).startswith("/nowhere/at/all: No such file")
+    assert told(lambda: SageConfig(cycles=0)) == "cycles must be at least 1, received 0."
 
 
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         main(["convert", str(tmp_path / "none"), str(tmp_path / "out"), "--debug"])
+
+
+def run_conceptax(*arguments, **options):
+    """The command in a process of its own, its standard streams as given."""
+    command = [sys.executable, "-m", "conceptax", *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run(command, **options)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"capture_output": False, "stdout": writing, "stderr": subprocess.PIPE}
+    try:
+        ended = run_conceptax("--help", **streams)
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+    with open("/dev/full", "w") as full:
+        ended = run_conceptax("--version", **streams | {"stdout": full})
+    assert (ended.returncode, ended.stderr) == (1, "conceptax: error: No space left on device.\n")
+
+
+def test_a_terminal_that_cannot_show_a_letter_shows_another(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = run_conceptax("sample", "--prompts", tmp_path / "“drei”", env=environment)
+    assert ended.returncode == 1
+    assert "/?drei?: No such file or directory." in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_platforms_that_are_not_here_are_told(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    out = tmp_path / "out.png"
+    options = ["--steps", "1", "--output", out]
+    ended = run_conceptax("sample", "--prompt", "three", *options, env=environment)
+    if ended.returncode == 0:
+        pytest.skip("there is a GPU here")
+    assert ended.stderr.count("\n") == 1 and "JAX_PLATFORMS is 'cuda'" in ended.stderr
+    assert "It finds: cpu. Set JAX_PLATFORMS=cpu" in ended.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_seeds_are_checked_alike(tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    for words in (["sample", "--prompt", "a"], ["demo"], ["erase", "--concept", "a"]):
+        for seed in (-1, 2**32):
+            refused(capsys, [*words, *out, "--seed", seed], "--seed must be a whole number from 0")
+    refused(capsys, ["glyphs", "train", *out, "--judge.seed", "-1"], "--judge.seed must be")
+    refused(capsys, ["glyphs", "train", *out, "--seed", "-1"], "--seed must be")
+    with pytest.raises(SeedError, match="received -1"):
+        image_keys(-1, np.arange(2))
+    assert check_seed(2**32 - 1) == 2**32 - 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_text_files_of_people(tmp_path, capsys):
+    """UTF-8 with a mark or without; other encodings are told by their place."""
+    file = tmp_path / "words.txt"
+    cases = {
+        "a\ncafé".encode("latin-1"): "line 2, byte 4 of it is 0xe9; save it as UTF-8",
+        "café".encode("utf-16"): "is in UTF-16; save it as UTF-8",
+        "café".encode("utf-32"): "is in UTF-32",
+        b"PK\x03\x04\0\0": "is no text: it holds zero bytes",
+    }
+    commands = (
+        ["sample", "--prompts", file],
+        ["erase", "--concept", file, "--output", tmp_path / "out"],
+    )
+    readers = (read_phrases, Vocabulary.read, read_unsafe_prompts, read_class_folders, read_json)
+    for content, text in cases.items():
+        file.write_bytes(content)
+        for arguments in commands:
+            refused(capsys, arguments, f"{file} {text}" if text.startswith("is") else text)
+        for read in readers:
+            with pytest.raises(ConceptaxError, match=re.escape(text)):
+                read(file)
+    for mark in (b"", codecs.BOM_UTF8):
+        file.write_bytes(mark + "1:café\r\n".encode())
+        assert read_phrases(file) == ["1:café"]
+        assert Vocabulary.read(file).names == ("café",)
+        file.write_bytes(mark + b'{"a": 1}')
+        assert read_json(file) == {"a": 1}
 
 
 # ---- convert ----

@@ -43,6 +43,7 @@ from ..phrases import (
     with_prefix,
 )
 from ..sage import erase_target, prediction_loss
+from ..seeds import seed_key
 from ..settings import check_settings
 from ..training import (
     TrainState,
@@ -345,6 +346,6 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         adversarial_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, **options,
+        key=seed_key(seed), num_steps=config.cycles, **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(nnx.merge(static.text, state.params, frozen["text"]))

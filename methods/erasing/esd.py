@@ -30,6 +30,7 @@ from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES
 from ..phrases import Retained, conditions, retained_phrases, stacked_prompts, text_length
 from ..sage import erase_target, prediction_loss
+from ..seeds import seed_key
 from ..settings import check_settings
 from ..training import (
     TrainState,
@@ -216,6 +217,6 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         esd_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, **options,
+        key=seed_key(seed), num_steps=config.cycles, **options,
     )  # fmt: skip
     return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))

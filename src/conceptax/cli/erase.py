@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,14 @@ import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
 from conceptax.cli.report import Number, Table
-from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
+from conceptax.cli.results import (
+    claim_run,
+    environment,
+    new_folder,
+    scratch_folder,
+    training_log,
+    write_json,
+)
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.weights import read_json
@@ -212,7 +218,7 @@ def erase_into(
         options: dict[str, Any] = {}
         if method.trains:
             if checkpoint_dir is None:
-                logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                logs = stack.enter_context(scratch_folder())
             else:
                 logs = checkpoint_dir
                 claim_run(logs / RECORD, record, length="cycles")

@@ -1,5 +1,6 @@
 """Flags that several commands share."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,25 @@ def device_mesh(sizes: tuple[int, int] | None) -> Any:
     from conceptax.methods.training import make_mesh
 
     return None if sizes is None else make_mesh(*sizes)
+
+
+_FLAT = ("settings", "attack_settings", "build", "sage")  # groups whose flags have no prefix
+
+
+def check_seeds(command: Any, prefix: str = "--") -> None:
+    """Check every seed among the settings of a command.
+
+    Raises:
+      SeedError: one is outside what random numbers are made from.
+    """
+    from conceptax.methods.seeds import check_seed
+
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if field.name == "seed" and value is not None:
+            check_seed(value, f"{prefix}seed")
+        elif dataclasses.is_dataclass(value):
+            check_seeds(value, prefix if field.name in _FLAT else f"{prefix}{field.name}.")
 
 
 def chosen(arguments: Sequence[str], option: str, default: str) -> str:

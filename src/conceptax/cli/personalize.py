@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib.util
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,14 @@ import conceptax
 from conceptax.cli.class_images import complete_class_images
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
+from conceptax.cli.results import (
+    claim_run,
+    environment,
+    new_folder,
+    scratch_folder,
+    training_log,
+    write_json,
+)
 from conceptax.converters import (
     save_changes,
     save_custom_diffusion,
@@ -223,8 +229,8 @@ def personalise_into(
         "settings": dataclasses.asdict(config),
     }
     options: dict[str, Any] = {"mesh": mesh, "rules": RULES["StableDiffusionPipeline"]}
-    with tempfile.TemporaryDirectory() as scratch:
-        logs = Path(scratch)
+    with scratch_folder() as scratch:
+        logs = scratch
         if checkpoint_dir is not None:
             logs = checkpoint_dir
             claim_run(logs / RECORD, record, length="steps")

@@ -13,6 +13,8 @@ from typing import Any
 
 from conceptax.converters import OutputError, atomic_folder
 from conceptax.converters.output import CHECKPOINT_FILES
+from conceptax.interrupts import temporary
+from conceptax.text import read_text
 
 _PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
@@ -61,7 +63,8 @@ def new_file(path: Path, *, force: bool) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o666 & ~umask)
-        yield work
+        with temporary(work, made):
+            yield work
         os.replace(work, path)
     except BaseException as error:
         if work is not None:
@@ -75,6 +78,13 @@ def new_file(path: Path, *, force: bool) -> Iterator[Path]:
                 "choose another output path."
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder for the time of the block, also where a signal ends the process."""
+    with tempfile.TemporaryDirectory() as name, temporary(Path(name)):
+        yield Path(name)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -121,7 +131,7 @@ def claim_run(path: Path, record: Mapping[str, Any], *, length: str) -> None:
     """
     if path.exists():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier = json.loads(read_text(path))
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); choose another folder.") from error
         here = json.loads(json.dumps(record))

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,14 @@ from conceptax.cli.loading import (
     load_segmenter_model,
 )
 from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
-from conceptax.cli.results import claim_run, environment, new_folder, training_log, write_json
+from conceptax.cli.results import (
+    claim_run,
+    environment,
+    new_folder,
+    scratch_folder,
+    training_log,
+    write_json,
+)
 from conceptax.converters import save_maft_plus, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.segmentation import TEACHER, WRAPPERS
@@ -136,9 +142,9 @@ def train(command: Train) -> None:
         )  # fmt: skip
         record = _record(command, vocabulary, len(scenes))
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_folder() as scratch:
             options: dict[str, Any] = {"mesh": mesh, "rules": RULES["MaftPlus"]}
-            logs = Path(scratch)
+            logs = scratch
             if command.checkpoint_dir is not None:
                 logs = command.checkpoint_dir
                 claim_run(logs / RECORD, record, length="steps")
