@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from ..interrupts import temporary
+from ..interrupts import temporary, whole
 from .errors import OutputError
 
 CHECKPOINT_FILES = ("config.json", "model_index.json")
@@ -72,7 +72,8 @@ def atomic_folder(
         work.chmod(0o777 & ~umask)
         with temporary(work, made):
             yield work
-        _swap_in(work, path)
+        with whole():
+            _swap_in(work, path)
     except BaseException as error:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)

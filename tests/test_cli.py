@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -313,6 +314,95 @@ def test_text_files_of_people(tmp_path, capsys):
         assert Vocabulary.read(file).names == ("café",)
         file.write_bytes(mark + b'{"a": 1}')
         assert read_json(file) == {"a": 1}
+
+
+# ---- signals ----
+
+# A command's main thread as it may be when a signal comes; each prints a line when it is there.
+MAIN_THREADS = {
+    "in C": "hashlib.pbkdf2_hmac('sha256', b'', b'', 500_000_000)",
+    "swallowing": "[swallow() for _ in iter(int, 1)]",
+    "finishing": "finish()",
+    "replacing": "replace()",
+}
+STOPPED = """
+import hashlib, os, pathlib, sys, time
+from conceptax.interrupts import Stopper, noting, temporary, whole
+
+def swallow():
+    try:
+        time.sleep(0.01)
+    except BaseException:
+        pass
+
+def finish():
+    received = []
+    with noting(received):
+        print("there", flush=True)
+        while not received:
+            time.sleep(0.01)
+        print("noted", flush=True)
+        time.sleep(60)
+
+def replace():
+    with whole():
+        print("there", flush=True)
+        time.sleep(0.5)
+        print("replaced", flush=True)
+    time.sleep(60)
+
+work = pathlib.Path(sys.argv[1]) / "deep" / "work"
+with Stopper("conceptax"), temporary(work, [work.parent]):
+    work.mkdir(parents=True)
+    (work / "part").write_text("half")
+    if sys.argv[2] in ("in C", "swallowing"):
+        print("there", flush=True)
+    exec(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("where", MAIN_THREADS)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_whatever_it_does(where, signum, tmp_path):
+    arguments = [sys.executable, "-c", STOPPED, tmp_path, where, MAIN_THREADS[where]]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(signum)
+    if where == "finishing":
+        assert process.stdout.readline() == "noted\n"
+        told = process.stderr.readline()
+        assert f"{signum.name} received: finishing the step; " in told
+        assert os.listdir(tmp_path) == ["deep"]
+        process.send_signal(signum)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum
+    assert err in ("conceptax: interrupted.\n", "conceptax: ended by SIGTERM.\n")
+    assert out == ("replaced\n" if where == "replacing" else "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.7, 1.5])
+def test_a_command_stops_at_once_and_leaves_nothing(seconds, tmp_path):
+    """Wherever it is by then: importing, loading, compiling."""
+    script = "from conceptax.__main__ import main; print('there', flush=True); main()"
+    out = tmp_path / "deep" / "out.png"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "sample", "--prompt", "a", "--output", out],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "there\n"
+    time.sleep(seconds)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 130
+    assert re.fullmatch(r"conceptax( sample)?: interrupted\.\n", err)
+    assert os.listdir(tmp_path) == []
 
 
 # ---- convert ----

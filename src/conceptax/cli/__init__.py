@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import conceptax
-from conceptax.interrupts import Stopper, arm, say
+from conceptax.interrupts import Stopper, arm
 
 from .failures import sentence
 from .processes import join_processes
@@ -59,33 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     name = next((" ".join(arguments[:n]) for n in (2, 1) if _is_command(arguments[:n])), None)
     label = f"conceptax {name}" if name else "conceptax"
-    stopper = Stopper(label)
-    try:
-        with stopper:
-            status = _answer(name, label, arguments, debug)
-    except KeyboardInterrupt:
-        if stopper.signum is None:
-            say(f"{label}: interrupted.")
-        status = 128 + signal.SIGINT
-    if stopper.signum is not None:
-        status = 128 + stopper.signum
-    if argv is None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a later one ends the process in silence
-        if stopper.signum is not None:  # so that no library waits for its threads
-            _silence(sys.stdout)
-            os._exit(status)
-    return status
+    if argv is not None:
+        return _answer(name, label, arguments, debug)
+    with Stopper(label) as stopper:
+        return _answer(name, label, arguments, debug, stopper)
 
 
-def _answer(name: str | None, label: str, arguments: Sequence[str], debug: bool) -> int:
+def _answer(
+    name: str | None, label: str, arguments: Sequence[str], debug: bool, stopper: Any = None
+) -> int:
     """Run what the arguments ask for and turn whatever goes wrong into a status and a sentence."""
     _prepare_streams()
     try:
         status = _command(name, arguments)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        raise
+    except KeyboardInterrupt:  # in a process that is not the command's own
+        _print_error(f"{label}: interrupted.")
+        return 128 + signal.SIGINT
     except SystemExit as stop:  # a signal that ended training
         if stop.args and not isinstance(stop.code, int):
             raise
@@ -95,6 +86,8 @@ def _answer(name: str | None, label: str, arguments: Sequence[str], debug: bool)
         _silence(sys.stdout)
         if _reader_left(error):
             return _READER_LEFT
+        if stopper is not None and stopper.stopping:
+            return 1  # in vain: a signal is ending the process
         if debug:
             raise
         _print_error(f"{label}: error: {sentence(error)}")
