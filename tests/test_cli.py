@@ -1,7 +1,9 @@
 """The command line end to end, on a tiny pipeline of the real classes."""
 
+import ast
 import codecs
 import errno
+import importlib
 import json
 import os
 import re
@@ -20,8 +22,9 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli import COMMANDS, main
-from conceptax.cli.failures import sentence
+from conceptax.cli import _MODULES, COMMANDS, main
+from conceptax.cli.failures import in_flags, sentence
+from conceptax.cli.options import flags
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.weights import read_json
 from conceptax.errors import ConceptaxError
@@ -314,6 +317,90 @@ def test_text_files_of_people(tmp_path, capsys):
         assert Vocabulary.read(file).names == ("café",)
         file.write_bytes(mark + b'{"a": 1}')
         assert read_json(file) == {"a": 1}
+
+
+# ---- the words of messages ----
+
+
+def command_types(name):
+    """The dataclasses that a command's flags can come from."""
+    word, *second = name.split()
+    module = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
+    if hasattr(module, "COMMANDS"):
+        return [module.COMMANDS[second[0]]]
+    if not hasattr(module, "command_type"):
+        return [module.Command]
+    methods = ("", *METHODS, "class-diffusion", "dreambooth", "custom-diffusion")
+    return [module.command_type([f"--method={method}"]) for method in methods]
+
+
+def flags_of(name):
+    return {flag for kind in command_types(name) for flag in flags(kind).values()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_are_those_that_help_lists(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    listed = set(re.findall(r"^│ (--[\w.-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert set(flags(command_types(name)[0]).values()) == listed
+
+
+def strings(tree):
+    """The texts in a module, those of an f-string together."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(n.value for n in node.values if isinstance(n, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_mention_flags_that_exist(repository):
+    """A command's module those of its commands, or of a command that it names; others any."""
+    own = {name: flags_of(name) for name in COMMANDS}
+    every = set().union(*own.values()) | {"--debug", "--version", "--help"}
+    found = 0
+    for room in ("src/conceptax/cli", "methods", "converters"):
+        for file in sorted((repository / room).rglob("*.py")):
+            commands = [
+                name for name in COMMANDS
+                if room.endswith("cli") and _MODULES.get(name, name.split()[0]) == file.stem
+            ]  # fmt: skip
+            here = set().union(*(own[name] for name in commands)) if commands else every
+            for text in strings(ast.parse(file.read_text())):
+                named = [name for name in COMMANDS if f"conceptax {name}" in text]
+                for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", text):
+                    found += 1
+                    known = here.union(*(own[name] for name in named))
+                    assert flag in known, f"{file}: {flag} in {text!r}"
+    assert found > 50
+
+
+def test_messages_name_flags_where_flags_were_given(model, tmp_path, capsys):
+    sample = ["sample", "--model", model, "--prompt", "a", "--output", tmp_path / "out.png"]
+    refused(capsys, [*sample, "--steps", "0"], "error: --steps must be")
+    refused(capsys, [*sample, "--batch-size", "0"], "error: --batch-size must be")
+    refused(capsys, [*sample, "--height", "17"], "error: --height 17 must be")
+    erase = ["erase", "--model", model, "--concept", "three", "--output", tmp_path / "out"]
+    refused(capsys, [*erase, "--cycles", "0"], "error: --cycles must be")
+    refused(capsys, [*erase, "--min-timestep", "3"], "error: --min-timestep is a fraction")
+    refused(capsys, ["erase"], "no concept was given")
+    evaluate = ["evaluate", "--original", model, "--edited", model, "--concept", "three"]
+    evaluate += ["--output", tmp_path / "out", "--classifier"]
+    refused(capsys, [*evaluate, model], "is a pipeline, no classifier: it takes a judge")
+    refused(capsys, [*evaluate, model / "tokenizer"], "is no classifier, for it has no config.json")
+    assert os.listdir(tmp_path) == []
+
+    known = ["--steps", "--attack.steps", "--search.tokens", "--wide.tokens", "--no-free-word"]
+    for before, after in {
+        "num_inference_steps=3; got 0.": "--steps 3; got 0.",
+        "tokens must be 1": "tokens must be 1",  # of two groups
+        "set free_word, with force=True (--force)": "set --no-free-word, with --force",
+        "/a/free_word is 'free_word'": "/a/free_word is 'free_word'",
+        "Unknown. Pass architecture= if it is known.": "Unknown.",
+        "pass prediction_type='epsilon'.": "pass `conceptax convert --prediction-type epsilon`.",
+    }.items():
+        assert in_flags(before, known) == after
+        assert in_flags(before, ()) == before
 
 
 # ---- signals ----

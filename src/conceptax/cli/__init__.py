@@ -14,13 +14,13 @@ import select
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import conceptax
 from conceptax.interrupts import Stopper, arm
 
-from .failures import sentence
+from .failures import in_flags, readable, sentence
 from .processes import join_processes
 
 COMMANDS = {
@@ -70,8 +70,9 @@ def _answer(
 ) -> int:
     """Run what the arguments ask for and turn whatever goes wrong into a status and a sentence."""
     _prepare_streams()
+    flags: dict[tuple[str, ...], str] = {}  # of the command, once it is known
     try:
-        status = _command(name, arguments)
+        status = _command(name, arguments, flags)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:  # in a process that is not the command's own
@@ -90,18 +91,18 @@ def _answer(
             return 1  # in vain: a signal is ending the process
         if debug:
             raise
-        _print_error(f"{label}: error: {sentence(error)}")
+        _print_error(f"{label}: error: {sentence(error, flags.values())}")
         return 1
 
 
-def _command(name: str | None, arguments: Sequence[str]) -> int:
+def _command(name: str | None, arguments: Sequence[str], flags: dict[tuple[str, ...], str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"conceptax {conceptax.__version__}")
         return 0
     if name is None:
         return _overview(arguments)
-    with _quiet():
-        return _run(name, arguments[len(name.split()) :])
+    with _quiet(flags):
+        return _run(name, arguments[len(name.split()) :], flags)
 
 
 def _prepare_streams() -> None:
@@ -149,18 +150,20 @@ def _is_command(words: Sequence[str]) -> bool:
     return " ".join(words) in COMMANDS
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
+def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str]) -> int:
     import tyro
 
-    from .options import check_seeds
+    from .options import check_seeds, flags
 
     word, *second = name.split()
     module: Any = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
     several = getattr(module, "COMMANDS", None)
     choose = getattr(module, "command_type", None)
+    kind = several[second[0]] if several else choose(arguments) if choose else module.Command
+    known |= flags(kind)
     try:
         command = tyro.cli(
-            several[second[0]] if several else choose(arguments) if choose else module.Command,
+            kind,
             prog=f"conceptax {name}",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
@@ -169,7 +172,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return int(stop.code or 0)
     join_processes()
     arm()  # jax takes SIGTERM where there are several processes
-    check_seeds(command)
+    check_seeds(command, known)
     module.run(command)
     return 0
 
@@ -203,7 +206,7 @@ def _overview(arguments: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(flags: Mapping[Any, str]) -> Iterator[None]:
     """Nothing is downloaded, libraries keep their advice, and warnings take one line each.
 
     What XLA compiles is kept for the next run, unless `JAX_COMPILATION_CACHE_DIR` says otherwise.
@@ -214,7 +217,7 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def show(message: Any, *_: Any) -> None:
-        print(f"conceptax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        _print_error(f"conceptax: warning: {readable(in_flags(str(message), flags.values()))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

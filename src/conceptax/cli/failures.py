@@ -1,8 +1,10 @@
 """What to say about an exception: one sentence, and whether it is a fault of this program."""
 
 import os
+import re
 import sys
 import traceback
+from collections.abc import Collection
 
 from conceptax.errors import ConceptaxError
 
@@ -10,16 +12,65 @@ _LONGEST = 1000  # characters
 _BUG = "This is a bug in conceptax or in a library; run again with --debug for the traceback."
 
 
-def sentence(error: BaseException) -> str:
-    """An exception in one line: what to do about it, or where to find out more."""
+# Names in Python -> names of the flags that set the same.
+_ALIASES = {
+    "num_inference_steps": ("steps",), "guidance_scale": ("guidance",),
+    "num_steps": ("cycles", "steps"), "max_shard_size": ("shard_size",),
+}  # fmt: skip
+_ELSEWHERE = ("prediction_type", "tokenizer")  # which `conceptax convert` has flags for
+
+
+def sentence(error: BaseException, flags: Collection[str] = ()) -> str:
+    """An exception in one line: what to do about it, or where to find out more.
+
+    Args:
+      error: the exception.
+      flags: of the command, which take the place of the names that they have in Python.
+    """
     found = (_about_platforms() if not isinstance(error, ConceptaxError) else None) or _about(error)
-    return readable(found)
+    return readable(in_flags(found, flags))
 
 
 def readable(text: str) -> str:
     """Text on one line, without control characters, cut to a length that can be read."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
+
+
+def in_flags(message: str, flags: Collection[str]) -> str:
+    """A message that names arguments in Python, with the flags of a command in their place.
+
+    A name that is set in several groups of flags stays as it is; advice about an argument that no
+    flag sets is left out.
+    """
+    if not flags:
+        return message
+    known: dict[str, str | None] = {}
+    for flag in flags:
+        group, _, last = flag.removeprefix("--").removeprefix("no-").rpartition(".")
+        name = last.replace("-", "_")
+        known[name] = None if group and name in known else flag
+
+    def flag_of(name: str) -> str | None:
+        return next((known[n] for n in (name, *_ALIASES.get(name, ())) if known.get(n)), None)
+
+    def assigned(match: re.Match[str]) -> str:
+        name, value = match[1], match[2].strip("'")
+        if flag := flag_of(name):
+            return f"{flag} {value}".strip()
+        if name not in _ELSEWHERE:
+            return match[0]
+        flag = f"--{name.replace('_', '-')} {value}".strip()
+        return f"`conceptax convert {flag}`"
+
+    def named(match: re.Match[str]) -> str:
+        return flag_of(match[0]) or match[0]
+
+    message = message.replace("force=True (--force)", "--force")
+    message = re.sub(r"\s*Pass (components|architecture)=[^.]*\.", "", message)
+    message = re.sub(r"(?<![\w./-])([a-z]\w*)=((?:[^\s,;]*[^\s,;:.])?)", assigned, message)
+    message = re.sub(r"(?<![\w./'\"=-])[a-z]+(_[a-z0-9]+)+(?![\w./'\"=-])", named, message)
+    return re.sub(r"^[a-z]+(?= (must|accepts|is an?)\b)", named, message)
 
 
 def _about(error: BaseException) -> str:
