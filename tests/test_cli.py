@@ -24,6 +24,7 @@ from PIL import Image
 
 from conceptax.cli import _MODULES, COMMANDS, main
 from conceptax.cli.failures import in_flags, sentence
+from conceptax.cli.loading import load_classifier
 from conceptax.cli.options import flags
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.weights import read_json
@@ -341,7 +342,7 @@ def flags_of(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_are_those_that_help_lists(name, capsys):
     assert main([*name.split(), "--help"]) == 0
-    listed = set(re.findall(r"^│ (--[\w.-]+)", capsys.readouterr().out, re.MULTILINE))
+    listed = set(re.findall(r"^(?:│ |  )(--[a-z][\w.-]+)", capsys.readouterr().out, re.MULTILINE))
     assert set(flags(command_types(name)[0]).values()) == listed
 
 
@@ -357,7 +358,8 @@ def strings(tree):
 def test_messages_mention_flags_that_exist(repository):
     """A command's module those of its commands, or of a command that it names; others any."""
     own = {name: flags_of(name) for name in COMMANDS}
-    every = set().union(*own.values()) | {"--debug", "--version", "--help"}
+    always = {"--debug", "--version", "--help"}
+    every = always.union(*own.values())
     found = 0
     for room in ("src/conceptax/cli", "methods", "converters"):
         for file in sorted((repository / room).rglob("*.py")):
@@ -365,8 +367,10 @@ def test_messages_mention_flags_that_exist(repository):
                 name for name in COMMANDS
                 if room.endswith("cli") and _MODULES.get(name, name.split()[0]) == file.stem
             ]  # fmt: skip
-            here = set().union(*(own[name] for name in commands)) if commands else every
+            here = always.union(*(own[name] for name in commands)) if commands else every
             for text in strings(ast.parse(file.read_text())):
+                if "color-scheme" in text or "tensorboard --" in text:  # CSS, another program
+                    continue
                 named = [name for name in COMMANDS if f"conceptax {name}" in text]
                 for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", text):
                     found += 1
@@ -386,8 +390,12 @@ def test_messages_name_flags_where_flags_were_given(model, tmp_path, capsys):
     refused(capsys, ["erase"], "no concept was given")
     evaluate = ["evaluate", "--original", model, "--edited", model, "--concept", "three"]
     evaluate += ["--output", tmp_path / "out", "--classifier"]
-    refused(capsys, [*evaluate, model], "is a pipeline, no classifier: it takes a judge")
-    refused(capsys, [*evaluate, model / "tokenizer"], "is no classifier, for it has no config.json")
+    assert main([str(argument) for argument in [*evaluate, model]]) == 1
+    told = capsys.readouterr().err
+    assert f"{model} is a pipeline, no classifier: it takes a judge that" in told
+    assert f"Pass {model / 'judge'}, which is in it." in told
+    with pytest.raises(ConceptaxError, match="tokenizer is no classifier, for it has no config"):
+        load_classifier(model / "tokenizer", None, "x")
     assert os.listdir(tmp_path) == []
 
     known = ["--steps", "--attack.steps", "--search.tokens", "--wide.tokens", "--no-free-word"]

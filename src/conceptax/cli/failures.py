@@ -46,13 +46,17 @@ def in_flags(message: str, flags: Collection[str]) -> str:
     if not flags:
         return message
     known: dict[str, str | None] = {}
+    alone: dict[str, str] = {}
     for flag in flags:
         group, _, last = flag.removeprefix("--").removeprefix("no-").rpartition(".")
         name = last.replace("-", "_")
-        known[name] = None if group and name in known else flag
+        known[name] = None if name in known else flag
+        if not group:
+            alone[name] = flag
 
     def flag_of(name: str) -> str | None:
-        return next((known[n] for n in (name, *_ALIASES.get(name, ())) if known.get(n)), None)
+        others = (alone[other] for other in _ALIASES.get(name, ()) if other in alone)
+        return known.get(name) or next(others, None)
 
     def assigned(match: re.Match[str]) -> str:
         name, value = match[1], match[2].strip("'")
