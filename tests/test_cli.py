@@ -347,11 +347,14 @@ def test_flags_are_those_that_help_lists(name, capsys):
 
 
 def strings(tree):
-    """The texts in a module, those of an f-string together."""
+    """The texts in a module, those of an f-string together, with an x where a value goes."""
+    joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in joined for part in node.values}
+    for node in joined:
+        yield "".join(getattr(part, "value", "x") if isinstance(part, ast.Constant) else "x"
+                      for part in node.values)  # fmt: skip
     for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            yield "".join(n.value for n in node.values if isinstance(n, ast.Constant))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
             yield node.value
 
 
