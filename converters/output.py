@@ -22,6 +22,7 @@ import jax
 
 from .. import __version__
 from ..errors import ConceptaxError
+from ..interrupts import temporary, whole
 from .errors import OutputError, listing
 
 try:
@@ -183,9 +184,11 @@ def _claimed(
         work = path.with_name(name)
         with contextlib.suppress(OSError):
             lock = _locked(work)
-        yield work
-        check()  # again: what is there may have changed meanwhile
-        finish(work)
+        with temporary(work, made):
+            yield work
+        with whole():
+            check()  # again: what is there may have changed meanwhile
+            finish(work)
     except BaseException as error:
         if work is not None:
             _remove(work)

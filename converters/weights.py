@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..text import TextError, decode
 from .errors import CheckpointError, listing
 from .msgpack_file import open_flax
 from .safetensors_file import FLOAT_TYPES, StoredTensor, open_safetensors, parse_json
@@ -49,7 +50,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if len(text) > _MAX_JSON:
         raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MiB, which no config is.")
-    return parse_json(text, str(path))
+    try:
+        return parse_json(decode(text, path).encode(), str(path))
+    except TextError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _require_file(path: Path) -> None:

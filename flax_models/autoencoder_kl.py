@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from .configs import ModelConfig
 from .layers.attention import Attention
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .layers.resnet import (
@@ -266,6 +267,7 @@ class AutoencoderKL(Pretrained, nnx.Module):
           mean and log-variance (clipped to [-30, 20]), each [B, h, w, latent_channels], unscaled.
         """
         factor = self.config.downsampling
+        check_axes(images, "B H W C", "AutoencoderKL's images")
         if images.shape[-1] != self.config.in_channels or any(
             s % factor for s in images.shape[1:3]
         ):
@@ -296,6 +298,7 @@ class AutoencoderKL(Pretrained, nnx.Module):
           tiling: whether images larger than `config.sample_size` are decoded in tiles of that size,
             and images one at a time, in the memory that one tile takes.
         """
+        check_axes(latents, "B h w C", "AutoencoderKL's latents")
         if latents.shape[-1] != self.config.latent_channels:
             raise ValueError(
                 f"AutoencoderKL decodes [B, h, w, {self.config.latent_channels}] latents, "

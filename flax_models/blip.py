@@ -18,6 +18,7 @@ from .clip import ACTIVATIONS
 from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .pretrained import Pretrained
 
@@ -291,6 +292,7 @@ class BlipTextModel(nnx.Module):
         self, input_ids: Int[Array, "B L"], mask: Mask | None,
         image: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B L C"]:  # fmt: skip
+        check_axes(input_ids, "B L", "this model's input_ids")
         if input_ids.shape[1] > self.longest:
             raise ValueError(
                 f"this model reads {self.longest} tokens, received {input_ids.shape[1]}."

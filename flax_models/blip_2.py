@@ -20,6 +20,7 @@ from .blip import BlipVisionConfig, BlipVisionModel, TransformerConfig, layer_no
 from .clip import ACTIVATIONS
 from .configs import ModelConfig
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .pretrained import Pretrained
 
@@ -100,6 +101,7 @@ class Blip2TextEmbeddings(nnx.Module):
         self.position_embeddings = nnx.Embed(self.longest, config.hidden_size, **init)
 
     def __call__(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L C"]:
+        check_axes(input_ids, "B L", "this model's input_ids")
         length = input_ids.shape[1]
         if length > self.longest:
             raise ValueError(f"this model reads {self.longest} tokens, received {length}.")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .configs import ModelConfig
 from .layers.attention import dot_product_attention
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .pretrained import Pretrained
@@ -356,7 +357,9 @@ class CLIPTextModel(Pretrained, nnx.Module):
             raise ValueError("CLIPTextModel needs input_ids or inputs_embeds.")
         if inputs_embeds is None:
             assert input_ids is not None
+            check_axes(input_ids, "B L", "CLIPTextModel's input_ids")
             inputs_embeds = self.embed_tokens(input_ids)
+        check_axes(inputs_embeds, "B L C", "CLIPTextModel's inputs_embeds")
         length = inputs_embeds.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .configs import ModelConfig
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 
@@ -215,6 +216,7 @@ class ConvNeXt(nnx.Module):
         Raises:
           ValueError: height or width is not a multiple of 32.
         """
+        check_axes(images, "B H W C", "ConvNeXt's images")
         if images.shape[1] % 32 or images.shape[2] % 32:
             raise ValueError(
                 f"ConvNeXt takes images whose sides are multiples of 32, received {images.shape}: "

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from .clip import ACTIVATIONS
 from .configs import ModelConfig
 from .layers.bert import Dense, Projections
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .pretrained import Pretrained
@@ -255,6 +256,7 @@ class Dinov2Model(Pretrained, nnx.Module):
           ValueError: other channels or sides, or a mask where the model has no mask token.
         """
         patch, channels = self.config.patch_size, self.config.num_channels
+        check_axes(pixel_values, "B H W C", "Dinov2Model's images")
         height, width = pixel_values.shape[1:3]
         if pixel_values.shape[-1] != channels or height % patch or width % patch:
             raise ValueError(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from .configs import ModelConfig
 from .layers.attention import GNA, Attention
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
 from .layers.remat import Remat, recomputed
 from .layers.transformer import Identity
@@ -343,12 +344,14 @@ class DiTTransformer2DModel(Pretrained, nnx.Module):
           ValueError: latents of another shape, or a window larger than their grid of tokens.
         """
         patch = self.config.patch_size
+        check_axes(latents, "B H W C", "DiTTransformer2DModel's latents")
         batch, height, width, channels = latents.shape
         if channels != self.config.in_channels or height % patch or width % patch:
             raise ValueError(
                 f"DiTTransformer2DModel takes [B, H, W, {self.config.in_channels}] latents with H "
                 f"and W multiples of patch_size {patch}, received {latents.shape}."
             )
+        check_axes(class_labels, "B", "DiTTransformer2DModel's class_labels")
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
         time = sinusoidal_embedding(
             timesteps, _TIME_FEATURES, flip_sin_to_cos=True, freq_shift=1

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .configs import ModelConfig
+from .layers.checks import check_axes
 from .layers.resnet import conv3x3, group_norm
 
 
@@ -71,6 +72,7 @@ class GlyphClassifier(nnx.Module):
 
     def features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
         """What the heads read: the hidden layer after its activation."""
+        check_axes(images, "B H W C", "GlyphClassifier's images")
         x = 4.0 * (images - 0.45)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.gelu(norm(conv(x)))  # [B, H/s, W/s, C]

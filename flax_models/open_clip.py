@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from .configs import ModelConfig
 from .convnext import ConvNeXt, ConvNeXtConfig, Mlp
 from .layers.attention import MultiheadAttention
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.remat import Remat
 from .pretrained import Pretrained
@@ -210,6 +211,7 @@ class OpenCLIP(Pretrained, nnx.Module):
         Raises:
           ValueError: more tokens than `context_length`.
         """
+        check_axes(input_ids, "B L", "OpenCLIP's input_ids")
         length = input_ids.shape[1]
         if length > self.config.text_config.context_length:
             raise ValueError(

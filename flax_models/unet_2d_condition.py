@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
+from .layers.checks import check_axes
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
 from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
@@ -408,6 +409,7 @@ class UNet2DConditionModel(Pretrained, nnx.Module):
     ) -> Float[Array, "N H W O"]:
         """The forward pass over images, or over the frames of videos, one video after the other."""
         name = type(self).__name__
+        check_axes(sample, "B H W C", f"{name}'s latents")
         if sample.shape[-1] != config.in_channels:
             raise ValueError(
                 f"{name} takes [..., H, W, {config.in_channels}] latents, received {sample.shape}."
@@ -420,6 +422,7 @@ class UNet2DConditionModel(Pretrained, nnx.Module):
                 f"received {type(text).__name__}."
             )
         states = text.encoder_hidden_states if isinstance(text, TextCondition) else text
+        check_axes(states, "B L E", f"{name}'s text states")
         if states.shape[-1] != config.cross_attention_dim:
             raise ValueError(
                 f"{name} takes [B, L, {config.cross_attention_dim}] text states, received "

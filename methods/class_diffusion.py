@@ -47,6 +47,7 @@ from .new_tokens import default_initializers, encode_with_rows, initial_rows
 from .phrases import Encoders, edited_encoders, text_length
 from .sage import cosine
 from .sampling import NoiseSchedule, add_noise, training_target
+from .seeds import seed_key
 from .settings import check_settings
 from .training import (
     TrainState,
@@ -477,6 +478,6 @@ def personalise(
     static, state, frozen, data = prepare(pipeline, concepts, config, seed=seed)
     state = train(
         personalise_step, static, state, frozen, data,
-        key=jax.random.key(seed), num_steps=config.steps, **options,
+        key=seed_key(seed), num_steps=config.steps, **options,
     )  # fmt: skip
     return personalised(pipeline, concepts, config, static, state, frozen)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 
 from ..errors import ConceptaxError
 from ..flax_models.stable_diffusion import expanded
+from ..text import TextError, read_text
 
 # Neutral phrases around a concept; "{}" is the concept's place.
 TEMPLATES = (
@@ -177,9 +178,11 @@ def read_phrases(path: str | Path) -> list[str]:
       ConceptError: the file cannot be read or holds no phrase.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConceptError(f"cannot read the phrases in {path}: {error}.") from error
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise ConceptError(f"cannot read the phrases in {path}: {error.strerror}.") from error
+    except TextError as error:
+        raise ConceptError(str(error)) from error
     phrases = [line.strip() for line in lines]
     phrases = [phrase for phrase in phrases if phrase and not phrase.startswith("#")]
     if not phrases:

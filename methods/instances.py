@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from ..errors import ConceptaxError
+from ..text import TextError, read_text
 
 _HEIF = (".heic", ".heif")
 SUFFIXES = (
@@ -230,8 +231,10 @@ def class_word(prompt: str) -> str:
 def _entries(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of concepts, checked."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(read_text(path))
+    except TextError as error:
+        raise ConceptListError(str(error)) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise ConceptListError(f"cannot read the concepts in {path}: {error}.") from error
     if not isinstance(entries, list) or not entries:
         raise ConceptListError(f"{path} must hold a JSON list of concepts, at least one.")

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ..flax_models.convnext import ConvNeXt
 from ..flax_models.layers.bilinear import resize
 from ..flax_models.maft_plus import MaftPlus, class_logits
+from .seeds import seed_key
 from .segmentation.set_losses import SetLossConfig, Targets, deep_losses
 from .training import (
     TrainState,
@@ -278,7 +279,7 @@ def fit(
     """
     static, state, frozen = prepare(model, rows, synonyms, config, teacher=teacher)
     state = train(
-        train_step, static, state, frozen, batches, key=jax.random.key(seed),
+        train_step, static, state, frozen, batches, key=seed_key(seed),
         num_steps=config.steps, fixed_length=True, **options,
     )  # fmt: skip
     return nnx.merge(static.model, gather(state.params), frozen["model"])

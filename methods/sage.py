@@ -44,6 +44,7 @@ from .phrases import (
     text_length,
 )
 from .sampling import NoiseSchedule, make_sampler, noise_latents
+from .seeds import seed_key
 from .settings import check_settings
 from .training import (
     TrainState,
@@ -565,7 +566,7 @@ def _trajectories(
         return jax.lax.scan(step, start, jnp.arange(config.ddim_steps))[1]
 
     subjects = [*frozen["tokens"], frozen["retained_tokens"]]
-    keys = jax.random.split(jax.random.key(seed), len(subjects))
+    keys = jax.random.split(seed_key(seed), len(subjects))
     runs = [run(sampler, frozen, *each) for each in zip(subjects, keys, strict=True)]
     return {"latents": jnp.stack(runs), "latent_times": jnp.asarray(sampler.timesteps)}
 
@@ -592,7 +593,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         erase_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
         **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))

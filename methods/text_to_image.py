@@ -27,6 +27,7 @@ from ..flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from ..flax_models.unet_2d_condition import TextCondition
 from .memory import available_memory, require_memory, unet_bytes, vae_bytes
 from .sampling import NoiseSchedule, Sampler, make_sampler
+from .seeds import seed_key
 
 _LONGEST = 1 << 16  # pixels along a side; attention over more would take days
 
@@ -198,7 +199,7 @@ def generate(
 
 def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
     """One key per image, a function of the seed and the image's own index alone."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices))
+    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key(seed), jnp.asarray(indices))
 
 
 def initial_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, " B *shape"]:

@@ -9,11 +9,13 @@ here; what is read beside it is `categories`, `hard`, `inappropriate_percentage`
 
 import csv
 import dataclasses
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..text import TextError, read_text
 from .concepts import ConceptError
 
 
@@ -69,15 +71,16 @@ def read_unsafe_prompts(path: str | Path, *, category: str | None = None) -> lis
         a number that is none, or has no row (of the category).
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            if "prompt" not in (reader.fieldnames or ()):
-                raise ConceptError(
-                    f"{path} has no column 'prompt' (found {reader.fieldnames}): it takes a CSV "
-                    "file with a header, in the layout of I2P."
-                )
-            rows = [_row(row, f"{path}, line {reader.line_num}") for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+        if "prompt" not in (reader.fieldnames or ()):
+            raise ConceptError(
+                f"{path} has no column 'prompt' (found {reader.fieldnames}): it takes a CSV file "
+                "with a header, in the layout of I2P."
+            )
+        rows = [_row(row, f"{path}, line {reader.line_num}") for row in reader]
+    except TextError as error:
+        raise ConceptError(str(error)) from error
+    except (OSError, csv.Error) as error:
         raise ConceptError(f"cannot read the prompts in {path}: {error}.") from error
     known = sorted({name for row in rows for name in row.categories})
     if category is not None:

@@ -1,12 +1,17 @@
 """The command line end to end, on a tiny pipeline of the real classes."""
 
+import ast
+import codecs
 import errno
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,18 +22,29 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli import COMMANDS, is_for_people, main
+from conceptax.cli import _MODULES, COMMANDS, main
+from conceptax.cli.failures import in_flags, sentence
+from conceptax.cli.loading import load_classifier
+from conceptax.cli.options import flags
 from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters.weights import read_json
+from conceptax.errors import ConceptaxError
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods.concepts import read_phrases
 from conceptax.methods.erasing import METHODS
 from conceptax.methods.glyphs import recipe
 from conceptax.methods.glyphs.judge import Judge, save_judge
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.text_to_image import TextToImage
+from conceptax.methods.instances import read_class_folders
+from conceptax.methods.sage import SageConfig
+from conceptax.methods.seeds import SeedError, check_seed
+from conceptax.methods.segmentation.vocabulary import Vocabulary
+from conceptax.methods.text_to_image import TextToImage, image_keys
+from conceptax.methods.unsafe_prompts import read_unsafe_prompts
 
 # 64 pixels from an 8x8 latent, so that the judge can look at them.
 UNET = UNet2DConditionConfig(
@@ -168,23 +184,323 @@ def test_wrong_words_are_told(capsys):
     assert main([]) == 0
 
 
-def test_bugs_keep_their_traceback():
-    def error_of(function):
+def test_whatever_goes_wrong_is_one_sentence(capsys, monkeypatch):
+    """Of a command that raises what is given; a bug says where the rest is."""
+    from conceptax.cli import inspect
+
+    def told(error):
+        def run(command):
+            raise error
+
+        monkeypatch.setattr(inspect, "run", run)
+        refused(capsys, ["inspect", "x"], "error: ")
+        with pytest.raises(type(error)):
+            main(["--debug", "inspect", "x"])
+        monkeypatch.setenv("CONCEPTAX_DEBUG", "1")
+        with pytest.raises(type(error)):
+            main(["inspect", "x"])
+        monkeypatch.delenv("CONCEPTAX_DEBUG")
+        return sentence(error)
+
+    class Panic(BaseException):
+        """As Rust's, which are no `Exception`s."""
+
+    assert told(ConceptaxError("one\n  two")) == "one two"
+    assert told(OSError(errno.ENOSPC, "No space left", "x")) == "x: No space left."
+    assert "IndexError: out. This is a bug" in told(IndexError("out"))
+    assert "--debug" in told(Panic("at the disco")) and "Panic" in told(Panic("at the disco"))
+    assert "RecursionError" in told(RecursionError("too deep"))
+    assert "not enough memory" in told(MemoryError())
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    assert "not enough memory (RESOURCE_EXHAUSTED" in told(memory)
+    assert "a library is missing" in told(ModuleNotFoundError("No module named 'optax'"))
+    assert len(told(ConceptaxError("long " * 1000))) == 1000
+    assert "\x1b" not in told(ConceptaxError("\x1b[2J"))
+
+
+def test_errors_of_ours_are_told_apart_from_those_of_libraries():
+    def told(function):
         try:
             function()
         except Exception as error:
-            return error
+            return sentence(error)
 
-    assert not is_for_people(error_of(lambda: int("x")))
-    assert not is_for_people(error_of(lambda: [][0]))
-    assert not is_for_people(error_of(lambda: jnp.zeros(2).reshape(3)))
-    assert is_for_people(error_of(lambda: load_pytorch("/nowhere")))
-    assert is_for_people(error_of(lambda: os.listdir("/nowhere/at/all")))
+    assert "This is a bug" in told(lambda: jnp.zeros(2).reshape(3))
+    assert "This is a bug" in told(lambda: [][0])
+    assert told(lambda: load_pytorch("/nowhere")).startswith("/nowhere does not exist")
+    assert told(lambda: os.listdir("/nowhere/at/all")).startswith("/nowhere/at/all: No such file")
+    assert told(lambda: SageConfig(cycles=0)) == "cycles must be at least 1, received 0."
 
 
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         main(["convert", str(tmp_path / "none"), str(tmp_path / "out"), "--debug"])
+
+
+def run_conceptax(*arguments, **options):
+    """The command in a process of its own, its standard streams as given."""
+    command = [sys.executable, "-m", "conceptax", *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run(command, **options)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"capture_output": False, "stdout": writing, "stderr": subprocess.PIPE}
+    try:
+        ended = run_conceptax("--help", **streams)
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+    with open("/dev/full", "w") as full:
+        ended = run_conceptax("--version", **streams | {"stdout": full})
+    assert (ended.returncode, ended.stderr) == (1, "conceptax: error: No space left on device.\n")
+
+
+def test_a_terminal_that_cannot_show_a_letter_shows_another(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = run_conceptax("sample", "--prompts", tmp_path / "“drei”", env=environment)
+    assert ended.returncode == 1
+    assert "/?drei?: No such file or directory." in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_platforms_that_are_not_here_are_told(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    out = tmp_path / "out.png"
+    options = ["--steps", "1", "--output", out]
+    ended = run_conceptax("sample", "--prompt", "three", *options, env=environment)
+    if ended.returncode == 0:
+        pytest.skip("there is a GPU here")
+    assert ended.stderr.count("\n") == 1 and "JAX_PLATFORMS is 'cuda'" in ended.stderr
+    assert "It finds: cpu. Set JAX_PLATFORMS=cpu" in ended.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_seeds_are_checked_alike(tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    for words in (["sample", "--prompt", "a"], ["demo"], ["erase", "--concept", "a"]):
+        for seed in (-1, 2**32):
+            refused(capsys, [*words, *out, "--seed", seed], "--seed must be a whole number from 0")
+    refused(capsys, ["glyphs", "train", *out, "--judge.seed", "-1"], "--judge.seed must be")
+    refused(capsys, ["glyphs", "train", *out, "--seed", "-1"], "--seed must be")
+    with pytest.raises(SeedError, match="received -1"):
+        image_keys(-1, np.arange(2))
+    assert check_seed(2**32 - 1) == 2**32 - 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_text_files_of_people(tmp_path, capsys):
+    """UTF-8 with a mark or without; other encodings are told by their place."""
+    file = tmp_path / "words.txt"
+    cases = {
+        "a\ncafé".encode("latin-1"): "line 2, byte 4 of it is 0xe9; save it as UTF-8",
+        "café".encode("utf-16"): "is in UTF-16; save it as UTF-8",
+        "café".encode("utf-32"): "is in UTF-32",
+        b"PK\x03\x04\0\0": "is no text: it holds zero bytes",
+    }
+    commands = (
+        ["sample", "--prompts", file],
+        ["erase", "--concept", file, "--output", tmp_path / "out"],
+    )
+    readers = (read_phrases, Vocabulary.read, read_unsafe_prompts, read_class_folders, read_json)
+    for content, text in cases.items():
+        file.write_bytes(content)
+        for arguments in commands:
+            refused(capsys, arguments, f"{file} {text}" if text.startswith("is") else text)
+        for read in readers:
+            with pytest.raises(ConceptaxError, match=re.escape(text)):
+                read(file)
+    for mark in (b"", codecs.BOM_UTF8):
+        file.write_bytes(mark + "1:café\r\n".encode())
+        assert read_phrases(file) == ["1:café"]
+        assert Vocabulary.read(file).names == ("café",)
+        file.write_bytes(mark + b'{"a": 1}')
+        assert read_json(file) == {"a": 1}
+
+
+# ---- the words of messages ----
+
+
+def command_types(name):
+    """The dataclasses that a command's flags can come from."""
+    word, *second = name.split()
+    module = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
+    if hasattr(module, "COMMANDS"):
+        return [module.COMMANDS[second[0]]]
+    if not hasattr(module, "command_type"):
+        return [module.Command]
+    methods = ("", *METHODS, "class-diffusion", "dreambooth", "custom-diffusion")
+    return [module.command_type([f"--method={method}"]) for method in methods]
+
+
+def flags_of(name):
+    return {flag for kind in command_types(name) for flag in flags(kind).values()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_are_those_that_help_lists(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    listed = set(re.findall(r"^(?:│ |  )(--[a-z][\w.-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert set(flags(command_types(name)[0]).values()) == listed
+
+
+def strings(tree):
+    """The texts in a module, those of an f-string together, with an x where a value goes."""
+    joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in joined for part in node.values}
+    for node in joined:
+        yield "".join(getattr(part, "value", "x") if isinstance(part, ast.Constant) else "x"
+                      for part in node.values)  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.value
+
+
+def test_messages_mention_flags_that_exist(repository):
+    """A command's module those of its commands, or of a command that it names; others any."""
+    own = {name: flags_of(name) for name in COMMANDS}
+    always = {"--debug", "--version", "--help"}
+    every = always.union(*own.values())
+    found = 0
+    for room in ("src/conceptax/cli", "methods", "converters"):
+        for file in sorted((repository / room).rglob("*.py")):
+            commands = [
+                name for name in COMMANDS
+                if room.endswith("cli") and _MODULES.get(name, name.split()[0]) == file.stem
+            ]  # fmt: skip
+            here = always.union(*(own[name] for name in commands)) if commands else every
+            for text in strings(ast.parse(file.read_text())):
+                if "color-scheme" in text or "tensorboard --" in text:  # CSS, another program
+                    continue
+                named = [name for name in COMMANDS if f"conceptax {name}" in text]
+                for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", text):
+                    found += 1
+                    known = here.union(*(own[name] for name in named))
+                    assert flag in known, f"{file}: {flag} in {text!r}"
+    assert found > 50
+
+
+def test_messages_name_flags_where_flags_were_given(model, tmp_path, capsys):
+    sample = ["sample", "--model", model, "--prompt", "a", "--output", tmp_path / "out.png"]
+    refused(capsys, [*sample, "--steps", "0"], "error: --steps must be")
+    refused(capsys, [*sample, "--batch-size", "0"], "error: --batch-size must be")
+    refused(capsys, [*sample, "--height", "17"], "error: --height 17 must be")
+    erase = ["erase", "--model", model, "--concept", "three", "--output", tmp_path / "out"]
+    refused(capsys, [*erase, "--cycles", "0"], "error: --cycles must be")
+    refused(capsys, [*erase, "--min-timestep", "3"], "error: --min-timestep is a fraction")
+    refused(capsys, ["erase"], "no concept was given")
+    evaluate = ["evaluate", "--original", model, "--edited", model, "--concept", "three"]
+    evaluate += ["--output", tmp_path / "out", "--classifier"]
+    assert main([str(argument) for argument in [*evaluate, model]]) == 1
+    told = capsys.readouterr().err
+    assert f"{model} is a pipeline, no classifier: it takes a judge that" in told
+    assert f"Pass {model / 'judge'}, which is in it." in told
+    with pytest.raises(ConceptaxError, match="tokenizer is no classifier, for it has no config"):
+        load_classifier(model / "tokenizer", None, "x")
+    assert os.listdir(tmp_path) == []
+
+    known = ["--steps", "--attack.steps", "--search.tokens", "--wide.tokens", "--no-free-word"]
+    for before, after in {
+        "num_inference_steps=3; got 0.": "--steps 3; got 0.",
+        "tokens must be 1": "tokens must be 1",  # of two groups
+        "set free_word, with force=True (--force)": "set --no-free-word, with --force",
+        "/a/free_word is 'free_word'": "/a/free_word is 'free_word'",
+        "Unknown. Pass architecture= if it is known.": "Unknown.",
+        "pass prediction_type='epsilon'.": "pass `conceptax convert --prediction-type epsilon`.",
+    }.items():
+        assert in_flags(before, known) == after
+        assert in_flags(before, ()) == before
+
+
+# ---- signals ----
+
+# A command's main thread as it may be when a signal comes; each prints a line when it is there.
+MAIN_THREADS = {
+    "in C": "hashlib.pbkdf2_hmac('sha256', b'', b'', 500_000_000)",
+    "swallowing": "[swallow() for _ in iter(int, 1)]",
+    "finishing": "finish()",
+    "replacing": "replace()",
+}
+STOPPED = """
+import hashlib, os, pathlib, sys, time
+from conceptax.interrupts import Stopper, noting, temporary, whole
+
+def swallow():
+    try:
+        time.sleep(0.01)
+    except BaseException:
+        pass
+
+def finish():
+    received = []
+    with noting(received):
+        print("there", flush=True)
+        while not received:
+            time.sleep(0.01)
+        print("noted", flush=True)
+        time.sleep(60)
+
+def replace():
+    with whole():
+        print("there", flush=True)
+        time.sleep(0.5)
+        print("replaced", flush=True)
+    time.sleep(60)
+
+work = pathlib.Path(sys.argv[1]) / "deep" / "work"
+with Stopper("conceptax"), temporary(work, [work.parent]):
+    work.mkdir(parents=True)
+    (work / "part").write_text("half")
+    if sys.argv[2] in ("in C", "swallowing"):
+        print("there", flush=True)
+    exec(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("where", MAIN_THREADS)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_whatever_it_does(where, signum, tmp_path):
+    arguments = [sys.executable, "-c", STOPPED, tmp_path, where, MAIN_THREADS[where]]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(signum)
+    if where == "finishing":
+        assert process.stdout.readline() == "noted\n"
+        told = process.stderr.readline()
+        assert f"{signum.name} received: finishing the step; " in told
+        assert os.listdir(tmp_path) == ["deep"]
+        process.send_signal(signum)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum
+    assert err in ("conceptax: interrupted.\n", "conceptax: ended by SIGTERM.\n")
+    assert out == ("replaced\n" if where == "replacing" else "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.7, 1.5])
+def test_a_command_stops_at_once_and_leaves_nothing(seconds, tmp_path):
+    """Wherever it is by then: importing, loading, compiling."""
+    script = "from conceptax.__main__ import main; print('there', flush=True); main()"
+    out = tmp_path / "deep" / "out.png"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "sample", "--prompt", "a", "--output", out],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "there\n"
+    time.sleep(seconds)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 130
+    assert re.fullmatch(r"conceptax( sample)?: interrupted\.\n", err)
+    assert os.listdir(tmp_path) == []
 
 
 # ---- convert ----

@@ -24,6 +24,7 @@ from conceptax.flax_models.clip import (
 from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from conceptax.flax_models.layers.attention import dot_product_attention
+from conceptax.flax_models.layers.checks import check_axes
 from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
@@ -395,3 +396,15 @@ def test_inputs_of_the_wrong_shape_are_named():
         model(inputs_embeds=jnp.zeros((1, 3, 8)))
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
+
+
+def test_arrays_without_a_batch_are_told():
+    """What annotations say is checked in tests alone; users get a sentence."""
+    check_axes(np.zeros((1, 77)), "B L", "a model's input_ids")
+    with pytest.raises(
+        ValueError, match=r"a model's input_ids must have 2 axes, \[B, L\], received"
+    ) as error:
+        check_axes(np.zeros(77), "B L", "a model's input_ids")
+    assert str(error.value).endswith("(77,): add one for the batch, x[None].")
+    with pytest.raises(ValueError, match=r"received the shape \(1, 2, 3, 4\)\.$"):
+        check_axes(np.zeros((1, 2, 3, 4)), "B L", "a model's input_ids")

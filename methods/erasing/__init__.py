@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from .. import sage
 from ..phrases import Retained
+from ..seeds import check_seed
 from . import advunlearn, esd, uce, word
 from .advunlearn import AdvUnlearnConfig
 from .esd import EsdUConfig, EsdXConfig
@@ -83,6 +84,7 @@ def erase(
       the pipeline with one part edited (`method_of(config).edits`).
     """
     method = method_of(config)
+    check_seed(seed)
     return method.erase(pipeline, concepts, config, retain=retain, seed=seed, **options)
 
 

@@ -44,6 +44,7 @@ from ..phrases import (
     with_prefix,
 )
 from ..sage import erase_target, prediction_loss
+from ..seeds import seed_key
 from ..settings import check_settings
 from ..training import (
     TrainState,
@@ -349,7 +350,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         adversarial_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
         **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(nnx.merge(static.text, state.params, frozen["text"]))

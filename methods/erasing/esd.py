@@ -31,6 +31,7 @@ from ..concepts import TEMPLATES
 from ..memory import require_unet_memory
 from ..phrases import Retained, conditions, retained_phrases, stacked_prompts, text_length
 from ..sage import erase_target, prediction_loss
+from ..seeds import seed_key
 from ..settings import check_settings
 from ..training import (
     TrainState,
@@ -220,7 +221,7 @@ def erase(
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
         esd_step, static, state, frozen,
-        key=jax.random.key(seed), num_steps=config.cycles, fixed_length=True,
+        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
         **options,
     )  # fmt: skip
     return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))

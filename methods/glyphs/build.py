@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,6 +21,7 @@ from ...flax_models.clip import CLIPModel, CLIPTextModel
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import UNet2DConditionModel
 from ..sampling import NoiseSchedule, encode_images
+from ..seeds import seed_key
 from ..training import init_state, split_trainable, train
 from . import recipe
 from .captions import caption
@@ -221,7 +221,7 @@ def _run(
         init_state(params, optimizer),
         rest if frozen is None else frozen,
         batches,
-        key=jax.random.key(config.seed),
+        key=seed_key(config.seed),
         num_steps=plan.steps,
         fixed_length=True,
         checkpoint_dir=(workdir / name).absolute(),

@@ -27,6 +27,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from ...flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
+from ...text import read_text
+from ..seeds import seed_key
 from .captions import COLOURS, TEXTURES
 from .world import IMAGE_SIZE, Jitter, load_split, render_many
 
@@ -237,7 +239,7 @@ def train_judge(
         "optimizer": _optimizer(config).init(params),
     }
     order = np.random.default_rng(config.seed)
-    key = jax.random.key(config.seed)
+    key = seed_key(config.seed)
     for step in range(config.steps):
         rows = order.integers(len(images), size=config.batch_size)
         batch = {name: values[rows] for name, values in labels.items()}
@@ -308,8 +310,11 @@ def load_judge(folder: str | Path) -> Judge:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no judge's folder: it has no {name}")
-    record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config = GlyphClassifierConfig.from_dict(record["model"])
+    try:
+        record = json.loads(read_text(folder / CONFIG_FILE))
+        config = GlyphClassifierConfig.from_dict(record["model"])
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} describes no judge: {error!r}.") from error
     abstract = nnx.eval_shape(lambda: GlyphClassifier(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     tensors = load_file(folder / WEIGHTS_FILE)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from ...flax_models.maft_plus import class_logits
 from ...flax_models.mask2former import normalise
 from ...flax_models.open_clip import IMAGE_MEAN, IMAGE_STD, OpenCLIP, OpenCLIPConfig
+from ..seeds import seed_key
 from ..segmentation.vocabulary import text_rows, tokenize
 from ..training import TrainState, apply_gradients, init_state, train
 from .captions import COLOURS, DIGIT_NAMES, DIGITS, SURFACES, TEXTURES, TRAIN_TEMPLATES, fill
@@ -223,7 +224,7 @@ def pretrain(
         )  # fmt: skip
         state = train(
             caption_step, stage, init_state(params, stage.optimizer), None, batches,
-            key=jax.random.key(seed), num_steps=recipe.steps, progress=progress,
+            key=seed_key(seed), num_steps=recipe.steps, progress=progress,
             metrics_path=metrics_dir and metrics_dir / f"{name}.jsonl",
         )  # fmt: skip
         return state.params

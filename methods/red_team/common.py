@@ -26,6 +26,7 @@ from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import ConceptError, phrase_ids
 from ..sage import prediction_loss
 from ..sampling import NoiseSchedule, encode_images, noised_latents
+from ..seeds import seed_key
 from ..settings import check_settings
 from ..training import Checkpoints, TrainState, constrain_batch, train
 
@@ -212,7 +213,7 @@ def snapshots(
                     state = kept.restore(state)
         if until > int(state.step):
             state = train(
-                step, static, state, frozen, key=jax.random.key(seed), num_steps=until,
+                step, static, state, frozen, key=seed_key(seed), num_steps=until,
                 checkpoint_dir=folder, **options,
             )  # fmt: skip
         yield until, state

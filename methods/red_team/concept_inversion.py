@@ -33,6 +33,7 @@ from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES, ConceptError, encode_phrases
 from ..phrases import text_length
 from ..sampling import NoiseSchedule
+from ..seeds import seed_key
 from ..training import TrainState, apply_gradients, init_state
 from .common import (
     AttackStatic,
@@ -162,7 +163,7 @@ def prepare(
     ordinary = ordinary_tokens(tokenizer)
     unit = jnp.sqrt(jnp.mean(table**2))
     if config.start is None:
-        keys = restart_keys(jax.random.key(seed), config.restarts)
+        keys = restart_keys(seed_key(seed), config.restarts)
         words = table[jax.vmap(lambda key: jax.random.choice(key, ordinary))(keys)]
     else:
         word = table[jnp.asarray(word_tokens(tokenizer, config.start))].mean(axis=0)
@@ -291,9 +292,7 @@ def run(
                 {
                     "tokens": tuple(names),
                     "norms": tuple(norms.tolist()),
-                    "losses": tuple(
-                        _examine(static, frozen, learnt, jax.random.key(seed)).tolist()
-                    ),
+                    "losses": tuple(_examine(static, frozen, learnt, seed_key(seed)).tolist()),
                 },
             )
         )

@@ -35,6 +35,7 @@ from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import ConceptError, encode_phrases
 from ..phrases import hidden_states, text_length, with_prefix
 from ..sampling import NoiseSchedule
+from ..seeds import seed_key
 from ..training import TrainState
 from .common import (
     AttackStatic,
@@ -201,7 +202,7 @@ def prepare(
         )
     allowed = np.zeros(edited.text_encoder.config.vocab_size, bool)
     allowed[candidates] = True
-    keys = restart_keys(jax.random.key(seed), config.restarts)
+    keys = restart_keys(seed_key(seed), config.restarts)
     start = jax.vmap(lambda key: jax.random.choice(key, candidates, (config.tokens,)))(keys)
 
     text_encoder, text_params = nnx.split(edited.text_encoder)
@@ -294,7 +295,7 @@ def run(
     for steps, after in snapshots(search_step, static, state, frozen, seed=seed, **options):
         prefixes = after.params["prefixes"]
         turns = prefixes[np.arange(len(rows)) % config.restarts]
-        losses = _examine(static, frozen, prefixes, jax.random.key(seed))
+        losses = _examine(static, frozen, prefixes, seed_key(seed))
         attempts.append(
             Attempt(
                 edited,

@@ -21,6 +21,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from ...errors import ConceptaxError
+from ...text import TextError, read_text
 from ..instances import SUFFIXES, read_image
 from .metrics import Segment
 
@@ -170,7 +171,7 @@ def panoptic_maps(
     path = Path(annotations)
     folder = Path(maps) if maps is not None else path.with_suffix("")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(read_text(path))
         categories = content["categories"]
         numbers = {category["id"]: k for k, category in enumerate(categories)}
         things = frozenset(k for k, each in enumerate(categories) if each.get("isthing", 1))
@@ -179,7 +180,9 @@ def panoptic_maps(
             (names.get(each["image_id"]), each["file_name"], each["segments_info"])
             for each in content["annotations"]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except TextError as error:
+        raise DataError(str(error)) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is no panoptic JSON file in COCO's form: {error!r}.") from error
     if len(numbers) != classes:
         raise DataError(

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ...flax_models.maft_plus import ensemble
 from ...flax_models.open_clip import OpenCLIP
+from ...text import read_text
 
 _SIZED = (
     "a photo of a {} {{}}.",
@@ -67,10 +68,11 @@ class Vocabulary:
 
         Raises:
           ValueError: a line of another form; the message names up to ten.
+          TextError: the file is not in UTF-8.
           OSError: the file cannot be read.
         """
         classes, wrong = [], []
-        for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             if not line.strip():
                 continue
             index, colon, text = line.partition(":")

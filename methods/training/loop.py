@@ -22,7 +22,6 @@ import contextlib
 import functools
 import math
 import signal
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from jaxtyping import PRNGKeyArray
 
 from ...errors import ConceptaxError
 from ...flax_models.layers import remat
+from ...interrupts import noting
 from .checkpoints import Checkpoints
 from .paths import dotted
 from .processes import ProcessLostError, is_first_process, place, spread_flag
@@ -145,7 +145,8 @@ def train(
         NonFiniteLossError: the loss or a parameter is NaN or infinite. Nothing is saved after
             that; earlier checkpoints stay.
         TrainingInterrupted: SIGTERM or SIGINT came, here or to another process of the run; the
-            current step was finished and saved.
+            current step was finished and saved.  While the first step is compiled, and at the
+            second signal, they act as they do outside.
         CheckpointError: a checkpoint could not be written; earlier ones stay.
         ProcessLostError: another process of the run ended.
         ValueError: the arguments do not fit together or to the checkpoints, the batches end early,
@@ -184,16 +185,20 @@ def train(
                 progress=progress and writes,
             )
         )
-        received = stack.enter_context(_signals())
+        received: list[int] = []
         run = _compile_step(step, static, *_hashable(shardings), watched=True)
         watcher = _Watcher(reporter, checkpoints)
         alone = jax.process_count() == 1
+        if not alone:  # the others would wait for a process that just ended
+            stack.enter_context(noting(received))
         stack.enter_context(_lost_processes(watcher, checkpoints))
 
         for n in range(first, num_steps):
             batch = _next_batch(iterator, n, num_steps)
             told = None if mesh is None else spread_flag(bool(received), mesh)
             state, metrics = run(state, frozen, _on_devices(batch, mesh), key, told)
+            if n == first and alone:  # until here a signal stops at once: nothing is lost
+                stack.enter_context(noting(received))
             watcher.started(n + 1, state.step, metrics, batch)
             stop = bool(received) if alone else watcher.stop  # known to all after the same step
             last = n + 1 == num_steps
@@ -403,29 +408,6 @@ def _lost_processes(watcher: _Watcher, checkpoints: Checkpoints | None) -> Itera
         reason = str(error).splitlines()[0][:300]
         saved = checkpoints.abandon() if checkpoints else None
         raise ProcessLostError(watcher.step or 0, saved, reason) from error
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Note SIGTERM and SIGINT in a list; a second signal acts as it did before."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    def handle(signum: int, _: Any) -> None:
-        received.append(signum)
-        restore()
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            previous[signum] = signal.signal(signum, handle)
-    try:
-        yield received
-    finally:
-        restore()
 
 
 def _check_arguments(

@@ -8,16 +8,19 @@ which picks the dataclass. Where a command's name begins another's, the longer o
 """
 
 import contextlib
-import dis
 import importlib
 import os
+import select
+import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import conceptax
+from conceptax.interrupts import Stopper, arm
 
+from .failures import in_flags, readable, sentence
 from .processes import join_processes
 
 COMMANDS = {
@@ -38,6 +41,7 @@ COMMANDS = {
     "gna search": "find the windows and strides that save most, and draw them",
     "gna bench": "measure a neighborhood attention here, beside what is predicted",
 }
+_READER_LEFT = 128 + signal.SIGPIPE  # as if it had ended by that signal, in silence
 _MODULES = {"evaluate personalization": "evaluate_personalization"}
 
 
@@ -45,77 +49,121 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     0 is success, 1 a failure that is told in one sentence on stderr, 2 a wrong command line,
-    128 + n the end by signal n.  A bug keeps its traceback, as does everything with `--debug`.
+    128 + n the end by signal n.  With `--debug` a failure keeps its traceback.
+
+    Args:
+      argv: the arguments; None takes those of this process, which then is the command's own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments or bool(os.environ.get("CONCEPTAX_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if arguments[:1] == ["--version"]:
-        print(f"conceptax {conceptax.__version__}")
-        return 0
     name = next((" ".join(arguments[:n]) for n in (2, 1) if _is_command(arguments[:n])), None)
-    if name is None:
-        return _overview(arguments)
+    label = f"conceptax {name}" if name else "conceptax"
+    if argv is not None:
+        return _answer(name, label, arguments, debug)
+    with Stopper(label) as stopper:
+        return _answer(name, label, arguments, debug, stopper)
+
+
+def _answer(
+    name: str | None, label: str, arguments: Sequence[str], debug: bool, stopper: Any = None
+) -> int:
+    """Run what the arguments ask for and turn whatever goes wrong into a status and a sentence."""
+    _prepare_streams()
+    flags: dict[tuple[str, ...], str] = {}  # of the command, once it is known
     try:
-        with _quiet():
-            return _run(name, arguments[len(name.split()) :])
+        status = _command(name, arguments, flags)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:  # in a process that is not the command's own
+        _print_error(f"{label}: interrupted.")
+        return 128 + signal.SIGINT
     except SystemExit as stop:  # a signal that ended training
         if stop.args and not isinstance(stop.code, int):
             raise
-        print(f"conceptax {name}: {stop}", file=sys.stderr)
+        print(f"{label}: {stop}", file=sys.stderr)
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print(f"conceptax {name}: interrupted.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug or not is_for_people(error):
+    except BaseException as error:  # also what Rust raises, which is no Exception
+        _silence(sys.stdout)
+        if _reader_left(error):
+            return _READER_LEFT
+        if stopper is not None and stopper.stopping:
+            return 1  # in vain: a signal is ending the process
+        if debug:
             raise
-        print(f"conceptax {name}: error: {sentence(error)}", file=sys.stderr)
+        _print_error(f"{label}: error: {sentence(error, flags.values())}")
         return 1
 
 
-def is_for_people(error: BaseException) -> bool:
-    """Whether an error describes bad input or a refusing system, and not a bug.
+def _command(name: str | None, arguments: Sequence[str], flags: dict[tuple[str, ...], str]) -> int:
+    if arguments[:1] == ["--version"]:
+        print(f"conceptax {conceptax.__version__}")
+        return 0
+    if name is None:
+        return _overview(arguments)
+    with _quiet(flags):
+        return _run(name, arguments[len(name.split()) :], flags)
 
-    Those are the operating system's errors, and the `ValueError`s and `ArithmeticError`s that a
-    `raise` statement of this package raised; the same types from inside a library, or from an
-    operation that went wrong, are bugs.
-    """
-    if isinstance(error, OSError):
-        return True
-    if not isinstance(error, ValueError | ArithmeticError) or error.__traceback__ is None:
+
+def _prepare_streams() -> None:
+    """What a terminal cannot show, or nobody reads, is no reason to fail."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _reader_left(error: BaseException | None) -> bool:
+    """Whether the reason is that nobody reads what is printed: `conceptax … | head`."""
+    reasons = []
+    while error is not None:
+        reasons.append(error)
+        error = error.__cause__ or error.__context__
+    if not any(isinstance(reason, BrokenPipeError) for reason in reasons):
         return False
-    last = error.__traceback__
-    while last.tb_next is not None:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    module = last.tb_frame.f_globals.get("__name__", "")
-    raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-    return raised and module.split(".")[0] == "conceptax"
+    with contextlib.suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
 
 
-def sentence(error: BaseException) -> str:
-    """An error's message on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}."
-    return " ".join(str(error).split()) or type(error).__name__
+def _silence(stream: Any) -> None:
+    """Drop what a stream holds that could not be written, lest it is tried again at the end."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def _print_error(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _is_command(words: Sequence[str]) -> bool:
     return " ".join(words) in COMMANDS
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
+def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str]) -> int:
     import tyro
+
+    from .options import check_seeds, flags
 
     word, *second = name.split()
     module: Any = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
     several = getattr(module, "COMMANDS", None)
     choose = getattr(module, "command_type", None)
+    kind = several[second[0]] if several else choose(arguments) if choose else module.Command
+    known |= flags(kind)
     try:
         command = tyro.cli(
-            several[second[0]] if several else choose(arguments) if choose else module.Command,
+            kind,
             prog=f"conceptax {name}",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
@@ -123,6 +171,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except SystemExit as stop:  # help was shown, or the command line was wrong
         return int(stop.code or 0)
     join_processes()
+    arm()  # jax takes SIGTERM where there are several processes
+    check_seeds(command, known)
     module.run(command)
     return 0
 
@@ -156,7 +206,7 @@ def _overview(arguments: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(flags: Mapping[Any, str]) -> Iterator[None]:
     """Nothing is downloaded, libraries keep their advice, and warnings take one line each.
 
     What XLA compiles is kept for the next run, unless `JAX_COMPILATION_CACHE_DIR` says otherwise.
@@ -169,7 +219,7 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def show(message: Any, *_: Any) -> None:
-        print(f"conceptax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        _print_error(f"conceptax: warning: {readable(in_flags(str(message), flags.values()))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from conceptax.cli.results import (
     environment,
     kept_run,
     new_folder,
+    scratch_folder,
     training_log,
     write_json,
 )
@@ -228,7 +228,7 @@ def erase_into(
     with contextlib.ExitStack() as stack:
         if method.trains:
             if checkpoint_dir is None:
-                logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                logs = stack.enter_context(scratch_folder())
             else:
                 logs = checkpoint_dir
                 claim_run(logs / RECORD, record)

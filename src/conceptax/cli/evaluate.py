@@ -31,6 +31,7 @@ from conceptax.methods.evaluation import (
     read_synonyms,
 )
 from conceptax.methods.unsafe_prompts import read_unsafe_prompts
+from conceptax.text import read_text
 
 METRICS = "metrics.json"
 _OF_THIS_RUN = ("output", "settings", "force")  # not of what is measured
@@ -189,7 +190,7 @@ def _recorded(command: Command[Any]) -> dict[str, Any]:
     if given:
         raise ValueError(f"--settings brings all settings: leave out {', '.join(given)}.")
     try:
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))["settings"]
+        settings = json.loads(read_text(settings_file))["settings"]
         missing = {field.name for field in dataclasses.fields(command)} - {*settings, *_OF_THIS_RUN}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{settings_file} is no record of an evaluation.") from error

@@ -20,6 +20,7 @@ from conceptax.methods.concepts import read_phrases
 from conceptax.methods.instances import image_files, read_image, read_images
 from conceptax.methods.metrics import Instruments, Subject, measure
 from conceptax.methods.text_to_image import text_to_image
+from conceptax.text import read_text
 
 METRICS = "metrics.json"
 _SAMPLES = "sample.json"
@@ -114,7 +115,7 @@ def _found(folder: Path, prompts_file: Path | None) -> tuple[list[np.ndarray], l
     known = folder / _SAMPLES
     if prompts_file is None and known.is_file():
         try:
-            files = dict(json.loads(known.read_text(encoding="utf-8"))["files"])
+            files = dict(json.loads(read_text(known))["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{known} does not say which image has which prompt.") from error
         return [read_image(folder / name) for name in files], list(map(str, files.values()))

@@ -187,20 +187,22 @@ def load_classifier(path: Path, tokenizer: Any, name: str) -> GlyphsClassifier |
       CheckpointError: it is neither.
     """
     path = resolved(path)
+    takes = (
+        "it takes a judge that `conceptax glyphs train` built, or a CLIP with both towers "
+        "(config.json with model_type clip)."
+    )
     if (path / "model_index.json").is_file():
-        raise CheckpointError(
-            f"{path} is a pipeline, not a classifier: pass a judge that `conceptax glyphs train` "
-            "built, or a CLIP with both towers."
-        )
+        inside = [name for name in ("judge", "clip") if (path / name / "config.json").is_file()]
+        hint = f" Pass {path / inside[0]}, which is in it." if inside else ""
+        raise CheckpointError(f"{path} is a pipeline, no classifier: {takes}{hint}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is no classifier, for it has no config.json: {takes}")
     config, _ = read_config(path if path.is_dir() else path.parent)
     if config.get("_class_name") == "Judge":
         return GlyphsClassifier(load_judge(path))
     if config.get("model_type") == "clip":
         return ClipClassifier(load_clip(path, tokenizer, name))
-    raise CheckpointError(
-        f"{path} is no classifier: it takes a judge that `conceptax glyphs train` built, or a CLIP "
-        "with both towers (config.json with model_type clip)."
-    )
+    raise CheckpointError(f"{path} is no classifier: {takes}")
 
 
 def load_segmenter_model(path: Path, *, form: str, token_order: str, dtype: str) -> MaftPlus:

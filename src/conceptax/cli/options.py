@@ -1,8 +1,10 @@
 """Flags that several commands share."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -31,10 +33,45 @@ def device_mesh(sizes: tuple[int, int] | None) -> Any:
     return None if sizes is None else make_mesh(*sizes)
 
 
+def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
+    """The flags of a command: path of a setting in its dataclass -> how it is written."""
+    plain = get_origin(kind) or kind
+    bound = dict(zip(getattr(plain, "__parameters__", ()), get_args(kind), strict=False))
+    hints = get_type_hints(plain, include_extras=True)
+    found: dict[tuple[str, ...], str] = {}
+    for field in dataclasses.fields(plain):
+        hint, extras = hints[field.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *extras = get_args(hint)
+        hint = bound.get(hint, hint)
+        name = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(get_origin(hint) or hint):
+            nameless = any(getattr(extra, "name", None) == "" for extra in extras)
+            inner = flags(hint, prefix if nameless else f"{prefix}{name}.")
+            found |= {(field.name, *path): flag for path, flag in inner.items()}
+        elif tyro.conf.Positional not in extras:
+            no = "no-" if hint is bool and field.default is True else ""
+            found[(field.name,)] = f"{prefix}{no}{name}"
+    return found
+
+
+def check_seeds(command: Any, known: Mapping[tuple[str, ...], str]) -> None:
+    """Check every seed among the settings of a command, whose `flags` are `known`.
+
+    Raises:
+      SeedError: one is outside what random numbers are made from.
+    """
+    from conceptax.methods.seeds import check_seed
+
+    for path, flag in known.items():
+        if path[-1] == "seed":
+            check_seed(functools.reduce(getattr, path, command), flag)
+
+
 def chosen(arguments: Sequence[str], option: str, default: str) -> str:
     """The value that the arguments give an option, before they are parsed."""
     value = default
-    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, _, joined = here.partition("=")
         if name == option:
             value = joined or following

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib.util
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from conceptax.cli.results import (
     environment,
     kept_run,
     new_folder,
+    scratch_folder,
     training_log,
     write_json,
 )
@@ -250,8 +250,8 @@ def personalise_into(
         "settings": dataclasses.asdict(config),
     }
     options |= {"mesh": mesh, "rules": RULES["StableDiffusionPipeline"]}
-    with tempfile.TemporaryDirectory() as scratch:
-        logs = Path(scratch)
+    with scratch_folder() as scratch:
+        logs = scratch
         if checkpoint_dir is not None:
             logs = checkpoint_dir
             claim_run(logs / RECORD, record, length="steps")

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,8 @@ from conceptax.cli.options import Model
 from conceptax.converters import OutputError, atomic_folder
 from conceptax.converters.errors import listing
 from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
+from conceptax.interrupts import temporary
+from conceptax.text import read_text
 
 _PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
@@ -84,6 +87,13 @@ def _name(command: Any) -> str:
         return "conceptax"
     module = type(command).__module__.rsplit(".", 1)[-1]
     return f"conceptax {module.replace('_', ' ')}"
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder for the time of the block, also where a signal ends the process."""
+    with tempfile.TemporaryDirectory() as name, temporary(Path(name)):
+        yield Path(name)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -200,7 +210,7 @@ def claim_run(path: Path, record: Mapping[str, Any], *, length: str | None = Non
     _check_kept(folder, path)
     if path.exists():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier = json.loads(read_text(path))
             before, now = _flat(earlier), _flat(json.loads(json.dumps(record)))
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); choose another folder.") from error

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +22,7 @@ from conceptax.cli.results import (
     environment,
     kept_run,
     new_folder,
+    scratch_folder,
     training_log,
     write_json,
 )
@@ -158,9 +158,9 @@ def train(command: Train) -> None:
         )  # fmt: skip
         record = _record(command, vocabulary, len(scenes))
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_folder() as scratch:
             options: dict[str, Any] = {"mesh": mesh, "rules": RULES["MaftPlus"]}
-            logs = Path(scratch)
+            logs = scratch
             if kept.directory is not None:
                 logs = kept.directory
                 claim_run(logs / RECORD, record)

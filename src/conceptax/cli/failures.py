@@ -1,0 +1,122 @@
+"""What to say about an exception: one sentence, and whether it is a fault of this program."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Collection
+
+from conceptax.errors import ConceptaxError
+
+_LONGEST = 1000  # characters
+_BUG = "This is a bug in conceptax or in a library; run again with --debug for the traceback."
+
+
+# Names in Python -> names of the flags that set the same.
+_ALIASES = {
+    "num_inference_steps": ("steps",), "guidance_scale": ("guidance",),
+    "num_steps": ("cycles", "steps"), "max_shard_size": ("shard_size",),
+}  # fmt: skip
+_ELSEWHERE = ("prediction_type", "tokenizer")  # which `conceptax convert` has flags for
+
+
+def sentence(error: BaseException, flags: Collection[str] = ()) -> str:
+    """An exception in one line: what to do about it, or where to find out more.
+
+    Args:
+      error: the exception.
+      flags: of the command, which take the place of the names that they have in Python.
+    """
+    found = (_about_platforms() if not isinstance(error, ConceptaxError) else None) or _about(error)
+    return readable(in_flags(found, flags))
+
+
+def readable(text: str) -> str:
+    """Text on one line, without control characters, cut to a length that can be read."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
+
+
+def in_flags(message: str, flags: Collection[str]) -> str:
+    """A message that names arguments in Python, with the flags of a command in their place.
+
+    A name that is set in several groups of flags stays as it is; advice about an argument that no
+    flag sets is left out.
+    """
+    if not flags:
+        return message
+    known: dict[str, str | None] = {}
+    alone: dict[str, str] = {}
+    for flag in flags:
+        group, _, last = flag.removeprefix("--").removeprefix("no-").rpartition(".")
+        name = last.replace("-", "_")
+        known[name] = None if name in known else flag
+        if not group:
+            alone[name] = flag
+
+    def flag_of(name: str) -> str | None:
+        others = (alone[other] for other in _ALIASES.get(name, ()) if other in alone)
+        return known.get(name) or next(others, None)
+
+    def assigned(match: re.Match[str]) -> str:
+        name, value = match[1], match[2].strip("'")
+        if flag := flag_of(name):
+            return f"{flag} {value}".strip()
+        if name not in _ELSEWHERE:
+            return match[0]
+        flag = f"--{name.replace('_', '-')} {value}".strip()
+        return f"`conceptax convert {flag}`"
+
+    def named(match: re.Match[str]) -> str:
+        return flag_of(match[0]) or match[0]
+
+    message = message.replace("force=True (--force)", "--force")
+    message = re.sub(r"\s*Pass (components|architecture)=[^.]*\.", "", message)
+    message = re.sub(r"(?<![\w./-])([a-z]\w*)=((?:[^\s,;]*[^\s,;:.])?)", assigned, message)
+    message = re.sub(r"(?<![\w./'\"=-])[a-z]+(_[a-z0-9]+)+(?![\w./'\"=-])", named, message)
+    return re.sub(r"^[a-z]+(?= (must|accepts|is an?)\b)", named, message)
+
+
+def _about(error: BaseException) -> str:
+    message = str(error)
+    if isinstance(error, ConceptaxError):
+        return message or type(error).__name__
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message[:200]:
+        reason = f" ({readable(message)[:200]})" if message else ""
+        return f"there is not enough memory{reason}; smaller batches, images or models take less."
+    if isinstance(error, ImportError):
+        return f"a library is missing or does not fit: {message}. Install conceptax again."
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}." if error.strerror else message or type(error).__name__
+    if isinstance(error, ValueError | ArithmeticError) and message and _is_ours(error):
+        return message
+    return f"{type(error).__name__}{f': {message}' if message else ''}".rstrip(".") + f". {_BUG}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a function of this package raised the error, and not a library it called."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("conceptax.")
+
+
+def _about_platforms() -> str | None:
+    """What is wrong with the platforms that the environment asks jax for, if something is."""
+    wanted = os.environ.get("JAX_PLATFORMS")
+    jax = sys.modules.get("jax")
+    if not wanted or jax is None:
+        return None
+    try:
+        jax.devices()
+        return None
+    except Exception as error:
+        reason = f" ({readable(str(error))[:200]})" if str(error) else ""
+    try:
+        jax.config.update("jax_platforms", None)
+        found = ", ".join(sorted({device.platform for device in jax.devices()}))
+    except Exception:
+        found = "cpu"
+    return (
+        f"JAX_PLATFORMS is {wanted!r}, and jax cannot use that here{reason}. It finds: {found}. "
+        f"Set JAX_PLATFORMS={found.split(', ')[0]}, or leave it unset."
+    )
