@@ -100,12 +100,12 @@ def dot_product_attention(
         and jnp.float64 not in (query.dtype, value.dtype)
     ):
         # What is not run must leave nothing for the backward pass but the operands.
-        plain = jax.checkpoint(lambda *each: _attend_in_chunks(*each, None, is_causal, scale))
+        plain = jax.checkpoint(lambda q, k, v: _attend_in_chunks(q, k, v, None, is_causal, scale))
         return jax.lax.platform_dependent(
             query,
             key,
             value,
-            cpu=lambda *each: _attend_in_cache(*each, is_causal),
+            cpu=lambda q, k, v: _attend_in_cache(q, k, v, is_causal),
             default=plain,
         )
     return _attend_in_chunks(query, key, value, mask, is_causal, scale)
