@@ -367,7 +367,7 @@ def _what(content: Mapping[str, Any]) -> str:
         return "holds no tensors."
     if is_lora(content):
         return "is a LoRA, for merge_lora."
-    if is_single_file(content):
+    if is_single_file(dict(content)):
         return "is a whole model: use it in place of another one, not in addition to it."
     return (
         "is no LoRA, no textual inversion, no Custom Diffusion, and no changed weights of a UNet "

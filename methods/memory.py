@@ -122,8 +122,7 @@ def require_unet_memory(pipeline: Any, rows: int, what: str, remedy: str) -> Non
       what, remedy: as for `require_memory`.
     """
     unet = pipeline.unet
-    size = unet.config.sample_size or 64
-    needed = unet_bytes(unet.config, rows, size, size, unet.dtype)
+    needed = unet_bytes(unet.config, rows, *unet.config.latent_size, unet.dtype)
     require_memory(needed, what, remedy, spread=True)
 
 

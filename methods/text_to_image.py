@@ -461,12 +461,14 @@ class TextToImage:
         video = self.frames is not None
 
         def needed(batch: int, tiling: bool, h: int, w: int) -> float:
-            decoded = (min(side, vae.config.sample_size) if tiling else side
-                       for side in (h * factor, w * factor))  # fmt: skip
+            height, width = (
+                min(side, vae.config.tile_size) if tiling else side
+                for side in (h * factor, w * factor)
+            )
             at_once = 1 if tiling else batch  # of videos frame by frame
             return shared * max(
                 unet_bytes(unet.config, (1 + guided) * batch * count, h, w, unet.dtype),
-                vae_bytes(vae.config, at_once, *decoded, vae.dtype)
+                vae_bytes(vae.config, at_once, height, width, vae.dtype)
                 + 12.0 * batch * count * h * w * factor**2,
             )
 

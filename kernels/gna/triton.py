@@ -263,7 +263,7 @@ def tune(
         times[kernel] = dict(sorted(found.items(), key=lambda item: item[1]))
         if found:
             TUNED[key] = next(iter(times[kernel]))
-    attend.clear_cache()  # what it has traced is for the tiles of before
+    attend.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]; traced for earlier tiles
     return times
 
 

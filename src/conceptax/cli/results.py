@@ -76,8 +76,9 @@ def sources_of(command: Any) -> list[Path]:
             found += sources_of(value)
             continue
         for each in value if isinstance(value, tuple) else (value,):
-            is_list = isinstance(each, str) and each.endswith((".txt", ".csv", ".json"))
-            if isinstance(each, Path) or is_list:
+            if isinstance(each, Path):
+                found.append(each)
+            elif isinstance(each, str) and each.endswith((".txt", ".csv", ".json")):
                 found.append(Path(each))
     return found
 
