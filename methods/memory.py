@@ -122,7 +122,8 @@ def require_unet_memory(pipeline: Any, rows: int, what: str, remedy: str) -> Non
       what, remedy: as for `require_memory`.
     """
     unet = pipeline.unet
-    needed = unet_bytes(unet.config, rows, *unet.config.latent_size, unet.dtype)
+    height, width = unet.config.latent_size
+    needed = unet_bytes(unet.config, rows, height, width, unet.dtype)
     require_memory(needed, what, remedy, spread=True)
 
 
