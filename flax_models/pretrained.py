@@ -1,9 +1,12 @@
 """`from_pretrained` and `save_pretrained`, as users of diffusers and transformers know them."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from ..errors import ConceptaxError
+
+
+Model = TypeVar("Model")
 
 
 class WrongModelError(ConceptaxError, TypeError):
@@ -15,14 +18,14 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         path: Path | str,
         *,
         subfolder: str | None = None,
         variant: str | None = None,
         dtype: Any = None,
         **options: Any,
-    ) -> Self:
+    ) -> Model:
         """Load from a folder, a file, or the Hugging Face Hub.
 
         Args:

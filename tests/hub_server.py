@@ -40,7 +40,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def _json(self, content, status=200, **headers):
-            self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json"} | headers)
+            self._send(
+                json.dumps(content).encode(), status, {"Content-Type": "application/json"} | headers
+            )
 
         def _send(self, body, status=200, headers=None):
             self.send_response(status)

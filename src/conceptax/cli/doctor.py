@@ -150,7 +150,7 @@ def _folders() -> list[tuple[str, str]]:
 
 def _size(place: Any) -> str:
     folder = Path(place)
-    if not folder.is_dir() or folder.name == "conceptax" and (folder / "__init__.py").exists():
+    if not folder.is_dir() or (folder.name == "conceptax" and (folder / "__init__.py").exists()):
         return ""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     return f" ({len(files)} files, {sum(f.stat().st_size for f in files) / 1e6:.0f} MB)"
