@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 from ..errors import ConceptaxError
 
-
 Model = TypeVar("Model")
 
 

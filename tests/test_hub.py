@@ -76,9 +76,7 @@ def test_only_what_is_needed_is_fetched_and_stays(repositories, tmp_path):
     assert "org/glyphs/README.md" not in fetched
     # Once more, from the cache alone: without asking, and with nobody answering.
     for offline in (True, False):
-        again = ask(
-            tmp_path, server.url, ("org/glyphs", {}), ("org/none", {}), offline=offline
-        )
+        again = ask(tmp_path, server.url, ("org/glyphs", {}), ("org/none", {}), offline=offline)
         assert again[0] == found[0]
         assert again[1].startswith("CheckpointError: org/none is no file or folder here")
         assert ("offline" in again[1]) == offline

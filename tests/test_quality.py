@@ -5,9 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from conceptax.methods.evaluation.statistics import proportion
+from conceptax.methods.evaluation.suites import choose
 from conceptax.methods.glyphs.captions import DIGIT_NAMES, HELD_OUT_TEMPLATES, prompts
 from conceptax.methods.glyphs.quality import (
-    choose,
     digit_called,
     erasure_figures,
     erasure_prompts,
@@ -15,7 +16,6 @@ from conceptax.methods.glyphs.quality import (
     examine_all,
     join,
     measure_quality,
-    proportion,
     quality_prompts,
 )
 from conceptax.methods.glyphs.world import held_out_combinations

@@ -3,7 +3,7 @@
 import pytest
 
 from conceptax.methods.concepts import ConceptError
-from conceptax.methods.unsafe_prompts import UnsafePrompt, read_unsafe_prompts
+from conceptax.methods.evaluation.unsafe_prompts import UnsafePrompt, read_unsafe_prompts
 
 HEADER = (
     "prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .concepts import ConceptError
+from ..concepts import ConceptError
 
 
 @dataclasses.dataclass(frozen=True)
