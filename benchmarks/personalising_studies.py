@@ -47,7 +47,7 @@ from conceptax.methods.glyphs.subject import (
     shows_tones,
     subject_images,
 )
-from conceptax.methods.personalising import METHODS, Concept, personalise
+from conceptax.methods.personalization import METHODS, Concept, personalise
 from conceptax.methods.text_to_image import TextToImage
 
 RESULTS = Path(__file__).parent / "results" / "personalising"

@@ -28,8 +28,8 @@ from conceptax.converters import (
 from conceptax.converters.personalised import CUSTOM_DIFFUSION, read_personalisation
 from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.flax_models.stable_diffusion import TokenError, token_ids
-from conceptax.methods.instances import image_files, read_class_folders, read_image
 from conceptax.methods.sampling import make_sampler
+from conceptax.methods.subjects.images import image_files, read_class_folders, read_image
 from conceptax.methods.text_to_image import TextToImage, jitted_generate, tokenize
 
 PROMPT = "a <new1> seven on brick"

@@ -12,7 +12,6 @@ from conceptax.cli.erase import erase_into
 from conceptax.cli.personalize import personalise_into
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.class_diffusion import ClassDiffusionConfig, personalise
 from conceptax.methods.erasing import (
     AdvUnlearnConfig,
     EsdXConfig,
@@ -20,6 +19,7 @@ from conceptax.methods.erasing import (
     WordConfig,
     erase,
 )
+from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig, personalise
 from conceptax.methods.phrases import edited_encoders
 from conceptax.methods.sage import SageConfig
 

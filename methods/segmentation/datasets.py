@@ -21,7 +21,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from ...errors import ConceptaxError
-from ..instances import SUFFIXES, read_image
+from ..subjects.images import SUFFIXES, read_image
 from .metrics import Segment
 
 _MAPS = (".png", ".tif", ".tiff")

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from ..errors import ConceptaxError
+from ...errors import ConceptaxError
 
 _HEIF = (".heic", ".heif")
 SUFFIXES = (
