@@ -22,6 +22,7 @@ import conceptax
 from conceptax.cli.erase import erase_into
 from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
+from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import (
     Findings,
@@ -30,7 +31,6 @@ from conceptax.methods.glyphs.quality import (
     examine_all,
     join,
 )
-from conceptax.methods.sage import SageConfig
 from conceptax.methods.text_to_image import TextToImage
 
 # What is asked of a good erasure. The rates are of "shown as the concept"; falls are in points.

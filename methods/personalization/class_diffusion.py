@@ -40,9 +40,9 @@ from ...flax_models.autoencoder_kl import AutoencoderKL
 from ...flax_models.clip import CLIPTextConfig, pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
 from ..concepts import ConceptError, encode_phrases
+from ..diffusion.objectives import cosine
 from ..new_tokens import default_initializers, encode_with_rows, initial_rows
 from ..phrases import Encoders, edited_encoders, text_length
-from ..sage import cosine
 from ..sampling import NoiseSchedule, add_noise, training_target
 from ..settings import check_settings
 from ..subjects.batches import PREFIXES, augmented, batches, cached, collect

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import ConceptError
-from ..sage import prediction_loss
+from ..diffusion.objectives import prediction_loss
 from ..sampling import NoiseSchedule, encode_images, noised_latents
 from ..settings import check_settings
 from ..training import Checkpoints, TrainState, constrain_batch, train
