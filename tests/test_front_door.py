@@ -1,12 +1,16 @@
 """What `import conceptax` offers, how light it is, and `from_pretrained` on every model."""
 
 import ast
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import conceptax
 from conceptax.converters import CheckpointError
@@ -122,3 +126,20 @@ def test_errors_have_one_base():
     assert issubclass(CheckpointError, conceptax.ConceptaxError)
     with pytest.raises(conceptax.ConceptaxError, match=r"does not exist|no file or folder"):
         conceptax.load("nowhere-at-all")
+
+
+def test_equal_architectures_compile_once_whatever_their_folders_say(tmp_path):
+    folders = [conceptax.bundled_model() / "vae", tmp_path / "vae"]
+    shutil.copytree(*folders)
+    config = json.loads((folders[1] / "config.json").read_text())
+    (folders[1] / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.0.1"}))
+    compiled = jax.jit(lambda static, x: x + 1, static_argnums=0)
+    for folder in folders:
+        graphdef, _ = nnx.split(conceptax.load(folder))
+        compiled(graphdef, 0)
+    assert compiled._cache_size() == 1
+    again = conceptax.load(folders[1])
+    graphdef, state = nnx.split(again)
+    nnx.merge(graphdef, state).save_pretrained(tmp_path / "written")  # with its own settings
+    written = json.loads((tmp_path / "written/config.json").read_text())
+    assert written["_diffusers_version"] == "0.0.1"
