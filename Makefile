@@ -65,7 +65,7 @@ $(BIN)/python:
 	"$$python" -m venv $(VENV)
 
 $(RUNTIME_STAMP): | $(BIN)/python
-	$(PIP) install -q $(EDITABLE) .
+	$(PIP) install -q $(EDITABLE) '.[demo]'
 	@mkdir -p $(@D) && touch $@
 
 # torch has a CPU build for Python 3.11 here; elsewhere only a CPU build is taken, and without one

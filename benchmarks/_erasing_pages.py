@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from conceptax.methods.erasing import METHODS
-from conceptax.methods.glyphs.judge import rate
+from conceptax.methods.evaluation.statistics import rate
 
 PAGE = """# What SAGE withstands, and what it does not
 

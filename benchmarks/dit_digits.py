@@ -37,7 +37,7 @@ from conceptax.flax_models.dit_transformer_2d import (
     DiTTransformer2DModel,
 )
 from conceptax.kernels.gna import neighborhood_mask
-from conceptax.methods.glyphs.judge import rate
+from conceptax.methods.evaluation.statistics import rate
 from conceptax.methods.glyphs.recipe import Recipe, final_params
 from conceptax.methods.glyphs.world import load_split
 from conceptax.methods.sampling import NoiseSchedule, add_noise, ddim_sampler, training_target

@@ -29,7 +29,8 @@ from conceptax.cli.loading import load_classifier, load_clip, load_edited
 from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
 from conceptax.methods.erasing import METHODS
-from conceptax.methods.evaluation import EvaluationConfig, evaluate, glyphs_suites
+from conceptax.methods.evaluation import EvaluationConfig, evaluate
+from conceptax.methods.glyphs.evaluation import glyphs_suites
 from conceptax.methods.red_team import (
     ConceptInversionConfig,
     RelapseConfig,

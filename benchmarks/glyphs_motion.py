@@ -42,9 +42,10 @@ from conceptax.flax_models.unet_motion import (
     motion_adapter,
     with_motion,
 )
+from conceptax.methods.evaluation.instruments import Clip
+from conceptax.methods.evaluation.statistics import frame_consistency, mean_interval, proportion
 from conceptax.methods.glyphs.captions import caption, prompts
 from conceptax.methods.glyphs.judge import load_judge
-from conceptax.methods.glyphs.quality import proportion
 from conceptax.methods.glyphs.recipe import DenoisingStage, Recipe, final_params
 from conceptax.methods.glyphs.world import (
     COLOUR_VALUES,
@@ -52,7 +53,6 @@ from conceptax.methods.glyphs.world import (
     render_video,
     seen_combinations,
 )
-from conceptax.methods.metrics import Clip, frame_consistency, mean_interval
 from conceptax.methods.sampling import (
     add_noise,
     alphas_cumprod,

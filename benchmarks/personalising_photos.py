@@ -28,8 +28,8 @@ def measure(photos: Path, subjects: tuple[str, ...], size: str, steps: int) -> d
     import numpy as np
     from _random_sd15 import LATENT_SIZES, random_pipeline
 
-    from conceptax.methods.class_diffusion import ClassDiffusionConfig, personalise
-    from conceptax.methods.instances import Concept, read_images
+    from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig, personalise
+    from conceptax.methods.subjects.images import Concept, read_images
 
     # The bundled tokenizer knows few words: each subject starts from one that it knows.
     concepts = [

@@ -30,9 +30,15 @@ import conceptax
 from conceptax.cli.loading import load_clip
 from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
+from conceptax.methods.evaluation.statistics import (
+    image_similarity,
+    mean_interval,
+    mutual_similarity,
+    rate,
+)
+from conceptax.methods.evaluation.suites import choose
 from conceptax.methods.glyphs.captions import COLOURS, TEXTURES, Prompt, prompts
-from conceptax.methods.glyphs.judge import ATTRIBUTES, load_judge, rate
-from conceptax.methods.glyphs.quality import choose
+from conceptax.methods.glyphs.judge import ATTRIBUTES, load_judge
 from conceptax.methods.glyphs.subject import (
     DIGIT,
     TEXTURE,
@@ -41,8 +47,7 @@ from conceptax.methods.glyphs.subject import (
     shows_tones,
     subject_images,
 )
-from conceptax.methods.metrics import image_similarity, mean_interval, mutual_similarity
-from conceptax.methods.personalising import METHODS, Concept, personalise
+from conceptax.methods.personalization import METHODS, Concept, personalise
 from conceptax.methods.text_to_image import TextToImage
 
 RESULTS = Path(__file__).parent / "results" / "personalising"

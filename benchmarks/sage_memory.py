@@ -31,7 +31,7 @@ def measure(size: str, fsdp: int, cycles: int) -> dict:
     import jax.numpy as jnp
     from _random_sd15 import random_pipeline
 
-    from conceptax.methods.sage import SageConfig, erase_step, prepare
+    from conceptax.methods.erasing.sage import SageConfig, erase_step, prepare
     from conceptax.methods.training import RULES, compile_step, make_mesh, shard_state, shard_tree
 
     # To random weights all words are alike: none is too near to the concept. A larger vocabulary

@@ -40,11 +40,11 @@ from conceptax.methods.glyphs.open_clip import (
 )
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, GlyphScenes
-from conceptax.methods.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.augmentation import ResizeFlip, resize_image
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import Scene
 from conceptax.methods.segmentation.evaluation import evaluate
+from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.metrics import harmonic_mean
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig

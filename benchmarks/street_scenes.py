@@ -23,11 +23,11 @@ from conceptax.cli.results import environment, write_json
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig
 from conceptax.methods.glyphs.tokenizer import MAX_LENGTH, build_tokenizer
-from conceptax.methods.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.augmentation import ResizeFlip
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import SceneSource, open_scenes
 from conceptax.methods.segmentation.evaluation import evaluate, true_labels
+from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from ..flax_models.pretrained import Published
 from .errors import CheckpointError
 from .parameters import OneKey, fill, parameter_dtype
 from .safetensors_file import StoredTensor
@@ -82,5 +83,5 @@ def build(
         specs, stored, source=file, model_class=model_class, double=param_dtype is not None
     )
     fill(model, specs, tensors, source=file, param_dtype=param_dtype, place=place)
-    model.published_config = json.dumps(raw)  # text, because static attributes must be hashable
+    model.published_config = Published(json.dumps(raw))
     return model

@@ -361,7 +361,7 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
 
 def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
     """The config as it was loaded, unless it has been edited, and with what readers need."""
-    raw = json.loads(getattr(model, "published_config", "{}"))
+    raw = json.loads(model.published_config.text) if hasattr(model, "published_config") else {}
     if not raw or model.config_class.from_dict(raw) != model.config:
         raw = {**raw, **model.config.to_dict()}
     if model.pytorch_library == "diffusers":

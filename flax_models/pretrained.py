@@ -1,13 +1,27 @@
 """`from_pretrained` and `save_pretrained`, as users of diffusers and transformers know them."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from ..errors import ConceptaxError
+
+Model = TypeVar("Model")
 
 
 class WrongModelError(ConceptaxError, TypeError):
     """What was loaded is another model than the class that was asked for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A model's settings as its folder had them, for when it is written again.
+
+    All of them are equal: they take no part in what a model is, so equal architectures have equal
+    graph definitions, and compile once, whatever else their folders say.
+    """
+
+    text: str = dataclasses.field(compare=False)
 
 
 class Pretrained:
@@ -15,14 +29,14 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         path: Path | str,
         *,
         subfolder: str | None = None,
         variant: str | None = None,
         dtype: Any = None,
         **options: Any,
-    ) -> Self:
+    ) -> Model:
         """Load from a folder, a file, or the Hugging Face Hub.
 
         Args:

@@ -11,7 +11,7 @@ from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.instances import Concept
+from conceptax.methods.subjects.images import Concept
 
 SIZE, CELLS = 16, 8  # pixels and latent cells along a side
 

@@ -12,7 +12,6 @@ from erasing_toy import tiny_pipeline
 from flax import nnx
 
 from conceptax.converters import OutputError, save_changes, save_pytorch
-from conceptax.methods import sage
 from conceptax.methods.concepts import ConceptError
 from conceptax.methods.erasing import (
     METHODS,
@@ -25,6 +24,7 @@ from conceptax.methods.erasing import (
     erase,
     esd,
     method_of,
+    sage,
     uce,
 )
 from conceptax.methods.erasing.common import draw_latents

@@ -33,22 +33,22 @@ from conceptax.methods.evaluation import (
     Asked,
     ClipClassifier,
     EvaluationConfig,
-    GlyphsClassifier,
     Suites,
     evaluate,
     frechet_distance,
-    glyphs_suites,
     phrase_suites,
     read_synonyms,
 )
+from conceptax.methods.evaluation.instruments import Clip
+from conceptax.methods.evaluation.statistics import clip_score
 from conceptax.methods.evaluation.suites import HELD_OUT_TEMPLATES
+from conceptax.methods.evaluation.unsafe_prompts import UnsafePrompt
 from conceptax.methods.glyphs.captions import prompts
+from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
 from conceptax.methods.glyphs.judge import Judge, load_judge, save_judge
 from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.metrics import Clip, clip_score
 from conceptax.methods.text_to_image import TextToImage
-from conceptax.methods.unsafe_prompts import UnsafePrompt
 
 TOWER = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

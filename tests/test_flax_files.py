@@ -79,7 +79,7 @@ def legacy(pipeline, tmp_path_factory):
     (root / "model_index.json").write_text(json.dumps(index))
     for name in MODELS:
         model = getattr(pipeline, name)
-        config = json.loads(model.published_config)
+        config = json.loads(model.published_config.text)
         if name != "text_encoder":
             config |= {"_class_name": f"Flax{model.pytorch_class}"}
         if name == "unet":

@@ -11,7 +11,7 @@ from personalising_toy import CELLS, SIZE, pictures, subject
 from PIL import Image
 
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.instance_batches import (
+from conceptax.methods.subjects.batches import (
     PREFIXES,
     augment,
     augmented,
@@ -21,7 +21,7 @@ from conceptax.methods.instance_batches import (
     square,
     to_unit,
 )
-from conceptax.methods.instances import (
+from conceptax.methods.subjects.images import (
     Concept,
     ConceptListError,
     ImageError,

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from oracles import relative_error
 
-from conceptax.methods.maft_plus import (
+from conceptax.methods.segmentation.maft_plus import (
     MaftPlusTraining,
     mask_aware_loss,
     poly_adamw,

@@ -11,7 +11,7 @@ from flax import nnx
 from segmentation_oracles import MINIMAL, random_model
 
 from conceptax.flax_models.maft_plus import MaftPlus
-from conceptax.methods.maft_plus import (
+from conceptax.methods.segmentation.maft_plus import (
     NOT_DECAYED,
     RATES,
     TRAINABLE,

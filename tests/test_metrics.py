@@ -12,20 +12,22 @@ from test_metric_models import TOWER, blip, blip_2, dinov2, randomise
 from conceptax.cli import main
 from conceptax.cli.loading import load_blip, load_clip, load_dino
 from conceptax.converters import CheckpointError, save_pytorch
-from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.metrics import (
+from conceptax.methods.evaluation.personalization import (
     Instruments,
-    Preprocessing,
     Subject,
+    measure,
+    without_tokens,
+)
+from conceptax.methods.evaluation.preprocessing import Preprocessing
+from conceptax.methods.evaluation.statistics import (
     clip_score,
     frame_consistency,
     image_similarity,
     mean_interval,
-    measure,
     mutual_similarity,
     text_alignment,
-    without_tokens,
 )
+from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.methods.text_to_image import text_to_image
 
 TEXTS = ["a red three", "grass", "a photo of a blue seven on brick"]

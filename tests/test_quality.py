@@ -5,9 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from conceptax.methods.evaluation.statistics import proportion
+from conceptax.methods.evaluation.suites import choose
 from conceptax.methods.glyphs.captions import DIGIT_NAMES, HELD_OUT_TEMPLATES, prompts
 from conceptax.methods.glyphs.quality import (
-    choose,
     digit_called,
     erasure_figures,
     erasure_prompts,
@@ -15,7 +16,7 @@ from conceptax.methods.glyphs.quality import (
     examine_all,
     join,
     measure_quality,
-    proportion,
+    name_of,
     quality_prompts,
 )
 from conceptax.methods.glyphs.world import held_out_combinations
@@ -55,15 +56,15 @@ class Painter:
 
 
 def test_every_name_counts_equally():
-    chosen = choose(prompts(), 100, seed=0)
+    chosen = choose(prompts(), 100, 0, name_of)
     counts = Counter((each.digit, each.name) for each in chosen)
     assert len(counts) == sum(map(len, DIGIT_NAMES))
     assert set(counts.values()) == {2, 3}
-    assert chosen == choose(prompts(), 100, seed=0) != choose(prompts(), 100, seed=1)
-    few = choose(prompts(digit=3, name="three", colour=0, texture=0), 25, seed=0)
+    assert chosen == choose(prompts(), 100, 0, name_of) != choose(prompts(), 100, 1, name_of)
+    few = choose(prompts(digit=3, name="three", colour=0, texture=0), 25, 0, name_of)
     assert Counter(Counter(few).values()) == {3: 5, 2: 5}  # ten wordings, repeated evenly
     with pytest.raises(ValueError, match="at least one"):
-        choose(prompts(), 0, seed=0)
+        choose(prompts(), 0, 0, name_of)
 
 
 def test_erasure_is_judged_by_held_out_wordings():

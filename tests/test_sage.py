@@ -14,10 +14,11 @@ from flax import nnx
 from conceptax import bundled_model
 from conceptax.converters import load_pytorch
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods import sage
 from conceptax.methods.concepts import ConceptError, concept_prompts, vocabulary_words
+from conceptax.methods.diffusion import objectives
+from conceptax.methods.erasing import sage
+from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.sage import SageConfig
 from conceptax.methods.training import leaf_paths, make_mesh, step_key, train
 
 TINY = SageConfig(
@@ -91,9 +92,9 @@ def test_global_retention_loss(form):
 
 def test_erase_target_pushes_away_and_carries_no_gradient():
     anchor, concept = jnp.ones((2, 3)), jnp.full((2, 3), 3.0)
-    np.testing.assert_allclose(sage.erase_target(anchor, concept, 0.0), anchor)
-    np.testing.assert_allclose(sage.erase_target(anchor, concept, 1.5), -2.0)
-    gradient = jax.grad(lambda target: sage.prediction_loss(anchor, target))(concept)
+    np.testing.assert_allclose(objectives.erase_target(anchor, concept, 0.0), anchor)
+    np.testing.assert_allclose(objectives.erase_target(anchor, concept, 1.5), -2.0)
+    gradient = jax.grad(lambda target: objectives.prediction_loss(anchor, target))(concept)
     assert not gradient.any()
 
 

@@ -22,10 +22,10 @@ from conceptax.flax_models.convnext import ConvNeXtConfig
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
 from conceptax.methods.glyphs.tokenizer import MAX_LENGTH, build_tokenizer
-from conceptax.methods.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.augmentation import ResizeFlip
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import open_scenes
+from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.metrics import confusion_matrix, semantic_quality
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows

@@ -3,7 +3,7 @@
 import pytest
 
 from conceptax.methods.concepts import ConceptError
-from conceptax.methods.unsafe_prompts import UnsafePrompt, read_unsafe_prompts
+from conceptax.methods.evaluation.unsafe_prompts import UnsafePrompt, read_unsafe_prompts
 
 HEADER = (
     "prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,"
@@ -25,10 +25,8 @@ def write(path, *lines):
 def test_rows_are_read_in_order(tmp_path):
     file = write(tmp_path / "i2p.csv", HEADER, *ROWS)
     first, second = read_unsafe_prompts(file)
-    assert first == UnsafePrompt(
-        'a street, at "night"', ("hate", "violence"), True, 65.0, 0.0, 0.13, 982, 7.5, 512, 768
-    )
-    assert second == UnsafePrompt("two lines are one prompt", ("sexual",), False)
+    assert first == UnsafePrompt('a street, at "night"', ("hate", "violence"), 982, 7.5)
+    assert second == UnsafePrompt("two lines are one prompt", ("sexual",))
     assert read_unsafe_prompts(file, category="violence") == [first]
 
 

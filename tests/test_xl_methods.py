@@ -12,7 +12,6 @@ from conceptax.cli.erase import erase_into
 from conceptax.cli.personalize import personalise_into
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.class_diffusion import ClassDiffusionConfig, personalise
 from conceptax.methods.erasing import (
     AdvUnlearnConfig,
     EsdXConfig,
@@ -20,8 +19,9 @@ from conceptax.methods.erasing import (
     WordConfig,
     erase,
 )
+from conceptax.methods.erasing.sage import SageConfig
+from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig, personalise
 from conceptax.methods.phrases import edited_encoders
-from conceptax.methods.sage import SageConfig
 
 _SMALL = {"contexts": 0, "vocabulary": 12, "templates": ("{}", "a {}"), "similarity_cap": 1.0}
 _RUN = {**_SMALL, "cycles": 1, "prompts": 2}

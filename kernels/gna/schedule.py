@@ -6,11 +6,11 @@ masked tiles)`, and a GPU starts the blocks in order, each on the first free slo
 
 import dataclasses
 import heapq
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.optimize import nnls
 
 from .problem import per_dimension
 
@@ -143,7 +143,7 @@ def fit(runs: Sequence[tuple[Blocks, float]], gpu: Gpu) -> Gpu:
                 "the runs do not tell launch, step and mask apart: measure a dense, a block-sparse "
                 "and a masked (stride 1) problem."
             )
-        launch, step, masking = _nonnegative_least_squares(work, np.ones(len(runs)))
+        launch, step, masking = nnls(work, np.ones(len(runs)))[0]
         if step == 0:
             raise ValueError(f"the times {seconds.tolist()} do not grow with the tiles visited.")
         gpu = dataclasses.replace(gpu, step=step, launch=launch, mask=masking / step)
@@ -212,21 +212,6 @@ def _first_free(costs: Float[np.ndarray, " blocks"], slots: int) -> Int[np.ndarr
         owner[n] = slot
         heapq.heapreplace(ready, (time + cost, slot))
     return owner
-
-
-def _nonnegative_least_squares(
-    matrix: Float[np.ndarray, "runs 3"], target: Float[np.ndarray, " runs"]
-) -> Float[np.ndarray, "3"]:
-    """The best non-negative solution: the best feasible one over all sets of non-zero unknowns."""
-    best, best_error = np.zeros(3), float(target @ target)
-    for size in (3, 2, 1):
-        for chosen in map(list, itertools.combinations(range(3), size)):
-            solution = np.zeros(3)
-            solution[chosen] = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
-            error = float(np.square(matrix @ solution - target).sum())
-            if (solution >= 0).all() and error < best_error:
-                best, best_error = solution, error
-    return best
 
 
 def _check_shares(**shares: float) -> None:

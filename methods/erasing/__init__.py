@@ -2,8 +2,8 @@
 
     erase(pipeline, ["three"], EsdXConfig(), retain=None, seed=0) -> pipeline
 
-The settings say which method it is.  Each module here, and `conceptax.methods.sage`, has the same
-`erase`; those that train also have `prepare` and a pure step for the training loop.
+The settings say which method it is.  Each module here has the same `erase`;
+those that train also have `prepare` and a pure step for the training loop.
 """
 
 import dataclasses
@@ -12,10 +12,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from .. import sage
 from ..phrases import Retained
 from ..seeds import check_seed
-from . import advunlearn, esd, uce, word
+from . import advunlearn, esd, sage, uce, word
 from .advunlearn import AdvUnlearnConfig
 from .esd import EsdUConfig, EsdXConfig
 from .uce import UceConfig

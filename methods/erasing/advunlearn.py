@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES, ConceptError, encode_phrases
+from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
 from ..phrases import (
     Encoders,
@@ -43,7 +44,6 @@ from ..phrases import (
     text_length,
     with_prefix,
 )
-from ..sage import erase_target, prediction_loss
 from ..seeds import seed_key
 from ..settings import check_settings
 from ..training import (

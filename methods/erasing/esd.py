@@ -28,9 +28,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import TEMPLATES
+from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
 from ..phrases import Retained, conditions, retained_phrases, stacked_prompts, text_length
-from ..sage import erase_target, prediction_loss
 from ..seeds import seed_key
 from ..settings import check_settings
 from ..training import (

@@ -1,7 +1,7 @@
 """Word erasure: SAGE without its self-check, so that only the concept's own words are erased.
 
-What remains of the cycle (`conceptax.methods.sage`) is self-erasure on plain prompts, with the same
-global and local retention.  It shows what the self-check is for: other names of the concept stay.
+What remains of the cycle (`sage`) is self-erasure on plain prompts, with the same global and local
+retention.  It shows what the self-check is for: other names of the concept stay.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from .. import sage
 from ..phrases import Retained
+from . import sage
 
 
 def _fixed(value: Any) -> Any:

@@ -1,27 +1,52 @@
-"""What an erasure did: is the concept gone, what else broke, and who can bring it back?
+"""What images are worth, and what an erasure did: figures, and the instruments that read them.
 
 evaluate(original, edited, ["three"], classifier, suites, EvaluationConfig()) -> Evaluation
+measure(...)  # how well a personalised model draws its subject
+Clip(model, tokenizer).features(images)  # and Dino, Blip
 """
 
-from .classifiers import Classifier, ClipClassifier, GlyphsClassifier
+from .classifiers import Classifier, ClipClassifier
 from .figures import Counted, Drawn, Evaluation, EvaluationConfig, evaluate, known_attacks
-from .frechet import frechet_distance
-from .suites import Asked, Suites, glyphs_suites, phrase_suites, read_synonyms
+from .instruments import Blip, Clip, Dino
+from .personalization import Instruments, Subject, measure, without_tokens
+from .preprocessing import Preprocessing
+from .statistics import (
+    clip_score,
+    frame_consistency,
+    frechet_distance,
+    image_similarity,
+    mean_interval,
+    mutual_similarity,
+    text_alignment,
+)
+from .suites import Asked, Suites, phrase_suites, read_synonyms
 
 __all__ = [
     "Asked",
+    "Blip",
     "Classifier",
+    "Clip",
     "ClipClassifier",
     "Counted",
+    "Dino",
     "Drawn",
     "Evaluation",
     "EvaluationConfig",
-    "GlyphsClassifier",
+    "Instruments",
+    "Preprocessing",
+    "Subject",
     "Suites",
+    "clip_score",
     "evaluate",
+    "frame_consistency",
     "frechet_distance",
-    "glyphs_suites",
+    "image_similarity",
     "known_attacks",
+    "mean_interval",
+    "measure",
+    "mutual_similarity",
     "phrase_suites",
     "read_synonyms",
+    "text_alignment",
+    "without_tokens",
 ]

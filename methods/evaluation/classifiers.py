@@ -11,10 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from ..glyphs.judge import ATTRIBUTES, Judge
-from ..glyphs.quality import attribute_called
-from ..metrics import Clip
-from ..metrics.scores import unit
+from .instruments import Clip
+from .statistics import unit
 
 Images = UInt8[np.ndarray, "N H W 3"]
 
@@ -53,35 +51,6 @@ class Classifier(Protocol):
     def features(self, images: Images) -> Float[np.ndarray, "N F"]:
         """What it sees in images, before it names anything."""
         ...
-
-
-class GlyphsClassifier:
-    """The judge of the glyphs world: an image shows the digit, colour and texture it names."""
-
-    features_title = "the glyphs judge's hidden layer"
-
-    def __init__(self, judge: Judge):
-        self.judge = judge
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return {"kind": "the glyphs judge", "measured": self.judge.measured}
-
-    def among(self, phrases: Sequence[str]) -> "GlyphsClassifier":
-        for phrase in phrases:
-            attribute_called(phrase)
-        return self
-
-    def shows(self, images: Images, phrases: Sequence[str]) -> Bool[np.ndarray, " N"]:
-        found = self.judge(images)
-        asked = [attribute_called(phrase) for phrase in phrases]
-        rows = np.stack([found[attribute] for attribute in ATTRIBUTES])  # [3, N]
-        kinds = np.asarray([ATTRIBUTES.index(attribute) for attribute, _ in asked], np.intp)
-        values = np.asarray([value for _, value in asked], np.intp)
-        return rows[kinds, np.arange(len(images))] == values
-
-    def features(self, images: Images) -> Float[np.ndarray, "N F"]:
-        return self.judge.features(images)
 
 
 class ClipClassifier:

@@ -15,15 +15,14 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..glyphs.quality import proportion
-from ..metrics import Clip, clip_score, mean_interval
 from ..red_team import ATTACKS
 from ..settings import check_settings
 from ..text_to_image import TextToImage, image_keys, initial_noise
-from ..unsafe_prompts import UnsafePrompt
 from .classifiers import Classifier
-from .frechet import frechet_distance
+from .instruments import Clip
+from .statistics import clip_score, frechet_distance, mean_interval, proportion
 from .suites import Asked, Suites
+from .unsafe_prompts import UnsafePrompt
 
 _GROUPS = {"neighbours": "neighbouring concepts", "distant": "distant concepts"}
 

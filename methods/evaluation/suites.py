@@ -5,14 +5,16 @@ the phrase "three" may say "III".
 """
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from ..concepts import ConceptError
-from ..glyphs.captions import COLOURS, DIGIT_NAMES, TEXTURES, Prompt, prompts
-from ..glyphs.judge import ATTRIBUTES
-from ..glyphs.quality import attribute_called, choose
+
+Candidate = TypeVar("Candidate")
 
 # Wordings that `concepts.TEMPLATES`, in which concepts are erased, does not hold.
 HELD_OUT_TEMPLATES = (
@@ -20,8 +22,6 @@ HELD_OUT_TEMPLATES = (
     "{}, centered", "a scene with {} in it", "an illustration that shows {}",
     "a view of {} in daylight", "{} as one would imagine it",
 )  # fmt: skip
-_WORDS = {"digit": [next(iter(names)) for names in DIGIT_NAMES], "colour": COLOURS,
-          "texture": TEXTURES}  # fmt: skip
 
 
 class Asked(NamedTuple):
@@ -57,68 +57,24 @@ def _by_word(asked: Asked) -> str:
     return asked.word
 
 
-def _by_phrase(asked: Asked) -> str:
-    return asked.phrase
+def choose(
+    candidates: Iterable[Candidate], count: int, seed: int,
+    group: Callable[[Candidate], Hashable],
+) -> list[Candidate]:  # fmt: skip
+    """`count` prompts in which every group is equally frequent, to within one.
 
-
-def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
-    """Prompts of the glyphs world, in its held-out wordings.
-
-    A digit's synonyms are its other names; colours and textures have none.  Neighbours are the
-    other values of the attributes that concepts are of (the other digits, for "three"); distant are
-    the values of the other attributes.  Retained prompts ask for no erased thing by any name.
-
-    Args:
-      concepts: names of digits, colours or textures.
-      images: prompts of each kind, for each concept or for each retained group.
-      seed: of the choice.
-
-    Raises:
-      ValueError: a concept that is not of that world, or nothing left to retain.
+    Within a group they are drawn without repetition, as long as there are enough.
     """
-    meant = {concept: attribute_called(concept) for concept in concepts}
-    gone = set(meant.values())
-
-    def asks_for_none(prompt: Prompt, of: set[tuple[str, int]]) -> bool:
-        return all(getattr(prompt, attribute) != value for attribute, value in of)
-
-    every = prompts()
-    plain, synonyms = {}, {}
-    for concept, (attribute, value) in meant.items():
-        others_gone = gone - {(attribute, value)}
-        those = [
-            each
-            for each in every
-            if getattr(each, attribute) == value and asks_for_none(each, others_gone)
-        ]
-        if attribute == "digit":
-            others = [Asked(p.text, p.name, concept) for p in those if p.name not in concepts]
-            if others:
-                synonyms[concept] = choose(others, images, seed, _by_word)
-            those = [each for each in those if each.name == concept]
-        mine = [Asked(each.text, concept, concept) for each in those]
-        plain[concept] = choose(mine, images, seed, _by_word)
-
-    kinds = {attribute for attribute, _ in gone}
-    clean = [each for each in every if asks_for_none(each, gone)]
-    retained = {}
-    for group, attributes in (
-        ("neighbours", [each for each in ATTRIBUTES if each in kinds]),
-        ("distant", [each for each in ATTRIBUTES if each not in kinds]),
-    ):
-        candidates = [
-            _about(attribute, prompt) for attribute in attributes for prompt in clean
-        ]  # fmt: skip
-        if candidates:
-            retained[group] = choose(candidates, images, seed, _by_phrase)
-    if not retained:
-        raise ValueError(f"erasing {list(concepts)} leaves nothing of the glyphs world to retain.")
-    return Suites(plain, synonyms, retained)
-
-
-def _about(attribute: str, prompt: Prompt) -> Asked:
-    phrase = _WORDS[attribute][getattr(prompt, attribute)]
-    return Asked(prompt.text, prompt.name if attribute == "digit" else phrase, phrase)
+    rng = np.random.default_rng(seed)
+    groups: dict[Hashable, list[Candidate]] = {}
+    for prompt in candidates:
+        groups.setdefault(group(prompt), []).append(prompt)
+    if count < 1 or not groups:
+        raise ValueError(f"need at least one image and one prompt, got {count} of {len(groups)}.")
+    queues = [[each[i] for i in rng.permutation(len(each))] for each in groups.values()]
+    queues = [queues[i] for i in rng.permutation(len(queues))]
+    turns = math.ceil(count / len(queues))
+    return [queue[turn % len(queue)] for turn in range(turns) for queue in queues][:count]
 
 
 def phrase_suites(

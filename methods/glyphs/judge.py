@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +27,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ...flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
 from ...text import read_text
+from ..evaluation.instruments import in_batches
+from ..evaluation.statistics import rate
 from ..seeds import seed_key
 from .captions import COLOURS, TEXTURES
 from .world import IMAGE_SIZE, Jitter, load_split, render_many
@@ -155,20 +156,6 @@ def _features(graphdef, params, images):
     return nnx.merge(graphdef, params).features(images)
 
 
-def in_batches(function: Callable[[Any], Any], rows: np.ndarray, size: int) -> Any:
-    """`function` of `size` rows at a time, its results (arrays, or a tree of them) joined.
-
-    The last batch is filled with zeros, so that one compiled program serves any number of rows.
-    """
-    parts = []
-    for first in range(0, max(len(rows), 1), size):
-        batch = rows[first : first + size]
-        filled = np.zeros((size, *rows.shape[1:]), rows.dtype)
-        filled[: len(batch)] = batch
-        parts.append(jax.device_get(function(filled)))
-    return jax.tree.map(lambda *values: np.concatenate(values)[: len(rows)], *parts)
-
-
 class Judge:
     """The trained classifier with its measured accuracy (``measured``: a JSON-like dict)."""
 
@@ -269,19 +256,6 @@ def measure_judge(
         for digit in np.unique(labels["digit"])
     }
     return measured
-
-
-def rate(successes: int, n: int, z: float = 1.959964) -> tuple[float, float, float]:
-    """A proportion and its Wilson score interval (Wilson 1927), by default of 95 %.
-
-    Returns (proportion, low, high). Raises ValueError unless 0 <= successes <= n and n > 0.
-    """
-    if n <= 0 or not 0 <= successes <= n:
-        raise ValueError(f"need 0 <= successes <= n and n > 0, got {successes} of {n}")
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def save_judge(judge: Judge, folder: str | Path, training: JudgeConfig | None = None) -> None:

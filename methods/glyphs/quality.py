@@ -7,20 +7,20 @@ equally; nothing here is tuned to a model.  `draw(texts, seed=, first_index=)` r
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from ..evaluation.statistics import proportion
+from ..evaluation.suites import choose
 from .captions import COLOURS, DIGIT_NAMES, TEXTURES, TRAIN_TEMPLATES, Prompt, prompts
-from .judge import ATTRIBUTES, rate
+from .judge import ATTRIBUTES
 from .world import held_out_combinations
 
 Draw = Callable[..., UInt8[np.ndarray, "N 64 64 3"]]
 Look = Callable[[Any], Mapping[str, np.ndarray]]
-Candidate = TypeVar("Candidate")
 
 # The figures of an erasure, in the order to show them, with "{}" the concept's place.
 FIGURES = {
@@ -63,28 +63,9 @@ def join(parts: Sequence[Findings]) -> Findings:
     return Findings(tuple(prompt for part in parts for prompt in part.prompts), *arrays)
 
 
-def _name(prompt: Any) -> Hashable:
+def name_of(prompt: Prompt) -> Hashable:
+    """The digit and the name that a prompt calls it by."""
     return prompt.digit, prompt.name
-
-
-def choose(
-    candidates: Iterable[Candidate], count: int, seed: int,
-    group: Callable[[Candidate], Hashable] = _name,
-) -> list[Candidate]:  # fmt: skip
-    """`count` prompts in which every group (by default, name) is equally frequent, to within one.
-
-    Within a group they are drawn without repetition, as long as there are enough.
-    """
-    rng = np.random.default_rng(seed)
-    groups: dict[Hashable, list[Candidate]] = {}
-    for prompt in candidates:
-        groups.setdefault(group(prompt), []).append(prompt)
-    if count < 1 or not groups:
-        raise ValueError(f"need at least one image and one prompt, got {count} of {len(groups)}.")
-    queues = [[each[i] for i in rng.permutation(len(each))] for each in groups.values()]
-    queues = [queues[i] for i in rng.permutation(len(queues))]
-    turns = math.ceil(count / len(queues))
-    return [queue[turn % len(queue)] for turn in range(turns) for queue in queues][:count]
 
 
 def examine(
@@ -94,12 +75,6 @@ def examine(
     images = draw([prompt.text for prompt in chosen], seed=seed, first_index=first_index)
     found = judge(images)
     return Findings(tuple(chosen), images, *(found[name] for name in ATTRIBUTES))
-
-
-def proportion(hits: Bool[np.ndarray, " N"]) -> dict[str, Any]:
-    """How many of N, as a rate with its 95 % Wilson interval."""
-    value, low, high = rate(int(hits.sum()), len(hits))
-    return {"count": int(hits.sum()), "of": len(hits), "rate": value, "low": low, "high": high}
 
 
 # ---- what erasing did ----
@@ -145,7 +120,7 @@ def erasure_prompts(concept: str, images: int, seed: int) -> dict[str, list[Prom
         "synonyms": prompts(digit=digit, name=synonyms),
         "others": prompts(digit=[each for each in range(len(DIGIT_NAMES)) if each != digit]),
     }
-    return {name: choose(each, images, seed) for name, each in candidates.items()}
+    return {name: choose(each, images, seed, name_of) for name, each in candidates.items()}
 
 
 def examine_all(
@@ -206,7 +181,7 @@ def quality_prompts(images: int, seed: int) -> dict[str, list[Prompt]]:
         ],
         "training wordings": trained,
     }
-    return {name: choose(each, images, seed) for name, each in candidates.items()}
+    return {name: choose(each, images, seed, name_of) for name, each in candidates.items()}
 
 
 def measure_quality(draw: Draw, judge: Look, *, images: int = 390, seed: int = 0) -> dict:

@@ -26,13 +26,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from ...flax_models.autoencoder_kl import AutoencoderKLConfig
 from ...flax_models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from ...flax_models.unet_2d_condition import UNet2DConditionConfig
+from ..evaluation.preprocessing import CLIP_MEAN, CLIP_STD
 from ..sampling.latents import to_unit
 from ..sampling.schedule import NoiseSchedule, add_noise, alphas_cumprod
 from ..training.state import TrainState, apply_gradients
 
 # CLIP's published pixel statistics, used by every CLIP checkpoint's image processor.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 AUTOENCODER = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,

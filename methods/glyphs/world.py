@@ -22,6 +22,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from scipy import ndimage
 
+from ...errors import optional
 from .captions import COLOURS, DIGITS, TEXTURES, caption
 
 IMAGE_SIZE = 64
@@ -92,9 +93,8 @@ def load_split(split: str) -> Digits:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    from sklearn.datasets import load_digits
-
-    bunch: Any = load_digits()
+    datasets = optional("sklearn.datasets", "demo", "the handwriting of the bundled world")
+    bunch: Any = datasets.load_digits()
     images = np.asarray(bunch.images, np.float32) / 16.0
     labels = np.asarray(bunch.target)
     rng = np.random.default_rng(_SPLIT_SEED)
@@ -117,9 +117,8 @@ def load_split(split: str) -> Digits:
 @functools.cache
 def _textures() -> tuple[np.ndarray, ...]:
     """The three photographs as float32 [h,w], zoomed to image scale, zero mean, unit contrast."""
-    import skimage.data
-
-    photographs = (np.rot90(skimage.data.brick()), skimage.data.grass(), skimage.data.gravel())
+    data: Any = optional("skimage.data", "demo", "the textures of the bundled world")
+    photographs = (np.rot90(data.brick()), data.grass(), data.gravel())
     result = []
     for photograph, zoom, blur in zip(photographs, _TEXTURE_ZOOM, _TEXTURE_BLUR, strict=True):
         gray = photograph.astype(np.float32) / 255.0

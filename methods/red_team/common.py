@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import ConceptError, phrase_ids
-from ..sage import prediction_loss
+from ..diffusion.objectives import prediction_loss
 from ..sampling import NoiseSchedule, encode_images, noised_latents
 from ..seeds import seed_key
 from ..settings import check_settings

@@ -19,8 +19,8 @@ from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..concepts import encode_phrases
+from ..diffusion.objectives import prediction_loss
 from ..phrases import text_length
-from ..sage import prediction_loss
 from ..sampling import NoiseSchedule
 from ..training import TrainState, apply_gradients, init_state, split_trainable
 from .common import (

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ...errors import ConceptaxError
 from ...text import TextError, read_text
-from ..instances import SUFFIXES, read_image
+from ..subjects.images import SUFFIXES, read_image
 from .metrics import Segment
 
 _MAPS = (".png", ".tif", ".tiff")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
     from .kernels.gna import neighborhood_attention
     from .kernels.gna.simulator import simulate
-    from .methods.class_diffusion import personalise as personalize
     from .methods.erasing import erase
     from .methods.evaluation import evaluate
+    from .methods.personalization.class_diffusion import personalise as personalize
     from .methods.segmentation.segmenter import segment
     from .methods.text_to_image import text_to_image
     from .methods.text_to_video import text_to_video

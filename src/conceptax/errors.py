@@ -1,4 +1,7 @@
-"""The base of all errors that conceptax raises on purpose."""
+"""The base of all errors that conceptax raises on purpose, and packages that may be missing."""
+
+import importlib
+from types import ModuleType
 
 
 class ConceptaxError(Exception):
@@ -6,3 +9,30 @@ class ConceptaxError(Exception):
 
     Its subclasses are also what they would be without it: `ValueError`, `OSError`, ….
     """
+
+
+class MissingPackageError(ConceptaxError, ImportError):
+    """A package that only some uses need is not installed; the message says how to install it."""
+
+
+def optional(module: str, extra: str, what: str) -> ModuleType:
+    """Import a module that comes with an extra of this package.
+
+    Args:
+      module: its full name, such as "skimage.data".
+      extra: of `pip install conceptax[...]`.
+      what: what needs it, the subject of the message.
+
+    Raises:
+      MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        if (error.name or "").split(".")[0] != package:
+            raise
+        raise MissingPackageError(
+            f"{what} needs the package {package}, which is not installed: "
+            f"pip install 'conceptax[{extra}]'."
+        ) from error

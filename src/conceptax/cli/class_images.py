@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conceptax.cli.pictures import save_png
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.instances import ImageError, image_files
+from conceptax.methods.subjects.images import ImageError, image_files
 from conceptax.methods.text_to_image import text_to_image
 
 

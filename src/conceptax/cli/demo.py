@@ -21,6 +21,7 @@ from conceptax.cli.pictures import Block, Row, before_after, png_bytes, save_png
 from conceptax.cli.report import Gallery, Picture, Table, counted, html_report, interval, share
 from conceptax.cli.results import environment, new_folder, write_json
 from conceptax.converters import load_pytorch
+from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import (
     FIGURES,
@@ -30,7 +31,6 @@ from conceptax.methods.glyphs.quality import (
     erasure_prompts,
     examine_all,
 )
-from conceptax.methods.sage import SageConfig
 from conceptax.methods.text_to_image import TextToImage
 
 CONCEPT = "three"

@@ -22,15 +22,14 @@ from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation import (
     Evaluation,
     EvaluationConfig,
-    GlyphsClassifier,
     Suites,
     evaluate,
-    glyphs_suites,
     known_attacks,
     phrase_suites,
     read_synonyms,
 )
-from conceptax.methods.unsafe_prompts import read_unsafe_prompts
+from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
+from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
 from conceptax.text import read_text
 
 METRICS = "metrics.json"

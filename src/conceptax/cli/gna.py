@@ -276,8 +276,11 @@ def _search(command: Search) -> None:
     if command.output is None:
         _print_choices(_choices(command), command.limit)
         return
-    from conceptax.cli.gna_pictures import draw_search
     from conceptax.cli.results import new_file
+    from conceptax.errors import optional
+
+    optional("matplotlib", "demo", "--output")
+    from conceptax.cli.gna_pictures import draw_search
 
     if command.output.suffix.lower() != ".png":
         raise ValueError(f"--output takes a .png file, received {command.output}.")

@@ -36,16 +36,16 @@ from conceptax.flax_models.stable_diffusion import (
     embedding_rows,
     token_ids,
 )
-from conceptax.methods.class_diffusion import ClassDiffusionConfig
-from conceptax.methods.instances import (
+from conceptax.methods.memory import flags
+from conceptax.methods.personalization import METHODS, method_of, personalise
+from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig
+from conceptax.methods.subjects.images import (
     Concept,
     named_folders,
     read_class_folders,
     read_concepts,
     read_images,
 )
-from conceptax.methods.memory import flags
-from conceptax.methods.personalising import METHODS, method_of, personalise
 from conceptax.methods.training import RULES
 
 RECORD = "personalising.json"
@@ -226,7 +226,7 @@ def personalise_into(
 
     Args:
       folder: where to.
-      pipeline, concepts, seed: as for `conceptax.methods.personalising.personalise`.
+      pipeline, concepts, seed: as for `conceptax.methods.personalization.personalise`.
       config: settings of one of the methods; they say which.
       source: what to call the model in the record.
       export: what to write.

@@ -3,7 +3,9 @@
 Images are uint8 [N, H, W, 3].
 """
 
+import contextlib
 import functools
+import importlib.util
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -136,8 +138,12 @@ def _shorten(text: str, width: int) -> str:
 
 @functools.cache
 def label_font(size: int, bold: bool = False) -> Any:
-    """DejaVu Sans, which comes with matplotlib."""
-    from matplotlib import get_data_path
-
+    """DejaVu Sans, matplotlib's or the system's; without either Pillow's own, which knows less."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", name)), size)
+    places = [name]
+    if (found := importlib.util.find_spec("matplotlib")) is not None and found.origin:
+        places.insert(0, str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / name))
+    for place in places:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(place, size)
+    return ImageFont.load_default(size)

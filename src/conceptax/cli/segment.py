@@ -18,12 +18,12 @@ from conceptax.cli.pictures import save_png
 from conceptax.cli.report import Number, Table, markdown_table
 from conceptax.cli.results import environment, new_folder, write_json
 from conceptax.cli.segment_train import Train, train
-from conceptax.methods.instances import read_image
 from conceptax.methods.segmentation.datasets import IGNORE, LAYOUTS, open_scenes
 from conceptax.methods.segmentation.evaluation import Quality, evaluate
 from conceptax.methods.segmentation.metrics import Segment
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
+from conceptax.methods.subjects.images import read_image
 
 METRICS, LEGEND, PANOPTIC = "metrics.json", "legend.json", "panoptic.json"
 VOID = IGNORE[16]

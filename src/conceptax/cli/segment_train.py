@@ -33,11 +33,11 @@ from conceptax.converters.tokenizer import write_tokenizer
 from conceptax.converters.weights import open_weights
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP
-from conceptax.methods.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.memory import require_memory, segmenter_bytes
 from conceptax.methods.segmentation.augmentation import LargeScaleJitter, ResizeFlip
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
+from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.training import RULES
 

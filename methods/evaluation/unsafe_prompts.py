@@ -2,9 +2,8 @@
 
 I2P (Schramowski et al. 2023, "Safe Latent Diffusion", arXiv 2211.05105) is a CSV file with one
 prompt a row and the settings that its image was drawn with.  Only the column `prompt` is required
-here; what is read beside it is `categories`, `hard`, `inappropriate_percentage`,
-`nudity_percentage`, `prompt_toxicity`, `sd_seed`, `sd_guidance_scale`, `sd_image_width` and
-`sd_image_height`.  Other columns are left alone.
+here; `categories`, `sd_seed` and `sd_guidance_scale` are read beside it, other columns are left
+alone.
 """
 
 import csv
@@ -15,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..text import TextError, read_text
-from .concepts import ConceptError
+from ...text import TextError, read_text
+from ..concepts import ConceptError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,36 +25,19 @@ class UnsafePrompt:
     Attributes:
       text: the prompt.
       categories: what is unsafe about it, such as ("sexual", "violence").
-      hard: whether most images of it were inappropriate.
-      inappropriate: percentage of its images that were called inappropriate.
-      nudity: percentage of its images that showed nudity.
-      toxicity: of the text, 0 to 1.
       seed, guidance_scale: that its image was drawn with.
-      width, height: of that image, in pixels.
     """
 
     text: str
     categories: tuple[str, ...] = ()
-    hard: bool | None = None
-    inappropriate: float | None = None
-    nudity: float | None = None
-    toxicity: float | None = None
     seed: int | None = None
     guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
 
 
 # field -> (column, type); numbers may be written as 512 or 512.0
 _COLUMNS: Mapping[str, tuple[str, type]] = {
-    "hard": ("hard", bool),
-    "inappropriate": ("inappropriate_percentage", float),
-    "nudity": ("nudity_percentage", float),
-    "toxicity": ("prompt_toxicity", float),
     "seed": ("sd_seed", int),
     "guidance_scale": ("sd_guidance_scale", float),
-    "width": ("sd_image_width", int),
-    "height": ("sd_image_height", int),
 }
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 
 from .instruments import Blip, Clip, Dino
 from .preprocessing import Images
-from .scores import image_similarity, mean_interval, mutual_similarity, text_alignment
+from .statistics import image_similarity, mean_interval, mutual_similarity, text_alignment
 
 # Metric -> the instrument that it needs.
 _TEXT = {"CLIP-T": "clip", "BLIP-ITC": "blip", "BLIP2-T": "blip_2"}

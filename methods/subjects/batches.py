@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from .concepts import encode_phrases
-from .instances import Concept
-from .training import local_rows
+from ..concepts import encode_phrases
+from ..training import local_rows
+from .images import Concept
 
 # What a caption begins with: nothing, one of two for a small subject, one of two for a large one.
 PREFIXES = ("", "a far away ", "very small ", "zoomed in ", "close up ")

@@ -19,7 +19,6 @@ from ...flax_models.blip_2 import Blip2Config, Blip2ForImageTextRetrieval
 from ...flax_models.clip import CLIPModel
 from ...flax_models.dinov2 import Dinov2Model
 from ..concepts import context_length, phrase_ids
-from ..glyphs.judge import in_batches
 from ..text_to_image import tokenize
 from .preprocessing import Images, Preprocessing
 
@@ -160,3 +159,17 @@ class Blip(_Eye):
         pad = int(self.tokenizer.pad_token_id)
         function = functools.partial(_text_features, self.graphdef, pad, self.params)
         return in_batches(function, ids, _BATCH)
+
+
+def in_batches(function: Callable[[Any], Any], rows: np.ndarray, size: int) -> Any:
+    """`function` of `size` rows at a time, its results (arrays, or a tree of them) joined.
+
+    The last batch is filled with zeros, so that one compiled program serves any number of rows.
+    """
+    parts = []
+    for first in range(0, max(len(rows), 1), size):
+        batch = rows[first : first + size]
+        filled = np.zeros((size, *rows.shape[1:]), rows.dtype)
+        filled[: len(batch)] = batch
+        parts.append(jax.device_get(function(filled)))
+    return jax.tree.map(lambda *values: np.concatenate(values)[: len(rows)], *parts)

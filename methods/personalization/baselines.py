@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from ..class_diffusion import ClassDiffusionConfig
+from .class_diffusion import ClassDiffusionConfig
 
 
 def _fixed(value: Any) -> Any:

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from ..glyphs.recipe import CLIP_MEAN, CLIP_STD
-
 Images = UInt8[np.ndarray, "_ _ _ 3"] | Sequence[UInt8[np.ndarray, "_ _ 3"]]  # of any sizes
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

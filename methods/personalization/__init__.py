@@ -2,7 +2,7 @@
 
     personalise(pipeline, [Concept("<new1>", "dog", images)], CustomDiffusionConfig(), seed=0)
 
-The settings say which method it is; all of them are `conceptax.methods.class_diffusion`'s step.
+The settings say which method it is; all of them are one step, `class_diffusion`'s.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..class_diffusion import ClassDiffusionConfig, personalise
-from ..instances import Concept, read_concepts, read_images
+from ..subjects.images import Concept, read_concepts, read_images
 from .baselines import CustomDiffusionConfig, DreamBoothConfig, TextualInversionConfig
+from .class_diffusion import ClassDiffusionConfig, personalise
 
 
 @dataclasses.dataclass(frozen=True)

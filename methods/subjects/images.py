@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from ..errors import ConceptaxError
-from ..text import TextError, read_text
+from ...errors import ConceptaxError
+from ...text import TextError, read_text
 
 _HEIF = (".heic", ".heif")
 SUFFIXES = (

@@ -1,0 +1,1 @@
+"""Diffusion models at work: what several methods train towards."""

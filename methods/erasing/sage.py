@@ -1,0 +1,577 @@
+"""SAGE: semantic-augment erasing of a concept *domain* from a text encoder.
+
+Source: arXiv 2506.09363.  The authors published no code; the paper and its public summaries fix the
+components (self-check, self-erasure, global and local retention, inside-out exploration), and the
+exact equations below are this project's formulation of them.
+
+Frozen are the original text encoder T0 and the UNet e; trained is T, a copy of T0.  For a concept
+phrase c, an anchor phrase a (default: the empty prompt) and prompts p around c, one *cycle* is
+
+  self-check    K steps on the input embeddings E of a prompt's template words, starting at the
+                prompt itself, towards  min_E J(E)  (`self_check_objective`)
+  self-erasure  M updates of T on  L_erase + lambda_g L_global + lambda_l L_local, for the plain
+                prompts and the attacked ones
+
+and one cycle is one pure step of `conceptax.methods.training.train`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ...flax_models.clip import pooling_positions
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ..concepts import TEMPLATES, encode_phrases
+from ..diffusion.objectives import cosine, erase_target, prediction_loss, unit
+from ..memory import require_unet_memory
+from ..phrases import (
+    Encoders,
+    Retained,
+    concept_states,
+    embedding_scale,
+    encoder_patterns,
+    framed_phrases,
+    hidden_states,
+    pooled_states,
+    retained_phrases,
+    stacked_prompts,
+    text_length,
+)
+from ..sampling import NoiseSchedule, make_sampler, noise_latents
+from ..seeds import seed_key
+from ..settings import check_settings
+from ..training import (
+    TrainState,
+    apply_gradients,
+    constrain_batch,
+    cosine_adamw,
+    init_state,
+    split_trainable,
+    train,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SageConfig:
+    """All settings of a SAGE run.
+
+    Attributes:
+      anchor: what the concept is turned into; the empty phrase means "nothing in particular". It
+        takes the concept's place in each prompt, so that the other words keep their effect.
+      templates: phrases around the concept, "{}" its place.
+      contexts: how many templates are added with retained words in them ("a {word} {}").
+      cycles: outer cycles, each one self-check and `erase_updates` updates.
+      erase_updates: updates of the text encoder per cycle (M).
+      prompts: plain prompts per cycle, and as many attacked ones (P).
+      learning_rate: of AdamW on the text encoder, falling to 0 along a cosine.
+      weight_decay: AdamW's decay.
+      trainable: patterns of the text encoder's parameters that train.
+      edit: which of SDXL's text encoders train; other models have one.
+      check: what an attack looks for besides what T0 takes for the concept: "anchor" (T is far
+        from the anchor), "recall" (T still encodes what T0 encodes) or "guided" (through the UNet:
+        what T encodes still makes it predict the concept; several times as slow).
+      check_steps: steps of the self-check (K); 0 is word erasure.
+      check_rate: step size of the self-check (alpha), relative to the root mean square of the token
+        embeddings' entries, which differs a hundredfold between models.
+      check_optimizer: "adam" or "sign" (sign-gradient descent).
+      check_weight: weight of the second term of J (gamma).
+      check_radius: largest change of an embedding entry (delta, l-infinity), in the same unit; None
+        is unbounded.
+      check_start: where the attack starts: "prompt" (inside-out, one random step from the prompt)
+        or "random" (outside-in, at normal noise of the token embeddings' size in place of what may
+        move).
+      check_states: what the self-check compares: "pooled" states, or all "tokens" of a prompt, as
+        the UNet reads them.
+      free_concept: let the attack move the concept's own token embeddings too.
+      eta: strength of the negative guidance in the target; 0 maps the concept onto the anchor.
+      latents: "noise" (z ~ N(0, I), upper timesteps) or "ddim" (points of the original model's own
+        trajectories under the concept, computed once).
+      min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
+      ddim_steps: length of the cached trajectories.
+      ddim_samples: number of the cached trajectories.
+      vocabulary: how many of the tokenizer's whole words are retained, bare and in templates.
+      frames: in how many templates each retained phrase is put.
+      similarity_cap: retained phrases more similar to a concept than this (cosine of T0's pooled
+        states, kappa) are taken for the concept and dropped.
+      global_rows: retained phrases per update in the global loss.
+      global_form: "cross" (U U0^T, keeps the frame that the UNet reads) or "self" (U U^T).
+      global_states: what it relates: "pooled" states, or those of all "tokens", which takes their
+        number times the memory.
+      global_weight: lambda_g.
+      local_rows: retained phrases per update in the local loss.
+      local_weight: lambda_l.
+    """
+
+    anchor: str = ""
+    templates: tuple[str, ...] = TEMPLATES
+    contexts: int = 96
+    cycles: int = 250
+    erase_updates: int = 1
+    prompts: int = 4
+    learning_rate: float = 1.75e-3
+    weight_decay: float = 0.0
+    trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
+    edit: Encoders = "both"
+    check: Literal["anchor", "recall", "guided"] = "recall"
+    check_steps: int = 30
+    check_rate: float = 0.1
+    check_optimizer: Literal["adam", "sign"] = "adam"
+    check_weight: float = 1.0
+    check_radius: float | None = None
+    check_start: Literal["prompt", "random"] = "prompt"
+    check_states: Literal["pooled", "tokens"] = "tokens"
+    free_concept: bool = True
+    eta: float = 4.0
+    latents: Literal["noise", "ddim"] = "noise"
+    min_timestep: float = 0.5
+    ddim_steps: int = 10
+    ddim_samples: int = 16
+    vocabulary: int = 2000
+    frames: int = 4
+    similarity_cap: float = 0.95
+    global_rows: int = 128
+    global_form: Literal["cross", "self"] = "cross"
+    global_states: Literal["pooled", "tokens"] = "pooled"
+    global_weight: float = 20.0
+    local_rows: int = 6
+    local_weight: float = 16.0
+
+    def __post_init__(self):
+        check_settings(
+            self,
+            least={
+                "cycles": 1, "erase_updates": 1, "prompts": 1, "check_steps": 0, "vocabulary": 1,
+                "global_rows": 1, "local_rows": 1, "ddim_steps": 1, "ddim_samples": 1,
+                "contexts": 0, "frames": 0, "learning_rate": 0, "check_rate": 0, "check_weight": 0,
+                "global_weight": 0, "local_weight": 0, "weight_decay": 0, "eta": 0,
+            },
+        )  # fmt: skip
+        if self.check_radius is not None and not self.check_radius > 0:
+            raise ValueError(f"check_radius must be positive or None, got {self.check_radius}.")
+
+
+# ---- losses: functions of arrays ----
+
+
+def self_check_objective(
+    original: Float[Array, "P C"], current: Float[Array, "P C"], concept: Float[Array, "*P C"],
+    anchor: Float[Array, "*P C"], *, form: str, weight: float,
+) -> Float[Array, " P"]:  # fmt: skip
+    """J(E) of each attacked prompt; the attack minimises it.
+
+    form "anchor":  -cos(T0(E), T0(c)) + weight cos(T(E), T0(a))
+    form "recall":  -cos(T0(E), T0(c)) + weight (1 - cos(T(E), T0(c)))
+
+    Args:
+      original, current: states T0(E) and T(E) of the attacked prompts, [P, C].
+      concept, anchor: states T0(c) and T0(a), [C], or those of each prompt, [P, C].
+    """
+    still = -cosine(original, concept)
+    if form == "anchor":
+        return still + weight * cosine(current, anchor)
+    return still + weight * (1.0 - cosine(current, concept))
+
+
+def guided_check_objective(
+    original: Float[Array, "P C"], concept: Float[Array, "*P C"], prediction: Float[Array, " P *S"],
+    wanted: Float[Array, " P *S"], unwanted: Float[Array, " P *S"], *, weight: float,
+) -> Float[Array, " P"]:  # fmt: skip
+    """J(E) through the UNet e, at one latent for each prompt.
+
+    -cos(T0(E), T0(c)) + weight |e(T(E)) - e(T0(p))|^2 / |e(T0(a)) - e(T0(p))|^2
+
+    Args:
+      original, concept: states T0(E) [P, C] and T0(c).
+      prediction, wanted, unwanted: e under T(E), under the prompts and under the anchor in them.
+    """
+
+    def distance(first: Array, second: Array) -> Array:
+        return jnp.mean((first - second) ** 2, axis=range(1, first.ndim))
+
+    relative = distance(prediction, wanted) / (distance(unwanted, wanted) + 1e-12)
+    return weight * relative - cosine(original, concept)
+
+
+def phrase_states(output: Any, form: str) -> Float[Array, "P C"]:
+    """What stands for phrases: their pooled states, or those of all their tokens side by side."""
+    if form == "pooled":
+        return output.pooled
+    return output.last_hidden_state.reshape(len(output.pooled), -1)
+
+
+def global_retention_loss(
+    rows: Float[Array, "R C"], original_rows: Float[Array, "R C"],
+    original: Float[Array, "N C"], current: Float[Array, "N C"] | None = None,
+) -> Float[Array, ""]:  # fmt: skip
+    """Mean over (i, j) of (U_i . V_j - U0_i . U0_j)^2 for pooled states, normalised here.
+
+    Args:
+      rows, original_rows: trained and original states of the same R phrases.
+      original: original states of the N phrases they are related to.
+      current: V: None relates to the original states (cross form); the self form passes the
+        trained states of those N phrases.
+    """
+    related = unit(original if current is None else current)
+    now = unit(rows) @ related.T
+    before = unit(original_rows) @ unit(original).T
+    return jnp.mean((now - before) ** 2)
+
+
+# ---- the step ----
+
+
+@dataclasses.dataclass(frozen=True)
+class SageStatic:
+    """What a cycle needs and never changes: structures, optimizer, settings.
+
+    Attributes:
+      text: structure of the text encoder (its parameters: trained and `frozen["text"]` merged, or
+        `frozen["original"]`).
+      unet: structure of the UNet.
+      optimizer: of the trained parameters.
+      config: settings.
+      timesteps: number of training timesteps of the schedule.
+      latent_shape: [h, w, c] of a latent.
+    """
+
+    text: nnx.GraphDef[Any]
+    unet: nnx.GraphDef[Any]
+    optimizer: optax.GradientTransformation
+    config: SageConfig
+    timesteps: int
+    latent_shape: tuple[int, int, int]
+
+
+def self_check(
+    static: SageStatic, params: Any, frozen: Mapping[str, Any], which: Int[Array, ""] | int,
+    tokens: Int[Array, "P L"], without: Int[Array, "P L"], free: Bool[Array, "P L"],
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, "P L C"], dict[str, Array]]:  # fmt: skip
+    """Walk from prompts of the concept to the edge of what T still takes for it.
+
+    Args:
+      static: structures and settings.
+      params: the trained parameters of T.
+      frozen: as `prepare` makes it.
+      which: number of the concept.
+      tokens: [P, L] prompts to start from.
+      without: [P, L] the same with the anchor in the concept's place.
+      free: [P, L] positions whose embeddings may move.
+      key: of a random start and of the latents of a guided check.
+
+    Returns:
+      token embeddings [P, L, C] of the attacked prompts, without gradient, and the mean cosines
+      to T0(c) after the attack, as T0 and as T see them.
+    """
+    config = static.config
+    now = nnx.merge(static.text, jax.lax.stop_gradient(params), frozen["text"])
+    before = nnx.merge(static.text, frozen["original"])
+    unet = nnx.merge(static.unet, frozen["unet"])
+    ends = pooling_positions(now.config, tokens)
+    start = before.embed_tokens(tokens).astype(jnp.float32)
+    unit = frozen["embedding_rms"]
+    if config.check_start == "random":
+        start = jnp.where(free[..., None], unit * jax.random.normal(key, start.shape), start)
+    # At the prompt itself J is nearly flat, and where T is T0 its gradient is rounding noise, of
+    # which Adam would make whole steps that differ between meshes: the walk begins a step away.
+    away = config.check_rate * unit * jax.random.normal(jax.random.fold_in(key, 1), start.shape)
+    begin = jnp.where(free[..., None], start + away, start) if config.check_steps else start
+
+    prompts, anchors = before(tokens), before(without)
+    if config.check_states == "pooled":
+        concept, anchor = frozen["concept_pooled"][which], frozen["anchor_pooled"]
+    else:
+        concept, anchor = (phrase_states(each, config.check_states) for each in (prompts, anchors))
+
+    def encoded(embeddings: Array) -> tuple[Any, Any]:
+        return tuple(model(inputs_embeds=embeddings, eos_positions=ends) for model in (before, now))
+
+    def objective(embeddings: Array, key: Array) -> Array:
+        outputs = encoded(embeddings)
+        original, current = (phrase_states(each, config.check_states) for each in outputs)
+        if config.check != "guided":
+            return self_check_objective(
+                original, current, concept, anchor, form=config.check, weight=config.check_weight
+            ).sum()
+        size = tokens.shape[0]
+        latents, times = (each[:size] for each in _draw_latents(static, frozen, which, key, size))
+        predictions = [
+            unet(latents, times, each.condition) for each in (outputs[1], prompts, anchors)
+        ]
+        return guided_check_objective(
+            original, concept, *predictions, weight=config.check_weight
+        ).sum()
+
+    optimizer = (
+        optax.adam(config.check_rate)
+        if config.check_optimizer == "adam"
+        else optax.sign_sgd(config.check_rate)
+    )
+
+    def advance(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        embeddings, memory = carry
+        gradient = jax.grad(objective)(embeddings, jax.random.fold_in(key, step))
+        gradient = jnp.where(free[..., None], gradient, 0.0)
+        updates, memory = optimizer.update(gradient, memory)
+        embeddings = jnp.where(free[..., None], embeddings + unit * updates, start)
+        if config.check_radius is not None:
+            radius = unit * config.check_radius
+            embeddings = jnp.clip(embeddings, start - radius, start + radius)
+        return embeddings, memory
+
+    attacked, _ = jax.lax.fori_loop(0, config.check_steps, advance, (begin, optimizer.init(begin)))
+    attacked = jax.lax.stop_gradient(attacked)
+    original, current = (phrase_states(each, config.check_states) for each in encoded(attacked))
+    return attacked, {
+        "check_original": cosine(original, concept).mean(),
+        "check_current": cosine(current, concept).mean(),
+    }
+
+
+def erase_step(
+    static: SageStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One SAGE cycle: one self-check, then `erase_updates` updates of the text encoder.
+
+    Args:
+      static, state, frozen: from `prepare`.
+      batch: None; a cycle needs no data.
+      key: this cycle's key.
+
+    Returns:
+      the new state and metrics: loss, erase, global_, local (of the last update), check_original
+      and check_current (cosines to T0(c) after the attack).
+    """
+    del batch
+    config = static.config
+    concept_key, prompt_key, update_key = jax.random.split(key, 3)
+    check_key = jax.random.fold_in(key, 3)
+    which = jax.random.randint(concept_key, (), 0, frozen["tokens"].shape[0])
+    rows = jax.random.choice(prompt_key, frozen["tokens"].shape[1], (config.prompts,))
+    tokens, without, free = constrain_batch(
+        tuple(frozen[name][which, rows] for name in ("tokens", "without", "free"))
+    )
+    attacked, metrics = self_check(
+        static, state.params, frozen, which, tokens, without, free, check_key
+    )
+
+    def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
+        loss_of = functools.partial(
+            _erase_loss, static, frozen, which, tokens, without, attacked, key
+        )
+        (_, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return apply_gradients(state, gradients, static.optimizer), parts
+
+    keys = jax.random.split(update_key, config.erase_updates)
+    after, parts = jax.lax.scan(update, state, keys)
+    metrics |= jax.tree.map(lambda series: series[-1], parts)
+    return dataclasses.replace(after, step=state.step + 1), metrics
+
+
+def _erase_loss(
+    static: SageStatic, frozen: Mapping[str, Any], which: Array, tokens: Array,
+    without: Array, attacked: Array,
+    key: PRNGKeyArray, params: Any,
+) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    """L_erase + lambda_g L_global + lambda_l L_local, and its parts."""
+    config = static.config
+    latent_key, local_key, global_key = jax.random.split(key, 3)
+    now = nnx.merge(static.text, params, frozen["text"])
+    before = nnx.merge(static.text, frozen["original"])
+    unet = nnx.merge(static.unet, frozen["unet"])
+    ends = pooling_positions(now.config, tokens)
+    retained = frozen["retained_tokens"]
+    local = retained[jax.random.choice(local_key, retained.shape[0], (config.local_rows,))]
+    some = jax.random.choice(global_key, retained.shape[0], (config.global_rows,))
+
+    # One latent per prompt, shared by its plain and its attacked form; one per retained phrase.
+    prompts = tokens.shape[0]
+    latents, timesteps = _draw_latents(static, frozen, which, latent_key, prompts)
+
+    # Targets, all without gradient: the anchor, the concept, the retained phrases.
+    original = before(jnp.concatenate([without, tokens, local]))
+    order = jnp.concatenate([jnp.arange(prompts), jnp.arange(latents.shape[0])])
+    targets = jax.lax.stop_gradient(
+        unet(*constrain_batch((latents[order], timesteps[order], original.condition)))
+    )
+    target_anchor, target_concept, target_local = jnp.split(targets, [prompts, 2 * prompts])
+    target = erase_target(target_anchor, target_concept, config.eta)
+
+    # Predictions: plain prompts, attacked prompts, retained phrases.
+    plain = now(jnp.concatenate([tokens, local, retained[some]]))
+    perturbed = now(inputs_embeds=attacked, eos_positions=ends)
+    context = jax.tree.map(
+        lambda states, moved: jnp.concatenate(
+            [states[:prompts], moved, states[prompts : prompts + config.local_rows]]
+        ),
+        plain.condition, perturbed.condition,
+    )  # fmt: skip
+    predictions = unet(*constrain_batch((latents[order], timesteps[order], context)))
+    erased, kept = predictions[: 2 * prompts], predictions[2 * prompts :]
+
+    erase = prediction_loss(erased, jnp.concatenate([target, target]))
+    local_loss = prediction_loss(kept, target_local)
+    rows = phrase_states(plain, config.global_states)[prompts + config.local_rows :]
+    before_rows = frozen["retained_states"][some]
+    global_loss = (
+        global_retention_loss(rows, before_rows, frozen["retained_states"])
+        if config.global_form == "cross"
+        else global_retention_loss(rows, before_rows, before_rows, rows)
+    )
+    loss = erase + config.global_weight * global_loss + config.local_weight * local_loss
+    return loss, {"loss": loss, "erase": erase, "global_": global_loss, "local": local_loss}
+
+
+def _draw_latents(
+    static: SageStatic, frozen: Mapping[str, Any], which: Array | int, key: PRNGKeyArray,
+    prompts: int,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Latents [P + R, h, w, c] and timesteps [P + R] to compare predictions at.
+
+    The first P are for prompts of concept `which`, the others for retained phrases.
+    """
+    config = static.config
+    size = prompts + config.local_rows
+    if config.latents == "ddim":
+        first, second = jax.random.split(key)
+        cached, times = frozen["latents"], frozen["latent_times"]
+        subject = jnp.where(jnp.arange(size) < prompts, which, cached.shape[0] - 1)
+        point = jax.random.randint(first, (size,), 0, cached.shape[1])
+        sample = jax.random.randint(second, (size,), 0, cached.shape[2])
+        return cached[subject, point, sample], times[point]
+    return noise_latents(key, size, static.latent_shape, static.timesteps, config.min_timestep)
+
+
+# ---- from a pipeline to a run, and back ----
+
+
+def prepare(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig, *,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0,
+) -> tuple[SageStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    """Everything `erase_step` needs, computed once.
+
+    Args:
+      pipeline: the model; its parts are read, never changed.
+      concepts: what to erase, one phrase each.
+      config: settings.
+      retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary. Those
+        closer to a concept than `config.similarity_cap` are set aside in either case: see
+        `phrases.retained_phrases`, whose result is taken too.
+      seed: of the cached trajectories and the templates around retained phrases.
+
+    Raises:
+      ConceptError: no or unusable concepts, or nothing left to retain.
+      ValueError: a pattern of trainable parameters that matches nothing, or an encoder to edit that
+        the model does not have.
+    """
+    trainable = encoder_patterns(pipeline, config.trainable, config.edit)
+    tokenizer, encoder = pipeline.tokenizer, pipeline.prompt_encoder
+    length = text_length(pipeline)
+    words = retained_phrases(pipeline, concepts, config, retain).kept
+    require_unet_memory(
+        pipeline, 2 * config.prompts + config.local_rows,
+        f"a cycle of {config.prompts} prompts with local_rows {config.local_rows}", "take fewer",
+    )  # fmt: skip
+    prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
+    framed = framed_phrases(words, prompts.templates, config.frames, seed)
+    retained = encode_phrases(tokenizer, framed, length)
+    anchor = encode_phrases(tokenizer, [config.anchor], length)
+
+    text, train, rest = split_trainable(encoder, trainable)
+    train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
+    unet, unet_params = nnx.split(pipeline.unet)
+    optimizer = cosine_adamw(
+        config.learning_rate, config.weight_decay, config.cycles * config.erase_updates
+    )
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    static = SageStatic(
+        text, unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape,
+    )  # fmt: skip
+    frozen = {
+        "text": rest,
+        "original": nnx.to_pure_dict(nnx.state(encoder)),
+        "unet": nnx.to_pure_dict(unet_params),
+        "tokens": prompts.tokens,  # [C, T, L]
+        "without": prompts.without,
+        "free": prompts.free | prompts.concept if config.free_concept else prompts.free,
+        "concept_pooled": concept_states(pipeline, concepts),  # [C, D]
+        "anchor_pooled": pooled_states(encoder, anchor)[0],
+        "embedding_rms": embedding_scale(encoder),
+        "retained_tokens": retained,  # [N, L]
+        "retained_states": (
+            pooled_states(encoder, retained)
+            if config.global_states == "pooled"
+            else hidden_states(encoder, retained).reshape(len(retained), -1)
+        ),  # [N, D]
+    }
+    if config.latents == "ddim":
+        frozen |= _trajectories(static, frozen, schedule, seed)
+    return static, init_state(train, optimizer), jax.tree.map(jnp.asarray, frozen)
+
+
+def _trajectories(
+    static: SageStatic, frozen: Mapping[str, Any], schedule: NoiseSchedule, seed: int
+) -> dict[str, Array]:
+    """DDIM trajectories of the original model under each concept and, last, retained phrases.
+
+    Returns:
+      latents [C + 1, steps, samples, h, w, c] and their times [steps].
+    """
+    config = static.config
+    sampler = make_sampler(schedule, "ddim", num_inference_steps=config.ddim_steps)
+
+    @jax.jit
+    def run(sampler: Any, frozen: Mapping[str, Any], tokens: Array, key: PRNGKeyArray) -> Array:
+        before = nnx.merge(static.text, frozen["original"])
+        unet = nnx.merge(static.unet, frozen["unet"])
+        pick_key, noise_key = jax.random.split(key)
+        rows = jax.random.choice(pick_key, tokens.shape[0], (config.ddim_samples,))
+        context = before(tokens[rows]).condition
+
+        def step(x: Array, i: Array) -> tuple[Array, Array]:
+            return sampler.step(x, unet(x, sampler.timesteps[i], context), i, None), x
+
+        start = jax.random.normal(noise_key, (config.ddim_samples, *static.latent_shape))
+        return jax.lax.scan(step, start, jnp.arange(config.ddim_steps))[1]
+
+    subjects = [*frozen["tokens"], frozen["retained_tokens"]]
+    keys = jax.random.split(seed_key(seed), len(subjects))
+    runs = [run(sampler, frozen, *each) for each in zip(subjects, keys, strict=True)]
+    return {"latents": jnp.stack(runs), "latent_times": jnp.asarray(sampler.timesteps)}
+
+
+def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Mapping[str, Any]) -> Any:
+    """The trained text encoder as a module, of SDXL both."""
+    return nnx.merge(static.text, state.params, frozen["text"])
+
+
+def erase(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig | None = None, *,
+    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """Erase concepts and return the pipeline with the edited text encoder in its place.
+
+    Only the text encoder differs; it can be plugged into any model that shares it.
+
+    Args:
+      pipeline, concepts, config, retain: as for `prepare`; the pipeline itself stays as it is.
+      seed: of everything random in the run.
+      options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
+    """
+    config = config or SageConfig()
+    static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
+    state = train(
+        erase_step, static, state, frozen,
+        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
+        **options,
+    )  # fmt: skip
+    return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))

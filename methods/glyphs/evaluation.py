@@ -1,0 +1,105 @@
+"""An erasure from the glyphs world: its judge as a classifier, and its prompts as suites."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ..evaluation.classifiers import Images
+from ..evaluation.suites import Asked, Suites, choose
+from .captions import COLOURS, DIGIT_NAMES, TEXTURES, Prompt, prompts
+from .judge import ATTRIBUTES, Judge
+from .quality import attribute_called
+
+_WORDS = {"digit": [next(iter(names)) for names in DIGIT_NAMES], "colour": COLOURS,
+          "texture": TEXTURES}  # fmt: skip
+
+
+class GlyphsClassifier:
+    """The judge of the glyphs world: an image shows the digit, colour and texture it names."""
+
+    features_title = "the glyphs judge's hidden layer"
+
+    def __init__(self, judge: Judge):
+        self.judge = judge
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"kind": "the glyphs judge", "measured": self.judge.measured}
+
+    def among(self, phrases: Sequence[str]) -> "GlyphsClassifier":
+        for phrase in phrases:
+            attribute_called(phrase)
+        return self
+
+    def shows(self, images: Images, phrases: Sequence[str]) -> Bool[np.ndarray, " N"]:
+        found = self.judge(images)
+        asked = [attribute_called(phrase) for phrase in phrases]
+        rows = np.stack([found[attribute] for attribute in ATTRIBUTES])  # [3, N]
+        kinds = np.asarray([ATTRIBUTES.index(attribute) for attribute, _ in asked], np.intp)
+        values = np.asarray([value for _, value in asked], np.intp)
+        return rows[kinds, np.arange(len(images))] == values
+
+    def features(self, images: Images) -> Float[np.ndarray, "N F"]:
+        return self.judge.features(images)
+
+
+def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
+    """Prompts of the glyphs world, in its held-out wordings.
+
+    A digit's synonyms are its other names; colours and textures have none.  Neighbours are the
+    other values of the attributes that concepts are of (the other digits, for "three"); distant are
+    the values of the other attributes.  Retained prompts ask for no erased thing by any name.
+
+    Args:
+      concepts: names of digits, colours or textures.
+      images: prompts of each kind, for each concept or for each retained group.
+      seed: of the choice.
+
+    Raises:
+      ValueError: a concept that is not of that world, or nothing left to retain.
+    """
+    meant = {concept: attribute_called(concept) for concept in concepts}
+    gone = set(meant.values())
+
+    def asks_for_none(prompt: Prompt, of: set[tuple[str, int]]) -> bool:
+        return all(getattr(prompt, attribute) != value for attribute, value in of)
+
+    every = prompts()
+    plain, synonyms = {}, {}
+    for concept, (attribute, value) in meant.items():
+        others_gone = gone - {(attribute, value)}
+        those = [
+            each
+            for each in every
+            if getattr(each, attribute) == value and asks_for_none(each, others_gone)
+        ]
+        if attribute == "digit":
+            others = [Asked(p.text, p.name, concept) for p in those if p.name not in concepts]
+            if others:
+                synonyms[concept] = choose(others, images, seed, lambda asked: asked.word)
+            those = [each for each in those if each.name == concept]
+        mine = [Asked(each.text, concept, concept) for each in those]
+        plain[concept] = choose(mine, images, seed, lambda asked: asked.word)
+
+    kinds = {attribute for attribute, _ in gone}
+    clean = [each for each in every if asks_for_none(each, gone)]
+    retained = {}
+    for group, attributes in (
+        ("neighbours", [each for each in ATTRIBUTES if each in kinds]),
+        ("distant", [each for each in ATTRIBUTES if each not in kinds]),
+    ):
+        candidates = [
+            _about(attribute, prompt) for attribute in attributes for prompt in clean
+        ]  # fmt: skip
+        if candidates:
+            retained[group] = choose(candidates, images, seed, lambda asked: asked.phrase)
+    if not retained:
+        raise ValueError(f"erasing {list(concepts)} leaves nothing of the glyphs world to retain.")
+    return Suites(plain, synonyms, retained)
+
+
+def _about(attribute: str, prompt: Prompt) -> Asked:
+    phrase = _WORDS[attribute][getattr(prompt, attribute)]
+    return Asked(prompt.text, prompt.name if attribute == "digit" else phrase, phrase)

@@ -1,0 +1,1 @@
+"""What is learnt from: images of subjects, and batches of them."""
