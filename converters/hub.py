@@ -5,6 +5,7 @@ An id is `org/name`, with a revision `org/name@revision`, and for one file of a 
 cache, the token and `HF_HUB_OFFLINE` are huggingface_hub's own.
 """
 
+import functools
 import json
 import os
 import re
@@ -71,6 +72,15 @@ def local(
     if wanted is None:
         folder = Path(path).expanduser()
         return folder / subfolder if subfolder else folder
+    names = None if components is None else tuple(sorted(components))
+    return _fetched(wanted, str(path), subfolder, variant, names)
+
+
+@functools.cache  # a command asks for the same model several times
+def _fetched(
+    wanted: HubId, path: str, subfolder: str | None, variant: str | None,
+    components: tuple[str, ...] | None,
+) -> Path:  # fmt: skip
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub_errors
 

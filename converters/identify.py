@@ -8,6 +8,7 @@ from . import architectures
 from .compvis import WRAPPERS, open_single_file
 from .compvis_parts import stranger
 from .errors import CheckpointError, listing
+from .hub import local
 from .lora import holds_lora, is_lora
 from .personalised import is_personalised, personalised_files
 from .safetensors_file import StoredTensor
@@ -50,18 +51,21 @@ def identify(path: Path | str) -> Identity:
     return _file(path) if path.is_file() else _folder(path)
 
 
-def resolved(path: Path | str) -> Path:
-    """The path itself; of a model's folder in the Hub's cache, the folder of its files.
+def resolved(path: Path | str, *, subfolder: str | None = None, variant: str | None = None) -> Path:
+    """The path itself; of a model of the Hub, by its id or its folder in the cache, its files.
+
+    Args:
+      path, subfolder, variant: as for `hub.local`.
 
     Raises:
       CheckpointError: there is nothing, or a cache with several versions none of which is "main".
     """
-    path = Path(path).expanduser()
+    path = local(path, subfolder=subfolder, variant=variant)
     if not path.exists():
         dangling = " (a symlink to nothing)" if path.is_symlink() else ""
         raise CheckpointError(
             f"{path} does not exist{dangling}. Pass a folder with config.json or model_index.json, "
-            "or a single file; models are not downloaded here."
+            "a single file, or a model of the Hub (org/name)."
         )
     snapshots = path / "snapshots"
     if not (path.name.startswith(_HUB) or (path / "refs").is_dir()) or not snapshots.is_dir():

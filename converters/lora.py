@@ -28,6 +28,7 @@ from flax import nnx
 from .compvis_names import renamed
 from .compvis_parts import unet_names_of
 from .errors import CheckpointError, OutputError, listing
+from .hub import local
 from .output import atomic_file
 from .parameters import on_host
 from .safetensors_file import (
@@ -118,7 +119,7 @@ def is_lora(keys: Any) -> bool:
 
 def holds_lora(path: Path | str) -> bool:
     """Whether a path is a LoRA file, or a folder with one."""
-    path = Path(path).expanduser()
+    path = local(path)
     if path.is_dir():
         return any((path / name).is_file() for name in FILES)
     try:
@@ -221,7 +222,7 @@ def lora_file(path: Path | str) -> Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if path.is_dir():
         found = next((path / name for name in FILES if (path / name).is_file()), None)
         if found is None:

@@ -30,6 +30,7 @@ from flax import nnx
 from .compvis_names import renamed
 from .compvis_parts import is_single_file, unet_names_of
 from .errors import CheckpointError, OutputError, listing
+from .hub import local
 from .lora import holds_lora, is_lora
 from .safetensors_file import (
     FLOAT_NAMES,
@@ -185,7 +186,7 @@ def personalised_files(path: Path | str) -> list[Path]:
     `*_emb.safetensors`, `*_changes.safetensors`, and those named for a token, `<...>.safetensors`
     or `<...>.bin`.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if not path.is_dir():
         return [path]
     return sorted(
@@ -201,7 +202,7 @@ def read_personalisation(path: Path | str) -> Personalisation:
     Raises:
       CheckpointError: nothing of the kind, damaged or unsafe files, a token that comes twice.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     files = personalised_files(path)
     if not files:
         raise CheckpointError(
@@ -240,7 +241,7 @@ def describe(path: Path | str) -> str | None:
     Raises:
       CheckpointError: a damaged or unsafe file.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if path.is_dir() and (
         (path / "model_index.json").is_file() or (path / "config.json").is_file()
     ):

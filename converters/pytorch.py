@@ -52,7 +52,7 @@ from .safetensors_file import (
 from .segmentation import loader_of
 from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
-from .weights import STEMS, find_weights, open_weights
+from .weights import STEMS, find_weights, holds_variant, open_weights
 
 
 def load_pytorch(
@@ -62,6 +62,8 @@ def load_pytorch(
     param_dtype: Any = None,
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     architecture: str | type[nnx.Module] | None = None,
     **model_options: Any,
 ) -> Any:
@@ -74,7 +76,9 @@ def load_pytorch(
     memory-mapped and copied, so the files may change or vanish afterwards (but see `sharding`).
 
     Args:
-      path: the folder or file; `~` is expanded.
+      path: the folder or file; `~` is expanded. Where there is none, a model of the Hugging Face
+        Hub, `org/name` or `org/name@revision`: what loading it reads is fetched into the Hub's own
+        cache.
       dtype: computation dtype of the models.
       param_dtype: dtype to convert the parameters to; None keeps each as stored, so that
         `save_pytorch` gives back the same bits.
@@ -84,6 +88,9 @@ def load_pytorch(
         NumPy views in NNX layout: for models to be written again, not to be run.
       components: of a pipeline, load only these of `unet`, `vae`, `text_encoder`, `tokenizer`,
         `scheduler` (and SDXL's `text_encoder_2`, `tokenizer_2`); the others are None.
+      subfolder: a folder in it that is meant, such as "unet".
+      variant: of the weights, such as "fp16"; parts of a pipeline that lack it are read as they
+        are. Without it the plain weights are read, or, where there are none, another variant.
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
       model_options: of a component, further arguments of its model class: `remat=True`, or
@@ -101,7 +108,8 @@ def load_pytorch(
         shape or type, NaN or infinite.
       ValueError: an argument that does not apply to this checkpoint.
     """
-    found = Identity(COMPONENT, path := resolved(path))
+    path = resolved(path, subfolder=subfolder, variant=variant)
+    found = Identity(COMPONENT, path)
     if architecture is None or (path / "model_index.json").is_file():
         found = identify(path)
     if found.advice:
@@ -122,7 +130,10 @@ def load_pytorch(
             path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, **model_options
         )
     place = functools.partial(put, rule=sharding)
-    options = {"dtype": dtype, "param_dtype": param_dtype, "model_options": model_options}
+    options = {
+        "dtype": dtype, "param_dtype": param_dtype, "model_options": model_options,
+        "variant": variant,
+    }  # fmt: skip
     if found.kind == PIPELINE:
         if architecture is not None:
             raise ValueError(f"{path} is a pipeline: architecture= is for a component folder.")
@@ -136,8 +147,9 @@ def load_pytorch(
 
 
 def _load_pipeline(
-    path: FilePath, components: Collection[str] | None, *, place: Callable, **options
-) -> Any:
+    path: FilePath, components: Collection[str] | None, *, place: Callable, variant: str | None,
+    **options,
+) -> Any:  # fmt: skip
     index = read_index(path)
     kind = architectures.class_of_pipeline(index, str(path))
     known = pipeline_components(kind)
@@ -146,12 +158,15 @@ def _load_pipeline(
         unknown = sorted(wanted - set(known))
         raise ValueError(f"components accepts {known}, received {unknown}.")
     parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
-    for name in kind.MODELS:
-        if name in wanted:
-            published = class_in(index.get(name))
-            parts[name] = _load_component(
-                path / name, published, place=functools.partial(place, prefix=(name,)), **options
-            )
+    models = [name for name in kind.MODELS if name in wanted]
+    having = [name for name in models if variant and holds_variant(path / name, variant)]
+    if variant and not having:
+        raise CheckpointError(f"{path}: none of {listing(models)} has the variant {variant!r}.")
+    for name in models:
+        parts[name] = _load_component(
+            path / name, class_in(index.get(name)), variant=variant if name in having else None,
+            place=functools.partial(place, prefix=(name,)), **options,
+        )  # fmt: skip
     for name in kind.TOKENIZERS:
         if name in wanted:
             parts[name] = read_tokenizer(path / name)
@@ -165,7 +180,8 @@ def _load_pipeline(
 
 def _load_component(
     path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable,
-    model_options: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None = None,
+    model_options: Mapping[str, Any], variant: str | None,
+    stored: Mapping[str, StoredTensor] | None = None,
 ) -> nnx.Module:  # fmt: skip
     folder = path.parent if path.is_file() else path
     raw, source = read_config(folder)
@@ -180,7 +196,7 @@ def _load_component(
             f"{model_class.__name__} takes no {', '.join(unknown)}; beside the checkpoint it takes "
             f"{', '.join(sorted(accepted))}."
         )
-    file = path if path.is_file() else find_weights(folder, model_class.pytorch_library)
+    file = path if path.is_file() else find_weights(folder, model_class.pytorch_library, variant)
     if stored is None:
         stored = open_weights(file)
     return build(

@@ -77,11 +77,16 @@ def is_orbax(names: Sequence[str]) -> bool:
     return not _ORBAX.isdisjoint(names)
 
 
-def find_weights(folder: Path, library: str) -> Path:
+def find_weights(folder: Path, library: str, variant: str | None = None) -> Path:
     """The weight file or index of a component folder.
 
     As in diffusers, the plain file comes first, safetensors before a pickle; where there is none,
     a variant is taken, such as `model.fp16.safetensors`, and last Flax's.
+
+    Args:
+      folder: the component's.
+      library: "diffusers" or "transformers", whose names come first.
+      variant: the only one to take, such as "fp16".
 
     Raises:
       CheckpointError: there is none; the message lists what is there.
@@ -89,10 +94,15 @@ def find_weights(folder: Path, library: str) -> Path:
     found = [
         (place, entry.name) for entry in folder.iterdir()
         if (place := _place(entry.name, library)) is not None and entry.is_file()
+        and variant in (None, variant_of(entry.name))
     ]  # fmt: skip
     if found:
         return folder / min(found)[1]
     there = visible(folder)
+    if variant is not None:
+        raise CheckpointError(
+            f"{folder} holds no weights of the variant {variant!r} (found {listing(there)})."
+        )
     if is_orbax(there):
         raise CheckpointError(
             f"{folder} is an Orbax checkpoint. Restore it with Orbax and write its parameters with "
@@ -102,6 +112,14 @@ def find_weights(folder: Path, library: str) -> Path:
         f"{folder} holds no weights: expected {STEMS[library][0]}.safetensors, that with "
         f".index.json, or {STEMS[library][1]}.bin, found {listing(there) or 'nothing'}. "
         "Check that the download is complete."
+    )
+
+
+def holds_variant(folder: Path, variant: str) -> bool:
+    """Whether a component folder has weights of a variant."""
+    return folder.is_dir() and any(
+        variant_of(entry.name) == variant and _NAME.fullmatch(entry.name)
+        for entry in folder.iterdir()
     )
 
 

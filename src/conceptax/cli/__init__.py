@@ -40,6 +40,7 @@ COMMANDS = {
     "gna simulate": "predict what a neighborhood attention saves, without a GPU",
     "gna search": "find the windows and strides that save most, and draw them",
     "gna bench": "measure a neighborhood attention here, beside what is predicted",
+    "doctor": "say what is installed, and which kernel runs here and why",
 }
 _READER_LEFT = 128 + signal.SIGPIPE  # as if it had ended by that signal, in silence
 _MODULES = {"evaluate personalization": "evaluate_personalization"}
@@ -49,14 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     0 is success, 1 a failure that is told in one sentence on stderr, 2 a wrong command line,
-    128 + n the end by signal n.  With `--debug` a failure keeps its traceback.
+    128 + n the end by signal n.  With `--debug` a failure keeps its traceback; with `--offline` the
+    Hub is not asked, and models of it come from its cache.
 
     Args:
       argv: the arguments; None takes those of this process, which then is the command's own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("CONCEPTAX_DEBUG"))
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    if "--offline" in arguments:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    arguments = [each for each in arguments if each not in ("--debug", "--offline")]
     name = next((" ".join(arguments[:n]) for n in (2, 1) if _is_command(arguments[:n])), None)
     label = f"conceptax {name}" if name else "conceptax"
     if argv is not None:
@@ -153,7 +157,7 @@ def _is_command(words: Sequence[str]) -> bool:
 def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str]) -> int:
     import tyro
 
-    from .options import check_seeds, flags
+    from .options import check_seeds, fetched, flags
 
     word, *second = name.split()
     module: Any = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
@@ -173,7 +177,7 @@ def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str])
     join_processes()
     arm()  # jax takes SIGTERM where there are several processes
     check_seeds(command, known)
-    module.run(command)
+    module.run(fetched(command) if known else command)
     return 0
 
 
@@ -189,8 +193,9 @@ def _overview(arguments: Sequence[str]) -> int:
             "commands:",
             *lines,
             "",
-            "`conceptax COMMAND --help` lists a command's options; --debug shows the traceback of",
-            "any error; --version shows the version.",
+            "`conceptax COMMAND --help` lists the options of a command. For a model an id of the",
+            "Hugging Face Hub does too: org/name[@revision]; --offline takes it from the cache.",
+            "--debug shows the traceback of any error; --version shows the version.",
         ]
     )
     first = next(iter(arguments), "--help")
@@ -207,7 +212,7 @@ def _overview(arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _quiet(flags: Mapping[Any, str]) -> Iterator[None]:
-    """Nothing is downloaded, libraries keep their advice, and warnings take one line each.
+    """Libraries keep their advice, and warnings take one line each.
 
     What XLA compiles is kept for the next run, unless `JAX_COMPILATION_CACHE_DIR` says otherwise.
     """
@@ -215,7 +220,6 @@ def _quiet(flags: Mapping[Any, str]) -> Iterator[None]:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "conceptax", "xla"))
     # What attention does over a mesh is told by its operands; the pointer is new in each process.
     os.environ.setdefault("JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def show(message: Any, *_: Any) -> None:

@@ -55,6 +55,32 @@ def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
     return found
 
 
+# Flags that name a model, a part of one, or what is added to one: also by an id of the Hub.
+MODELS = frozenset({
+    "model", "source", "original", "edited", "never_knew", "classifier", "clip", "dino", "blip",
+    "blip2", "motion_adapter", "open_clip", "teacher", "tokenizer", "add",
+})  # fmt: skip
+
+
+def fetched(command: Any) -> Any:
+    """The command with ids of the Hub in `MODELS` replaced by where these models lie.
+
+    Raises:
+      CheckpointError: one cannot be had.
+    """
+    from conceptax.converters.hub import hub_id, local
+
+    def place(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(place, value))
+        return local(value) if isinstance(value, Path) and hub_id(value) else value
+
+    names = {field.name for field in dataclasses.fields(command)} & MODELS
+    found = {name: place(value) for name in names if (value := getattr(command, name)) is not None}
+    changed = {name: value for name, value in found.items() if value != getattr(command, name)}
+    return dataclasses.replace(command, **changed) if changed else command
+
+
 def check_seeds(command: Any, known: Mapping[tuple[str, ...], str]) -> None:
     """Check every seed among the settings of a command, whose `flags` are `known`.
 
