@@ -11,8 +11,8 @@ import pytest
 from gna_oracle import attention, full_mask, operands, random_case, random_heads
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import boxes
-from conceptax.kernels.gna.boxes import key_rows
+from conceptax.kernels.gna.backends import boxes
+from conceptax.kernels.gna.backends.boxes import key_rows
 
 GOLDEN = [
     "1d_w7", "1d_even_w8_s2", "1d_causal_w6_s3", "2d_w5x3", "2d_w4x6_s2x3_d1x1", "2d_gqa",

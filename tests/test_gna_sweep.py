@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import boxes, triton, xla
 from conceptax.kernels.gna.api import attend
+from conceptax.kernels.gna.backends import boxes, triton, xla
 from conceptax.kernels.gna.cuda import build
 from conceptax.kernels.gna.problem import Residuals
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna.api import attend as attend_checked
-from conceptax.kernels.gna.boxes import key_rows
+from conceptax.kernels.gna.backends.boxes import key_rows
 from conceptax.kernels.gna.problem import windows_of
 
 # Both sides compute in float32; see test_gna.

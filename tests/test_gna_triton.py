@@ -12,8 +12,9 @@ import pytest
 from gna_oracle import attention, full_mask, operands, random_case
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import triton as backend
+from conceptax.kernels.gna import backends
 from conceptax.kernels.gna.api import attend
+from conceptax.kernels.gna.backends import triton as backend
 from conceptax.kernels.gna.problem import Residuals
 from conceptax.kernels.gna.tiles import padded, tiling
 from conceptax.kernels.gna.windows import Window
@@ -143,9 +144,9 @@ def count(mask, windows, tiles):
 def kernels(repository, monkeypatch):
     """The kernels imported apart from the hook that checks annotations, which wraps functions."""
     pytest.importorskip("triton")
-    module = gna_interpreter.load(repository / "kernels/gna")
-    monkeypatch.setitem(sys.modules, "conceptax.kernels.gna.triton_kernels", module)
-    monkeypatch.setattr(gna, "triton_kernels", module, raising=False)
+    module = gna_interpreter.load(repository / "kernels/gna/backends")
+    monkeypatch.setitem(sys.modules, "conceptax.kernels.gna.backends.triton_kernels", module)
+    monkeypatch.setattr(backends, "triton_kernels", module, raising=False)
     return module
 
 

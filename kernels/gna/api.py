@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from . import cuda, reference, triton, xla
+from . import cuda
+from .backends import reference, triton, xla
 from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
 from .problem import Number, PerDimension, Problem, Residuals, Size, describe, windows_of

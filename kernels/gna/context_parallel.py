@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .api import attend, select
-from .boxes import key_rows
+from .backends.boxes import key_rows
 from .problem import Number, PerDimension, describe
 from .varying import vary, varying_axes
 from .windows import Window

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .platforms import default_platform
-from .problem import Gradients, Problem, Residuals
-from .tiles import padded, tiling
+from ..platforms import default_platform
+from ..problem import Gradients, Problem, Residuals
+from ..tiles import padded, tiling
+from ..varying import vary, varying_axes
 from .triton_blocks import TUNED, Blocks, blocks_of, largest_dim, tuning_key
-from .varying import vary, varying_axes
 
 # Programs that keep any GPU busy; the additional keys alone may be too few.
 ENOUGH_PROGRAMS = 512
@@ -247,7 +247,7 @@ def tune(
       Milliseconds of each candidate that ran, the fastest first, by kernel; of the two kernels of
       the backward pass together, while one of them is tuned.
     """
-    from .api import attend
+    from ..api import attend
 
     times: dict[str, dict[Blocks, float]] = {}
     operands = _random_operands(problem)

@@ -19,8 +19,8 @@ import math
 import numpy as np
 from jaxtyping import Bool, Int
 
-from .problem import Problem
-from .windows import Window
+from ..problem import Problem
+from ..windows import Window
 
 # Costs in units of one score (two products of head_dim multiply-adds forward, five backward), as
 # measured on a CPU.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from .problem import Problem
+from ..problem import Problem
 
 
 class Blocks(NamedTuple):

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import cuda, triton, xla
-from .api import neighborhood_attention, seen_by_backends
-from .problem import Problem
+from .. import cuda
+from ..api import neighborhood_attention, seen_by_backends
+from ..backends import triton, xla
+from ..problem import Problem
 from .schedule import GPUS, Gpu
-from .simulator import Simulation, simulate
+from .simulate import Simulation, simulate
 
 
 class Timing(NamedTuple):
