@@ -24,7 +24,7 @@ from conceptax.kernels.gna.simulator import (
 )
 from conceptax.kernels.gna.simulator.schedule import GPUS, Blocks, Gpu
 from conceptax.kernels.gna.simulator.search import tabulate
-from conceptax.kernels.gna.windows import Window
+from conceptax.kernels.gna.tiles import Window
 
 search_module = importlib.import_module("conceptax.kernels.gna.simulator.search")
 

@@ -129,8 +129,8 @@ def blocked():
     def cut(drawn):
         how = drawn.cut
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(boxes, "STEP_COST", how["step_cost"])
-            patch.setattr(boxes, "KEY_COST", how["key_cost"])
+            costs = {"start": how["step_cost"], "met": how["key_cost"]}
+            patch.setattr(boxes, "COSTS", dataclasses.replace(boxes.COSTS, **costs))
             patch.setattr(xla, "plan_of", lambda x: plan(x, how["budget"], how["shapes"]))
             attend.clear_cache()  # it may have met the problem before, cut otherwise
             return run(drawn)

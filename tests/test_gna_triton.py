@@ -15,9 +15,9 @@ from conceptax.kernels import gna
 from conceptax.kernels.gna import backends
 from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.backends import triton as backend
+from conceptax.kernels.gna.backends.triton_blocks import padded, tiling
 from conceptax.kernels.gna.problem import Residuals
-from conceptax.kernels.gna.tiles import padded, tiling
-from conceptax.kernels.gna.windows import Window
+from conceptax.kernels.gna.tiles import Window
 
 CASES = {
     # name: layout, kernel_size, stride, dilation, is_causal; B, Hq, Hkv, D, Dv, A; tile sizes

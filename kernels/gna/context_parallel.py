@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .api import attend, select
-from .backends.boxes import key_rows
 from .problem import Number, PerDimension, describe
+from .tiles import Window, key_rows
 from .varying import vary, varying_axes
-from .windows import Window
 
 
 def context_parallel_attention(

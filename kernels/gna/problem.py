@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .windows import Window
+from .tiles import Window
 
 # An integer (or bool) for all dimensions, or one per dimension; what else may come is refused by
 # name in `per_dimension`, which says more than a type checker would.

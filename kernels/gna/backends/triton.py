@@ -17,9 +17,16 @@ from jaxtyping import Array
 
 from ..platforms import default_platform
 from ..problem import Gradients, Problem, Residuals
-from ..tiles import padded, tiling
 from ..varying import vary, varying_axes
-from .triton_blocks import TUNED, Blocks, blocks_of, largest_dim, tuning_key
+from .triton_blocks import (
+    TUNED,
+    Blocks,
+    blocks_of,
+    largest_dim,
+    padded,
+    tiling,
+    tuning_key,
+)
 
 # Programs that keep any GPU busy; the additional keys alone may be too few.
 ENOUGH_PROGRAMS = 512

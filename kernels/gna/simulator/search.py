@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ..problem import windows_of
-from ..windows import Window, bounds, tile_visits
+from ..tiles import Window, bounds, tile_visits
 from .schedule import Gpu, Tiles, find_gpu, tile_options
 
 # Up to here every window is tried; longer dimensions take windows of whole key tiles.

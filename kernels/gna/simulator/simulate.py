@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ..problem import windows_of
-from ..windows import Window, visits
+from ..tiles import Window, visits
 from .schedule import Blocks, Gpu, end_to_end_speedup, find_gpu, tile_options
 
 Tiling = Literal["permuted", "fused", "single-dim"]
