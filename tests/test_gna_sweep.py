@@ -167,7 +167,7 @@ def interpreted(tmp_path_factory):
             return interpreter(name, launch, *arrays)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton, "_blocks", lambda *_: blocks)
+            patch.setattr(triton, "blocks_here", lambda *_: blocks)
             patch.setattr(triton, "ENOUGH_PROGRAMS", 4)
             patch.setattr(triton, "call", call)
             output, lse = triton.forward(problem, *inputs)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Required, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,16 @@ Size: TypeAlias = Any
 Operand: TypeAlias = Array | jax.ShapeDtypeStruct
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Settings(TypedDict, total=False):
+    """What `neighborhood_attention` is told beside arrays."""
+
+    kernel_size: Required[PerDimension]
+    stride: PerDimension
+    dilation: PerDimension
+    is_causal: PerDimension
+    scale: Number | None
 
 
 class Residuals(NamedTuple):

@@ -100,7 +100,7 @@ OTHERS: Table = {  # 99 KiB
 # keys, of the others queries. Chosen for what fits and does not spill; `tune` measures.
 TABLES = {0: OTHERS, 80: A100, 86: OTHERS, 90: HOPPER, 120: OTHERS}
 
-# What was measured, for problems of batch 1, whatever the batch; see `triton.tune`.
+# What was measured, for problems of batch 1, whatever the batch; see `tuning.tune`.
 TUNED: dict[tuple[Problem, str], Blocks] = {}
 
 
