@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conceptax.kernels.gna import measure, neighborhood_attention
+from conceptax.kernels.gna import neighborhood_attention
 from conceptax.kernels.gna.problem import Problem
+from conceptax.kernels.gna.simulator import measure
 
 # Error of a result against float64 over the largest number in it: rounding of operands' products
 # and of results to the dtype.

@@ -189,7 +189,7 @@ class JaxTasks:
         import optax
         from flax import nnx
 
-        from conceptax.flax_models.layers.remat import compiler_options
+        from conceptax.kernels.memory import compiler_options
         from conceptax.methods.training import TrainState, apply_gradients, init_state
 
         unet_def, unet = self.denoiser(remat=remat)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..kernels.memory import in_parts
 from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.checks import check_axes
@@ -25,9 +26,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-
-# So many tokens keep two cores busy, and a layer's activations are a few MiB.
-_TOKENS_IN_CACHE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,17 +245,7 @@ class CLIPEncoder(nnx.Module):
         )
 
     def __call__(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
-        parts = _parts(*x.shape[:2]) if jax.default_backend() == "cpu" else 1
-        if parts == 1:
-            return self.stack(x, mask)
-
-        def split(each: Array) -> Array:  # every part has rows of all devices that share the batch
-            return jnp.moveaxis(each.reshape(-1, parts, *each.shape[1:]), 1, 0)
-
-        each_part = jax.tree.map(split, (x, mask))
-        outputs = jax.lax.map(lambda part: self.stack(*part), each_part)
-        last, before = (jnp.moveaxis(each, 1, 0).reshape(x.shape) for each in outputs)
-        return last, before
+        return in_parts(self.stack, x, mask, tokens=x.shape[1])
 
     def stack(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
         """All layers on all of `x`."""
@@ -266,12 +254,6 @@ class CLIPEncoder(nnx.Module):
             before = x
             x = recomputed(layer.__call__, self.remat)(x, mask)
         return x, before
-
-
-def _parts(batch: int, tokens: int) -> int:
-    """How many equal parts of a batch are some `_TOKENS_IN_CACHE` tokens each."""
-    wanted = max(1, batch * tokens // _TOKENS_IN_CACHE)
-    return max(parts for parts in range(1, wanted + 1) if batch % parts == 0)
 
 
 class CLIPTextEmbeddings(nnx.Module):

@@ -6,8 +6,6 @@ fine-tuned here for few steps and with a small rate, and regularised by its orig
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ..kernels.convolution import convolve_depthwise
 from .configs import ModelConfig
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype
@@ -66,55 +65,6 @@ def layer_norm(features: int, **init: Any) -> nnx.LayerNorm:
     return nnx.LayerNorm(features, epsilon=1e-6, use_fast_variance=False, **init)
 
 
-@jax.custom_vjp
-def _shifted_products(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C"]
-) -> Float[Array, "B H W C"]:
-    """Depthwise convolution with zero padding, as a sum over the kernel's positions."""
-    height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (_HALF, _HALF), (_HALF, _HALF), (0, 0)))
-    terms = (
-        padded[:, i : i + height, j : j + width] * kernel[i, j]
-        for i in range(_KERNEL)
-        for j in range(_KERNEL)
-    )
-    return functools.reduce(jnp.add, terms)
-
-
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _shifted_products(x, kernel), (x, kernel)
-
-
-def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    padded = jnp.pad(x, ((0, 0), (_HALF, _HALF), (_HALF, _HALF), (0, 0)))
-
-    def product(place: Array) -> Array:
-        start = (0, place // _KERNEL, place % _KERNEL, 0)
-        return jnp.sum(jax.lax.dynamic_slice(padded, start, x.shape) * g, axis=(0, 1, 2))
-
-    by_kernel = jax.lax.map(product, jnp.arange(_KERNEL**2)).reshape(kernel.shape)
-    return _shifted_products(g, kernel[::-1, ::-1]), by_kernel
-
-
-_shifted_products.defvjp(_forward, _backward)
-
-
-def _depthwise(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "k k 1 C"], strides: Sequence[int],
-    padding: Sequence[tuple[int, int]], **options: Any,
-) -> Float[Array, "B H W C"]:  # fmt: skip
-    """`jax.lax.conv_general_dilated` of the blocks; on a CPU, where it is slow, one fused sum."""
-
-    def convolution(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-
-    def products(x: Array, kernel: Array) -> Array:
-        return _shifted_products(x, kernel[:, :, 0])
-
-    return jax.lax.platform_dependent(x, kernel, cpu=products, default=convolution)
-
-
 class Mlp(nnx.Module):
     """Two linear layers around an exact GELU."""
 
@@ -136,7 +86,7 @@ class ConvNeXtBlock(nnx.Module):
         self.conv_dw = nnx.Conv(
             features, features, (_KERNEL, _KERNEL), padding=((_HALF, _HALF),) * 2,
             feature_group_count=features, kernel_init=_TRUNCATED,
-            conv_general_dilated=_depthwise, **init,
+            conv_general_dilated=convolve_depthwise, **init,
         )  # fmt: skip
         self.norm = layer_norm(features, **init)
         self.mlp = Mlp(features, 4 * features, features, **init)

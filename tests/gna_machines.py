@@ -30,7 +30,7 @@ def interpreter(folder: Path) -> Iterator[Callable]:
     pytest.importorskip("triton")
     pytest.importorskip("torch")
     process = subprocess.Popen(
-        [sys.executable, gna_interpreter.__file__, str(ROOT / "kernels/gna")],
+        [sys.executable, gna_interpreter.__file__, str(ROOT / "kernels/gna/backends")],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -11,8 +11,8 @@ import pytest
 from gna_oracle import attention, full_mask, operands, random_case, random_heads
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import boxes
-from conceptax.kernels.gna.boxes import key_rows
+from conceptax.kernels.gna.backends import boxes
+from conceptax.kernels.gna.tiles import key_rows
 
 GOLDEN = [
     "1d_w7", "1d_even_w8_s2", "1d_causal_w6_s3", "2d_w5x3", "2d_w4x6_s2x3_d1x1", "2d_gqa",
@@ -221,10 +221,9 @@ def visited(problem, work):
 
 def cut(problem, rng):
     """A plan in more shapes and smaller tiles and pieces than so little work would be worth."""
-    costs = {"STEP_COST": int(rng.choice([0, 8192])), "KEY_COST": int(rng.choice([0, 2, 32]))}
+    costs = {"start": int(rng.choice([0, 8192])), "met": int(rng.choice([0, 2, 32]))}
     with pytest.MonkeyPatch.context() as patch:
-        for name, cost in costs.items():
-            patch.setattr(boxes, name, cost)
+        patch.setattr(boxes, "COSTS", dataclasses.replace(boxes.COSTS, **costs))
         budget = int(rng.choice([8, 64, 1 << 18]))
         return boxes.plan.__wrapped__(problem, budget, int(rng.integers(1, 4)))
 

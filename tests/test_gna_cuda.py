@@ -22,6 +22,7 @@ from conceptax.kernels import gna
 from conceptax.kernels.gna import cuda
 from conceptax.kernels.gna.cuda import build
 from conceptax.kernels.gna.problem import windows_of
+from conceptax.kernels.gna.tiles import cut
 
 needs_compiler = pytest.mark.skipif(build.compiler("cpu") is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(build.compiler("gpu") is None, reason="no nvcc")
@@ -210,7 +211,8 @@ def test_tiles_fit_the_windows():
                 groups = [range(g, length, dilation)[n : n + tile] for g in range(dilation)
                           for n in range(0, len(range(g, length, dilation)), tile)]  # fmt: skip
                 met = sum(int(mask[list(one)].any(0).sum()) for one in groups)
-                assert cuda._meets(window, tile, by_key) == (len(groups), met)
+                found = cut(window, tile, inverse=by_key)
+                assert (found.tiles, found.met, found.steps) == (len(groups), met, met)
 
 
 def problem(**changes):

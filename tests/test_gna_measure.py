@@ -11,9 +11,9 @@ import pytest
 
 from conceptax.cli import main
 from conceptax.kernels import gna
-from conceptax.kernels.gna import measure
 from conceptax.kernels.gna.api import select
 from conceptax.kernels.gna.cuda import build
+from conceptax.kernels.gna.simulator import measure
 
 
 def problem_of(layout, kernel_size, stride=1, heads=2, dim=8, dtype="float32"):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from conceptax.kernels import gna
+from conceptax.kernels.gna import partition
 from conceptax.kernels.gna.cuda import build
 
 LAYOUT = (6, 5)
@@ -102,6 +104,14 @@ def test_programs_of_two_problems_differ_before_they_are_partitioned(implementat
     programs = [unpartitioned(implementation, argnums, **one) for one in settings]
     assert len(set(programs)) == len(settings)
     assert unpartitioned(implementation, argnums, **settings[0]) == programs[0]
+
+
+def test_the_code_of_every_backend_is_in_the_key(monkeypatch):
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    partition._sources.__wrapped__()
+    names = {path.name for path in read}
+    assert {"api.py", "tiles.py", "xla.py", "boxes.py", "triton_kernels.py"} <= names
 
 
 def test_programs_of_one_problem_are_the_same_in_every_process(repository):

@@ -1,6 +1,7 @@
 """The simulator against brute force, published figures, and the commands that use it."""
 
 import functools
+import importlib
 import itertools
 import math
 import time
@@ -12,19 +13,20 @@ import pytest
 from PIL import Image
 
 from conceptax.cli import main
-from conceptax.kernels.gna import schedule
-from conceptax.kernels.gna import search as search_module
-from conceptax.kernels.gna.schedule import GPUS, Blocks, Gpu
-from conceptax.kernels.gna.search import tabulate
 from conceptax.kernels.gna.simulator import (
     attention_share_of,
     end_to_end_speedup,
     fit,
     scaled_share,
+    schedule,
     search,
     simulate,
 )
-from conceptax.kernels.gna.windows import Window
+from conceptax.kernels.gna.simulator.schedule import GPUS, Blocks, Gpu
+from conceptax.kernels.gna.simulator.search import tabulate
+from conceptax.kernels.gna.tiles import Window
+
+search_module = importlib.import_module("conceptax.kernels.gna.simulator.search")
 
 FLUX = {"token_layout": (256, 256), "kernel_size": 80}
 HUNYUAN = {"token_layout": (30, 48, 80), "kernel_size": (18, 24, 24)}

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import boxes, triton, xla
 from conceptax.kernels.gna.api import attend
+from conceptax.kernels.gna.backends import boxes, triton, xla
 from conceptax.kernels.gna.cuda import build
 from conceptax.kernels.gna.problem import Residuals
 
@@ -129,8 +129,8 @@ def blocked():
     def cut(drawn):
         how = drawn.cut
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(boxes, "STEP_COST", how["step_cost"])
-            patch.setattr(boxes, "KEY_COST", how["key_cost"])
+            costs = {"start": how["step_cost"], "met": how["key_cost"]}
+            patch.setattr(boxes, "COSTS", dataclasses.replace(boxes.COSTS, **costs))
             patch.setattr(xla, "plan_of", lambda x: plan(x, how["budget"], how["shapes"]))
             attend.clear_cache()  # it may have met the problem before, cut otherwise
             return run(drawn)
@@ -167,7 +167,7 @@ def interpreted(tmp_path_factory):
             return interpreter(name, launch, *arrays)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton, "_blocks", lambda *_: blocks)
+            patch.setattr(triton, "blocks_here", lambda *_: blocks)
             patch.setattr(triton, "ENOUGH_PROGRAMS", 4)
             patch.setattr(triton, "call", call)
             output, lse = triton.forward(problem, *inputs)

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna.api import attend as attend_checked
-from conceptax.kernels.gna.boxes import key_rows
 from conceptax.kernels.gna.problem import windows_of
+from conceptax.kernels.gna.tiles import key_rows
 
 # Both sides compute in float32; see test_gna.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}

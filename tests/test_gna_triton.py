@@ -12,11 +12,12 @@ import pytest
 from gna_oracle import attention, full_mask, operands, random_case
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import triton as backend
+from conceptax.kernels.gna import backends, tuning
 from conceptax.kernels.gna.api import attend
+from conceptax.kernels.gna.backends import triton as backend
+from conceptax.kernels.gna.backends.triton_blocks import TUNED, padded, tiling
 from conceptax.kernels.gna.problem import Residuals
-from conceptax.kernels.gna.tiles import padded, tiling
-from conceptax.kernels.gna.windows import Window
+from conceptax.kernels.gna.tiles import Window
 
 CASES = {
     # name: layout, kernel_size, stride, dilation, is_causal; B, Hq, Hkv, D, Dv, A; tile sizes
@@ -67,7 +68,7 @@ def with_gradients(problem, inputs, cotangents):
 
 def interpreted(monkeypatch, interpreter, name, dtype, wide=False):
     blocks = backend.Blocks(*CASES[name][-1], 4, 2)
-    monkeypatch.setattr(backend, "_blocks", lambda *_: blocks)
+    monkeypatch.setattr(backend, "blocks_here", lambda *_: blocks)
     monkeypatch.setattr(backend, "ENOUGH_PROGRAMS", 4)
 
     def call(name, launch, operands, results):
@@ -143,9 +144,9 @@ def count(mask, windows, tiles):
 def kernels(repository, monkeypatch):
     """The kernels imported apart from the hook that checks annotations, which wraps functions."""
     pytest.importorskip("triton")
-    module = gna_interpreter.load(repository / "kernels/gna")
-    monkeypatch.setitem(sys.modules, "conceptax.kernels.gna.triton_kernels", module)
-    monkeypatch.setattr(gna, "triton_kernels", module, raising=False)
+    module = gna_interpreter.load(repository / "kernels/gna/backends")
+    monkeypatch.setitem(sys.modules, "conceptax.kernels.gna.backends.triton_kernels", module)
+    monkeypatch.setattr(backends, "triton_kernels", module, raising=False)
     return module
 
 
@@ -154,7 +155,7 @@ def test_lowers_for_a_gpu_that_is_not_here(kernels, monkeypatch):
     reason = gna.unsupported("triton", problem, "gpu")
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(backend, "_blocks", lambda *_: backend.Blocks(64, 64, 4, 2))
+    monkeypatch.setattr(backend, "blocks_here", lambda *_: backend.Blocks(64, 64, 4, 2))
 
     def loss(*inputs):
         output, lse = attend(problem, "triton", *inputs)
@@ -226,19 +227,19 @@ def test_tuning_keeps_the_fastest(monkeypatch):
 
     def milliseconds(problem, kernel, operands, repeats):
         assert gna.describe(*operands[0][:5], **settings) == problem
-        blocks = backend._blocks(problem, kernel)
+        blocks = backend.blocks_here(problem, kernel)
         if blocks.own == 128:
             raise RuntimeError("out of shared memory")
         return 1000 / blocks.own / blocks.seen
 
-    monkeypatch.setattr(backend, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     try:
-        times = backend.tune(problem)
+        times = tuning.tune(problem)
         assert list(times) == ["forward", "backward_query", "backward_keys"]
         for kernel, found in times.items():
             assert {128} & {blocks.own for blocks in found} == set()
             assert list(found.values()) == sorted(found.values())
             larger = dataclasses.replace(problem, batch=3)
-            assert backend._blocks(larger, kernel)[:2] == (64, 128)
+            assert backend.blocks_here(larger, kernel)[:2] == (64, 128)
     finally:
-        backend.TUNED.clear()
+        TUNED.clear()

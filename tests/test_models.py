@@ -28,6 +28,7 @@ from conceptax.flax_models.layers.checks import check_axes
 from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.kernels.convolution import convolve_depthwise
 
 ORACLES = {
     "unet": ("unet", {}),
@@ -227,7 +228,7 @@ def test_long_attention_is_attention(keys, masked, causal, long, monkeypatch):
         return out, *pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))
 
     if long:
-        monkeypatch.setattr("conceptax.flax_models.layers.attention._MANY_LOGITS", keys * 4)
+        monkeypatch.setattr("conceptax.kernels.attention._MANY_LOGITS", keys * 4)
     received = both(lambda *each: dot_product_attention(*each, mask=mask, is_causal=causal))
     for one, other in zip(received, both(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6)
@@ -237,7 +238,7 @@ def test_long_attention_is_attention(keys, masked, causal, long, monkeypatch):
 def test_attention_is_the_same_at_any_size(long, monkeypatch):
     """Dtypes, promotion, empty batches, values of another dimension, and other platforms."""
     if long:
-        monkeypatch.setattr("conceptax.flax_models.layers.attention._MANY_LOGITS", 96)
+        monkeypatch.setattr("conceptax.kernels.attention._MANY_LOGITS", 96)
     random = jax.random.split(jax.random.key(0), 3)
     shapes = ((2, 12, 2, 4), (2, 12, 2, 4), (2, 12, 2, 6))
     query, key, value = (jax.random.normal(*each) for each in zip(random, shapes, strict=True))
@@ -290,7 +291,7 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
 
     in_parts, out, gradient = both()
     assert not in_parts
-    monkeypatch.setattr("conceptax.flax_models.clip._TOKENS_IN_CACHE", 8)
+    monkeypatch.setattr("conceptax.kernels.memory._TOKENS_IN_CACHE", 8)
     in_parts, same_out, same_gradient = both()
     assert in_parts == (jax.default_backend() == "cpu")
     np.testing.assert_allclose(same_out, out, atol=1e-6)
@@ -328,9 +329,27 @@ def test_a_kernel_larger_than_the_image_convolves(stride, padding):
 
     call = jax.jit(lambda: both(lambda params, x: nnx.merge(graphdef, params)(x)))
     if jax.default_backend() == "cpu":
-        assert "convolution" not in call.lower().compile().as_text()
+        assert " convolution(" not in call.lower().compile().as_text()
     for received, wanted in zip(call(), both(expected), strict=True):
         np.testing.assert_allclose(received, wanted, rtol=1e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, 1), (5, 1, 2), (3, 2, 1), (3, 1, 0), (2, 1, 1)]
+)
+def test_a_depthwise_convolution_of_any_settings(size, stride, padding):
+    kernel = jax.random.normal(jax.random.key(0), (size, size, 1, 3))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 6, 3))
+    settings = ((stride, stride), ((padding, padding),) * 2)
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 3}
+
+    def both(convolve):
+        out, pull = jax.vjp(lambda x, kernel: convolve(x, kernel, *settings, **options), x, kernel)
+        return out, *pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))
+
+    wanted = both(jax.lax.conv_general_dilated)
+    for received, one in zip(both(convolve_depthwise), wanted, strict=True):
+        np.testing.assert_allclose(received, one, rtol=1e-6, atol=3e-6)
 
 
 def test_a_doubled_image_is_convolved_before_it_is_doubled():

@@ -20,17 +20,6 @@ POLICIES = (
 )
 
 
-def compiler_options() -> dict[str, str] | None:
-    """What to hand to `jax.jit` so that recomputing saves memory on this device.
-
-    On a CPU, XLA takes away the barriers between an activation and its recomputation, and then
-    merges the two: as much is kept as without recomputing. Without that pass the barriers stay.
-    """
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
-
-
 def recomputed(run: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`run`, whose backward pass recomputes what `remat` says.
 

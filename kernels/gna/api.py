@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from . import cuda, reference, triton, xla
+from . import cuda
+from .backends import reference, triton, xla
 from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
 from .problem import Number, PerDimension, Problem, Residuals, Size, describe, windows_of
+from .tiles import Window
 from .varying import vary, varying_axes
-from .windows import Window
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,

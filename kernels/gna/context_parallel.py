@@ -7,16 +7,16 @@ one program runs on all devices, so all fetch the widest.
 """
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .api import attend, select
-from .boxes import key_rows
-from .problem import Number, PerDimension, describe
+from .problem import Settings, describe
+from .tiles import Window, key_rows
 from .varying import vary, varying_axes
-from .windows import Window
 
 
 def context_parallel_attention(
@@ -25,42 +25,29 @@ def context_parallel_attention(
     value: Array,
     *,
     axis_name: str,
-    kernel_size: PerDimension,
-    stride: PerDimension = 1,
-    dilation: PerDimension = 1,
-    is_causal: PerDimension = False,
-    scale: Number | None = None,
     additional_keys: Array | None = None,
     additional_values: Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    **settings: Unpack[Settings],
 ) -> Array | tuple[Array, Array]:
     """`neighborhood_attention` inside `jax.shard_map`, tokens sharded along their first dimension.
 
-    Equal to `neighborhood_attention` of the whole arrays, gradients included.
+    Equal to `neighborhood_attention` of the whole arrays, gradients included. What is not said here
+    is as there.
 
     Args:
-      query: this device's slab [B, X1 / devices, ..., Hq, D].
-      key: its keys [B, X1 / devices, ..., Hkv, D].
-      value: its values [B, X1 / devices, ..., Hkv, Dv].
+      query: this device's slab [B, X1 / devices, ..., Hq, D]; key and value are its slabs too.
       axis_name: the mesh axis along which slabs follow each other.
-      kernel_size: of the whole layout, as the following; see `neighborhood_attention`.
-      stride: queries that share a window.
-      dilation: distance between the keys of a window; along the first dimension it must divide the
-        tokens of a device.
-      is_causal: whether no key behind the query is seen.
-      scale: factor of the scores, by default D ** -0.5.
-      additional_keys: keys that every query sees, all of them on every device [B, A, Hkv, D].
-      additional_values: their values [B, A, Hkv, Dv].
-      return_lse: also return the log-sum-exp of the scores.
-      implementation: a backend by name; by default the first that can.
+      additional_keys: all of them on every device, as are their values.
+      settings: `kernel_size`, `stride`, `dilation`, `is_causal` and `scale` of the whole layout.
 
     Returns:
       This device's slab of the output, and of its log-sum-exp with `return_lse`.
 
     Raises:
-      ValueError: as `neighborhood_attention`, and where the dilation does not divide the tokens of
-        a device.
+      ValueError: as `neighborhood_attention`, and where the dilation along the first dimension does
+        not divide the tokens of a device.
       NotImplementedError: if the implementation asked for cannot do this.
     """
     shards = jax.lax.axis_size(axis_name)
@@ -75,11 +62,7 @@ def context_parallel_attention(
         whole(value),
         additional_keys,
         additional_values,
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        scale=scale,
+        **settings,
     )
     window, own = problem.windows[0], query.shape[1]
     if own % window.dilation:

@@ -8,14 +8,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Required, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .windows import Window
+from .tiles import Window
 
 # An integer (or bool) for all dimensions, or one per dimension; what else may come is refused by
 # name in `per_dimension`, which says more than a type checker would.
@@ -30,6 +30,16 @@ Size: TypeAlias = Any
 Operand: TypeAlias = Array | jax.ShapeDtypeStruct
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Settings(TypedDict, total=False):
+    """What `neighborhood_attention` is told beside arrays."""
+
+    kernel_size: Required[PerDimension]
+    stride: PerDimension
+    dilation: PerDimension
+    is_causal: PerDimension
+    scale: Number | None
 
 
 class Residuals(NamedTuple):

@@ -33,8 +33,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from ...errors import ConceptaxError
-from ...flax_models.layers import remat
 from ...interrupts import noting
+from ...kernels.memory import compiler_options
 from .checkpoints import Checkpoints
 from .paths import dotted
 from .processes import ProcessLostError, is_first_process, place, spread_flag
@@ -246,9 +246,7 @@ def _compile_step(
             metrics = {**metrics, _FINITE: _all_finite(state.params), _STOP: stop}
         return state, metrics
 
-    jit = functools.partial(
-        jax.jit, run, donate_argnums=0, compiler_options=remat.compiler_options()
-    )
+    jit = functools.partial(jax.jit, run, donate_argnums=0, compiler_options=compiler_options())
     if not leaves:
         return jit()
     replicated = NamedSharding(leaves[0].mesh, PartitionSpec())

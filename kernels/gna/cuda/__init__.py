@@ -20,8 +20,8 @@ from jaxtyping import Array
 
 from ..platforms import default_platform
 from ..problem import Gradients, Problem, Residuals
+from ..tiles import Costs, Window, cheapest, cut, sizes_up_to
 from ..varying import vary, varying_axes
-from ..windows import Window
 from . import build
 
 FORWARD, BACKWARD = "conceptax_gna_forward", "conceptax_gna_backward"
@@ -32,8 +32,8 @@ CPU_TILE, FORWARD_TILE = 0, 1
 
 # Meeting a key costs the CPU target its products with a tile of so many queries, in vectors of 16;
 # short rows of vectors run below full speed.
-CPU_COSTS = {16: 1.3, 32: 2.1, 48: 3.0, 64: 4.0}
-TILE_COST = 64  # preparing a tile, in tokens met
+CPU_WEIGHTS = {16: 1.3, 32: 2.1, 48: 3.0, 64: 4.0}
+COSTS = Costs(start=64, met=1)  # preparing a tile, in tokens met
 GPU_DTYPES = ("bfloat16", "float16")
 GPU_MOST_DIM = 128
 
@@ -143,50 +143,28 @@ def tiles(windows: tuple[Window, ...]) -> list[tuple[int, ...]]:
     Queries on a CPU; on a GPU queries in the forward pass, queries and keys in the backward pass.
     """
     return [
-        _best_tile(windows, CPU_COSTS, by_key=False),
-        _best_tile(windows, {128: 1.0}, by_key=False),
-        _best_tile(windows, {64: 1.0}, by_key=False),
+        _best_tile(windows, CPU_WEIGHTS),
+        _best_tile(windows, {128: 1.0}),
+        _best_tile(windows, {64: 1.0}),
         _best_tile(windows, {64: 1.0}, by_key=True),
     ]
 
 
 def _best_tile(
-    windows: tuple[Window, ...], costs: dict[int, float], by_key: bool
+    windows: tuple[Window, ...], weights: dict[int, float], by_key: bool = False
 ) -> tuple[int, ...]:
     """The shape that meets the fewest tokens of the other side, for all tiles together.
 
-    `costs` is what meeting one costs, by the most tokens that a tile may have.
+    `weights` is what meeting one costs, by the most tokens that a tile may have.
     """
-    choices = [
-        [(size, *_meets(w, size, by_key)) for size in _sizes(w, max(costs))] for w in windows
-    ]
+    choices = []
+    for window in windows:
+        longest = -(-window.length // window.dilation)
+        most = min(max(weights), longest)
+        sizes = sizes_up_to(most, [n * window.stride for n in (1, 2, 4)])
+        choices.append([cut(window, size, inverse=by_key) for size in sizes])
 
-    def work(combination: tuple[tuple[int, int, int], ...]) -> float:
-        sizes, tiles, met = zip(*combination, strict=True)
-        cost = next((c for most, c in costs.items() if math.prod(sizes) <= most), math.inf)
-        return cost * (math.prod(met) + TILE_COST * math.prod(tiles))
+    def weight(tokens: int) -> float:
+        return next((x for most, x in weights.items() if tokens <= most), math.inf)
 
-    return tuple(one[0] for one in min(itertools.product(*choices), key=work))
-
-
-def _sizes(window: Window, most: int) -> list[int]:
-    """Tiles worth trying along a dimension: powers of two, and those that fit the stride groups."""
-    longest = -(-window.length // window.dilation)
-    sizes = {1 << n for n in range(8)} | {n * window.stride for n in (1, 2, 4)} | {longest}
-    return sorted(size for size in sizes if size <= min(most, longest))
-
-
-def _meets(window: Window, tile: int, by_key: bool) -> tuple[int, int]:
-    """Tiles along a dimension, and the tokens that they meet, summed over all."""
-    tiles = met = 0
-    for length in window.group_lengths():
-        start, end = window.bounds(length)
-        first = np.arange(0, length, tile)
-        last = np.minimum(first + tile, length) - 1
-        if by_key:  # the queries from the first that sees the last key to those past its last
-            sizes = np.searchsorted(start, last, "right") - np.searchsorted(end, first, "right")
-        else:
-            sizes = end[last] - start[first]
-        tiles += len(first)
-        met += int(sizes.sum())
-    return tiles, met
+    return tuple(one.own for one in cheapest(itertools.product(*choices), COSTS, weight))

@@ -11,6 +11,7 @@
 #include <new>
 #include <numeric>
 
+#include "bindings.h"
 #include "numbers.h"
 #include "problem.h"
 #include "threads.h"
@@ -380,28 +381,4 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k
 }  // namespace
 }  // namespace gna
 
-namespace ffi = xla::ffi;
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    GnaForward, gna::run_forward,
-    ffi::Ffi::Bind()
-        .Ctx<ffi::ThreadPool>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
-        .Attr<ffi::Span<const int64_t>>("windows")
-        .Attr<ffi::Span<const int64_t>>("tiles")
-        .Attr<float>("scale"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    GnaBackward, gna::run_backward,
-    ffi::Ffi::Bind()
-        .Ctx<ffi::ThreadPool>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()
-        .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-        .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-        .Attr<ffi::Span<const int64_t>>("windows")
-        .Attr<ffi::Span<const int64_t>>("tiles")
-        .Attr<float>("scale"));
+GNA_DEFINE_HANDLERS(xla::ffi::ThreadPool);

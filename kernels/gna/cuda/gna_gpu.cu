@@ -4,6 +4,7 @@
 // wherever they lie, so that nothing is permuted before or after, and tiles of keys need no grid.
 
 #include "backward.h"
+#include "bindings.h"
 #include "forward.h"
 #include "problem.h"
 
@@ -111,28 +112,4 @@ ffi::Error run_backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k,
 }  // namespace
 }  // namespace gna
 
-namespace ffi = xla::ffi;
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    GnaForward, gna::run_forward,
-    ffi::Ffi::Bind()
-        .Ctx<ffi::PlatformStream<cudaStream_t>>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
-        .Attr<ffi::Span<const int64_t>>("windows")
-        .Attr<ffi::Span<const int64_t>>("tiles")
-        .Attr<float>("scale"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    GnaBackward, gna::run_backward,
-    ffi::Ffi::Bind()
-        .Ctx<ffi::PlatformStream<cudaStream_t>>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()
-        .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-        .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-        .Attr<ffi::Span<const int64_t>>("windows")
-        .Attr<ffi::Span<const int64_t>>("tiles")
-        .Attr<float>("scale"));
+GNA_DEFINE_HANDLERS(xla::ffi::PlatformStream<cudaStream_t>);

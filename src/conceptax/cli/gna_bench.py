@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from conceptax.cli.results import environment, new_file, write_json
-from conceptax.kernels.gna import describe, measure, unsupported
+from conceptax.kernels.gna import describe, unsupported
 from conceptax.kernels.gna.api import select
 from conceptax.kernels.gna.problem import Problem, windows_of
-from conceptax.kernels.gna.simulator import Gpu, Simulation, fit
-from conceptax.kernels.gna.windows import Window
+from conceptax.kernels.gna.simulator import Gpu, Simulation, fit, measure
+from conceptax.kernels.gna.tiles import Window
 from conceptax.methods.memory import require_memory
 
 if TYPE_CHECKING:

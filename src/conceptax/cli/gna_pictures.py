@@ -13,8 +13,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from conceptax.kernels.gna.problem import windows_of
-from conceptax.kernels.gna.search import ALL_WINDOWS, Choice, tabulate
-from conceptax.kernels.gna.windows import Window, visits
+from conceptax.kernels.gna.simulator.search import ALL_WINDOWS, Choice, tabulate
+from conceptax.kernels.gna.tiles import Window, visits
 
 SKIPPED, FREE, MASKED, QUERY = "#eceff2", "#2f81c7", "#f0883e", "#d1242f"
 CLASSES = ListedColormap([SKIPPED, FREE, MASKED])

@@ -14,33 +14,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from .problem import windows_of
-from .schedule import (
-    GPUS,
-    Blocks,
-    Gpu,
-    attention_share_of,
-    end_to_end_speedup,
-    find_gpu,
-    fit,
-    scaled_share,
-    tile_options,
-)
-from .search import Choice, search
-from .windows import Window, visits
-
-__all__ = [
-    "GPUS",
-    "Choice",
-    "Gpu",
-    "Simulation",
-    "attention_share_of",
-    "end_to_end_speedup",
-    "fit",
-    "scaled_share",
-    "search",
-    "simulate",
-]
+from ..problem import windows_of
+from ..tiles import Window, visits
+from .schedule import Blocks, Gpu, end_to_end_speedup, find_gpu, tile_options
 
 Tiling = Literal["permuted", "fused", "single-dim"]
 BYTES = 2  # of an element: fp16 and bf16

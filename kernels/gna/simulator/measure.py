@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import statistics
@@ -17,11 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import cuda, triton, xla
-from .api import neighborhood_attention, seen_by_backends
-from .problem import Problem
+from .. import cuda
+from ..api import neighborhood_attention, seen_by_backends
+from ..backends import triton, xla
+from ..problem import Problem
+from ..tiles import shapes_of
 from .schedule import GPUS, Gpu
-from .simulator import Simulation, simulate
+from .simulate import Simulation, simulate
 
 
 class Timing(NamedTuple):
@@ -170,11 +171,9 @@ def bound(problem: Problem, queries: int) -> Simulation:
     """
     problem = seen_by_backends(problem)
     rank = len(problem.windows)
-    sides = [2**n for n in range(queries.bit_length())]
-    shapes = [x for x in itertools.product(sides, repeat=rank) if math.prod(x) == queries]
     sizes = (1,) * rank
     return max(
-        (_simulate(problem, shape, sizes, GPUS["h200"]) for shape in shapes),
+        (_simulate(problem, shape, sizes, GPUS["h200"]) for shape in shapes_of(queries, rank)),
         key=lambda one: one.tile_speedup,
     )
 

@@ -1,11 +1,15 @@
 """Which tiles the Triton kernels use on which GPU: a table, and what was measured instead."""
 
 import dataclasses
+import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from .problem import Problem
+from ..problem import Problem
+from ..tiles import Costs, Window, cheapest, cut, shapes_of
 
 
 class Blocks(NamedTuple):
@@ -96,7 +100,7 @@ OTHERS: Table = {  # 99 KiB
 # keys, of the others queries. Chosen for what fits and does not spill; `tune` measures.
 TABLES = {0: OTHERS, 80: A100, 86: OTHERS, 90: HOPPER, 120: OTHERS}
 
-# What was measured, for problems of batch 1, whatever the batch; see `triton.tune`.
+# What was measured, for problems of batch 1, whatever the batch; see `tuning.tune`.
 TUNED: dict[tuple[Problem, str], Blocks] = {}
 
 
@@ -121,4 +125,63 @@ def blocks_of(problem: Problem, kernel: str, capability: int) -> Blocks:
         blocks
         for blocks, column in zip(table, COLUMNS, strict=True)
         if column[0] == size and column[1] >= dim
+    )
+
+
+# Shapes
+
+# In units of a tile step without a mask.
+COSTS = Costs(start=1.5, step=1, mask=0.2)
+
+# A mask of several dimensions takes one bit for each row of a tile along each dimension.
+MOST_BITS = 32
+
+
+class Tiling(NamedTuple):
+    """Tile shapes, three-dimensional, and what they lead to.
+
+    Attributes:
+      own: tokens of a program's tile along each dimension.
+      seen: tokens of the tiles that it visits.
+      grid: own tiles of the longest dilation group.
+      steps: visited tiles, summed over all tiles.
+      free: those among them that need no mask.
+    """
+
+    own: tuple[int, ...]
+    seen: tuple[int, ...]
+    grid: tuple[int, ...]
+    steps: int
+    free: int
+
+
+def padded(windows: tuple[Window, ...]) -> tuple[Window, ...]:
+    """Windows of three dimensions, the leading ones of one token."""
+    return (Window(1, 1),) * (3 - len(windows)) + windows
+
+
+def _shapes(tokens: int, rank: int) -> list[tuple[int, ...]]:
+    """Shapes of a tile, whose masks fit into a word."""
+    shapes = shapes_of(tokens, rank)
+    return [one for one in shapes if rank == 1 or sum(one) + 3 - rank <= MOST_BITS]
+
+
+@functools.lru_cache(maxsize=1024)
+def tiling(windows: tuple[Window, ...], own: int, seen: int, *, inverse: bool = False) -> Tiling:
+    """The cheapest shapes for tiles of `own` tokens that visit tiles of `seen` tokens.
+
+    Own tokens are queries and those visited keys; with `inverse` it is the other way round.
+    """
+    rank = len(windows)
+    side = functools.cache(functools.partial(cut, inverse=inverse))
+    shapes = itertools.product(_shapes(own, rank), _shapes(seen, rank))
+    best = cheapest((tuple(map(side, windows, *pair)) for pair in shapes), COSTS)
+    grid = tuple(-(-w.length // (w.dilation * c.own)) for w, c in zip(windows, best, strict=True))
+    ones = (1,) * (3 - rank)
+    return Tiling(
+        own=ones + tuple(c.own for c in best),
+        seen=ones + tuple(c.seen for c in best),
+        grid=ones + grid,
+        steps=math.prod(c.steps for c in best),
+        free=math.prod(c.free for c in best),
     )

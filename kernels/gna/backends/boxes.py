@@ -19,14 +19,13 @@ import math
 import numpy as np
 from jaxtyping import Bool, Int
 
-from .problem import Problem
-from .windows import Window
+from ..problem import Problem
+from ..tiles import Costs, Cut, Window, cheapest, key_rows, sizes_up_to
 
-# Costs in units of one score (two products of head_dim multiply-adds forward, five backward), as
-# measured on a CPU.
-KEY_COST = 32  # copying a key, its value and what is added to their gradients
-STEP_COST = 8192  # starting a step
-MASK_COST = 1.1  # of a score that is masked, relative to one that is not
+# In units of one score (two products of head_dim multiply-adds forward, five backward), as measured
+# on a CPU: starting a step, copying a key, its value and what is added to their gradients, a score,
+# and what masking it adds.
+COSTS = Costs(start=8192, met=32, step=1, mask=0.1)
 ROWS = 256  # queries of a tile, beyond which a larger one gains nothing
 
 
@@ -109,6 +108,12 @@ class _Side:
         shared = (self.start == first[..., None]) & (self.end == last[..., None])
         return shared.all((0, 2)) & (last - first == self.sizes).all(0)
 
+    def cut(self, tile: int) -> Cut:
+        """What tiles of `tile` queries, some joined, come to; a step is one score of a head."""
+        pairs, keys = int((self.sizes * self.length).sum()), int(self.sizes.sum())
+        free = pairs if self.is_free.all() else 0
+        return Cut(tile, 1, len(self.group), keys, pairs, free)
+
     def bounds(
         self, entries: Int[np.ndarray, " e"], length: int
     ) -> tuple[Int[np.ndarray, "S e l"], Int[np.ndarray, "S e l"]]:
@@ -117,29 +122,6 @@ class _Side:
         columns = slice(None) if length == self.start.shape[-1] else slice(1)
         start, end = (x[:, entries, columns] for x in (self.start, self.end))
         return np.broadcast_to(start, shape), np.broadcast_to(end, shape)
-
-
-def key_rows(window: Window, shards: int) -> tuple[tuple[int, ...], int]:
-    """The keys at hand where shards of a dimension's queries are attended from, one by one.
-
-    Returns:
-      The first key of each shard, and the number of keys, the same for all: a shard's own tokens
-      and a halo around them, or all tokens if these are no more. Keys before the first token or
-      after the last one are never seen.
-    """
-    own = window.length // shards
-    if shards == 1:
-        return (0,), own
-    d = window.dilation
-    before = after = 0
-    for shard in range(shards):
-        queries = np.arange(shard * own // d, (shard + 1) * own // d)
-        start, end = window.bounds(window.length // d, queries)
-        before = max(before, d * int(queries[0] - start.min()))
-        after = max(after, d * int(end.max() - queries[-1] - 1))
-    if before + own + after >= window.length:
-        return (0,) * shards, window.length
-    return tuple(shard * own - before for shard in range(shards)), before + own + after
 
 
 def _side(window: Window, tile: int, shards: int, most: int) -> _Side:
@@ -169,39 +151,29 @@ def _side(window: Window, tile: int, shards: int, most: int) -> _Side:
     return _Side(group[heads], first[heads] * tile, length, start[:, heads], end[:, heads])
 
 
-def _tile_sizes(window: Window, queries: int) -> list[int]:
-    """Tiles worth trying: powers of two, and what divides or repeats the stride groups."""
-    s = window.stride
-    sizes = {1 << n for n in range(9)} | {s * n for n in (1, 2, 3, 4, 8, 16)} | {queries}
-    sizes |= {s // n for n in range(1, s + 1) if s % n == 0}
-    return sorted(t for t in sizes if t <= min(queries, ROWS))
-
-
 def _best_sides(problem: Problem, join: bool) -> list[_Side]:
     """The dimensions in the tiles that make the steps cheapest."""
     rank = len(problem.windows)
-    choices = []
+    most = int((ROWS // problem.repeats) ** (1 / rank)) if join else 0
+    choices, sides = [], []
     for m, window in enumerate(problem.windows):
         shards = problem.shards if m == 0 else 1
-        most = int((ROWS // problem.repeats) ** (1 / rank)) if join else 0
         queries = -(-window.length // window.dilation) // shards
-        one = []
-        for tile in _tile_sizes(window, queries):
-            side = _side(window, tile, shards, most)
-            pairs = int((side.sizes * side.length).sum())
-            free = bool(side.is_free.all())
-            one.append((tile, side, pairs, int(side.sizes.sum()), len(side.group), free))
-        choices.append(one)
-
-    def cost(combination):
-        tiles, _, pairs, keys, steps, free = zip(*combination, strict=True)
-        if math.prod(tiles) > max(1, 2 * ROWS // problem.repeats):
-            return math.inf
-        scores = math.prod(pairs) * problem.repeats * (1 if all(free) else MASK_COST)
-        lanes = problem.known_batch * problem.kv_heads
-        return lanes * (scores + math.prod(keys) * KEY_COST) + math.prod(steps) * STEP_COST
-
-    return [one[1] for one in min(itertools.product(*choices), key=cost)]
+        s = window.stride
+        fitting = [s * n for n in (1, 2, 3, 4, 8, 16)]  # and what divides the stride groups
+        fitting += [s // n for n in range(1, s + 1) if s % n == 0]
+        sizes = sizes_up_to(min(queries, ROWS), fitting)
+        sides.append({size: _side(window, size, shards, most) for size in sizes})
+        choices.append([side.cut(size) for size, side in sides[-1].items()])
+    lanes = problem.known_batch * problem.kv_heads
+    costs = dataclasses.replace(
+        COSTS, met=lanes * COSTS.met, step=lanes * problem.repeats * COSTS.step
+    )
+    limit = max(1, 2 * ROWS // problem.repeats)
+    best = cheapest(
+        itertools.product(*choices), costs, lambda tokens: 1.0 if tokens <= limit else math.inf
+    )
+    return [side[one.own] for side, one in zip(sides, best, strict=True)]
 
 
 def _classes(side: _Side, most: int) -> list[tuple[Int[np.ndarray, " e"], int, int, bool]]:
@@ -221,7 +193,7 @@ def _classes(side: _Side, most: int) -> list[tuple[Int[np.ndarray, " e"], int, i
             return math.inf
         masked = first != last or kinds[2, first]
         rows = int(count[first : last + 1].sum() * kinds[0, last])
-        return rows * int(kinds[1, last]) * (MASK_COST if masked else 1)
+        return rows * int(kinds[1, last]) * (1 + COSTS.mask * masked)
 
     # best[c][j]: least cost of kinds 0..j-1 in c classes, and where the last of them begins
     best = [[(0.0, 0)] + [(math.inf, 0)] * n]

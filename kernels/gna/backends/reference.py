@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .problem import Gradients, Problem, Residuals
-from .windows import Window
+from ..problem import Gradients, Problem, Residuals
+from ..tiles import Window
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

@@ -1,13 +1,11 @@
-"""Triton kernels called from jax: what to launch, with which tiles, and how to tune that.
+"""Triton kernels called from jax: what to launch, and with which tiles.
 
 Needs an NVIDIA GPU and jax-triton (`pip install 'conceptax[cuda]'`), which is imported at the first
 call. Kernels are lowered for the GPU at hand, without one for compute capability 9.0.
 """
 
-import contextlib
 import functools
 import math
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .platforms import default_platform
-from .problem import Gradients, Problem, Residuals
-from .tiles import padded, tiling
-from .triton_blocks import TUNED, Blocks, blocks_of, largest_dim, tuning_key
-from .varying import vary, varying_axes
+from ..platforms import default_platform
+from ..problem import Gradients, Problem, Residuals
+from ..varying import vary, varying_axes
+from .triton_blocks import (
+    Blocks,
+    blocks_of,
+    largest_dim,
+    padded,
+    tiling,
+)
 
 # Programs that keep any GPU busy; the additional keys alone may be too few.
 ENOUGH_PROGRAMS = 512
@@ -149,7 +152,8 @@ def call(
     return [vary(x, axes) for x in outputs]
 
 
-def _blocks(problem: Problem, kernel: str) -> Blocks:
+def blocks_here(problem: Problem, kernel: str) -> Blocks:
+    """How a kernel is cut for a problem on this GPU."""
     return blocks_of(problem, kernel, _capability())
 
 
@@ -163,7 +167,7 @@ def _capability() -> int:
 
 def launch(problem: Problem, kernel: str) -> Launch:
     """How to run one of the kernels "forward", "backward_query" and "backward_keys"."""
-    blocks = _blocks(problem, kernel)
+    blocks = blocks_here(problem, kernel)
     of_keys = kernel == "backward_keys"
     tiles = tiling(problem.windows, blocks.own, blocks.seen, inverse=of_keys)
     static = _static(problem) | {
@@ -180,7 +184,7 @@ def launch(problem: Problem, kernel: str) -> Launch:
 
 def launch_additional(problem: Problem) -> tuple[Launch, int]:
     """How to run the kernel "backward_additional", and the parts that the queries are cut into."""
-    blocks = _blocks(problem, "backward_keys")
+    blocks = blocks_here(problem, "backward_keys")
     tiles = -(-problem.tokens // blocks.seen)
     programs = problem.batch * problem.kv_heads * -(-problem.additional // blocks.own)
     part = -(-tiles // min(tiles, -(-ENOUGH_PROGRAMS // programs)))
@@ -216,83 +220,3 @@ def _static(problem: Problem) -> dict[str, Any]:
 
 def _block(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
-
-
-# Tuning
-
-CANDIDATES = tuple(
-    Blocks(own, seen, warps, stages)
-    for own in (32, 64, 128)
-    for seen in (32, 64, 128)
-    for warps in (4, 8)
-    for stages in (1, 2, 3, 4)
-    if own * seen <= 2048 * warps and own >= 8 * warps
-)
-
-
-def tune(
-    problem: Problem, candidates: Sequence[Blocks] = CANDIDATES, repeats: int = 20
-) -> dict[str, dict[Blocks, float]]:
-    """Times the kernels on this GPU, and uses the fastest for such problems from now on.
-
-    Functions that are compiled already keep what they have. What was found is in
-    `triton_blocks.TUNED`, from where it may be saved.
-
-    Args:
-      problem: what to tune for; see `describe`.
-      candidates: what to try; those that do not fit the GPU are left out.
-      repeats: calls that are timed together, after one that is not.
-
-    Returns:
-      Milliseconds of each candidate that ran, the fastest first, by kernel; of the two kernels of
-      the backward pass together, while one of them is tuned.
-    """
-    from .api import attend
-
-    times: dict[str, dict[Blocks, float]] = {}
-    operands = _random_operands(problem)
-    for kernel in ("forward", "backward_query", "backward_keys"):
-        key = tuning_key(problem, kernel)
-        found: dict[Blocks, float] = {}
-        for blocks in dict.fromkeys((_blocks(problem, kernel), *candidates)):
-            TUNED[key] = blocks
-            # What is too large for the GPU fails as it is compiled or started.
-            with contextlib.suppress(ValueError, RuntimeError):
-                found[blocks] = _milliseconds(problem, kernel, operands, repeats)
-        TUNED.pop(key)
-        times[kernel] = dict(sorted(found.items(), key=lambda item: item[1]))
-        if found:
-            TUNED[key] = next(iter(times[kernel]))
-    attend.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]; traced for earlier tiles
-    return times
-
-
-def _random_operands(problem: Problem) -> tuple[Residuals, Array, Array]:
-    """What `backward` takes; operands of `forward` are among the residuals."""
-    keys = iter(jax.random.split(jax.random.key(0), 6))
-
-    def draw(*shape: int) -> Array:
-        return jax.random.normal(next(keys), (problem.batch, *shape), problem.dtype)
-
-    tokens, heads, kv_heads = problem.layout, problem.heads, problem.kv_heads
-    query, key = draw(*tokens, heads, problem.head_dim), draw(*tokens, kv_heads, problem.head_dim)
-    value, d_output = (draw(*tokens, n, problem.value_dim) for n in (kv_heads, heads))
-    more_keys = more_values = None
-    if problem.additional:
-        more_keys = draw(problem.additional, kv_heads, problem.head_dim)
-        more_values = draw(problem.additional, kv_heads, problem.value_dim)
-    lse = jnp.full(query.shape[:-1], 10.0, jnp.float32)
-    residuals = Residuals(query, key, value, more_keys, more_values, d_output, lse)
-    return residuals, d_output, jnp.zeros_like(lse)
-
-
-def _milliseconds(problem: Problem, kernel: str, operands: Any, repeats: int) -> float:
-    if kernel == "forward":
-        run, operands = forward, operands[0][:5]
-    else:
-        run = backward
-    run = jax.jit(functools.partial(run, problem))
-    jax.block_until_ready(run(*operands))
-    start = time.perf_counter()
-    jax.block_until_ready([run(*operands) for _ in range(repeats)])
-    return (time.perf_counter() - start) / repeats * 1000

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import nnls
 
-from .problem import per_dimension
+from ..problem import per_dimension
 
 Tiles = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..platforms import default_platform
+from ..problem import Gradients, Problem, Residuals, Size
+from ..varying import vary, varying_axes
 from .boxes import Loop, Plan, plan
-from .platforms import default_platform
-from .problem import Gradients, Problem, Residuals, Size
-from .varying import vary, varying_axes
 
 # Scores of a step: on a CPU they should stay in its cache, elsewhere fill the device.
 BUDGET = {"cpu": 1 << 18}

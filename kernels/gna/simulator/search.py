@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from .problem import windows_of
+from ..problem import windows_of
+from ..tiles import Window, bounds, tile_visits
 from .schedule import Gpu, Tiles, find_gpu, tile_options
-from .windows import Window, bounds, tile_visits
 
 # Up to here every window is tried; longer dimensions take windows of whole key tiles.
 ALL_WINDOWS = 512

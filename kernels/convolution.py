@@ -1,0 +1,158 @@
+"""Convolutions of images `[B, H, W, C]`, written for where XLA's own are slow."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+# Pixels of an image, with its batch, from which the convolution of the doubled one is done from it.
+_REPAYS_ADDING_TAPS = 256
+
+
+def convolve(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "h w C D"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    **options,
+) -> Float[Array, "B Y X D"]:
+    """`jax.lax.conv_general_dilated`; on a CPU one product, where the kernel exceeds the image.
+
+    There the gradient of XLA's convolution spends its time on turning the kernel around.
+    """
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, precision=precision, **options
+        )
+
+    def product(x: Array, kernel: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        rows, columns = ((size - 1) * stride + 1 for size, stride in zip(out, strides, strict=True))
+        patches = jnp.concatenate(
+            [
+                x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+                for i in range(kernel.shape[0])
+                for j in range(kernel.shape[1])
+            ],
+            axis=-1,
+        )
+        return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+
+    batch, *out, features = jax.eval_shape(convolution, x, kernel).shape
+    if batch * out[0] * out[1] > features:  # then the patches would exceed the kernel
+        return convolution(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
+
+
+def _halves(kernel: Array, axis: int) -> tuple[Array, Array]:
+    """The two taps along an axis that each of two equal neighbours has, of a kernel's three."""
+    before, here, after = jnp.split(kernel, 3, axis)
+    pairs = ((before, here + after), (before + here, after))
+    first, second = (jnp.concatenate(pair, axis) for pair in pairs)
+    return first, second
+
+
+def convolve_doubled(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"], precision: jax.lax.PrecisionLike
+) -> Float[Array, "B 2*H 2*W D"]:
+    """The 3x3 convolution of an image whose pixels are doubled, with one pixel of zeros around it.
+
+    A large one is done from the image as it is. Each of the four pixels that come of one sees 2x2
+    others, and the kernel's taps that meet there add up: 4 products, the doubled image takes 9.
+    """
+    batch, height, width, channels = x.shape
+    if batch * height * width < _REPAYS_ADDING_TAPS:
+        shape = (batch, height, 2, width, 2, channels)
+        x = jnp.broadcast_to(x[:, :, None, :, None], shape)
+        x = x.reshape(batch, 2 * height, 2 * width, channels)
+        return convolve(
+            x, kernel, (1, 1), ((1, 1), (1, 1)), precision=precision, dimension_numbers=_LAYOUT
+        )
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    taps = [quarter for half in _halves(wide, 0) for quarter in _halves(half, 1)]
+    pixels = convolve(
+        x,
+        jnp.concatenate(taps, -1).astype(kernel.dtype),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        precision=precision,
+        dimension_numbers=_LAYOUT,
+    )
+    # [B, H + 1, W + 1, 4 D]: the second of two neighbours starts one pixel later.
+    parts = jnp.split(pixels, 4, -1)
+    parts = [parts[2 * i + j][:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)]
+    rows = [jnp.stack(parts[i : i + 2], axis=3) for i in (0, 2)]
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _padded(x: Array, kernel: Array) -> Array:
+    """An image with half a kernel of zeros around it."""
+    top, left = (size // 2 for size in kernel.shape[:2])
+    return jnp.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
+
+
+@jax.custom_vjp
+def _shifted_products(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C"]
+) -> Float[Array, "B H W C"]:
+    """Depthwise convolution with zero padding, as a sum over the kernel's positions."""
+    height, width = x.shape[1:3]
+    padded = _padded(x, kernel)
+    terms = (
+        padded[:, i : i + height, j : j + width] * kernel[i, j]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    )
+    return functools.reduce(jnp.add, terms)
+
+
+def _products_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _shifted_products(x, kernel), (x, kernel)
+
+
+def _products_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    padded, (rows, columns) = _padded(x, kernel), kernel.shape[:2]
+
+    def product(place: Array) -> Array:
+        start = (0, place // columns, place % columns, 0)
+        return jnp.sum(jax.lax.dynamic_slice(padded, start, x.shape) * g, axis=(0, 1, 2))
+
+    by_kernel = jax.lax.map(product, jnp.arange(rows * columns)).reshape(kernel.shape)
+    return _shifted_products(g, kernel[::-1, ::-1]), by_kernel
+
+
+_shifted_products.defvjp(_products_forward, _products_backward)
+
+
+def convolve_depthwise(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "k k 1 C"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> Float[Array, "B Y X C"]:
+    """`jax.lax.conv_general_dilated` by channel; on a CPU, where it is slow, one fused sum.
+
+    That sum is of an odd kernel over an image padded to give one of its size.
+    """
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    def products(x: Array, kernel: Array) -> Array:
+        return _shifted_products(x, kernel[:, :, 0])
+
+    sides = zip(kernel.shape[:2], padding, strict=True)
+    keeps_size = all(2 * one == size - 1 for size, pads in sides for one in pads)
+    if tuple(strides) != (1, 1) or not keeps_size:
+        return convolution(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=products, default=convolution)

@@ -1,0 +1,1 @@
+"""Implementations of neighborhood attention in Python, one a file; C++ and CUDA are in `cuda`."""
