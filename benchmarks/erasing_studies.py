@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import conceptax
 from conceptax.cli.erase import erase_into
 from conceptax.cli.loading import load_classifier, load_clip, load_edited
-from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
 from conceptax.methods.erasing import METHODS
 from conceptax.methods.evaluation import EvaluationConfig, evaluate
@@ -36,6 +35,7 @@ from conceptax.methods.red_team import (
     RelapseConfig,
     TokenSearchConfig,
 )
+from conceptax.reporting.results import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "erasing"
 IMAGES = 67  # of each figure and seed: three seeds are 201

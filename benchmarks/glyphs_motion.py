@@ -31,8 +31,6 @@ from flax import nnx
 
 import conceptax
 from conceptax.cli.loading import load_clip, load_pipeline
-from conceptax.cli.results import environment, write_json
-from conceptax.cli.videos import save_gif
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_motion import (
@@ -67,6 +65,8 @@ from conceptax.methods.text_to_image import (
 )
 from conceptax.methods.text_to_video import text_to_video, video_schedule
 from conceptax.methods.training import apply_gradients, init_state, train
+from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.videos import save_gif
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING_STEPS, GUIDANCE = 25, 3.0

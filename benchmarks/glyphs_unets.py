@@ -13,13 +13,14 @@ import functools
 from pathlib import Path
 
 import conceptax
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.runs import new_folder
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.methods.glyphs.build import BuildConfig, train_unet
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.results import environment, write_json
 
 
 def main() -> None:

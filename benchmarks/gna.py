@@ -35,9 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 from _gna_checks import TOLERANCE, check_rows, check_small, relative_error
 
-from conceptax.cli.results import environment, write_json
 from conceptax.kernels.gna import describe, measure, unsupported
 from conceptax.kernels.gna.problem import Problem
+from conceptax.reporting.results import environment, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -81,7 +81,7 @@ def main() -> None:
     ):
         print(f"{options.photos} has no folder {', '.join(missing)}: nothing is measured.")
         return
-    from conceptax.cli.results import environment, write_json
+    from conceptax.reporting.results import environment, write_json
 
     output = options.output or RESULTS / f"personalising_photos_{options.size}.json"
     rows = json.loads(output.read_text())["rows"] if output.exists() else {}

@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 
 import conceptax
 from conceptax.cli.loading import load_clip
-from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
 from conceptax.methods.evaluation.statistics import (
     image_similarity,
@@ -49,6 +48,7 @@ from conceptax.methods.glyphs.subject import (
 )
 from conceptax.methods.personalization import METHODS, Concept, personalise
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.results import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "personalising"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -85,7 +85,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.size, options.one, options.cycles)))
         return
-    from conceptax.cli.results import environment, write_json
+    from conceptax.reporting.results import environment, write_json
 
     rows = {}
     print(f"{'':14}{'arguments':>12}{'temporaries':>13}{'peak':>11}{'compile':>10}{'cycle':>10}")

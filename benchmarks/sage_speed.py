@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 import conceptax
-from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
 from conceptax.methods.erasing.sage import SageConfig, erase_step, prepare
 from conceptax.methods.training import compile_step
+from conceptax.reporting.results import environment, write_json
 
 VARIANTS = {
     "whole": {},

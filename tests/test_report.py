@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptax.cli.pictures import (
+from conceptax.cli.runs import new_file
+from conceptax.converters import OutputError
+from conceptax.reporting.pictures import (
     HIT,
     MISS,
     Block,
@@ -19,7 +21,7 @@ from conceptax.cli.pictures import (
     save_png,
     sheet,
 )
-from conceptax.cli.report import (
+from conceptax.reporting.report import (
     Gallery,
     Number,
     Picture,
@@ -30,8 +32,6 @@ from conceptax.cli.report import (
     markdown_table,
     share,
 )
-from conceptax.cli.results import new_file
-from conceptax.converters import OutputError
 
 FIGURE = {"count": 47, "of": 48, "rate": 47 / 48, "low": 0.891, "high": 0.996}
 

@@ -17,9 +17,7 @@ from rich.table import Table as PrintedTable
 import conceptax
 from conceptax.cli.erase import erase_into, erasing_record, near_tables
 from conceptax.cli.options import Model
-from conceptax.cli.pictures import Block, Row, before_after, png_bytes, save_png, sheet
-from conceptax.cli.report import Gallery, Picture, Table, counted, html_report, interval, share
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.runs import new_folder
 from conceptax.converters import load_pytorch
 from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.glyphs.judge import load_judge
@@ -32,6 +30,17 @@ from conceptax.methods.glyphs.quality import (
     examine_all,
 )
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.pictures import Block, Row, before_after, png_bytes, save_png, sheet
+from conceptax.reporting.report import (
+    Gallery,
+    Picture,
+    Table,
+    counted,
+    html_report,
+    interval,
+    share,
+)
+from conceptax.reporting.results import environment, write_json
 
 CONCEPT = "three"
 ASKED = (

@@ -14,16 +14,7 @@ from flax import nnx
 import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.report import Number, Table
-from conceptax.cli.results import (
-    claim_run,
-    environment,
-    kept_run,
-    new_folder,
-    scratch_folder,
-    training_log,
-    write_json,
-)
+from conceptax.cli.runs import claim_run, kept_run, new_folder, scratch_folder, training_log
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.weights import read_json
@@ -33,6 +24,8 @@ from conceptax.methods.erasing import METHODS, Method, erase, method_of
 from conceptax.methods.memory import flags
 from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
 from conceptax.methods.training import RULES
+from conceptax.reporting.report import Number, Table
+from conceptax.reporting.results import environment, write_json
 
 RECORD = "erasing.json"
 _LOG = "training.jsonl"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import tyro
 
-from conceptax.cli.results import claim_run, environment, new_folder, write_json
+from conceptax.cli.runs import claim_run, new_folder
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.clip import CLIPModel
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
@@ -24,6 +24,7 @@ from conceptax.methods.glyphs.judge import (
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.results import environment, write_json
 
 
 @dataclasses.dataclass(frozen=True)

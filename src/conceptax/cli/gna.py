@@ -276,7 +276,7 @@ def _search(command: Search) -> None:
     if command.output is None:
         _print_choices(_choices(command), command.limit)
         return
-    from conceptax.cli.results import new_file
+    from conceptax.cli.runs import new_file
     from conceptax.errors import optional
 
     optional("matplotlib", "demo", "--output")

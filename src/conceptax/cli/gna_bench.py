@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from conceptax.cli.results import environment, new_file, write_json
+from conceptax.cli.runs import new_file
 from conceptax.kernels.gna import describe, measure, unsupported
 from conceptax.kernels.gna.api import select
 from conceptax.kernels.gna.problem import Problem, windows_of
 from conceptax.kernels.gna.simulator import Gpu, Simulation, fit
 from conceptax.kernels.gna.windows import Window
 from conceptax.methods.memory import require_memory
+from conceptax.reporting.results import environment, write_json
 
 if TYPE_CHECKING:
     from conceptax.cli.gna import Bench

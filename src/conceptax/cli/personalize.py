@@ -14,15 +14,7 @@ import conceptax
 from conceptax.cli.class_images import complete_class_images
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.results import (
-    claim_run,
-    environment,
-    kept_run,
-    new_folder,
-    scratch_folder,
-    training_log,
-    write_json,
-)
+from conceptax.cli.runs import claim_run, kept_run, new_folder, scratch_folder, training_log
 from conceptax.converters import (
     save_changes,
     save_custom_diffusion,
@@ -47,6 +39,7 @@ from conceptax.methods.subjects.images import (
     read_images,
 )
 from conceptax.methods.training import RULES
+from conceptax.reporting.results import environment, write_json
 
 RECORD = "personalising.json"
 _LOG = "training.jsonl"

@@ -13,10 +13,7 @@ from rich.progress import Progress
 
 from conceptax.cli.loading import load_segmentation_tokenizer, load_segmenter_model
 from conceptax.cli.options import OptionalInt, OptionalPath
-from conceptax.cli.overlay import class_colours, overlay
-from conceptax.cli.pictures import save_png
-from conceptax.cli.report import Number, Table, markdown_table
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.runs import new_folder
 from conceptax.cli.segment_train import Train, train
 from conceptax.methods.segmentation.datasets import IGNORE, LAYOUTS, open_scenes
 from conceptax.methods.segmentation.evaluation import Quality, evaluate
@@ -24,6 +21,10 @@ from conceptax.methods.segmentation.metrics import Segment
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.subjects.images import read_image
+from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.pictures import save_png
+from conceptax.reporting.report import Number, Table, markdown_table
+from conceptax.reporting.results import environment, write_json
 
 METRICS, LEGEND, PANOPTIC = "metrics.json", "legend.json", "panoptic.json"
 VOID = IGNORE[16]

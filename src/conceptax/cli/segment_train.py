@@ -17,15 +17,7 @@ from conceptax.cli.loading import (
     load_segmenter_model,
 )
 from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
-from conceptax.cli.results import (
-    claim_run,
-    environment,
-    kept_run,
-    new_folder,
-    scratch_folder,
-    training_log,
-    write_json,
-)
+from conceptax.cli.runs import claim_run, kept_run, new_folder, scratch_folder, training_log
 from conceptax.converters import save_maft_plus, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.segmentation import TEACHER, WRAPPERS
@@ -40,6 +32,7 @@ from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
 from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.training import RULES
+from conceptax.reporting.results import environment, write_json
 
 RECORD, _LOG = "segmenting.json", "training.jsonl"
 

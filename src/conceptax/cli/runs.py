@@ -1,15 +1,13 @@
-"""What commands leave on disk: folders and files that appear only when complete, and records."""
+"""Runs of commands: results that appear only when complete, checkpoints, records of settings."""
 
 import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +17,8 @@ from conceptax.converters import OutputError, atomic_folder
 from conceptax.converters.errors import listing
 from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
 from conceptax.interrupts import temporary
+from conceptax.reporting.results import write_json
 from conceptax.text import read_text
-
-_PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
 @contextlib.contextmanager
@@ -97,35 +94,12 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record, indented, ending with a line break."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def training_log(path: Path | None) -> tuple[str, Any]:
     """What a run logged and the last record of it; nothing where another process writes it."""
     if path is None or not path.exists():
         return "", None
     lines = path.read_text(encoding="utf-8")
     return lines, json.loads(lines.splitlines()[-1])
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices that a result came from."""
-    import jax
-
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    devices = jax.devices()
-    return {
-        "versions": versions,
-        "platform": sys.platform,
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-    }
 
 
 class Kept(NamedTuple):
