@@ -13,8 +13,7 @@ import functools
 from pathlib import Path
 
 import conceptax
-from conceptax.cli.runs import new_folder
-from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters import atomic_folder, load_pytorch, save_pytorch
 from conceptax.methods.glyphs.build import BuildConfig, train_unet
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import measure_quality
@@ -43,7 +42,7 @@ def main() -> None:
     workdir = arguments.workdir or arguments.output.with_name(arguments.output.name + "-work")
     source = conceptax.bundled_model()
     pipeline = load_pytorch(source)
-    with new_folder(arguments.output, force=True, markers=["quality.json"]) as folder:
+    with atomic_folder(arguments.output, force=True, markers=["quality.json"]) as folder:
         unet = train_unet(build, workdir, pipeline.text_encoder, pipeline.vae)
         pipeline = dataclasses.replace(pipeline, unet=unet)
         save_pytorch(pipeline, folder)

@@ -27,7 +27,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import conceptax
-from conceptax.cli.loading import load_clip
 from conceptax.converters import load_pytorch
 from conceptax.methods.evaluation.statistics import (
     image_similarity,
@@ -48,6 +47,7 @@ from conceptax.methods.glyphs.subject import (
 )
 from conceptax.methods.personalization import METHODS, Concept, personalise
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.instruments import load_clip
 from conceptax.reporting.results import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "personalising"

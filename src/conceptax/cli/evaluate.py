@@ -14,7 +14,7 @@ from rich.console import Console
 import conceptax
 from conceptax.cli.erase import erasing_record, near_tables, read_concepts
 from conceptax.cli.evaluation_report import report_page, report_tables
-from conceptax.cli.loading import load_classifier, load_clip, load_edited, load_pipeline
+from conceptax.cli.loading import load_edited, load_pipeline
 from conceptax.cli.options import Model, OptionalPath
 from conceptax.cli.runs import new_folder
 from conceptax.methods.concepts import read_phrases
@@ -29,6 +29,7 @@ from conceptax.methods.evaluation import (
 )
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
+from conceptax.reporting.instruments import load_classifier, load_clip
 from conceptax.reporting.report import markdown_table
 from conceptax.reporting.results import environment, write_json
 from conceptax.text import read_text
