@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table as PrintedTable
 
 import conceptax
-from conceptax.cli.erase import erase_into, erasing_record, near_tables
+from conceptax.cli.erase import erase_into
 from conceptax.cli.options import Model
 from conceptax.cli.runs import new_folder
 from conceptax.converters import load_pytorch
@@ -30,6 +30,7 @@ from conceptax.methods.glyphs.quality import (
     examine_all,
 )
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.erasing import erasing_record, near_tables
 from conceptax.reporting.pictures import Block, Row, before_after, png_bytes, save_png, sheet
 from conceptax.reporting.report import (
     Gallery,

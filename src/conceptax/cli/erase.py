@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -17,19 +17,16 @@ from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
 from conceptax.cli.runs import claim_run, kept_run, new_folder, scratch_folder, training_log
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
-from conceptax.converters.weights import read_json
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
 from conceptax.methods.memory import flags
 from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
 from conceptax.methods.training import RULES
-from conceptax.reporting.report import Number, Table
+from conceptax.reporting.erasing import RECORD, describe_near
 from conceptax.reporting.results import environment, write_json
 
-RECORD = "erasing.json"
 _LOG = "training.jsonl"
-_SHOWN = 12  # near phrases that are printed; all are recorded
 
 Config = TypeVar("Config")
 Export = Literal["pipeline", "text-encoder", "unet", "changes"]
@@ -131,37 +128,6 @@ def read_concepts(given: Sequence[str]) -> list[str]:
     if not [concept for concept in concepts if concept.strip()]:
         raise ConceptError("no concept was given: name one with --concept, for example 'three'.")
     return list(dict.fromkeys(concepts))
-
-
-def describe_near(retained: Retained, cap: float) -> str:
-    """What to tell about phrases that are not retained; nothing where there is none."""
-    if not retained.near:
-        return ""
-    shown = ", ".join(
-        f"{phrase!r} ({similarity:.2f} to {concept!r})"
-        for phrase, concept, similarity in retained.near[:_SHOWN]
-    )
-    more = len(retained.near) - _SHOWN
-    rest = f", and {more} more: see {RECORD}" if more > 0 else ""
-    return f"not retained, because closer to a concept than {cap}: {shown}{rest}\n"
-
-
-def erasing_record(edited: Path) -> dict[str, Any] | None:
-    """What erasing wrote beside an edited model, a folder or a file; None where it is not there."""
-    path = (edited if edited.is_dir() else edited.parent) / RECORD
-    return read_json(path) if path.exists() else None
-
-
-def near_tables(record: Mapping[str, Any] | None) -> list[Table]:
-    """For a report: the phrases that an erasing did not retain; no table where there are none."""
-    near = (record or {}).get("not_retained", [])
-    rows = [(f"“{e['phrase']}”", e["concept"], Number(f"{e['similarity']:.3f}")) for e in near]
-    note = (
-        "To the original text encoder these phrases are the concept, or nearly so: the cosine of "
-        "their pooled states is above the similarity cap. They were free to change."
-    )
-    table = Table("Not retained", ("phrase", "taken for", "cosine"), rows, note)
-    return [table] if rows else []
 
 
 def _check_options(command: Command[Any], method: Method) -> None:

@@ -12,8 +12,7 @@ import tyro
 from rich.console import Console
 
 import conceptax
-from conceptax.cli.erase import erasing_record, near_tables, read_concepts
-from conceptax.cli.evaluation_report import report_page, report_tables
+from conceptax.cli.erase import read_concepts
 from conceptax.cli.loading import load_edited, load_pipeline
 from conceptax.cli.options import Model, OptionalPath
 from conceptax.cli.runs import new_folder
@@ -29,6 +28,8 @@ from conceptax.methods.evaluation import (
 )
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
+from conceptax.reporting.erasing import erasing_record, near_tables
+from conceptax.reporting.evaluation import report_page, report_tables
 from conceptax.reporting.instruments import load_classifier, load_clip
 from conceptax.reporting.report import markdown_table
 from conceptax.reporting.results import environment, write_json

@@ -280,7 +280,7 @@ def _search(command: Search) -> None:
     from conceptax.errors import optional
 
     optional("matplotlib", "demo", "--output")
-    from conceptax.cli.gna_pictures import draw_search
+    from conceptax.reporting.gna_pictures import draw_search
 
     if command.output.suffix.lower() != ".png":
         raise ValueError(f"--output takes a .png file, received {command.output}.")
