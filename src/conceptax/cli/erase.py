@@ -1,6 +1,5 @@
 """`conceptax erase`: edit a pipeline so that concepts are gone, by one of several methods."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from flax import nnx
 import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.runs import claim_run, kept_run, new_folder, scratch_folder, training_log
+from conceptax.cli.runs import NOT_KEPT, Kept, Run, kept_run, new_folder
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
@@ -24,9 +23,6 @@ from conceptax.methods.memory import flags
 from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
 from conceptax.methods.training import RULES
 from conceptax.reporting.erasing import RECORD, describe_near
-from conceptax.reporting.results import environment, write_json
-
-_LOG = "training.jsonl"
 
 Config = TypeVar("Config")
 Export = Literal["pipeline", "text-encoder", "unet", "changes"]
@@ -108,8 +104,7 @@ def run(command: Command[Any]) -> None:
             erase_into(
                 folder, pipeline, concepts, command.settings, seed=command.seed,
                 retain=retain, retained=retained, source=str(command.model or "bundled"),
-                export=command.export, dtype=command.dtype, mesh=mesh,
-                checkpoint_dir=kept.directory, checkpoint_every=kept.every, **kept.options,
+                export=command.export, dtype=command.dtype, mesh=mesh, kept=kept,
             )  # fmt: skip
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
@@ -144,8 +139,7 @@ def _check_options(command: Command[Any], method: Method) -> None:
 def erase_into(
     folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
     seed: int, source: str, retain: Sequence[str] | None = None, retained: Retained | None = None,
-    export: Export = "pipeline", dtype: str = "float32", mesh: Any = None,
-    checkpoint_dir: Path | None = None, checkpoint_every: int = 100, **options: Any,
+    export: Export = "pipeline", dtype: str = "float32", mesh: Any = None, kept: Kept = NOT_KEPT,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """Erase, write the result and its record into an empty `folder`, and return the pipeline.
 
@@ -157,7 +151,7 @@ def erase_into(
       retained: what `retain` comes to, where the caller knows it.
       export: what to write.
       dtype: what the pipeline computes in.
-      mesh, checkpoint_dir, checkpoint_every, options: of the training loop.
+      mesh, kept: of the training loop.
     """
     method = method_of(config)
     edits = (method.edits,)
@@ -183,22 +177,10 @@ def erase_into(
         record["words_beside_the_concept"] = (
             "the tokenizer's words" if retain is None else list(retained.kept)
         )
-    log = None
-    with contextlib.ExitStack() as stack:
-        if method.trains:
-            if checkpoint_dir is None:
-                logs = stack.enter_context(scratch_folder())
-            else:
-                logs = checkpoint_dir
-                claim_run(logs / RECORD, record)
-                options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
-            log = logs / _LOG
-            rules = RULES["StableDiffusionPipeline"]
-            options |= {"mesh": mesh, "rules": rules, "metrics_path": log}
-        began = time.perf_counter()
+    run = Run(folder, RECORD, record)
+    rules = RULES["StableDiffusionPipeline"]
+    with run.training(kept, mesh=mesh, rules=rules) if method.trains else run.timed() as options:
         edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
-        record["seconds"] = round(time.perf_counter() - began, 1)
-        lines, last = training_log(log)
     parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
     edited = dataclasses.replace(edited, **parts)
     if export == "changes":
@@ -208,14 +190,10 @@ def erase_into(
             )
             for name, part in parts.items()
         }
-        record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
+        run.record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
     else:
         save_pytorch(edited if export == "pipeline" else parts[edits[0]], folder)
-    if lines:
-        record["last_cycle"] = last
-        (folder / _LOG).write_text(lines, encoding="utf-8")
-    record["not_retained"] = [near._asdict() for near in retained.near]
-    write_json(folder / RECORD, record | environment())
+    run.write(last="last_cycle", not_retained=[near._asdict() for near in retained.near])
     return edited
 
 
