@@ -34,7 +34,7 @@ from conceptax.methods.red_team import (
     TokenSearchConfig,
 )
 from conceptax.reporting.instruments import load_classifier, load_clip
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment, write_records
 
 RESULTS = Path(__file__).parent / "results" / "erasing"
 IMAGES = 67  # of each figure and seed: three seeds are 201
@@ -229,7 +229,7 @@ class Bench:
             edited = erase(self.pipeline, cell.concepts, settings, seed=cell.seed)
             seconds = round(time.perf_counter() - began, 1)
             save_pytorch(getattr(edited, part), folder, force=True)
-            write_json(folder / "erasing.json", {"seconds": seconds} | environment())
+            write_records(folder / "erasing.json", {"seconds": seconds} | environment())
         seconds = json.loads((folder / "erasing.json").read_text(encoding="utf-8"))["seconds"]
         return dataclasses.replace(self.pipeline, **{part: load_pytorch(folder)}), seconds
 
@@ -296,7 +296,7 @@ def main() -> None:
             began = time.perf_counter()
             record = bench.run(cell, options.images, **others)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, record)
+            write_records(path, record)
             print(f"  {time.perf_counter() - began:.0f} s: {summary(record)}", flush=True)
     if options.write:
         from _erasing_pages import write_page

@@ -65,7 +65,7 @@ from conceptax.methods.text_to_image import (
 from conceptax.methods.text_to_video import text_to_video, video_schedule
 from conceptax.methods.training import apply_gradients, init_state, train
 from conceptax.reporting.instruments import load_clip
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment, write_records
 from conceptax.reporting.videos import save_gif
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,7 +327,7 @@ def main() -> None:
         **environment(),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.output, record)
+    write_records(options.output, record)
 
 
 if __name__ == "__main__":

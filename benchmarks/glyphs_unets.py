@@ -19,7 +19,7 @@ from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.text_to_image import TextToImage
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment, write_records
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         )  # fmt: skip
         quality = measure_quality(draw, load_judge(source / "judge"), images=195)
         record = {"quality": quality, "build": dataclasses.asdict(build), **environment()}
-        write_json(folder / "quality.json", record)
+        write_records(folder / "quality.json", record)
     digits = quality["sets"]["held-out wordings"]["by_digit"]
     for digit, figure in digits.items():
         print(f"{digit}: {figure['count']}/{figure['of']}")

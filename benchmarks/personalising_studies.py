@@ -48,7 +48,7 @@ from conceptax.methods.glyphs.subject import (
 from conceptax.methods.personalization import METHODS, Concept, personalise
 from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.instruments import load_clip
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment, write_records
 
 RESULTS = Path(__file__).parent / "results" / "personalising"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -279,7 +279,7 @@ def main() -> None:
     for name, seed, path in missing:
         record = bench.run(name, seed, options.images, options.change)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        write_records(path, record)
         figures = record["figures"]
         rates = ", ".join(f"{each} {100 * figures[each]['rate']:.0f}" for each in COLUMNS)
         similar = ", ".join(f"{each} {figures[each]['mean']:.3f}" for each in ("CLIP-I", "judge-I"))

@@ -48,7 +48,7 @@ from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import text_rows
 from conceptax.reporting.overlay import class_colours, overlay
 from conceptax.reporting.report import Number, Table, markdown_table
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment, write_records
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "segmentation"
@@ -269,7 +269,7 @@ def study(
         start, tokenizer = start_of(work, seed, settings)
         record = run(ROWS[name], seed, start, tokenizer, settings)
         _made(results)
-        write_json(path, {
+        write_records(path, {
             "row": name, "seed": seed, "settings": dataclasses.asdict(settings), **record,
             **environment(),
         })  # fmt: skip

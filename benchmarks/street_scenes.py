@@ -30,7 +30,7 @@ from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.reporting.overlay import class_colours, overlay
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment, write_records
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "camvid_subset"
@@ -124,7 +124,7 @@ def main() -> None:
             for name in ("batch_size", "learning_rate", "points", "seed")
         }
         path = Path(__file__).parent / "results" / "street_scenes.json"
-        write_json(path, {"runs": [started, known], "settings": settings, **environment()})
+        write_records(path, {"runs": [started, known], "settings": settings, **environment()})
 
 
 if __name__ == "__main__":

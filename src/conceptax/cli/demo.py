@@ -41,7 +41,8 @@ from conceptax.reporting.report import (
     interval,
     share,
 )
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment
+from conceptax.text import write_json
 
 CONCEPT = "three"
 ASKED = (

@@ -32,8 +32,8 @@ from conceptax.reporting.erasing import erasing_record, near_tables
 from conceptax.reporting.evaluation import report_page, report_tables
 from conceptax.reporting.instruments import load_classifier, load_clip
 from conceptax.reporting.report import markdown_table
-from conceptax.reporting.results import environment, write_json
-from conceptax.text import read_text
+from conceptax.reporting.results import environment
+from conceptax.text import read_text, write_json
 
 METRICS = "metrics.json"
 _OF_THIS_RUN = ("output", "settings", "force")  # not of what is measured

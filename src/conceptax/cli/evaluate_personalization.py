@@ -21,8 +21,8 @@ from conceptax.methods.text_to_image import text_to_image
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.report import Number, Table, markdown_table
-from conceptax.reporting.results import environment, write_json
-from conceptax.text import read_text
+from conceptax.reporting.results import environment
+from conceptax.text import read_text, write_json
 
 METRICS = "metrics.json"
 _SAMPLES = "sample.json"

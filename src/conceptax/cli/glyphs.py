@@ -26,7 +26,8 @@ from conceptax.methods.glyphs.judge import (
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.text_to_image import TextToImage
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment
+from conceptax.text import write_json
 
 _CARD = Path(conceptax.__file__).parent / "assets" / "glyphs_card.md"  # of a built model
 

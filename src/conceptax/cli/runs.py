@@ -18,8 +18,8 @@ from conceptax.converters import OutputError, atomic_folder
 from conceptax.converters.errors import listing
 from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
 from conceptax.interrupts import temporary
-from conceptax.reporting.results import environment, write_json
-from conceptax.text import read_text
+from conceptax.reporting.results import environment
+from conceptax.text import read_text, write_json
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def run(command: Command) -> None:
     """Draw, then write one file, or one folder with files of each image and `sample.json`."""
     from conceptax.cli.runs import new_file, new_folder
     from conceptax.reporting.pictures import save_png, sheet
-    from conceptax.reporting.results import write_json
+    from conceptax.text import write_json
 
     if command.prompts is not None:
         from conceptax.methods.concepts import read_phrases

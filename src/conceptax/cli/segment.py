@@ -24,7 +24,8 @@ from conceptax.methods.subjects.images import read_image
 from conceptax.reporting.overlay import class_colours, overlay
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.report import Number, Table, markdown_table
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment
+from conceptax.text import write_json
 
 METRICS, LEGEND, PANOPTIC = "metrics.json", "legend.json", "panoptic.json"
 VOID = IGNORE[16]

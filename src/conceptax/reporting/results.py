@@ -13,9 +13,24 @@ from typing import Any
 _PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record, indented, ending with a line break."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_records(path: Path, content: Mapping[str, Any]) -> None:
+    """Write figures as JSON, one line a record, for files that are kept and compared."""
+    path.write_text(_records(content, 2) + "\n", encoding="utf-8")
+
+
+def _records(value: Any, depth: int, indent: str = "") -> str:
+    """JSON with a line for each entry of what holds mappings, down to a depth."""
+    named = isinstance(value, Mapping)
+    entries = list(value.values()) if named else value if isinstance(value, list | tuple) else []
+    if not (depth and any(isinstance(entry, Mapping) for entry in entries)):
+        return json.dumps(value, ensure_ascii=False)
+    inner = indent + " "
+    lines = [_records(entry, depth - 1, inner) for entry in entries]
+    if named:
+        names = [json.dumps(str(name), ensure_ascii=False) for name in value]
+        lines = [f"{name}: {line}" for name, line in zip(names, lines, strict=True)]
+    start, end = "{}" if named else "[]"
+    return f"{start}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{end}"
 
 
 def environment() -> dict[str, Any]:

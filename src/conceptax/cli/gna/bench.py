@@ -22,7 +22,8 @@ from conceptax.kernels.gna.problem import Problem, windows_of
 from conceptax.kernels.gna.simulator import Gpu, Simulation, fit
 from conceptax.kernels.gna.windows import Window
 from conceptax.methods.memory import require_memory
-from conceptax.reporting.results import environment, write_json
+from conceptax.reporting.results import environment
+from conceptax.text import write_json
 
 from .commands import Bench, by, each
 
