@@ -30,7 +30,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from conceptax.cli.results import environment, write_json
 from conceptax.flax_models.dit_transformer_2d import (
     GNA,
     DiTTransformer2DConfig,
@@ -43,6 +42,7 @@ from conceptax.methods.glyphs.world import load_split
 from conceptax.methods.sampling import NoiseSchedule, add_noise, ddim_sampler, training_target
 from conceptax.methods.text_to_image import sample_latents
 from conceptax.methods.training import apply_gradients, compile_step, init_state, train
+from conceptax.reporting.results import environment, write_records
 
 SIZE = 16  # pixels along each side
 CONFIG = DiTTransformer2DConfig(
@@ -306,7 +306,7 @@ def main() -> None:
         **environment(),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.output, record)
+    write_records(options.output, record)
 
 
 def _flat(split: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

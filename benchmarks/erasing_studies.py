@@ -24,11 +24,8 @@ from typing import Any
 import jax.numpy as jnp
 
 import conceptax
-from conceptax.cli.erase import erase_into
-from conceptax.cli.loading import load_classifier, load_clip, load_edited
-from conceptax.cli.results import environment, write_json
-from conceptax.converters import load_pytorch
-from conceptax.methods.erasing import METHODS
+from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.methods.erasing import METHODS, erase
 from conceptax.methods.evaluation import EvaluationConfig, evaluate
 from conceptax.methods.glyphs.evaluation import glyphs_suites
 from conceptax.methods.red_team import (
@@ -36,6 +33,8 @@ from conceptax.methods.red_team import (
     RelapseConfig,
     TokenSearchConfig,
 )
+from conceptax.reporting.instruments import load_classifier, load_clip
+from conceptax.reporting.results import environment, write_records
 
 RESULTS = Path(__file__).parent / "results" / "erasing"
 IMAGES = 67  # of each figure and seed: three seeds are 201
@@ -224,15 +223,15 @@ class Bench:
         changes = "".join(f"-{k}-{v}" for k, v in sorted(cell.changes.items()))
         name = f"{cell.method}{changes}-{'-'.join(cell.concepts)}-{cell.seed}"
         folder = self.work / name.replace("/", "_").replace(" ", "")
+        part = METHODS[cell.method].edits
         if not (folder / "erasing.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = METHODS[cell.method].edits.replace("_", "-")
-            erase_into(
-                folder, self.pipeline, list(cell.concepts), settings, seed=cell.seed,
-                source="bundled", export=part,
-            )  # fmt: skip
+            began = time.perf_counter()
+            edited = erase(self.pipeline, cell.concepts, settings, seed=cell.seed)
+            seconds = round(time.perf_counter() - began, 1)
+            save_pytorch(getattr(edited, part), folder, force=True)
+            write_records(folder / "erasing.json", {"seconds": seconds} | environment())
         seconds = json.loads((folder / "erasing.json").read_text(encoding="utf-8"))["seconds"]
-        return load_edited(folder, self.pipeline, "float32"), seconds
+        return dataclasses.replace(self.pipeline, **{part: load_pytorch(folder)}), seconds
 
     def run(self, cell: Cell, images: int, second: Any = None, never_knew: Any = None) -> dict:
         """A cell's record.
@@ -297,7 +296,7 @@ def main() -> None:
             began = time.perf_counter()
             record = bench.run(cell, options.images, **others)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, record)
+            write_records(path, record)
             print(f"  {time.perf_counter() - began:.0f} s: {summary(record)}", flush=True)
     if options.write:
         from _erasing_pages import write_page

@@ -30,9 +30,6 @@ import numpy as np
 from flax import nnx
 
 import conceptax
-from conceptax.cli.loading import load_clip, load_pipeline
-from conceptax.cli.results import environment, write_json
-from conceptax.cli.videos import save_gif
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_motion import (
@@ -67,6 +64,9 @@ from conceptax.methods.text_to_image import (
 )
 from conceptax.methods.text_to_video import text_to_video, video_schedule
 from conceptax.methods.training import apply_gradients, init_state, train
+from conceptax.reporting.instruments import load_clip
+from conceptax.reporting.results import environment, write_records
+from conceptax.reporting.videos import save_gif
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING_STEPS, GUIDANCE = 25, 3.0
@@ -250,7 +250,7 @@ def main() -> None:
     if (options.model is None) != (not options.prompt):
         parser.error("--model and --prompt go together")
     began, source, frames = time.perf_counter(), conceptax.bundled_model(), options.frames
-    pipeline = load_pipeline(source, "float32", "drawing")
+    pipeline = load_pytorch(source)
 
     recipe = Recipe(options.steps, options.batch, options.rate, ema=0.99)
     seconds = []
@@ -271,7 +271,7 @@ def main() -> None:
     asked = [everything[n] for n in rng.choice(len(everything), options.drawn, replace=False)]
     texts = [each.text for each in asked]
     if options.model is not None:
-        pipeline = load_pipeline(options.model, "float32", "drawing")
+        pipeline = load_pytorch(options.model)
         texts = [options.prompt[n % len(options.prompt)] for n in range(options.drawn)]
     shape = (options.drawn, frames, *TextToImage.from_pipeline(pipeline).latent_shape)
     noise = rng.normal(size=shape).astype(np.float32)
@@ -327,7 +327,7 @@ def main() -> None:
         **environment(),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.output, record)
+    write_records(options.output, record)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import functools
 from pathlib import Path
 
 import conceptax
-from conceptax.cli.results import environment, new_folder, write_json
-from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters import atomic_folder, load_pytorch, save_pytorch
 from conceptax.methods.glyphs.build import BuildConfig, train_unet
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.results import environment, write_records
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     workdir = arguments.workdir or arguments.output.with_name(arguments.output.name + "-work")
     source = conceptax.bundled_model()
     pipeline = load_pytorch(source)
-    with new_folder(arguments.output, force=True, markers=["quality.json"]) as folder:
+    with atomic_folder(arguments.output, force=True, markers=["quality.json"]) as folder:
         unet = train_unet(build, workdir, pipeline.text_encoder, pipeline.vae)
         pipeline = dataclasses.replace(pipeline, unet=unet)
         save_pytorch(pipeline, folder)
@@ -52,7 +52,7 @@ def main() -> None:
         )  # fmt: skip
         quality = measure_quality(draw, load_judge(source / "judge"), images=195)
         record = {"quality": quality, "build": dataclasses.asdict(build), **environment()}
-        write_json(folder / "quality.json", record)
+        write_records(folder / "quality.json", record)
     digits = quality["sets"]["held-out wordings"]["by_digit"]
     for digit, figure in digits.items():
         print(f"{digit}: {figure['count']}/{figure['of']}")

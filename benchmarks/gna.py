@@ -35,10 +35,10 @@ import jax.numpy as jnp
 import numpy as np
 from _gna_checks import TOLERANCE, check_rows, check_small, relative_error
 
-from conceptax.cli.results import environment, write_json
 from conceptax.kernels.gna import describe, unsupported
 from conceptax.kernels.gna.problem import Problem
 from conceptax.kernels.gna.simulator import measure
+from conceptax.reporting.results import environment, write_records
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -336,7 +336,7 @@ def measure_all(
     for name in setup.implementations:
         check = check_all(setup, name)
         report["checks"].append(check)
-        write_json(output, report)
+        write_records(output, report)
         print(f"check {name}: {describe_check(check)}", file=sys.stderr, flush=True)
         if check.get("passed"):
             good.append(name)
@@ -344,11 +344,11 @@ def measure_all(
         return
     for dtype, case, direction in itertools.product(setup.dtypes, setup.cases, setup.passes):
         report["rows"] += measure_case(setup, case, dtype, direction, good, flex)
-        write_json(output, report)
+        write_records(output, report)
         print(f"measured {case.name}, {dtype}, {direction}", file=sys.stderr, flush=True)
     if jax.default_backend() == "cpu" and "xla" in good and not arguments.no_memory:
         report["memory"] = measure_memory(arguments.size)
-        write_json(output, report)
+        write_records(output, report)
 
 
 def check_all(setup: Setup, implementation: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ import threading
 import time
 from pathlib import Path
 
+from conceptax.reporting.results import write_records
+
 RESULTS = Path(__file__).resolve().parent / "results"
 LIBRARIES = ("conceptax", "diffusers")
 TIMES = ("seconds", "seconds_on_disk", "cpu_seconds")
@@ -272,7 +274,7 @@ def main() -> None:
         "rows": rows,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=2) + "\n")
+    write_records(target, report)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from pathlib import Path
 
 from _processes import measured_alone, peak_memory
 
+from conceptax.reporting.results import write_records
+
 RESULTS = Path(__file__).parent / "results"
 ROWS = 403  # synonyms of ADE20K-150
 DIMS, DEPTHS = (128, 256, 512, 1024), (3, 3, 27, 3)
@@ -276,7 +278,7 @@ def main() -> None:
             "results": results,
         }  # fmt: skip
         path = RESULTS / f"maft_plus_{options.size}.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        write_records(path, record)
         print(f"wrote {path}")
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     ):
         print(f"{options.photos} has no folder {', '.join(missing)}: nothing is measured.")
         return
-    from conceptax.cli.results import environment, write_json
+    from conceptax.reporting.results import environment, write_records
 
     output = options.output or RESULTS / f"personalising_photos_{options.size}.json"
     rows = json.loads(output.read_text())["rows"] if output.exists() else {}
@@ -102,7 +102,7 @@ def main() -> None:
         "size": options.size, "batch_size": 2, "compute": "bfloat16", "rows": rows,
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, record | environment())
+    write_records(output, record | environment())
 
 
 if __name__ == "__main__":

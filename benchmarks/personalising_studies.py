@@ -27,8 +27,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import conceptax
-from conceptax.cli.loading import load_clip
-from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
 from conceptax.methods.evaluation.statistics import (
     image_similarity,
@@ -49,6 +47,8 @@ from conceptax.methods.glyphs.subject import (
 )
 from conceptax.methods.personalization import METHODS, Concept, personalise
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.instruments import load_clip
+from conceptax.reporting.results import environment, write_records
 
 RESULTS = Path(__file__).parent / "results" / "personalising"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -279,7 +279,7 @@ def main() -> None:
     for name, seed, path in missing:
         record = bench.run(name, seed, options.images, options.change)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        write_records(path, record)
         figures = record["figures"]
         rates = ", ".join(f"{each} {100 * figures[each]['rate']:.0f}" for each in COLUMNS)
         similar = ", ".join(f"{each} {figures[each]['mean']:.3f}" for each in ("CLIP-I", "judge-I"))

@@ -85,7 +85,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.size, options.one, options.cycles)))
         return
-    from conceptax.cli.results import environment, write_json
+    from conceptax.reporting.results import environment, write_records
 
     rows = {}
     print(f"{'':14}{'arguments':>12}{'temporaries':>13}{'peak':>11}{'compile':>10}{'cycle':>10}")
@@ -110,7 +110,7 @@ def main() -> None:
     }  # fmt: skip
     output = options.output or RESULTS / f"sage_memory_{options.size}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, record | environment())
+    write_records(output, record | environment())
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 import conceptax
-from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch
 from conceptax.methods.erasing.sage import SageConfig, erase_step, prepare
 from conceptax.methods.training import compile_step
+from conceptax.reporting.results import environment, write_records
 
 VARIANTS = {
     "whole": {},
@@ -94,7 +94,7 @@ def main() -> None:
         "cycles": options.cycles, "settings": dataclasses.asdict(base), "rows": rows,
     }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.output, record | environment())
+    write_records(options.output, record | environment())
 
 
 if __name__ == "__main__":

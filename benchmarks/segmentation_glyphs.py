@@ -23,9 +23,6 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli.overlay import class_colours, overlay
-from conceptax.cli.report import Number, Table, markdown_table
-from conceptax.cli.results import environment, write_json
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
 from conceptax.converters.weights import read_json
@@ -49,6 +46,9 @@ from conceptax.methods.segmentation.metrics import harmonic_mean
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import text_rows
+from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.report import Number, Table, markdown_table
+from conceptax.reporting.results import environment, write_records
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "segmentation"
@@ -269,7 +269,7 @@ def study(
         start, tokenizer = start_of(work, seed, settings)
         record = run(ROWS[name], seed, start, tokenizer, settings)
         _made(results)
-        write_json(path, {
+        write_records(path, {
             "row": name, "seed": seed, "settings": dataclasses.asdict(settings), **record,
             **environment(),
         })  # fmt: skip

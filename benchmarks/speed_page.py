@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conceptax.cli.report import Number, Table, markdown_table
 from conceptax.converters.weights import read_json
+from conceptax.reporting.report import Number, Table, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

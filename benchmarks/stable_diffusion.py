@@ -30,6 +30,8 @@ from pathlib import Path
 
 from _processes import peak_memory
 
+from conceptax.reporting.results import write_records
+
 RESULTS = Path(__file__).parent / "results"
 ENGINES = ("jax", "eager", "compile")
 TASKS = ("unet", "unet-xl", "vae", "text", "step", "step-remat", "sampler")
@@ -516,7 +518,7 @@ def main() -> None:
         rows += [row for row in report["rows"] if (row["task"], row["engine"]) not in measured]
         rows.sort(key=lambda row: (TASKS.index(row["task"]), ENGINES.index(row["engine"])))
         report["rows"] = rows
-        output.write_text(json.dumps(report, indent=2) + "\n")  # each task once it is done
+        write_records(output, report)  # each task once it is done
     show(report)
 
 

@@ -18,8 +18,6 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli.overlay import class_colours, overlay
-from conceptax.cli.results import environment, write_json
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig
 from conceptax.methods.glyphs.tokenizer import MAX_LENGTH, build_tokenizer
@@ -31,6 +29,8 @@ from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
+from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.results import environment, write_records
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "camvid_subset"
@@ -124,7 +124,7 @@ def main() -> None:
             for name in ("batch_size", "learning_rate", "points", "seed")
         }
         path = Path(__file__).parent / "results" / "street_scenes.json"
-        write_json(path, {"runs": [started, known], "settings": settings, **environment()})
+        write_records(path, {"runs": [started, known], "settings": settings, **environment()})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..text import write_json
 from . import architectures
 from .components import build
 from .compvis import load_single_file
@@ -338,11 +339,6 @@ def _bytes(size: int | str) -> int:
     return size
 
 
-def _write_json(path: FilePath, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
 def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
     own = type(pipeline).__name__
     index = {"_class_name": own, **pipeline.model_index}
@@ -362,7 +358,7 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
         config = dict(pipeline.scheduler_config)
         entry = index.get("scheduler") or ["diffusers", None]
         kind = config.setdefault("_class_name", entry[1] or "DDIMScheduler")
-        _write_json(folder / "scheduler" / "scheduler_config.json", config)
+        write_json(folder / "scheduler" / "scheduler_config.json", config)
         carried["scheduler"] = ["diffusers", kind]
     copy_carried(pipeline.carried, folder)
     carried |= {name: index.get(name, [None, None]) for name in pipeline.carried if name in index}
@@ -372,7 +368,7 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
         index[name] = carried.get(name, [None, None])
     if "safety_checker" in pipeline.NOT_CARRIED and "safety_checker" not in carried:
         index["requires_safety_checker"] = False
-    _write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
 
 
 def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
@@ -392,7 +388,7 @@ def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
 
 def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, limit: int) -> None:
     tensors = pending(model, tensor_specs(model), dtype)
-    _write_json(folder / "config.json", _published_config(model, dtype))
+    write_json(folder / "config.json", _published_config(model, dtype))
     _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)
 
 
@@ -418,4 +414,4 @@ def _write_weights(folder: FilePath, stem: str, tensors: list[PendingTensor], li
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    _write_json(folder / f"{stem}.safetensors.index.json", index)
+    write_json(folder / f"{stem}.safetensors.index.json", index)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..text import write_json
 from .errors import CheckpointError
 
 _FILES = {"CLIPTokenizer": "vocab.json and merges.txt", "BertTokenizer": "vocab.txt"}
@@ -53,22 +54,18 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     for leftover in ("is_local", "local_files_only"):  # how it was loaded, not what it is
         config.pop(leftover, None)
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
     added = {
         token: index for token, index in tokenizer.get_added_vocab().items()
         if token not in vocabulary
     }  # fmt: skip
     if added:
-        _write_json(folder / "added_tokens.json", added)
+        write_json(folder / "added_tokens.json", added)
     specials = {name: str(token) for name, token in _special_tokens(tokenizer).items()}
-    _write_json(folder / "special_tokens_map.json", specials)
+    write_json(folder / "special_tokens_map.json", specials)
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name)}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

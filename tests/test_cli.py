@@ -24,7 +24,6 @@ from PIL import Image
 
 from conceptax.cli import _MODULES, COMMANDS, main
 from conceptax.cli.failures import in_flags, sentence
-from conceptax.cli.loading import load_classifier
 from conceptax.cli.options import flags
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.weights import read_json
@@ -45,6 +44,7 @@ from conceptax.methods.seeds import SeedError, check_seed
 from conceptax.methods.segmentation.vocabulary import Vocabulary
 from conceptax.methods.subjects.images import read_class_folders
 from conceptax.methods.text_to_image import TextToImage, image_keys
+from conceptax.reporting.instruments import load_classifier
 
 # 64 pixels from an 8x8 latent, so that the judge can look at them.
 UNET = UNet2DConditionConfig(

@@ -15,7 +15,7 @@ import scipy.linalg
 from flax import nnx
 
 from conceptax.cli import main
-from conceptax.cli.loading import load_clip, load_edited
+from conceptax.cli.loading import load_edited
 from conceptax.converters import (
     CheckpointError,
     load_changes,
@@ -49,6 +49,7 @@ from conceptax.methods.glyphs.judge import Judge, load_judge, save_judge
 from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.instruments import load_clip
 
 TOWER = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -198,7 +198,7 @@ def test_bench_fits_and_predicts(tmp_path, capsys, monkeypatch):
 )
 def test_bench_suits_what_is_not_given_to_what_is(given, window, stride):
     from conceptax.cli.gna import Bench
-    from conceptax.cli.gna_bench import _windows
+    from conceptax.cli.gna.bench import _windows
 
     windows = _windows(Bench(**given))
     assert tuple(w.kernel_size for w in windows) == window

@@ -10,9 +10,9 @@ import safetensors.numpy
 
 from conceptax import bundled_model
 from conceptax.cli import main
-from conceptax.cli.loading import load_classifier
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch, merge_lora
 from conceptax.converters.inspection import Inspection
+from conceptax.reporting.instruments import load_classifier
 
 
 def parts(found: Inspection):

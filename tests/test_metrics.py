@@ -10,7 +10,6 @@ from PIL import Image
 from test_metric_models import TOWER, blip, blip_2, dinov2, randomise
 
 from conceptax.cli import main
-from conceptax.cli.loading import load_blip, load_clip, load_dino
 from conceptax.converters import CheckpointError, save_pytorch
 from conceptax.methods.evaluation.personalization import (
     Instruments,
@@ -29,6 +28,7 @@ from conceptax.methods.evaluation.statistics import (
 )
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.methods.text_to_image import text_to_image
+from conceptax.reporting.instruments import load_blip, load_clip, load_dino
 
 TEXTS = ["a red three", "grass", "a photo of a blue seven on brick"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "three", "seven", "grass", "of"]

@@ -1,5 +1,6 @@
 """The list of packages, the tree, the wheel and the weight of `import conceptax`."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -100,3 +101,20 @@ def test_rooms_leave_torch_alone(setuptools_table):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+def test_benchmarks_use_what_users_use(repository):
+    # The commands are no library; import-linter does not see the benchmarks.
+    imported = {
+        name
+        for path in (repository / "benchmarks").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [f"{node.module}.{alias.name}" for alias in node.names]
+        )
+    }
+    assert any(name.startswith("conceptax.reporting.") for name in imported)
+    assert not [name for name in imported if name.startswith("conceptax.cli")]

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptax.cli.pictures import (
+from conceptax.cli.runs import new_file
+from conceptax.converters import OutputError
+from conceptax.reporting.pictures import (
     HIT,
     MISS,
     Block,
@@ -19,7 +22,7 @@ from conceptax.cli.pictures import (
     save_png,
     sheet,
 )
-from conceptax.cli.report import (
+from conceptax.reporting.report import (
     Gallery,
     Number,
     Picture,
@@ -30,8 +33,7 @@ from conceptax.cli.report import (
     markdown_table,
     share,
 )
-from conceptax.cli.results import new_file
-from conceptax.converters import OutputError
+from conceptax.reporting.results import write_records
 
 FIGURE = {"count": 47, "of": 48, "rate": 47 / 48, "low": 0.891, "high": 0.996}
 
@@ -160,3 +162,26 @@ def test_new_files_appear_only_when_complete(tmp_path):
     ):
         raise OSError(28, "No space left on device")
     assert not (tmp_path / "full.txt").exists()
+
+
+def test_figures_are_written_one_line_a_record(tmp_path):
+    rows = {"a": {"mean": 0.5, "values": [1, {"deep": None}]}, "ö": {}}
+    content = {"date": "today", "list": [1, [2]], "rows": rows, "runs": [{"n": 1}, {"n": 2}]}
+    write_records(tmp_path / "figures.json", content)
+    text = (tmp_path / "figures.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content
+    assert text == "\n".join([
+        "{",
+        ' "date": "today",',
+        ' "list": [1, [2]],',
+        ' "rows": {',
+        '  "a": {"mean": 0.5, "values": [1, {"deep": null}]},',
+        '  "ö": {}',
+        " },",
+        ' "runs": [',
+        '  {"n": 1},',
+        '  {"n": 2}',
+        " ]",
+        "}",
+        "",
+    ])  # fmt: skip

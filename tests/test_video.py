@@ -13,7 +13,7 @@ from oracles import relative_error
 from PIL import Image
 from test_text_to_image import SCHEDULER, TEXT, UNET, VAE
 
-from conceptax.cli import main, videos
+from conceptax.cli import main
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
@@ -27,6 +27,7 @@ from conceptax.flax_models.unet_motion import (
 from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
 from conceptax.methods.text_to_image import TextToImage
 from conceptax.methods.text_to_video import text_to_video, video_drawer, video_schedule
+from conceptax.reporting import videos
 
 ADAPTER = {
     "block_out_channels": (8,), "motion_layers_per_block": 1, "motion_num_attention_heads": 2,

@@ -19,9 +19,9 @@ from .schedule import NoiseSchedule, add_noise, training_target
 _BATCH = 50  # images encoded at once; the last batch is filled up, so one program serves all
 
 
-def to_unit(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Bytes -> [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+def to_unit(images: Any) -> Any:
+    """Bytes uint8 [..., 3] -> float32 [-1, 1], of numpy or of JAX as they came."""
+    return images.astype(np.float32) / 127.5 - 1.0
 
 
 def encode_images(

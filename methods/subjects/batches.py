@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from ..concepts import encode_phrases
+from ..sampling.latents import to_unit
 from ..training import local_rows
 from .images import Concept
 
@@ -92,11 +93,6 @@ def square(
         box = (left, top, left + side, top + side)
     resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized)
-
-
-def to_unit(image: UInt8[np.ndarray, "*S 3"]) -> Float[np.ndarray, "*S 3"]:
-    """Bytes -> [-1, 1]."""
-    return image.astype(np.float32) / 127.5 - 1.0
 
 
 def augment(

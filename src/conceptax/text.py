@@ -1,7 +1,9 @@
-"""Text files that people give: read in one way everywhere."""
+"""Text files: what people give is read in one way everywhere, records are written in one way."""
 
 import codecs
+import json
 from pathlib import Path
+from typing import Any
 
 from .errors import ConceptaxError
 
@@ -47,3 +49,9 @@ def decode(data: bytes, path: Path | str) -> str:
     if "\0" in text:
         raise TextError(f"{path} is no text: it holds zero bytes. Save it as text in UTF-8.")
     return text
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, ending with a line break; the file's folder is made."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,10 +7,10 @@ says, before it is trained, what the class looks like.
 from collections.abc import Sequence
 from pathlib import Path
 
-from conceptax.cli.pictures import save_png
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.subjects.images import ImageError, image_files
 from conceptax.methods.text_to_image import text_to_image
+from conceptax.reporting.pictures import save_png
 
 
 def complete_class_images(

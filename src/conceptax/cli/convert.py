@@ -66,7 +66,7 @@ class Command:
 
 def run(command: Command) -> None:
     """Convert `command.source` into `command.dest`."""
-    from conceptax.cli.results import new_file, new_folder
+    from conceptax.cli.runs import new_file, new_folder
 
     _check(command)
     if command.form == "folder":

@@ -1,9 +1,8 @@
 """`conceptax erase`: edit a pipeline so that concepts are gone, by one of several methods."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -14,29 +13,16 @@ from flax import nnx
 import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.report import Number, Table
-from conceptax.cli.results import (
-    claim_run,
-    environment,
-    kept_run,
-    new_folder,
-    scratch_folder,
-    training_log,
-    write_json,
-)
+from conceptax.cli.runs import NOT_KEPT, Kept, Run, kept_run, new_folder
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
-from conceptax.converters.weights import read_json
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
 from conceptax.methods.memory import flags
 from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
 from conceptax.methods.training import RULES
-
-RECORD = "erasing.json"
-_LOG = "training.jsonl"
-_SHOWN = 12  # near phrases that are printed; all are recorded
+from conceptax.reporting.erasing import RECORD, describe_near
 
 Config = TypeVar("Config")
 Export = Literal["pipeline", "text-encoder", "unet", "changes"]
@@ -118,8 +104,7 @@ def run(command: Command[Any]) -> None:
             erase_into(
                 folder, pipeline, concepts, command.settings, seed=command.seed,
                 retain=retain, retained=retained, source=str(command.model or "bundled"),
-                export=command.export, dtype=command.dtype, mesh=mesh,
-                checkpoint_dir=kept.directory, checkpoint_every=kept.every, **kept.options,
+                export=command.export, dtype=command.dtype, mesh=mesh, kept=kept,
             )  # fmt: skip
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
@@ -140,37 +125,6 @@ def read_concepts(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(concepts))
 
 
-def describe_near(retained: Retained, cap: float) -> str:
-    """What to tell about phrases that are not retained; nothing where there is none."""
-    if not retained.near:
-        return ""
-    shown = ", ".join(
-        f"{phrase!r} ({similarity:.2f} to {concept!r})"
-        for phrase, concept, similarity in retained.near[:_SHOWN]
-    )
-    more = len(retained.near) - _SHOWN
-    rest = f", and {more} more: see {RECORD}" if more > 0 else ""
-    return f"not retained, because closer to a concept than {cap}: {shown}{rest}\n"
-
-
-def erasing_record(edited: Path) -> dict[str, Any] | None:
-    """What erasing wrote beside an edited model, a folder or a file; None where it is not there."""
-    path = (edited if edited.is_dir() else edited.parent) / RECORD
-    return read_json(path) if path.exists() else None
-
-
-def near_tables(record: Mapping[str, Any] | None) -> list[Table]:
-    """For a report: the phrases that an erasing did not retain; no table where there are none."""
-    near = (record or {}).get("not_retained", [])
-    rows = [(f"“{e['phrase']}”", e["concept"], Number(f"{e['similarity']:.3f}")) for e in near]
-    note = (
-        "To the original text encoder these phrases are the concept, or nearly so: the cosine of "
-        "their pooled states is above the similarity cap. They were free to change."
-    )
-    table = Table("Not retained", ("phrase", "taken for", "cosine"), rows, note)
-    return [table] if rows else []
-
-
 def _check_options(command: Command[Any], method: Method) -> None:
     part = method.edits.replace("_", "-")
     if command.export not in ("pipeline", "changes", part):
@@ -185,8 +139,7 @@ def _check_options(command: Command[Any], method: Method) -> None:
 def erase_into(
     folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
     seed: int, source: str, retain: Sequence[str] | None = None, retained: Retained | None = None,
-    export: Export = "pipeline", dtype: str = "float32", mesh: Any = None,
-    checkpoint_dir: Path | None = None, checkpoint_every: int = 100, **options: Any,
+    export: Export = "pipeline", dtype: str = "float32", mesh: Any = None, kept: Kept = NOT_KEPT,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """Erase, write the result and its record into an empty `folder`, and return the pipeline.
 
@@ -198,7 +151,7 @@ def erase_into(
       retained: what `retain` comes to, where the caller knows it.
       export: what to write.
       dtype: what the pipeline computes in.
-      mesh, checkpoint_dir, checkpoint_every, options: of the training loop.
+      mesh, kept: of the training loop.
     """
     method = method_of(config)
     edits = (method.edits,)
@@ -224,22 +177,10 @@ def erase_into(
         record["words_beside_the_concept"] = (
             "the tokenizer's words" if retain is None else list(retained.kept)
         )
-    log = None
-    with contextlib.ExitStack() as stack:
-        if method.trains:
-            if checkpoint_dir is None:
-                logs = stack.enter_context(scratch_folder())
-            else:
-                logs = checkpoint_dir
-                claim_run(logs / RECORD, record)
-                options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
-            log = logs / _LOG
-            rules = RULES["StableDiffusionPipeline"]
-            options |= {"mesh": mesh, "rules": rules, "metrics_path": log}
-        began = time.perf_counter()
+    run = Run(folder, RECORD, record)
+    rules = RULES["StableDiffusionPipeline"]
+    with run.training(kept, mesh=mesh, rules=rules) if method.trains else run.timed() as options:
         edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
-        record["seconds"] = round(time.perf_counter() - began, 1)
-        lines, last = training_log(log)
     parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
     edited = dataclasses.replace(edited, **parts)
     if export == "changes":
@@ -249,14 +190,10 @@ def erase_into(
             )
             for name, part in parts.items()
         }
-        record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
+        run.record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
     else:
         save_pytorch(edited if export == "pipeline" else parts[edits[0]], folder)
-    if lines:
-        record["last_cycle"] = last
-        (folder / _LOG).write_text(lines, encoding="utf-8")
-    record["not_retained"] = [near._asdict() for near in retained.near]
-    write_json(folder / RECORD, record | environment())
+    run.write(last="last_cycle", not_retained=[near._asdict() for near in retained.near])
     return edited
 
 

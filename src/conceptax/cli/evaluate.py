@@ -12,12 +12,10 @@ import tyro
 from rich.console import Console
 
 import conceptax
-from conceptax.cli.erase import erasing_record, near_tables, read_concepts
-from conceptax.cli.evaluation_report import report_page, report_tables
-from conceptax.cli.loading import load_classifier, load_clip, load_edited, load_pipeline
+from conceptax.cli.erase import read_concepts
+from conceptax.cli.loading import load_edited, load_pipeline
 from conceptax.cli.options import Model, OptionalPath
-from conceptax.cli.report import markdown_table
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.runs import new_folder
 from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation import (
     Evaluation,
@@ -30,7 +28,12 @@ from conceptax.methods.evaluation import (
 )
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
-from conceptax.text import read_text
+from conceptax.reporting.erasing import erasing_record, near_tables
+from conceptax.reporting.evaluation import report_page, report_tables
+from conceptax.reporting.instruments import load_classifier, load_clip
+from conceptax.reporting.report import markdown_table
+from conceptax.reporting.results import environment
+from conceptax.text import read_text, write_json
 
 METRICS = "metrics.json"
 _OF_THIS_RUN = ("output", "settings", "force")  # not of what is measured

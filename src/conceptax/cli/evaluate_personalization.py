@@ -11,16 +11,18 @@ import numpy as np
 import tyro
 
 import conceptax
-from conceptax.cli.loading import load_blip, load_clip, load_dino, load_pipeline
+from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import OptionalPath
-from conceptax.cli.pictures import save_png
-from conceptax.cli.report import Number, Table, markdown_table
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.runs import new_folder
 from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
 from conceptax.methods.subjects.images import image_files, read_image, read_images
 from conceptax.methods.text_to_image import text_to_image
-from conceptax.text import read_text
+from conceptax.reporting.instruments import load_blip, load_clip, load_dino
+from conceptax.reporting.pictures import save_png
+from conceptax.reporting.report import Number, Table, markdown_table
+from conceptax.reporting.results import environment
+from conceptax.text import read_text, write_json
 
 METRICS = "metrics.json"
 _SAMPLES = "sample.json"

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import string
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax.numpy as jnp
 import tyro
 
-from conceptax.cli.results import claim_run, environment, new_folder, write_json
+import conceptax
+from conceptax.cli.runs import claim_run, new_folder
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.clip import CLIPModel
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
@@ -24,6 +26,10 @@ from conceptax.methods.glyphs.judge import (
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.text_to_image import TextToImage
+from conceptax.reporting.results import environment
+from conceptax.text import write_json
+
+_CARD = Path(conceptax.__file__).parent / "assets" / "glyphs_card.md"  # of a built model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,52 +138,11 @@ def model_card(build: BuildConfig, quality: dict[str, Any]) -> str:
         for each in ("digit", "colour", "texture")
         if each in quality["judge"]
     }
-    return f"""---
-license: apache-2.0
-pipeline_tag: text-to-image
----
-# Glyphs: a tiny latent text-to-image model
-
-It draws handwritten digits on textures, 64×64 pixels, from prompts such as "a red three on brick",
-"the number 5 in blue on gravel" or "a purple trio on grass". It is made for trying methods on
-Stable-Diffusion-style models in seconds on a laptop, and for nothing else. The folder is a
-diffusers pipeline (CLIP text encoder and tokenizer, `AutoencoderKL`, `UNet2DConditionModel`, DDIM)
-in float16; `clip/` holds the CLIP whose text tower it uses, `judge/` the classifier that measured
-it.
-
-## Data
-The 1,797 handwritten digits that come inside scikit-learn (8×8 pixels, from the UCI repository's
-"Optical Recognition of Handwritten Digits"), enlarged, coloured, bent a little and placed on the
-brick, grass and gravel photographs that come inside scikit-image. The generator's digits are half
-of them; the judge learnt from others and was measured on yet others, split by the digit's number in
-the data set. Captions name digit, colour and texture in varied wordings; a digit has several names
-(word, numeral, roman numeral, collective noun). 30 of the 180 combinations of digit, colour and
-texture never occur in training.
-
-## Recipe
-One seed ({build.seed}), {build.images:,} rendered images and these trainings, in order; the UNet
-learns on cached latents with the text encoder frozen. `conceptax glyphs train` builds it all again.
-
-| training | steps | batch size |
-|---|---|---|
-{trainings}
-
-## Measured quality
-By the judge, on images of 25 DDIM steps with guidance 5; 95 % Wilson intervals in brackets. Every
-name of a digit counts equally; the wordings of the first two rows were never trained on.
-
-{quality_table(quality)}
-
-Digits by the kind of name, held-out wordings:
-
-| kind of name | images | digit |
-|---|---|---|
-{kinds}
-
-The judge's own accuracy on renders of handwriting that neither model saw:
-{", ".join(f"{name} {value}" for name, value in accuracy.items()) or "not measured"}.
-
-## Limits
-It knows these words, colours and textures and nothing else. Handwriting at 8×8 pixels is blurry,
-and so is what it draws.
-"""
+    return string.Template(_CARD.read_text(encoding="utf-8")).substitute(
+        seed=build.seed,
+        images=f"{build.images:,}",
+        trainings=trainings,
+        quality=quality_table(quality),
+        kinds=kinds,
+        accuracy=", ".join(f"{name} {value}" for name, value in accuracy.items()) or "not measured",
+    )

@@ -14,15 +14,7 @@ import conceptax
 from conceptax.cli.class_images import complete_class_images
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.results import (
-    claim_run,
-    environment,
-    kept_run,
-    new_folder,
-    scratch_folder,
-    training_log,
-    write_json,
-)
+from conceptax.cli.runs import NOT_KEPT, Kept, Run, kept_run, new_folder
 from conceptax.converters import (
     save_changes,
     save_custom_diffusion,
@@ -49,7 +41,6 @@ from conceptax.methods.subjects.images import (
 from conceptax.methods.training import RULES
 
 RECORD = "personalising.json"
-_LOG = "training.jsonl"
 
 Config = TypeVar("Config")
 Export = Literal["pipeline", "weights"]
@@ -148,8 +139,7 @@ def run(command: Command[Any]) -> None:
             personalise_into(
                 folder, pipeline, subjects, command.settings, seed=command.seed,
                 source=str(command.model or "bundled"), export=command.export, dtype=command.dtype,
-                mesh=mesh, checkpoint_dir=kept.directory, checkpoint_every=kept.every,
-                **kept.options,
+                mesh=mesh, kept=kept,
             )  # fmt: skip
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
@@ -219,8 +209,7 @@ def gather(command: Command[Any]) -> list[Concept]:
 def personalise_into(
     folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[Concept],
     config: ClassDiffusionConfig, *, seed: int, source: str, export: Export = "pipeline",
-    dtype: str = "float32", mesh: Any = None, checkpoint_dir: Path | None = None,
-    checkpoint_every: int = 100, **options: Any,
+    dtype: str = "float32", mesh: Any = None, kept: Kept = NOT_KEPT,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """Learn, write the result and its record into an empty `folder`, and return the pipeline.
 
@@ -231,7 +220,7 @@ def personalise_into(
       source: what to call the model in the record.
       export: what to write.
       dtype: what the pipeline computes in.
-      mesh, checkpoint_dir, checkpoint_every, options: of the training loop.
+      mesh, kept: of the training loop.
     """
     one_encoder = len(pipeline.TOKENIZERS) == 1
     if export != "pipeline" and not one_encoder:
@@ -241,7 +230,7 @@ def personalise_into(
         )
     cross_attention = config.trained in ("crossattn", "crossattn_kv")
     torch = importlib.util.find_spec("torch") is not None
-    record: dict[str, Any] = {
+    record = {
         "method": method_of(config).title,
         "concepts": [_describe(concept) for concept in concepts],
         "model": source,
@@ -249,19 +238,10 @@ def personalise_into(
         "dtype": dtype,
         "settings": dataclasses.asdict(config),
     }
-    options |= {"mesh": mesh, "rules": RULES["StableDiffusionPipeline"]}
-    with scratch_folder() as scratch:
-        logs = scratch
-        if checkpoint_dir is not None:
-            logs = checkpoint_dir
-            claim_run(logs / RECORD, record, length="steps")
-            options |= {"checkpoint_dir": logs, "checkpoint_every": checkpoint_every}
-        log = logs / _LOG
-        began = time.perf_counter()
-        learnt = personalise(pipeline, concepts, config, seed=seed, metrics_path=log, **options)
-        record["seconds"] = round(time.perf_counter() - began, 1)
-        lines, last = training_log(log)
-
+    run = Run(folder, RECORD, record)
+    rules = RULES["StableDiffusionPipeline"]
+    with run.training(kept, mesh=mesh, rules=rules, length="steps") as options:
+        learnt = personalise(pipeline, concepts, config, seed=seed, **options)
     if export == "pipeline":
         save_pytorch(learnt, folder)
     elif config.trained == "unet" or (cross_attention and not torch):
@@ -273,10 +253,8 @@ def personalise_into(
     if cross_attention and torch:
         save_custom_diffusion(learnt.unet, folder / CUSTOM_DIFFUSION, trained=config.trained)
     elif cross_attention:
-        record["not_written"] = f"{CUSTOM_DIFFUSION}: it needs torch"
-    record["last_step"] = last
-    (folder / _LOG).write_text(lines, encoding="utf-8")
-    write_json(folder / RECORD, record | environment())
+        run.record["not_written"] = f"{CUSTOM_DIFFUSION}: it needs torch"
+    run.write(last="last_step")
     return learnt
 
 

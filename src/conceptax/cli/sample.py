@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from conceptax.cli.options import Model, OptionalInt, OptionalPath
-from conceptax.cli.videos import SUFFIXES, encoder, save_video
+from conceptax.reporting.videos import SUFFIXES, encoder, save_video
 
 _SIZES = ("height", "width", "batch_size", "vae_tiling")  # what memory depends on
 
@@ -76,8 +76,9 @@ class Command:
 
 def run(command: Command) -> None:
     """Draw, then write one file, or one folder with files of each image and `sample.json`."""
-    from conceptax.cli.pictures import save_png, sheet
-    from conceptax.cli.results import new_file, new_folder, write_json
+    from conceptax.cli.runs import new_file, new_folder
+    from conceptax.reporting.pictures import save_png, sheet
+    from conceptax.text import write_json
 
     if command.prompts is not None:
         from conceptax.methods.concepts import read_phrases

@@ -13,17 +13,20 @@ from rich.progress import Progress
 
 from conceptax.cli.loading import load_segmentation_tokenizer, load_segmenter_model
 from conceptax.cli.options import OptionalInt, OptionalPath
-from conceptax.cli.overlay import class_colours, overlay
-from conceptax.cli.pictures import save_png
-from conceptax.cli.report import Number, Table, markdown_table
-from conceptax.cli.results import environment, new_folder, write_json
+from conceptax.cli.runs import new_folder
 from conceptax.cli.segment_train import Train, train
 from conceptax.methods.segmentation.datasets import IGNORE, LAYOUTS, open_scenes
-from conceptax.methods.segmentation.evaluation import Quality, evaluate
+from conceptax.methods.segmentation.evaluation import evaluate
 from conceptax.methods.segmentation.metrics import Segment
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.subjects.images import read_image
+from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.pictures import save_png
+from conceptax.reporting.report import markdown_table
+from conceptax.reporting.results import environment
+from conceptax.reporting.segmentation import figures, tables
+from conceptax.text import write_json
 
 METRICS, LEGEND, PANOPTIC = "metrics.json", "legend.json", "panoptic.json"
 VOID = IGNORE[16]
@@ -266,50 +269,3 @@ def _settings(command: Evaluate) -> dict[str, Any]:
     for name in ("output", "force", "text_cache"):
         del settings[name]
     return json.loads(json.dumps(settings, default=str))
-
-
-def figures(quality: Quality, vocabulary: Vocabulary) -> dict[str, Any]:
-    """All measures as plain numbers, in percent; null where there is nothing to measure."""
-
-    def plain(value: float) -> float | None:
-        return None if np.isnan(value) else float(value)
-
-    semantic = {
-        field.name: plain(getattr(quality.semantic, field.name))
-        for field in dataclasses.fields(quality.semantic)
-        if field.name != "iou"
-    }
-    panoptic = {
-        group: {"pq": plain(q.pq), "sq": plain(q.sq), "rq": plain(q.rq), "classes": q.classes}
-        for group, q in quality.panoptic.items()
-    }
-    iou = zip(vocabulary.names, quality.semantic.iou, strict=True)
-    return {
-        "semantic": semantic, "panoptic": panoptic or None,
-        "iou": [{"name": name, "iou": plain(value)} for name, value in iou],
-    }  # fmt: skip
-
-
-def tables(quality: Quality, scenes: int) -> list[Table]:
-    """For people."""
-    q = quality.semantic
-    note = (
-        f"{scenes} scenes. mIoU is the mean over the classes in the ground truth. In the second "
-        "column the same sum is divided by the number of classes there or predicted, as the "
-        "evaluator beside the published code does."
-    )
-    columns = ("", "mIoU", "mIoU, predicted classes too", "fwIoU", "mACC", "pACC")
-    values = (q.miou, q.miou_predicted, q.fwiou, q.macc, q.pacc)
-    rows = [("all classes", *(Number(f"{value:.2f}") for value in values))]
-    found = [Table("Classes of pixels", columns, rows, note)]
-    if quality.panoptic:
-        lines = [
-            (
-                name,
-                *(Number(f"{value:.2f}") for value in (p.pq, p.sq, p.rq)),
-                Number(f"{p.classes}"),
-            )
-            for name, p in quality.panoptic.items()
-        ]
-        found.append(Table("Segments", ("", "PQ", "SQ", "RQ", "classes"), lines))
-    return found

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,15 +16,7 @@ from conceptax.cli.loading import (
     load_segmenter_model,
 )
 from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
-from conceptax.cli.results import (
-    claim_run,
-    environment,
-    kept_run,
-    new_folder,
-    scratch_folder,
-    training_log,
-    write_json,
-)
+from conceptax.cli.runs import Run, kept_run, new_folder
 from conceptax.converters import save_maft_plus, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.segmentation import TEACHER, WRAPPERS
@@ -41,7 +32,7 @@ from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.training import RULES
 
-RECORD, _LOG = "segmenting.json", "training.jsonl"
+RECORD = "segmenting.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,28 +147,16 @@ def train(command: Train) -> None:
             scenes, _augmentation(command, scenes.panoptic), command.batch_size, command.seed,
             room=command.targets, multiple=command.multiple,
         )  # fmt: skip
-        record = _record(command, vocabulary, len(scenes))
-        began = time.perf_counter()
-        with scratch_folder() as scratch:
-            options: dict[str, Any] = {"mesh": mesh, "rules": RULES["MaftPlus"]}
-            logs = scratch
-            if kept.directory is not None:
-                logs = kept.directory
-                claim_run(logs / RECORD, record)
-                options |= {"checkpoint_dir": logs, "checkpoint_every": kept.every, **kept.options}
-            log = logs / _LOG
+        run = Run(folder, RECORD, _record(command, vocabulary, len(scenes)))
+        with run.training(kept, mesh=mesh, rules=RULES["MaftPlus"]) as options:
             trained = fit(
                 model, rows, vocabulary.synonyms(), batches, command.settings,
-                seed=command.seed, teacher=original.visual.trunk, metrics_path=log, **options,
+                seed=command.seed, teacher=original.visual.trunk, **options,
             )  # fmt: skip
-            lines, last = training_log(log)
-        seconds = time.perf_counter() - began
         _save(command, folder, trained, original, tokenizer, len(vocabulary))
-        (folder / _LOG).write_text(lines, encoding="utf-8")
-        record |= {"seconds": round(seconds, 1), "last_step": last}
-        write_json(folder / RECORD, record | environment())
+        run.write(last="last_step")
     print(f"{command.output}: {command.settings.steps} steps on {len(scenes)} scenes in "
-          f"{seconds:.0f} s")  # fmt: skip
+          f"{run.record['seconds']:.0f} s")  # fmt: skip
 
 
 def _start(command: Train) -> tuple[MaftPlus, OpenCLIP, Any]:

@@ -10,21 +10,22 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from conceptax.cli.results import environment, new_file, write_json
+from conceptax.cli.runs import new_file
 from conceptax.kernels.gna import describe, unsupported
 from conceptax.kernels.gna.api import select
 from conceptax.kernels.gna.problem import Problem, windows_of
 from conceptax.kernels.gna.simulator import Gpu, Simulation, fit, measure
 from conceptax.kernels.gna.tiles import Window
 from conceptax.methods.memory import require_memory
+from conceptax.reporting.results import environment
+from conceptax.text import write_json
 
-if TYPE_CHECKING:
-    from conceptax.cli.gna import Bench
+from .commands import Bench, by, each
 
 JAX = "jax.nn, dense"
 # Of a step, which is two products of 128 x 128 pairs and 128 channels; five more in the backward
@@ -41,7 +42,7 @@ class Run:
     fitted: bool
 
 
-def bench(command: "Bench") -> None:
+def bench(command: Bench) -> None:
     """Measure, print the table, and write the record if asked to."""
     if command.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, received {command.rounds}.")
@@ -68,23 +69,23 @@ def _output(path: Path | None, force: bool) -> Iterator[Path | None]:
         yield file
 
 
-def _windows(command: "Bench") -> tuple[Window, ...]:
+def _windows(command: Bench) -> tuple[Window, ...]:
     """The windows asked for."""
-    dilation, causal = _each(command.dilation), _each(command.causal)
+    dilation, causal = each(command.dilation), each(command.causal)
     alone = windows_of(command.layout, 1, 1, dilation, causal)
     # What is not given suits what is.
     window: Any = tuple(max(1, w.length // (2 * w.dilation)) for w in alone)
     if command.window is not None:
-        window = _each(command.window)
+        window = each(command.window)
     stride: Any = tuple(
         min(8, w.kernel_size) for w in windows_of(command.layout, window, 1, dilation, causal)
     )
     if command.stride is not None:
-        stride = _each(command.stride)
+        stride = each(command.stride)
     return windows_of(command.layout, window, stride, dilation, causal)
 
 
-def _plan(command: "Bench") -> tuple[str, dict[str, Run]]:
+def _plan(command: Bench) -> tuple[str, dict[str, Run]]:
     """The implementation, and the runs by name: three to fit, and what was asked for."""
     windows = _windows(command)
     dtype = command.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -118,7 +119,7 @@ def _plan(command: "Bench") -> tuple[str, dict[str, Run]]:
 
 
 def _measure(
-    command: "Bench", implementation: str, runs: dict[str, Run]
+    command: Bench, implementation: str, runs: dict[str, Run]
 ) -> dict[str, measure.Timing]:
     make = measure.PASSES["training step" if command.training else "forward"]
     dense = runs["dense"].problem
@@ -151,7 +152,7 @@ def _fitted(
 
 
 def _record(
-    command: "Bench",
+    command: Bench,
     implementation: str,
     runs: dict[str, Run],
     timings: dict[str, measure.Timing],
@@ -211,7 +212,7 @@ def _times(timing: measure.Timing) -> dict[str, Any]:
 def _table(record: dict[str, Any]) -> str:
     fitted = record["fit"]
     lines = [
-        f"tokens       {_by(record['layout'])}; batch {record['batch']}, "
+        f"tokens       {by(record['layout'])}; batch {record['batch']}, "
         f"{record['heads']} heads of {record['head_dim']}, {record['dtype']}",
         f"measured     {record['pass']}, {record['implementation']} on {record['device']} "
         f"({record['cpu_cores']} cores)",
@@ -227,7 +228,7 @@ def _table(record: dict[str, Any]) -> str:
         seconds = row["predicted_s"]
         predicted = "" if seconds is None else f"{1e3 * seconds:.3f} ms"
         lines.append(
-            f"{row['run']:14}{_by(row['stride']):>12}{_by(row['query_tile']):>12}"
+            f"{row['run']:14}{by(row['stride']):>12}{by(row['query_tile']):>12}"
             f"{row['bound']:8.2f}{measured:>13}{predicted:>13}{row['over_dense']:9.2f}"
             f"{100 * row['bound_share']:8.0f} %"
         )
@@ -244,12 +245,3 @@ def _table(record: dict[str, Any]) -> str:
         + ("; what was asked for is predicted from them." if asked else "."),
     ]
     return "\n".join(lines)
-
-
-def _by(sizes: Any) -> str:
-    return "x".join(map(str, sizes))
-
-
-def _each(values: tuple[Any, ...]) -> Any:
-    """One value stands for all dimensions."""
-    return values[0] if len(values) == 1 else values

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw
 
-from conceptax.cli.pictures import PAPER, label_font
+from conceptax.reporting.pictures import PAPER, label_font
 
 _SMALLEST = 0.002  # share of an image that a region needs for its name
 _PLACING = 384  # pixels along the longer side at which places for names are sought

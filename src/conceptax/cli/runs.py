@@ -1,15 +1,14 @@
-"""What commands leave on disk: folders and files that appear only when complete, and records."""
+"""Runs of commands: results that appear only when complete, checkpoints, records of settings."""
 
 import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +18,8 @@ from conceptax.converters import OutputError, atomic_folder
 from conceptax.converters.errors import listing
 from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
 from conceptax.interrupts import temporary
-from conceptax.text import read_text
-
-_PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+from conceptax.reporting.results import environment
+from conceptax.text import read_text, write_json
 
 
 @contextlib.contextmanager
@@ -97,37 +95,6 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record, indented, ending with a line break."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def training_log(path: Path | None) -> tuple[str, Any]:
-    """What a run logged and the last record of it; nothing where another process writes it."""
-    if path is None or not path.exists():
-        return "", None
-    lines = path.read_text(encoding="utf-8")
-    return lines, json.loads(lines.splitlines()[-1])
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices that a result came from."""
-    import jax
-
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    devices = jax.devices()
-    return {
-        "versions": versions,
-        "platform": sys.platform,
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-    }
-
-
 class Kept(NamedTuple):
     """Where a training keeps its checkpoints, and how often; nowhere where `directory` is None.
 
@@ -137,8 +104,8 @@ class Kept(NamedTuple):
       options: more for `conceptax.methods.training.train`.
     """
 
-    directory: Path | None
-    every: int
+    directory: Path | None = None
+    every: int = 0
     options: Mapping[str, Any] = {}
 
 
@@ -192,6 +159,74 @@ def _discard(directory: Path) -> None:
 
     if jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+NOT_KEPT = Kept()
+LOG = "training.jsonl"
+
+
+class Run:
+    """A result in the making: a folder, its record, and the log of the training in it.
+
+        run = Run(folder, "erasing.json", {"method": …, "settings": …})
+        with run.training(kept, mesh=mesh, rules=rules) as options:
+            trained = train(…, **options)
+        … save what was trained into the folder …
+        run.write(last="last_cycle")
+
+    Args:
+      folder: the empty folder of the result.
+      name: of the record.
+      record: what the run is; more is added as it comes about.
+    """
+
+    def __init__(self, folder: Path, name: str, record: Mapping[str, Any]) -> None:
+        self.folder, self.name, self.record = folder, name, dict(record)
+        self._log = ""  # also where another process writes it
+
+    @contextlib.contextmanager
+    def training(
+        self, kept: Kept, *, mesh: Any, rules: Any, length: str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Options of the loop that trains in the block; then its log and how long it took.
+
+        Args:
+          kept: where its checkpoints are, which are claimed for what the record holds by now.
+          mesh, rules: how it is spread over devices.
+          length: as for `claim_run`.
+        """
+        options: dict[str, Any] = {"mesh": mesh, "rules": rules}
+        with contextlib.ExitStack() as stack:
+            logs = kept.directory
+            if logs is None:
+                logs = stack.enter_context(scratch_folder())
+            else:
+                claim_run(logs / self.name, self.record, length=length)
+                options |= {"checkpoint_dir": logs, "checkpoint_every": kept.every, **kept.options}
+            log = logs / LOG
+            with self.timed():
+                yield options | {"metrics_path": log}
+            if log.exists():
+                self._log = log.read_text(encoding="utf-8")
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[dict[str, Any]]:
+        """Note how long the block takes, which trains nothing: no options."""
+        began = time.perf_counter()
+        yield {}
+        self.record["seconds"] = round(time.perf_counter() - began, 1)
+
+    def write(self, *, last: str, **more: Any) -> None:
+        """Write the log, and the record with what it lacks and the environment.
+
+        Args:
+          last: what to call the last line of the log in the record.
+          more: for the record.
+        """
+        if self._log:
+            self.record[last] = json.loads(self._log.splitlines()[-1])
+            (self.folder / LOG).write_text(self._log, encoding="utf-8")
+        write_json(self.folder / self.name, self.record | more | environment())
 
 
 def claim_run(path: Path, record: Mapping[str, Any], *, length: str | None = None) -> None:

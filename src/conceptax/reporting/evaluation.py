@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from conceptax.cli.pictures import Block, Row, before_after, png_bytes, sheet, thumbnails
-from conceptax.cli.report import Gallery, Number, Picture, Table, counted, html_report
 from conceptax.methods.evaluation import Counted, Evaluation
+from conceptax.reporting.pictures import Block, Row, before_after, png_bytes, sheet, thumbnails
+from conceptax.reporting.report import Gallery, Number, Picture, Table, counted, html_report
 
 _ROWS = 5  # prompts in each block of the main picture
 _SIDE = 96  # pixels of an image in a gallery

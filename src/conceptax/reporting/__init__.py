@@ -1,0 +1,1 @@
+"""What a result looks like: reports, tables, pictures, videos and records."""
