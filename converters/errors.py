@@ -1,4 +1,4 @@
-"""What goes wrong between two formats, in sentences for people."""
+"""Errors of reading and writing checkpoints, in sentences for people."""
 
 from collections.abc import Sequence
 

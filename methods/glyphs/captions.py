@@ -1,4 +1,4 @@
-"""How the glyphs world is put into words.
+"""Captions of the glyphs world.
 
 A digit has several names: its word (`three`), numeral (`3`), roman numeral (`III`) and a
 collective noun (`trio`). The names have different habits, as synonyms do in real text: each

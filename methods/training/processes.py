@@ -1,4 +1,4 @@
-"""Several processes as one run: what each reads, where arrays go, and what all of them learn.
+"""Training in several processes: what each reads, where arrays go, and what all of them learn.
 
 Every process runs the same program (`jax.distributed.initialize` has made them one run); arrays are
 spread over the devices of all.  With one process each function here does the plain thing.

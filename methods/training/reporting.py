@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar or plain lines, a JSONL file, TensorBoard."""
+"""Progress and metrics of a run: a progress bar or plain lines, a JSONL file, TensorBoard."""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""Where arrays live: one table of (path pattern, PartitionSpec) rows per model family.
+"""Sharding: one table of (path pattern, PartitionSpec) rows per model family tells where arrays go.
 
 A mesh has three axes: `data` splits the batch only, `fsdp` splits the batch and the
 parameters, `tensor` splits matrix products. Rows are tried in order and the first whose pattern

@@ -1,4 +1,4 @@
-"""What a training step carries from one step to the next: a plain pytree."""
+"""Training state: what a step carries to the next one, a plain pytree."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Text files that people give: read in one way everywhere."""
+"""Read text files that people give, in one way everywhere."""
 
 import codecs
 from pathlib import Path
