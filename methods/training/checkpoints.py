@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from ...errors import ConceptaxError
+from ...errors import CheckpointError
 from .paths import dotted
 from .processes import any_process, is_first_process
 from .state import TrainState
@@ -55,10 +55,6 @@ def _hush() -> None:
             hook(unraisable)
 
     sys.unraisablehook = without_closed_loops
-
-
-class CheckpointError(ConceptaxError, OSError):
-    """A checkpoint could not be written; those before it are as good as they were."""
 
 
 class Checkpoints:
