@@ -106,7 +106,7 @@ $(NATTEN): $(DEV_STAMP)
 	$(PIP) install -q --no-deps --no-build-isolation --upgrade --target $@ natten==0.21.7
 
 test-natten: $(NATTEN)
-	PYTHONPATH=$(NATTEN) $(BIN)/pytest tests/test_gna_natten.py
+	PYTHONPATH=$(NATTEN) $(BIN)/pytest tests/kernels/gna/test_natten.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What travels: PyTorch weights in and out."""
+"""Load and save PyTorch checkpoints: what travels."""
 
 from .compvis import load_single_file, save_single_file
 from .errors import CheckpointError, ConversionError, OutputError

@@ -1,4 +1,4 @@
-"""Which model class reads which published class name."""
+"""Registry of architectures: which model class reads which published class name."""
 
 import importlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""One model from its published settings and its stored tensors."""
+"""Build one model from its published settings and its stored tensors."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,26 +1,16 @@
-"""What goes wrong between two formats, in sentences for people."""
+"""Errors of reading and writing checkpoints, in sentences for people."""
 
 from collections.abc import Sequence
 
-from ..errors import ConceptaxError
+from ..errors import CheckpointError, ConversionError, OutputError
+
+__all__ = ["CheckpointError", "ConversionError", "OutputError", "TypeToConvert", "listing"]
 
 _SHOWN = 8
 
 
-class ConversionError(ConceptaxError, ValueError):
-    """Base of this package's errors; its message says what was received and what to do next."""
-
-
-class CheckpointError(ConversionError):
-    """A checkpoint that cannot be read: absent, damaged, unsafe, or of another model."""
-
-
 class TypeToConvert(CheckpointError):
     """Weights of a type that no parameter keeps: they can be read only by converting them."""
-
-
-class OutputError(ConversionError):
-    """A result that cannot be written; nothing of it is left on disk."""
 
 
 def listing(names: Sequence[str], shown: int = _SHOWN) -> str:

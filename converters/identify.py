@@ -1,4 +1,4 @@
-"""What a path is: told once, for all that read models, so that all say the same about it."""
+"""Identify a checkpoint by its content: told once, so that all readers say the same about it."""
 
 from collections.abc import Mapping
 from pathlib import Path

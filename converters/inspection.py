@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its headers alone: no tensor is read."""
+"""Inspect a checkpoint by its headers alone: no tensor is read."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Files and folders that appear only when complete, and replace nothing but earlier results.
+"""Atomic output: files and folders that appear only when complete, replacing earlier results alone.
 
 Every folder gets `conceptax.json`, the record of which files in it were written here. A folder
 without it, or with files that are not in it, is somebody's own and is never replaced.

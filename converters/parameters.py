@@ -1,4 +1,4 @@
-"""A model's parameters, in from stored tensors and out to pending ones, one at a time."""
+"""Fill a model's parameters from stored tensors, and write them out, one at a time."""
 
 import functools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What personalising leaves behind, in the files that diffusers and the authors exchange.
+"""Files of textual inversion and Custom Diffusion, as diffusers and the authors exchange them.
 
 * Textual inversion: one file per token, `{"<new1>": [dim]}`, for `pipe.load_textual_inversion`.
   Those of others may hold several vectors [n, dim], and may leave the token to the file's name:

@@ -1,4 +1,4 @@
-"""What a pipeline's folder holds beside its models: the index, the scheduler, and other parts.
+"""Pipeline folders: the index, the scheduler, and other parts beside the models.
 
 Parts that nothing here computes with, such as the safety checker and the feature extractor, are
 carried along: found where a pipeline is loaded, and copied as they are where it is written.

@@ -1,4 +1,4 @@
-"""Tokenizers in, CLIP's out too; transformers is imported when one is used."""
+"""Read tokenizers, and write CLIP's; transformers is imported when one is used."""
 
 import json
 from pathlib import Path

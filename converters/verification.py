@@ -1,4 +1,4 @@
-"""Does a written checkpoint compute the same in PyTorch? Both frameworks on one random input."""
+"""Verify a written checkpoint against PyTorch: both frameworks on one random input."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Where the weights of a component folder are, and how to open each kind of file.
+"""Find and open weight files: safetensors, pickles, Flax's, and indexes of several.
 
 Everything in a folder is untrusted: names in an index may not leave it, pickles are read with
 `weights_only=True` (which executes nothing), and files are checked before their data is used.

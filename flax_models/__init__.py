@@ -1,1 +1,1 @@
-"""What computes: Flax NNX modules, one architecture per file, named as their PyTorch originals."""
+"""Flax NNX models, one architecture per file, named as their PyTorch originals: what computes."""

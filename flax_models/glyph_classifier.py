@@ -22,8 +22,8 @@ from .layers.resnet import conv3x3, group_norm
 class GlyphClassifierConfig(ModelConfig):
     """Sizes of the classifier.
 
-    ``channels`` are the widths of the convolutions, whose strides are ``strides``; the features
-    that remain are flattened into ``features`` units, from which the three heads read.
+    `channels` are the widths of the convolutions, whose strides are `strides`; the features
+    that remain are flattened into `features` units, from which the three heads read.
     """
 
     image_size: int = 64
@@ -79,6 +79,6 @@ class GlyphClassifier(nnx.Module):
         return jax.nn.gelu(self.hidden(x.reshape(x.shape[0], -1)))
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B N"]]:
-        """Logits by attribute, ``digit`` [B,10], ``colour`` [B,6], ``texture`` [B,3]."""
+        """Logits by attribute, `digit` [B,10], `colour` [B,6], `texture` [B,3]."""
         x = self.features(images)
         return {"digit": self.digit(x), "colour": self.colour(x), "texture": self.texture(x)}

@@ -1,1 +1,1 @@
-"""What trains: losses, pure steps, samplers, metrics, data and the training loop."""
+"""Losses, pure training steps, samplers, metrics, data and the training loop: what trains."""

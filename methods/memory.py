@@ -1,4 +1,4 @@
-"""Whether something fits into memory, told before any of it is taken.
+"""Memory checks: whether something fits, told before any of it is taken.
 
 Estimates are lower bounds: arrays that are certain to exist at the same time, and nothing else. So
 what is refused could not have worked; what is not refused may still be too large.

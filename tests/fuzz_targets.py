@@ -1,6 +1,6 @@
 """Readers of checkpoints, to throw damaged and hostile bytes at: an error for people or a result.
 
-`tests/test_fuzz.py` runs them briefly, `benchmarks/fuzz_checkpoints.py` for as long as it is told.
+`tests/converters/test_fuzz.py` runs them briefly, `benchmarks/fuzz_checkpoints.py` as long as told.
 """
 
 import functools

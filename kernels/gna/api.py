@@ -1,4 +1,4 @@
-"""The front-end: arguments are checked, an implementation is chosen, gradients are defined.
+"""Neighborhood attention's front-end: checks arguments, chooses a backend, defines gradients.
 
 A backend is a module with three functions:
 

@@ -1,4 +1,4 @@
-"""Batch and heads over many devices: how `jax.jit` divides a backend's call.
+"""Partitioning over devices: how `jax.jit` divides a backend's call by batch and heads.
 
 Devices need nothing of each other's batch entries and heads.  A compiler that partitions programs
 cannot know that of a custom call, or of a loop that takes a few heads at a time: it would gather

@@ -1,4 +1,4 @@
-"""Where a call runs."""
+"""Platforms: on which kind of device a call runs."""
 
 import jax
 

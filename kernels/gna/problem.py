@@ -1,4 +1,4 @@
-"""What is asked for: the checked, hashable description of one neighborhood attention.
+"""`Problem`: the checked, hashable description of one neighborhood attention.
 
 Everything a kernel's shape depends on is static and stands in `Problem`, so that backends may build
 tables, compile and cache by it.  Arguments are checked here, once, for all backends.

@@ -1,4 +1,4 @@
-"""What images are worth, and what an erasure did: figures, and the instruments that read them.
+"""Metrics of images and of erasures, and the models that measure them.
 
 evaluate(original, edited, ["three"], classifier, suites, EvaluationConfig()) -> Evaluation
 measure(...)  # how well a personalised model draws its subject

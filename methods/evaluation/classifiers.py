@@ -1,4 +1,4 @@
-"""Who says what an image shows: the glyphs world's judge, or any CLIP without training.
+"""Classifiers of what an image shows: any CLIP, without training.
 
 A classifier is asked about one phrase per image.  It has to be independent of the model that it
 judges; the erased model's own text encoder is not.

@@ -1,4 +1,4 @@
-"""Models as measuring instruments: images of any sizes in, features out, a batch at a time.
+"""Feature extractors for metrics: images of any sizes in, features out, a batch at a time.
 
 Where a folder has no `preprocessor_config.json`, images are prepared as the published models of its
 kind are (`preprocessing.Preprocessing`).

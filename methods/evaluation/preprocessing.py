@@ -1,4 +1,4 @@
-"""Images as a model was trained to see them: resized, cut and normalised as its folder says.
+"""Image preprocessing: resized, cut and normalised as a model's folder says.
 
 What transformers' image processors do with `preprocessor_config.json`: bytes are resized by Pillow,
 the centre is cut out, and the pixels are scaled and normalised.

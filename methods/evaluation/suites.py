@@ -1,4 +1,4 @@
-"""Which prompts an erasure is judged by.
+"""Prompt suites that an erasure is evaluated on.
 
 Every prompt says which phrase its image should show, and which word it uses for that: a prompt for
 the phrase "three" may say "III".

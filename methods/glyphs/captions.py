@@ -1,12 +1,12 @@
-"""How the glyphs world is put into words.
+"""Captions of the glyphs world.
 
-A digit has several names: its word (``three``), numeral (``3``), roman numeral (``III``) and a
-collective noun (``trio``). The names have different habits, as synonyms do in real text: each
+A digit has several names: its word (`three`), numeral (`3`), roman numeral (`III`) and a
+collective noun (`trio`). The names have different habits, as synonyms do in real text: each
 kind prefers its own phrases ("the number 3", "the roman numeral III", "a trio") beside those it
 shares with the others. A caption may name all of digit, colour and texture, or only some.
 
-Templates hold the fields ``{name}``, ``{colour}``, ``{texture}`` (the plain word) and
-``{surface}`` (the texture in a phrase: "brick", "a brick wall"); the article "a" is written "an"
+Templates hold the fields `{name}`, `{colour}`, `{texture}` (the plain word) and
+`{surface}` (the texture in a phrase: "brick", "a brick wall"); the article "a" is written "an"
 where the word after it asks for it.
 """
 
@@ -128,7 +128,7 @@ _TAKES_AN = re.compile(r"\ba (?=(?:eight|8|octet)\b)")
 
 
 def fill(template: Template | str, *, name: str = "", colour: str = "", surface: str = "") -> str:
-    """Write a template out. ``surface`` is a texture's word or one of its SURFACES."""
+    """Write a template out. `surface` is a texture's word or one of its SURFACES."""
     text = template.text if isinstance(template, Template) else template
     texture = next((word for word in TEXTURES if surface in SURFACES[word]), surface)
     text = text.format(name=name, colour=colour, surface=surface, texture=texture)

@@ -1,7 +1,7 @@
 """The judge: an independent classifier that says what an image of the glyphs world shows.
 
-It is trained only on renders of the handwritten digits of the ``judge`` split, which the
-text-to-image model never sees, and measured on those of ``judge_test``, which neither sees. Its
+It is trained only on renders of the handwritten digits of the `judge` split, which the
+text-to-image model never sees, and measured on those of `judge_test`, which neither sees. Its
 renders vary more than the world's, and are blurred, faded and given noise, so that it
 looks past a generator's mild artefacts. Its own accuracy travels with its weights.
 
@@ -45,9 +45,9 @@ _BATCH = 64  # images judged at once; shorter batches are filled up, so one comp
 class JudgeConfig:
     """How the judge is trained.
 
-    Each handwritten sample is drawn ``renders`` times, in random colours and textures; AdamW runs
-    ``steps`` batches over them with a cosine learning rate after a short warm-up. The judge is the
-    moving average of the weights with factor ``average`` per step.
+    Each handwritten sample is drawn `renders` times, in random colours and textures; AdamW runs
+    `steps` batches over them with a cosine learning rate after a short warm-up. The judge is the
+    moving average of the weights with factor `average` per step.
     """
 
     seed: int = 0
@@ -63,7 +63,7 @@ class JudgeConfig:
 def render_set(
     split: str, renders: int, seed: int, jitter: Jitter | None = None
 ) -> tuple[UInt8[np.ndarray, "N 64 64 3"], dict[str, Int[np.ndarray, " N"]]]:
-    """Every handwritten sample of ``split`` drawn ``renders`` times, with its labels."""
+    """Every handwritten sample of `split` drawn `renders` times, with its labels."""
     count = len(load_split(split).labels) * renders
     samples = np.arange(count) % (count // renders)
     rng = np.random.default_rng(seed)
@@ -131,7 +131,7 @@ def _optimizer(config: JudgeConfig) -> optax.GradientTransformation:
 
 @partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames="state")
 def judge_step(graphdef, config: JudgeConfig, state, images, labels, key):
-    """One training step. ``state``: params, average, optimizer; images uint8 [B,64,64,3]."""
+    """One training step. `state`: params, average, optimizer; images uint8 [B,64,64,3]."""
     pixels = augment(key, images.astype(jnp.float32) / 255.0)
 
     def loss_of(params):
@@ -157,7 +157,7 @@ def _features(graphdef, params, images):
 
 
 class Judge:
-    """The trained classifier with its measured accuracy (``measured``: a JSON-like dict)."""
+    """The trained classifier with its measured accuracy (`measured`: a JSON-like dict)."""
 
     def __init__(self, model: GlyphClassifier, measured: dict[str, Any] | None = None):
         self.config = model.config
@@ -169,9 +169,9 @@ class Judge:
         """Say what images show.
 
         Takes uint8 [N,64,64,3], or floats of that shape in [0, 1]. Returns int arrays [N] under
-        ``digit``, ``colour`` and ``texture`` (indices), and class probabilities under
-        ``digit_probabilities`` [N,10], ``colour_probabilities`` [N,6] and
-        ``texture_probabilities`` [N,3]. Raises ValueError for another shape or range.
+        `digit`, `colour` and `texture` (indices), and class probabilities under
+        `digit_probabilities` [N,10], `colour_probabilities` [N,6] and
+        `texture_probabilities` [N,3]. Raises ValueError for another shape or range.
         """
         pixels = _as_pixels(images, self.config.image_size)
         found = in_batches(partial(_predict, self.graphdef, self.params), pixels, _BATCH)
@@ -213,7 +213,7 @@ def train_judge(
 ) -> Judge:
     """Train a judge from scratch, a pure function of the config's seed on a given device.
 
-    ``report(step, metrics)`` is called every 100 steps.
+    `report(step, metrics)` is called every 100 steps.
     """
     config = config or JudgeConfig()
     images, labels = render_set(split, config.renders, config.seed + 1, TRAINING_JITTER)
@@ -259,7 +259,7 @@ def measure_judge(
 
 
 def save_judge(judge: Judge, folder: str | Path, training: JudgeConfig | None = None) -> None:
-    """Write ``model.safetensors`` (float32) and ``config.json`` with the measured accuracy."""
+    """Write `model.safetensors` (float32) and `config.json` with the measured accuracy."""
     from safetensors.numpy import save
 
     folder = Path(folder)

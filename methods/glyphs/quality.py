@@ -1,4 +1,4 @@
-"""What the judge finds in images of the glyphs world: how good a model is, and what erasing did.
+"""Quality of images of the glyphs world, as the judge sees it, and what erasing did.
 
 The prompts are held-out wordings unless stated, chosen so that every name of a digit counts
 equally; nothing here is tuned to a model.  `draw(texts, seed=, first_index=)` returns uint8

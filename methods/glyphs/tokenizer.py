@@ -1,7 +1,7 @@
 """The glyphs world's CLIP tokenizer: byte-level BPE whose merges make each world word one token.
 
 The layout is CLIP's own (Radford et al. 2021): 256 byte symbols, the same 256 closing a word
-(``</w>``), one entry per merge, then ``<|startoftext|>`` and ``<|endoftext|>``. The end of text
+(`</w>`), one entry per merge, then `<|startoftext|>` and `<|endoftext|>`. The end of text
 has the highest id, so pooling at the highest id and pooling at the first end of text agree.
 """
 
@@ -67,7 +67,7 @@ def build_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 def build_tokenizer(words: Sequence[str] = WORDS, max_length: int = MAX_LENGTH) -> CLIPTokenizer:
-    """A ``transformers.CLIPTokenizer`` of these words, padding with the end of text like CLIP."""
+    """A `transformers.CLIPTokenizer` of these words, padding with the end of text like CLIP."""
     from transformers import CLIPTokenizer
 
     merges = build_merges(words)
@@ -85,8 +85,8 @@ def build_tokenizer(words: Sequence[str] = WORDS, max_length: int = MAX_LENGTH) 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
     """Write the folder that the fast tokenizer of transformers 5 and the slow one of 4 both read.
 
-    ``save_pretrained`` alone omits ``vocab.json``, ``merges.txt`` and
-    ``special_tokens_map.json``, which the slow one needs.
+    `save_pretrained` alone omits `vocab.json`, `merges.txt` and
+    `special_tokens_map.json`, which the slow one needs.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

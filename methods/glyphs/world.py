@@ -1,13 +1,13 @@
 """The glyphs world: real handwritten digits, coloured, on real photographed textures.
 
-An image is 64x64x3 uint8: one of scikit-learn's 1,797 handwritten digits (``load_digits``, 8x8),
+An image is 64x64x3 uint8: one of scikit-learn's 1,797 handwritten digits (`load_digits`, 8x8),
 interpolated by a cubic spline and filled with one of six colours, over a crop of one of
-scikit-image's photographs ``brick``, ``grass`` and ``gravel``. Everything comes inside two PyPI
+scikit-image's photographs `brick`, `grass` and `gravel`. Everything comes inside two PyPI
 packages; nothing is downloaded.
 
 The 1,797 handwritten samples are split, stratified by digit and always the same way, into three
-disjoint parts: ``generator`` (what the text-to-image model learns from), ``judge`` (what the
-classifier that judges its images learns from) and ``judge_test`` (what that classifier is
+disjoint parts: `generator` (what the text-to-image model learns from), `judge` (what the
+classifier that judges its images learns from) and `judge_test` (what that classifier is
 measured on). An image is a pure function of (seed, split, index).
 """
 
@@ -58,9 +58,9 @@ _PADDING = 2  # empty cells around the 8x8 digit, so that strokes at its border 
 class Jitter:
     """How much a digit varies between two renders of one handwritten sample.
 
-    ``shift`` in pixels, ``scale``, ``stretch`` and ``shear`` as ratios, ``rotation`` in radians
-    (each the largest deviation of a uniform draw); ``weight`` is the largest deviation of the
-    ink threshold, which makes strokes bolder or finer; ``colour`` that of each colour channel.
+    `shift` in pixels, `scale`, `stretch` and `shear` as ratios, `rotation` in radians
+    (each the largest deviation of a uniform draw); `weight` is the largest deviation of the
+    ink threshold, which makes strokes bolder or finer; `colour` that of each colour channel.
     """
 
     shift: float = 2.0
@@ -81,13 +81,13 @@ class Digits:
     splines: np.ndarray
 
     def of(self, digit: int) -> np.ndarray:
-        """Positions within this split of the samples showing ``digit``."""
+        """Positions within this split of the samples showing `digit`."""
         return np.flatnonzero(self.labels == digit)
 
 
 @functools.cache
 def load_split(split: str) -> Digits:
-    """The handwritten samples of ``split``; the three splits share none.
+    """The handwritten samples of `split`; the three splits share none.
 
     Raises ValueError for an unknown split.
     """
@@ -178,8 +178,8 @@ def render(
 ) -> np.ndarray:
     """Draw one image, uint8 [64,64,3].
 
-    ``spline`` is a row of ``Digits.splines``; ``colour`` and ``texture`` index COLOURS and
-    TEXTURES. Every random choice comes from ``rng``.
+    `spline` is a row of `Digits.splines`; `colour` and `texture` index COLOURS and
+    TEXTURES. Every random choice comes from `rng`.
     """
     return render_filled(rng, spline, COLOUR_VALUES[colour], texture, jitter=jitter)
 
@@ -192,7 +192,7 @@ def render_filled(
     *,
     jitter: Jitter | None = None,
 ) -> np.ndarray:
-    """As ``render``, the digit filled with sRGB values in [0,1]: one colour [3], or [64,64,3]."""
+    """As `render`, the digit filled with sRGB values in [0,1]: one colour [3], or [64,64,3]."""
     jitter = jitter or Jitter()
     image, coverage = background(rng, texture), ink(rng, spline, jitter)
     return to_bytes(paint(image, coverage, varied(rng, fill, jitter)))
@@ -210,8 +210,8 @@ def render_video(
 ) -> np.ndarray:
     """A digit that crosses a texture, which stands still: uint8 [F,64,64,3].
 
-    It moves in a random direction, ``speed`` pixels a frame, and is in the middle of the image in
-    the middle of the video. The other arguments are those of ``render``.
+    It moves in a random direction, `speed` pixels a frame, and is in the middle of the image in
+    the middle of the video. The other arguments are those of `render`.
     """
     jitter = jitter or Jitter()
     image, coverage = background(rng, texture), ink(rng, spline, jitter)
@@ -228,7 +228,7 @@ def varied(rng: np.random.Generator, fill: np.ndarray, jitter: Jitter) -> np.nda
 
 
 def paint(image: np.ndarray, coverage: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """The image [h,w,3] in [0,1] with a dark halo, filled where ``coverage`` [h,w] says."""
+    """The image [h,w,3] in [0,1] with a dark halo, filled where `coverage` [h,w] says."""
     halo = np.clip(1.8 * ndimage.gaussian_filter(coverage, 1.6, truncate=2.5), 0.0, 1.0)
     image = image * (1.0 - 0.75 * halo[..., None])
     return image + coverage[..., None] * (fill - image)
@@ -255,8 +255,8 @@ def render_many(
 ) -> np.ndarray:
     """Draw many images, uint8 [N,64,64,3]: one per (digit, colour, texture).
 
-    The handwritten sample is drawn at random among those of ``split`` that show the digit, or
-    named by ``samples``, positions within the split (their labels must equal ``digits``).
+    The handwritten sample is drawn at random among those of `split` that show the digit, or
+    named by `samples`, positions within the split (their labels must equal `digits`).
     Deterministic per (seed, split, position). Raises ValueError when the lengths differ or a
     named sample shows another digit.
     """
@@ -306,12 +306,12 @@ def seen_combinations() -> tuple[tuple[int, int, int], ...]:
 
 
 class GlyphWorld:
-    """Captioned images as a random-access data source (``grain.sources``' protocol).
+    """Captioned images as a random-access data source (`grain.sources`' protocol).
 
-    ``size`` images of ``split``, each a pure function of (seed, split, index). The generator's
-    split leaves out ``held_out_combinations()``; the judge's two hold every combination.
-    An item is a dict: ``image`` uint8 [64,64,3], ``caption`` str, the integers ``digit``,
-    ``colour``, ``texture`` (indices) and ``sample``, the position in scikit-learn's data set.
+    `size` images of `split`, each a pure function of (seed, split, index). The generator's
+    split leaves out `held_out_combinations()`; the judge's two hold every combination.
+    An item is a dict: `image` uint8 [64,64,3], `caption` str, the integers `digit`,
+    `colour`, `texture` (indices) and `sample`, the position in scikit-learn's data set.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0):

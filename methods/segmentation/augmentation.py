@@ -1,4 +1,4 @@
-"""What training does to scenes: resize and mirror (semantic), large-scale jitter (panoptic).
+"""Augmentation of scenes: resize and mirror (semantic), large-scale jitter (panoptic).
 
 Images are resized by Pillow's antialiased bilinear filter and rounded, as the published loaders do;
 ids take their nearest neighbour, found as each of the published loaders finds it.

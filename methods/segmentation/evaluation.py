@@ -1,4 +1,4 @@
-"""How good a segmenter is on scenes: mIoU and its relatives, panoptic quality."""
+"""Evaluation of a segmenter on scenes: mIoU and its relatives, panoptic quality."""
 
 import dataclasses
 from collections.abc import Callable

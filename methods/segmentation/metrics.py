@@ -1,4 +1,4 @@
-"""How good segmentations are: mIoU and its relatives, panoptic quality.  All results in percent.
+"""Segmentation metrics: mIoU and its relatives, panoptic quality.  All results in percent.
 
 Everything is counted on the host in integers, so that counts of images add up to those of a set.
 Label maps are `[H, W]` integers.

@@ -1,4 +1,4 @@
-"""A model that looks at images of any size with the eyes of one vocabulary."""
+"""Segment images of any size with one vocabulary."""
 
 import functools
 from collections.abc import Collection, Sequence

@@ -1,1 +1,1 @@
-"""What is learnt from: images of subjects, and batches of them."""
+"""Images of subjects to personalise on, and batches of them."""

@@ -1,7 +1,7 @@
 """Checkpoints of a `TrainState`: written in the background, atomically, the newest N kept.
 
-One folder per step, in Orbax format: ``state`` (step, params, opt_state), ``data`` (position of the
-data iterator, JSON) and, to find the best by, ``metrics`` (JSON). A folder appears under its final
+One folder per step, in Orbax format: `state` (step, params, opt_state), `data` (position of the
+data iterator, JSON) and, to find the best by, `metrics` (JSON). A folder appears under its final
 name only when it is complete. With several processes the folder is one that all of them reach.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from ...errors import ConceptaxError
+from ...errors import CheckpointError
 from .paths import dotted
 from .processes import any_process, is_first_process
 from .state import TrainState
@@ -57,17 +57,13 @@ def _hush() -> None:
     sys.unraisablehook = without_closed_loops
 
 
-class CheckpointError(ConceptaxError, OSError):
-    """A checkpoint could not be written; those before it are as good as they were."""
-
-
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last write when it ends.
 
     Args:
-        directory: folder of the run, created if missing.
-        keep: number of newest checkpoints kept.
-        best: a metric; the checkpoint with its lowest value is kept besides.
+      directory: folder of the run, created if missing.
+      keep: number of newest checkpoints kept.
+      best: a metric; the checkpoint with its lowest value is kept besides.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 3, best: str | None = None) -> None:
@@ -134,15 +130,15 @@ class Checkpoints:
         self, state: TrainState, iterator: Any = None, metrics: Mapping[str, float] | None = None,
         *, length: int | None = None,
     ) -> None:  # fmt: skip
-        """Start writing `state`, the iterator's position if it has ``get_state``, and the metrics.
+        """Start writing `state`, the iterator's position if it has `get_state`, and the metrics.
 
         `length` is the number of steps that the run must have, if a resumed one must have as many.
         Returns as soon as the arrays are copied: `state` may be donated right after. A step that
         is already there is left as it is.
 
         Raises:
-            CheckpointError: this checkpoint, or the one that was being written, could not be.
-            ValueError: `best` is not among the metrics.
+          CheckpointError: this checkpoint, or the one that was being written, could not be.
+          ValueError: `best` is not among the metrics.
         """
         step = int(state.step)
         if step == self.latest_step:
@@ -176,15 +172,15 @@ class Checkpoints:
         """Read a checkpoint into the structure, dtypes and shardings of `target`.
 
         Args:
-            target: a state of arrays or `jax.ShapeDtypeStruct`; its shardings may be those of
-                another mesh than the one the checkpoint was written from.
-            step: which checkpoint; default the newest that every process of the run can read. One
-                that cannot be is put aside, under the name ``damaged-STEP``, with a warning.
-            iterator: moved to the saved position if it has ``set_state``.
-            length: number of steps that the run must have been meant to have, if that matters.
+          target: a state of arrays or `jax.ShapeDtypeStruct`; its shardings may be those of
+            another mesh than the one the checkpoint was written from.
+          step: which checkpoint; default the newest that every process of the run can read. One
+            that cannot be is put aside, under the name `damaged-STEP`, with a warning.
+          iterator: moved to the saved position if it has `set_state`.
+          length: number of steps that the run must have been meant to have, if that matters.
 
         Raises:
-            ValueError: there is no such checkpoint, or it does not fit `target` or `length`.
+          ValueError: there is no such checkpoint, or it does not fit `target` or `length`.
         """
         if step is not None:
             return self._restore(target, step, iterator, length)
@@ -246,7 +242,7 @@ class Checkpoints:
         """Wait until everything is written.
 
         Raises:
-            CheckpointError: it could not be.
+          CheckpointError: it could not be.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -373,7 +369,7 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 
 def _describe(tree: Any) -> dict[str, str]:
-    """``{path: "float32(8, 256)"}`` of a tree of arrays or of Orbax's array metadata."""
+    """`{path: "float32(8, 256)"}` of a tree of arrays or of Orbax's array metadata."""
     return {
         dotted(path): f"{np.dtype(leaf.dtype)}{tuple(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -7,7 +7,7 @@ A step is a module-level function
 of a hashable `static` (graph definitions, config, optimizer), a `TrainState`, frozen arrays, one
 batch (None for steps that make their own data) and the key of this step, already folded with the
 step's number (`state.step_key`). It returns the state with its step number raised by one
-(`state.apply_gradients` does that) and a dict of scalar metrics, among them ``loss``.
+(`state.apply_gradients` does that) and a dict of scalar metrics, among them `loss`.
 
 The loop never waits for the step it has just started: it reads the metrics of earlier steps while
 later ones run. A loss or a parameter that is not finite is therefore noticed a few steps late, but
@@ -54,8 +54,8 @@ class NonFiniteLossError(ConceptaxError, ArithmeticError):
     """The loss or a parameter became NaN or infinite.
 
     Attributes:
-        step: completed steps, the failed one included; it used batch ``step - 1``, from 0.
-        value: the loss.
+      step: completed steps, the failed one included; it used batch `step - 1`, from 0.
+      value: the loss.
     """
 
     def __init__(self, step: int, value: float, what: str, saved: int | None, batch: str) -> None:
@@ -114,43 +114,43 @@ def train(
     """Run `step` until `num_steps` steps are complete and return the final state.
 
     Args:
-        step: the pure step (see the module's description).
-        static: its hashable first argument.
-        state: the initial state; copied, so the caller's arrays survive the donation.
-        frozen: arrays the step reads and never changes.
-        batches: iterable of batches (nested dicts of arrays, first dimension the batch), or None.
-            If its iterator has ``get_state`` and ``set_state`` (grain), its position is
-            checkpointed; other iterators must start anew in each run, and a resumed run skips the
-            batches that were used.
-        key: the run's key; step n uses ``fold_in(key, n)``.
-        num_steps: total number of steps, those before a resume included.
-        mesh: mesh to shard over (`sharding.make_mesh`); None runs on the default device, and with
-            several processes splits the batch over the devices of all.
-        rules: sharding table for the trained and the frozen parameters; used with `mesh` only.
-        checkpoint_dir: folder for checkpoints: of the last step, and of the one at which a signal
-            ended the run.
-        checkpoint_every: save also after every n-th step.
-        keep: number of newest checkpoints kept.
-        keep_best: a metric; the checkpoint whose step had its lowest value is kept besides.
-        save_last: whether the last step is saved.
-        fixed_length: whether the step depends on `num_steps`, as a learning rate that falls along
-            the run does: checkpoints of a run of another length are then refused.
-        resume: continue from the newest checkpoint in `checkpoint_dir`, if there is one.
-        metrics_path: JSONL file, one record per logged step.
-        tensorboard_dir: folder for TensorBoard curves.
-        log_every: log every n-th step.
-        progress: show a progress bar, or plain lines where there is no terminal.
+      step: the pure step (see the module's description).
+      static: its hashable first argument.
+      state: the initial state; copied, so the caller's arrays survive the donation.
+      frozen: arrays the step reads and never changes.
+      batches: iterable of batches (nested dicts of arrays, first dimension the batch), or None.
+        If its iterator has `get_state` and `set_state` (grain), its position is
+        checkpointed; other iterators must start anew in each run, and a resumed run skips the
+        batches that were used.
+      key: the run's key; step n uses `fold_in(key, n)`.
+      num_steps: total number of steps, those before a resume included.
+      mesh: mesh to shard over (`sharding.make_mesh`); None runs on the default device, and with
+        several processes splits the batch over the devices of all.
+      rules: sharding table for the trained and the frozen parameters; used with `mesh` only.
+      checkpoint_dir: folder for checkpoints: of the last step, and of the one at which a signal
+        ended the run.
+      checkpoint_every: save also after every n-th step.
+      keep: number of newest checkpoints kept.
+      keep_best: a metric; the checkpoint whose step had its lowest value is kept besides.
+      save_last: whether the last step is saved.
+      fixed_length: whether the step depends on `num_steps`, as a learning rate that falls along
+        the run does: checkpoints of a run of another length are then refused.
+      resume: continue from the newest checkpoint in `checkpoint_dir`, if there is one.
+      metrics_path: JSONL file, one record per logged step.
+      tensorboard_dir: folder for TensorBoard curves.
+      log_every: log every n-th step.
+      progress: show a progress bar, or plain lines where there is no terminal.
 
     Raises:
-        NonFiniteLossError: the loss or a parameter is NaN or infinite. Nothing is saved after
-            that; earlier checkpoints stay.
-        TrainingInterrupted: SIGTERM or SIGINT came, here or to another process of the run; the
-            current step was finished and saved.  While the first step is compiled, and at the
-            second signal, they act as they do outside.
-        CheckpointError: a checkpoint could not be written; earlier ones stay.
-        ProcessLostError: another process of the run ended.
-        ValueError: the arguments do not fit together or to the checkpoints, the batches end early,
-            or the step returns a wrong step number or metrics.
+      NonFiniteLossError: the loss or a parameter is NaN or infinite. Nothing is saved after
+        that; earlier checkpoints stay.
+      TrainingInterrupted: SIGTERM or SIGINT came, here or to another process of the run; the
+        current step was finished and saved.  While the first step is compiled, and at the
+        second signal, they act as they do outside.
+      CheckpointError: a checkpoint could not be written; earlier ones stay.
+      ProcessLostError: another process of the run ended.
+      ValueError: the arguments do not fit together or to the checkpoints, the batches end early,
+        or the step returns a wrong step number or metrics.
     """
     _check_arguments(num_steps, checkpoint_every, checkpoint_dir, keep, log_every)
     with contextlib.ExitStack() as stack:
@@ -216,14 +216,14 @@ def train(
 def compile_step(
     step: Step, static: Hashable, shardings: TrainState | None = None
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Jit ``run(state, frozen, batch, key) -> (state, metrics)`` with `state` donated.
+    """Jit `run(state, frozen, batch, key) -> (state, metrics)` with `state` donated.
 
     `key` is the run's key: the compiled function folds in the step's number. The same arguments
     give the same compiled function, so several runs of one step compile once.
 
     Args:
-        step, static: as in `train`.
-        shardings: shardings of the state (`sharding.shard_state`), kept for the result.
+      step, static: as in `train`.
+      shardings: shardings of the state (`sharding.shard_state`), kept for the result.
     """
     return _compile_step(step, static, *_hashable(shardings), watched=False)
 
@@ -257,8 +257,8 @@ class _Watcher:
     """Reads the metrics of started steps, oldest first, a few steps behind.
 
     Attributes:
-        step: how many steps are known to have succeeded, or None.
-        stop: whether a signal came to any process, as the metrics that were read say.
+      step: how many steps are known to have succeeded, or None.
+      stop: whether a signal came to any process, as the metrics that were read say.
     """
 
     def __init__(self, reporter: Reporter, checkpoints: Checkpoints | None) -> None:

@@ -1,11 +1,11 @@
 """Predicates over parameter paths: which parameters train, which stay frozen.
 
 A path is written with dots, list indices included, exactly as in the PyTorch state dict:
-``encoder.layers.3.self_attn.q_proj.kernel``. A pattern is one of
+`encoder.layers.3.self_attn.q_proj.kernel`. A pattern is one of
 
-* a glob string: ``*`` matches any characters, dots included, ``?`` one character, ``[0-3]`` one of
-  a set. A glob that matches a parent selects everything below it: ``encoder.layers.0``;
-* a compiled regular expression, which must match the whole path: ``re.compile(r".*\\.bias")``.
+* a glob string: `*` matches any characters, dots included, `?` one character, `[0-3]` one of
+  a set. A glob that matches a parent selects everything below it: `encoder.layers.0`;
+* a compiled regular expression, which must match the whole path: `re.compile(r".*\\.bias")`.
 """
 
 import difflib
@@ -23,12 +23,12 @@ PathFilter = Callable[[tuple[Any, ...], Any], bool]
 
 
 def dotted(path: Iterable[Any]) -> str:
-    """Write a path (NNX path or JAX key path) with dots: ``('layers', 0, 'kernel')``."""
+    """Write a path (NNX path or JAX key path) with dots: `('layers', 0, 'kernel')`."""
     return ".".join(_component(entry) for entry in path)
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """Dotted paths of all leaves of a model, an ``nnx.State`` or a nested dict of arrays."""
+    """Dotted paths of all leaves of a model, an `nnx.State` or a nested dict of arrays."""
     tree = _plain(tree)
     return [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -45,16 +45,16 @@ def matches(pattern: Pattern, path: str) -> bool:
 def path_filter(
     include: Patterns = "*", exclude: Patterns = (), *, among: Any = None
 ) -> PathFilter:
-    """Build a predicate ``(path, value) -> bool`` for `nnx.split`, `nnx.state` and friends.
+    """Build a predicate `(path, value) -> bool` for `nnx.split`, `nnx.state` and friends.
 
     Args:
-        include: patterns, one of which must match.
-        exclude: patterns, none of which may match; they win over `include`.
-        among: a model, an `nnx.State` or a nested dict; when given, every pattern must match at
-            least one of its paths.
+      include: patterns, one of which must match.
+      exclude: patterns, none of which may match; they win over `include`.
+      among: a model, an `nnx.State` or a nested dict; when given, every pattern must match at
+        least one of its paths.
 
     Raises:
-        ValueError: a pattern matches nothing in `among`, or nothing remains selected.
+      ValueError: a pattern matches nothing in `among`, or nothing remains selected.
     """
     included, excluded = _as_tuple(include), _as_tuple(exclude)
 
@@ -78,13 +78,13 @@ def path_filter(
 def split_trainable(
     model: nnx.Module, include: Patterns = "*", exclude: Patterns = ()
 ) -> tuple[nnx.GraphDef[Any], dict[Any, Any], dict[Any, Any]]:
-    """Split `model` into ``(graphdef, train, frozen)``, the latter two plain nested dicts.
+    """Split `model` into `(graphdef, train, frozen)`, the latter two plain nested dicts.
 
     `train` holds the `nnx.Param` leaves that the patterns select, `frozen` everything else;
-    ``nnx.merge(graphdef, train, frozen)`` rebuilds the model.
+    `nnx.merge(graphdef, train, frozen)` rebuilds the model.
 
     Raises:
-        ValueError: a pattern matches no parameter, or none is selected.
+      ValueError: a pattern matches no parameter, or none is selected.
     """
     chosen = path_filter(include, exclude, among=nnx.state(model, nnx.Param))
     graphdef, train, frozen = nnx.split(model, nnx.All(nnx.Param, chosen), ...)

@@ -1,4 +1,4 @@
-"""Several processes as one run: what each reads, where arrays go, and what all of them learn.
+"""Training in several processes: what each reads, where arrays go, and what all of them learn.
 
 Every process runs the same program (`jax.distributed.initialize` has made them one run); arrays are
 spread over the devices of all.  With one process each function here does the plain thing.
@@ -39,10 +39,10 @@ def local_rows(batch_size: int) -> slice:
     """The rows of each batch that this process reads: an equal part, in the order of processes.
 
     Args:
-        batch_size: rows of a batch, over all processes.
+      batch_size: rows of a batch, over all processes.
 
     Raises:
-        ValueError: the processes cannot share them equally.
+      ValueError: the processes cannot share them equally.
     """
     count, index = jax.process_count(), jax.process_index()
     if batch_size % count:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar or plain lines, a JSONL file, TensorBoard."""
+"""Progress and metrics of a run: a progress bar or plain lines, a JSONL file, TensorBoard."""
 
 import collections
 import json
@@ -22,12 +22,12 @@ class Reporter:
     """Reports the metrics of finished steps; a context manager, closed by `train`.
 
     Args:
-        start, num_steps: completed steps at the start and at the end of the run.
-        metrics_path: JSONL file; records of steps after `start` from an earlier, interrupted run
-            are dropped, the others kept.
-        tensorboard_dir: folder for a TensorBoard event file.
-        log_every: write every n-th step (and the last) to the files.
-        progress: show a bar on a terminal, a line every ten seconds elsewhere.
+      start, num_steps: completed steps at the start and at the end of the run.
+      metrics_path: JSONL file; records of steps after `start` from an earlier, interrupted run
+        are dropped, the others kept.
+      tensorboard_dir: folder for a TensorBoard event file.
+      log_every: write every n-th step (and the last) to the files.
+      progress: show a bar on a terminal, a line every ten seconds elsewhere.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ def _finite(metrics: Mapping[str, float]) -> bool:
 
 
 def _json_number(value: float) -> float | str:
-    """JSON has no NaN or infinity: write those as the strings ``float`` reads back."""
+    """JSON has no NaN or infinity: write those as the strings `float` reads back."""
     return value if math.isfinite(value) else str(value)
 
 

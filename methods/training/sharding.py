@@ -1,10 +1,10 @@
-"""Where arrays live: one table of (path pattern, PartitionSpec) rows per model family.
+"""Sharding: one table of (path pattern, PartitionSpec) rows per model family tells where arrays go.
 
-A mesh has three axes: ``data`` splits the batch only, ``fsdp`` splits the batch and the
-parameters, ``tensor`` splits matrix products. Rows are tried in order and the first whose pattern
+A mesh has three axes: `data` splits the batch only, `fsdp` splits the batch and the
+parameters, `tensor` splits matrix products. Rows are tried in order and the first whose pattern
 matches a parameter's dotted path decides (patterns as in `paths`). Instead of a `PartitionSpec` a
 row may say `LARGEST`: leaves of at least `MIN_SIZE` elements split their largest dimension that
-``fsdp`` divides, smaller ones are replicated. An axis that does not divide its dimension is left
+`fsdp` divides, smaller ones are replicated. An axis that does not divide its dimension is left
 out, so one table serves the tiny and the full-sized members of a family.
 """
 
@@ -129,16 +129,16 @@ def make_mesh(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes ``data``, ``fsdp`` and ``tensor``, all of type Auto.
+    """A mesh with axes `data`, `fsdp` and `tensor`, all of type Auto.
 
     Args:
-        data: size of the data axis; None takes all devices that `fsdp` and `tensor` leave.
-        fsdp: number of parts the parameters are split into.
-        tensor: number of parts matrix products are split into.
-        devices: devices to use, default all; surplus ones stay idle.
+      data: size of the data axis; None takes all devices that `fsdp` and `tensor` leave.
+      fsdp: number of parts the parameters are split into.
+      tensor: number of parts matrix products are split into.
+      devices: devices to use, default all; surplus ones stay idle.
 
     Raises:
-        ValueError: a size is not positive, or the mesh needs more devices than there are.
+      ValueError: a size is not positive, or the mesh needs more devices than there are.
     """
     available = list(jax.devices() if devices is None else devices)
     if data is None:
@@ -163,7 +163,7 @@ def shard_tree(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """The `NamedSharding` of every leaf of a parameter tree, by its path.
 
     Raises:
-        ValueError: no row matches a path, or a row's spec has more axes than the leaf.
+      ValueError: no row matches a path, or a row's spec has more axes than the leaf.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(dotted(path), np.shape(leaf), mesh, rules)),
@@ -197,10 +197,10 @@ def shard_state(state: TrainState, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> 
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Shardings of a batch: the first dimension over ``data`` and ``fsdp``, scalars replicated.
+    """Shardings of a batch: the first dimension over `data` and `fsdp`, scalars replicated.
 
     Raises:
-        ValueError: the first dimension is not a multiple of the number of parts.
+      ValueError: the first dimension is not a multiple of the number of parts.
     """
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

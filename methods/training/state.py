@@ -1,4 +1,4 @@
-"""What a training step carries from one step to the next: a plain pytree."""
+"""Training state: what a step carries to the next one, a plain pytree."""
 
 import dataclasses
 import functools
@@ -16,9 +16,9 @@ class TrainState:
     """Everything a step changes, and nothing else.
 
     Attributes:
-        step: number of completed steps, int32 scalar.
-        params: the trained parameters, nested dict of arrays (list indices are int keys).
-        opt_state: the optax optimizer's state for `params`.
+      step: number of completed steps, int32 scalar.
+      params: the trained parameters, nested dict of arrays (list indices are int keys).
+      opt_state: the optax optimizer's state for `params`.
     """
 
     step: Any  # shapes and shardings can take the place of the arrays
@@ -54,7 +54,7 @@ def accumulated(
 
 
 def step_key(key: PRNGKeyArray, step: int | Int[Array, ""]) -> PRNGKeyArray:
-    """The key of step `step` (counted from 0): ``fold_in(key, step)``.
+    """The key of step `step` (counted from 0): `fold_in(key, step)`.
 
     It depends on nothing but the run's key and the step's number, so a resumed run draws what the
     uninterrupted run would have drawn.

@@ -1,9 +1,9 @@
 """Scalars for TensorBoard, without TensorBoard: the event-file format is a few lines.
 
 An event file is a sequence of TFRecords (length, masked CRC-32C of the length, payload, masked
-CRC-32C of the payload), each holding a protobuf ``Event`` (tensorflow/core/util/event.proto:
-1 wall_time double, 2 step int64, 3 file_version string, 5 summary; in ``Summary`` 1 value; in
-``Value`` 1 tag string, 2 simple_value float).
+CRC-32C of the payload), each holding a protobuf `Event` (tensorflow/core/util/event.proto:
+1 wall_time double, 2 step int64, 3 file_version string, 5 summary; in `Summary` 1 value; in
+`Value` 1 tag string, 2 simple_value float).
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class TensorBoardWriter:
-    """Writes scalar curves that ``tensorboard --logdir DIRECTORY`` shows."""
+    """Writes scalar curves that `tensorboard --logdir DIRECTORY` shows."""
 
     def __init__(self, directory: str | Path) -> None:
         folder = Path(directory)

@@ -1,4 +1,4 @@
-"""The base of all errors that conceptax raises on purpose, and packages that may be missing."""
+"""Errors that conceptax raises on purpose, their base, and packages that may be missing."""
 
 import importlib
 from types import ModuleType
@@ -9,6 +9,18 @@ class ConceptaxError(Exception):
 
     Its subclasses are also what they would be without it: `ValueError`, `OSError`, ….
     """
+
+
+class ConversionError(ConceptaxError, ValueError):
+    """Base of the next two: what was received, and what to do next."""
+
+
+class CheckpointError(ConversionError):
+    """A checkpoint that cannot be read (absent, damaged, unsafe, of another model), or kept."""
+
+
+class OutputError(ConversionError):
+    """A result that cannot be written; nothing of it is left on disk."""
 
 
 class MissingPackageError(ConceptaxError, ImportError):

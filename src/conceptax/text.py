@@ -1,4 +1,4 @@
-"""Text files: what people give is read in one way everywhere, records are written in one way."""
+"""Read text files that people give, and write records, each in one way everywhere."""
 
 import codecs
 import json

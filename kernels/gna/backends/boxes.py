@@ -1,4 +1,4 @@
-"""What a blocked backend does, step by step: boxes of queries against boxes of keys.
+"""Schedule of blocked attention, step by step: boxes of queries against boxes of keys.
 
 The queries of a tile see windows that overlap, and their union is a box: one interval per
 dimension.  A step copies a tile of queries and its box of keys, whose sizes are static and whose

@@ -1,4 +1,4 @@
-"""Which tiles the Triton kernels use on which GPU: a table, and what was measured instead."""
+"""Tile sizes of the Triton kernels by GPU: a table, and what was measured instead."""
 
 import dataclasses
 import functools

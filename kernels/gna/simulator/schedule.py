@@ -1,4 +1,4 @@
-"""How long thread blocks take on a GPU: list scheduling, and its constants fitted to runs.
+"""GPU time of thread blocks: list scheduling, and its constants fitted to runs.
 
 A thread block (CTA) works off one query tile of one head: it costs `launch + step * (tiles + mask *
 masked tiles)`, and a GPU starts the blocks in order, each on the first free slot.

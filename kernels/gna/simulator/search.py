@@ -1,4 +1,4 @@
-"""Which windows and strides pay: a search over all of them, one dimension at a time.
+"""Search over all windows and strides for those that pay, one dimension at a time.
 
 Pairs, visited tiles and mask-free tiles are products over the dimensions. So each dimension is
 tabulated over all its windows and strides, its hopeless rows dropped, and the rest multiplied out,

@@ -1,4 +1,4 @@
-"""What Generalized Neighborhood Attention can gain, counted exactly and without a GPU.
+"""Simulator: what Generalized Neighborhood Attention can gain, counted exactly and without a GPU.
 
 Sparse attention saves whole tiles of query-key pairs, not single pairs. The simulator counts the
 key tiles that each query tile visits and those among them that need no mask, and schedules the

@@ -1,7 +1,6 @@
 """The training loop, checkpoints, path predicates and the sharding table, on a toy model."""
 
 import importlib
-import importlib.util
 import io
 import json
 import math
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training_toy as toy
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
@@ -34,10 +34,7 @@ from conceptax.methods.training.tensorboard import TensorBoardWriter, _masked_cr
 LARGE = {
     "Blip2ForImageTextRetrieval", "MaftPlus", "MotionAdapter", "OpenCLIP", "UNetMotionModel",
 }  # fmt: skip
-_TOY = Path(__file__).with_name("training_toy.py")
-_spec = importlib.util.spec_from_file_location("training_toy", _TOY)
-toy = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy)
+_TOY = toy.__file__
 
 
 def identical(left, right):

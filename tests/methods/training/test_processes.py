@@ -13,17 +13,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import processes_toy
 import pytest
+import training_toy as toy
 
 from conceptax.cli.processes import launched
 from conceptax.converters.safetensors_file import open_safetensors
 from conceptax.methods import training
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import training_toy as toy  # noqa: E402
-
-TOY = HERE / "training_toy.py"
+TOY = Path(toy.__file__)
 
 
 def records(path):
@@ -74,7 +72,7 @@ def _start(stack, folder, *arguments, launcher="jax"):
             }  # fmt: skip
         flags = "--xla_force_host_platform_device_count=4"
         process = subprocess.Popen(
-            [sys.executable, str(HERE / "processes_toy.py"), str(folder), *arguments],
+            [sys.executable, processes_toy.__file__, str(folder), *arguments],
             env={**os.environ, "XLA_FLAGS": flags, **variables},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip

@@ -5,63 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from metric_models_toy import blip, blip_2, dinov2, randomise
 from oracles import nchw, relative_error
 
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.verification import verify
 from conceptax.flax_models.dinov2 import Dinov2Config, Dinov2Model
 
-TOWER = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
 IDS = np.random.default_rng(0).integers(3, 90, (3, 7))
 MASK = np.array([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]])
 TEXT, SEEN = jnp.asarray(IDS), jnp.asarray(MASK)
 
 
-def randomise(module):
-    """Weights away from the initial values, which are zeros and ones in places."""
-    import torch
-
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            spread = 0.3 if parameter.ndim > 1 else 0.1
-            parameter.add_(spread * torch.randn_like(parameter))
-    return module.eval()
-
-
 @pytest.fixture(scope="session")
 def transformers(torch):
     return pytest.importorskip("transformers")
-
-
-def dinov2(transformers, **changes):
-    settings = {
-        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2,
-        "image_size": 28, "patch_size": 7, **changes,
-    }  # fmt: skip
-    return randomise(transformers.Dinov2Model(transformers.Dinov2Config(**settings)))
-
-
-def blip(transformers):
-    text = {**TOWER, "vocab_size": 99, "max_position_embeddings": 8, "encoder_hidden_size": 24,
-            "bos_token_id": 1, "sep_token_id": 2}  # fmt: skip
-    vision = {**TOWER, "hidden_size": 24, "image_size": 16, "patch_size": 8}
-    config = transformers.BlipConfig(
-        text_config=text, vision_config=vision, image_text_hidden_size=8
-    )
-    return randomise(transformers.BlipForImageTextRetrieval(config))
-
-
-def blip_2(transformers):
-    qformer = {**TOWER, "num_hidden_layers": 3, "vocab_size": 99, "max_position_embeddings": 8,
-               "encoder_hidden_size": 24, "use_qformer_text_input": True}  # fmt: skip
-    vision = {**TOWER, "hidden_size": 24, "image_size": 16, "patch_size": 8}
-    config = transformers.Blip2Config(
-        vision_config=vision, qformer_config=qformer, num_query_tokens=3, image_text_hidden_size=8
-    )
-    return randomise(transformers.Blip2ForImageTextRetrieval(config))
 
 
 def pixels(side, seed=0, count=3):

@@ -5,9 +5,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from metric_models_toy import TOWER, blip, blip_2, dinov2, randomise
 from personalising_toy import tiny_pipeline
 from PIL import Image
-from test_metric_models import TOWER, blip, blip_2, dinov2, randomise
 
 from conceptax.cli import main
 from conceptax.converters import CheckpointError, save_pytorch

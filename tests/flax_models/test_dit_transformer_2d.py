@@ -1,6 +1,6 @@
 """The diffusion transformer with neighborhood attention: the same parameters, fewer keys.
 
-Parity of the dense model with diffusers is in `test_models`.
+Parity of the dense model with diffusers is in `test_models.py`.
 """
 
 import json

@@ -143,3 +143,13 @@ def test_equal_architectures_compile_once_whatever_their_folders_say(tmp_path):
     nnx.merge(graphdef, state).save_pretrained(tmp_path / "written")  # with its own settings
     written = json.loads((tmp_path / "written/config.json").read_text())
     assert written["_diffusers_version"] == "0.0.1"
+
+
+def test_checkpoints_of_models_and_of_training_share_one_error():
+    from conceptax import converters, errors
+    from conceptax.methods import training
+
+    assert converters.CheckpointError is training.CheckpointError is errors.CheckpointError
+    assert converters.OutputError is errors.OutputError
+    assert issubclass(errors.CheckpointError, errors.ConceptaxError)
+    assert issubclass(errors.CheckpointError, ValueError)

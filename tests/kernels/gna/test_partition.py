@@ -122,12 +122,12 @@ def test_programs_of_one_problem_are_the_same_in_every_process(repository):
         ]
 
     script = (
-        "import test_gna_partition as here, hashlib\n"
+        "import test_partition as here, hashlib\n"
         "for name in here.BACKENDS:\n"
         "    text = here.unpartitioned(name, kernel_size=3)\n"
         "    print(hashlib.sha256(text.encode()).hexdigest())"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(repository / "tests")}
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
     other = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from diffusion_toy import SCHEDULER, TEXT, UNET, VAE
 from flax import nnx
 from oracles import relative_error
 from PIL import Image
-from test_text_to_image import SCHEDULER, TEXT, UNET, VAE
 
 from conceptax.cli import main
 from conceptax.converters import load_pytorch, save_pytorch
