@@ -12,7 +12,6 @@ from erasing_toy import tiny_pipeline
 from flax import nnx
 
 from conceptax.converters import OutputError, save_changes, save_pytorch
-from conceptax.methods.concepts import ConceptError
 from conceptax.methods.erasing import (
     METHODS,
     AdvUnlearnConfig,
@@ -28,8 +27,14 @@ from conceptax.methods.erasing import (
     uce,
 )
 from conceptax.methods.erasing.common import draw_latents
-from conceptax.methods.phrases import Retained, retained_phrases, stacked_prompts, text_length
 from conceptax.methods.sampling import NoiseSchedule, denoise_until, make_sampler
+from conceptax.methods.text.phrases import (
+    ConceptError,
+    Retained,
+    retained_phrases,
+    stacked_prompts,
+    text_length,
+)
 from conceptax.methods.training import leaf_paths, matches
 
 PHRASES = {"vocabulary": 40, "similarity_cap": 1.0, "templates": ("a {}", "a photo of a {}")}

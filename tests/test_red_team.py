@@ -13,8 +13,6 @@ from erasing_toy import tiny_pipeline
 from flax import nnx
 
 from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.methods.concepts import ConceptError, encode_phrases
-from conceptax.methods.phrases import with_prefix
 from conceptax.methods.red_team import (
     ATTACKS,
     ConceptInversionConfig,
@@ -28,6 +26,7 @@ from conceptax.methods.red_team import (
 )
 from conceptax.methods.red_team.common import ordinary_tokens, restart_keys
 from conceptax.methods.sampling import NoiseSchedule, alphas_cumprod, encode_images
+from conceptax.methods.text.phrases import ConceptError, encode_phrases, with_prefix
 from conceptax.methods.training import compile_step, leaf_paths, step_key
 
 BATCH = {"batch_size": 2, "min_timestep": 0.2, "max_timestep": 0.9}

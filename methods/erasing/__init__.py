@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..phrases import Retained
 from ..seeds import check_seed
+from ..text.phrases import Retained
 from . import advunlearn, esd, sage, uce, word
 from .advunlearn import AdvUnlearnConfig
 from .esd import EsdUConfig, EsdXConfig

@@ -30,13 +30,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, ConceptError, encode_phrases
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
-from ..phrases import (
+from ..seeds import seed_key
+from ..settings import check_settings
+from ..text.phrases import (
+    TEMPLATES,
+    ConceptError,
     Encoders,
     Retained,
     embedding_scale,
+    encode_phrases,
     encoder_patterns,
     framed_phrases,
     retained_phrases,
@@ -44,8 +48,6 @@ from ..phrases import (
     text_length,
     with_prefix,
 )
-from ..seeds import seed_key
-from ..settings import check_settings
 from ..training import (
     TrainState,
     apply_gradients,

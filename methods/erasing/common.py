@@ -11,8 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..phrases import empty_condition
 from ..sampling import NoiseSchedule, denoise_until, make_sampler, noise_latents
+from ..text.phrases import empty_condition
 
 
 @runtime_checkable

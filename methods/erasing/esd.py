@@ -27,12 +27,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
-from ..phrases import Retained, conditions, retained_phrases, stacked_prompts, text_length
 from ..seeds import seed_key
 from ..settings import check_settings
+from ..text.phrases import (
+    TEMPLATES,
+    Retained,
+    conditions,
+    retained_phrases,
+    stacked_prompts,
+    text_length,
+)
 from ..training import (
     TrainState,
     apply_gradients,

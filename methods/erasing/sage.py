@@ -28,14 +28,18 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, encode_phrases
 from ..diffusion.objectives import cosine, erase_target, prediction_loss, unit
 from ..memory import require_unet_memory
-from ..phrases import (
+from ..sampling import NoiseSchedule, make_sampler, noise_latents
+from ..seeds import seed_key
+from ..settings import check_settings
+from ..text.phrases import (
+    TEMPLATES,
     Encoders,
     Retained,
     concept_states,
     embedding_scale,
+    encode_phrases,
     encoder_patterns,
     framed_phrases,
     hidden_states,
@@ -44,9 +48,6 @@ from ..phrases import (
     stacked_prompts,
     text_length,
 )
-from ..sampling import NoiseSchedule, make_sampler, noise_latents
-from ..seeds import seed_key
-from ..settings import check_settings
 from ..training import (
     TrainState,
     apply_gradients,

@@ -27,17 +27,18 @@ from jaxtyping import Array, Float, Int
 
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, encode_phrases
-from ..phrases import (
+from ..settings import check_settings
+from ..text.phrases import (
+    TEMPLATES,
     Prompts,
     Retained,
+    encode_phrases,
     framed_phrases,
     hidden_states,
     retained_phrases,
     stacked_prompts,
     text_length,
 )
-from ..settings import check_settings
 from ..training import dotted, path_filter
 
 

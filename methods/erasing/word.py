@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..phrases import Retained
+from ..text.phrases import Retained
 from . import sage
 
 

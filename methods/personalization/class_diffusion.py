@@ -39,16 +39,22 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ...flax_models.autoencoder_kl import AutoencoderKL
 from ...flax_models.clip import CLIPTextConfig, pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
-from ..concepts import ConceptError, encode_phrases, phrase_ids
 from ..diffusion.objectives import cosine
 from ..memory import require_memory, unet_bytes, vae_bytes
-from ..new_tokens import default_initializers, encode_with_rows, initial_rows
-from ..phrases import Encoders, edited_encoders, text_length
 from ..sampling import NoiseSchedule, add_noise, training_target
 from ..seeds import seed_key
 from ..settings import check_settings
 from ..subjects.batches import PREFIXES, augmented, batches, cached, collect
 from ..subjects.images import Concept
+from ..text.new_tokens import default_initializers, encode_with_rows, initial_rows
+from ..text.phrases import (
+    ConceptError,
+    Encoders,
+    edited_encoders,
+    encode_phrases,
+    phrase_ids,
+    text_length,
+)
 from ..training import (
     TrainState,
     accumulated,

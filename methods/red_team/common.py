@@ -23,11 +23,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import ConceptError, phrase_ids
 from ..diffusion.objectives import prediction_loss
 from ..sampling import NoiseSchedule, encode_images, noised_latents
 from ..seeds import seed_key
 from ..settings import check_settings
+from ..text.phrases import ConceptError, phrase_ids
 from ..training import Checkpoints, TrainState, constrain_batch, train
 
 _EXAMINED = 8  # batches over which final losses are averaged

@@ -30,10 +30,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from ...flax_models.clip import CLIPTextModel
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, ConceptError, encode_phrases
-from ..phrases import text_length
 from ..sampling import NoiseSchedule
 from ..seeds import seed_key
+from ..text.phrases import TEMPLATES, ConceptError, encode_phrases, text_length
 from ..training import TrainState, apply_gradients, init_state
 from .common import (
     AttackStatic,

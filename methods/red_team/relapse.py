@@ -18,10 +18,9 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import encode_phrases
 from ..diffusion.objectives import prediction_loss
-from ..phrases import text_length
 from ..sampling import NoiseSchedule
+from ..text.phrases import encode_phrases, text_length
 from ..training import TrainState, apply_gradients, init_state, split_trainable
 from .common import (
     AttackStatic,

@@ -32,10 +32,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import ConceptError, encode_phrases
-from ..phrases import hidden_states, text_length, with_prefix
 from ..sampling import NoiseSchedule
 from ..seeds import seed_key
+from ..text.phrases import ConceptError, encode_phrases, hidden_states, text_length, with_prefix
 from ..training import TrainState
 from .common import (
     AttackStatic,

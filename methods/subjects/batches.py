@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from ..concepts import encode_phrases
+from ..text.phrases import encode_phrases
 from ..training import local_rows
 from .images import Concept
 

@@ -28,10 +28,15 @@ from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.converters.weights import read_json
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
 from conceptax.methods.memory import flags
-from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
+from conceptax.methods.text.phrases import (
+    ConceptError,
+    Retained,
+    edited_encoders,
+    read_phrases,
+    retained_phrases,
+)
 from conceptax.methods.training import RULES
 
 RECORD = "erasing.json"

@@ -18,7 +18,6 @@ from conceptax.cli.loading import load_classifier, load_clip, load_edited, load_
 from conceptax.cli.options import Model, OptionalPath
 from conceptax.cli.report import markdown_table
 from conceptax.cli.results import environment, new_folder, write_json
-from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation import (
     Evaluation,
     EvaluationConfig,
@@ -30,6 +29,7 @@ from conceptax.methods.evaluation import (
 )
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
+from conceptax.methods.text.phrases import read_phrases
 from conceptax.text import read_text
 
 METRICS = "metrics.json"

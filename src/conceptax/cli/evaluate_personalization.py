@@ -16,9 +16,9 @@ from conceptax.cli.options import OptionalPath
 from conceptax.cli.pictures import save_png
 from conceptax.cli.report import Number, Table, markdown_table
 from conceptax.cli.results import environment, new_folder, write_json
-from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
 from conceptax.methods.subjects.images import image_files, read_image, read_images
+from conceptax.methods.text.phrases import read_phrases
 from conceptax.methods.text_to_image import text_to_image
 from conceptax.text import read_text
 

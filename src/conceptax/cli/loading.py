@@ -20,12 +20,12 @@ from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
-from conceptax.methods.concepts import ConceptError
 from conceptax.methods.evaluation import ClipClassifier
 from conceptax.methods.evaluation.instruments import Blip, Clip, Dino
 from conceptax.methods.evaluation.preprocessing import Preprocessing
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier
 from conceptax.methods.glyphs.judge import load_judge
+from conceptax.methods.text.phrases import ConceptError
 
 _TOKENIZER = ("tokenizer.json", "vocab.json")
 _PARTS = {
