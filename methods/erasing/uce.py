@@ -30,8 +30,8 @@ from ...flax_models.stable_diffusion import StableDiffusionPipeline
 from ..settings import check_settings
 from ..text.phrases import (
     TEMPLATES,
-    Prompts,
     Retained,
+    TemplatedConcepts,
     encode_phrases,
     framed_phrases,
     hidden_states,
@@ -162,7 +162,7 @@ def _edited_unet(unet: nnx.Module, matrix: np.ndarray, patterns: Sequence[str]) 
 
 
 def paired_states(
-    pipeline: StableDiffusionPipeline, prompts: Prompts
+    pipeline: StableDiffusionPipeline, prompts: TemplatedConcepts
 ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
     """States c_i of the concepts' prompts and c_i* of the same prompts with the anchor.
 

@@ -50,7 +50,7 @@ class ConceptError(ConceptaxError, ValueError):
     """A concept, template or phrase that cannot be used as text for this model."""
 
 
-class ConceptPrompts(NamedTuple):
+class TemplatedConcept(NamedTuple):
     """One concept in T templates.
 
     Attributes:
@@ -124,7 +124,7 @@ def concept_prompts(
     length: int,
     templates: Sequence[str] = TEMPLATES,
     anchor: str = "",
-) -> ConceptPrompts:
+) -> TemplatedConcept:
     """Put a concept, and the anchor, into templates and mark which tokens are whose.
 
     Raises:
@@ -163,7 +163,7 @@ def concept_prompts(
         raise ConceptError(
             f"no template fits around {concept!r} in a context of {length} tokens; shorten it."
         )
-    return ConceptPrompts(
+    return TemplatedConcept(
         np.stack(rows), np.stack(free), np.stack(places), np.stack(without), phrase
     )
 
@@ -220,10 +220,17 @@ class Near(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """Phrases to retain, and those that were set aside, nearest first."""
+    """What `retained_phrases` finds.
+
+    Attributes:
+      kept: phrases to retain.
+      near: those that were set aside, nearest first.
+      own: whether they are the tokenizer's own words, since none were named.
+    """
 
     kept: tuple[str, ...]
     near: tuple[Near, ...] = ()
+    own: bool = False
 
 
 @runtime_checkable
@@ -242,8 +249,8 @@ class PhraseSettings(Protocol):
     def similarity_cap(self) -> float: ...
 
 
-class Prompts(NamedTuple):
-    """C concepts in T templates each, as `ConceptPrompts` but stacked.
+class TemplatedConcepts(NamedTuple):
+    """C concepts in T templates each, as `TemplatedConcept` but stacked.
 
     Attributes:
       tokens: [C, T, L] prompts.
@@ -370,7 +377,7 @@ def retained_phrases(
       concepts: what is erased, one phrase each.
       settings: of the method; `vocabulary` and `similarity_cap` are read.
       retain: phrases to preserve; None takes whole words of the tokenizer's own vocabulary. A
-        `Retained` is given back as it is.
+        `Retained` is given back as it is, so that who needs it first computes it for all.
 
     Raises:
       ConceptError: no or unusable concepts, or nothing left to retain.
@@ -398,7 +405,8 @@ def retained_phrases(
             f"all {len(phrases)} retained phrases are closer to {list(concepts)} than "
             f"similarity_cap={cap}: raise it, or retain other phrases."
         )
-    return Retained(tuple(kept), tuple(sorted(near, key=lambda each: -each.similarity)))
+    near.sort(key=lambda each: -each.similarity)
+    return Retained(tuple(kept), tuple(near), own=retain is None)
 
 
 def _unit(x: Array) -> Array:
@@ -408,7 +416,7 @@ def _unit(x: Array) -> Array:
 def stacked_prompts(
     tokenizer: Any, concepts: Sequence[str], words: Sequence[str], settings: PhraseSettings, *,
     length: int, seed: int,
-) -> Prompts:  # fmt: skip
+) -> TemplatedConcepts:  # fmt: skip
     """Every concept in the settings' templates, and in `contexts` more with `words` in them.
 
     Raises:
@@ -431,7 +439,9 @@ def stacked_prompts(
     def stack(name: str) -> np.ndarray:
         return np.stack([getattr(prompts, name)[:least] for prompts in each])
 
-    return Prompts(stack("tokens"), stack("without"), stack("free"), stack("concept"), templates)
+    return TemplatedConcepts(
+        stack("tokens"), stack("without"), stack("free"), stack("concept"), templates
+    )
 
 
 def _plain(phrase: str) -> str:

@@ -103,7 +103,7 @@ def command_type(arguments: Sequence[str]) -> Any:
 
 def run(command: Command[Any]) -> None:
     """Load, erase, save; the output is claimed first."""
-    concepts = read_concepts(command.concept)
+    concepts = concepts_to_erase(command.concept)
     method = METHODS[command.method]
     _check_options(command, method)
     retain = None if command.retain is None else read_phrases(command.retain)
@@ -122,7 +122,7 @@ def run(command: Command[Any]) -> None:
         with flags(("prompts", "local_rows")):
             erase_into(
                 folder, pipeline, concepts, command.settings, seed=command.seed,
-                retain=retain, retained=retained, source=str(command.model or "bundled"),
+                retain=retained, source=str(command.model or "bundled"),
                 export=command.export, dtype=command.dtype, mesh=mesh,
                 checkpoint_dir=kept.directory, checkpoint_every=kept.every, **kept.options,
             )  # fmt: skip
@@ -131,7 +131,7 @@ def run(command: Command[Any]) -> None:
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
 
 
-def read_concepts(given: Sequence[str]) -> list[str]:
+def concepts_to_erase(given: Sequence[str]) -> list[str]:
     """The concepts that arguments name, each once; one ending in .txt is a file of them.
 
     Raises:
@@ -189,7 +189,7 @@ def _check_options(command: Command[Any], method: Method) -> None:
 
 def erase_into(
     folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
-    seed: int, source: str, retain: Sequence[str] | None = None, retained: Retained | None = None,
+    seed: int, source: str, retain: Sequence[str] | Retained | None = None,
     export: Export = "pipeline", dtype: str = "float32", mesh: Any = None,
     checkpoint_dir: Path | None = None, checkpoint_every: int = 100, **options: Any,
 ) -> StableDiffusionPipeline:  # fmt: skip
@@ -200,7 +200,6 @@ def erase_into(
       pipeline, concepts, seed, retain: as for `conceptax.methods.erasing.erase`.
       config: settings of one of the methods; they say which.
       source: what to call the model in the record.
-      retained: what `retain` comes to, where the caller knows it.
       export: what to write.
       dtype: what the pipeline computes in.
       mesh, checkpoint_dir, checkpoint_every, options: of the training loop.
@@ -214,7 +213,8 @@ def erase_into(
             f"{method.title} edits {' and '.join(edits)} here: --export takes pipeline or changes, "
             "or --edit one of them."
         )
-    retained = retained or retained_phrases(pipeline, concepts, config, retain)
+    retained = retained_phrases(pipeline, concepts, config, retain)
+    words = "the tokenizer's words" if retained.own else list(retained.kept)
     record: dict[str, Any] = {
         "method": method.title,
         "concepts": list(concepts),
@@ -222,13 +222,11 @@ def erase_into(
         "seed": seed,
         "dtype": dtype,
         "settings": dataclasses.asdict(config),
-        "retained_phrases": "the tokenizer's words" if retain is None else list(retained.kept),
+        "retained_phrases": words,
     }
     if not method.retains:
         record["retained_phrases"] = "none: the method retains nothing"
-        record["words_beside_the_concept"] = (
-            "the tokenizer's words" if retain is None else list(retained.kept)
-        )
+        record["words_beside_the_concept"] = words
     log = None
     with contextlib.ExitStack() as stack:
         if method.trains:

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 import conceptax
-from conceptax.cli.erase import erasing_record, near_tables, read_concepts
+from conceptax.cli.erase import concepts_to_erase, erasing_record, near_tables
 from conceptax.cli.evaluation_report import report_page, report_tables
 from conceptax.cli.loading import load_classifier, load_clip, load_edited, load_pipeline
 from conceptax.cli.options import Model, OptionalPath
@@ -167,7 +167,7 @@ def _stated(command: Command[Any]) -> dict[str, Any]:
         if field.name in _LISTS:
             value = None if value is None else read_phrases(value)
         values[field.name] = str(value) if isinstance(value, Path) else value
-    values["concept"] = read_concepts(command.concept)
+    values["concept"] = concepts_to_erase(command.concept)
     values["attacks"] = names
     values["attack_settings"] = {
         name: dataclasses.asdict(getattr(command.attack_settings, name.replace("-", "_")))
