@@ -313,7 +313,9 @@ def test_latents_are_those_of_a_guided_run_of_the_edited_model(pipeline, esd_run
         time = int(sampler.timesteps[i])
         with_prompt = predict(x, time, condition)
         without = predict(x, time, jnp.stack([empty, empty]))
-        x = sampler.step(x, without + 3.0 * (with_prompt - without), i)
+        x = sampler.advance(
+            x, without + 3.0 * (with_prompt - without), i, None, sampler.memory(x)
+        )[0]
 
     key = jax.random.key(0)
     latents, times = jax.jit(lambda k: draw_latents(static, frozen, unet, condition, k))(key)

@@ -538,11 +538,13 @@ def _trajectories(
         rows = jax.random.choice(pick_key, tokens.shape[0], (config.ddim_samples,))
         context = before(tokens[rows]).condition
 
-        def step(x: Array, i: Array) -> tuple[Array, Array]:
-            return sampler.step(x, unet(x, sampler.timesteps[i], context), i, None), x
+        def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
+            x, memory = carry
+            output = unet(x, sampler.timesteps[i], context)
+            return sampler.advance(x, output, i, None, memory), x
 
         start = jax.random.normal(noise_key, (config.ddim_samples, *static.latent_shape))
-        return jax.lax.scan(step, start, jnp.arange(config.ddim_steps))[1]
+        return jax.lax.scan(step, (start, sampler.memory(start)), jnp.arange(config.ddim_steps))[1]
 
     subjects = [*frozen["tokens"], frozen["retained_tokens"]]
     keys = jax.random.split(seed_key(seed), len(subjects))
