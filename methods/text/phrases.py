@@ -7,11 +7,12 @@ original text encoder takes for a concept (cosine of the pooled states above a c
 to what is erased; it is set aside, and named in `Retained.near`, so that nobody believes it kept.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline, expanded
 from ...flax_models.stable_diffusion_xl import TextEncoders
 from ...text import TextError, read_text
+from ..settings import check_settings
+from ..vectors import unit
 
 # Neutral phrases around a concept; "{}" is the concept's place.
 TEMPLATES = (
@@ -233,20 +236,30 @@ class Retained(NamedTuple):
     own: bool = False
 
 
-@runtime_checkable
-class PhraseSettings(Protocol):
-    """The settings of a method that say which phrases it works with."""
+@dataclasses.dataclass(frozen=True)
+class PhraseSettings:
+    """The settings of a method that say which phrases it works with.
 
-    @property
-    def anchor(self) -> str: ...
-    @property
-    def templates(self) -> tuple[str, ...]: ...
-    @property
-    def contexts(self) -> int: ...
-    @property
-    def vocabulary(self) -> int: ...
-    @property
-    def similarity_cap(self) -> float: ...
+    Attributes:
+      anchor: what the concept is turned into; the empty phrase means "nothing in particular". It
+        takes the concept's place in each prompt, so that the other words keep their effect.
+      templates: phrases around the concept, "{}" its place.
+      contexts: how many templates are added with retained words in them ("a {word} {}").
+      vocabulary: how many of the tokenizer's whole words are retained, or put around the concept.
+      similarity_cap: retained phrases more similar to a concept than this (cosine of the original
+        text encoder's pooled states, kappa) are taken for the concept and dropped.
+    """
+
+    anchor: str = ""
+    templates: tuple[str, ...] = TEMPLATES
+    contexts: int = 96
+    vocabulary: int = 2000
+    similarity_cap: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_settings(self, least={"contexts": 0, "vocabulary": 1})
+        if not -1 <= self.similarity_cap <= 1:
+            raise ValueError(f"similarity_cap is a cosine, received {self.similarity_cap}.")
 
 
 class TemplatedConcepts(NamedTuple):
@@ -392,7 +405,7 @@ def retained_phrases(
     if not phrases:
         raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
     rows = encode_phrases(tokenizer, phrases, text_length(pipeline))
-    cosines = np.asarray(_unit(pooled_states(pipeline.prompt_encoder, rows)) @ _unit(pooled).T)
+    cosines = np.asarray(unit(pooled_states(pipeline.prompt_encoder, rows)) @ unit(pooled).T)
     kept, near = [], []
     for phrase, row in zip(phrases, cosines, strict=True):
         if row.max() <= cap and phrase not in concepts:
@@ -407,10 +420,6 @@ def retained_phrases(
         )
     near.sort(key=lambda each: -each.similarity)
     return Retained(tuple(kept), tuple(near), own=retain is None)
-
-
-def _unit(x: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
 def stacked_prompts(
