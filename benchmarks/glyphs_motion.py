@@ -39,6 +39,7 @@ from conceptax.flax_models.unet_motion import (
     motion_adapter,
     with_motion,
 )
+from conceptax.methods.diffusion.text_to_video import text_to_video, video_schedule
 from conceptax.methods.evaluation.instruments import Clip
 from conceptax.methods.evaluation.statistics import frame_consistency, mean_interval, proportion
 from conceptax.methods.glyphs.captions import caption, prompts
@@ -62,7 +63,6 @@ from conceptax.methods.text_to_image import (
     stable_diffusion_schedule,
     tokenize,
 )
-from conceptax.methods.text_to_video import text_to_video, video_schedule
 from conceptax.methods.training import apply_gradients, init_state, train
 from conceptax.reporting.instruments import load_clip
 from conceptax.reporting.results import environment, write_records

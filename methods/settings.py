@@ -1,17 +1,54 @@
-"""Checks that the settings of several methods share."""
+"""Settings of methods: their checks, and a registry of the methods that they belong to."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 
-def check_settings(settings: Any, *, least: Mapping[str, int]) -> None:
-    """Check numbers against their least values, choices against their types, and common ranges.
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to erase, to personalise or to attack: an entry of a registry.
+
+    Attributes:
+      title: its name for people.
+      config: the type of its settings, which no other entry has.
+    """
+
+    title: str
+    config: type
+
+
+M = TypeVar("M", bound=Method)
+
+
+def method_of(methods: Mapping[str, M], config: Any) -> M:
+    """The entry of a registry that some settings belong to.
+
+    Raises:
+      ValueError: they are of none.
+    """
+    for method in methods.values():
+        if type(config) is method.config:
+            return method
+    names = sorted(method.config.__name__ for method in methods.values())
+    raise ValueError(f"settings are one of {names}, received {type(config).__name__}.")
+
+
+def fixed(value: Any) -> Any:
+    """A setting that makes a method what it is: a field that is not for choosing."""
+    return dataclasses.field(default=value, init=False)
+
+
+def check_settings(
+    settings: Any, *, least: Mapping[str, int], positive: Sequence[str] = ()
+) -> None:
+    """Check numbers against their least values, and choices against their types.
 
     Args:
-      settings: a dataclass; a field of a `Literal` type takes its values alone, `learning_rate`,
-        `erase_weight`, `min_timestep` and `similarity_cap` are checked wherever it has them.
+      settings: a dataclass; a field of a `Literal` type takes its values alone.
       least: name of a setting -> its least value.
+      positive: names of settings without which nothing changes.
 
     Raises:
       ValueError: names the setting, what it takes and what was received.
@@ -21,8 +58,8 @@ def check_settings(settings: Any, *, least: Mapping[str, int]) -> None:
             raise ValueError(
                 f"{name} must be at least {value}, received {getattr(settings, name)}."
             )
-    for name in ("learning_rate", "erase_weight"):
-        if not getattr(settings, name, 1) > 0:
+    for name in positive:
+        if not getattr(settings, name) > 0:
             raise ValueError(
                 f"{name} must be positive, received {getattr(settings, name)}: with none, nothing "
                 "changes."
@@ -30,10 +67,16 @@ def check_settings(settings: Any, *, least: Mapping[str, int]) -> None:
     for name, values in _choices(type(settings)).items():
         if getattr(settings, name) not in values:
             raise ValueError(f"{name} accepts {values}, received {getattr(settings, name)!r}.")
-    if not 0 <= getattr(settings, "min_timestep", 0) < 1:
-        raise ValueError(f"min_timestep is a fraction in [0, 1), received {settings.min_timestep}.")
-    if not -1 <= getattr(settings, "similarity_cap", 0) <= 1:
-        raise ValueError(f"similarity_cap is a cosine, received {settings.similarity_cap}.")
+
+
+def check_min_timestep(value: float) -> None:
+    """Refuse a lowest time that is no fraction of the schedule.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"min_timestep is a fraction in [0, 1), received {value}.")
 
 
 @functools.cache

@@ -5,16 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def cosine(first: Float[Array, "... C"], second: Float[Array, "... C"]) -> Float[Array, "..."]:
-    """Cosine similarity along the last axis; the others broadcast."""
-    return jnp.sum(unit(first) * unit(second), axis=-1)
-
-
-def unit(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """Rows of length one; a row of zeros stays as it is."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
-
-
 def erase_target(
     anchor: Float[Array, " P *S"], concept: Float[Array, " P *S"], eta: float
 ) -> Float[Array, " P *S"]:

@@ -12,8 +12,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..phrases import Retained
+from .. import settings
 from ..seeds import check_seed
+from ..text.phrases import Retained
 from . import advunlearn, esd, sage, uce, word
 from .advunlearn import AdvUnlearnConfig
 from .esd import EsdUConfig, EsdXConfig
@@ -22,20 +23,16 @@ from .word import WordConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(settings.Method):
     """One way to erase.
 
     Attributes:
-      title: its name for people.
-      config: the type of its settings.
       erase: its function, as this package's `erase`.
       edits: the part of the pipeline that it changes.
       trains: whether it runs the training loop and takes its options.
       retains: whether it protects the retained phrases, or only puts them around the concept.
     """
 
-    title: str
-    config: type
     erase: Callable[..., StableDiffusionPipeline]
     edits: Literal["text_encoder", "unet"]
     trains: bool = True
@@ -58,11 +55,7 @@ def method_of(config: Any) -> Method:
     Raises:
       ValueError: they are of no method.
     """
-    for method in METHODS.values():
-        if type(config) is method.config:
-            return method
-    names = sorted(method.config.__name__ for method in METHODS.values())
-    raise ValueError(f"settings are one of {names}, received {type(config).__name__}.")
+    return settings.method_of(METHODS, config)
 
 
 def erase(

@@ -30,13 +30,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, ConceptError, encode_phrases
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
-from ..phrases import (
-    Encoders,
+from ..sampling import NoiseSchedule
+from ..settings import check_settings
+from ..text.phrases import (
+    ConceptError,
     Retained,
     embedding_scale,
+    encode_phrases,
     encoder_patterns,
     framed_phrases,
     retained_phrases,
@@ -44,8 +46,6 @@ from ..phrases import (
     text_length,
     with_prefix,
 )
-from ..seeds import seed_key
-from ..settings import check_settings
 from ..training import (
     TrainState,
     apply_gradients,
@@ -53,97 +53,51 @@ from ..training import (
     cosine_adamw,
     init_state,
     split_trainable,
-    train,
 )
-from .common import ErasingStatic, draw_latents, latent_sources
+from .common import EncoderSettings, EncoderStatic, draw_latents, latent_sources, trained
 
 
 @dataclasses.dataclass(frozen=True)
-class AdvUnlearnConfig:
-    """All settings of an AdvUnlearn run.
+class AdvUnlearnConfig(EncoderSettings):
+    """All settings of an AdvUnlearn run. The paper's anchor is empty, its latents "edited".
 
     Attributes:
-      anchor: what takes the concept's place on the unconditional side; the paper's is empty.
-      templates: phrases around the concept, "{}" its place.
-      contexts: how many templates are added with retained words in them ("a {word} {}").
-      cycles: outer cycles, each one attack and `erase_updates` updates.
       warmup: cycles before the first attack, which erase plain prompts.
-      erase_updates: updates of the text encoder per cycle.
-      prompts: prompts per cycle, each attacked on its own.
-      learning_rate: of AdamW on the text encoder, falling to 0 along a cosine.
-      weight_decay: AdamW's decay.
-      trainable: patterns of the text encoder's parameters that train.
-      edit: which of SDXL's text encoders train; other models have one.
       attack_tokens: free token embeddings in front of a prompt (k).
       attack_steps: steps of an attack, each at latents and times of its own.
       attack_rate: step size of the attack, relative to the root mean square of the token
         embeddings' entries.
       attack_optimizer: "adam" or "sign" (signed gradients, the fast variant).
-      eta: strength of the negative guidance in the target.
-      latents: "edited" (drawn by the model being edited, as in the paper) or "noise" (z ~ N(0, I),
-        upper timesteps; much faster).
-      ddim_steps: length of the runs that draw latents.
-      guidance: their guidance.
-      min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
-      vocabulary: how many of the tokenizer's whole words are retained, bare and in templates.
-      frames: in how many templates each retained phrase is put.
-      similarity_cap: retained phrases more similar to a concept than this (cosine of the pooled
-        states) are taken for the concept and dropped.
+      guidance: of the runs that draw "edited" latents.
       retain_rows: retained phrases per update.
       retain_weight: gamma.
     """
 
-    anchor: str = ""
-    templates: tuple[str, ...] = TEMPLATES
-    contexts: int = 96
     cycles: int = 100
+    latents: Literal["edited", "noise"] = "noise"
+    ddim_steps: int = 20
     warmup: int = 20
-    erase_updates: int = 1
-    prompts: int = 4
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
-    edit: Encoders = "both"
     attack_tokens: int = 3
     attack_steps: int = 5
     attack_rate: float = 0.1
     attack_optimizer: Literal["adam", "sign"] = "adam"
-    eta: float = 3.0
-    latents: Literal["edited", "noise"] = "noise"
-    ddim_steps: int = 20
     guidance: float = 3.0
-    min_timestep: float = 0.5
-    vocabulary: int = 2000
-    frames: int = 4
-    similarity_cap: float = 0.95
     retain_rows: int = 8
     retain_weight: float = 10.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(
             self,
             least={
-                "contexts": 0, "cycles": 1, "warmup": 0, "erase_updates": 1, "prompts": 1,
-                "learning_rate": 0, "weight_decay": 0, "attack_tokens": 1, "attack_steps": 0,
-                "attack_rate": 0, "eta": 0, "ddim_steps": 1, "guidance": 0, "vocabulary": 1,
-                "frames": 0, "retain_rows": 1, "retain_weight": 0,
+                "warmup": 0, "attack_tokens": 1, "attack_steps": 0, "attack_rate": 0,
+                "guidance": 0, "retain_rows": 1, "retain_weight": 0,
             },
         )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class AdversarialStatic(ErasingStatic):
-    """What a cycle needs and never changes.
-
-    Attributes:
-      text: structure of the text encoder.
-    """
-
-    text: nnx.GraphDef[Any]
-
-
 def attack(
-    static: AdversarialStatic, params: Any, frozen: Mapping[str, Any], tokens: Int[Array, "P L"],
+    static: EncoderStatic, params: Any, frozen: Mapping[str, Any], tokens: Int[Array, "P L"],
     key: PRNGKeyArray,
 ) -> tuple[Float[Array, "P L C"], Float[Array, ""]]:  # fmt: skip
     """The lower level: prefixes under which the edited encoder gives the concept back.
@@ -187,7 +141,9 @@ def attack(
 
     def advance(carry: tuple[Array, Any], key: Array) -> tuple[tuple[Array, Any], Array]:
         prefix, memory = carry
-        latents, times = constrain_batch(draw_latents(static, frozen, unet, drawn, key))
+        latents, times = constrain_batch(
+            draw_latents(static, frozen, key, len(tokens), model=unet, condition=drawn)
+        )
         loss, gradient = jax.value_and_grad(objective)(prefix, latents, times)
         updates, memory = optimizer.update(gradient, memory)
         return (prefix + frozen["embedding_rms"] * updates, memory), loss
@@ -199,7 +155,7 @@ def attack(
 
 
 def adversarial_step(
-    static: AdversarialStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    static: EncoderStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
     key: PRNGKeyArray,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """One cycle: an attack (none in the warm-up), then `erase_updates` updates of the text encoder.
@@ -243,7 +199,7 @@ def adversarial_step(
 
 
 def _loss(
-    static: AdversarialStatic, frozen: Mapping[str, Any], tokens: Array, without: Array,
+    static: EncoderStatic, frozen: Mapping[str, Any], tokens: Array, without: Array,
     attacked: Array, key: PRNGKeyArray, params: Any,
 ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """The upper level: l_ESD at the attacked prompts + gamma times retention, and its parts."""
@@ -257,7 +213,14 @@ def _loss(
 
     plain = now(jnp.concatenate([tokens, rows])).condition
     latents, times = constrain_batch(
-        draw_latents(static, frozen, unet, jax.lax.stop_gradient(plain), latent_key)
+        draw_latents(
+            static,
+            frozen,
+            latent_key,
+            prompts + config.retain_rows,
+            model=unet,
+            condition=jax.lax.stop_gradient(plain),
+        )
     )
     original = before(jnp.concatenate([without, tokens, rows])).condition
     order = jnp.concatenate([jnp.arange(prompts), jnp.arange(latents.shape[0])])
@@ -279,7 +242,7 @@ def _loss(
 def prepare(
     pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: AdvUnlearnConfig, *,
     retain: Sequence[str] | Retained | None = None, seed: int = 0,
-) -> tuple[AdversarialStatic, TrainState, dict[str, Any]]:  # fmt: skip
+) -> tuple[EncoderStatic, TrainState, dict[str, Any]]:  # fmt: skip
     """Everything `adversarial_step` needs, computed once.
 
     Args:
@@ -319,8 +282,10 @@ def prepare(
     optimizer = cosine_adamw(
         config.learning_rate, config.weight_decay, config.cycles * config.erase_updates
     )
-    timesteps, latent_shape, sources = latent_sources(pipeline, config)
-    static = AdversarialStatic(unet, optimizer, config, timesteps, latent_shape, text)
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    static = EncoderStatic(
+        unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape, text
+    )
     frozen = {
         "text": rest,
         "original": nnx.to_pure_dict(nnx.state(encoder)),
@@ -329,7 +294,7 @@ def prepare(
         "without": padded(prompts.without),
         "embedding_rms": embedding_scale(encoder),
         "retained_tokens": encode_phrases(tokenizer, framed, length),  # [N, L]
-        **sources,
+        **latent_sources(pipeline, config),
     }
     return static, init_state(trained, optimizer), jax.tree.map(jnp.asarray, frozen)
 
@@ -346,11 +311,8 @@ def erase(
       seed: of everything random in the run.
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
-    config = config or AdvUnlearnConfig()
-    static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
-    state = train(
-        adversarial_step, static, state, frozen,
-        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
-        **options,
+    static, state, frozen = trained(
+        adversarial_step, prepare, pipeline, concepts, config or AdvUnlearnConfig(),
+        retain=retain, seed=seed, **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(nnx.merge(static.text, state.params, frozen["text"]))

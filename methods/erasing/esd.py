@@ -27,12 +27,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
-from ..phrases import Retained, conditions, retained_phrases, stacked_prompts, text_length
-from ..seeds import seed_key
+from ..sampling import NoiseSchedule
 from ..settings import check_settings
+from ..text.phrases import (
+    Retained,
+    conditions,
+    retained_phrases,
+    stacked_prompts,
+    text_length,
+)
 from ..training import (
     TrainState,
     apply_gradients,
@@ -40,61 +45,31 @@ from ..training import (
     cosine_adamw,
     init_state,
     split_trainable,
-    train,
 )
-from .common import ErasingStatic, draw_latents, latent_sources
+from .common import ErasingStatic, TrainedSettings, draw_latents, latent_sources, trained
 
 
 @dataclasses.dataclass(frozen=True)
-class EsdXConfig:
+class EsdXConfig(TrainedSettings):
     """All settings of an ESD run; ESD-x by default.
 
+    The paper's anchor is empty. ESD retains nothing: words of the vocabulary fill `contexts`.
+
     Attributes:
-      anchor: what takes the concept's place on the unconditional side; the paper's is empty.
-      templates: phrases around the concept, "{}" its place.
-      contexts: how many templates are added with other words in them ("a {word} {}").
-      cycles: updates of the UNet.
-      prompts: prompts per update.
-      learning_rate: of AdamW, falling to 0 along a cosine.
-      weight_decay: AdamW's decay.
-      trainable: patterns of the UNet's parameters that train.
-      untrained: patterns of parameters among them that do not.
-      eta: strength of the negative guidance in the target.
-      latents: "edited" (drawn by the model being edited, as in the paper) or "noise" (z ~ N(0, I),
-        upper timesteps; a tenth of the time).
-      ddim_steps: length of the runs that draw latents.
-      guidance: their guidance.
-      min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
-      vocabulary: how many of the tokenizer's whole words are there to fill `contexts`.
-      similarity_cap: words more similar to a concept than this (cosine of the pooled states) are
-        left out of them.
+      untrained: patterns of parameters among the trainable ones that do not train.
+      guidance: of the runs that draw "edited" latents.
     """
 
-    anchor: str = ""
-    templates: tuple[str, ...] = TEMPLATES
-    contexts: int = 96
     cycles: int = 300
     prompts: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
     trainable: tuple[str, ...] = ("*.attn2",)
-    untrained: tuple[str, ...] = ()
-    eta: float = 3.0
     latents: Literal["edited", "noise"] = "edited"
-    ddim_steps: int = 10
+    untrained: tuple[str, ...] = ()
     guidance: float = 3.0
-    min_timestep: float = 0.5
-    vocabulary: int = 2000
-    similarity_cap: float = 0.95
 
-    def __post_init__(self):
-        check_settings(
-            self,
-            least={
-                "contexts": 0, "cycles": 1, "prompts": 1, "learning_rate": 0, "weight_decay": 0,
-                "eta": 0, "ddim_steps": 1, "guidance": 0, "vocabulary": 1,
-            },
-        )  # fmt: skip
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, least={"guidance": 0})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +128,9 @@ def esd_step(
     concept, anchor = constrain_batch(jax.tree.map(lambda leaf: leaf[which, rows], states))
     before = nnx.merge(static.unet, frozen["original"])
     current = nnx.merge(static.unet, jax.lax.stop_gradient(state.params), frozen["unet"])
-    latents, times = constrain_batch(draw_latents(static, frozen, current, concept, latent_key))
+    latents, times = constrain_batch(
+        draw_latents(static, frozen, latent_key, config.prompts, model=current, condition=concept)
+    )
 
     def loss_of(params: Any) -> Array:
         now = nnx.merge(static.unet, params, frozen["unet"])
@@ -194,14 +171,16 @@ def prepare(
     unet, trained, rest = split_trainable(pipeline.unet, config.trainable, config.untrained)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     optimizer = cosine_adamw(config.learning_rate, config.weight_decay, config.cycles)
-    timesteps, latent_shape, sources = latent_sources(pipeline, config)
-    static = ErasingStatic(unet, optimizer, config, timesteps, latent_shape)
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    static = ErasingStatic(
+        unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape
+    )
     frozen = {
         "unet": rest,
         "original": nnx.to_pure_dict(nnx.state(pipeline.unet)),
         "states": states(prompts.tokens),  # [C, T, L, D]
         "anchor_states": states(prompts.without),
-        **sources,
+        **latent_sources(pipeline, config),
     }
     return static, init_state(trained, optimizer), jax.tree.map(jnp.asarray, frozen)
 
@@ -217,11 +196,8 @@ def erase(
       seed: of everything random in the run.
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
-    config = config or EsdXConfig()
-    static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
-    state = train(
-        esd_step, static, state, frozen,
-        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
-        **options,
+    static, state, frozen = trained(
+        esd_step, prepare, pipeline, concepts, config or EsdXConfig(),
+        retain=retain, seed=seed, **options,
     )  # fmt: skip
     return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))

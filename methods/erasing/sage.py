@@ -28,14 +28,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, encode_phrases
-from ..diffusion.objectives import cosine, erase_target, prediction_loss, unit
+from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
-from ..phrases import (
-    Encoders,
+from ..sampling import NoiseSchedule
+from ..settings import check_settings
+from ..text.phrases import (
     Retained,
     concept_states,
     embedding_scale,
+    encode_phrases,
     encoder_patterns,
     framed_phrases,
     hidden_states,
@@ -44,9 +45,6 @@ from ..phrases import (
     stacked_prompts,
     text_length,
 )
-from ..sampling import NoiseSchedule, make_sampler, noise_latents
-from ..seeds import seed_key
-from ..settings import check_settings
 from ..training import (
     TrainState,
     apply_gradients,
@@ -54,26 +52,17 @@ from ..training import (
     cosine_adamw,
     init_state,
     split_trainable,
-    train,
 )
+from ..vectors import cosine, unit
+from .common import EncoderSettings, EncoderStatic, draw_latents, latent_sources, trained
 
 
 @dataclasses.dataclass(frozen=True)
-class SageConfig:
-    """All settings of a SAGE run.
+class SageConfig(EncoderSettings):
+    """All settings of a SAGE run: those of `PhraseSettings`, `TrainedSettings` and
+    `EncoderSettings`, and its own.
 
     Attributes:
-      anchor: what the concept is turned into; the empty phrase means "nothing in particular". It
-        takes the concept's place in each prompt, so that the other words keep their effect.
-      templates: phrases around the concept, "{}" its place.
-      contexts: how many templates are added with retained words in them ("a {word} {}").
-      cycles: outer cycles, each one self-check and `erase_updates` updates.
-      erase_updates: updates of the text encoder per cycle (M).
-      prompts: plain prompts per cycle, and as many attacked ones (P).
-      learning_rate: of AdamW on the text encoder, falling to 0 along a cosine.
-      weight_decay: AdamW's decay.
-      trainable: patterns of the text encoder's parameters that train.
-      edit: which of SDXL's text encoders train; other models have one.
       check: what an attack looks for besides what T0 takes for the concept: "anchor" (T is far
         from the anchor), "recall" (T still encodes what T0 encodes) or "guided" (through the UNet:
         what T encodes still makes it predict the concept; several times as slow).
@@ -90,16 +79,7 @@ class SageConfig:
       check_states: what the self-check compares: "pooled" states, or all "tokens" of a prompt, as
         the UNet reads them.
       free_concept: let the attack move the concept's own token embeddings too.
-      eta: strength of the negative guidance in the target; 0 maps the concept onto the anchor.
-      latents: "noise" (z ~ N(0, I), upper timesteps) or "ddim" (points of the original model's own
-        trajectories under the concept, computed once).
-      min_timestep: lowest timestep of "noise" latents, as a fraction of the schedule.
-      ddim_steps: length of the cached trajectories.
       ddim_samples: number of the cached trajectories.
-      vocabulary: how many of the tokenizer's whole words are retained, bare and in templates.
-      frames: in how many templates each retained phrase is put.
-      similarity_cap: retained phrases more similar to a concept than this (cosine of T0's pooled
-        states, kappa) are taken for the concept and dropped.
       global_rows: retained phrases per update in the global loss.
       global_form: "cross" (U U0^T, keeps the frame that the UNet reads) or "self" (U U^T).
       global_states: what it relates: "pooled" states, or those of all "tokens", which takes their
@@ -109,16 +89,9 @@ class SageConfig:
       local_weight: lambda_l.
     """
 
-    anchor: str = ""
-    templates: tuple[str, ...] = TEMPLATES
-    contexts: int = 96
-    cycles: int = 250
-    erase_updates: int = 1
-    prompts: int = 4
     learning_rate: float = 1.75e-3
-    weight_decay: float = 0.0
-    trainable: tuple[str, ...] = ("encoder", "final_layer_norm")
-    edit: Encoders = "both"
+    eta: float = 4.0
+    latents: Literal["noise", "ddim"] = "noise"
     check: Literal["anchor", "recall", "guided"] = "recall"
     check_steps: int = 30
     check_rate: float = 0.1
@@ -128,14 +101,7 @@ class SageConfig:
     check_start: Literal["prompt", "random"] = "prompt"
     check_states: Literal["pooled", "tokens"] = "tokens"
     free_concept: bool = True
-    eta: float = 4.0
-    latents: Literal["noise", "ddim"] = "noise"
-    min_timestep: float = 0.5
-    ddim_steps: int = 10
     ddim_samples: int = 16
-    vocabulary: int = 2000
-    frames: int = 4
-    similarity_cap: float = 0.95
     global_rows: int = 128
     global_form: Literal["cross", "self"] = "cross"
     global_states: Literal["pooled", "tokens"] = "pooled"
@@ -143,14 +109,13 @@ class SageConfig:
     local_rows: int = 6
     local_weight: float = 16.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(
             self,
             least={
-                "cycles": 1, "erase_updates": 1, "prompts": 1, "check_steps": 0, "vocabulary": 1,
-                "global_rows": 1, "local_rows": 1, "ddim_steps": 1, "ddim_samples": 1,
-                "contexts": 0, "frames": 0, "learning_rate": 0, "check_rate": 0, "check_weight": 0,
-                "global_weight": 0, "local_weight": 0, "weight_decay": 0, "eta": 0,
+                "check_steps": 0, "check_rate": 0, "check_weight": 0, "ddim_samples": 1,
+                "global_rows": 1, "global_weight": 0, "local_rows": 1, "local_weight": 0,
             },
         )  # fmt: skip
         if self.check_radius is not None and not self.check_radius > 0:
@@ -227,26 +192,7 @@ def global_retention_loss(
 # ---- the step ----
 
 
-@dataclasses.dataclass(frozen=True)
-class SageStatic:
-    """What a cycle needs and never changes: structures, optimizer, settings.
-
-    Attributes:
-      text: structure of the text encoder (its parameters: trained and `frozen["text"]` merged, or
-        `frozen["original"]`).
-      unet: structure of the UNet.
-      optimizer: of the trained parameters.
-      config: settings.
-      timesteps: number of training timesteps of the schedule.
-      latent_shape: [h, w, c] of a latent.
-    """
-
-    text: nnx.GraphDef[Any]
-    unet: nnx.GraphDef[Any]
-    optimizer: optax.GradientTransformation
-    config: SageConfig
-    timesteps: int
-    latent_shape: tuple[int, int, int]
+SageStatic = EncoderStatic  # its public name
 
 
 def self_check(
@@ -301,7 +247,7 @@ def self_check(
                 original, current, concept, anchor, form=config.check, weight=config.check_weight
             ).sum()
         size = tokens.shape[0]
-        latents, times = (each[:size] for each in _draw_latents(static, frozen, which, key, size))
+        latents, times = (each[:size] for each in _latents_of(static, frozen, which, key, size))
         predictions = [
             unet(latents, times, each.condition) for each in (outputs[1], prompts, anchors)
         ]
@@ -394,7 +340,7 @@ def _erase_loss(
 
     # One latent per prompt, shared by its plain and its attacked form; one per retained phrase.
     prompts = tokens.shape[0]
-    latents, timesteps = _draw_latents(static, frozen, which, latent_key, prompts)
+    latents, timesteps = _latents_of(static, frozen, which, latent_key, prompts)
 
     # Targets, all without gradient: the anchor, the concept, the retained phrases.
     original = before(jnp.concatenate([without, tokens, local]))
@@ -430,24 +376,15 @@ def _erase_loss(
     return loss, {"loss": loss, "erase": erase, "global_": global_loss, "local": local_loss}
 
 
-def _draw_latents(
+def _latents_of(
     static: SageStatic, frozen: Mapping[str, Any], which: Array | int, key: PRNGKeyArray,
     prompts: int,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Latents [P + R, h, w, c] and timesteps [P + R] to compare predictions at.
-
-    The first P are for prompts of concept `which`, the others for retained phrases.
-    """
-    config = static.config
-    size = prompts + config.local_rows
-    if config.latents == "ddim":
-        first, second = jax.random.split(key)
-        cached, times = frozen["latents"], frozen["latent_times"]
-        subject = jnp.where(jnp.arange(size) < prompts, which, cached.shape[0] - 1)
-        point = jax.random.randint(first, (size,), 0, cached.shape[1])
-        sample = jax.random.randint(second, (size,), 0, cached.shape[2])
-        return cached[subject, point, sample], times[point]
-    return noise_latents(key, size, static.latent_shape, static.timesteps, config.min_timestep)
+    """Latents [P + R, h, w, c] and timesteps [P + R]: P for a concept, R for what is retained."""
+    size = prompts + static.config.local_rows
+    retained = frozen["tokens"].shape[0]  # the number after the concepts'
+    subjects = jnp.where(jnp.arange(size) < prompts, which, retained)
+    return draw_latents(static, frozen, key, size, subjects=subjects)
 
 
 # ---- from a pipeline to a run, and back ----
@@ -494,8 +431,8 @@ def prepare(
     )
     schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
     static = SageStatic(
-        text, unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape,
-    )  # fmt: skip
+        unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape, text
+    )
     frozen = {
         "text": rest,
         "original": nnx.to_pure_dict(nnx.state(encoder)),
@@ -512,41 +449,11 @@ def prepare(
             if config.global_states == "pooled"
             else hidden_states(encoder, retained).reshape(len(retained), -1)
         ),  # [N, D]
+        **latent_sources(
+            pipeline, config, [*prompts.tokens, retained], samples=config.ddim_samples, seed=seed
+        ),
     }
-    if config.latents == "ddim":
-        frozen |= _trajectories(static, frozen, schedule, seed)
     return static, init_state(train, optimizer), jax.tree.map(jnp.asarray, frozen)
-
-
-def _trajectories(
-    static: SageStatic, frozen: Mapping[str, Any], schedule: NoiseSchedule, seed: int
-) -> dict[str, Array]:
-    """DDIM trajectories of the original model under each concept and, last, retained phrases.
-
-    Returns:
-      latents [C + 1, steps, samples, h, w, c] and their times [steps].
-    """
-    config = static.config
-    sampler = make_sampler(schedule, "ddim", num_inference_steps=config.ddim_steps)
-
-    @jax.jit
-    def run(sampler: Any, frozen: Mapping[str, Any], tokens: Array, key: PRNGKeyArray) -> Array:
-        before = nnx.merge(static.text, frozen["original"])
-        unet = nnx.merge(static.unet, frozen["unet"])
-        pick_key, noise_key = jax.random.split(key)
-        rows = jax.random.choice(pick_key, tokens.shape[0], (config.ddim_samples,))
-        context = before(tokens[rows]).condition
-
-        def step(x: Array, i: Array) -> tuple[Array, Array]:
-            return sampler.step(x, unet(x, sampler.timesteps[i], context), i, None), x
-
-        start = jax.random.normal(noise_key, (config.ddim_samples, *static.latent_shape))
-        return jax.lax.scan(step, start, jnp.arange(config.ddim_steps))[1]
-
-    subjects = [*frozen["tokens"], frozen["retained_tokens"]]
-    keys = jax.random.split(seed_key(seed), len(subjects))
-    runs = [run(sampler, frozen, *each) for each in zip(subjects, keys, strict=True)]
-    return {"latents": jnp.stack(runs), "latent_times": jnp.asarray(sampler.timesteps)}
 
 
 def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Mapping[str, Any]) -> Any:
@@ -567,11 +474,8 @@ def erase(
       seed: of everything random in the run.
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
-    config = config or SageConfig()
-    static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
-    state = train(
-        erase_step, static, state, frozen,
-        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
-        **options,
+    static, state, frozen = trained(
+        erase_step, prepare, pipeline, concepts, config or SageConfig(),
+        retain=retain, seed=seed, **options,
     )  # fmt: skip
     return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))

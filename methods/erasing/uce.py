@@ -27,58 +27,43 @@ from jaxtyping import Array, Float, Int
 
 from ...flax_models.clip import pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, encode_phrases
-from ..phrases import (
-    Prompts,
+from ..settings import check_settings
+from ..text.phrases import (
+    PhraseSettings,
     Retained,
+    TemplatedConcepts,
+    encode_phrases,
     framed_phrases,
     hidden_states,
     retained_phrases,
     stacked_prompts,
     text_length,
 )
-from ..settings import check_settings
 from ..training import dotted, path_filter
 
 
 @dataclasses.dataclass(frozen=True)
-class UceConfig:
+class UceConfig(PhraseSettings):
     """All settings of a UCE edit.
 
     Attributes:
-      anchor: what the concept is turned into.
-      templates: phrases around the concept, "{}" its place.
-      contexts: how many templates are added with retained words in them ("a {word} {}").
       edited: patterns of the UNet's projections that are rewritten.
       erase_weight: weight of the concepts' states (s_e).
       preserve_weight: weight of the retained states (s_p).
       regularization: weight of staying at the old projections (lambda), relative to the mean
         squared entry of the retained states.
-      vocabulary: how many of the tokenizer's whole words are retained, bare and in templates.
-      frames: in how many templates each retained phrase is put.
-      similarity_cap: retained phrases more similar to a concept than this (cosine of the pooled
-        states) are taken for the concept and dropped.
+      frames: in how many templates each retained phrase is put, besides being retained bare.
     """
 
-    anchor: str = ""
-    templates: tuple[str, ...] = TEMPLATES
-    contexts: int = 96
     edited: tuple[str, ...] = ("*.attn2.to_k", "*.attn2.to_v")
     erase_weight: float = 1.0
     preserve_weight: float = 1.0
     regularization: float = 0.01
-    vocabulary: int = 2000
     frames: int = 1
-    similarity_cap: float = 0.95
 
-    def __post_init__(self):
-        check_settings(
-            self,
-            least={
-                "contexts": 0, "erase_weight": 0, "preserve_weight": 0, "vocabulary": 1,
-                "frames": 0,
-            },
-        )  # fmt: skip
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, least={"preserve_weight": 0, "frames": 0}, positive=("erase_weight",))
         if not self.regularization > 0:
             raise ValueError(
                 f"regularization must be positive, received {self.regularization}: without it the "
@@ -161,7 +146,7 @@ def _edited_unet(unet: nnx.Module, matrix: np.ndarray, patterns: Sequence[str]) 
 
 
 def paired_states(
-    pipeline: StableDiffusionPipeline, prompts: Prompts
+    pipeline: StableDiffusionPipeline, prompts: TemplatedConcepts
 ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "N D"]]:
     """States c_i of the concepts' prompts and c_i* of the same prompts with the anchor.
 

@@ -9,28 +9,24 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..phrases import Retained
+from ..settings import fixed
+from ..text.phrases import Retained
 from . import sage
-
-
-def _fixed(value: Any) -> Any:
-    """A setting of the self-check, which is off."""
-    return dataclasses.field(default=value, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class WordConfig(sage.SageConfig):
     """All settings of a word erasure: those of SAGE but for the self-check's."""
 
-    check: Literal["anchor", "recall"] = _fixed("recall")
-    check_steps: int = _fixed(0)
-    check_rate: float = _fixed(0.0)
-    check_optimizer: Literal["adam", "sign"] = _fixed("adam")
-    check_weight: float = _fixed(0.0)
-    check_radius: float | None = _fixed(None)
-    check_start: Literal["prompt", "random"] = _fixed("prompt")
-    check_states: Literal["pooled", "tokens"] = _fixed("pooled")
-    free_concept: bool = _fixed(False)
+    check: Literal["anchor", "recall"] = fixed("recall")
+    check_steps: int = fixed(0)
+    check_rate: float = fixed(0.0)
+    check_optimizer: Literal["adam", "sign"] = fixed("adam")
+    check_weight: float = fixed(0.0)
+    check_radius: float | None = fixed(None)
+    check_start: Literal["prompt", "random"] = fixed("prompt")
+    check_states: Literal["pooled", "tokens"] = fixed("pooled")
+    free_concept: bool = fixed(False)
 
 
 def erase(

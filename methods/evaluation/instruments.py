@@ -18,7 +18,7 @@ from ...flax_models.blip import BlipForImageTextRetrieval
 from ...flax_models.blip_2 import Blip2Config, Blip2ForImageTextRetrieval
 from ...flax_models.clip import CLIPModel
 from ...flax_models.dinov2 import Dinov2Model
-from ..concepts import context_length, phrase_ids
+from ..text.phrases import context_length, phrase_ids
 from ..text_to_image import tokenize
 from .preprocessing import Images, Preprocessing
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ..concepts import ConceptError
+from ..text.phrases import ConceptError
 
 Candidate = TypeVar("Candidate")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...text import TextError, read_text
-from ..concepts import ConceptError
+from ..text.phrases import ConceptError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,28 +5,15 @@
 The settings say which method it is; all of them are one step, `class_diffusion`'s.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .. import settings
+from ..settings import Method
 from ..subjects.images import Concept, read_concepts, read_images
 from .baselines import CustomDiffusionConfig, DreamBoothConfig, TextualInversionConfig
 from .class_diffusion import ClassDiffusionConfig, personalise
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One way to personalise.
-
-    Attributes:
-      title: its name for people.
-      config: the type of its settings.
-    """
-
-    title: str
-    config: type[ClassDiffusionConfig]
-
 
 METHODS: Mapping[str, Method] = MappingProxyType({
     "class-diffusion": Method("ClassDiffusion", ClassDiffusionConfig),
@@ -42,11 +29,7 @@ def method_of(config: Any) -> Method:
     Raises:
       ValueError: they are of no method.
     """
-    for method in METHODS.values():
-        if type(config) is method.config:
-            return method
-    names = sorted(method.config.__name__ for method in METHODS.values())
-    raise ValueError(f"settings are one of {names}, received {type(config).__name__}.")
+    return settings.method_of(METHODS, config)
 
 
 __all__ = [

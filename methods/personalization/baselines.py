@@ -1,14 +1,10 @@
 """What ClassDiffusion is compared with: the same step under other settings."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
+from ..settings import fixed
 from .class_diffusion import ClassDiffusionConfig
-
-
-def _fixed(value: Any) -> Any:
-    """A setting that makes the method what it is."""
-    return dataclasses.field(default=value, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +14,7 @@ class CustomDiffusionConfig(ClassDiffusionConfig):
     Its prior preservation needs class images; `prior_weight=0` does without.
     """
 
-    spl_weight: float = _fixed(0.0)
+    spl_weight: float = fixed(0.0)
     prior_weight: float = 1.0
 
 
@@ -33,10 +29,10 @@ class DreamBoothConfig(ClassDiffusionConfig):
     steps: int = 800
     learning_rate: float = 5e-6
     scale_lr: bool = False
-    trained: Literal["crossattn_kv", "crossattn", "unet", "nothing"] = _fixed("unet")
-    train_tokens: bool = _fixed(False)
+    trained: Literal["crossattn_kv", "crossattn", "unet", "nothing"] = fixed("unet")
+    train_tokens: bool = fixed(False)
     prompt: str = "a photo of a {token} {word}"
-    spl_weight: float = _fixed(0.0)
+    spl_weight: float = fixed(0.0)
     prior_weight: float = 1.0
     augment: bool = False
     flip: bool = False
@@ -53,11 +49,11 @@ class TextualInversionConfig(ClassDiffusionConfig):
     steps: int = 3000
     batch_size: int = 4
     learning_rate: float = 5e-4
-    trained: Literal["crossattn_kv", "crossattn", "unet", "nothing"] = _fixed("nothing")
-    train_tokens: bool = _fixed(True)
+    trained: Literal["crossattn_kv", "crossattn", "unet", "nothing"] = fixed("nothing")
+    train_tokens: bool = fixed(True)
     initialize: Literal["rare", "class"] = "class"
     prompt: str = "a photo of a {token}"
-    spl_weight: float = _fixed(0.0)
-    prior_weight: float = _fixed(0.0)
+    spl_weight: float = fixed(0.0)
+    prior_weight: float = fixed(0.0)
     augment: bool = False
     center_crop: bool = True

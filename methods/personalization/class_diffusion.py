@@ -39,16 +39,21 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ...flax_models.autoencoder_kl import AutoencoderKL
 from ...flax_models.clip import CLIPTextConfig, pooling_positions
 from ...flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
-from ..concepts import ConceptError, encode_phrases, phrase_ids
-from ..diffusion.objectives import cosine
 from ..memory import require_memory, unet_bytes, vae_bytes
-from ..new_tokens import default_initializers, encode_with_rows, initial_rows
-from ..phrases import Encoders, edited_encoders, text_length
 from ..sampling import NoiseSchedule, add_noise, training_target
 from ..seeds import seed_key
 from ..settings import check_settings
 from ..subjects.batches import PREFIXES, augmented, batches, cached, collect
 from ..subjects.images import Concept
+from ..text.new_tokens import default_initializers, encode_with_rows, initial_rows
+from ..text.phrases import (
+    ConceptError,
+    Encoders,
+    edited_encoders,
+    encode_phrases,
+    phrase_ids,
+    text_length,
+)
 from ..training import (
     TrainState,
     accumulated,
@@ -59,6 +64,7 @@ from ..training import (
     split_trainable,
     train,
 )
+from ..vectors import cosine
 
 # What of the UNet trains: the names are the reference's `freeze_model`, and the two extremes.
 TRAINED: Mapping[str, tuple[str, ...]] = {
@@ -119,9 +125,10 @@ class ClassDiffusionConfig:
         check_settings(
             self,
             least={
-                "steps": 1, "batch_size": 1, "accumulate": 1, "learning_rate": 0, "weight_decay": 0,
-                "spl_weight": 0, "prior_weight": 0,
+                "steps": 1, "batch_size": 1, "accumulate": 1, "weight_decay": 0, "spl_weight": 0,
+                "prior_weight": 0,
             },
+            positive=("learning_rate",),
         )  # fmt: skip
         if self.trained == "nothing" and not self.train_tokens:
             raise ValueError("nothing is left to train: trained='nothing' needs train_tokens.")

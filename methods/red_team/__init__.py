@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ..settings import Method, method_of
 from . import concept_inversion, relapse, token_search
 from .common import Attempt
 from .concept_inversion import ConceptInversionConfig
@@ -24,17 +25,13 @@ from .token_search import TokenSearchConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Attack:
+class Attack(Method):
     """One way to bring a concept back.
 
     Attributes:
-      title: its name for people.
-      config: the type of its settings.
       run: its function, as this package's `attack`.
     """
 
-    title: str
-    config: type
     run: Callable[..., list[Attempt]]
 
 
@@ -53,11 +50,7 @@ def attack_of(config: Any) -> Attack:
     Raises:
       ValueError: they are of no attack.
     """
-    for each in ATTACKS.values():
-        if type(config) is each.config:
-            return each
-    names = sorted(each.config.__name__ for each in ATTACKS.values())
-    raise ValueError(f"settings are one of {names}, received {type(config).__name__}.")
+    return method_of(ATTACKS, config)
 
 
 def attack(

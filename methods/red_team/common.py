@@ -10,24 +10,22 @@ schedule predicts (the noise, for most).
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import ConceptError, phrase_ids
 from ..diffusion.objectives import prediction_loss
 from ..sampling import NoiseSchedule, encode_images, noised_latents
 from ..seeds import seed_key
-from ..settings import check_settings
+from ..settings import check_min_timestep, check_settings
+from ..text.phrases import ConceptError, phrase_ids
 from ..training import Checkpoints, TrainState, constrain_batch, train
 
 _EXAMINED = 8  # batches over which final losses are averaged
@@ -50,20 +48,36 @@ class Attempt:
     details: Mapping[str, Any]
 
 
-@runtime_checkable
-class AttackSettings(Protocol):
-    """The settings that all attacks have."""
+@dataclasses.dataclass(frozen=True)
+class AttackSettings:
+    """The settings that all attacks have.
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def snapshots(self) -> tuple[int, ...]: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def min_timestep(self) -> float: ...
-    @property
-    def max_timestep(self) -> float: ...
+    Attributes:
+      steps: of the attack.
+      snapshots: steps at which an attempt is recorded, besides the last.
+      batch_size: images that a step sees, of each restart.
+      min_timestep: lowest time, as a fraction of the schedule.
+      max_timestep: highest time, as a fraction of the schedule.
+    """
+
+    steps: int = 100
+    snapshots: tuple[int, ...] = ()
+    batch_size: int = 8
+    min_timestep: float = 0.0
+    max_timestep: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, least={"steps": 1, "batch_size": 1})
+        check_min_timestep(self.min_timestep)
+        if not self.min_timestep < self.max_timestep <= 1:
+            raise ValueError(
+                f"max_timestep is a fraction above min_timestep={self.min_timestep} and at most 1, "
+                f"received {self.max_timestep}."
+            )
+        if not all(0 <= each <= self.steps for each in self.snapshots):
+            raise ValueError(
+                f"snapshots are steps from 0 to steps={self.steps}, received {self.snapshots}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,34 +94,6 @@ class AttackStatic:
     unet: nnx.GraphDef[Any]
     config: Any
     schedule: NoiseSchedule
-
-
-def check_attack(settings: AttackSettings, least: Mapping[str, int]) -> None:
-    """`check_settings`, and the settings that all attacks have.
-
-    Raises:
-      ValueError: names the setting, what it takes and what was received.
-    """
-    check_settings(settings, least={"steps": 1, "batch_size": 1, **least})
-    if not settings.min_timestep < settings.max_timestep <= 1:
-        raise ValueError(
-            f"max_timestep is a fraction above min_timestep={settings.min_timestep} and at most 1, "
-            f"received {settings.max_timestep}."
-        )
-    if not all(0 <= each <= settings.steps for each in settings.snapshots):
-        raise ValueError(
-            f"snapshots are steps from 0 to steps={settings.steps}, received {settings.snapshots}."
-        )
-
-
-@functools.lru_cache
-def constant_adamw(learning_rate: float, weight_decay: float = 0.0) -> optax.GradientTransformation:
-    """AdamW at a constant rate, so that a snapshot is what a shorter run would have given.
-
-    One object per setting, so that equal runs share their compiled step.  Gradients are not
-    clipped: what is learnt side by side stays independent.
-    """
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
 def image_latents(

@@ -14,7 +14,6 @@ to the mean norm of the vocabulary's embeddings (`norm_cap` bounds it).
 Several restarts learn side by side, each with its own start and noise.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -28,18 +27,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from ...flax_models.clip import CLIPTextModel
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import TEMPLATES, ConceptError, encode_phrases
-from ..phrases import text_length
+from ...flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens
 from ..sampling import NoiseSchedule
 from ..seeds import seed_key
-from ..training import TrainState, apply_gradients, init_state
+from ..settings import check_settings
+from ..text.phrases import TEMPLATES, ConceptError, encode_phrases, text_length
+from ..training import TrainState, apply_gradients, constant_adamw, init_state
 from .common import (
+    AttackSettings,
     AttackStatic,
     Attempt,
-    check_attack,
-    constant_adamw,
     draw_examples,
     embedding_loss,
     image_latents,
@@ -52,14 +49,11 @@ from .common import (
 
 
 @dataclasses.dataclass(frozen=True)
-class ConceptInversionConfig:
-    """All settings of a Concept Inversion.
+class ConceptInversionConfig(AttackSettings):
+    """All settings of a Concept Inversion, whose steps are updates of the embeddings.
 
     Attributes:
-      steps: updates of the embeddings.
-      snapshots: steps at which an attempt is recorded, besides the last.
       restarts: embeddings that are learnt, each on its own; prompts take turns with them.
-      batch_size: images an update of one embedding sees.
       learning_rate: of Adam, relative to the root mean square of the token embeddings' entries,
         which differs a hundredfold between models.
       norm_cap: largest norm of a learnt embedding, relative to the mean norm of the vocabulary's;
@@ -67,23 +61,18 @@ class ConceptInversionConfig:
       start: the phrase whose tokens' mean embedding all restarts begin with; None is a random word
         of the vocabulary for each.
       templates: phrases around the new word, "{}" its place.
-      min_timestep: lowest time, as a fraction of the schedule.
-      max_timestep: highest time, as a fraction of the schedule.
     """
 
     steps: int = 400
-    snapshots: tuple[int, ...] = ()
     restarts: int = 4
-    batch_size: int = 8
     learning_rate: float = 0.1
     norm_cap: float | None = None
     start: str | None = None
     templates: tuple[str, ...] = TEMPLATES
-    min_timestep: float = 0.0
-    max_timestep: float = 1.0
 
-    def __post_init__(self):
-        check_attack(self, {"restarts": 1, "learning_rate": 0})
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, least={"restarts": 1}, positive=("learning_rate",))
         if self.norm_cap is not None and not self.norm_cap > 0:
             raise ValueError(f"norm_cap must be positive or None, received {self.norm_cap}.")
         if not self.templates or any(each.count("{}") != 1 for each in self.templates):
@@ -132,7 +121,7 @@ def inversion_step(
     loss_of = jax.value_and_grad(functools.partial(inversion_loss, static, frozen))
     keys = restart_keys(key, static.config.restarts)
     losses, gradients = jax.vmap(loss_of)(state.params["embeddings"], keys)
-    optimizer = constant_adamw(static.config.learning_rate)
+    optimizer = constant_adamw(static.config.learning_rate, clip=False)
     after = apply_gradients(state, {"embeddings": gradients}, optimizer)
     embeddings = after.params["embeddings"]
     if static.config.norm_cap is not None:
@@ -173,7 +162,8 @@ def prepare(
     if config.norm_cap is not None:
         start = project(start, config.norm_cap * norm)
 
-    tokenizer, (name,) = with_new_tokens(tokenizer, 1)
+    (name,) = free_names(tokenizer, 1)
+    tokenizer = add_tokens(edited, {name: words[0]}).tokenizer
     tokens = encode_phrases(
         tokenizer, [each.format(name) for each in config.templates], text_length(edited)
     )
@@ -192,36 +182,16 @@ def prepare(
         "unit": unit,
         "norm": norm,
     }
-    state = init_state({"embeddings": start}, constant_adamw(config.learning_rate))
+    optimizer = constant_adamw(config.learning_rate, clip=False)
+    state = init_state({"embeddings": start}, optimizer)
     return static, state, jax.tree.map(jnp.asarray, frozen)
 
 
-def with_new_tokens(tokenizer: Any, count: int) -> tuple[Any, list[str]]:
-    """A copy of the tokenizer that knows `count` more tokens, "<inverted-0>" and so on."""
-    tokenizer, known = copy.deepcopy(tokenizer), tokenizer.get_vocab()
+def free_names(tokenizer: Any, count: int) -> list[str]:
+    """Names of `count` tokens that the tokenizer does not have, "<inverted-0>" and so on."""
+    known = tokenizer.get_vocab()
     every = (f"<inverted-{number}>" for number in itertools.count())
-    names = list(itertools.islice((name for name in every if name not in known), count))
-    tokenizer.add_tokens(names)
-    return tokenizer, names
-
-
-def with_embeddings(
-    encoder: CLIPTextModel, ids: Sequence[int], embeddings: Float[Array, "R C"]
-) -> CLIPTextModel:
-    """A copy of the text encoder with other embeddings at `ids`, which may lie behind its own.
-
-    A text encoder that pools at the largest token id (`CLIPTextConfig.eos_token_id` 2) pools at
-    such a token where a prompt has one; the states that a UNet attends to are not pooled.
-    """
-    encoder = nnx.clone(encoder)
-    layer = encoder.embeddings.token_embedding
-    table = layer.embedding[...]
-    more = max(0, max(ids) + 1 - table.shape[0])
-    table = jnp.pad(table, ((0, more), (0, 0)))
-    table = table.at[jnp.asarray(ids)].set(embeddings.astype(table.dtype))
-    layer.embedding, layer.num_embeddings = nnx.Param(table), table.shape[0]
-    encoder.config = dataclasses.replace(encoder.config, vocab_size=table.shape[0])
-    return encoder
+    return list(itertools.islice((name for name in every if name not in known), count))
 
 
 def renamed_prompts(prompts: Sequence[str], concept: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -272,7 +242,7 @@ def run(
       ValueError: no images, or no prompts.
     """
     config = config or ConceptInversionConfig()
-    tokenizer, names = with_new_tokens(edited.tokenizer, config.restarts)
+    names = free_names(edited.tokenizer, config.restarts)
     renamed = renamed_prompts(prompts, concept, names)
     static, state, frozen = prepare(
         original, edited, config, images=images, prompts=prompts, seed=seed
@@ -281,12 +251,9 @@ def run(
     for steps, after in snapshots(inversion_step, static, state, frozen, seed=seed, **options):
         learnt = after.params["embeddings"]
         norms = np.asarray(jnp.linalg.norm(learnt, axis=-1) / frozen["norm"])
-        encoder = with_embeddings(
-            edited.text_encoder, tokenizer.convert_tokens_to_ids(names), frozen["unit"] * learnt
-        )
         attempts.append(
             Attempt(
-                dataclasses.replace(edited, text_encoder=encoder, tokenizer=tokenizer),
+                add_tokens(edited, dict(zip(names, frozen["unit"] * learnt, strict=True))),
                 renamed,
                 {"steps": float(steps), "norm": float(norms.mean())},
                 {

@@ -18,16 +18,21 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import encode_phrases
 from ..diffusion.objectives import prediction_loss
-from ..phrases import text_length
 from ..sampling import NoiseSchedule
-from ..training import TrainState, apply_gradients, init_state, split_trainable
+from ..settings import check_settings
+from ..text.phrases import encode_phrases, text_length
+from ..training import (
+    TrainState,
+    apply_gradients,
+    constant_adamw,
+    init_state,
+    split_trainable,
+)
 from .common import (
+    AttackSettings,
     AttackStatic,
     Attempt,
-    check_attack,
-    constant_adamw,
     draw_examples,
     image_latents,
     snapshots,
@@ -37,31 +42,23 @@ _PARTS = {"unet": ("unet",), "text_encoder": ("text_encoder",), "both": ("text_e
 
 
 @dataclasses.dataclass(frozen=True)
-class RelapseConfig:
-    """All settings of a relapse.
+class RelapseConfig(AttackSettings):
+    """All settings of a relapse, whose steps are updates of the model.
 
     Attributes:
-      steps: updates of the model.
-      snapshots: steps at which an attempt is recorded, besides the last.
       part: what is trained, "unet", "text_encoder" or "both".
-      batch_size: images an update sees.
       learning_rate: of AdamW.
       weight_decay: AdamW's decay.
-      min_timestep: lowest time, as a fraction of the schedule.
-      max_timestep: highest time, as a fraction of the schedule.
     """
 
-    steps: int = 100
     snapshots: tuple[int, ...] = (0, 10, 25, 50)
     part: Literal["unet", "text_encoder", "both"] = "unet"
-    batch_size: int = 8
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-    min_timestep: float = 0.0
-    max_timestep: float = 1.0
 
-    def __post_init__(self):
-        check_attack(self, {"learning_rate": 0, "weight_decay": 0})
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, least={"weight_decay": 0}, positive=("learning_rate",))
 
 
 def relapse_step(
@@ -91,7 +88,7 @@ def relapse_step(
 
 
 def _optimizer(config: RelapseConfig) -> optax.GradientTransformation:
-    return constant_adamw(config.learning_rate, config.weight_decay)
+    return constant_adamw(config.learning_rate, config.weight_decay, clip=False)
 
 
 def _part(static: AttackStatic, params: Any, frozen: Mapping[str, Any], name: str) -> Any:

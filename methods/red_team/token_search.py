@@ -32,15 +32,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ...flax_models.stable_diffusion import StableDiffusionPipeline
-from ..concepts import ConceptError, encode_phrases
-from ..phrases import hidden_states, text_length, with_prefix
 from ..sampling import NoiseSchedule
 from ..seeds import seed_key
+from ..settings import check_settings
+from ..text.phrases import ConceptError, encode_phrases, hidden_states, text_length, with_prefix
 from ..training import TrainState
 from .common import (
+    AttackSettings,
     AttackStatic,
     Attempt,
-    check_attack,
     draw_examples,
     embedding_loss,
     image_latents,
@@ -53,37 +53,29 @@ from .common import (
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenSearchConfig:
-    """All settings of a token search.
+class TokenSearchConfig(AttackSettings):
+    """All settings of a token search, whose steps are exchanges, tried one after the other.
 
     Attributes:
-      steps: exchanges that are tried, one after the other.
-      snapshots: steps at which an attempt is recorded, besides the last.
       restarts: prefixes that are searched, each on its own; prompts take turns with them.
       tokens: length of a prefix.
       candidates: exchanges among which a step chooses.
       top: substitutes per place from which candidates are drawn.
-      batch_size: images that a step compares exchanges on.
       target: what the edited model is to predict, the "noise" or what the "original" model does.
       forbidden: words whose tokens are never used.
-      min_timestep: lowest time, as a fraction of the schedule.
-      max_timestep: highest time, as a fraction of the schedule.
     """
 
     steps: int = 40
-    snapshots: tuple[int, ...] = ()
     restarts: int = 4
     tokens: int = 3
     candidates: int = 16
     top: int = 32
-    batch_size: int = 8
     target: Literal["noise", "original"] = "original"
     forbidden: tuple[str, ...] = ()
-    min_timestep: float = 0.0
-    max_timestep: float = 1.0
 
-    def __post_init__(self):
-        check_attack(self, {"restarts": 1, "tokens": 1, "candidates": 1, "top": 1})
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, least={"restarts": 1, "tokens": 1, "candidates": 1, "top": 1})
 
 
 def search_examples(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .ancestral import ddpm_sampler, euler_ancestral_sampler, lcm_sampler
-from .ddim import DDIMSampler, ddim_sampler, ddim_step
-from .euler import EulerSampler, euler_sampler, euler_step
+from .ddim import ddim_sampler
+from .euler import euler_sampler
 from .flow_matching import FlowMatchSchedule, flow_euler_sampler
 from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
 from .linear import LinearSampler
@@ -13,13 +13,11 @@ from .schedule import (
     NoiseSchedule,
     add_noise,
     alphas_cumprod,
-    prediction_to_epsilon,
-    prediction_to_x0,
     training_target,
     velocity,
 )
 
-Sampler = DDIMSampler | EulerSampler | LinearSampler
+Sampler = LinearSampler
 
 # Samplers over a table of betas, by the name that a user gives them, and the diffusers class whose
 # configuration asks for them.
@@ -87,8 +85,6 @@ def make_sampler(
 
 __all__ = [
     "SAMPLER_KINDS",
-    "DDIMSampler",
-    "EulerSampler",
     "FlowMatchSchedule",
     "LinearSampler",
     "NoiseSchedule",
@@ -96,21 +92,17 @@ __all__ = [
     "add_noise",
     "alphas_cumprod",
     "ddim_sampler",
-    "ddim_step",
     "ddpm_sampler",
     "denoise_until",
     "dpm_sampler",
     "encode_images",
     "euler_ancestral_sampler",
     "euler_sampler",
-    "euler_step",
     "flow_euler_sampler",
     "lcm_sampler",
     "make_sampler",
     "noise_latents",
     "noised_latents",
-    "prediction_to_epsilon",
-    "prediction_to_x0",
     "to_unit",
     "training_target",
     "unipc_sampler",

@@ -10,7 +10,7 @@ import numpy as np
 
 from .linear import LinearSampler, clipping, estimate_of, linear_sampler
 from .schedule import NoiseSchedule, alphas_cumprod, inference_timesteps
-from .sigmas import trained_sigmas
+from .sigmas import initial_sigma, trained_sigmas
 
 _SIGMA_DATA = 0.5  # LCM's boundary conditions, arXiv 2310.04378, appendix B
 
@@ -73,15 +73,14 @@ def euler_ancestral_sampler(schedule: NoiseSchedule, num_inference_steps: int) -
     down = np.sqrt(sigma_next**2 - up**2)
     scale = 1 / np.sqrt(sigma**2 + 1)
     # x here is x_t of `estimate_of` over √ᾱ, that is √(σ²+1) times it.
-    estimate = (
+    of_x, of_output = (
         (1.0, -sigma) if schedule.prediction_type == "epsilon" else (scale**2, -sigma * scale)
     )
-    largest = sigmas.max()
     return linear_sampler(
         timesteps=timesteps,
-        init_noise_sigma=float(np.sqrt(largest**2 + 1) if spacing == "leading" else largest),
+        init_noise_sigma=initial_sigma(sigmas, spacing),
         input_scale=scale,
-        estimate=estimate,
+        estimate=(of_x, of_output, 1.0),
         keep=down / sigma,
         weights=1 - down / sigma,
         noise_scale=up,

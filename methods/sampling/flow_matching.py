@@ -130,7 +130,7 @@ def flow_euler_sampler(
     )  # fmt: skip
     sigma = (sigmas if again is None else again).astype(np.float32)
     after = np.append(sigma[1:], 0).astype(np.float64)
-    common = {"timesteps": sigma * count, "estimate": (1.0, -sigma.astype(np.float64))}
+    common = {"timesteps": sigma * count, "estimate": (1.0, -sigma.astype(np.float64), 1.0)}
     if schedule.stochastic_sampling:
         return linear_sampler(**common, keep=0.0, weights=1 - after, noise_scale=after)
     ratio = after / sigma

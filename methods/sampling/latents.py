@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from ...flax_models.autoencoder_kl import AutoencoderKL
-from .ddim import DDIMSampler
+from .linear import LinearSampler
 from .schedule import NoiseSchedule, add_noise, training_target
 
 _BATCH = 50  # images encoded at once; the last batch is filled up, so one program serves all
@@ -84,14 +84,14 @@ def noise_latents(
 
 def denoise_until(
     model: Callable[..., Array],
-    sampler: DDIMSampler,
+    sampler: LinearSampler,
     noise: Float[Array, "B h w C"],
     count: Int[Array, ""] | int,
     condition: Any,
     negative: Any,
     guidance: float,
 ) -> Float[Array, "B h w C"]:
-    """Unit normal noise after the first `count` guided DDIM steps: latents at `timesteps[count]`.
+    """Unit normal noise after the first `count` guided steps: latents at `timesteps[count]`.
 
     Args:
         model: `(latents, time, text states) -> prediction`.
@@ -107,9 +107,11 @@ def denoise_until(
         negative, condition,
     )  # fmt: skip
 
-    def step(i: Array, x: Array) -> Array:
+    def step(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        x, memory = carry
         output = model(jnp.concatenate([x, x]), jnp.asarray(sampler.timesteps)[i], context)
         without, with_prompt = jnp.split(output.astype(jnp.float32), 2)
-        return sampler.step(x, without + guidance * (with_prompt - without), i, None)
+        return sampler.advance(x, without + guidance * (with_prompt - without), i, None, memory)
 
-    return jax.lax.fori_loop(0, count, step, noise * sampler.init_noise_sigma)
+    start = noise * sampler.init_noise_sigma
+    return jax.lax.fori_loop(0, count, step, (start, sampler.memory(start)))[0]

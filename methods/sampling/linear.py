@@ -1,13 +1,15 @@
 """Samplers whose every step is linear, as one recurrence over precomputed tables.
 
-DDPM, ancestral Euler, DPM-Solver++, UniPC, LCM and Euler over a flow differ in their coefficients
-alone.  At step i the model's output becomes an estimate of the image,
+DDIM, DDPM, Euler, ancestral Euler, DPM-Solver++, UniPC, LCM and Euler over a flow differ in their
+coefficients alone.  At step i the model's output becomes an estimate of the image,
 
-  m_i = a_i x + b_i output                                  (clipped, where the schedule says so)
+  m_i = (a_i x + b_i output) / d_i                          (clipped, where the schedule says so)
 
 a corrector may improve x with it, and the next sample is
 
-  x' = p_i x + sum_k w_ik m_{i-k} + s_i z                   (z unit normal noise)
+  x' = p_i x + q_i output + sum_k w_ik m_{i-k} + s_i z      (z unit normal noise)
+
+q is for samplers whose estimate of the noise is not clipped along with that of the image.
 
 The estimates of earlier steps and the last corrected x are the memory that a step hands to the
 next.  Samples are `[B, *X, C]`, float32.
@@ -25,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .ddim import dynamic_threshold
 from .schedule import NoiseSchedule, Table
 
 Memory = tuple[Float[Array, "K B *X C"], Float[Array, "B *X C"] | None]
@@ -35,7 +36,7 @@ Memory = tuple[Float[Array, "K B *X C"], Float[Array, "B *X C"] | None]
     jax.tree_util.register_dataclass,
     data_fields=[
         "timesteps", "init_noise_sigma", "input_scale", "estimate", "correct", "correct_weights",
-        "keep", "weights", "noise_scale",
+        "keep", "output_weight", "weights", "noise_scale",
     ],
     meta_fields=["clip_range", "threshold", "corrects", "stochastic"],
 )  # fmt: skip
@@ -46,10 +47,11 @@ class LinearSampler:
     timesteps: Table  # [n]: what the model is told, descending
     init_noise_sigma: Table  # float32 []: the start is this times unit normal noise
     input_scale: Table  # float32 [n], as all below: the model sees x times this
-    estimate: Table  # [n, 2]: a_i, b_i
+    estimate: Table  # [n, 3]: a_i, b_i, d_i
     correct: Table  # [n, 2]: the corrected x has this of x, and of the last corrected x
     correct_weights: Table  # [n, K + 1]: and this of the estimates, newest first
     keep: Table  # [n]: p_i
+    output_weight: Table  # [n]: q_i
     weights: Table  # [n, K]: w_i0 (newest) to w_i,K-1
     noise_scale: Table  # [n]: s_i
     clip_range: float | None  # estimates are clipped to ± this
@@ -93,11 +95,15 @@ class LinearSampler:
             )
         row: Mapping[str, Any] = {
             name: jnp.asarray(getattr(self, name))[i]
-            for name in ("estimate", "correct", "correct_weights", "keep", "weights", "noise_scale")
-        }
+            for name in (
+                "estimate", "correct", "correct_weights", "keep", "output_weight", "weights",
+                "noise_scale",
+            )
+        }  # fmt: skip
         x, output = x.astype(jnp.float32), output.astype(jnp.float32)
         before, last = memory
-        estimate = row["estimate"][0] * x + row["estimate"][1] * output
+        of_x, of_output, divisor = row["estimate"]
+        estimate = (of_x * x + of_output * output) / divisor
         if self.threshold is not None:
             estimate = dynamic_threshold(estimate, *self.threshold)
         elif self.clip_range is not None:
@@ -108,7 +114,8 @@ class LinearSampler:
             x = row["correct"][0] * x + row["correct"][1] * last
             x = x + jnp.tensordot(row["correct_weights"], known, 1)
             last, known = x, known[:-1]
-        x = row["keep"] * x + jnp.tensordot(row["weights"], known, 1)
+        x = row["keep"] * x + row["output_weight"] * output
+        x = x + jnp.tensordot(row["weights"], known, 1)
         if noise is not None:
             x = x + row["noise_scale"] * noise.astype(jnp.float32)
         kept = known if self.corrects else known[:-1]
@@ -116,18 +123,19 @@ class LinearSampler:
 
 
 def linear_sampler(
-    *, timesteps: np.ndarray, estimate: tuple[Any, Any], keep: Any, weights: Any,
-    init_noise_sigma: float = 1.0, input_scale: Any = 1.0, correct: Any = None,
-    correct_weights: Any = None, noise_scale: Any = None, clip_range: float | None = None,
-    threshold: tuple[float, float] | None = None,
+    *, timesteps: np.ndarray, estimate: tuple[Any, Any, Any], keep: Any, weights: Any,
+    output_weight: Any = 0.0, init_noise_sigma: float = 1.0, input_scale: Any = 1.0,
+    correct: Any = None, correct_weights: Any = None, noise_scale: Any = None,
+    clip_range: float | None = None, threshold: tuple[float, float] | None = None,
 ) -> LinearSampler:  # fmt: skip
     """Tables from coefficients: arrays over the n steps, or values that all steps share.
 
     Args:
         timesteps: [n].
-        estimate: a and b.
+        estimate: a, b and d.
         keep: p.
         weights: [n, K], or [n] where K is 1.
+        output_weight: q.
         init_noise_sigma, input_scale: of x.
         correct, correct_weights: [n, 2] and [n, K + 1] of a corrector; None is none.
         noise_scale: s; None takes no noise.
@@ -149,6 +157,7 @@ def linear_sampler(
         correct=table([1, 0] if correct is None else correct, 2),
         correct_weights=table(0 if correct_weights is None else correct_weights, order + 1),
         keep=table(keep),
+        output_weight=table(output_weight),
         weights=table(weights, order),
         noise_scale=table(0 if noise_scale is None else noise_scale),
         clip_range=clip_range,
@@ -159,24 +168,32 @@ def linear_sampler(
 
 
 def estimate_of(
-    schedule: NoiseSchedule, signal: np.ndarray, sigma: np.ndarray, timesteps: np.ndarray
-) -> tuple[Any, Any]:
-    """a and b of x = signal x0 + sigma e, for what the model predicts.
+    schedule: NoiseSchedule, signal: np.ndarray, sigma: np.ndarray, timesteps: np.ndarray, *,
+    bounded: bool = False,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """a, b and d of x = signal x0 + sigma e, for what the model predicts.
+
+    Args:
+        schedule: settings.
+        signal, sigma: [n].
+        timesteps: [n].
+        bounded: whether estimates are clipped, also those of an ε-model at zero signal, which are
+            infinite.
 
     Raises:
-        ValueError: an ε-model at zero signal, where x₀ is undefined.
+        ValueError: an ε-model at zero signal, where x₀ is undefined, and nothing bounds it.
     """
     if schedule.prediction_type == "sample":
-        return 0.0, 1.0
+        return 0.0, 1.0, 1.0
     if schedule.prediction_type == "v_prediction":
-        return signal, -sigma
-    if (signal == 0).any():
+        return signal, -sigma, 1.0
+    if (signal == 0).any() and not bounded:
         raise ValueError(
             "A noise-predicting model cannot start at zero signal (rescale_betas_zero_snr=True "
             f"reaches timestep {timesteps[0]}): use a v_prediction or sample model, or "
             "timestep_spacing='leading'."
         )
-    return 1 / signal, -sigma / signal
+    return 1.0, -sigma, signal
 
 
 def clipping(schedule: NoiseSchedule, *, default: bool) -> dict[str, Any]:
@@ -191,3 +208,16 @@ def clipping(schedule: NoiseSchedule, *, default: bool) -> dict[str, Any]:
         ratio, largest = schedule.dynamic_thresholding_ratio, schedule.sample_max_value
         return {"threshold": (ratio, largest)}
     return {"clip_range": schedule.clip_sample_range} if clips else {}
+
+
+def dynamic_threshold(
+    x0: Float[Array, "B *X C"], ratio: float, max_value: float
+) -> Float[Array, "B *X C"]:
+    """Clips each sample to ±s and divides by s, s its `ratio` quantile in [1, max_value].
+
+    Imagen, arXiv 2205.11487, section 2.3.
+    """
+    axes = tuple(range(1, x0.ndim))
+    bound = jnp.quantile(jnp.abs(x0), ratio, axis=axes, keepdims=True)
+    bound = jnp.minimum(jnp.maximum(bound, 1.0), max_value)
+    return jnp.clip(x0, -bound, bound) / bound

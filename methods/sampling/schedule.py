@@ -3,7 +3,7 @@
 `NoiseSchedule` holds the settings; `alphas_cumprod` turns them into the table ᾱ_t that training and
 sampling share, computed on the host in the float32/float64 steps that diffusers 0.42 takes, so the
 tables agree bit for bit (to 3e-7 with zero terminal SNR). The functions below are the training
-side: noise an image, name the prediction target, and convert a prediction into x₀ or ε.
+side: noise an image, and name the prediction target.
 
 Notation (Ho 2020, Song 2021; arXiv 2006.11239, 2010.02502): x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε, and the
 velocity of Salimans & Ho (arXiv 2202.00512) v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀. Arrays are `[B, *X, C]` and
@@ -48,8 +48,7 @@ _SPACED_SIGMAS = frozenset({
 })  # fmt: skip
 _SOLVER = _COMMON | _SPACED_SIGMAS | frozenset({
     "solver_order", "solver_type", "lower_order_final", "thresholding",
-    "dynamic_thresholding_ratio", "sample_max_value", "use_flow_sigmas", "flow_shift",
-    "use_dynamic_shifting", "time_shift_type",
+    "dynamic_thresholding_ratio", "sample_max_value", "use_flow_sigmas",
 })  # fmt: skip
 _CLASS_SETTINGS = {
     "DDIMScheduler": _COMMON | _CLIPPING | {"set_alpha_to_one", "rescale_betas_zero_snr"},
@@ -61,7 +60,7 @@ _CLASS_SETTINGS = {
         "algorithm_type", "euler_at_final", "use_lu_lambdas", "lambda_min_clipped",
     },
     "UniPCMultistepScheduler": _SOLVER | {
-        "predict_x0", "disable_corrector", "sigma_min", "sigma_max", "shift_terminal",
+        "predict_x0", "disable_corrector", "sigma_min", "sigma_max",
     },
     "LCMScheduler": _COMMON | _CLIPPING | {
         "original_inference_steps", "set_alpha_to_one", "timestep_scaling",
@@ -102,6 +101,9 @@ _INERT = {
     "solver_p": (None,),  # another scheduler in the predictor's place
     "snr_shift_scale": (None, 1, 1.0),  # changes the table of betas
     "predictor_order": None, "corrector_order": None, "tau_func": None,  # SA-Solver
+    # of use_flow_sigmas, which the solvers refuse
+    "flow_shift": None, "use_dynamic_shifting": None, "time_shift_type": None,
+    "shift_terminal": None,
     "noise_sampler_seed": None, "eta": None, "num_inference_steps": None, "tensor_format": None,
 }  # fmt: skip
 
@@ -157,11 +159,7 @@ class NoiseSchedule:
     lambda_min_clipped: float = -math.inf
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()  # steps after which UniPC does not correct
-    use_flow_sigmas: bool = False  # with the next four: for models of a flow
-    flow_shift: float = 1.0
-    use_dynamic_shifting: bool = False
-    time_shift_type: str = "exponential"
-    shift_terminal: float | None = None
+    use_flow_sigmas: bool = False  # for models of a flow
     # LCM
     original_inference_steps: int = 50  # the model was distilled on
     timestep_scaling: float = 10.0
@@ -471,33 +469,3 @@ def training_target(
     if schedule.prediction_type == "sample":
         return x0
     return velocity(schedule, x0, noise, timesteps)
-
-
-def prediction_to_x0(
-    schedule: NoiseSchedule,
-    prediction: Float[Array, "B *X C"],
-    x_t: Float[Array, "B *X C"],
-    timesteps: Int[Array, "..."] | int,
-) -> Float[Array, "B *X C"]:
-    """The x₀ that a model output at x_t implies (no clipping)."""
-    if schedule.prediction_type == "sample":
-        return prediction
-    signal, sigma = _coefficients(schedule, timesteps, x_t.ndim)
-    if schedule.prediction_type == "epsilon":
-        return (x_t - sigma * prediction) / signal
-    return signal * x_t - sigma * prediction
-
-
-def prediction_to_epsilon(
-    schedule: NoiseSchedule,
-    prediction: Float[Array, "B *X C"],
-    x_t: Float[Array, "B *X C"],
-    timesteps: Int[Array, "..."] | int,
-) -> Float[Array, "B *X C"]:
-    """The noise ε that a model output at x_t implies."""
-    if schedule.prediction_type == "epsilon":
-        return prediction
-    signal, sigma = _coefficients(schedule, timesteps, x_t.ndim)
-    if schedule.prediction_type == "sample":
-        return (x_t - signal * prediction) / sigma
-    return signal * prediction + sigma * x_t

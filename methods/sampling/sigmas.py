@@ -21,6 +21,15 @@ def trained_sigmas(schedule: NoiseSchedule) -> np.ndarray:
     return np.sqrt((1 - alpha) / alpha)
 
 
+def initial_sigma(sigmas: np.ndarray, spacing: str) -> float:
+    """The standard deviation of what a run starts from, as diffusers has it.
+
+    σ_max, and √(σ_max²+1), which counts the image itself, for "leading" timesteps.
+    """
+    largest = sigmas.max()
+    return float(np.sqrt(largest**2 + 1) if spacing == "leading" else largest)
+
+
 def respaced_sigmas(
     schedule: NoiseSchedule, sigmas: np.ndarray, num_steps: int
 ) -> np.ndarray | None:

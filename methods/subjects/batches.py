@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from ..concepts import encode_phrases
 from ..sampling.latents import to_unit
+from ..text.phrases import encode_phrases
 from ..training import local_rows
 from .images import Concept
 

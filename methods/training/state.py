@@ -75,8 +75,17 @@ def cosine_adamw(
 
 
 @functools.lru_cache
-def constant_adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW at a constant rate on gradients clipped to norm 1; one object per setting."""
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
-    )
+def constant_adamw(
+    learning_rate: float, weight_decay: float = 0.0, *, clip: bool = True
+) -> optax.GradientTransformation:
+    """AdamW at a constant rate, so that a state is what a shorter run would have ended with.
+
+    One object per setting, so that equal runs share their compiled step.
+
+    Args:
+        learning_rate, weight_decay: of AdamW.
+        clip: whether gradients are clipped to norm 1, all together; what is learnt side by side
+            stays independent without.
+    """
+    optimizer = optax.adamw(learning_rate, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer) if clip else optimizer

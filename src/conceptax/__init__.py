@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from .flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
     from .kernels.gna import neighborhood_attention
     from .kernels.gna.simulator import simulate
+    from .methods.diffusion.text_to_video import text_to_video
     from .methods.erasing import erase
     from .methods.evaluation import evaluate
     from .methods.personalization.class_diffusion import personalise as personalize
     from .methods.segmentation.segmenter import segment
     from .methods.text_to_image import text_to_image
-    from .methods.text_to_video import text_to_video
     from .methods.training import train
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ _LAZY = {
     "load": ("converters", "load_pytorch"),
     "save": ("converters", "save_pytorch"),
     "text_to_image": ("methods.text_to_image",),
-    "text_to_video": ("methods.text_to_video",),
+    "text_to_video": ("methods.diffusion.text_to_video",),
     "erase": ("methods.erasing",),
     "personalize": ("methods.class_diffusion", "personalise"),
     "segment": ("methods.segmentation.segmenter",),

@@ -33,7 +33,6 @@ from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from conceptax.methods.concepts import read_phrases
 from conceptax.methods.erasing import METHODS
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs import recipe
@@ -43,6 +42,7 @@ from conceptax.methods.sage import SageConfig
 from conceptax.methods.seeds import SeedError, check_seed
 from conceptax.methods.segmentation.vocabulary import Vocabulary
 from conceptax.methods.subjects.images import read_class_folders
+from conceptax.methods.text.phrases import read_phrases
 from conceptax.methods.text_to_image import TextToImage, image_keys
 from conceptax.reporting.instruments import load_classifier
 

@@ -24,8 +24,8 @@ from conceptax.converters.compvis import load_single_file, save_single_file
 from conceptax.converters.compvis_parts import read_single_file
 from conceptax.converters.safetensors_file import StoredTensor
 from conceptax.converters.tensors import tensor_specs, variables
-from conceptax.methods.concepts import ConceptError
 from conceptax.methods.sampling import NoiseSchedule, make_sampler
+from conceptax.methods.text.phrases import ConceptError
 
 MODELS = ("unet", "vae", "text_encoder")
 UNET = {

@@ -31,10 +31,10 @@ from conceptax.converters.compvis_parts import unet_names_of
 from conceptax.converters.personalised import CUSTOM_DIFFUSION, describe, read_personalisation
 from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.flax_models.stable_diffusion import TokenError, add_tokens, expanded, token_ids
-from conceptax.methods.concepts import concept_prompts, encode_phrases
-from conceptax.methods.new_tokens import initial_rows
 from conceptax.methods.sampling import make_sampler
 from conceptax.methods.subjects.images import image_files, read_class_folders, read_image
+from conceptax.methods.text.new_tokens import initial_rows
+from conceptax.methods.text.phrases import concept_prompts, encode_phrases
 from conceptax.methods.text_to_image import TextToImage, jitted_generate, tokenize
 
 PROMPT = "a <new1> seven on brick"

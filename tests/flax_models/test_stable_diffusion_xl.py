@@ -15,7 +15,7 @@ from conceptax.cli import main
 from conceptax.converters import inspect_checkpoint, load_pytorch, save_pytorch
 from conceptax.flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from conceptax.methods import text_to_image as t2i
-from conceptax.methods.concepts import encode_phrases
+from conceptax.methods.text.phrases import encode_phrases
 
 PROMPTS = ["a red three on brick!", "a blue seven"]
 STEPS = 3

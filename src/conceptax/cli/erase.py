@@ -17,10 +17,15 @@ from conceptax.cli.runs import NOT_KEPT, Kept, Run, kept_run, new_folder
 from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.output import CHECKPOINT_FILES
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.concepts import ConceptError, read_phrases
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
 from conceptax.methods.memory import flags
-from conceptax.methods.phrases import Retained, edited_encoders, retained_phrases
+from conceptax.methods.text.phrases import (
+    ConceptError,
+    Retained,
+    edited_encoders,
+    read_phrases,
+    retained_phrases,
+)
 from conceptax.methods.training import RULES
 from conceptax.reporting.erasing import RECORD, describe_near
 
@@ -84,7 +89,7 @@ def command_type(arguments: Sequence[str]) -> Any:
 
 def run(command: Command[Any]) -> None:
     """Load, erase, save; the output is claimed first."""
-    concepts = read_concepts(command.concept)
+    concepts = concepts_to_erase(command.concept)
     method = METHODS[command.method]
     _check_options(command, method)
     retain = None if command.retain is None else read_phrases(command.retain)
@@ -103,15 +108,15 @@ def run(command: Command[Any]) -> None:
         with flags(("prompts", "local_rows")):
             erase_into(
                 folder, pipeline, concepts, command.settings, seed=command.seed,
-                retain=retain, retained=retained, source=str(command.model or "bundled"),
-                export=command.export, dtype=command.dtype, mesh=mesh, kept=kept,
+                retain=retained, source=str(command.model or "bundled"), export=command.export,
+                dtype=command.dtype, mesh=mesh, kept=kept,
             )  # fmt: skip
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
 
 
-def read_concepts(given: Sequence[str]) -> list[str]:
+def concepts_to_erase(given: Sequence[str]) -> list[str]:
     """The concepts that arguments name, each once; one ending in .txt is a file of them.
 
     Raises:
@@ -138,7 +143,7 @@ def _check_options(command: Command[Any], method: Method) -> None:
 
 def erase_into(
     folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
-    seed: int, source: str, retain: Sequence[str] | None = None, retained: Retained | None = None,
+    seed: int, source: str, retain: Sequence[str] | Retained | None = None,
     export: Export = "pipeline", dtype: str = "float32", mesh: Any = None, kept: Kept = NOT_KEPT,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """Erase, write the result and its record into an empty `folder`, and return the pipeline.
@@ -148,7 +153,6 @@ def erase_into(
       pipeline, concepts, seed, retain: as for `conceptax.methods.erasing.erase`.
       config: settings of one of the methods; they say which.
       source: what to call the model in the record.
-      retained: what `retain` comes to, where the caller knows it.
       export: what to write.
       dtype: what the pipeline computes in.
       mesh, kept: of the training loop.
@@ -162,7 +166,8 @@ def erase_into(
             f"{method.title} edits {' and '.join(edits)} here: --export takes pipeline or changes, "
             "or --edit one of them."
         )
-    retained = retained or retained_phrases(pipeline, concepts, config, retain)
+    retained = retained_phrases(pipeline, concepts, config, retain)
+    words = "the tokenizer's words" if retained.own else list(retained.kept)
     record: dict[str, Any] = {
         "method": method.title,
         "concepts": list(concepts),
@@ -170,13 +175,11 @@ def erase_into(
         "seed": seed,
         "dtype": dtype,
         "settings": dataclasses.asdict(config),
-        "retained_phrases": "the tokenizer's words" if retain is None else list(retained.kept),
+        "retained_phrases": words,
     }
     if not method.retains:
         record["retained_phrases"] = "none: the method retains nothing"
-        record["words_beside_the_concept"] = (
-            "the tokenizer's words" if retain is None else list(retained.kept)
-        )
+        record["words_beside_the_concept"] = words
     run = Run(folder, RECORD, record)
     rules = RULES["StableDiffusionPipeline"]
     with run.training(kept, mesh=mesh, rules=rules) if method.trains else run.timed() as options:

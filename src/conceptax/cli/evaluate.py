@@ -12,11 +12,10 @@ import tyro
 from rich.console import Console
 
 import conceptax
-from conceptax.cli.erase import read_concepts
+from conceptax.cli.erase import concepts_to_erase
 from conceptax.cli.loading import load_edited, load_pipeline
 from conceptax.cli.options import Model, OptionalPath
 from conceptax.cli.runs import new_folder
-from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation import (
     Evaluation,
     EvaluationConfig,
@@ -28,6 +27,7 @@ from conceptax.methods.evaluation import (
 )
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
+from conceptax.methods.text.phrases import read_phrases
 from conceptax.reporting.erasing import erasing_record, near_tables
 from conceptax.reporting.evaluation import report_page, report_tables
 from conceptax.reporting.instruments import load_classifier, load_clip
@@ -170,7 +170,7 @@ def _stated(command: Command[Any]) -> dict[str, Any]:
         if field.name in _LISTS:
             value = None if value is None else read_phrases(value)
         values[field.name] = str(value) if isinstance(value, Path) else value
-    values["concept"] = read_concepts(command.concept)
+    values["concept"] = concepts_to_erase(command.concept)
     values["attacks"] = names
     values["attack_settings"] = {
         name: dataclasses.asdict(getattr(command.attack_settings, name.replace("-", "_")))

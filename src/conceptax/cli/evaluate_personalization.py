@@ -14,9 +14,9 @@ import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import OptionalPath
 from conceptax.cli.runs import new_folder
-from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
 from conceptax.methods.subjects.images import image_files, read_image, read_images
+from conceptax.methods.text.phrases import read_phrases
 from conceptax.methods.text_to_image import text_to_image
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
 from conceptax.reporting.pictures import save_png

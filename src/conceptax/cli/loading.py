@@ -18,7 +18,7 @@ from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
-from conceptax.methods.concepts import ConceptError
+from conceptax.methods.text.phrases import ConceptError
 from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
 
 _PARTS = {

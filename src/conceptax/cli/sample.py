@@ -81,7 +81,7 @@ def run(command: Command) -> None:
     from conceptax.text import write_json
 
     if command.prompts is not None:
-        from conceptax.methods.concepts import read_phrases
+        from conceptax.methods.text.phrases import read_phrases
 
         read = read_phrases(command.prompts)
         command = dataclasses.replace(command, prompt=(*command.prompt, *read))
@@ -167,8 +167,8 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     import conceptax
     from conceptax.converters import load_pytorch
     from conceptax.flax_models.unet_motion import MotionAdapter
+    from conceptax.methods.diffusion.text_to_video import text_to_video
     from conceptax.methods.text_to_image import text_to_image
-    from conceptax.methods.text_to_video import text_to_video
 
     pipeline = load_pytorch(
         command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)

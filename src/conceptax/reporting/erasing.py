@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptax.converters.weights import read_json
-from conceptax.methods.phrases import Retained
+from conceptax.methods.text.phrases import Retained
 from conceptax.reporting.report import Number, Table
 
 RECORD = "erasing.json"

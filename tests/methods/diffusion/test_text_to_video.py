@@ -24,9 +24,9 @@ from conceptax.flax_models.unet_motion import (
     motion_adapter,
     with_motion,
 )
+from conceptax.methods.diffusion.text_to_video import text_to_video, video_drawer, video_schedule
 from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
 from conceptax.methods.text_to_image import TextToImage
-from conceptax.methods.text_to_video import text_to_video, video_drawer, video_schedule
 from conceptax.reporting import videos
 
 ADAPTER = {

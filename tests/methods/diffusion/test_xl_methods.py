@@ -21,7 +21,7 @@ from conceptax.methods.erasing import (
 )
 from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig, personalise
-from conceptax.methods.phrases import edited_encoders
+from conceptax.methods.text.phrases import edited_encoders
 
 _SMALL = {"contexts": 0, "vocabulary": 12, "templates": ("{}", "a {}"), "similarity_cap": 1.0}
 _RUN = {**_SMALL, "cycles": 1, "prompts": 2}

@@ -1,6 +1,7 @@
 """SAGE's rivals: their equations transcribed, what they change, and the interface they share."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,7 +13,6 @@ from erasing_toy import tiny_pipeline
 from flax import nnx
 
 from conceptax.converters import OutputError, save_changes, save_pytorch
-from conceptax.methods.concepts import ConceptError
 from conceptax.methods.erasing import (
     METHODS,
     AdvUnlearnConfig,
@@ -28,8 +28,14 @@ from conceptax.methods.erasing import (
     uce,
 )
 from conceptax.methods.erasing.common import draw_latents
-from conceptax.methods.phrases import Retained, retained_phrases, stacked_prompts, text_length
 from conceptax.methods.sampling import NoiseSchedule, denoise_until, make_sampler
+from conceptax.methods.text.phrases import (
+    ConceptError,
+    Retained,
+    retained_phrases,
+    stacked_prompts,
+    text_length,
+)
 from conceptax.methods.training import leaf_paths, matches
 
 PHRASES = {"vocabulary": 40, "similarity_cap": 1.0, "templates": ("a {}", "a photo of a {}")}
@@ -204,6 +210,7 @@ def test_phrases_near_a_concept_are_named(pipeline):
     cosines = [each.similarity for each in closer.near]
     assert cosines == sorted(cosines, reverse=True) and min(cosines) > 0
     assert retained_phrases(pipeline, ["three"], strict, closer) is closer
+    assert closer.own and not found.own  # whose words they are
     assert not set(closer.kept) & {each.phrase for each in closer.near}
 
 
@@ -308,10 +315,13 @@ def test_latents_are_those_of_a_guided_run_of_the_edited_model(pipeline, esd_run
         time = int(sampler.timesteps[i])
         with_prompt = predict(x, time, condition)
         without = predict(x, time, jnp.stack([empty, empty]))
-        x = sampler.step(x, without + 3.0 * (with_prompt - without), i)
+        x = sampler.advance(x, without + 3.0 * (with_prompt - without), i, None, sampler.memory(x))[
+            0
+        ]
 
     key = jax.random.key(0)
-    latents, times = jax.jit(lambda k: draw_latents(static, frozen, unet, condition, k))(key)
+    draw = functools.partial(draw_latents, static, frozen, size=2, model=unet, condition=condition)
+    latents, times = jax.jit(draw)(key)
     assert set(np.asarray(times)) <= set(sampler.timesteps) and len(set(np.asarray(times))) == 1
     first, _ = jax.random.split(key)
     count = list(sampler.timesteps).index(int(times[0]))

@@ -14,11 +14,11 @@ from flax import nnx
 from conceptax import bundled_model
 from conceptax.converters import load_pytorch
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.concepts import ConceptError, concept_prompts, vocabulary_words
 from conceptax.methods.diffusion import objectives
 from conceptax.methods.erasing import sage
 from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
+from conceptax.methods.text.phrases import ConceptError, concept_prompts, vocabulary_words
 from conceptax.methods.training import leaf_paths, make_mesh, step_key, train
 
 TINY = SageConfig(

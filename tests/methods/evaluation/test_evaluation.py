@@ -28,7 +28,6 @@ from conceptax.flax_models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CL
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from conceptax.methods.concepts import TEMPLATES, ConceptError
 from conceptax.methods.evaluation import (
     Asked,
     ClipClassifier,
@@ -48,6 +47,7 @@ from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
 from conceptax.methods.glyphs.judge import Judge, load_judge, save_judge
 from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
+from conceptax.methods.text.phrases import TEMPLATES, ConceptError
 from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.instruments import load_clip
 

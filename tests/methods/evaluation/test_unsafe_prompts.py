@@ -2,8 +2,8 @@
 
 import pytest
 
-from conceptax.methods.concepts import ConceptError
 from conceptax.methods.evaluation.unsafe_prompts import UnsafePrompt, read_unsafe_prompts
+from conceptax.methods.text.phrases import ConceptError
 
 HEADER = (
     "prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,"

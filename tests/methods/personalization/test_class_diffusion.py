@@ -12,12 +12,12 @@ from personalising_toy import pictures, subject, tiny_pipeline
 from conceptax.converters.tensors import tensor_specs
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.stable_diffusion import TokenError, add_tokens, token_ids
-from conceptax.methods.concepts import ConceptError
-from conceptax.methods.new_tokens import encode_with_rows, initial_rows
 from conceptax.methods.personalization import METHODS, method_of, personalise
 from conceptax.methods.personalization import class_diffusion as cd
 from conceptax.methods.sampling import add_noise
 from conceptax.methods.subjects.images import Concept, ConceptListError
+from conceptax.methods.text.new_tokens import encode_with_rows, initial_rows
+from conceptax.methods.text.phrases import ConceptError
 from conceptax.methods.training import (
     RULES,
     TrainState,

@@ -13,8 +13,7 @@ from erasing_toy import tiny_pipeline
 from flax import nnx
 
 from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.methods.concepts import ConceptError, encode_phrases
-from conceptax.methods.phrases import with_prefix
+from conceptax.flax_models.stable_diffusion import add_tokens
 from conceptax.methods.red_team import (
     ATTACKS,
     ConceptInversionConfig,
@@ -28,6 +27,7 @@ from conceptax.methods.red_team import (
 )
 from conceptax.methods.red_team.common import ordinary_tokens, restart_keys
 from conceptax.methods.sampling import NoiseSchedule, alphas_cumprod, encode_images
+from conceptax.methods.text.phrases import ConceptError, encode_phrases, with_prefix
 from conceptax.methods.training import compile_step, leaf_paths, step_key
 
 BATCH = {"batch_size": 2, "min_timestep": 0.2, "max_timestep": 0.9}
@@ -312,10 +312,9 @@ def test_inversion_starts_where_it_is_told(original, edited):
     with pytest.raises(ConceptError, match="does not name the concept 'three'"):
         attack(original, edited, "three", config, images=IMAGES, prompts=["a threefold 3"])
     # A second attack on an attacked model takes names that are free.
-    _, (first,) = concept_inversion.with_new_tokens(edited.tokenizer, 1)
-    tokenizer, _ = concept_inversion.with_new_tokens(edited.tokenizer, 1)
-    _, (second,) = concept_inversion.with_new_tokens(tokenizer, 1)
-    assert first != second
+    (first,) = concept_inversion.free_names(edited.tokenizer, 1)
+    attacked = add_tokens(edited, {first: table[0]})
+    assert concept_inversion.free_names(attacked.tokenizer, 2) == ["<inverted-1>", "<inverted-2>"]
 
 
 # ---- token search ----

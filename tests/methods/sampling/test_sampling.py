@@ -19,8 +19,6 @@ from conceptax.methods.sampling import (
     euler_sampler,
     flow_euler_sampler,
     make_sampler,
-    prediction_to_epsilon,
-    prediction_to_x0,
     training_target,
     velocity,
 )
@@ -180,8 +178,9 @@ def test_euler_steps_equal_diffusers(torch, schedulers, prediction_type, spacing
     reference.set_timesteps(6)
     reference.set_begin_index(0)
     sampler = make_sampler(schedule, num_inference_steps=6)
-    np.testing.assert_allclose(sampler.sigma, reference.sigmas.numpy()[:6], rtol=1e-6)
-    np.testing.assert_allclose(sampler.sigma_next, reference.sigmas.numpy()[1:7], rtol=1e-6)
+    sigma, sigma_next = (reference.sigmas.double().numpy()[rows] for rows in np.s_[:6, 1:7])
+    np.testing.assert_allclose(sampler.input_scale, 1 / np.sqrt(sigma**2 + 1), rtol=1e-6)
+    np.testing.assert_allclose(sampler.keep, sigma_next / sigma, rtol=2e-6)
     compare_run(torch, reference, sampler, lambda o, t, x, _: reference.step(o, t, x).prev_sample)
 
 
@@ -341,10 +340,16 @@ def test_a_dynamic_shift_needs_its_exponent():
 
 def test_the_default_kind_follows_the_class_and_explicit_kinds_override():
     pndm = NoiseSchedule.from_config(STABLE_DIFFUSION)
-    assert type(make_sampler(pndm, num_inference_steps=2)).__name__ == "DDIMSampler"
-    assert type(make_sampler(pndm, "euler", num_inference_steps=2)).__name__ == "EulerSampler"
     euler = NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler"})
-    assert type(make_sampler(euler, num_inference_steps=2)).__name__ == "EulerSampler"
+    for schedule, kind, own in (
+        (pndm, None, "ddim"),
+        (pndm, "euler", "euler"),
+        (euler, None, "euler"),
+    ):
+        received, expected = (make_sampler(schedule, k, num_inference_steps=2) for k in (kind, own))
+        jax.tree.map(np.testing.assert_array_equal, received, expected)
+    assert make_sampler(pndm, num_inference_steps=2).input_scale[0] == 1  # x itself
+    assert make_sampler(euler, num_inference_steps=2).input_scale[0] < 1
     # An unset spacing is the sampling class's own default, as in diffusers.
     np.testing.assert_array_equal(make_sampler(euler, num_inference_steps=2).timesteps, [999, 0])
     np.testing.assert_array_equal(
@@ -413,7 +418,7 @@ def test_schedulers_whose_steps_are_not_known_lend_their_betas():
     plain = NoiseSchedule.from_config(SCALED)
     np.testing.assert_array_equal(alphas_cumprod(unheard), alphas_cumprod(plain))
     parallel = NoiseSchedule.from_config({"_class_name": "DDPMParallelScheduler"})
-    assert type(make_sampler(parallel, num_inference_steps=2)).__name__ == "LinearSampler"
+    assert make_sampler(parallel, num_inference_steps=2).stochastic  # DDPM's steps
     old = {"predict_epsilon": False, "num_inference_steps": None, "tensor_format": "pt"}
     assert NoiseSchedule.from_config(old).prediction_type == "sample"
 
@@ -519,13 +524,14 @@ def test_configurations_round_trip_and_load_in_diffusers(schedulers):
 
 
 def test_noise_is_demanded_exactly_when_it_is_used():
-    x = jnp.ones(SHAPE)
-    schedule = NoiseSchedule()
+    x, schedule = jnp.ones(SHAPE), NoiseSchedule()
     for kind, arguments in (("ddim", {"eta": 1.0}), ("euler", {"s_churn": 1.0})):
+        noisy = make_sampler(schedule, kind, num_inference_steps=2, **arguments)
         with pytest.raises(ValueError, match="pass unit normal"):
-            make_sampler(schedule, kind, num_inference_steps=2, **arguments).step(x, x, 0, None)
+            noisy.advance(x, x, 0, None, noisy.memory(x))
+        plain = make_sampler(schedule, kind, num_inference_steps=2)
         with pytest.raises(ValueError, match="takes no noise"):
-            make_sampler(schedule, kind, num_inference_steps=2).step(x, x, 0, x)
+            plain.advance(x, x, 0, x, plain.memory(x))
 
 
 # ---- training side ----
@@ -544,15 +550,17 @@ def test_training_functions_equal_diffusers(torch, schedulers):
     np.testing.assert_allclose(one[1], add_noise(schedule, x0, noise, timesteps)[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_target_converts_back_to_image_and_noise(prediction_type):
-    schedule = NoiseSchedule(prediction_type=prediction_type)
+def test_the_target_is_what_the_prediction_type_names():
     x0, noise = jax.random.normal(jax.random.key(2), (2, 3, 4, 4, 1))
-    timesteps = jnp.array([100, 400, 700])  # away from the ends, where the inversion is ill-posed
-    x_t = add_noise(schedule, x0, noise, timesteps)
-    target = training_target(schedule, x0, noise, timesteps)
-    assert_close(prediction_to_x0(schedule, target, x_t, timesteps), x0)
-    assert_close(prediction_to_epsilon(schedule, target, x_t, timesteps), noise)
+    timesteps = jnp.array([100, 400, 700])
+    signal, sigma = (
+        np.sqrt(level)[timesteps][:, None, None, None]
+        for level in (alphas_cumprod(NoiseSchedule()), 1 - alphas_cumprod(NoiseSchedule()))
+    )
+    expected = {"epsilon": noise, "sample": x0, "v_prediction": signal * noise - sigma * x0}
+    for name in PREDICTION_TYPES:
+        schedule = NoiseSchedule(prediction_type=name)
+        assert_close(training_target(schedule, x0, noise, timesteps), expected[name])
 
 
 def test_sampling_an_oracle_recovers_the_image():

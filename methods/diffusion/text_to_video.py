@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ..flax_models.stable_diffusion import StableDiffusionPipeline
-from ..flax_models.unet_motion import MotionAdapter, with_motion
-from .sampling import NoiseSchedule
-from .text_to_image import TextToImage
+from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.unet_motion import MotionAdapter, with_motion
+from ..sampling import NoiseSchedule
+from ..text_to_image import TextToImage
 
 
 def video_schedule(

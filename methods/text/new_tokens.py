@@ -6,12 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..flax_models.stable_diffusion import (
-    StableDiffusionPipeline,
-    TokenError,
-    embedding_rows,
-)
-from .concepts import phrase_ids
+from ...flax_models.stable_diffusion import StableDiffusionPipeline, TokenError, embedding_rows
+from .phrases import phrase_ids
 
 # Single tokens of CLIP's vocabulary with next to no meaning of their own, one per concept.
 RARE_WORDS = ("ktn", "pll", "ucd")

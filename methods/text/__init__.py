@@ -1,0 +1,1 @@
+"""Text as the models read it: phrases, their tokens and states, and new words."""
