@@ -361,20 +361,24 @@ def strings(tree):
 def test_messages_mention_flags_that_exist(repository):
     """A command's module those of its commands, or of a command that it names; others any."""
     own = {name: flags_of(name) for name in COMMANDS}
-    always = {"--debug", "--version", "--help"}
+    always = {"--debug", "--version", "--help", "--offline"}
     every = always.union(*own.values())
     found = 0
-    for room in ("src/conceptax/cli", "methods", "converters"):
+    for room in ("src/conceptax/cli", "src/conceptax/reporting", "methods", "converters"):
         for file in sorted((repository / room).rglob("*.py")):
             commands = [
                 name for name in COMMANDS
-                if room.endswith("cli") and _MODULES.get(name, name.split()[0]) == file.stem
+                if room.endswith("cli")
+                and _MODULES.get(name, name.split()[0]) in (file.stem, file.parent.name)
             ]  # fmt: skip
             here = always.union(*(own[name] for name in commands)) if commands else every
             for text in strings(ast.parse(file.read_text())):
                 if "color-scheme" in text or "tensorboard --" in text:  # CSS, another program
                     continue
-                named = [name for name in COMMANDS if f"conceptax {name}" in text]
+                named = [
+                    name for name in COMMANDS
+                    if f"conceptax {name}" in text or text.startswith(f"{name} ")
+                ]  # fmt: skip
                 for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", text):
                     found += 1
                     known = here.union(*(own[name] for name in named))

@@ -44,5 +44,5 @@ def _in_flags(message: str) -> str:
     # Names that are words, too, are meant where a message says what they must be or are.
     plain = "stride|dilation|batch|heads|additional|sparsity|tolerance|attention_share|replaced"
     message = re.sub(rf"(?<![-\w])({'|'.join(flags)})\b", lambda m: flags[m[1]], message)
-    message = re.sub(rf"(?<![-\w])({plain})(?= must\b|=)", r"--\1", message)
-    return re.sub(r"--attention_share\b", "--attention-share", message)
+    written = re.compile(rf"(?<![-\w])({plain})(?= must\b|=)")
+    return written.sub(lambda match: "--" + match[1].replace("_", "-"), message)
