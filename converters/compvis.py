@@ -50,12 +50,11 @@ from .safetensors_file import (
     PendingTensor,
     StoredTensor,
     parse_json,
-    read_metadata,
     write_safetensors,
 )
 from .tensors import tensor_specs
 from .tokenizer import read_tokenizer
-from .weights import SAFETENSORS, content_of, open_weights
+from .weights import WeightFile, open_weights, opened
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
 _NOT_READ = (".json", ".msgpack")
@@ -67,7 +66,7 @@ _PIPELINES = {"SDXL": "StableDiffusionXLPipeline"}
 # ---- in ----
 
 
-def open_single_file(path: Path) -> Stored | None:
+def open_single_file(path: Path | WeightFile) -> Stored | None:
     """The tensors of a file if it is a single file of one or several models; None for any other.
 
     What it is told by its content, whatever its name.
@@ -75,22 +74,17 @@ def open_single_file(path: Path) -> Stored | None:
     Raises:
       CheckpointError: damaged or unsafe files.
     """
-    if path.suffix.lower() in _NOT_READ or not path.is_file():
+    file = opened(path)
+    if file.path.suffix.lower() in _NOT_READ:
         return None
-    stored = open_weights(path, wrappers=WRAPPERS)
-    if is_bare_text(stored) and (path.parent / "config.json").is_file():
+    stored = open_weights(file, wrappers=WRAPPERS)
+    if is_bare_text(stored) and (file.path.parent / "config.json").is_file():
         return None  # a file of a component folder
     return stored if is_single_file(stored) else None
 
 
-def file_metadata(path: Path) -> dict[str, str]:
-    """The free text in a file's header; nothing where it has none."""
-    safe = path.is_file() and content_of(path) == SAFETENSORS
-    return read_metadata(path) if safe else {}
-
-
 def load_single_file(
-    path: Path | str,
+    path: Path | str | WeightFile,
     *,
     tokenizer: Path | str | None = None,
     prediction_type: str | None = None,
@@ -98,7 +92,6 @@ def load_single_file(
     param_dtype: Any = None,
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
-    stored: Stored | None = None,
 ) -> Any:
     """Load a Stable Diffusion 1.x, 2.x or XL model from a single file.
 
@@ -115,7 +108,6 @@ def load_single_file(
         and for SD 2 velocities, with a warning, because the published files for 512 pixels ("base")
         predict the noise and nothing in them tells.
       dtype, param_dtype, sharding, components: as for `load_pytorch`.
-      stored: the file's tensors, where it has been opened before.
 
     Returns:
       A `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline`; what the file lacks is None,
@@ -125,15 +117,16 @@ def load_single_file(
       CheckpointError: damaged or unsafe files, missing or unexpected tensors, another family.
       ValueError: an argument for a part that the file lacks.
     """
-    path = Path(path).expanduser()
+    source = opened(path)
+    path = source.path
     if prediction_type not in (None, *_PREDICTIONS):
         raise ValueError(f"prediction_type accepts {_PREDICTIONS}, received {prediction_type!r}.")
-    if stored is None and (stored := open_single_file(path)) is None:
+    if (stored := open_single_file(source)) is None:
         raise CheckpointError(
             f"{path} is no single file of Stable Diffusion: no tensor begins with {UNET} or {VAE}."
-            f" {stranger(open_weights(path, wrappers=WRAPPERS))}".rstrip()
+            f" {stranger(open_weights(source, wrappers=WRAPPERS))}".rstrip()
         )
-    file = read_single_file(stored, str(path), file_metadata(path))
+    file = read_single_file(stored, str(path), source.metadata)
     kind = architectures.pipeline_class(_PIPELINES.get(file.family, "StableDiffusionPipeline"))
     index = {"_class_name": kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
@@ -175,7 +168,7 @@ def load_single_file(
         parts |= {name: both[name] for name in kind.TOKENIZERS if name in wanted}
     scheduler = {}
     if "scheduler" in wanted:
-        scheduler = _scheduler(path, file.family, prediction_type, _told(path, file))
+        scheduler = _scheduler(path, file.family, prediction_type, _told(source, file))
     return kind(**parts, scheduler_config=scheduler, model_index=index)
 
 
@@ -235,12 +228,12 @@ def _tokenizer(path: Path, folder: Path | str | None, text: Part | None) -> Any:
 _OWN_SCHEDULER = "conceptax.scheduler_config"
 
 
-def _told(path: Path, file: SingleFile) -> dict[str, Any]:
+def _told(source: WeightFile, file: SingleFile) -> dict[str, Any]:
     """Settings of the scheduler that a file tells."""
-    text = file_metadata(path).get(_OWN_SCHEDULER)
+    text = source.metadata.get(_OWN_SCHEDULER)
     if text is None:
         return dict(file.scheduler)
-    own = parse_json(text.encode(), f"{path}: {_OWN_SCHEDULER}")
+    own = parse_json(text.encode(), f"{source.path}: {_OWN_SCHEDULER}")
     return own | {k: v for k, v in file.scheduler.items() if k in _MODELS_OWN}
 
 

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 
-from ..errors import CheckpointError, ConversionError, OutputError
+from .. import errors
 
 __all__ = ["CheckpointError", "ConversionError", "OutputError", "TypeToConvert", "listing"]
+
+ConversionError = errors.ConversionError
+CheckpointError = errors.CheckpointError
+OutputError = errors.OutputError
 
 _SHOWN = 8
 

@@ -13,7 +13,7 @@ from .lora import holds_lora, is_lora
 from .personalised import is_personalised, personalised_files
 from .safetensors_file import StoredTensor
 from .segmentation import loader_of
-from .weights import is_orbax, open_weights, read_json, visible
+from .weights import WeightFile, is_orbax, open_weights, read_json, visible
 
 PIPELINE, COMPONENT = "pipeline", "component"  # a component: its folder, or weights beside config
 SINGLE, SEGMENTATION = "single file", "segmentation"  # of Stable Diffusion; of OpenCLIP or MAFT+
@@ -31,12 +31,14 @@ class Identity(NamedTuple):
     Attributes:
       kind: one of this module's names.
       path: the folder or file; of a folder in the Hub's cache that of the model's files.
-      stored: the tensors of a file that was opened.
+      file: the path, where it is a file, opened.
+      stored: the tensors in it, of one that is no single file.
       advice: for what is no model by itself, a sentence that says what it is and what takes it.
     """
 
     kind: str
     path: Path
+    file: WeightFile | None = None
     stored: Mapping[str, StoredTensor] | None = None
     advice: str = ""
 
@@ -121,25 +123,27 @@ def _present(file: Path) -> bool:
 def _file(path: Path) -> Identity:
     beside = (path.parent / _CONFIG).is_file()
     index = path.name.endswith(".json") and ".index." in path.name
+    file = WeightFile(path)
     if not index:
-        check_content(path)
-        if (single := open_single_file(path)) is not None:
-            return Identity(SINGLE, path, single)
-        if loader_of(path) is not None:
-            return Identity(SEGMENTATION, path)
-        if path.suffix.lower() != ".msgpack" and is_personalised(path):
+        if what := _other(file.start):
+            raise CheckpointError(f"{path} is {what}")
+        if open_single_file(file) is not None:
+            return Identity(SINGLE, path, file)
+        if loader_of(file) is not None:
+            return Identity(SEGMENTATION, path, file)
+        if path.suffix.lower() != ".msgpack" and is_personalised(file):
             return _personalisation(path)
-    stored = open_weights(path, wrappers=() if beside else WRAPPERS)
+    stored = open_weights(file, wrappers=() if beside else WRAPPERS)
     if is_lora(stored):
         return _lora(path, stored)
     if beside:
-        return Identity(COMPONENT, path, stored)
+        return Identity(COMPONENT, path, file, stored)
     what = stranger(stored) or (
         "No config.json beside it tells of which model. Put it beside the config.json it belongs "
         "to; a file of changed tensors goes with the model that it changes (load_changes)."
     )
     advice = f"{path} is no model that can be read alone. {what}"
-    return Identity(WEIGHTS, path, stored, advice)
+    return Identity(WEIGHTS, path, file, stored, advice)
 
 
 def _lora(path: Path, stored: Mapping[str, StoredTensor] | None = None) -> Identity:
@@ -147,7 +151,7 @@ def _lora(path: Path, stored: Mapping[str, StoredTensor] | None = None) -> Ident
         f"{path} is a LoRA, which changes a model and is none itself. Merge it into one: conceptax "
         f"convert MODEL DEST --add {path} (merge_lora)."
     )
-    return Identity(LORA, path, stored, advice)
+    return Identity(LORA, path, None, stored, advice)
 
 
 def _personalisation(path: Path) -> Identity:
@@ -156,7 +160,7 @@ def _personalisation(path: Path) -> Identity:
         f"a model and are none. Merge them into one: conceptax convert MODEL DEST --add {path} "
         "(load_personalised)."
     )
-    return Identity(PERSONALISATION, path, None, advice)
+    return Identity(PERSONALISATION, path, advice=advice)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
@@ -174,21 +178,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
             f"{listing(visible(folder)) or 'nothing'}). Check that the download is complete."
         )
     return architectures.without_flax(read_json(file)), str(file)
-
-
-def check_content(path: Path) -> None:
-    """Refuse a file whose first bytes are those of something else than weights.
-
-    Raises:
-      CheckpointError: it says what the file is.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    if what := _other(start):
-        raise CheckpointError(f"{path} is {what}")
 
 
 def _other(start: bytes) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from . import architectures
 from .components import abstract
-from .compvis import file_metadata
+from .compvis import open_single_file
 from .compvis_parts import read_single_file
 from .errors import CheckpointError
 from .identify import (
@@ -38,7 +38,7 @@ from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, ITEM_SIZES, StoredTensor
 from .segmentation import Plan, plan_of
 from .tensors import compare, tensor_specs
 from .tokenizer import read_tokenizer
-from .weights import find_weights, open_weights, variant_of
+from .weights import WeightFile, find_weights, open_weights, variant_of
 
 
 class Part(NamedTuple):
@@ -101,13 +101,15 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     if found.kind == PERSONALISATION:
         return _personalisation(path)._replace(advice=found.advice)
     if found.kind == SEGMENTATION:
-        plan = plan_of(path)
+        assert found.file is not None
+        plan = plan_of(found.file)
         assert plan is not None
         return _plan(plan, str(path))
     if found.kind == LORA:
         return _lora(lora_file(path), stored)._replace(advice=found.advice)
     if found.kind == SINGLE:
-        return _single(stored or {}, path)
+        assert found.file is not None
+        return _single(found.file)
     if found.kind == WEIGHTS:
         part = _part("", "no config.json beside it tells", (stored or {}).values(), {})
         return Inspection("weight file", [part], {}, {"no model": [found.advice]})
@@ -170,8 +172,9 @@ def _vocabulary(folder: Path) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _single(stored: Mapping[str, StoredTensor], path: Path) -> Inspection:
-    file = read_single_file(dict(stored), str(path), file_metadata(path))
+def _single(source: WeightFile) -> Inspection:
+    path, stored = source.path, open_single_file(source) or {}
+    file = read_single_file(stored, str(path), source.metadata)
     parts = []
     for name, part in file.parts.items():
         problems = _compare(part.class_name, part.raw, part.tensors, str(path))

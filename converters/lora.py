@@ -36,13 +36,10 @@ from .safetensors_file import (
     FLOAT_TYPES,
     PendingTensor,
     StoredTensor,
-    is_safetensors,
-    open_safetensors,
-    read_metadata,
     write_safetensors,
 )
 from .tensors import TensorSpec, is_finite, tensor_specs, variables
-from .weights import open_weights, read_json
+from .weights import WeightFile, open_weights, opened, read_json
 
 FILES = (
     "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
@@ -123,7 +120,7 @@ def holds_lora(path: Path | str) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in FILES)
     try:
-        return path.is_file() and is_lora(_stored(path))
+        return path.is_file() and is_lora(open_weights(path))
     except CheckpointError:
         return False  # whoever reads it as something else says what is wrong with it
 
@@ -231,11 +228,6 @@ def lora_file(path: Path | str) -> Path:
     return path
 
 
-def _stored(path: Path) -> dict[str, StoredTensor]:
-    """A file's tensors: what is in it decides, not its suffix."""
-    return open_safetensors(path) if is_safetensors(path) else open_weights(path)
-
-
 def _relative(key: str) -> str | None:
     """What a tensor of this name belongs to, if it is one of `_RELATIVES`."""
     return next((kind for kind, form in _RELATIVES.items() if re.fullmatch(form, key)), None)
@@ -243,7 +235,8 @@ def _relative(key: str) -> str | None:
 
 def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], dict[str, Noted]]:
     """(component or "", module) -> A, B, ... of it; and the settings by component or ""."""
-    stored = _stored(path)
+    file = opened(path)
+    stored = file.tensors()
     parts: dict[tuple[str, str], dict[str, StoredTensor]] = {}
     strange: dict[str, list[str]] = {}
     for key, tensor in stored.items():
@@ -262,7 +255,7 @@ def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], d
         raise CheckpointError(
             f"{path} is no LoRA that can be read: {'; '.join(told) or 'it is empty'}."
         )
-    noted = _noted(path)
+    noted = _noted(file)
     peft = [key for key in stored if key.startswith(_PEFT)]
     if not noted and (peft or path.stem == "adapter_model"):
         config = path.parent / _CONFIG
@@ -339,12 +332,11 @@ def _targets(pipeline: Any, component: str) -> dict[str, str]:
     return targets
 
 
-def _noted(path: Path) -> dict[str, Noted]:
+def _noted(file: WeightFile) -> dict[str, Noted]:
     """PEFT's settings by component, or "" of a model alone, where the header has them."""
-    if not is_safetensors(path):
-        return {}
+    path = file.path
     try:
-        settings = json.loads(read_metadata(path).get(_HEADER, "{}"))
+        settings = json.loads(file.metadata.get(_HEADER, "{}"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the {_HEADER} in its header is no JSON.") from error
     noted: dict[str, Noted] = {}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import CheckpointError
-from .safetensors_file import FLOAT_TYPES, ITEM_SIZES, StoredTensor
+from .safetensors_file import FLOAT_TYPES, ITEM_SIZES, Content, StoredTensor, mapped
 
 _DEPTH = 32
 _VALUES = 100_000  # SDXL's UNet has a fifth
@@ -44,15 +44,19 @@ class _Array(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def open_flax(path: Path) -> dict[str, StoredTensor]:
+def open_flax(path: Path, content: Content | None = None) -> dict[str, StoredTensor]:
     """The tensors of a file, under PyTorch's names and in its layout; their values stay on disk.
+
+    Args:
+      path: the file.
+      content: its bytes, where they are mapped already.
 
     Raises:
       CheckpointError: not such a file, truncated, or with anything else than named arrays in it.
     """
-    if path.stat().st_size == 0:
+    data = np.frombuffer(mapped(path) if content is None else content, np.uint8)
+    if not len(data):
         raise CheckpointError(f"{path} is truncated: it is empty. Download or copy it again.")
-    data = np.memmap(path, np.uint8, mode="r")
     reader = _Reader(path, data.data)
     tree = reader.value(0, len(data), 0)
     if reader.at != len(data):

@@ -37,12 +37,10 @@ from .safetensors_file import (
     FLOAT_TYPES,
     PendingTensor,
     StoredTensor,
-    is_safetensors,
-    open_safetensors,
     write_safetensors,
 )
 from .tensors import TensorSpec, is_finite, tensor_specs, variables
-from .weights import load_pickle, tensor_values
+from .weights import SAFETENSORS, Parameters, WeightFile, opened, tensor_values
 
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.bin"
 _PART = "_custom_diffusion"
@@ -214,7 +212,7 @@ def read_personalisation(path: Path | str) -> Personalisation:
     unet: dict[str, np.ndarray] = {}
     changes: dict[str, dict[str, np.ndarray]] = {}
     for file in files:
-        found = _interpret(_open(file), file)
+        found = _interpret(_open(opened(file)), file)
         if twice := sorted(rows.keys() & found.rows.keys()):
             raise CheckpointError(f"{path} has the token {twice[0]!r} in more than one file.")
         rows |= found.rows
@@ -224,13 +222,13 @@ def read_personalisation(path: Path | str) -> Personalisation:
     return Personalisation(rows, unet, changes)
 
 
-def is_personalised(path: Path) -> bool:
+def is_personalised(file: WeightFile) -> bool:
     """Whether the names in a file are those of new tokens or of Custom Diffusion.
 
     Raises:
       CheckpointError: a damaged or unsafe file.
     """
-    return _kind(_open(path)) in (_INVERSION, _CROSS)
+    return _kind(_open(file)) in (_INVERSION, _CROSS)
 
 
 def describe(path: Path | str) -> str | None:
@@ -249,7 +247,7 @@ def describe(path: Path | str) -> str | None:
     if holds_lora(path):
         return "a LoRA"
     files = [file for file in personalised_files(path) if file.suffix.lower() in _SUFFIXES]
-    kinds = [_kind(_open(file)) for file in files if file.is_file()]
+    kinds = [_kind(_open(opened(file))) for file in files if file.is_file()]
     return next((kind for kind in kinds if kind in (_INVERSION, _CROSS)), None)
 
 
@@ -281,24 +279,16 @@ def load_personalised(pipeline: Any, path: Path | str) -> Any:
     return add_tokens(pipeline, rows) if rows else pipeline
 
 
-def _open(path: Path) -> dict[str, Any]:
+def _open(file: WeightFile) -> dict[str, Any]:
     """What a file holds: name -> stored tensor, or a nested dict of them, or anything else."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
-    if is_safetensors(path):
-        return dict(open_safetensors(path))
-    try:
-        import torch
-    except ImportError:
-        load_pickle(path)  # says what is missing
-        raise
-    # The dict of parameters of the first textual inversions is a module, whose state is a dict.
-    named: list[Any] = [(_Parameters, "torch.nn.modules.container.ParameterDict")]
-    with torch.serialization.safe_globals(named):
-        content = load_pickle(path)
+    path = file.path
+    if file.content == SAFETENSORS or path.suffix.lower() == ".safetensors":
+        return dict(file.tensors())
+    content = file.pickle
+    import torch
 
     def convert(value: Any) -> Any:
-        if isinstance(value, _Parameters):
+        if isinstance(value, Parameters):
             value = getattr(value, "_parameters", None)
         if isinstance(value, dict):
             return {str(key): convert(each) for key, each in value.items()}
@@ -312,10 +302,6 @@ def _open(path: Path) -> dict[str, Any]:
     found = convert(content)
     inner = found.get("state_dict")
     return inner if isinstance(inner, dict) else found
-
-
-class _Parameters:
-    """Stands for a `torch.nn.ParameterDict`; what it holds is a plain attribute."""
 
 
 def _kind(content: Mapping[str, Any]) -> str | None:

@@ -119,16 +119,17 @@ def load_pytorch(
         if unknown := sorted(set(model_options) - {"tokenizer", "prediction_type"}):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
         return load_single_file(
-            path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, components=components,
-            stored=dict(found.stored or {}), **model_options,
+            found.file or path, dtype=dtype, param_dtype=param_dtype, sharding=sharding,
+            components=components, **model_options,
         )  # fmt: skip
     if found.kind == SEGMENTATION and components is None:
-        loader = loader_of(path)
+        assert found.file is not None
+        loader = loader_of(found.file)
         assert loader is not None
         if unknown := sorted(set(model_options) - set(inspect.signature(loader).parameters)):
             raise ValueError(f"{path} is for {loader.__name__}, which takes no {listing(unknown)}.")
         return loader(
-            path, dtype=dtype, param_dtype=param_dtype, sharding=sharding, **model_options
+            found.file, dtype=dtype, param_dtype=param_dtype, sharding=sharding, **model_options
         )
     place = functools.partial(put, rule=sharding)
     options = {

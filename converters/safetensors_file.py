@@ -12,6 +12,7 @@ copy out of them before returning to the caller.
 import dataclasses
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ class PendingTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+Content = mmap.mmap | bytes  # of a file
+
+
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
     """A JSON object from untrusted bytes; a repeated key is an error."""
 
@@ -135,17 +139,32 @@ def _check_entry(path: Path, key: str, entry: Any, data_size: int) -> tuple[int,
     return start, stop
 
 
-def _header(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """The parsed header, and the bytes behind it, mapped."""
-    size = path.stat().st_size
+def mapped(path: Path) -> Content:
+    """The bytes of a file, mapped: nothing else opens files of weights, but for torch.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not file.seek(0, 2):
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _header(path: Path, content: Content) -> tuple[dict[str, Any], np.ndarray]:
+    """The parsed header, and the bytes behind it."""
+    data = np.frombuffer(content, np.uint8)
+    size = len(data)
     if size < 8:
         raise CheckpointError(
             f"{path} is truncated: a safetensors file has at least 8 bytes, this has {size}. "
             f"{_AGAIN}"
         )
-    mapped = np.memmap(path, np.uint8, mode="r")
-    length = int.from_bytes(mapped[:8].tobytes(), "little")
-    if length > _MAX_HEADER or mapped[8:9].tobytes() not in (b"{", b""):
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > _MAX_HEADER or data[8:9].tobytes() not in (b"{", b""):
         raise CheckpointError(
             f"{path} is not a safetensors file: it does not start with a header of at most "
             f"{_MAX_HEADER} bytes. {_AGAIN}"
@@ -155,35 +174,28 @@ def _header(path: Path) -> tuple[dict[str, Any], np.ndarray]:
             f"{path} is truncated: its header takes {length} bytes, but the file has only {size}. "
             f"{_AGAIN}"
         )
-    header = parse_json(mapped[8 : 8 + length].tobytes(), f"{path}: the header")
-    return header, mapped[8 + length :]
+    header = parse_json(data[8 : 8 + length].tobytes(), f"{path}: the header")
+    return header, data[8 + length :]
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether a file is called so, or begins as one does whatever its name."""
-    if path.suffix.lower() == ".safetensors":
-        return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(9)[8:] == b"{"
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free text in a file's header, by name.
+def read_metadata(path: Path, content: Content) -> dict[str, str]:
+    """The free text in the header of a file with this content, by name.
 
     Raises:
       CheckpointError: not a safetensors file.
     """
-    metadata = _header(path)[0].get("__metadata__")
+    metadata = _header(path, content)[0].get("__metadata__")
     if not isinstance(metadata, dict):
         return {}
     return {name: text for name, text in metadata.items() if isinstance(text, str)}
 
 
-def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+def open_safetensors(path: Path, content: Content | None = None) -> dict[str, StoredTensor]:
     """Map a file and check its header completely, without touching the data.
+
+    Args:
+      path: the file.
+      content: its bytes, where they are mapped already.
 
     Returns:
       Tensor name -> stored tensor; its `read()` is a read-only view into the mapped file, whose
@@ -192,7 +204,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
       CheckpointError: not a safetensors file, truncated, or with an inconsistent header.
     """
-    header, data = _header(path)
+    header, data = _header(path, mapped(path) if content is None else content)
     header.pop("__metadata__", None)
 
     end = 0

@@ -20,7 +20,7 @@ from .output import atomic_file
 from .parameters import OneKey, ShardingRule, fill, parameter_dtype, pending, put
 from .safetensors_file import PendingTensor, StoredTensor, write_safetensors
 from .tensors import TensorSpec, match, tensor_specs
-from .weights import open_weights
+from .weights import WeightFile, open_weights, opened
 
 STUDENT, TEACHER = "backbone.clip_model.", "backbone_t.clip_model."
 WRAPPERS = ("model", "state_dict")  # detectron2; open_clip while it trains
@@ -62,16 +62,16 @@ class Plan(NamedTuple):
         return {key: tensor for key, tensor in self.stored.items() if key in keys}
 
 
-def loader_of(path: Path) -> Callable[..., Any] | None:
+def loader_of(file: WeightFile) -> Callable[..., Any] | None:
     """Which of the loaders below takes a weight file without a `config.json`; None for any other.
 
     Raises:
       CheckpointError: damaged or unsafe files.
     """
-    alone = path.is_file() and not (path.parent / "config.json").is_file()
-    if not alone or path.suffix not in _SUFFIXES:
+    path = file.path
+    if (path.parent / "config.json").is_file() or path.suffix not in _SUFFIXES:
         return None
-    return _loader(open_weights(path, wrappers=WRAPPERS))
+    return _loader(open_weights(file, wrappers=WRAPPERS))
 
 
 def _loader(keys: Iterable[str]) -> Callable[..., Any] | None:
@@ -81,47 +81,47 @@ def _loader(keys: Iterable[str]) -> Callable[..., Any] | None:
     return load_open_clip if any(key.startswith(_TOWER) for key in keys) else None
 
 
-def plan_of(path: Path) -> Plan | None:
+def plan_of(file: WeightFile) -> Plan | None:
     """What a file of one of the loaders holds; None for any other.
 
     Raises:
       CheckpointError: damaged or unsafe files, or a tensor that tells a size is missing.
     """
-    loader = loader_of(path)
+    loader = loader_of(file)
     if loader is None:
         return None
-    return _plan_maft_plus(path) if loader is load_maft_plus else _plan_open_clip(path)
+    return _plan_maft_plus(file) if loader is load_maft_plus else _plan_open_clip(file)
 
 
-def _plan_open_clip(path: Path, prefix: str = "", config: Any = None) -> Plan:
+def _plan_open_clip(file: WeightFile, prefix: str = "", config: Any = None) -> Plan:
     from ..flax_models.open_clip import OpenCLIP
 
-    stored = open_weights(path, wrappers=WRAPPERS)
+    stored = open_weights(file, wrappers=WRAPPERS)
     stored = {key.removeprefix("module."): tensor for key, tensor in stored.items()}
     stored = {
         k.removeprefix(prefix): tensor for k, tensor in stored.items() if k.startswith(prefix)
     }
-    return Plan(OpenCLIP, config or clip_config(_shapes(stored), source=str(path)), stored)
+    return Plan(OpenCLIP, config or clip_config(_shapes(stored), source=str(file.path)), stored)
 
 
 def _plan_maft_plus(
-    path: Path, form: str = "semantic", token_order: str = "reference", config: Any = None
+    file: WeightFile, form: str = "semantic", token_order: str = "reference", config: Any = None
 ) -> Plan:
     from ..flax_models.maft_plus import MaftPlus
 
-    stored = open_weights(path, wrappers=WRAPPERS)
+    stored = open_weights(file, wrappers=WRAPPERS)
     has_transfer = any(key.startswith(_TRANSFER) for key in stored)
     if config is None:
         config = maft_plus_config(
             _shapes(stored), form=form if has_transfer else "panoptic", token_order=token_order,
-            source=str(path),
+            source=str(file.path),
         )  # fmt: skip
     return Plan(MaftPlus, config, stored, without="" if has_transfer else _TRANSFER)
 
 
 def load_open_clip(
-    path: Path | str, *, prefix: str = "", config: Any = None, dtype: Any = jnp.float32,
-    param_dtype: Any = None, sharding: ShardingRule = None,
+    path: Path | str | WeightFile, *, prefix: str = "", config: Any = None,
+    dtype: Any = jnp.float32, param_dtype: Any = None, sharding: ShardingRule = None,
 ) -> Any:  # fmt: skip
     """Load an OpenCLIP model with a ConvNeXt tower from its weight file, or from a larger one.
 
@@ -140,13 +140,13 @@ def load_open_clip(
     Raises:
       CheckpointError: the file is absent, damaged, or of another architecture.
     """
-    path = _existing(path)
-    plan = _plan_open_clip(path, prefix, config)
-    return _load(plan, str(path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    file = _existing(path)
+    plan = _plan_open_clip(file, prefix, config)
+    return _load(plan, str(file.path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
 
 
 def load_maft_plus(
-    path: Path | str, *, form: str = "semantic", token_order: str = "reference",
+    path: Path | str | WeightFile, *, form: str = "semantic", token_order: str = "reference",
     config: Any = None, dtype: Any = jnp.float32, param_dtype: Any = None,
     sharding: ShardingRule = None,
 ) -> Any:  # fmt: skip
@@ -173,9 +173,9 @@ def load_maft_plus(
     """
     from ..flax_models.maft_plus import ContentDependentTransfer
 
-    path = _existing(path)
-    plan = _plan_maft_plus(path, form, token_order, config)
-    model = _load(plan, str(path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    file = _existing(path)
+    plan = _plan_maft_plus(file, form, token_order, config)
+    model = _load(plan, str(file.path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
     if plan.without:
         config = plan.config
         model.cdt = ContentDependentTransfer(
@@ -225,11 +225,10 @@ def save_maft_plus(
     return path
 
 
-def _existing(path: Path | str) -> Path:
-    path = Path(path).expanduser()
-    if not path.is_file():
+def _existing(path: Path | str | WeightFile) -> WeightFile:
+    if not isinstance(path, WeightFile) and not Path(path).expanduser().is_file():
         raise CheckpointError(f"{path} is not a file. Pass a checkpoint's weight file.")
-    return path
+    return opened(path)
 
 
 def _shapes(stored: Mapping[str, StoredTensor]) -> Shapes:

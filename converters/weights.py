@@ -4,6 +4,7 @@ Everything in a folder is untrusted: names in an index may not leave it, pickles
 `weights_only=True` (which executes nothing), and files are checked before their data is used.
 """
 
+import functools
 import re
 import struct
 import zipfile
@@ -16,7 +17,15 @@ import numpy as np
 from ..text import TextError, decode
 from .errors import CheckpointError, listing
 from .msgpack_file import open_flax
-from .safetensors_file import FLOAT_TYPES, StoredTensor, open_safetensors, parse_json
+from .safetensors_file import (
+    FLOAT_TYPES,
+    Content,
+    StoredTensor,
+    mapped,
+    open_safetensors,
+    parse_json,
+    read_metadata,
+)
 
 _MAX_JSON = 64 << 20
 # Library -> name of the weight files it writes, or wrote: safetensors, pickle, Flax.
@@ -147,7 +156,88 @@ def _place(file: str, library: str) -> tuple[Any, ...] | None:
     )  # fmt: skip
 
 
-def open_weights(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, StoredTensor]:
+class WeightFile:
+    """A weight file, opened once whatever is asked of it: what it is, its tensors, its header.
+
+    Attributes:
+      path: the file, or an index of several.
+    """
+
+    def __init__(self, path: Path):
+        """Take a file, which is opened once something is asked of it.
+
+        Raises:
+          CheckpointError: it is absent, or no regular file.
+        """
+        _require_file(path)
+        self.path = path
+
+    @functools.cached_property
+    def bytes(self) -> Content:
+        """What is in it, mapped."""
+        return mapped(self.path)
+
+    @property
+    def start(self) -> "bytes":
+        """Its first bytes."""
+        return self.bytes[:512]
+
+    @property
+    def content(self) -> str:
+        """What it is by its first bytes: `SAFETENSORS`, `PICKLE`, other words, or ""."""
+        start = self.start
+        if start[8:9] == b"{":
+            return SAFETENSORS
+        found = (what for form, what in _BEGINNINGS if re.match(form, start, re.DOTALL))
+        return next(found, "")
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The free text in its header; nothing where it has none."""
+        safe = self.content == SAFETENSORS
+        return read_metadata(self.path, self.bytes) if safe else {}
+
+    @functools.cached_property
+    def _safetensors(self) -> dict[str, StoredTensor]:
+        return open_safetensors(self.path, self.bytes)
+
+    @functools.cached_property
+    def pickle(self) -> dict[Any, Any]:
+        """The dict in a file written by `torch.save`; nothing in it is executed.
+
+        Raises:
+          CheckpointError: torch is not installed, a damaged or an unsafe file, or no dict.
+        """
+        return _load_pickle(self)
+
+    def tensors(self, wrappers: Sequence[str] = ()) -> dict[str, StoredTensor]:
+        """Name -> stored tensor, as for `open_weights`."""
+        path, suffix = self.path, self.path.suffix.lower()
+        if suffix == ".json":
+            return _open_index(path)
+        if suffix == ".msgpack":
+            return open_flax(path, self.bytes)
+        content = self.content
+        if content == SAFETENSORS or (suffix == ".safetensors" and not content):
+            return dict(self._safetensors)
+        if suffix == ".safetensors":
+            advice = (
+                "Name it .ckpt or .bin: it is read with torch, and nothing in it is executed."
+                if content == PICKLE
+                else _ADVICE
+            )
+            raise CheckpointError(f"{path} is not a safetensors file: it is {content}. {advice}")
+        return _of_pickle(self, wrappers)
+
+
+def opened(file: Path | str | WeightFile) -> WeightFile:
+    """A weight file, which may have been opened already; `~` is expanded."""
+    return file if isinstance(file, WeightFile) else WeightFile(Path(file).expanduser())
+
+
+def open_weights(
+    path: Path | WeightFile, *, wrappers: Sequence[str] = ()
+) -> dict[str, StoredTensor]:
     """Open a weight file or an index of several: name -> stored tensor.
 
     Args:
@@ -158,26 +248,7 @@ def open_weights(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, Store
     Raises:
       CheckpointError: damaged or unsafe files.
     """
-    if path.name.endswith(".json"):
-        return _open_index(path)
-    _require_file(path)
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".msgpack":
-            return open_flax(path)
-        content = content_of(path)
-        if suffix == ".safetensors":
-            if content in (SAFETENSORS, ""):
-                return open_safetensors(path)
-            advice = (
-                "Name it .ckpt or .bin: it is read with torch, and nothing in it is executed."
-                if content == PICKLE
-                else _ADVICE
-            )
-            raise CheckpointError(f"{path} is not a safetensors file: it is {content}. {advice}")
-        return open_safetensors(path) if content == SAFETENSORS else _open_pickle(path, wrappers)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return opened(path).tensors(wrappers)
 
 
 SAFETENSORS, PICKLE = "a safetensors file", "a PyTorch pickle"
@@ -194,20 +265,6 @@ _BEGINNINGS = (
     (rb"\s*[{\[]", "a text in JSON"),
     (rb"\x00{512}", "full of zeros, as an unfinished download leaves it"),
 )
-
-
-def content_of(path: Path) -> str:
-    """What a file is by its first bytes: `SAFETENSORS`, `PICKLE`, other words, or "" for unknown.
-
-    Raises:
-      OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        start = file.read(512)
-    if start[8:9] == b"{":
-        return SAFETENSORS
-    found = (what for form, what in _BEGINNINGS if re.match(form, start, re.DOTALL))
-    return next(found, "")
 
 
 def _open_index(path: Path) -> dict[str, StoredTensor]:
@@ -241,6 +298,12 @@ class _Inert:
     """Stands for a class that a pickle names and that nothing here needs."""
 
 
+class Parameters:
+    """Stands for a `torch.nn.ParameterDict`, such as the first textual inversions hold: what is in
+    it is a plain attribute.
+    """
+
+
 # Training code's classes that are keys of dicts in published checkpoints, such as `sd-v1-4.ckpt`.
 _NAMED_CLASSES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -248,11 +311,12 @@ _NAMED_CLASSES = (
 )
 
 
-def _refuse_compression(path: Path) -> None:
+def _refuse_compression(file: WeightFile) -> None:
     """`torch.save` stores plainly; a compressed entry could unpack to any size."""
-    size = path.stat().st_size
+    content: Any = file.bytes
+    path, size = file.path, len(content)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(content) as archive:
             packed = [
                 entry.filename
                 for entry in archive.infolist()
@@ -269,16 +333,13 @@ def _refuse_compression(path: Path) -> None:
         )
 
 
-def load_pickle(path: Path) -> dict[Any, Any]:
-    """The dict in a file written by `torch.save`; nothing in it is executed.
+def _load_pickle(file: WeightFile) -> dict[Any, Any]:
+    """The dict in a file, which torch opens once more, by its name.
 
     Its tensors are mapped; those of a file from before torch 1.6, which is no archive, are read.
-
-    Raises:
-      CheckpointError: torch is not installed, a damaged or an unsafe file, or no dict.
     """
+    path, content = file.path, file.content
     told = f"{path} is not a PyTorch file of plain tensors"
-    content = content_of(path)
     if content != PICKLE:
         raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_ADVICE}")
     try:
@@ -288,12 +349,13 @@ def load_pickle(path: Path) -> dict[Any, Any]:
             f"{path} is a PyTorch pickle, and reading it needs torch. Install conceptax[torch], or "
             "use the checkpoint's .safetensors files."
         ) from error
-    with open(path, "rb") as file:
-        archive = file.read(2) == b"PK"
+    classes: list[Any] = [(_Inert, name) for name in _NAMED_CLASSES]
+    classes.append((Parameters, "torch.nn.modules.container.ParameterDict"))
+    archive = file.start.startswith(b"PK")
     if archive:
-        _refuse_compression(path)
+        _refuse_compression(file)
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED_CLASSES]):
+        with torch.serialization.safe_globals(classes):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # torch raises many types for damaged and for unsafe files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -349,9 +411,9 @@ def _unwrapped(state: Mapping[Any, Any], wrappers: Sequence[str]) -> Mapping[Any
     return state
 
 
-def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
+def _of_pickle(file: WeightFile, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
     """A `.bin`, `.pth` or `.ckpt`."""
-    state = load_pickle(path)
+    path, state = file.path, file.pickle
     import torch
 
     if wrappers:

@@ -1,6 +1,7 @@
 """Training: a plain state, one loop for every pure step, checkpoints, and a sharding table."""
 
-from .checkpoints import CheckpointError, Checkpoints
+from ...errors import CheckpointError
+from .checkpoints import Checkpoints
 from .loop import NonFiniteLossError, TrainingInterrupted, abstract_state, compile_step, train
 from .paths import check_patterns, dotted, leaf_paths, matches, path_filter, split_trainable
 from .processes import ProcessLostError, gather, local_rows, place

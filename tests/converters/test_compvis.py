@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from opened_files import opened_files
 
 from conceptax import bundled_model
 from conceptax.cli import main
@@ -123,6 +124,12 @@ def test_diffusers_reads_what_is_written(tiny, single, torch):
     text = {k.removeprefix("text_model."): v.numpy() for k, v in text.items()}
     text.pop("embeddings.position_ids", None)
     same(text, {k.removeprefix("text_model."): v for k, v in tiny[1]["text_encoder"].items()})
+
+
+def test_a_single_file_is_opened_once(single):
+    with opened_files() as files, pytest.warns(UserWarning, match="holds no tokenizer"):
+        load_pytorch(single)
+    assert files == {single.name: 1}
 
 
 def test_single_file_loads_with_its_sizes(tiny, single, tmp_path):

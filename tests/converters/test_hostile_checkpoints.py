@@ -165,7 +165,7 @@ def test_broken_tokenizer(tmp_path):
     ("text", "fragment"),
     [
         (b"", "not valid JSON"),
-        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"\xff\xfe\x00", "is in UTF-16"),
         (b"[1, 2]", "must be a JSON object, received list"),
         pytest.param(b"[" * 100_000, "not valid JSON", id="nested"),
         (b'{"width": 2, "width": 3}', "names 'width' more than once"),

@@ -1,7 +1,9 @@
-"""Every public module is in the API pages, once."""
+"""Every public module is in the API pages, once, and has tests."""
 
+import ast
 import re
 from collections import Counter
+from pathlib import Path
 
 ROOMS = {
     "src/conceptax": "conceptax",
@@ -27,3 +29,77 @@ def test_every_public_module_is_in_the_api_pages(repository):
     text = "".join(path.read_text() for path in (repository / "docs" / "api").glob("*.md"))
     described = Counter(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
     assert described == Counter(public_modules(repository))
+
+
+# Modules that no test imports and none is named for: what runs them.
+RUNS = {
+    "cli/test_cli.py": ("text",),
+    "cli/test_segment.py": (
+        "methods.segmentation.evaluation",
+        "methods.segmentation.segmenter",
+    ),
+    "converters/test_hostile_checkpoints.py": ("converters.errors",),
+    "converters/test_pytorch.py": (
+        "converters.components",
+        "converters.pipeline_folder",
+    ),
+    "flax_models/test_metric_models.py": (
+        "flax_models.blip",
+        "flax_models.blip_2",
+        "flax_models.layers.bert",
+    ),
+    "flax_models/test_models.py": (
+        "flax_models",
+        "flax_models.layers",
+        "flax_models.layers.embeddings",
+        "flax_models.layers.transformer",
+    ),
+    "kernels/gna/test_api.py": ("kernels.gna.reference",),
+    "kernels/gna/test_transformations.py": (
+        "kernels.gna.context_parallel",
+        "kernels.gna.merge",
+        "kernels.gna.varying",
+    ),
+    "kernels/gna/test_triton.py": (
+        "kernels.gna.triton_blocks",
+        "kernels.gna.triton_geometry",
+        "kernels.gna.triton_kernels",
+    ),
+    "methods/erasing/test_erasing.py": ("methods.settings",),
+    "methods/personalization/test_class_diffusion.py": (
+        "methods.class_diffusion",
+        "methods.personalization.baselines",
+    ),
+    "methods/segmentation/test_maft_plus.py": ("methods.maft_plus",),
+    "methods/subjects/test_subjects.py": ("methods.subjects",),
+    "methods/training/test_processes.py": ("interrupts",),
+}
+
+
+def imported(path):
+    """The dotted names that a test file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (node.module, *(f"{node.module}.{each.name}" for each in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+
+
+def test_every_public_module_has_tests(repository):
+    """Of its name, or of its folder's, at its place or above; or else some that import it."""
+    tests = repository / "tests"
+    files = {path.relative_to(tests): path for path in tests.rglob("test_*.py")}
+    direct = {name for path in files.values() for name in imported(path)}
+    untested = set()
+    for module in public_modules(repository):
+        *folder, name = module.split(".")[1:] or ["conceptax"]
+        mirrored = {
+            Path(*folder[:depth], f"test_{each}.py")
+            for each in (name, *folder[-1:])
+            for depth in range(1, len(folder) + 1)
+        }
+        if module not in direct and not mirrored & files.keys():
+            untested.add(module)
+    run = {f"conceptax.{name}" for names in RUNS.values() for name in names}
+    assert untested == run
+    assert {Path(path) for path in RUNS} <= files.keys()
