@@ -37,7 +37,6 @@ from .safetensors_file import (
     PendingTensor,
     StoredTensor,
     is_safetensors,
-    open_safetensors,
     read_metadata,
     write_safetensors,
 )
@@ -232,8 +231,8 @@ def lora_file(path: Path | str) -> Path:
 
 
 def _stored(path: Path) -> dict[str, StoredTensor]:
-    """A file's tensors: what is in it decides, not its suffix."""
-    return open_safetensors(path) if is_safetensors(path) else open_weights(path)
+    """A file's tensors, also of what trainers pickle beside others."""
+    return open_weights(path, wrappers=("state_dict",))
 
 
 def _relative(key: str) -> str | None:

@@ -159,13 +159,18 @@ def _header(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     return header, mapped[8 + length :]
 
 
+def begins_as_safetensors(start: bytes) -> bool:
+    """Whether a file's first bytes are the length of a header, of at most 4 GiB, and its brace."""
+    return start[4:9] == b"\0\0\0\0{"
+
+
 def is_safetensors(path: Path) -> bool:
     """Whether a file is called so, or begins as one does whatever its name."""
     if path.suffix.lower() == ".safetensors":
         return True
     try:
         with open(path, "rb") as file:
-            return file.read(9)[8:] == b"{"
+            return begins_as_safetensors(file.read(9))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 

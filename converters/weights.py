@@ -16,7 +16,13 @@ import numpy as np
 from ..text import TextError, decode
 from .errors import CheckpointError, listing
 from .msgpack_file import open_flax
-from .safetensors_file import FLOAT_TYPES, StoredTensor, open_safetensors, parse_json
+from .safetensors_file import (
+    FLOAT_TYPES,
+    StoredTensor,
+    begins_as_safetensors,
+    open_safetensors,
+    parse_json,
+)
 
 _MAX_JSON = 64 << 20
 # Library -> name of the weight files it writes, or wrote: safetensors, pickle, Flax.
@@ -169,45 +175,61 @@ def open_weights(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, Store
         if suffix == ".safetensors":
             if content in (SAFETENSORS, ""):
                 return open_safetensors(path)
-            advice = (
-                "Name it .ckpt or .bin: it is read with torch, and nothing in it is executed."
-                if content == PICKLE
-                else _ADVICE
+            raise CheckpointError(
+                f"{path} is not a safetensors file: it is {content}. Name it .ckpt or .bin: it is "
+                "read with torch, and nothing in it is executed."
             )
-            raise CheckpointError(f"{path} is not a safetensors file: it is {content}. {advice}")
         return open_safetensors(path) if content == SAFETENSORS else _open_pickle(path, wrappers)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
+BARE = "*"  # what a tensor is called that a pickle holds without a name
 SAFETENSORS, PICKLE = "a safetensors file", "a PyTorch pickle"
-_ADVICE = "Download the file itself again."
-# What a file that is called weights may begin with -> what it is.
-_BEGINNINGS = (
-    (rb"PK\x03\x04|\x80[\x02-\x05]", PICKLE),
-    (rb"version https://git-lfs", "a Git LFS pointer to the file (git lfs pull fetches it)"),
-    (rb"(?i)\s*<(!doctype html|html|\?xml|head)", "a web page, as a failed download leaves it"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a picture"),
-    (rb"GGUF", "a GGUF file, which is not read here"),
-    (rb"\x89HDF", "an HDF5 file, which is not read here"),
-    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive (unpack it first)"),
-    (rb"\s*[{\[]", "a text in JSON"),
-    (rb"\x00{512}", "full of zeros, as an unfinished download leaves it"),
-)
+_AGAIN = "Download the file itself again."
+_MODEL = "Pass a model's folder or weight file."
+# What a file that is called weights may begin with instead -> what it is, and what to do.
+_OTHERS = (
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself. Fetch it with git "
+     "lfs pull."),
+    (rb"(?i)\s*<(!doctype html|html|\?xml|head)", f"a web page, as a failed download leaves it. "
+     f"{_AGAIN}"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", f"a picture, no model. "
+     f"{_MODEL}"),
+    (rb"GGUF", "a GGUF file, which is not read here. Use the model's safetensors file."),
+    (rb"\x89HDF", "an HDF5 file, which is not read here. Use the model's safetensors file."),
+    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive. Unpack it first."),
+    (rb"\s*\{", "a file of settings (JSON), no weights. Pass the folder that it is in."),
+    (rb"\x00{512}", f"full of zeros, as an unfinished download leaves it. {_AGAIN}"),
+)  # fmt: skip
 
 
 def content_of(path: Path) -> str:
-    """What a file is by its first bytes: `SAFETENSORS`, `PICKLE`, other words, or "" for unknown.
+    """What weights a file begins as: `SAFETENSORS`, `PICKLE`, or "" where that cannot be told.
 
     Raises:
-      OSError: it cannot be read.
+      CheckpointError: it is something else, which the message names, or it cannot be read.
     """
-    with open(path, "rb") as file:
-        start = file.read(512)
-    if start[8:9] == b"{":
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if begins_as_safetensors(start):
         return SAFETENSORS
-    found = (what for form, what in _BEGINNINGS if re.match(form, start, re.DOTALL))
-    return next(found, "")
+    if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
+        return PICKLE
+    if not start:
+        raise CheckpointError(
+            f"{path} is empty, truncated by an interrupted download. Download it again."
+        )
+    for form, what in _OTHERS:
+        if re.match(form, start, re.DOTALL):
+            raise CheckpointError(f"{path} is {what}")
+    text = start.decode("utf-8", "ignore")
+    if len(text.encode()) >= len(start) - 3 and all(c.isprintable() or c.isspace() for c in text):
+        raise CheckpointError(f"{path} is a text, no model. {_MODEL}")
+    return ""
 
 
 def _open_index(path: Path) -> dict[str, StoredTensor]:
@@ -221,7 +243,7 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
                 f"{path} points outside its folder: {name!r}. Shards must be plain file names "
                 "beside the index; do not trust this checkpoint."
             )
-        if not name.endswith((".safetensors", ".bin")):
+        if not name.lower().endswith((".safetensors", ".bin")):
             raise CheckpointError(f"{path} names {name!r}, which is neither .safetensors nor .bin.")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
@@ -239,6 +261,10 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
 
 class _Inert:
     """Stands for a class that a pickle names and that nothing here needs."""
+
+
+class Parameters:
+    """Stands for a `torch.nn.ParameterDict` of early textual inversions; it holds a plain dict."""
 
 
 # Training code's classes that are keys of dicts in published checkpoints, such as `sd-v1-4.ckpt`.
@@ -270,7 +296,7 @@ def _refuse_compression(path: Path) -> None:
 
 
 def load_pickle(path: Path) -> dict[Any, Any]:
-    """The dict in a file written by `torch.save`; nothing in it is executed.
+    """The dict in a file written by `torch.save`, or its one tensor as `BARE`; nothing is executed.
 
     Its tensors are mapped; those of a file from before torch 1.6, which is no archive, are read.
 
@@ -280,7 +306,7 @@ def load_pickle(path: Path) -> dict[Any, Any]:
     told = f"{path} is not a PyTorch file of plain tensors"
     content = content_of(path)
     if content != PICKLE:
-        raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_ADVICE}")
+        raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_AGAIN}")
     try:
         import torch
     except ImportError as error:
@@ -293,7 +319,9 @@ def load_pickle(path: Path) -> dict[Any, Any]:
     if archive:
         _refuse_compression(path)
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED_CLASSES]):
+        named: list[Any] = [(_Inert, name) for name in _NAMED_CLASSES]
+        named.append((Parameters, "torch.nn.modules.container.ParameterDict"))
+        with torch.serialization.safe_globals(named):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # torch raises many types for damaged and for unsafe files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -303,6 +331,8 @@ def load_pickle(path: Path) -> dict[Any, Any]:
             f"{told}: {reason} Use the checkpoint's .safetensors files, a file with the model's "
             "state_dict alone, or a fresh download."
         ) from error
+    if isinstance(state, torch.Tensor):  # an embedding that leaves its token to the file's name
+        return {BARE: state}
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path} must hold a dict of tensors, received {type(state).__name__}."
@@ -349,6 +379,12 @@ def _unwrapped(state: Mapping[Any, Any], wrappers: Sequence[str]) -> Mapping[Any
     return state
 
 
+def _is_alpha(key: Any, value: Any) -> bool:
+    """Whether an entry is a LoRA's strength as a plain number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and isinstance(key, str) and key.endswith(".alpha")
+
+
 def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
     """A `.bin`, `.pth` or `.ckpt`."""
     state = load_pickle(path)
@@ -356,11 +392,16 @@ def _open_pickle(path: Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]
 
     if wrappers:
         inner = _unwrapped(state, wrappers)
-        state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+        state = {
+            key: value for key, value in inner.items()
+            if isinstance(value, torch.Tensor) or _is_alpha(key, value)
+        }  # fmt: skip
 
     def stored(key: Any, value: Any) -> StoredTensor:
         if not isinstance(key, str):
             raise CheckpointError(f"{path} has a key that is a {type(key).__name__}, no name.")
+        if _is_alpha(key, value):
+            value = torch.tensor(float(value))
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
         if not dense or value.is_meta or value.is_quantized:
             raise CheckpointError(
