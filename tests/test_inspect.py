@@ -278,7 +278,8 @@ ZOO = {
         "is a textual inversion, which is no model",
     ),
     "weights alone": (
-        lambda t: tensors(t / "w.safetensors", x=np.ones(4, np.float32)), "no config.json beside it"
+        lambda t: tensors(t / "w.safetensors", **{"x.weight": np.ones(4, np.float32)}),
+        "No config.json beside it",
     ),
     "nothing": (lambda t: t, "(found nothing)"),
     "only temporary": (
@@ -336,7 +337,7 @@ def test_inspect_and_load_say_the_same(tmp_path, name):
 
 
 def test_a_pipeline_is_no_classifier():
-    with pytest.raises(CheckpointError, match="is a pipeline, not a classifier"):
+    with pytest.raises(CheckpointError, match="is a pipeline, no classifier"):
         load_classifier(bundled_model(), None, "x")
 
 
