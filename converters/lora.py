@@ -261,6 +261,10 @@ def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], d
         raise CheckpointError(
             f"{path} is no LoRA that can be read: {'; '.join(told) or 'it is empty'}."
         )
+    for place, tensors in parts.items():
+        if lost := [f"lora_{kind}" for kind in "AB" if kind not in tensors]:
+            module = ".".join(filter(None, place))
+            raise CheckpointError(f"{path}: {module} lacks {lost[0]}. The file is incomplete.")
     noted = _noted(path)
     peft = [key for key in stored if key.startswith(_PEFT)]
     if not noted and (peft or path.stem == "adapter_model"):
@@ -411,9 +415,6 @@ def _scale(noted: Noted | None, rank: int, module: str, what: str) -> float:
 
 def _pair(tensors: Mapping[str, StoredTensor], noted: Noted | None, module: str, what: str) -> Pair:
     """A and B of one module, checked, with what multiplies them in B."""
-    lost = [f"lora_{kind}" for kind in "AB" if kind not in tensors]
-    if lost:
-        raise CheckpointError(f"{what} lacks {lost[0]}. The file is incomplete.")
     arrays = {}
     for kind, tensor in tensors.items():
         if kind == "alpha":
