@@ -349,8 +349,9 @@ def _schedule(tensors: Stored, source: str) -> dict[str, Any]:
     """
     for name, kept_signal in _TABLES.items():
         table = tensors.get(name)
-        whole = table is not None and table.dtype in FLOAT_TYPES and len(table.shape) == 1
-        if not whole or not 2 <= table.shape[0] <= _MOST_STEPS:
+        if table is None or table.dtype not in FLOAT_TYPES or len(table.shape) != 1:
+            continue
+        if not 2 <= table.shape[0] <= _MOST_STEPS:
             continue
         with np.errstate(all="ignore"):
             alphas = kept_signal(table.read().astype(np.float64))

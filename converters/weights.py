@@ -319,9 +319,9 @@ def load_pickle(path: Path) -> dict[Any, Any]:
     if archive:
         _refuse_compression(path)
     try:
-        named: list[Any] = [(_Inert, name) for name in _NAMED_CLASSES]
-        named.append((Parameters, "torch.nn.modules.container.ParameterDict"))
-        with torch.serialization.safe_globals(named):
+        classes: list[Any] = [(_Inert, name) for name in _NAMED_CLASSES]
+        classes.append((Parameters, "torch.nn.modules.container.ParameterDict"))
+        with torch.serialization.safe_globals(classes):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # torch raises many types for damaged and for unsafe files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
