@@ -209,8 +209,8 @@ def _tokenizer(path: Path, folder: Path | str | None, text: Part | None) -> Any:
     beside = path.parent / "tokenizer"
     if folder is None and not beside.is_dir():
         warnings.warn(
-            f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer= "
-            "(--tokenizer), the folder of one, to draw from prompts or to train.",
+            f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer=, "
+            "the folder of one, to draw from prompts or to train.",
             stacklevel=3,
         )
         return None
@@ -254,8 +254,7 @@ def _scheduler(
     if "prediction_type" not in told and family == "SD 2":
         warnings.warn(
             f"{path} does not tell what its UNet predicts: 'v_prediction' is assumed, as for 768 "
-            "pixels; pass prediction_type='epsilon' for the base models (--prediction-type "
-            "epsilon).",
+            "pixels; pass prediction_type='epsilon' for the base models.",
             stacklevel=3,
         )
         told["prediction_type"] = "v_prediction"
@@ -311,6 +310,12 @@ def save_single_file(
             tensors += _text(model, encoder, kind)
     markers, metadata = _scheduler_out(pipeline)
     tensors += markers
+    if pipeline.carried:
+        warnings.warn(
+            f"a single file has no place for {listing(sorted(pipeline.carried))}, which is left "
+            "out of it; programs add their own, or check no image. A folder keeps it.",
+            stacklevel=2,
+        )
     metadata |= _header(pipeline, family)
     _require_told(pipeline, family, tensors, metadata)
     with atomic_file(path, force=force) as partial:

@@ -29,7 +29,7 @@ from .compvis_names import (
     vae_names,
 )
 from .errors import CheckpointError
-from .safetensors_file import StoredTensor
+from .safetensors_file import FLOAT_TYPES, StoredTensor
 
 _HEAD = 64
 _PREFIXES = (UNET, VAE, *dict.fromkeys(e.prefix for each in TEXT_ENCODERS.values() for e in each))
@@ -87,6 +87,8 @@ class SingleFile(NamedTuple):
             words += f", without {' and '.join(missing)}"
         if told := self.scheduler.get("prediction_type"):
             words += f", predicts {told}"
+        if "trained_betas" in self.scheduler:
+            words += ", with a noise schedule of its own"
         return words + (", zero terminal SNR" if self.scheduler.get(_ZERO_SNR) else "")
 
 
@@ -247,7 +249,7 @@ def read_single_file(
         unknown += [back.get(prefix + key, prefix + key) for key in odd]
     if "unet" in parts and (sizes := _sizes(metadata, parts.get("vae"))):
         parts["unet"].raw["sample_size"] = sizes
-    scheduler = _told(tensors, metadata)
+    scheduler = _told(tensors, metadata) | _schedule(tensors, source)
     return SingleFile(family, parts, leftovers, sorted(unknown), scheduler, guessed=not told)
 
 
@@ -325,6 +327,51 @@ def _told(tensors: Stored, metadata: Mapping[str, str]) -> dict[str, Any]:
     for key in tensors:
         told |= MARKERS.get(key.removeprefix(UNET), {})
     return told
+
+
+# Tables that tell a noise schedule -> how its kept signal, alpha-bar, follows from their values.
+_TABLES = {
+    "alphas_cumprod": lambda values: values,
+    "betas": lambda values: np.cumprod(1 - values),
+    **dict.fromkeys(
+        ("denoiser.sigmas", "model_sampling.sigmas", "model.model_sampling.sigmas", "sigmas"),
+        lambda values: 1 / (1 + values**2),
+    ),
+}
+_MOST_STEPS = 100_000
+
+
+def _schedule(tensors: Stored, source: str) -> dict[str, Any]:
+    """Settings of a noise schedule that is stored and is not the one that all files share.
+
+    Raises:
+      CheckpointError: it is another one, in too few digits to be used.
+    """
+    for name, kept_signal in _TABLES.items():
+        table = tensors.get(name)
+        if table is None or table.dtype not in FLOAT_TYPES or len(table.shape) != 1:
+            continue
+        if not 2 <= table.shape[0] <= _MOST_STEPS:
+            continue
+        with np.errstate(all="ignore"):
+            alphas = kept_signal(table.read().astype(np.float64))
+        if not (np.isfinite(alphas).all() and 0 <= alphas.min() < alphas.max() <= 1):
+            continue  # no schedule
+        alphas = np.sort(alphas)[::-1]
+        shared = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+        root = np.sqrt(shared)
+        zero = np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+        for known, settings in ((shared, {}), (zero, MARKERS["ztsnr"])):
+            if alphas.shape == known.shape and np.allclose(alphas, known, 1e-2, 5e-4):
+                return dict(settings)
+        betas = 1 - alphas / np.concatenate([[1.0], alphas[:-1]])
+        if not (betas.min() > 0 and betas.max() < 1):
+            raise CheckpointError(
+                f"{source} holds a noise schedule ({name}) that is not Stable Diffusion's, and its "
+                "steps cannot be told apart. Use a file that has it in float32, or has none."
+            )
+        return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
+    return {}
 
 
 def heads(width: int) -> int:

@@ -18,9 +18,8 @@ from .errors import CheckpointError, listing
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<file>(/[^/@]+)*)(?:@(?P<revision>.+))?"
 )
-_WEIGHTS = re.compile(
-    r"(?P<stem>.+?)(?P<shard>-\d{5}-of-\d{5})?\.(?P<type>safetensors|bin|msgpack)"
-)
+_WEIGHTS = re.compile(r"(?P<stem>.+?)\.(?P<type>safetensors|bin|msgpack)")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")  # before the variant or, in later names, behind it
 _INDEX = re.compile(
     r"(?P<stem>.+?)\.(?P<type>safetensors|bin|msgpack)\.index(?:\.(?P<variant>[\w-]+))?\.json"
 )
@@ -187,7 +186,7 @@ def _component(wanted: HubId, names: Sequence[str], variant: str | None) -> list
     """The settings of a folder and one set of its weights."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name in names:
-        index, weights = _INDEX.fullmatch(name), _WEIGHTS.fullmatch(name)
+        index, weights = _INDEX.fullmatch(name), _WEIGHTS.fullmatch(_SHARD.sub("", name))
         if "/" in name or not (index or weights):
             continue
         found = index or weights

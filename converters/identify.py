@@ -10,7 +10,7 @@ from .compvis_parts import stranger
 from .errors import CheckpointError, listing
 from .hub import local
 from .lora import holds_lora, is_lora
-from .personalised import is_personalised, personalised_files
+from .personalised import personal_kind, personalised_files
 from .safetensors_file import StoredTensor
 from .segmentation import loader_of
 from .weights import WeightFile, is_orbax, open_weights, read_json, visible
@@ -22,7 +22,6 @@ LORA, PERSONALISATION, WEIGHTS = "LoRA", "personalisation", "weight file"
 _INDEX, _CONFIG = "model_index.json", "config.json"
 _HUB = "models--"  # how the Hub's cache begins the name of a model's folder
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack")
-_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
 class Identity(NamedTuple):
@@ -93,8 +92,8 @@ def _folder(path: Path) -> Identity:
         return Identity(COMPONENT, path)
     if holds_lora(path):
         return _lora(path)
-    if personalised_files(path):
-        return _personalisation(path)
+    if files := personalised_files(path):
+        return _personalisation(path, next(filter(None, map(personal_kind, files)), None))
     there = visible(path)
     if is_orbax(there):
         raise CheckpointError(
@@ -125,14 +124,13 @@ def _file(path: Path) -> Identity:
     index = path.name.endswith(".json") and ".index." in path.name
     file = WeightFile(path)
     if not index:
-        if what := _other(file.start):
-            raise CheckpointError(f"{path} is {what}")
+        _ = file.content  # refuses what is no weights
         if open_single_file(file) is not None:
             return Identity(SINGLE, path, file)
         if loader_of(file) is not None:
             return Identity(SEGMENTATION, path, file)
-        if path.suffix.lower() != ".msgpack" and is_personalised(file):
-            return _personalisation(path)
+        if path.suffix.lower() != ".msgpack" and (kind := personal_kind(file)):
+            return _personalisation(path, kind)
     stored = open_weights(file, wrappers=() if beside else WRAPPERS)
     if is_lora(stored):
         return _lora(path, stored)
@@ -148,17 +146,16 @@ def _file(path: Path) -> Identity:
 
 def _lora(path: Path, stored: Mapping[str, StoredTensor] | None = None) -> Identity:
     advice = (
-        f"{path} is a LoRA, which changes a model and is none itself. Merge it into one: conceptax "
+        f"{path} is a LoRA, which is no model but changes one. Merge it into that: conceptax "
         f"convert MODEL DEST --add {path} (merge_lora)."
     )
     return Identity(LORA, path, None, stored, advice)
 
 
-def _personalisation(path: Path) -> Identity:
+def _personalisation(path: Path, kind: str | None) -> Identity:
     advice = (
-        f"{path} holds new tokens or weights of cross-attention (a personalisation), which add to "
-        f"a model and are none. Merge them into one: conceptax convert MODEL DEST --add {path} "
-        "(load_personalised)."
+        f"{path} is {kind or 'changed weights'}, which is no model but adds to one. Merge it into "
+        f"that: conceptax convert MODEL DEST --add {path} (load_personalised)."
     )
     return Identity(PERSONALISATION, path, advice=advice)
 
@@ -178,21 +175,3 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
             f"{listing(visible(folder)) or 'nothing'}). Check that the download is complete."
         )
     return architectures.without_flax(read_json(file)), str(file)
-
-
-def _other(start: bytes) -> str:
-    """What else a file is, and what to do; empty where it may be weights."""
-    if not start:
-        return "empty, truncated by an interrupted download. Download it again."
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull."
-    if start.startswith(_PICTURES) or (start.startswith(b"RIFF") and start[8:12] == b"WEBP"):
-        return "a picture, no model. Pass a model's folder or weight file."
-    text = start.decode("utf-8", "ignore")
-    if len(text.encode()) < len(start) - 3 or not all(c.isprintable() or c.isspace() for c in text):
-        return ""
-    if text.lstrip().lower().startswith(("<!doctype html", "<html", "<?xml")):
-        return "a web page, as a failed download leaves it. Download the file itself."
-    if text.lstrip().startswith("{"):
-        return "a file of settings (JSON), no weights. Pass the folder that it is in."
-    return "a text, no model. Pass a model's folder or weight file."

@@ -12,7 +12,7 @@ from . import architectures
 from .components import abstract
 from .compvis import open_single_file
 from .compvis_parts import read_single_file
-from .errors import CheckpointError
+from .errors import CheckpointError, listing
 from .identify import (
     LORA,
     PERSONALISATION,
@@ -34,9 +34,15 @@ from .pipeline_folder import (
     read_index,
     read_scheduler,
 )
-from .safetensors_file import FLOAT_NAMES, FLOAT_TYPES, ITEM_SIZES, StoredTensor
+from .safetensors_file import (
+    FLOAT_NAMES,
+    FLOAT_TYPES,
+    ITEM_SIZES,
+    PARAMETER_TYPES,
+    StoredTensor,
+)
 from .segmentation import Plan, plan_of
-from .tensors import compare, tensor_specs
+from .tensors import CONVERT, compare, tensor_specs
 from .tokenizer import read_tokenizer
 from .weights import WeightFile, find_weights, open_weights, variant_of
 
@@ -71,7 +77,8 @@ class Inspection(NamedTuple):
       parts: its models.
       leftovers: what it holds beside them, harmless -> the names.
       problems: what is missing or extra beside what its parts say.
-      advice: of what is no model by itself, what takes it; `load_pytorch` refuses it with this.
+      advice: of what `load_pytorch` refuses as it is, a LoRA or weights in float64 or 8 bits, why
+        and what takes it.
     """
 
     kind: str
@@ -94,6 +101,15 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     Raises:
       CheckpointError: there is nothing that can be recognised, or a damaged file.
     """
+    told = _inspect(path)
+    others = {kind for part in told.parts for kind in part.dtypes} - PARAMETER_TYPES.keys()
+    if others and told.healthy and not told.advice:
+        advice = f"It holds {listing(sorted(others))}, in which no parameter is kept. {CONVERT}"
+        return told._replace(advice=advice)
+    return told
+
+
+def _inspect(path: Path | str) -> Inspection:
     found = identify(path)
     path, stored = found.path, found.stored
     if found.kind == PIPELINE:

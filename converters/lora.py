@@ -84,6 +84,8 @@ _OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisation
 _PEFT_ALPHA = 8  # PEFT's own, where its settings name none
 _MAX_PATTERN = 300
 
+_WRAPPERS = ("state_dict",)  # what trainers pickle a LoRA under
+
 Pair = tuple[np.ndarray, np.ndarray]
 Noted = dict[str, Any]  # PEFT's settings
 
@@ -120,7 +122,7 @@ def holds_lora(path: Path | str) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in FILES)
     try:
-        return path.is_file() and is_lora(open_weights(path))
+        return path.is_file() and is_lora(open_weights(path, wrappers=_WRAPPERS))
     except CheckpointError:
         return False  # whoever reads it as something else says what is wrong with it
 
@@ -236,7 +238,7 @@ def _relative(key: str) -> str | None:
 def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], dict[str, Noted]]:
     """(component or "", module) -> A, B, ... of it; and the settings by component or ""."""
     file = opened(path)
-    stored = file.tensors()
+    stored = file.tensors(_WRAPPERS)
     parts: dict[tuple[str, str], dict[str, StoredTensor]] = {}
     strange: dict[str, list[str]] = {}
     for key, tensor in stored.items():
@@ -255,6 +257,10 @@ def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], d
         raise CheckpointError(
             f"{path} is no LoRA that can be read: {'; '.join(told) or 'it is empty'}."
         )
+    for place, tensors in parts.items():
+        if lost := [f"lora_{kind}" for kind in "AB" if kind not in tensors]:
+            module = ".".join(filter(None, place))
+            raise CheckpointError(f"{path}: {module} lacks {lost[0]}. The file is incomplete.")
     noted = _noted(file)
     peft = [key for key in stored if key.startswith(_PEFT)]
     if not noted and (peft or path.stem == "adapter_model"):
@@ -404,9 +410,6 @@ def _scale(noted: Noted | None, rank: int, module: str, what: str) -> float:
 
 def _pair(tensors: Mapping[str, StoredTensor], noted: Noted | None, module: str, what: str) -> Pair:
     """A and B of one module, checked, with what multiplies them in B."""
-    lost = [f"lora_{kind}" for kind in "AB" if kind not in tensors]
-    if lost:
-        raise CheckpointError(f"{what} lacks {lost[0]}. The file is incomplete.")
     arrays = {}
     for kind, tensor in tensors.items():
         if kind == "alpha":

@@ -31,7 +31,7 @@ from .compvis_names import renamed
 from .compvis_parts import is_single_file, unet_names_of
 from .errors import CheckpointError, OutputError, listing
 from .hub import local
-from .lora import holds_lora, is_lora
+from .lora import is_lora
 from .safetensors_file import (
     FLOAT_NAMES,
     FLOAT_TYPES,
@@ -40,7 +40,7 @@ from .safetensors_file import (
     write_safetensors,
 )
 from .tensors import TensorSpec, is_finite, tensor_specs, variables
-from .weights import SAFETENSORS, Parameters, WeightFile, opened, tensor_values
+from .weights import BARE, SAFETENSORS, Parameters, WeightFile, opened, tensor_values
 
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.bin"
 _PART = "_custom_diffusion"
@@ -51,11 +51,17 @@ _TRAINED = {
 }
 # What such files are called in a folder.
 _PATTERNS = (
-    CUSTOM_DIFFUSION, "delta*.bin", "learned_embeds.*", "<*>.*", "*_emb.safetensors",
-    "*_changes.safetensors",
+    CUSTOM_DIFFUSION, "delta*.bin", "learned_embeds.*", "learned_embeds_2.*", "<*>.*",
+    "*_emb.safetensors", "*_changes.safetensors",
 )  # fmt: skip
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 _TEXT = "text_model."
+# What files of SDXL call the embeddings for its two text encoders -> their usual name.
+_CLIPS = {
+    "clip_l": "clip_l", "text_encoders_0": "clip_l",
+    "clip_g": "clip_g", "text_encoders_1": "clip_g",
+}  # fmt: skip
+_FIRST, _SECOND = "learned_embeds", "learned_embeds_2"  # or, of diffusers, a file for each encoder
 # Keys of a UNet and of a text encoder, by diffusers', transformers' and CompVis's names.
 _CHANGED = re.compile(
     r"(?:unet\.|(?:model\.)?diffusion_model\.)?(?P<unet>(?:(?:down|up|input|output)_blocks"
@@ -213,6 +219,9 @@ def read_personalisation(path: Path | str) -> Personalisation:
     changes: dict[str, dict[str, np.ndarray]] = {}
     for file in files:
         found = _interpret(_open(opened(file)), file)
+        if file.stem == _SECOND and any(other.stem == _FIRST for other in files):
+            found = found._replace(rows=_joined(rows, found.rows, file))
+            rows = {token: row for token, row in rows.items() if token not in found.rows}
         if twice := sorted(rows.keys() & found.rows.keys()):
             raise CheckpointError(f"{path} has the token {twice[0]!r} in more than one file.")
         rows |= found.rows
@@ -222,33 +231,28 @@ def read_personalisation(path: Path | str) -> Personalisation:
     return Personalisation(rows, unet, changes)
 
 
-def is_personalised(file: WeightFile) -> bool:
-    """Whether the names in a file are those of new tokens or of Custom Diffusion.
+def _joined(
+    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], file: Path
+) -> dict[str, np.ndarray]:
+    """Rows for SDXL's two text encoders as one."""
+    if lost := sorted(second.keys() - first.keys()):
+        raise CheckpointError(
+            f"{file} has the token {lost[0]!r}, and the {_FIRST} beside it, for the first text "
+            "encoder, has not."
+        )
+    return {token: np.concatenate([first[token], row]) for token, row in second.items()}
+
+
+def personal_kind(file: WeightFile | Path) -> str | None:
+    """What a file is that adds to a model: "a textual inversion", "weights of Custom Diffusion".
+
+    None for all others, which includes changed weights under a model's own names.
 
     Raises:
       CheckpointError: a damaged or unsafe file.
     """
-    return _kind(_open(file)) in (_INVERSION, _CROSS)
-
-
-def describe(path: Path | str) -> str | None:
-    """What a path is that goes into a model and is none: "a LoRA", "a textual inversion", ...
-
-    None for everything else, which includes weights under a model's own names.
-
-    Raises:
-      CheckpointError: a damaged or unsafe file.
-    """
-    path = local(path)
-    if path.is_dir() and (
-        (path / "model_index.json").is_file() or (path / "config.json").is_file()
-    ):
-        return None
-    if holds_lora(path):
-        return "a LoRA"
-    files = [file for file in personalised_files(path) if file.suffix.lower() in _SUFFIXES]
-    kinds = [_kind(_open(opened(file))) for file in files if file.is_file()]
-    return next((kind for kind in kinds if kind in (_INVERSION, _CROSS)), None)
+    kind = _kind(_open(opened(file)))
+    return kind if kind in (_INVERSION, _CROSS) else None
 
 
 def load_personalised(pipeline: Any, path: Path | str) -> Any:
@@ -310,7 +314,7 @@ def _kind(content: Mapping[str, Any]) -> str | None:
         return _CROSS
     if any(_PART in key for key in content):
         return _CROSS
-    if {"string_to_param", "emb_params", "clip_l", "clip_g"} & content.keys():
+    if {"string_to_param", "emb_params", *_CLIPS} & content.keys():
         return _INVERSION
     if content and all(_CHANGED.fullmatch(key) for key in content):
         return _WEIGHTS
@@ -370,6 +374,7 @@ def _embeddings(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         name, content = content.get("name"), content["string_to_param"]
         if not isinstance(content, dict) or not content:
             raise CheckpointError(f"{path}: string_to_param holds no embeddings.")
+    content = {_CLIPS.get(key, key): value for key, value in content.items()}
     clips = {part: content.pop(part) for part in ("clip_l", "clip_g") if part in content}
     if clips:
         if len(clips) == 1:
@@ -385,7 +390,7 @@ def _embeddings(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
                 "embedding of SDXL has as many vectors in both."
             )
         content["emb_params"] = np.concatenate([first, second], axis=1)
-    unnamed = [key for key in ("emb_params", "*") if key in content]
+    unnamed = [key for key in ("emb_params", BARE) if key in content]
     if unnamed and (other := sorted(content.keys() - {unnamed[0]})):
         raise CheckpointError(
             f"{path} is a textual inversion that holds {listing(other)} too, which is not read."

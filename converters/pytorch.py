@@ -55,6 +55,8 @@ from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
 from .weights import STEMS, find_weights, holds_variant, open_weights
 
+_OF_SINGLE_FILES = {"tokenizer", "prediction_type"}  # options for what such files do not tell
+
 
 def load_pytorch(
     path: FilePath | str,
@@ -115,8 +117,12 @@ def load_pytorch(
         found = identify(path)
     if found.advice:
         raise CheckpointError(found.advice)
+    if found.kind != SINGLE and (given := sorted(_OF_SINGLE_FILES & model_options.keys())):
+        raise ValueError(
+            f"{path} is no single file, for which {given[0]}= is: a folder tells that itself."
+        )
     if found.kind == SINGLE:
-        if unknown := sorted(set(model_options) - {"tokenizer", "prediction_type"}):
+        if unknown := sorted(set(model_options) - _OF_SINGLE_FILES):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
         return load_single_file(
             found.file or path, dtype=dtype, param_dtype=param_dtype, sharding=sharding,

@@ -178,6 +178,11 @@ def _header(path: Path, content: Content) -> tuple[dict[str, Any], np.ndarray]:
     return header, data[8 + length :]
 
 
+def begins_as_safetensors(start: bytes) -> bool:
+    """Whether a file's first bytes are the length of a header, of at most 4 GiB, and its brace."""
+    return start[4:9] == b"\0\0\0\0{"
+
+
 def read_metadata(path: Path, content: Content) -> dict[str, str]:
     """The free text in the header of a file with this content, by name.
 

@@ -103,6 +103,11 @@ def _rename(key: str, renames: Mapping[str, str]) -> str:
     return ".".join(renames.get(part, part) for part in key.split("."))
 
 
+CONVERT = (
+    "Convert such weights: conceptax convert SOURCE DEST --dtype float32 (param_dtype= in Python)."
+)
+
+
 class Comparison(NamedTuple):
     """What a checkpoint has of a model.
 
@@ -195,10 +200,7 @@ def match(
         others = FLOAT_TYPES.keys() - PARAMETER_TYPES.keys()
         if not double and any(tensor.dtype in others for tensor in found.values()):
             kind = TypeToConvert
-            advice = (
-                "Convert such weights: conceptax convert SOURCE DEST --dtype float32 (param_dtype= "
-                "in Python)."
-            )
+            advice = CONVERT
         raise kind(f"{source} does not fit {model_class.__name__}: {'; '.join(told)}. {advice}")
     return found
 

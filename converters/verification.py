@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..flax_models.unet_2d_condition import TextCondition
+
 _SEED = 0
 _SIDE = 16  # latents per side of a UNet's input, at least; more where it halves more often
 
@@ -88,14 +90,15 @@ def _unet(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list
     sample = _normal(rng, 1, side, side, config.in_channels)
     text = _normal(rng, 1, 7, config.cross_attention_dim)
     times = np.array([501])
-    ours, theirs = {}, {}
+    condition: Any = text
+    theirs: dict[str, Any] = {}
     if getattr(config, "addition_embed_type", None) == "text_time":
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         added = {"text_embeds": _normal(rng, 1, width), "time_ids": np.full((1, 6), 64.0)}
-        ours = {"added_cond_kwargs": {k: jnp.asarray(v) for k, v in added.items()}}
+        condition = TextCondition(jnp.asarray(text), **added)
         theirs = {"added_cond_kwargs": {k: _torch(v).float() for k, v in added.items()}}
     out = module(_torch(sample, image=True), _torch(times), _torch(text), **theirs).sample
-    return [jax.jit(model.__call__)(sample, times, text, **ours)], [_nhwc(out)]
+    return [jax.jit(model.__call__)(sample, times, condition)], [_nhwc(out)]
 
 
 def _vae(model: Any, module: Any, rng: np.random.Generator) -> tuple[list, list]:

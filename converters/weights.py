@@ -21,6 +21,7 @@ from .safetensors_file import (
     FLOAT_TYPES,
     Content,
     StoredTensor,
+    begins_as_safetensors,
     mapped,
     open_safetensors,
     parse_json,
@@ -184,12 +185,19 @@ class WeightFile:
 
     @property
     def content(self) -> str:
-        """What it is by its first bytes: `SAFETENSORS`, `PICKLE`, other words, or ""."""
+        """What weights it begins as: `SAFETENSORS`, `PICKLE`, or "" where that cannot be told.
+
+        Raises:
+          CheckpointError: it is something else, which the message names, or it cannot be read.
+        """
         start = self.start
-        if start[8:9] == b"{":
+        if begins_as_safetensors(start):
             return SAFETENSORS
-        found = (what for form, what in _BEGINNINGS if re.match(form, start, re.DOTALL))
-        return next(found, "")
+        if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
+            return PICKLE
+        if what := _other(start):
+            raise CheckpointError(f"{self.path} is {what}")
+        return ""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -221,12 +229,10 @@ class WeightFile:
         if content == SAFETENSORS or (suffix == ".safetensors" and not content):
             return dict(self._safetensors)
         if suffix == ".safetensors":
-            advice = (
-                "Name it .ckpt or .bin: it is read with torch, and nothing in it is executed."
-                if content == PICKLE
-                else _ADVICE
+            raise CheckpointError(
+                f"{path} is not a safetensors file: it is {content}. Name it .ckpt or .bin: it is "
+                "read with torch, and nothing in it is executed."
             )
-            raise CheckpointError(f"{path} is not a safetensors file: it is {content}. {advice}")
         return _of_pickle(self, wrappers)
 
 
@@ -251,20 +257,36 @@ def open_weights(
     return opened(path).tensors(wrappers)
 
 
+BARE = "*"  # what a tensor is called that a pickle holds without a name
 SAFETENSORS, PICKLE = "a safetensors file", "a PyTorch pickle"
-_ADVICE = "Download the file itself again."
-# What a file that is called weights may begin with -> what it is.
-_BEGINNINGS = (
-    (rb"PK\x03\x04|\x80[\x02-\x05]", PICKLE),
-    (rb"version https://git-lfs", "a Git LFS pointer to the file (git lfs pull fetches it)"),
-    (rb"(?i)\s*<(!doctype html|html|\?xml|head)", "a web page, as a failed download leaves it"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", "a picture"),
-    (rb"GGUF", "a GGUF file, which is not read here"),
-    (rb"\x89HDF", "an HDF5 file, which is not read here"),
-    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive (unpack it first)"),
-    (rb"\s*[{\[]", "a text in JSON"),
-    (rb"\x00{512}", "full of zeros, as an unfinished download leaves it"),
-)
+_AGAIN = "Download the file itself again."
+_MODEL = "Pass a model's folder or weight file."
+# What a file that is called weights may begin with instead -> what it is, and what to do.
+_OTHERS = (
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself. Fetch it with git "
+     "lfs pull."),
+    (rb"(?i)\s*<(!doctype html|html|\?xml|head)", f"a web page, as a failed download leaves it. "
+     f"{_AGAIN}"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", f"a picture, no model. "
+     f"{_MODEL}"),
+    (rb"GGUF", "a GGUF file, which is not read here. Use the model's safetensors file."),
+    (rb"\x89HDF", "an HDF5 file, which is not read here. Use the model's safetensors file."),
+    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive. Unpack it first."),
+    (rb"\s*\{", "a file of settings (JSON), no weights. Pass the folder that it is in."),
+    (rb"\x00{512}", f"full of zeros, as an unfinished download leaves it. {_AGAIN}"),
+)  # fmt: skip
+
+
+def _other(start: bytes) -> str:
+    """What else a file is that begins so, and what to do; "" where it may be weights."""
+    if not start:
+        return "empty, truncated by an interrupted download. Download it again."
+    if found := next((what for form, what in _OTHERS if re.match(form, start, re.DOTALL)), ""):
+        return found
+    text = start.decode("utf-8", "ignore")
+    if len(text.encode()) >= len(start) - 3 and all(c.isprintable() or c.isspace() for c in text):
+        return f"a text, no model. {_MODEL}"
+    return ""
 
 
 def _open_index(path: Path) -> dict[str, StoredTensor]:
@@ -278,7 +300,7 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
                 f"{path} points outside its folder: {name!r}. Shards must be plain file names "
                 "beside the index; do not trust this checkpoint."
             )
-        if not name.endswith((".safetensors", ".bin")):
+        if not name.lower().endswith((".safetensors", ".bin")):
             raise CheckpointError(f"{path} names {name!r}, which is neither .safetensors nor .bin.")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
@@ -341,7 +363,7 @@ def _load_pickle(file: WeightFile) -> dict[Any, Any]:
     path, content = file.path, file.content
     told = f"{path} is not a PyTorch file of plain tensors"
     if content != PICKLE:
-        raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_ADVICE}")
+        raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_AGAIN}")
     try:
         import torch
     except ImportError as error:
@@ -365,6 +387,8 @@ def _load_pickle(file: WeightFile) -> dict[Any, Any]:
             f"{told}: {reason} Use the checkpoint's .safetensors files, a file with the model's "
             "state_dict alone, or a fresh download."
         ) from error
+    if isinstance(state, torch.Tensor):  # an embedding that leaves its token to the file's name
+        return {BARE: state}
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path} must hold a dict of tensors, received {type(state).__name__}."
@@ -411,6 +435,12 @@ def _unwrapped(state: Mapping[Any, Any], wrappers: Sequence[str]) -> Mapping[Any
     return state
 
 
+def _is_alpha(key: Any, value: Any) -> bool:
+    """Whether an entry is a LoRA's strength as a plain number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and isinstance(key, str) and key.endswith(".alpha")
+
+
 def _of_pickle(file: WeightFile, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
     """A `.bin`, `.pth` or `.ckpt`."""
     path, state = file.path, file.pickle
@@ -418,11 +448,16 @@ def _of_pickle(file: WeightFile, wrappers: Sequence[str]) -> dict[str, StoredTen
 
     if wrappers:
         inner = _unwrapped(state, wrappers)
-        state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+        state = {
+            key: value for key, value in inner.items()
+            if isinstance(value, torch.Tensor) or _is_alpha(key, value)
+        }  # fmt: skip
 
     def stored(key: Any, value: Any) -> StoredTensor:
         if not isinstance(key, str):
             raise CheckpointError(f"{path} has a key that is a {type(key).__name__}, no name.")
+        if _is_alpha(key, value):
+            value = torch.tensor(float(value))
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
         if not dense or value.is_meta or value.is_quantized:
             raise CheckpointError(

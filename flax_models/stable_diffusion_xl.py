@@ -145,8 +145,10 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
                 f"SDXL's two tokenizers share a vocabulary; received {lengths[0]} and "
                 f"{lengths[1]} tokens."
             )
-        factor = self.vae.config.downsampling
-        height, width = self.unet.config.latent_size
+        # Of a pipeline without its UNet or autoencoder the encoders are of use too.
+        factor = 8 if self.vae is None else self.vae.config.downsampling
+        size = (None if self.unet is None else self.unet.config.sample_size) or 128
+        height, width = size if isinstance(size, tuple) else (size, size)
         return TextEncoders(
             *parts[:2],
             pad_tokens=(self.tokenizer.pad_token_id, self.tokenizer_2.pad_token_id),

@@ -25,7 +25,7 @@ from conceptax.converters.compvis import load_single_file, save_single_file
 from conceptax.converters.compvis_parts import read_single_file
 from conceptax.converters.safetensors_file import StoredTensor
 from conceptax.converters.tensors import tensor_specs, variables
-from conceptax.methods.sampling import NoiseSchedule, make_sampler
+from conceptax.methods.sampling import NoiseSchedule, alphas_cumprod, make_sampler
 from conceptax.methods.text.phrases import ConceptError
 
 MODELS = ("unet", "vae", "text_encoder")
@@ -746,13 +746,52 @@ def test_names_of_files_do_not_matter(single, torch, tmp_path, tiny):
     for name, start, what in (
         ("x.ckpt", b"<!DOCTYPE html><html>", "a web page"),
         ("x.safetensors", b"\n<html>", "a web page"),
-        ("y.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
-        ("z.bin", b"\x89PNG\r\n", "a picture"), ("v.ckpt", b"what", "of no known format"),
+        ("y.safetensors", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        ("z.bin", b"\x89PNG\r\n", "a picture"), ("v.ckpt", b"what", "a text"),
         ("w.safetensors", bytes(600), "full of zeros"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(start)
-        with pytest.raises(CheckpointError, match=rf"{name} is not a .*: it is {what}"):
+        with pytest.raises(CheckpointError, match=rf"{name} is {what}"):
             load_pytorch(tmp_path / name)
+    (tmp_path / "u.ckpt").write_bytes(b"\1\2\3")
+    with pytest.raises(CheckpointError, match=r"u\.ckpt is not .*: it is of no known format"):
+        load_pytorch(tmp_path / "u.ckpt")
+
+
+def kept_signal(first, last):
+    return np.cumprod(1 - np.linspace(first**0.5, last**0.5, 1000) ** 2)
+
+
+def test_a_stored_noise_schedule_is_used_where_it_is_another(tiny, single, tmp_path, torch):
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    content = safetensors.numpy.load_file(single)
+    usual, other = kept_signal(0.00085, 0.012), kept_signal(0.001, 0.02)
+    steps = torch.tensor(1 - usual / np.concatenate([[1], usual[:-1]]))
+    zero = np.cumprod(1 - rescale_zero_terminal_snr(steps).numpy())
+
+    def told(**tables):
+        file = tmp_path / "other.safetensors"
+        safetensors.numpy.save_file(content | tables, file)
+        return load_pytorch(file, components=["scheduler"]).scheduler_config
+
+    plain = told()
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        assert told(alphas_cumprod=usual.astype(dtype)) == plain
+    assert told(**{"denoiser.sigmas": np.sqrt(1 / usual - 1)}) == plain
+    rescaled = told(alphas_cumprod=zero.astype(np.float32))
+    assert rescaled["rescale_betas_zero_snr"] and rescaled["timestep_spacing"] == "trailing"
+    received = NoiseSchedule.from_config(told(alphas_cumprod=other))
+    np.testing.assert_allclose(alphas_cumprod(received), other, rtol=1e-5)
+    with pytest.raises(CheckpointError, match=r"alphas_cumprod.*cannot be told apart"):
+        told(alphas_cumprod=other.astype(ml_dtypes.bfloat16))
+
+
+def test_a_single_file_tells_what_it_leaves_out(tiny, tmp_path):
+    pipeline = load_pytorch(tiny[0], components=["vae"])
+    pipeline = dataclasses.replace(pipeline, carried={"safety_checker": tmp_path})
+    with pytest.warns(UserWarning, match="no place for safety_checker, which is left out"):
+        save_single_file(pipeline, tmp_path / "a.safetensors")
 
 
 def meta_state(module):

@@ -282,13 +282,13 @@ def test_corrupted_header_never_escapes_as_another_error(folder):
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        (b"not a model at all, but a text file", "is not a safetensors file"),
+        (b"not a model at all, but a text file", "is a text, no model"),
         (b"PK\x03\x04" + bytes(100), "is not a safetensors file"),
         (struct.pack("<Q", 2**63) + b"{}", "is not a safetensors file"),
         (struct.pack("<Q", 50_000_000) + b"{}", "truncated"),
         (struct.pack("<Q", 3) + b"{]}", "not valid JSON"),
-        (b"<!DOCTYPE html><html>404 Not Found</html>", "is not a safetensors file"),
-        (b"version https://git-lfs.github.com/spec/v1", "is not a safetensors file"),
+        (b"<!DOCTYPE html><html>404 Not Found</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
     ],
 )
 def test_not_safetensors(folder, content, fragment):

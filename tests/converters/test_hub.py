@@ -124,3 +124,15 @@ def test_what_is_here_is_meant_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub.hub_id("org/name") is None
     assert hub.local("org/name", subfolder="unet") == Path("org/name/unet")
+
+
+@pytest.mark.parametrize("form", ["{}.fp16-0000{}-of-00002{}", "{}-0000{}-of-00002.fp16{}"])
+def test_all_shards_of_a_variant_are_fetched(form):
+    """Behind the variant's name is where diffusers numbers shards today, before it until 0.27."""
+    stem = "diffusion_pytorch_model"
+    index = f"{stem}.safetensors.index.fp16.json"
+    shards = [form.format(stem, number, ".safetensors") for number in (1, 2)]
+    files = [*shards, index, f"{stem}.safetensors", "config.json"]
+    wanted = hub.HubId("org/name", "", None)
+    assert {*hub._component(wanted, files, "fp16")} == {*shards, index, "config.json"}
+    assert {*hub._component(wanted, files, None)} == {f"{stem}.safetensors", "config.json"}

@@ -1,6 +1,7 @@
 """What a checkpoint is, told from headers; whether PyTorch agrees; differences as files."""
 
 import json
+import re
 import shutil
 import struct
 
@@ -243,10 +244,10 @@ ZOO = {
     "no weights": (lambda t: replaced(t / "m", "vae", WEIGHTS, None), "holds no weights"),
     "pointer inside": (
         lambda t: replaced(t / "m", "vae", WEIGHTS, b"version https://git-lfs.github.com/spec/v1"),
-        "is not a safetensors file",
+        "is a pointer of Git LFS",
     ),
     "page inside": (
-        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n"), "is not a safetensors"
+        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n"), "is a web page"
     ),
     "no tokenizer": (
         lambda t: replaced(t / "m", "tokenizer", "tokenizer.json", b"{"), "not a CLIP tokenizer"
@@ -270,17 +271,18 @@ ZOO = {
     "text": (lambda t: written(t / "prompts.txt", b"a cat\n"), "is a text, no model"),
     "settings": (lambda t: bundled_model() / "unet/config.json", "is a file of settings"),
     "empty": (lambda t: written(t / "model.ckpt", b""), "is empty"),
-    "lora": (lambda t: tensors(t / "l.safetensors", **PAIR), "is a LoRA, which changes a model"),
+    "lora": (lambda t: tensors(t / "l.safetensors", **PAIR), "is a LoRA, which is no model"),
     "lora's folder": (
         lambda t: tensors(t / "pytorch_lora_weights.safetensors", **PAIR).parent,
-        "is a LoRA, which changes a model",
+        "is a LoRA, which is no model",
     ),
     "embedding": (
         lambda t: tensors(t / "e.safetensors", **{"<new>": np.ones(4, np.float32)}),
-        "holds new tokens",
+        "is a textual inversion, which is no model",
     ),
     "weights alone": (
-        lambda t: tensors(t / "w.safetensors", x=np.ones(4, np.float32)), "no config.json beside it"
+        lambda t: tensors(t / "w.safetensors", **{"x.weight": np.ones(4, np.float32)}),
+        "No config.json beside it",
     ),
     "nothing": (lambda t: t, "(found nothing)"),
     "only temporary": (
@@ -291,6 +293,27 @@ ZOO = {
         "Pass the weight file itself",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("where", [".", "vae"])
+def test_options_of_single_files_are_refused_for_folders(where):
+    with pytest.raises(ValueError, match="is no single file, for which prediction_type= is"):
+        load_pytorch(bundled_model() / where, prediction_type="epsilon")
+
+
+def test_weights_that_are_only_converted_are_told(tmp_path, capsys):
+    """They are whole, and what loads them has to convert: inspect says what load says."""
+    folder = tmp_path / "vae"
+    shutil.copytree(bundled_model() / "vae", folder)
+    stored = safetensors.numpy.load_file(folder / WEIGHTS)
+    safetensors.numpy.save_file(
+        {key: value.astype(np.float64) for key, value in stored.items()}, folder / WEIGHTS
+    )
+    assert main(["inspect", str(folder)]) == 0
+    told = "Convert such weights: conceptax convert SOURCE DEST --dtype float32"
+    assert told in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        load_pytorch(folder)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -317,7 +340,7 @@ def test_inspect_and_load_say_the_same(tmp_path, name):
 
 
 def test_a_pipeline_is_no_classifier():
-    with pytest.raises(CheckpointError, match="is a pipeline, not a classifier"):
+    with pytest.raises(CheckpointError, match="is a pipeline, no classifier"):
         load_classifier(bundled_model(), None, "x")
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from conceptax import bundled_model
 from conceptax.converters import CheckpointError, OutputError, load_pytorch
-from conceptax.converters.lora import difference, load_lora, merge_lora, save_lora
+from conceptax.converters.lora import check_lora, difference, load_lora, merge_lora, save_lora
 from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -330,10 +330,13 @@ def test_what_does_not_fit_is_told(pipeline, pairs, tmp_path):
     fails({"unet.x.lora_B.bias": one}, "1 of LoRA with biases")
     fails({"bundle_emb.cat.emb_params": one}, "1 of embeddings within a LoRA")
     fails({"unet.x.weight": one}, "1 unexpected: unet.x.weight")
-    fails({"unet.x.lora_A.weight": one}, r"1 unexpected: unet\.x\. It was made for another")
-    fails({"text_encoder_2.x.lora_A.weight": one}, r"unexpected: text_encoder_2\.x")
+    for name in ("unet.x", "text_encoder_2.x"):
+        foreign = {f"{name}.lora_{kind}.weight": one for kind in "AB"}
+        fails(foreign, rf"1 unexpected: {name}\. It was made for another")
     value = f"{ATTENTION}.to_v"
     fails({f"unet.{value}.lora_A.weight": one}, "lacks lora_B. The file is incomplete")
+    with pytest.raises(CheckpointError, match="lacks lora_B"):  # told without the model too
+        check_lora(tmp_path / "x.safetensors")
     both = {f"unet.{value}.lora_A.weight": one, f"unet.{value}.lora_B.weight": one}
     fails(both, r"changes a weight of shape \[3, 3\], this model's has")
     fails(both | {f"unet.{value}.lora_A.weight": one[:2]}, r"has A \[2, 3\] and B \[3, 3\]")

@@ -20,6 +20,7 @@ from conceptax.cli.class_images import complete_class_images
 from conceptax.converters import (
     CheckpointError,
     OutputError,
+    inspect_checkpoint,
     load_personalised,
     load_pytorch,
     save_custom_diffusion,
@@ -28,7 +29,7 @@ from conceptax.converters import (
 )
 from conceptax.converters.compvis_names import renamed
 from conceptax.converters.compvis_parts import unet_names_of
-from conceptax.converters.personalised import CUSTOM_DIFFUSION, describe, read_personalisation
+from conceptax.converters.personalised import CUSTOM_DIFFUSION, read_personalisation
 from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.flax_models.stable_diffusion import TokenError, add_tokens, expanded, token_ids
 from conceptax.methods.sampling import make_sampler
@@ -394,15 +395,26 @@ def test_embeddings_of_every_program(work, tmp_path, torch, capsys):
          "embeddings_gs-500.pt", "embeddings_gs-500"),
         ({"<cat-toy>": table}, "learned_embeds.bin", "<cat-toy>"),
         ({"cat": table.to(torch.float64)}, "x.bin", "cat"),
+        (table, "bare.pt", "bare"), (torch.nn.Parameter(table), "bare.bin", "bare"),
     ):  # fmt: skip
         torch.save(content, tmp_path / file)
         assert read(file) == {token: rows[0].tolist(), f"{token}_1": rows[1].tolist()}
-        assert describe(tmp_path / file) == "a textual inversion"
+        assert inspect_checkpoint(tmp_path / file).kind == "personalisation"
     save({"emb_params": rows[0]}, tmp_path / "bad-hands.SAFETENSORS")
     assert read("bad-hands.SAFETENSORS") == {"bad-hands": rows[0].tolist()}
     save({"clip_g": rows + 6, "clip_l": rows}, tmp_path / "xl.safetensors")
     both = np.concatenate([rows, rows + 6], axis=1).tolist()
     assert read("xl.safetensors") == {"xl": both[0], "xl_1": both[1]}
+
+    save({"text_encoders_1": rows + 6, "text_encoders_0": rows}, tmp_path / "xl.safetensors")
+    assert read("xl.safetensors") == {"xl": both[0], "xl_1": both[1]}
+    (tmp_path / "two").mkdir()
+    save({"<cat>": rows}, tmp_path / "two/learned_embeds.safetensors")
+    save({"<cat>": rows + 6}, tmp_path / "two/learned_embeds_2.safetensors")
+    assert read("two") == {"<cat>": both[0], "<cat>_1": both[1]}
+    save({"<dog>": rows + 6}, tmp_path / "two/learned_embeds_2.safetensors")
+    with pytest.raises(CheckpointError, match="has the token '<dog>', and the learned_embeds"):
+        read("two")
 
     for content, file, told in (
         ({"clip_l": rows}, "a.safetensors", "has clip_l and no clip_g"),
@@ -453,7 +465,6 @@ def test_changed_weights_are_no_tokens(work, tmp_path, prefix):
     with pytest.raises(CheckpointError, match=r"pipeline's unet: 1 unexpected: down_blocks\.9"):
         load_personalised(base, tmp_path / "uce.safetensors")
     if not prefix:
-        assert describe(tmp_path / "uce.safetensors") is None
         second = {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.bias": np.ones(2)}
         safetensors.numpy.save_file(second, tmp_path / "uce.safetensors")
         with pytest.raises(CheckpointError, match="changes a text_encoder_2"):

@@ -13,6 +13,8 @@ from PIL import Image
 
 from conceptax.cli import main
 from conceptax.converters import inspect_checkpoint, load_pytorch, save_pytorch
+from conceptax.converters.verification import verify
+from conceptax.flax_models.stable_diffusion import add_tokens
 from conceptax.flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
 from conceptax.methods import text_to_image as t2i
 from conceptax.methods.text.phrases import encode_phrases
@@ -140,6 +142,22 @@ def test_the_folder_comes_back_bit_for_bit_and_diffusers_loads_it(
         for path in (source, saved)
     )
     assert old["architectures"] == new["architectures"] == ["CLIPTextModelWithProjection"]
+
+
+def test_verify_compares_a_unet_that_reads_sizes(torch, folder, pipeline):
+    found = verify(pipeline.unet, folder[1] / "unet")
+    assert 0 < found["UNet2DConditionModel"] < 1e-4
+
+
+def test_encoders_of_a_pipeline_without_the_rest(pipeline):
+    """New tokens need neither UNet nor autoencoder."""
+    partial = dataclasses.replace(pipeline, unet=None, vae=None)
+    rows = {"<new>": np.ones(16 + 24, np.float32)}
+    added = add_tokens(partial, rows)
+    for name in ("text_encoder", "text_encoder_2"):
+        model = getattr(added, name)
+        table = getattr(model, "text_model", model).embeddings.token_embedding.embedding[...]
+        assert (np.asarray(table[-1]) == 1).all()
 
 
 def test_the_command_samples_it_with_prompts_of_a_file(folder, drawer, tmp_path, capsys):

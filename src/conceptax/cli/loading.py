@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from conceptax.converters import load_changes, load_maft_plus, load_open_clip, load_pytorch
+from conceptax.converters import load_maft_plus, load_open_clip, load_personalised, load_pytorch
 from conceptax.converters.errors import CheckpointError
 from conceptax.converters.identify import resolved
+from conceptax.converters.lora import holds_lora, merge_lora
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.tokenizer import read_tokenizer
-from conceptax.converters.weights import open_weights
 from conceptax.flax_models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
@@ -59,8 +59,8 @@ def load_edited(
     """A pipeline, or the original with what a folder or file of `conceptax erase --export` changes.
 
     Args:
-      path: a pipeline; a folder with a text encoder, a UNet, or one safetensors file of changed
-        tensors; or such a file.
+      path: a pipeline; a folder with a text encoder, a UNet, or safetensors files of changed
+        tensors; or such a file, or a LoRA.
       original: what the rest is taken from.
       dtype: computation dtype.
 
@@ -72,18 +72,14 @@ def load_edited(
         return load_pipeline(path, dtype, "evaluating")
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
+        if not files:
             raise CheckpointError(
                 f"{path} holds no edited model: it takes a pipeline (model_index.json), a text "
-                "encoder or UNet (config.json), or one safetensors file of changed tensors "
-                f"(found {len(files)})."
+                "encoder or UNet (config.json), or safetensors files of changed tensors."
             )
-        path = files[0]
-    if path.is_file():
-        in_text = any(key.startswith(CLIPTextModel.pytorch_prefix) for key in open_weights(path))
-        second = path.stem.startswith("text_encoder_2")  # as `conceptax erase` names it
-        name = ("text_encoder_2" if second else "text_encoder") if in_text else "unet"
-        return _with(original, name, load_changes(path, getattr(original, name)))
+        return functools.reduce(_merged, files, original)
+    if path.is_file() and not (path.parent / "config.json").is_file():
+        return _merged(original, path)
     part = load_pytorch(path, dtype=jnp.dtype(dtype))
     for name, kind in _PARTS.items():
         if isinstance(part, kind):
@@ -91,6 +87,10 @@ def load_edited(
     raise CheckpointError(
         f"{path} is a {type(part).__name__}; an erasure edits the text encoder or the UNet."
     )
+
+
+def _merged(pipeline: StableDiffusionPipeline, file: Path) -> StableDiffusionPipeline:
+    return (merge_lora if holds_lora(file) else load_personalised)(pipeline, file)
 
 
 def _with(original: StableDiffusionPipeline, name: str, part: Any) -> StableDiffusionPipeline:

@@ -525,16 +525,22 @@ def test_whatever_erasing_exports_can_be_evaluated(pipeline, edited, tmp_path):
     (weights,) = (tmp_path / "pipeline" / "unet").glob("*.safetensors")
     unet = safetensors.numpy.load_file(weights)
     name = "conv_in.weight"
-    safetensors.numpy.save_file({name: 2 * unet[name]}, tmp_path / "partial.safetensors")
-    loaded = load_edited(tmp_path / "partial.safetensors", pipeline, "float32")
     kernel = params_of(pipeline.unet)["conv_in"]["kernel"]
-    assert (params_of(loaded.unet)["conv_in"]["kernel"] == 2 * kernel).all() and keys
+    for prefix in ("unet.", ""):
+        file = tmp_path / "partial.safetensors"
+        safetensors.numpy.save_file({prefix + name: 2 * unet[name]}, file)
+        loaded = load_edited(file, pipeline, "float32")
+        assert (params_of(loaded.unet)["conv_in"]["kernel"] == 2 * kernel).all() and keys
+    file.rename(tmp_path / "changes/unet_changes.safetensors")  # as of two edited parts
+    loaded = load_edited(tmp_path / "changes", pipeline, "float32")
+    assert (params_of(loaded.unet)["conv_in"]["kernel"] == 2 * kernel).all()
+    assert same(params_of(loaded.text_encoder), expected)
 
     safetensors.numpy.save_file({name: unet[name], "x": unet[name]}, tmp_path / "more.safetensors")
     with pytest.raises(CheckpointError, match="1 unexpected: x"):
         load_changes(tmp_path / "more.safetensors", pipeline.unet)
     with pytest.raises(CheckpointError, match="holds no tensor of a CLIPTextModel"):
-        load_changes(tmp_path / "partial.safetensors", pipeline.text_encoder)
+        load_changes(tmp_path / "changes/unet_changes.safetensors", pipeline.text_encoder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no edited model"):
         load_edited(tmp_path / "empty", pipeline, "float32")
