@@ -18,6 +18,7 @@ from conceptax.cli.report import Number, Table, markdown_table
 from conceptax.cli.results import environment, new_folder, write_json
 from conceptax.methods.concepts import read_phrases
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
+from conceptax.methods.memory import require_images
 from conceptax.methods.subjects.images import image_files, read_image, read_images
 from conceptax.methods.text_to_image import text_to_image
 from conceptax.text import read_text
@@ -84,6 +85,8 @@ def run(command: Command) -> None:
         raise ValueError("pass photographs of the subject with --references.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
+    if command.model is not None:
+        require_images(command.count, "take a smaller --count")
     subjects = [Subject(path.resolve().name, read_images(path)) for path in command.references]
     began = time.perf_counter()
     with new_folder(

@@ -197,13 +197,12 @@ def _in_flags(message: str) -> str:
     """A message of `kernels.gna` with its arguments called as the flags that give them."""
     flags = {"kernel_size": "--window", "token_layout": "--layout", "token layout": "--layout"}
     flags |= {"is_causal": "--causal"}
-    for name in ("query_tile", "key_tile", "kv_heads", "head_dim"):
+    for name in ("query_tile", "key_tile", "kv_heads", "head_dim", "attention_share"):
         flags[name] = "--" + name.replace("_", "-")
     # Names that are words, too, are meant where a message says what they must be or are.
-    plain = "stride|dilation|batch|heads|additional|sparsity|tolerance|attention_share|replaced"
+    plain = "stride|dilation|batch|heads|additional|sparsity|tolerance|replaced"
     message = re.sub(rf"(?<![-\w])({'|'.join(flags)})\b", lambda m: flags[m[1]], message)
-    message = re.sub(rf"(?<![-\w])({plain})(?= must\b|=)", r"--\1", message)
-    return re.sub(r"--attention_share\b", "--attention-share", message)
+    return re.sub(rf"(?<![-\w])({plain})(?= must\b|=)", r"--\1", message)
 
 
 def _simulated(command: Simulate) -> str:
