@@ -318,6 +318,8 @@ def test_numbers_and_paths_are_checked_alike(tmp_path, capsys):
         assert f"{group}: steps must be at least 1, received 0" in capsys.readouterr().err
     refused(capsys, ["glyphs", "train", *out, "--measure", 10**9], "take a smaller --measure.")
     refused(capsys, ["glyphs", "train", *out, "--images", 0], "--images must be at least 1")
+    simulate = ["gna", "simulate", "--layout", "8", "--window", "3"]
+    refused(capsys, [*simulate, "--replaced", "-1"], "--replaced goes with --attention-share")
     for flag, value in (("--frames", "0"), ("--fps", "9"), ("--betas", "model")):
         refused(capsys, ["sample", "--prompt", "a", *out, flag, value], f"leave out {flag}.")
     assert os.listdir(tmp_path) == []

@@ -208,6 +208,8 @@ def _in_flags(message: str) -> str:
 def _simulated(command: Simulate) -> str:
     from conceptax.kernels.gna.simulator import simulate
 
+    if command.replaced != 1 and command.attention_share is None:
+        raise ValueError("--replaced goes with --attention-share: pass both.")
     result = simulate(
         command.layout,
         kernel_size=_each(command.window),
