@@ -49,6 +49,21 @@ def require_memory(
         )
 
 
+def require_images(count: int, remedy: str, *, height: int = 8, width: int = 8) -> None:
+    """Refuse so many images that keeping them could not work, before any list of them is made.
+
+    Args:
+      count: images that exist at the same time.
+      remedy: what to do about it, in words.
+      height, width: of each in pixels, or less.
+
+    Raises:
+      NotEnoughMemoryError: the host has no room for them.
+    """
+    smallest = 8 + 3 * height * width  # of a list, of an image
+    require_memory(float(count * smallest), f"keeping {count} images", remedy, host=True)
+
+
 def available_memory(*, host: bool = False) -> int | None:
     """Bytes that can still be had on a device, or on the host; None where nobody knows."""
     if not host and jax.default_backend() != "cpu":

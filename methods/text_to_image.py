@@ -394,6 +394,8 @@ class TextToImage:
             raise ValueError("There is nothing to draw: pass at least one prompt.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale}.")
         shape = self._latent_shape(height, width)
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(

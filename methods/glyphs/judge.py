@@ -30,6 +30,7 @@ from ...text import read_text
 from ..evaluation.instruments import in_batches
 from ..evaluation.statistics import rate
 from ..seeds import seed_key
+from ..settings import check_settings
 from .captions import COLOURS, TEXTURES
 from .world import IMAGE_SIZE, Jitter, load_split, render_many
 
@@ -58,6 +59,11 @@ class JudgeConfig:
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
     average: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self, least={"steps": 1, "batch_size": 1, "renders": 1, "weight_decay": 0}
+        )  # fmt: skip
 
 
 def render_set(

@@ -29,6 +29,7 @@ from ...flax_models.unet_2d_condition import UNet2DConditionConfig
 from ..evaluation.preprocessing import CLIP_MEAN, CLIP_STD
 from ..sampling.latents import to_unit
 from ..sampling.schedule import NoiseSchedule, add_noise, alphas_cumprod
+from ..settings import check_settings
 from ..training.state import TrainState, apply_gradients
 
 # CLIP's published pixel statistics, used by every CLIP checkpoint's image processor.
@@ -86,6 +87,11 @@ class Recipe:
     learning_rate: float
     weight_decay: float = 0.01
     ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, least={"steps": 1, "batch_size": 1, "weight_decay": 0})
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a fraction in [0, 1), received {self.ema}.")
 
     @functools.cache  # noqa: B019  (one program for all stages with this recipe)
     def optimizer(self) -> optax.GradientTransformation:

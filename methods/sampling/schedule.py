@@ -402,8 +402,8 @@ def inference_timesteps(
     count = schedule.num_train_timesteps
     if not 1 <= num_inference_steps <= count:
         raise ValueError(
-            f"num_inference_steps must be between 1 and num_train_timesteps={count}; "
-            f"got {num_inference_steps}."
+            f"num_inference_steps must be between 1 and {count}, the timesteps that the model was "
+            f"trained on; got {num_inference_steps}."
         )
     if spacing == "linspace":
         return np.linspace(0, count - 1, num_inference_steps)[::-1]

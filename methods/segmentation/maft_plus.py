@@ -25,6 +25,7 @@ from ...flax_models.convnext import ConvNeXt
 from ...flax_models.layers.bilinear import resize
 from ...flax_models.maft_plus import MaftPlus, class_logits
 from ..seeds import seed_key
+from ..settings import check_settings
 from ..training import (
     TrainState,
     accumulated,
@@ -177,11 +178,9 @@ class MaftPlusTraining:
     trainable: tuple[str, ...] = TRAINABLE
 
     def __post_init__(self):
-        if min(self.steps, self.accumulate) < 1 or self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(
-                "MaftPlusTraining accepts positive steps, accumulate, learning_rate and clip; "
-                f"received {self.steps}, {self.accumulate}, {self.learning_rate} and {self.clip}."
-            )
+        check_settings(self, least={"steps": 1, "accumulate": 1})
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, received {self.clip}.")
 
 
 @functools.lru_cache

@@ -90,7 +90,8 @@ def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises many types for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = getattr(error, "strerror", None) or str(error)
+        reason = (told.splitlines() or [type(error).__name__])[0]
         raise ImageError(
             f"{path} cannot be read as an image: {reason[:200].rstrip('.')}. Replace it or take it "
             "out."

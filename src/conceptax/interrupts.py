@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WAIT_SECONDS = 5.0  # for a block inside `whole`
 
 _stopper: "Stopper | None" = None
-_temporary: list[tuple[Path, tuple[Path, ...]]] = []
+_temporary: list[tuple[Path, tuple[Path, ...], Callable[[], Any]]] = []
 _whole = threading.RLock()
 
 
@@ -136,9 +136,16 @@ def acknowledgement(signum: int) -> str:
 
 
 @contextlib.contextmanager
-def temporary(path: Path, parents: Sequence[Path] = ()) -> Iterator[None]:
-    """Have `path`, and `parents` that are then empty, removed if a signal ends the process here."""
-    entry = (path, tuple(parents))
+def temporary(
+    path: Path, parents: Sequence[Path] = (), unless: Callable[[], Any] | None = None
+) -> Iterator[None]:
+    """Have `path`, and `parents` that are then empty, removed if a signal ends the process here.
+
+    Args:
+      path, parents: files or folders; they need not be there.
+      unless: whether `path` has become worth keeping, asked when the signal comes.
+    """
+    entry = (path, tuple(parents), unless or bool)
     _temporary.append(entry)
     try:
         yield
@@ -159,7 +166,9 @@ def say(message: str) -> None:
 
 
 def _remove_temporary() -> None:
-    for path, parents in list(_temporary):
+    for path, parents, worth_keeping in list(_temporary):
+        if worth_keeping():
+            continue
         for _ in range(5):  # the main thread may be writing there
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

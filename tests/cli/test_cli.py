@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from PIL import Image
 from conceptax.cli import _MODULES, COMMANDS, main
 from conceptax.cli.failures import in_flags, sentence
 from conceptax.cli.options import flags
+from conceptax.cli.runs import kept_run
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.weights import read_json
 from conceptax.errors import ConceptaxError
@@ -33,6 +35,7 @@ from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
 from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.interrupts import _remove_temporary
 from conceptax.methods.erasing import METHODS
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs import recipe
@@ -291,6 +294,37 @@ def test_seeds_are_checked_alike(tmp_path, capsys):
     assert os.listdir(tmp_path) == []
 
 
+def test_numbers_and_paths_are_checked_alike(tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    for number in ("nan", "inf", "-inf"):
+        for words, flag in (
+            (["sample", "--prompt", "a"], "--guidance"),
+            (["evaluate", "--concept", "a"], "--guidance"),
+            (["demo"], "--guidance"),
+        ):
+            refused(capsys, [*words, *out, flag, number], f"{flag} takes a finite number, received")
+    for words in (["sample", "--prompt", "a", *out, "--model", ""], ["demo", "--model="]):
+        refused(capsys, words, "error: --model is empty: it takes a path")
+    refused(capsys, ["convert", "", tmp_path / "out"], "an argument is empty")
+    many = "keeping 1000000000 images takes at least 200 GB of memory"
+    for words, flag in (
+        (["sample", "--prompt", "a"], "--count"),
+        (["evaluate", "--concept", "three", "--edited", "none"], "--images"),
+        (["personalize"], "--class-count"),
+    ):
+        refused(capsys, [*words, *out, flag, 10**9], many)
+    for group in ("judge", "unet"):
+        assert main(["glyphs", "train", f"--{group}.steps", "0"]) == 2
+        assert f"{group}: steps must be at least 1, received 0" in capsys.readouterr().err
+    refused(capsys, ["glyphs", "train", *out, "--measure", 10**9], "take a smaller --measure.")
+    refused(capsys, ["glyphs", "train", *out, "--images", 0], "--images must be at least 1")
+    simulate = ["gna", "simulate", "--layout", "8", "--window", "3"]
+    refused(capsys, [*simulate, "--replaced", "-1"], "--replaced goes with --attention-share")
+    for flag, value in (("--frames", "0"), ("--fps", "9"), ("--betas", "model")):
+        refused(capsys, ["sample", "--prompt", "a", *out, flag, value], f"leave out {flag}.")
+    assert os.listdir(tmp_path) == []
+
+
 def test_text_files_of_people(tmp_path, capsys):
     """UTF-8 with a mark or without; other encodings are told by their place."""
     file = tmp_path / "words.txt"
@@ -395,8 +429,14 @@ def test_messages_name_flags_where_flags_were_given(model, tmp_path, capsys):
     refused(capsys, [*erase, "--cycles", "0"], "error: --cycles must be")
     refused(capsys, [*erase, "--min-timestep", "3"], "error: --min-timestep is a fraction")
     refused(capsys, ["erase"], "no concept was given")
-    evaluate = ["evaluate", "--original", model, "--edited", model, "--concept", "three"]
-    evaluate += ["--output", tmp_path / "out", "--classifier"]
+    train = ["segment", "train", "--data", tmp_path, "--vocabulary", "a", "--open-clip", model]
+    refused(capsys, [*train, "--steps", "0"], "error: --steps must be at least 1, received 0")
+    refused(capsys, [*train, "--clip", "-1"], "error: --clip must be positive, received -1")
+    evaluate = ["evaluate", "--original", model, "--concept", "three"]
+    evaluate += ["--edited", model / "unet"]
+    evaluate += ["--output", tmp_path / "out"]
+    refused(capsys, [*evaluate, "--steps", "0"], "error: --steps must be at least 1")
+    evaluate += ["--classifier"]
     assert main([str(argument) for argument in [*evaluate, model]]) == 1
     told = capsys.readouterr().err
     assert f"{model} is a pipeline, no classifier: it takes a judge that" in told
@@ -416,6 +456,12 @@ def test_messages_name_flags_where_flags_were_given(model, tmp_path, capsys):
     }.items():
         assert in_flags(before, known) == after
         assert in_flags(before, ()) == before
+    both = ["--steps", "--attack.steps", "--length"]
+    told = "steps must be at least 1"
+    assert in_flags(told, both) == told
+    assert in_flags(told, both, ["--steps=0"]) == f"--{told}"
+    assert in_flags(told, both, ["--attack.steps", "0"]) == f"--attack.{told}"
+    assert in_flags(told, both, ["--attack.steps", "0", "--steps", "0"]) == told
 
 
 # ---- signals ----
@@ -505,6 +551,19 @@ def test_a_command_stops_at_once_and_leaves_nothing(seconds, tmp_path):
     assert process.returncode == 130
     assert re.fullmatch(r"conceptax( sample)?: interrupted\.\n", err)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("steps", [[], ["12"]])
+def test_a_signal_leaves_checkpoints_alone_that_hold_a_step(steps, tmp_path):
+    out = tmp_path / "deep" / "out"
+    command = types.SimpleNamespace(checkpoint_dir=None, checkpoint_every=9, output=out)
+    with kept_run(command, 20) as kept:
+        assert kept.directory is not None
+        for name in ("12.orbax-checkpoint-tmp", *steps):  # the first one was being written
+            (kept.directory / name).mkdir(parents=True)
+        _remove_temporary()  # as a signal has it done
+        assert kept.directory.exists() == bool(steps)
+    assert not kept.directory.exists()
 
 
 # ---- convert ----

@@ -95,7 +95,7 @@ def _answer(
             return 1  # in vain: a signal is ending the process
         if debug:
             raise
-        _print_error(f"{label}: error: {sentence(error, flags.values())}")
+        _print_error(f"{label}: error: {sentence(error, flags.values(), arguments)}")
         return 1
 
 
@@ -157,7 +157,7 @@ def _is_command(words: Sequence[str]) -> bool:
 def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str]) -> int:
     import tyro
 
-    from .options import check_seeds, fetched, flags
+    from .options import check_numbers, check_paths, fetched, flags
 
     word, *second = name.split()
     module: Any = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
@@ -165,6 +165,7 @@ def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str])
     choose = getattr(module, "command_type", None)
     kind = several[second[0]] if several else choose(arguments) if choose else module.Command
     known |= flags(kind)
+    check_paths(kind, arguments)
     try:
         command = tyro.cli(
             kind,
@@ -176,7 +177,7 @@ def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str])
         return int(stop.code or 0)
     join_processes()
     arm()  # jax takes SIGTERM where there are several processes
-    check_seeds(command, known)
+    check_numbers(command, known)
     module.run(fetched(command) if known else command)
     return 0
 

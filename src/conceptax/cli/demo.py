@@ -25,6 +25,7 @@ from conceptax.methods.glyphs.quality import (
     erasure_prompts,
     examine_all,
 )
+from conceptax.methods.memory import require_images
 from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.demo import (
     ASKED,
@@ -86,6 +87,7 @@ def run(command: Command) -> None:
     """Draw, erase, draw again with the same seeds, count, and write it all down."""
     if command.images < 1:
         raise ValueError(f"--images must be at least 1, received {command.images}.")
+    require_images(6 * command.images, "take fewer --images")
     console, progress = Console(), Console(stderr=True)
     seconds: dict[str, float] = {}
 

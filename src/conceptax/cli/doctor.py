@@ -12,7 +12,7 @@ from typing import Any
 # Beside the core: what each is for.
 _OPTIONAL = {
     "torch": "reads .bin, .pt and .ckpt files: pip install 'conceptax[torch]'",
-    "diffusers": "convert --verify: pip install 'conceptax[torch]'",
+    "diffusers": "conceptax convert --verify: pip install 'conceptax[torch]'",
     "jax_triton": "attention on NVIDIA GPUs: pip install 'conceptax[cuda]'",
     "imageio_ffmpeg": "MP4 files: pip install 'conceptax[video]'",
     "pillow_heif": "HEIC photographs: pip install 'conceptax[heic]'",

@@ -27,6 +27,7 @@ from conceptax.methods.evaluation import (
 )
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
+from conceptax.methods.memory import require_images
 from conceptax.methods.text.phrases import read_phrases
 from conceptax.reporting.erasing import erasing_record, near_tables
 from conceptax.reporting.evaluation import report_page, report_tables
@@ -127,6 +128,8 @@ def command_type(arguments: Sequence[str]) -> Any:
 def run(command: Command[Any]) -> None:
     """Settle the settings, evaluate, and write it all down; the output is claimed first."""
     settings = _recorded(command) if command.settings else _stated(command)
+    for flag, name in (("--images", "images"), ("--attack-images", "attack_images")):
+        require_images(settings[name], f"take a smaller {flag}")
     models = [settings[name] for name in _MODELS if settings[name] is not None]
     with new_folder(
         command.output, force=command.force, command=command, markers=[METRICS],
@@ -236,7 +239,7 @@ def evaluate_settings(settings: Mapping[str, Any], progress: Console | None = No
         never_knew = load_edited(Path(never_knew), original, dtype)
 
     judge = _path(settings["classifier"]) or source / "judge"
-    if not judge.is_dir():
+    if not judge.is_dir() and settings["classifier"] is None:
         raise ValueError(
             f"{source} has no judge of its own: pass a classifier of what its images show with "
             "--classifier, for example a CLIP folder."

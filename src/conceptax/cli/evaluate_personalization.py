@@ -15,6 +15,7 @@ from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import OptionalPath
 from conceptax.cli.runs import new_folder
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
+from conceptax.methods.memory import require_images
 from conceptax.methods.subjects.images import image_files, read_image, read_images
 from conceptax.methods.text.phrases import read_phrases
 from conceptax.methods.text_to_image import text_to_image
@@ -86,6 +87,8 @@ def run(command: Command) -> None:
         raise ValueError("pass photographs of the subject with --references.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
+    if command.model is not None:
+        require_images(command.count, "take a smaller --count")
     subjects = [Subject(path.resolve().name, read_images(path)) for path in command.references]
     began = time.perf_counter()
     with new_folder(

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from conceptax.errors import ConceptaxError
 
@@ -20,15 +20,18 @@ _ALIASES = {
 _ELSEWHERE = ("prediction_type", "tokenizer")  # which `conceptax convert` has flags for
 
 
-def sentence(error: BaseException, flags: Collection[str] = ()) -> str:
+def sentence(
+    error: BaseException, flags: Collection[str] = (), arguments: Sequence[str] = ()
+) -> str:
     """An exception in one line: what to do about it, or where to find out more.
 
     Args:
       error: the exception.
       flags: of the command, which take the place of the names that they have in Python.
+      arguments: that were given.
     """
     found = (_about_platforms() if not isinstance(error, ConceptaxError) else None) or _about(error)
-    return readable(in_flags(found, flags))
+    return readable(in_flags(found, flags, arguments))
 
 
 def readable(text: str) -> str:
@@ -37,26 +40,32 @@ def readable(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
 
 
-def in_flags(message: str, flags: Collection[str]) -> str:
+def in_flags(message: str, flags: Collection[str], arguments: Sequence[str] = ()) -> str:
     """A message that names arguments in Python, with the flags of a command in their place.
 
-    A name that is set in several groups of flags stays as it is; advice about an argument that no
-    flag sets is left out.
+    Of flags in several groups that set the same name, the one among the `arguments` is meant;
+    where there is none or several, the name stays as it is.  Advice about an argument that no flag
+    sets is left out.
     """
     if not flags:
         return message
-    known: dict[str, str | None] = {}
+    given = {each.partition("=")[0].replace("_", "-") for each in arguments}
+    known: dict[str, list[str]] = {}
     alone: dict[str, str] = {}
     for flag in flags:
         group, _, last = flag.removeprefix("--").removeprefix("no-").rpartition(".")
         name = last.replace("-", "_")
-        known[name] = None if name in known else flag
+        known.setdefault(name, []).append(flag)
         if not group:
             alone[name] = flag
 
     def flag_of(name: str) -> str | None:
-        others = (alone[other] for other in _ALIASES.get(name, ()) if other in alone)
-        return known.get(name) or next(others, None)
+        found = known.get(name, [])
+        if len(found) > 1:
+            found = [flag for flag in found if flag in given]
+        if len(found) == 1:
+            return found[0]
+        return next((alone[other] for other in _ALIASES.get(name, ()) if other in alone), None)
 
     def assigned(match: re.Match[str]) -> str:
         name, value = match[1], match[2].strip("'")

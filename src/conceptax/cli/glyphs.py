@@ -25,6 +25,7 @@ from conceptax.methods.glyphs.judge import (
 )
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
+from conceptax.methods.memory import require_images
 from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.results import environment
 from conceptax.text import write_json
@@ -60,6 +61,7 @@ class Command:
 
 def run(command: Command) -> None:
     """Train what is not yet trained, then publish."""
+    _check(command)
     with new_folder(command.output, force=command.force, command=command) as folder:
         settings = {"build": dataclasses.asdict(command.build)}
         settings["judge"] = dataclasses.asdict(command.judge)
@@ -70,6 +72,14 @@ def run(command: Command) -> None:
     size = sum(file.stat().st_size for file in command.output.rglob("*") if file.is_file())
     print(f"{command.output}: {size / 1e6:.1f} MB")
     print(quality_table(quality))
+
+
+def _check(command: Command) -> None:
+    """Raise ValueError for numbers with which hours of training would be for nothing."""
+    for flag, count in (("--measure", command.measure), ("--images", command.build.images)):
+        if count < 1:
+            raise ValueError(f"{flag} must be at least 1, received {count}.")
+        require_images(count, f"take a smaller {flag}", height=64, width=64)
 
 
 def publish(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -81,17 +82,49 @@ def fetched(command: Any) -> Any:
     return dataclasses.replace(command, **changed) if changed else command
 
 
-def check_seeds(command: Any, known: Mapping[tuple[str, ...], str]) -> None:
-    """Check every seed among the settings of a command, whose `flags` are `known`.
+def check_numbers(command: Any, known: Mapping[tuple[str, ...], str]) -> None:
+    """Check every number among the settings of a command, whose `flags` are `known`.
 
     Raises:
-      SeedError: one is outside what random numbers are made from.
+      SeedError: a seed is outside what random numbers are made from.
+      ValueError: a number is NaN or infinite.
     """
     from conceptax.methods.seeds import check_seed
 
     for path, flag in known.items():
+        value = functools.reduce(getattr, path, command)
         if path[-1] == "seed":
-            check_seed(functools.reduce(getattr, path, command), flag)
+            check_seed(value, flag)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(f"{flag} takes a finite number, received {each}.")
+
+
+def check_paths(kind: Any, arguments: Sequence[str]) -> None:
+    """Refuse an empty path, which would be the working folder: often a variable that is not set.
+
+    Args:
+      kind: the command's type.
+      arguments: before they are parsed.
+
+    Raises:
+      ValueError: names the flag.
+    """
+    plain = get_origin(kind) or kind
+    hints = get_type_hints(plain)
+    taken = {
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(plain)
+        if Path in (hints[field.name], *get_args(hints[field.name]))
+    }
+    before = ""
+    for each in arguments:
+        flag = before if not each else each.removesuffix("=")
+        if flag in taken and (not each or each.endswith("=")):
+            raise ValueError(f"{flag} is empty: it takes a path.")
+        if not each and not before.startswith("--"):
+            raise ValueError("an argument is empty: leave it out, or name a path.")
+        before = each
 
 
 def chosen(arguments: Sequence[str], option: str, default: str) -> str:

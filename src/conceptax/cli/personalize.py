@@ -28,7 +28,7 @@ from conceptax.flax_models.stable_diffusion import (
     embedding_rows,
     token_ids,
 )
-from conceptax.methods.memory import flags
+from conceptax.methods.memory import flags, require_images
 from conceptax.methods.personalization import METHODS, method_of, personalise
 from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig
 from conceptax.methods.subjects.images import (
@@ -156,6 +156,7 @@ def class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
         raise ValueError(f"--class-count must not be negative, received {command.class_count}.")
     if not command.class_count:
         return []
+    require_images(command.class_count, "take a smaller --class-count")
     if command.concepts is not None:
         folders = read_class_folders(command.concepts)
     elif command.class_images is not None and len(command.class_word) == 1:

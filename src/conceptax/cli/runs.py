@@ -136,10 +136,15 @@ def kept_run(command: Any, steps: int) -> Iterator[Kept]:
     output = Path(os.path.abspath(command.output.expanduser()))
     directory = output.with_name(f".{output.name or 'output'}.checkpoints")
     made = [place for place in (directory, *directory.parents) if not place.exists()]
+
+    def worth_keeping() -> bool:
+        return directory not in made or bool(_checkpoints_in(directory))
+
     try:
-        yield Kept(directory, every, {"keep": 1, "save_last": steps > every})
+        with temporary(directory, made[1:], worth_keeping):
+            yield Kept(directory, every, {"keep": 1, "save_last": steps > every})
     except BaseException:
-        if directory in made and not _checkpoints_in(directory):
+        if not worth_keeping():
             _discard(directory)
             for folder in made[1:]:
                 with contextlib.suppress(OSError):

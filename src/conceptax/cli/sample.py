@@ -12,6 +12,7 @@ from conceptax.cli.options import Model, OptionalInt, OptionalPath
 from conceptax.reporting.videos import SUFFIXES, encoder, save_video
 
 _SIZES = ("height", "width", "batch_size", "vae_tiling")  # what memory depends on
+_OF_VIDEOS = ("frames", "fps", "betas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +90,12 @@ def run(command: Command) -> None:
         raise ValueError("there is nothing to draw: pass at least one --prompt, or --prompts FILE.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
-    from conceptax.methods.memory import flags, require_memory
+    from conceptax.methods.memory import flags, require_images
 
-    count = len(command.prompt) * command.count
-    smallest = 8 + 3 * (command.height or 8) * (command.width or 8)  # of a list, of an image
-    require_memory(
-        float(count * smallest),
-        f"keeping {count} images",
-        "take a smaller --count, --height or --width",
-        host=True,
-    )
+    require_images(
+        len(command.prompt) * command.count, "take a smaller --count, --height or --width",
+        height=command.height or 8, width=command.width or 8,
+    )  # fmt: skip
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
     record = _record(command)
     video = command.motion_adapter is not None
@@ -143,6 +140,10 @@ def _check_output(command: Command, output: Path, count: int) -> None:
                 f"--output takes a .png file or a folder without a suffix, received {output}"
                 + ("; videos need a --motion-adapter." if suffix in SUFFIXES else ".")
             )
+        if given := [f"--{name}" for name in _OF_VIDEOS if _is_set(command, name)]:
+            raise ValueError(
+                f"videos need a --motion-adapter: pass one, or leave out {', '.join(given)}."
+            )
         return
     if suffix not in ("", *SUFFIXES) or (suffix and count > 1):
         raise ValueError(
@@ -152,6 +153,7 @@ def _check_output(command: Command, output: Path, count: int) -> None:
     unfit = {
         "--sampler": command.sampler not in (None, "ddim"),
         "--devices": command.devices is not None, "--vae-tiling": command.vae_tiling,
+        "--batch-size": _is_set(command, "batch_size"),
     }  # fmt: skip
     if given := ", ".join(option for option, is_given in unfit.items() if is_given):
         raise ValueError(f"videos are drawn by DDIM, one by one, whole: leave out {given}.")
@@ -159,6 +161,10 @@ def _check_output(command: Command, output: Path, count: int) -> None:
         raise ValueError(f"--fps must be at least 1, received {command.fps}.")
     if suffix != ".gif":
         encoder()
+
+
+def _is_set(command: Command, name: str) -> bool:
+    return getattr(command, name) != getattr(Command, name)
 
 
 def _draw(command: Command, prompts: list[str]) -> Any:
@@ -219,7 +225,7 @@ def _record(command: Command) -> dict[str, Any]:
     fields["model"] = str(command.model) if command.model else "bundled"
     left_out = {"output", "force", "prompts"}
     if command.motion_adapter is None:
-        left_out |= {"motion_adapter", "frames", "fps", "betas"}
+        left_out |= {"motion_adapter", *_OF_VIDEOS}
     else:
         fields["motion_adapter"] = str(command.motion_adapter)
     return {name: value for name, value in fields.items() if name not in left_out}

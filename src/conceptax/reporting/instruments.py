@@ -131,7 +131,7 @@ def load_classifier(path: Path, tokenizer: Any, name: str) -> GlyphsClassifier |
         inside = [name for name in ("judge", "clip") if (path / name / "config.json").is_file()]
         hint = f" Pass {path / inside[0]}, which is in it." if inside else ""
         raise CheckpointError(f"{path} is a pipeline, no classifier: {takes}{hint}")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not ((path if path.is_dir() else path.parent) / "config.json").is_file():
         raise CheckpointError(f"{path} is no classifier, for it has no config.json: {takes}")
     config, _ = read_config(path if path.is_dir() else path.parent)
     if config.get("_class_name") == "Judge":

@@ -283,6 +283,7 @@ def test_long_prompts_are_cut_with_a_warning_that_names_the_rest(drawer):
     [
         ({"prompts": []}, "at least one prompt"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"height": 15}, "height=15 must be a positive multiple of 2"),
         ({"width": 0}, "width=0"),
         ({"sampler": "dpm"}, "accepted: ddim, ddpm"),

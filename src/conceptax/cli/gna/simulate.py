@@ -9,6 +9,8 @@ from .commands import Simulate, by, each
 
 def simulated(command: Simulate) -> str:
     """The table."""
+    if command.replaced != 1 and command.attention_share is None:
+        raise ValueError("--replaced goes with --attention-share: pass both.")
     result = simulate(
         command.layout,
         kernel_size=each(command.window),
