@@ -173,9 +173,9 @@ def _fingerprint(run: Callable[..., Any], problem: Problem, program: Any) -> lis
 @functools.cache
 def _sources() -> str:
     """A digest of this package: a kernel's code is not part of a traced program."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
