@@ -2,6 +2,7 @@
 
 import functools
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import platforms
+from conceptax.kernels.gna import boxes, platforms
 from conceptax.kernels.gna.cuda import build
 
 CPU_BACKENDS = [
@@ -196,6 +197,20 @@ def test_merging_parts_without_keys_differentiates(name, dtype):
     for got, value in zip((*results, *pull(cotangents)), expected, strict=True):
         rough = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5  # a few units of roundoff
         np.testing.assert_allclose(np.float64(got), value, rtol=4 * rough, atol=4 * rough)
+
+
+def test_steps_over_many_tokens_take_little_memory():
+    """Where all queries see all keys, steps keep nothing per query: here that were 0.5 GB."""
+    x = jax.ShapeDtypeStruct((1, 1 << 15, 1, 8), jnp.float32)
+    problem = gna.describe(x, x, x, kernel_size=1 << 15)
+    tracemalloc.start()
+    try:
+        loop, *_ = boxes.plan.__wrapped__(problem, 1 << 12, 1).loops
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(loop.queries) == (1 << 15) // loop.tile[0] * (1 << 15) // loop.box[0]
+    assert peak < 2e8
 
 
 def test_the_default_device_decides(monkeypatch):
