@@ -340,7 +340,8 @@ def test_a_failed_build_says_why(fake_compiler):
 @pytest.mark.parametrize("writes", [":", ': > "$last"'], ids=["nothing", "an empty file"])
 def test_a_compiler_that_writes_no_library(fake_compiler, writes):
     path = fake_compiler / "c++"
-    path.write_text(f"#!/bin/sh\nfor last; do :; done\n{writes}\n")
+    asked = '[ "$last" = --version ] && exit'
+    path.write_text(f"#!/bin/sh\nfor last; do :; done\n{asked}\n{writes}\n")
     with pytest.raises(RuntimeError, match=re.escape(f"{path} reported success but wrote no lib")):
         build.build("cpu")
     assert not list((fake_compiler / "cache" / "conceptax").iterdir())
