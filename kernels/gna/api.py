@@ -283,6 +283,14 @@ def joint_neighborhood_attention(
                 f"the image's {name} must be [batch, tokens, heads, head_dim] with {tokens} tokens "
                 f"for the token layout {tuple(token_layout)}; received shape {x.shape}."
             )
+    for name, x, own in zip(("query", "key", "value"), text, image, strict=True):
+        shape = (own.shape[0], *text[0].shape[1:2], *own.shape[2:])
+        if x.shape != shape or 0 in shape or x.dtype != own.dtype:
+            raise ValueError(
+                f"the text's {name} must be [batch, text tokens, heads, head_dim] as the image's "
+                "but for its tokens, at least one and the same in query, key and value, here "
+                f"{shape} of {own.dtype}; received shape {x.shape} of {x.dtype}."
+            )
     query, key, value = (x.reshape(x.shape[0], *token_layout, *x.shape[-2:]) for x in image)
     shared: dict[str, Any] = {"scale": scale, "implementation": implementation}
     of_image = neighborhood_attention(

@@ -8,6 +8,7 @@ Where the mesh's axes are Auto, the compiler asks how operands are divided when 
 (`custom_partitioning`).  Where they are Explicit, the operands' types say it (`shard_map`).
 """
 
+import copyreg
 import dataclasses
 import functools
 import hashlib
@@ -39,6 +40,12 @@ BACKWARD = (
 )
 
 Axes = tuple[str, ...]
+
+# A compiled program keeps what jax asked when it partitioned it, of no use any more: that cannot be
+# pickled, and must not keep `jax.experimental.serialize_executable` from saving the program.
+_ASKED = custom_partitioning.def_partition.__globals__.get("_ShardingCallbackInfo")
+if _ASKED is not None:
+    copyreg.pickle(_ASKED, lambda asked: (object, ()))
 
 
 def partitioned(
@@ -173,8 +180,7 @@ def _fingerprint(run: Callable[..., Any], problem: Problem, program: Any) -> lis
 @functools.cache
 def _sources() -> str:
     """A digest of this package: a kernel's code is not part of a traced program."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
+    digest, folder = hashlib.sha256(), Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -201,9 +207,11 @@ def _factors(number: int) -> list[int]:
 
 def _axes_along(dimension: int, mesh: Mesh, x: jax.ShapeDtypeStruct) -> Axes:
     """The mesh axes that divide a dimension, major first; none where axes do not describe it."""
+    # Of a shape that all divide evenly, be it not so with that of `x`.
+    shape = (mesh.size,) * x.ndim
     places = {
         device: index[dimension].start or 0
-        for device, index in x.sharding.devices_indices_map(x.shape).items()
+        for device, index in x.sharding.devices_indices_map(shape).items()
     }
     starts = np.vectorize(places.__getitem__, otypes=[int])(mesh.devices)
     steps = {
@@ -212,7 +220,7 @@ def _axes_along(dimension: int, mesh: Mesh, x: jax.ShapeDtypeStruct) -> Axes:
         if mesh.shape[name] > 1
     }
     axes = sorted((name for name in steps if steps[name]), key=lambda name: -steps[name])
-    pieces = x.shape[dimension] // x.sharding.shard_shape(x.shape)[dimension]
+    pieces = mesh.size // x.sharding.shard_shape(shape)[dimension]
     return tuple(axes) if math.prod(mesh.shape[name] for name in axes) == pieces else ()
 
 
@@ -223,11 +231,6 @@ def _explicit_mesh(*arrays: Array) -> AbstractMesh | None:
     """The mesh of the arrays, if any of its axes are Explicit."""
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
     return next((mesh for mesh in meshes if AxisType.Explicit in (mesh.axis_types or ())), None)
-
-
-def _explicit_axes(mesh: AbstractMesh) -> Axes:
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in types if kind == AxisType.Explicit)
 
 
 def _spec(x: Array) -> tuple[Axes, ...]:
@@ -289,13 +292,18 @@ def _over_explicit_axes(
     def laid_out(x: Array, where: PartitionSpec) -> Array:
         return sharded(x, _entries(where, x.ndim), mesh)
 
-    # No names are all axes but those along which vmap maps.
+    given = jax.tree.map(laid_out, given, inside)
+    # No names are all axes but those along which vmap maps, which one may not name.
     every = all(kind == AxisType.Explicit for kind in mesh.axis_types)
+    entries = (_entries(where, len(where)) for where in jax.tree.leaves(outside))
+    names = {axis for each in entries for axes in each for axis in axes}
+    if not every and not names:
+        return run(part, *given)
     divided = jax.shard_map(
         functools.partial(run, part),
         mesh=mesh,
         in_specs=inside,
         out_specs=outside,
-        axis_names=set() if every else set(_explicit_axes(mesh)),
+        axis_names=set() if every else names,
     )
-    return divided(*jax.tree.map(laid_out, given, inside))
+    return divided(*given)

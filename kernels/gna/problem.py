@@ -21,7 +21,7 @@ from .tiles import Window
 # name in `per_dimension`, which says more than a type checker would.
 PerDimension: TypeAlias = Any
 
-Number: TypeAlias = float | int | np.floating
+Number: TypeAlias = float | int | np.floating | np.integer
 
 # An integer, or an expression of symbolic dimensions (`jax.export.symbolic_shape`).
 Size: TypeAlias = Any

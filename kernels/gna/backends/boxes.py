@@ -273,9 +273,10 @@ def _loop(problem, sides, classes, keys, budget) -> Loop:
     queries, places, limits = [], [], []
     for m, side in enumerate(sides):
         group = side.group[entries[m]]
-        start, end = side.bounds(entries[m], tile[m])
-        place = np.minimum(start.min(-1), keys[m] - box[m])
         free = classes[m][3]
+        # All queries of a tile alike are one: there may be many steps.
+        start, end = side.bounds(entries[m], 1 if free else tile[m])
+        place = np.minimum(start.min(-1), keys[m] - box[m])
         if m == 0 and count > 1:
             first, last = place + piece * length, place + np.minimum((piece + 1) * length, box[0])
             start, end = (np.clip(x, first[..., None], last[..., None]) for x in (start, end))
@@ -283,7 +284,8 @@ def _loop(problem, sides, classes, keys, budget) -> Loop:
             free = free and box[0] % length == 0
         queries += [side.first[entries[m]], group]
         places += [place, group]
-        limits.append(None if free else np.stack([start, end], axis=2) - place[:, :, None, None])
+        limit = np.stack([start, end], axis=2) - place[:, :, None, None]
+        limits.append(None if free else np.broadcast_to(limit, (*limit.shape[:3], tile[m])))
     steps = (problem.shards, len(piece))
     masks, mask = _distinct(limits, steps)
     return Loop(

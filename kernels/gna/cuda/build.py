@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,10 @@ import jax
 
 SOURCES = Path(__file__).parent
 TARGETS = {"cpu": "gna_cpu.cc", "gpu": "gna_gpu.cu"}
+SYMBOLS = ("GnaForward", "GnaBackward")
 
+# What a build that was killed leaves is cleared by one that starts so many seconds later.
+ABANDONED = 3600
 
 VARIABLES = {"cpu": "CXX", "gpu": "NVCC"}
 
@@ -167,6 +171,7 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
         name = _name(target, architecture)
         library = _compile(command(target, architecture), target, folder, name)
         damaged = [path for path in folder.glob(f"{name}-*.so") if path != library]
+        _clear(folder)
     except OSError as error:
         raise RuntimeError(
             f"the cuda implementation could not be written to {folder}: {error}. XDG_CACHE_HOME "
@@ -188,9 +193,16 @@ def _digest(path: Path) -> str:
         return ""
 
 
+def _clear(folder: Path) -> None:
+    for scratch in folder.glob("build-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > ABANDONED:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _compile(options: list[str], target: str, folder: Path, name: str) -> Path:
     # Several processes may build at once: each its own file, and the last rename wins.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
         output = Path(scratch) / f"{name}.so"
         arguments = [*options, str(SOURCES / TARGETS[target]), "-o", str(output)]
         result = _run(arguments)
@@ -198,6 +210,11 @@ def _compile(options: list[str], target: str, folder: Path, name: str) -> Path:
             raise RuntimeError(
                 f"the cuda implementation did not compile with\n{shlex.join(arguments)}\n"
                 f"{result.stderr[-4000:]}"
+            )
+        if not output.is_file() or not output.stat().st_size:
+            raise RuntimeError(
+                f"the cuda implementation cannot be built: {options[0]} reported success but wrote "
+                f"no library; set {VARIABLES[target]} to a compiler, or not at all."
             )
         library = folder / f"{name}-{_digest(output)}.so"
         with output.open("rb+") as file:  # on the disk before it has its name
@@ -224,14 +241,17 @@ def load(target: str) -> ctypes.CDLL:
     Raises:
       RuntimeError: if it cannot be built, or the system does not load it.
     """
-    library = build(target, architecture() if target == "gpu" else None)
+    path = build(target, architecture() if target == "gpu" else None)
     try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
+        library = ctypes.CDLL(str(path))
+        for symbol in SYMBOLS:
+            getattr(library, symbol)
+    except (OSError, AttributeError) as error:
         raise RuntimeError(
-            f"the cuda implementation could not be loaded: {error}. If files in {library.parent} "
+            f"the cuda implementation could not be loaded: {error}. If files in {path.parent} "
             "may not be executed, XDG_CACHE_HOME chooses another place."
         ) from error
+    return library
 
 
 def _cache_folder() -> Path:

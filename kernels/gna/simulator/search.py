@@ -27,6 +27,8 @@ ALL_ROWS = 1 << 17
 ALL_PRODUCTS = 1 << 26
 # So many products are looked at together, some 100 bytes each.
 CHUNK = 1 << 20
+# So many rows of a dimension are compared together with all that are kept.
+ROWS = 1 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,11 +215,15 @@ def _undominated(table: Table, block_sparse: bool, alike: str) -> Table:
     keep = np.ones(len(group), bool)
     order = np.argsort(group, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-        if len(rows) > 1:
-            pairs, visited, free = table.pairs[rows], table.visited[rows], table.free[rows]
-            better = (visited <= visited[:, None]) & (free >= free[:, None])
-            better &= pairs >= pairs[:, None]
-            keep[rows] = ~np.tril(better, -1).any(axis=1)
+        kept = rows[:0]
+        for first in range(0, len(rows), ROWS):  # all at once would be quadratic in memory
+            some = rows[first : first + ROWS]
+            rivals = np.concatenate([kept, some])
+            better = table.visited[rivals] <= table.visited[some, None]
+            better &= table.free[rivals] >= table.free[some, None]
+            better &= table.pairs[rivals] >= table.pairs[some, None]
+            keep[some] = ~np.tril(better, len(kept) - 1).any(axis=1)  # of those before it
+            kept = rivals[keep[rivals]]
     return table.take(keep)
 
 

@@ -4,6 +4,7 @@ The GPU's sources also run here, on an emulator of the instructions they use (`c
 """
 
 import ctypes
+import os
 import pickle
 import re
 import stat
@@ -336,6 +337,32 @@ def test_a_failed_build_says_why(fake_compiler):
     with pytest.raises(RuntimeError, match=r"did not compile with\n[^\n]*gna_cpu.cc[^\n]*\nit is"):
         build.build("cpu")
     assert not list((fake_compiler / "cache" / "conceptax").iterdir())
+
+
+@pytest.mark.parametrize("writes", [":", ': > "$last"'], ids=["nothing", "an empty file"])
+def test_a_compiler_that_writes_no_library(fake_compiler, writes):
+    path = fake_compiler / "c++"
+    asked = '[ "$last" = --version ] && exit'
+    path.write_text(f"#!/bin/sh\nfor last; do :; done\n{asked}\n{writes}\n")
+    with pytest.raises(RuntimeError, match=re.escape(f"{path} reported success but wrote no lib")):
+        build.build("cpu")
+    assert not list((fake_compiler / "cache" / "conceptax").iterdir())
+
+
+def test_a_library_of_something_else(fake_compiler, monkeypatch):
+    """One that the system loads but that lacks the calls is refused like one that it does not."""
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: ctypes.PyDLL(None))
+    with pytest.raises(RuntimeError, match=r"could not be loaded: .*GnaForward"):
+        build.load.__wrapped__("cpu")
+
+
+def test_what_a_killed_build_left_is_cleared(fake_compiler):
+    folder = fake_compiler / "cache" / "conceptax"
+    for name in ("build-old", "build-new"):
+        (folder / name).mkdir(parents=True)
+    os.utime(folder / "build-old", (0, 0))
+    library = build.build("cpu")
+    assert sorted(folder.iterdir()) == [folder / "build-new", library]
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import platforms
+from conceptax.kernels.gna import boxes, platforms
 from conceptax.kernels.gna.cuda import build
 
 CPU_BACKENDS = [
@@ -96,9 +97,9 @@ def test_with_64_bits(implementation):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [np.float32(0.25), np.float64(0.25), 0.25])
+@pytest.mark.parametrize("scale", [np.float32(2), np.float64(2), np.int64(2), 2])
 def test_scale_of_numpy(scale):
-    np.testing.assert_array_equal(attend(X, X, X, scale=scale)[0], attend(X, X, X, scale=0.25)[0])
+    np.testing.assert_array_equal(attend(X, X, X, scale=scale)[0], attend(X, X, X, scale=2.0)[0])
 
 
 @pytest.mark.parametrize("scale", [0, 0.0, -0.5, np.inf, True, np.float32("nan")])
@@ -111,6 +112,24 @@ def test_layouts_that_are_none():
     for layout in ((6, 0), (), (1, 2, 3, 1)):
         with pytest.raises(ValueError, match=re.escape(f"received {layout}.")):
             gna.joint_neighborhood_attention((X,) * 3, (X,) * 3, token_layout=layout, kernel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda q, k, v: (q, k[:, :, :1], v), "key"),
+        (lambda q, k, v: (q, k, v[:, :2]), "value"),
+        (lambda q, k, v: (q.astype(jnp.bfloat16), k, v), "query"),
+        (lambda q, k, v: (q[:, :0], k[:, :0], v[:, :0]), "query"),
+        (lambda q, k, v: (q[0], k, v), "query"),
+    ],
+)
+def test_text_that_does_not_fit_its_image(change, name):
+    """The message speaks of the text, not of arguments that nobody gave."""
+    with pytest.raises(ValueError, match=f"^the text's {name} must be") as refusal:
+        gna.joint_neighborhood_attention((X,) * 3, change(X, X, X), token_layout=(3, 2),
+                                         kernel_size=2)  # fmt: skip
+    assert "additional" not in str(refusal.value)
 
 
 def test_names_that_are_none():
@@ -178,6 +197,20 @@ def test_merging_parts_without_keys_differentiates(name, dtype):
     for got, value in zip((*results, *pull(cotangents)), expected, strict=True):
         rough = 2.0**-7 if dtype == jnp.bfloat16 else 1e-5  # a few units of roundoff
         np.testing.assert_allclose(np.float64(got), value, rtol=4 * rough, atol=4 * rough)
+
+
+def test_steps_over_many_tokens_take_little_memory():
+    """Where all queries see all keys, steps keep nothing per query: here that were 0.5 GB."""
+    x = jax.ShapeDtypeStruct((1, 1 << 15, 1, 8), jnp.float32)
+    problem = gna.describe(x, x, x, kernel_size=1 << 15)
+    tracemalloc.start()
+    try:
+        loop, *_ = boxes.plan.__wrapped__(problem, 1 << 12, 1).loops
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(loop.queries) == (1 << 15) // loop.tile[0] * (1 << 15) // loop.box[0]
+    assert peak < 2e8
 
 
 def test_the_default_device_decides(monkeypatch):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from conceptax.kernels import gna
@@ -212,3 +213,53 @@ def test_explicit_axes_under_vmap(spec):
     received = step(divided)
     assert jax.typeof(received).sharding == jax.typeof(divided).sharding
     np.testing.assert_allclose(received, step(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", [("tensor", "data"), ("tensor", None, None, "data"), ("tensor",)])
+def test_vmap_along_one_explicit_axis_of_a_mixed_mesh(spec):
+    """The other axes, Explicit or Auto, are left to what is mapped."""
+    kinds = (AxisType.Explicit, AxisType.Auto, AxisType.Explicit)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "other", "tensor"), axis_types=kinds)
+    x = np.random.default_rng(0).standard_normal((2, 2, 6, 2, 4), np.float32)
+    step = jax.jit(
+        jax.vmap(
+            jax.grad(
+                lambda x: (
+                    gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="reference")
+                    ** 2
+                ).sum()
+            )
+        )
+    )
+    with jax.set_mesh(mesh):
+        received = step(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))))
+    np.testing.assert_allclose(received, step(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", [("data",), (("data", "tensor"),), (None, None, "tensor")])
+def test_devices_that_do_not_divide_evenly(spec):
+    """Three batch entries and three heads on meshes of twos, as constraints may ask for."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    x = np.random.default_rng(0).standard_normal((3, 6, 3, 4), np.float32)
+
+    def loss(x, where=None):
+        x = x if where is None else jax.lax.with_sharding_constraint(x, where)
+        out = gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="reference")
+        return (out**2).sum()
+
+    where = NamedSharding(mesh, PartitionSpec(*spec))
+    received = jax.jit(jax.grad(lambda x: loss(x, where)))(x)
+    np.testing.assert_allclose(received, jax.grad(loss)(x), rtol=2e-5, atol=2e-5)
+
+
+def test_a_program_over_a_mesh_is_saved():
+    """What partitioned a program does not keep `serialize_executable` from it."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    x = jax.device_put(
+        np.ones((2, 6, 1, 4), np.float32), NamedSharding(mesh, PartitionSpec("data"))
+    )
+    attend = jax.jit(lambda x: gna.neighborhood_attention(x, x, x, kernel_size=3))
+    program = attend.lower(x).compile()
+    saved = serialize_executable.serialize(program)
+    again = serialize_executable.deserialize_and_load(*saved, execution_devices=jax.devices()[:2])
+    np.testing.assert_array_equal(again(x), program(x))

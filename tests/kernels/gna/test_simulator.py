@@ -485,11 +485,20 @@ def test_search_takes_little_memory(monkeypatch):
     tracemalloc.start()
     try:
         monkeypatch.setattr(search_module, "CHUNK", 1 << 12)
+        monkeypatch.setattr(search_module, "ROWS", 7)
         assert values(search((16, 24, 24), **at)) == values(found)
+        monkeypatch.undo()
         monkeypatch.setattr(search_module, "CHUNK", 1 << 17)
         tracemalloc.reset_peak()
         assert search((64, 48, 80), sparsity=0.9, **HOPPER_3D)
         # All products at once take 2 GB.
+        assert tracemalloc.get_traced_memory()[1] < 1e8
+        # Nor are all rows of a dimension compared at once, here 0.8 GB.
+        rows = np.arange(1, 1 << 14)
+        alike = np.ones_like(rows)
+        table = search_module.Table(alike, rows, alike, rows, 0 * rows)
+        tracemalloc.reset_peak()
+        assert list(search_module._undominated(table, False, "pairs").stride) == [1]
         assert tracemalloc.get_traced_memory()[1] < 1e8
     finally:
         tracemalloc.stop()
