@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .methods.diffusion.text_to_video import text_to_video
     from .methods.erasing import erase
     from .methods.evaluation import evaluate
-    from .methods.personalization.class_diffusion import personalise as personalize
+    from .methods.personalization import personalise as personalize
     from .methods.segmentation.segmenter import segment
     from .methods.text_to_image import text_to_image
     from .methods.training import train
@@ -41,7 +41,7 @@ _LAZY = {
     "text_to_image": ("methods.text_to_image",),
     "text_to_video": ("methods.diffusion.text_to_video",),
     "erase": ("methods.erasing",),
-    "personalize": ("methods.class_diffusion", "personalise"),
+    "personalize": ("methods.personalization", "personalise"),
     "segment": ("methods.segmentation.segmenter",),
     "evaluate": ("methods.evaluation",),
     "train": ("methods.training",),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import boxes, platforms
+from conceptax.kernels.gna import platforms
+from conceptax.kernels.gna.backends import boxes
 from conceptax.kernels.gna.cuda import build
 
 CPU_BACKENDS = [
