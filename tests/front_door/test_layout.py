@@ -33,10 +33,11 @@ def test_every_public_module_is_in_the_api_pages(repository):
 
 # Modules that no test imports and none is named for: what runs them.
 RUNS = {
-    "cli/test_cli.py": ("text",),
+    "cli/test_cli.py": ("text", "reporting.demo", "reporting.erasing"),
     "cli/test_segment.py": (
         "methods.segmentation.evaluation",
         "methods.segmentation.segmenter",
+        "reporting.segmentation",
     ),
     "converters/test_hostile_checkpoints.py": ("converters.errors",),
     "converters/test_pytorch.py": (
@@ -53,26 +54,29 @@ RUNS = {
         "flax_models.layers",
         "flax_models.layers.embeddings",
         "flax_models.layers.transformer",
+        "kernels.attention",
+        "kernels.memory",
     ),
-    "kernels/gna/test_api.py": ("kernels.gna.reference",),
+    "kernels/gna/test_api.py": ("kernels.gna.backends.reference",),
     "kernels/gna/test_transformations.py": (
         "kernels.gna.context_parallel",
         "kernels.gna.merge",
         "kernels.gna.varying",
     ),
     "kernels/gna/test_triton.py": (
-        "kernels.gna.triton_blocks",
-        "kernels.gna.triton_geometry",
-        "kernels.gna.triton_kernels",
+        "kernels.gna.backends.triton_geometry",
+        "kernels.gna.backends.triton_kernels",
     ),
-    "methods/erasing/test_erasing.py": ("methods.settings",),
+    "kernels/gna/test_simulator.py": ("reporting.gna_pictures",),
+    "methods/erasing/test_erasing.py": ("methods.settings", "methods.text"),
+    "methods/erasing/test_sage.py": ("methods.vectors",),
+    "methods/evaluation/test_evaluation.py": ("reporting.evaluation",),
     "methods/personalization/test_class_diffusion.py": (
         "methods.class_diffusion",
         "methods.personalization.baselines",
     ),
     "methods/segmentation/test_maft_plus.py": ("methods.maft_plus",),
     "methods/subjects/test_subjects.py": ("methods.subjects",),
-    "methods/training/test_processes.py": ("interrupts",),
 }
 
 
