@@ -82,7 +82,7 @@ def load_pytorch(
       path: the folder or file; `~` is expanded. Where there is none, a model of the Hugging Face
         Hub, `org/name` or `org/name@revision`: what loading it reads is fetched into the Hub's own
         cache.
-      dtype: computation dtype of the models.
+      dtype: computation dtype of the models, or its name.
       param_dtype: dtype to convert the parameters to; None keeps each as stored, so that
         `save_pytorch` gives back the same bits.
       sharding: where parameters go, straight from the file: one sharding for all, or a function of
@@ -112,6 +112,7 @@ def load_pytorch(
       ValueError: an argument that does not apply to this checkpoint.
     """
     path = resolved(path, subfolder=subfolder, variant=variant)
+    dtype, param_dtype = (jnp.dtype(d) if isinstance(d, str) else d for d in (dtype, param_dtype))
     found = Identity(COMPONENT, path)
     if architecture is None or (path / "model_index.json").is_file():
         found = identify(path)

@@ -280,7 +280,7 @@ _OTHERS = (
 def _other(start: bytes) -> str:
     """What else a file is that begins so, and what to do; "" where it may be weights."""
     if not start:
-        return "empty, truncated by an interrupted download. Download it again."
+        return "empty, truncated by an interrupted download. Download or copy it again."
     if found := next((what for form, what in _OTHERS if re.match(form, start, re.DOTALL)), ""):
         return found
     text = start.decode("utf-8", "ignore")

@@ -65,10 +65,10 @@ def main() -> None:
 def _hide(step: int) -> None:
     restore = training.Checkpoints._restore
 
-    def fails(self, target, wanted, iterator):
+    def fails(self, target, wanted, *others):
         if wanted == step:
             raise OSError("only here")
-        return restore(self, target, wanted, iterator)
+        return restore(self, target, wanted, *others)
 
     training.Checkpoints._restore = fails
 

@@ -724,7 +724,7 @@ def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
     many = [*base, "--concept", "three", "--prompts", "1000000000", "--similarity-cap", "1"]
     refused(capsys, many, "a cycle of 1000000000 --prompts with --local-rows 6 takes at least")
     none = [*base, "--concept", "three", "--learning-rate", "0"]
-    refused(capsys, none, "learning_rate must be positive")
+    refused(capsys, none, "--learning-rate must be positive")
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n")
     refused(capsys, [*base, "--concept", "three", "--retain", empty], "holds no phrases")
@@ -838,7 +838,7 @@ def test_sample_draws_files_and_sheets(model, tmp_path, capsys):
     refused(capsys, [*base, "--output", tmp_path / "sheet.png"], "already exists")
     refused(capsys, [*base, "--output", tmp_path / "some"], "already exists")
     refused(capsys, [*base, "--output", tmp_path / "x.jpg"], "takes a .png file")
-    refused(capsys, [*base, "--output", tmp_path / "x.png", "--height", "63"], "height=63")
+    refused(capsys, [*base, "--output", tmp_path / "x.png", "--height", "63"], "--height 63")
     refused(capsys, [*base, "--output", tmp_path / "x.png", "--count", "0"], "--count")
     refused(capsys, ["sample", "--output", tmp_path / "x.png"], "at least one --prompt")
     for options, message in (

@@ -799,7 +799,10 @@ def meta_state(module):
 
 
 def stored(shapes):
-    return {k: StoredTensor("F32", shape, lambda: None) for k, shape in shapes.items()}
+    return {
+        key: StoredTensor("F32", shape, lambda shape=shape: np.zeros(shape, np.float32))
+        for key, shape in shapes.items()
+    }
 
 
 PUBLISHED = {  # of sd-v1-4.ckpt

@@ -416,9 +416,11 @@ def test_pickles_of_something_else(folder, torch):
     torch.save({k: torch.from_numpy(v).long() for k, v in tensors().items()}, file)
     fails(folder, "4 of the wrong type", "first.bias (I64)")
     whole = file.read_bytes()
-    for damaged in (b"", whole[:100], whole[: len(whole) // 2], b"\x80\x04." + bytes(50)):
+    for damaged in (whole[:100], whole[: len(whole) // 2], b"\x80\x04." + bytes(50)):
         file.write_bytes(damaged)
         fails(folder, "is not a PyTorch file of plain tensors")
+    file.write_bytes(b"")
+    fails(folder, "is empty, truncated by an interrupted download")
 
 
 def test_pickles_from_before_torch_1_6(folder, torch, monkeypatch):

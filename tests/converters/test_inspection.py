@@ -72,19 +72,20 @@ def huge(folder, *, drop=(), extra=()):
 def test_what_goes_into_a_model(tmp_path):
     """One verdict: a LoRA or an embedding is told, none is a model, LoHa is refused."""
     row = np.ones((1, 3), np.float32)
-    for name, key, kind, healthy in (
-        ("lora", "lora_unet_x.lora_up.weight", "LoRA", True),
-        ("loha", "lora_unet_x.hada_w1_a", "LoRA", False),
-        ("learned_embeds", "<cat>", "personalisation", True),
+    for name, keys, kind, healthy in (
+        ("lora", ["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "LoRA", True),
+        ("half", ["lora_unet_x.lora_up.weight"], "LoRA", False),
+        ("loha", ["lora_unet_x.hada_w1_a"], "LoRA", False),
+        ("learned_embeds", ["<cat>"], "personalisation", True),
     ):
         folder = tmp_path / name
         folder.mkdir()
-        safetensors.numpy.save_file({key: row}, folder / f"{name}.safetensors")
+        safetensors.numpy.save_file(dict.fromkeys(keys, row), folder / f"{name}.safetensors")
         found = inspect_checkpoint(folder / f"{name}.safetensors")
         assert (found.kind, found.healthy) == (kind, healthy)
         with pytest.raises(
             CheckpointError,
-            match=r"is a LoRA, which changes a model and is none|\(a personalisation\)",
+            match=r"is a (LoRA|textual inversion), which is no model",
         ):
             load_pytorch(folder / f"{name}.safetensors")
     assert inspect_checkpoint(tmp_path / "learned_embeds").kind == "personalisation"

@@ -360,9 +360,10 @@ def test_the_command_draws_with_a_model(files, tiny_clip, tmp_path, capsys):
     assert again["scores"] == record["scores"]
 
 
-def test_unfit_command_lines_are_told(files, tiny_clip, capsys):
+def test_unfit_command_lines_are_told(files, tiny_clip, capsys, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unfit") / "out"
     drawn, bear = ["--images", files / "drawn"], ["--references", files / "bear"]
-    clip = ["--clip", tiny_clip[0], "--output", files / "out"]
+    clip = ["--clip", tiny_clip[0], "--output", output]
     (files / "three.txt").write_text("a\nb\nc\n")
     (files / "bear" / "sample.json").write_text("[]")
     for arguments, message in (
@@ -381,7 +382,7 @@ def test_unfit_command_lines_are_told(files, tiny_clip, capsys):
     ):  # fmt: skip
         status, _, err = evaluate(capsys, *arguments)
         assert status == 1 and message in err, (message, err)
-        assert not (files / "out").exists()
+        assert not output.exists()
 
 
 def test_the_longest_command_is_meant(capsys):

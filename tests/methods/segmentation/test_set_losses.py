@@ -288,7 +288,7 @@ def test_losses_do_not_depend_on_devices():
 def test_wrong_settings():
     with pytest.raises(ValueError, match="num_points >= 1"):
         SetLossConfig(num_points=0)
-    with pytest.raises(ValueError, match="positive steps"):
+    with pytest.raises(ValueError, match="steps must be at least 1, received 0"):
         MaftPlusTraining(steps=0)
 
 
