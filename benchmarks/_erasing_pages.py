@@ -65,16 +65,21 @@ def pooled(figures: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 def attack(cells: Sequence[dict[str, Any]], name: str, when: str = "after") -> dict | None:
     """Success of an attack over the cells of a row and their concepts; the largest budget's."""
-    return pooled([
-        row[when] for cell in cells for row in cell["metrics"]["attacks"] if row["attack"] == name
-    ])  # fmt: skip
+    return pooled(
+        [row[when] for cell in cells for row in cell["metrics"]["attacks"] if row["attack"] == name]
+    )
 
 
 def kept(cells: Sequence[dict[str, Any]], group: str, when: str = "after") -> dict | None:
     """Retention of a group over the cells of a row."""
-    return pooled([
-        row[when] for cell in cells for row in cell["metrics"]["retention"] if row["group"] == group
-    ])  # fmt: skip
+    return pooled(
+        [
+            row[when]
+            for cell in cells
+            for row in cell["metrics"]["retention"]
+            if row["group"] == group
+        ]
+    )
 
 
 def budgets(cells: Sequence[dict[str, Any]], name: str, key: str = "budgets") -> list[dict]:
@@ -113,39 +118,69 @@ def mean(values: Sequence[float | None]) -> float:
 def main_table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """All methods, all attacks, retention."""
     header = (
-        "method", "plain", "synonyms", "Concept Inversion", "token search", "relapse",
-        "neighbours kept", "distant kept", "CLIP score kept", "Fréchet", "seconds",
-    )  # fmt: skip
+        "method",
+        "plain",
+        "synonyms",
+        "Concept Inversion",
+        "token search",
+        "relapse",
+        "neighbours kept",
+        "distant kept",
+        "CLIP score kept",
+        "Fréchet",
+        "seconds",
+    )
     body = []
     for name in [name for name in (*TITLES,) if name in rows]:
         cells = rows[name]
         scores = [cell["metrics"]["clip_score"]["retained"]["after"]["mean"] for cell in cells]
-        body.append([
-            TITLES[name],
-            *(percent(attack(cells, each)) for each in
-              ("plain", "synonyms", "concept-inversion", "token-search", "relapse")),
-            *(percent(kept(cells, group)) for group in ("neighbours", "distant")),
-            f"{mean(scores):.1f}",
-            f"{mean([cell['metrics']['frechet']['distance'] for cell in cells]):.2f}",
-            f"{mean([cell['seconds_to_erase'] for cell in cells]):.0f}",
-        ])  # fmt: skip
+        body.append(
+            [
+                TITLES[name],
+                *(
+                    percent(attack(cells, each))
+                    for each in (
+                        "plain",
+                        "synonyms",
+                        "concept-inversion",
+                        "token-search",
+                        "relapse",
+                    )
+                ),
+                *(percent(kept(cells, group)) for group in ("neighbours", "distant")),
+                f"{mean(scores):.1f}",
+                f"{mean([cell['metrics']['frechet']['distance'] for cell in cells]):.2f}",
+                f"{mean([cell['seconds_to_erase'] for cell in cells]):.0f}",
+            ]
+        )
     return markdown(header, body)
 
 
 def ablation_table(rows: dict[str, list[dict[str, Any]]], order: Sequence[str]) -> str:
     """SAGE with one setting changed."""
     header = (
-        "change", "plain", "synonyms", "Concept Inversion", "neighbours kept", "distant kept",
-    )  # fmt: skip
-    return markdown(header, [
+        "change",
+        "plain",
+        "synonyms",
+        "Concept Inversion",
+        "neighbours kept",
+        "distant kept",
+    )
+    return markdown(
+        header,
         [
-            name,
-            *(percent(attack(rows[name], each))
-              for each in ("plain", "synonyms", "concept-inversion")),
-            *(percent(kept(rows[name], group)) for group in ("neighbours", "distant")),
-        ]
-        for name in order if name in rows
-    ])  # fmt: skip
+            [
+                name,
+                *(
+                    percent(attack(rows[name], each))
+                    for each in ("plain", "synonyms", "concept-inversion")
+                ),
+                *(percent(kept(rows[name], group)) for group in ("neighbours", "distant")),
+            ]
+            for name in order
+            if name in rows
+        ],
+    )
 
 
 def simple_table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -214,10 +249,12 @@ def plot_budgets(
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, name, key, label in zip(
-        panels, ("concept-inversion", "concept-inversion", "relapse"), ("steps", "norm", "steps"),
+        panels,
+        ("concept-inversion", "concept-inversion", "relapse"),
+        ("steps", "norm", "steps"),
         ("Concept Inversion: steps", "… norm, relative to the vocabulary's", "relapse: steps"),
         strict=True,
-    ):  # fmt: skip
+    ):
         for row in [each for each in COLOURS if each in rows]:
             cells = rows[row]
             points = budgets(cells, name)
@@ -228,8 +265,10 @@ def plot_budgets(
     if anew := budgets(never, "relapse", "never_knew"):
         panels[2].plot(
             [point["budget"]["steps"] for point in anew],
-            [100 * point["rate"] for point in anew], "k--", label="never knew it",
-        )  # fmt: skip
+            [100 * point["rate"] for point in anew],
+            "k--",
+            label="never knew it",
+        )
     panels[0].set_ylabel("images that show the concept (%)")
     panels[2].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)

@@ -48,9 +48,15 @@ def check_small(implementation: str, dtypes: Sequence[str], dim: int) -> float:
         def results(name, inputs, rest=rest, cotangents=cotangents):
             def call(q, k, v, ak=None, av=None):
                 return neighborhood_attention(
-                    q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
-                    implementation=name, **rest,
-                )  # fmt: skip
+                    q,
+                    k,
+                    v,
+                    additional_keys=ak,
+                    additional_values=av,
+                    return_lse=True,
+                    implementation=name,
+                    **rest,
+                )
 
             (output, lse), pull = jax.vjp(jax.jit(call), *inputs)
             d_output, d_lse = cotangents

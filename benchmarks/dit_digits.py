@@ -46,9 +46,14 @@ from conceptax.reporting.results import environment, write_records
 
 SIZE = 16  # pixels along each side
 CONFIG = DiTTransformer2DConfig(
-    num_attention_heads=2, attention_head_dim=32, num_layers=3, in_channels=1,
-    sample_size=SIZE, patch_size=1, num_embeds_ada_norm=10,
-)  # fmt: skip
+    num_attention_heads=2,
+    attention_head_dim=32,
+    num_layers=3,
+    in_channels=1,
+    sample_size=SIZE,
+    patch_size=1,
+    num_embeds_ada_norm=10,
+)
 SCHEDULE = NoiseSchedule(
     beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
 )
@@ -80,8 +85,9 @@ def denoising_step(static, state, frozen, batch, key):
     noise_key, time_key, drop_key = jax.random.split(key, 3)
     labels = jnp.where(
         jax.random.bernoulli(drop_key, LABEL_DROPOUT, batch["label"].shape),
-        CONFIG.null_class, batch["label"],
-    )  # fmt: skip
+        CONFIG.null_class,
+        batch["label"],
+    )
     timesteps = jax.random.randint(time_key, labels.shape, 0, SCHEDULE.num_train_timesteps)
     noise = jax.random.normal(noise_key, batch["image"].shape)
 
@@ -137,9 +143,14 @@ def fit(attention: GNA | None, params: Any, recipe: Recipe, seed: int) -> tuple[
     graphdef, optimizer = structure(attention), recipe.optimizer()
     began = time.perf_counter()
     state = train(
-        denoising_step, Stage(graphdef, optimizer), init_state(params, optimizer),
-        batches=batches(seed), key=jax.random.key(seed), num_steps=recipe.steps, log_every=20,
-    )  # fmt: skip
+        denoising_step,
+        Stage(graphdef, optimizer),
+        init_state(params, optimizer),
+        batches=batches(seed),
+        key=jax.random.key(seed),
+        num_steps=recipe.steps,
+        log_every=20,
+    )
     return final_params(state), time.perf_counter() - began
 
 
@@ -170,9 +181,11 @@ def pairs_seen(side: int, attention: GNA | None) -> float:
     if attention is None:
         return 1.0
     mask = neighborhood_mask(
-        (side, side), kernel_size=attention.window, stride=attention.stride,
+        (side, side),
+        kernel_size=attention.window,
+        stride=attention.stride,
         dilation=attention.dilation,
-    )  # fmt: skip
+    )
     return float(mask.mean())
 
 

@@ -196,9 +196,13 @@ def relapse() -> Iterator[Cell]:
 
 
 STUDIES = {
-    "table": table, "pareto": pareto, "ablations": ablations, "concepts": concepts,
-    "transfer": transfer, "relapse": relapse,
-}  # fmt: skip
+    "table": table,
+    "pareto": pareto,
+    "ablations": ablations,
+    "concepts": concepts,
+    "transfer": transfer,
+    "relapse": relapse,
+}
 # Studies of a second pipeline, and the option that names its folder.
 SECOND = {"transfer": "second", "relapse": "never_knew"}
 
@@ -250,18 +254,28 @@ class Bench:
             images=images, steps=STEPS, seed=cell.seed, attacks=dict(cell.attacks)
         )
         found = evaluate(
-            original, edited, cell.concepts, self.judge,
-            glyphs_suites(cell.concepts, images, cell.seed), config, clip=self.clip,
-            never_knew=never_knew, drawn=self.drawn if second is None else None,
+            original,
+            edited,
+            cell.concepts,
+            self.judge,
+            glyphs_suites(cell.concepts, images, cell.seed),
+            config,
+            clip=self.clip,
+            never_knew=never_knew,
+            drawn=self.drawn if second is None else None,
             report=lambda text: print(f"  {text}", flush=True),
-        )  # fmt: skip
+        )
         return {
             "cell": dataclasses.asdict(dataclasses.replace(cell, attacks={})),
             "attacks": {name: dataclasses.asdict(each) for name, each in cell.attacks.items()},
-            "images": images, "steps": STEPS, "guidance": config.guidance,
-            "seconds_to_erase": seconds, "seconds": found.seconds,
-            "metrics": found.metrics, **environment(),
-        }  # fmt: skip
+            "images": images,
+            "steps": STEPS,
+            "guidance": config.guidance,
+            "seconds_to_erase": seconds,
+            "seconds": found.seconds,
+            "metrics": found.metrics,
+            **environment(),
+        }
 
 
 def main() -> None:

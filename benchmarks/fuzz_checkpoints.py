@@ -45,9 +45,12 @@ def explore(name: str, seconds: float, seed: int, engine: str, root: str, report
     folder, corpus = Path(root) / "inside", Path(root) / "corpus"
     folder.mkdir()
     options = settings(
-        max_examples=200, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=200,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
 
     def attempt(contents: bytes) -> None:
         nonlocal count

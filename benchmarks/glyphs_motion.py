@@ -149,9 +149,14 @@ def motion_step(static, state, frozen, batch, key):
 
 
 def fit(
-    pipeline: StableDiffusionPipeline, start: MotionAdapter, recipe: Recipe, *, count: int,
-    frames: int, seed: int,
-) -> tuple[MotionAdapter, list[float]]:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    start: MotionAdapter,
+    recipe: Recipe,
+    *,
+    count: int,
+    frames: int,
+    seed: int,
+) -> tuple[MotionAdapter, list[float]]:
     """The adapter after training, and how many seconds the data and the training took."""
     began = time.perf_counter()
     clips, texts, _ = videos(count, frames, seed)
@@ -170,15 +175,20 @@ def fit(
     optimizer = recipe.optimizer()
     schedule = stable_diffusion_schedule(pipeline.scheduler_config)
     frozen = {
-        "unet": nnx.to_pure_dict(rest), "text_encoder": nnx.to_pure_dict(text),
+        "unet": nnx.to_pure_dict(rest),
+        "text_encoder": nnx.to_pure_dict(text),
         "empty": tokenize(pipeline.tokenizer, [""], max_length=length),
-    }  # fmt: skip
+    }
     state = train(
-        motion_step, DenoisingStage(graphdef, optimizer, text_graphdef, schedule),
-        init_state(nnx.to_pure_dict(motion), optimizer), frozen,
-        batches(data, recipe.batch_size, seed), key=jax.random.key(seed), num_steps=recipe.steps,
+        motion_step,
+        DenoisingStage(graphdef, optimizer, text_graphdef, schedule),
+        init_state(nnx.to_pure_dict(motion), optimizer),
+        frozen,
+        batches(data, recipe.batch_size, seed),
+        key=jax.random.key(seed),
+        num_steps=recipe.steps,
         log_every=20,
-    )  # fmt: skip
+    )
     learnt = nnx.merge(graphdef, final_params(state), frozen["unet"])
     return motion_adapter(learnt), [rendered - began, time.perf_counter() - rendered]
 
@@ -226,7 +236,7 @@ def recognised(clips: np.ndarray, asked: list[Any], judge: Any) -> dict[str, Any
     return {
         name: proportion(found[name] == np.repeat([getattr(each, name) for each in asked], frames))
         for name in ("digit", "colour", "texture")
-    } | {"frames": count * frames}  # fmt: skip
+    } | {"frames": count * frames}
 
 
 def main() -> None:
@@ -278,23 +288,33 @@ def main() -> None:
     settings = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE}
     # On the model's own betas, on which this adapter was trained.
     together = text_to_video(
-        pipeline, adapter, texts, frames=frames, beta_schedule=None, latents=noise, batch_size=4,
+        pipeline,
+        adapter,
+        texts,
+        frames=frames,
+        beta_schedule=None,
+        latents=noise,
+        batch_size=4,
         **settings,
-    )  # fmt: skip
+    )
     schedule = video_schedule(pipeline.scheduler_config, None)
     images = dataclasses.replace(TextToImage.from_pipeline(pipeline), schedule=schedule)
     alone = images(
-        [text for text in texts for _ in range(frames)], latents=noise.reshape(-1, *shape[2:]),
-        sampler="ddim", batch_size=32, **settings,
-    ).reshape(together.shape)  # fmt: skip
+        [text for text in texts for _ in range(frames)],
+        latents=noise.reshape(-1, *shape[2:]),
+        sampler="ddim",
+        batch_size=32,
+        **settings,
+    ).reshape(together.shape)
     clip = load_clip(source / "clip", None, "bundled")
     judge = load_judge(source / "judge")
     rendered, _, colours = videos(options.drawn, frames, options.seed + 1)
     wanted, found = np.asarray([each.colour for each in asked]), {}
     for name, clips, fill in (
-        ("with the adapter", together, wanted), ("frames on their own", alone, wanted),
+        ("with the adapter", together, wanted),
+        ("frames on their own", alone, wanted),
         ("rendered", rendered, colours),
-    ):  # fmt: skip
+    ):
         found[name] = figures(clips, clip)
         if options.model is None or name == "rendered":
             found[name] |= path_of_digit(clips, fill)

@@ -48,8 +48,10 @@ def main() -> None:
         save_pytorch(pipeline, folder)
         draw = functools.partial(
             TextToImage.from_pipeline(pipeline),
-            num_inference_steps=25, guidance_scale=5.0, batch_size=16,
-        )  # fmt: skip
+            num_inference_steps=25,
+            guidance_scale=5.0,
+            batch_size=16,
+        )
         quality = measure_quality(draw, load_judge(source / "judge"), images=195)
         record = {"quality": quality, "build": dataclasses.asdict(build), **environment()}
         write_records(folder / "quality.json", record)

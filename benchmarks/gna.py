@@ -104,8 +104,12 @@ SETUPS = {
     ("gpu", "tiny"): Setup(("bfloat16",), 2, 128, GPU, "cudnn", TINY_CASES, APART, 3, 128),
 }
 # NATTEN's published forward times on an H100, ms.
-NATTEN_MS = {"FLUX-4K": 7.914, "FLUX-4K, stride 1": 16.201, "Hunyuan": 23.359,
-             "Hunyuan, stride 1": 79.043}  # fmt: skip
+NATTEN_MS = {
+    "FLUX-4K": 7.914,
+    "FLUX-4K, stride 1": 16.201,
+    "Hunyuan": 23.359,
+    "Hunyuan, stride 1": 79.043,
+}
 MEMORY_SIDES = {"full": (64, 128, 256), "tiny": (16, 32)}
 
 
@@ -212,9 +216,14 @@ def measure_case(
     sparse = case.problem(setup.heads, setup.dim, dtype)
     limit = measure.bound(sparse, setup.queries)
     head = {
-        **dataclasses.asdict(case), "dtype": dtype, "pass": direction, "heads": setup.heads,
-        "head_dim": setup.dim, "pairs_bound": limit.flop_speedup, "bound": limit.tile_speedup,
-    }  # fmt: skip
+        **dataclasses.asdict(case),
+        "dtype": dtype,
+        "pass": direction,
+        "heads": setup.heads,
+        "head_dim": setup.dim,
+        "pairs_bound": limit.flop_speedup,
+        "bound": limit.tile_speedup,
+    }
     run, absent = contenders_of(setup, case, dtype, direction, implementations, flex)
     first = first_calls(run, absent)
     timings = measure.take_turns(run, setup.rounds)
@@ -222,16 +231,20 @@ def measure_case(
     rows = []
     for name, timing in timings.items():
         row = head | {
-            "contender": name, "first_s": first[name], "median_s": timing.median,
-            "best_s": timing.best, "rounds_s": timing.rounds,
+            "contender": name,
+            "first_s": first[name],
+            "median_s": timing.median,
+            "best_s": timing.best,
+            "rounds_s": timing.rounds,
             "over_dense": measure.speedup(base, timing) if base else None,
-        }  # fmt: skip
+        }
         if name in implementations and f"{name}, dense" in timings:
             own = measure.speedup(timings[f"{name}, dense"], timing)
             row |= {
-                "over_own_dense": own, "bound_share_over_own_dense": own / limit.tile_speedup,
+                "over_own_dense": own,
+                "bound_share_over_own_dense": own / limit.tile_speedup,
                 "bound_share_over_dense": base and row["over_dense"] / limit.tile_speedup,
-            }  # fmt: skip
+            }
         rows.append(row)
     rows += [head | {"contender": name, "absent": why} for name, why in absent.items()]
     return rows
@@ -312,9 +325,15 @@ def run(arguments: argparse.Namespace) -> int:
         setup = dataclasses.replace(setup, cases=chosen)
 
     report: dict[str, Any] = {
-        "benchmark": "gna", "date": date.today().isoformat(), "size": arguments.size,
-        **environment(), "cpu": cpu_name(), "checks": [], "rows": [], "memory": [],
-    }  # fmt: skip
+        "benchmark": "gna",
+        "date": date.today().isoformat(),
+        "size": arguments.size,
+        **environment(),
+        "cpu": cpu_name(),
+        "checks": [],
+        "rows": [],
+        "memory": [],
+    }
     output = arguments.output or RESULTS / f"gna_{device}_{arguments.size}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     flex = not arguments.no_flex and has_torch(report)
@@ -353,8 +372,11 @@ def measure_all(
 
 def check_all(setup: Setup, implementation: str) -> dict[str, Any]:
     """Errors as shares of what is allowed; an implementation that cannot run says why."""
-    reasons = {unsupported(implementation, case.problem(setup.heads, setup.dim, dtype))
-               for case in setup.cases for dtype in setup.dtypes}  # fmt: skip
+    reasons = {
+        unsupported(implementation, case.problem(setup.heads, setup.dim, dtype))
+        for case in setup.cases
+        for dtype in setup.dtypes
+    }
     reasons.discard(None)
     if reasons:
         return {"implementation": implementation, "unsupported": sorted(map(str, reasons))}
@@ -403,8 +425,10 @@ def number(value: float | None, digits: int) -> str:
 
 def print_report(report: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
-    print(f"\nNeighborhood attention, {report['date']}: {report['device']}, {report['cpu']}, "
-          f"{report['cpu_cores']} cores; {versions}")  # fmt: skip
+    print(
+        f"\nNeighborhood attention, {report['date']}: {report['device']}, {report['cpu']}, "
+        f"{report['cpu_cores']} cores; {versions}"
+    )
     for check in report["checks"]:
         print(f"check {check['implementation']:8} {describe_check(check)}")
     titles = ("median ms", "best ms", "x dense", "x own", "bound", "% dense", "% own")
@@ -414,8 +438,10 @@ def print_report(report: dict[str, Any]) -> None:
         if head != previous:
             name, *sizes, dtype, direction = head
             layout, window, stride = ("x".join(map(str, size)) for size in sizes)
-            print(f"\n{name}: {layout}, window {window}, stride {stride}; {row['heads']} heads of "
-                  f"{row['head_dim']}, {dtype}; {direction}")  # fmt: skip
+            print(
+                f"\n{name}: {layout}, window {window}, stride {stride}; {row['heads']} heads of "
+                f"{row['head_dim']}, {dtype}; {direction}"
+            )
             print(f"  {'':22}" + "".join(f"{title:>11}" for title in titles))
             previous = head
         if "absent" in row:
@@ -431,8 +457,10 @@ def print_report(report: dict[str, Any]) -> None:
         if row["name"] in NATTEN_MS and row["pass"] == "forward" and "over_own_dense" in row:
             print(f"  {'':22}  NATTEN on an H100, as published: {NATTEN_MS[row['name']]} ms")
     if report["memory"]:
-        print(f"\nMemory of xla, 4 heads of 64, float32\n  {'':22}{'tokens':>11}{'peak MiB':>11}"
-              f"{'bytes/token':>13}")  # fmt: skip
+        print(
+            f"\nMemory of xla, 4 heads of 64, float32\n  {'':22}{'tokens':>11}{'peak MiB':>11}"
+            f"{'bytes/token':>13}"
+        )
     for row in report["memory"]:
         peak = row.get("absent") or (
             f"{row['peak_bytes'] / 2**20:11.1f}{row['bytes_per_token']:13.0f}"

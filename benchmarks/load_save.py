@@ -130,9 +130,11 @@ class Peak(threading.Thread):
 def child(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, __file__, "--child", *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
 
 
 def measure(library: str, folder: Path, work: Path) -> dict[str, dict[str, float]]:
@@ -177,9 +179,10 @@ def measure_command(command: list[str], folder: Path, work: Path) -> dict[str, f
         subprocess.run(["sync", "-f", output], check=True)
         start = time.perf_counter()
         process = subprocess.Popen(
-            [*command, str(folder), str(Path(output) / "out")], stdout=subprocess.DEVNULL,
+            [*command, str(folder), str(Path(output) / "out")],
+            stdout=subprocess.DEVNULL,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )  # fmt: skip
+        )
         sampler = Peak(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         returned = time.perf_counter() - start
@@ -188,10 +191,12 @@ def measure_command(command: list[str], folder: Path, work: Path) -> dict[str, f
             raise SystemExit(f"{command} failed.")
         subprocess.run(["sync", "-f", output], check=True)
         return {
-            "seconds": returned, "seconds_on_disk": time.perf_counter() - start,
-            "peak_bytes": sampler.stop(), "peak_resident_bytes": usage.ru_maxrss * 1024,
+            "seconds": returned,
+            "seconds_on_disk": time.perf_counter() - start,
+            "peak_bytes": sampler.stop(),
+            "peak_resident_bytes": usage.ru_maxrss * 1024,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        }  # fmt: skip
+        }
 
 
 def conversions(folder: Path, work: Path, size: int, repeats: int) -> list[dict]:
@@ -260,9 +265,15 @@ def main() -> None:
             seconds = min(run[phase]["seconds"] for run in runs[name])
             peak = max(run[phase]["peak_bytes"] for run in runs[name])
             rows.append(
-                {"library": name, "phase": phase, "seconds": seconds, "peak_bytes": peak,
-                 "peak_ratio": peak / size, "date": today()}
-            )  # fmt: skip
+                {
+                    "library": name,
+                    "phase": phase,
+                    "seconds": seconds,
+                    "peak_bytes": peak,
+                    "peak_ratio": peak / size,
+                    "date": today(),
+                }
+            )
             print(f"{name:10} {phase:5} {seconds:8.2f} {peak / 1e9:8.2f} {peak / size:18.3f}")
     versions = ("conceptax", "jax", "flax", "torch", "diffusers", "safetensors")
     report = {
@@ -270,9 +281,11 @@ def main() -> None:
         "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in versions},
-        "checkpoint_bytes": size, "small": arguments.small, "repeats": arguments.repeats,
+        "checkpoint_bytes": size,
+        "small": arguments.small,
+        "repeats": arguments.repeats,
         "rows": rows,
-    }  # fmt: skip
+    }
     RESULTS.mkdir(exist_ok=True)
     write_records(target, report)
 

@@ -171,9 +171,11 @@ def sampling_jax(form: str, size: int, repeats: int, threads: int) -> dict:
     one = timed(lambda: jax.block_until_ready(forward(*arguments)), repeats, threads)
     two = timed(lambda: jax.block_until_ready(backward(*arguments)), repeats, threads)
     return {
-        "forward_s": one["best_s"], "forward_temporary_mib": kept[0],
-        "gradient_s": two["best_s"], "gradient_temporary_mib": kept[1],
-    }  # fmt: skip
+        "forward_s": one["best_s"],
+        "forward_temporary_mib": kept[0],
+        "gradient_s": two["best_s"],
+        "gradient_temporary_mib": kept[1],
+    }
 
 
 def sampling_torch(size: int, repeats: int, threads: int) -> dict:
@@ -271,12 +273,14 @@ def main() -> None:
         print(f"{name:20}", *(f"{k}={v:.2f}" for k, v in numbers.items()), flush=True)
     if options.write:
         record = {
-            "date": date.today().isoformat(), "size": options.size, "threads": options.threads,
+            "date": date.today().isoformat(),
+            "size": options.size,
+            "threads": options.threads,
             "repeats": options.repeats,
             "clock": "processor time" if options.threads == 1 else "elapsed time",
             "versions": {name: version(name) for name in ("jax", "torch", "transformers")},
             "results": results,
-        }  # fmt: skip
+        }
         path = RESULTS / f"maft_plus_{options.size}.json"
         write_records(path, record)
         print(f"wrote {path}")

@@ -58,10 +58,14 @@ def measure(photos: Path, subjects: tuple[str, ...], size: str, steps: int) -> d
     if device.platform != "cpu":
         peak = device.memory_stats()["peak_bytes_in_use"] / 2**30
     return {
-        "images": sum(len(each.images) for each in concepts), "pixels": side, "steps": steps,
-        "step_s": statistics.median(times.tolist()), "total_s": seconds[-1], "peak_gib": peak,
+        "images": sum(len(each.images) for each in concepts),
+        "pixels": side,
+        "steps": steps,
+        "step_s": statistics.median(times.tolist()),
+        "total_s": seconds[-1],
+        "peak_gib": peak,
         "device": device.device_kind,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -88,9 +92,16 @@ def main() -> None:
     print(f"{'':15}{'images':>7}{'pixels':>8}{'step':>10}{'in all':>10}{'peak':>11}")
     for name in options.only:
         command = [
-            sys.executable, __file__, str(options.photos), "--size", options.size,
-            "--steps", str(options.steps), "--one", name,
-        ]  # fmt: skip
+            sys.executable,
+            __file__,
+            str(options.photos),
+            "--size",
+            options.size,
+            "--steps",
+            str(options.steps),
+            "--one",
+            name,
+        ]
         row = rows[name] = measured_alone(name, command)
         print(
             f"{name:15}{row['images']:7}{row['pixels']:8}{row['step_s']:8.1f} s"
@@ -98,9 +109,13 @@ def main() -> None:
             flush=True,
         )
     record = {
-        "benchmark": "personalising_photos", "date": date.today().isoformat(),
-        "size": options.size, "batch_size": 2, "compute": "bfloat16", "rows": rows,
-    }  # fmt: skip
+        "benchmark": "personalising_photos",
+        "date": date.today().isoformat(),
+        "size": options.size,
+        "batch_size": 2,
+        "compute": "bfloat16",
+        "rows": rows,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_records(output, record | environment())
 

@@ -122,12 +122,17 @@ class Bench:
         seconds = time.perf_counter() - began
         figures = self.figures(pipeline, subject, seed, images)
         return {
-            "row": name, "seed": seed, "images": images, "steps": STEPS, "guidance": GUIDANCE,
+            "row": name,
+            "seed": seed,
+            "images": images,
+            "steps": STEPS,
+            "guidance": GUIDANCE,
             "settings": {} if name == BASE else COMMON | dict(ROWS[name][1]) | dict(changes),
-            "seconds_to_train": round(seconds, 1), "figures": figures,
+            "seconds_to_train": round(seconds, 1),
+            "figures": figures,
             "drift": [[each["step"], each["spl"]] for each in log if "spl" in each],
             **environment(),
-        }  # fmt: skip
+        }
 
     def picture(self, names: Sequence[str], seed: int) -> Figure:
         """The five images, and below them what rows draw of the same noise."""

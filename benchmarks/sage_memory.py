@@ -36,9 +36,7 @@ def measure(size: str, fsdp: int, cycles: int) -> dict:
 
     # To random weights all words are alike: none is too near to the concept. A larger vocabulary
     # takes longer to prepare, a cycle draws the same number of rows of it.
-    config = SageConfig(
-        prompts=4, local_rows=8, contexts=16, similarity_cap=1.0, vocabulary=128
-    )  # fmt: skip
+    config = SageConfig(prompts=4, local_rows=8, contexts=16, similarity_cap=1.0, vocabulary=128)
     static, state, frozen = prepare(random_pipeline(size), ["three"], config)
     rules, shardings = RULES["StableDiffusionPipeline"], None
     state = jax.tree.map(jnp.copy, state)  # it is donated, and shares arrays with the frozen ones
@@ -94,9 +92,15 @@ def main() -> None:
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         )
         command = [
-            sys.executable, __file__, "--size", options.size, "--cycles", str(options.cycles),
-            "--one", str(devices),
-        ]  # fmt: skip
+            sys.executable,
+            __file__,
+            "--size",
+            options.size,
+            "--cycles",
+            str(options.cycles),
+            "--one",
+            str(devices),
+        ]
         row = rows[name] = measured_alone(name, command, os.environ | {"XLA_FLAGS": flags})
         cycle = f"{row['cycle_s']:8.1f} s" if "cycle_s" in row else f"{'':>10}"
         print(
@@ -105,9 +109,15 @@ def main() -> None:
             flush=True,
         )
     record = {
-        "benchmark": "sage_memory", "date": date.today().isoformat(), "size": options.size,
-        "prompts": 4, "compute": "bfloat16", "master": "float32", "remat": True, "rows": rows,
-    }  # fmt: skip
+        "benchmark": "sage_memory",
+        "date": date.today().isoformat(),
+        "size": options.size,
+        "prompts": 4,
+        "compute": "bfloat16",
+        "master": "float32",
+        "remat": True,
+        "rows": rows,
+    }
     output = options.output or RESULTS / f"sage_memory_{options.size}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_records(output, record | environment())

@@ -47,11 +47,14 @@ def measure(pipeline, config: SageConfig, cycles: int) -> dict:
         state, metrics = jax.block_until_ready(step(state, frozen, None, key))
         times.append(time.perf_counter() - start)
     return {
-        "prepare_s": prepared - began, "first_cycle_s": compiled - prepared,
-        "cycle_median_s": statistics.median(times), "cycle_best_s": min(times),
-        "cycles_per_s": 1 / statistics.median(times), "loss": float(metrics["loss"]),
+        "prepare_s": prepared - began,
+        "first_cycle_s": compiled - prepared,
+        "cycle_median_s": statistics.median(times),
+        "cycle_best_s": min(times),
+        "cycles_per_s": 1 / statistics.median(times),
+        "loss": float(metrics["loss"]),
         "peak_gib": _peak(),
-    }  # fmt: skip
+    }
 
 
 def _peak() -> float:
@@ -89,10 +92,14 @@ def main() -> None:
             flush=True,
         )
     record = {
-        "benchmark": "sage_speed", "date": datetime.date.today().isoformat(),
-        "model": str(options.model or "bundled"), "dtype": options.dtype,
-        "cycles": options.cycles, "settings": dataclasses.asdict(base), "rows": rows,
-    }  # fmt: skip
+        "benchmark": "sage_speed",
+        "date": datetime.date.today().isoformat(),
+        "model": str(options.model or "bundled"),
+        "dtype": options.dtype,
+        "cycles": options.cycles,
+        "settings": dataclasses.asdict(base),
+        "rows": rows,
+    }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_records(options.output, record | environment())
 

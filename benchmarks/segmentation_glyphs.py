@@ -70,8 +70,10 @@ class Row:
     def trainable(self) -> tuple[str, ...]:
         """Patterns of parameters."""
         return (
-            *_DECODERS, *(_TRUNK if self.image_tower else ()), *(("cdt",) if self.transfer else ()),
-        )  # fmt: skip
+            *_DECODERS,
+            *(_TRUNK if self.image_tower else ()),
+            *(("cdt",) if self.transfer else ()),
+        )
 
 
 # The transfer starts as the identity, and stays it where it does not train.
@@ -125,10 +127,17 @@ class Settings:
 
 
 SMALL = Settings(
-    pretraining=Lessons(*[Recipe(steps=2, batch_size=4, learning_rate=2e-3)] * 3), scale=1,
-    scenes=8, tests=4, zero_shot=50, batch_size=2, decoder_steps=2, steps=2, points=32,
+    pretraining=Lessons(*[Recipe(steps=2, batch_size=4, learning_rate=2e-3)] * 3),
+    scale=1,
+    scenes=8,
+    tests=4,
+    zero_shot=50,
+    batch_size=2,
+    decoder_steps=2,
+    steps=2,
+    points=32,
     decoder_layers=1,
-)  # fmt: skip
+)
 
 
 def clip_of(work: Path, settings: Settings) -> tuple[OpenCLIP, Any]:
@@ -165,10 +174,13 @@ def trained(
     scenes = DrawnOnce(settings.scenes, digits=SEEN, seed=seed)
     rates = (("backbone", settings.tower_rate), ("cdt", settings.transfer_rate), ("*", 1.0))
     training = MaftPlusTraining(
-        steps=steps, learning_rate=settings.learning_rate, rates=rates, trainable=row.trainable,
+        steps=steps,
+        learning_rate=settings.learning_rate,
+        rates=rates,
+        trainable=row.trainable,
         compensation_weight=settings.compensation if row.compensation else 0.0,
         set_losses=SetLossConfig(num_points=settings.points),
-    )  # fmt: skip
+    )
     names = scenes.vocabulary
     rows = text_rows(model.backbone.clip_model, tokenizer, names, templates=TEMPLATES)
     augmentation = ResizeFlip(settings.side, settings.side, flip=False)
@@ -183,9 +195,10 @@ def start_of(work: Path, seed: int, settings: Settings) -> tuple[MaftPlus, Any]:
     if not folder.exists():
         config = MaftPlusConfig.tiny(clip.config, form="panoptic", token_order="raster")
         decoders = dataclasses.replace(
-            config.decoder_config, hidden_dim=settings.width,
+            config.decoder_config,
+            hidden_dim=settings.width,
             decoder_layers=settings.decoder_layers,
-        )  # fmt: skip
+        )
         config = dataclasses.replace(config, decoder_config=decoders)
         model = MaftPlus.around(clip, config, rngs=nnx.Rngs(seed))
         frozen = ROWS["frozen CLIP"]
@@ -240,9 +253,14 @@ def run(row: Row, seed: int, start: MaftPlus, tokenizer: Any, settings: Settings
     }
     classes = dict(zip(tests.vocabulary.names, iou.tolist(), strict=True))
     return {
-        "seen": seen, "unseen": unseen, "harmonic": harmonic_mean(seen, unseen),
-        "pacc": quality.semantic.pacc, **accuracy, "iou": classes, "seconds": round(seconds, 1),
-    }  # fmt: skip
+        "seen": seen,
+        "unseen": unseen,
+        "harmonic": harmonic_mean(seen, unseen),
+        "pacc": quality.semantic.pacc,
+        **accuracy,
+        "iou": classes,
+        "seconds": round(seconds, 1),
+    }
 
 
 def cells(seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
@@ -258,9 +276,13 @@ def path_of(results: Path, name: str, seed: int) -> Path:
 
 
 def study(
-    work: Path, results: Path, settings: Settings, *, only: Sequence[str] = (),
+    work: Path,
+    results: Path,
+    settings: Settings,
+    *,
+    only: Sequence[str] = (),
     seeds: Sequence[int] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Run what is not there yet."""
     for name, seed in cells(seeds or SEEDS):
         path = path_of(results, name, seed)
@@ -269,10 +291,16 @@ def study(
         start, tokenizer = start_of(work, seed, settings)
         record = run(ROWS[name], seed, start, tokenizer, settings)
         _made(results)
-        write_records(path, {
-            "row": name, "seed": seed, "settings": dataclasses.asdict(settings), **record,
-            **environment(),
-        })  # fmt: skip
+        write_records(
+            path,
+            {
+                "row": name,
+                "seed": seed,
+                "settings": dataclasses.asdict(settings),
+                **record,
+                **environment(),
+            },
+        )
         told = ", ".join(f"{title} {record[key]:.1f}" for key, title in FIGURES.items())
         print(f"{name}, seed {seed}: {told}", flush=True)
 
@@ -291,10 +319,13 @@ def picture(work: Path, settings: Settings, count: int = 5) -> Image.Image:
 
 
 FIGURES = {
-    "seen": "mIoU seen", "unseen": "mIoU unseen", "harmonic": "harmonic mean",
-    "zero_shot": "zero-shot", "zero_shot_unseen": "zero-shot, unseen digits",
+    "seen": "mIoU seen",
+    "unseen": "mIoU unseen",
+    "harmonic": "harmonic mean",
+    "zero_shot": "zero-shot",
+    "zero_shot_unseen": "zero-shot, unseen digits",
     "seconds": "training, s",
-}  # fmt: skip
+}
 
 
 def table_of(results: Path) -> Table:
@@ -367,8 +398,9 @@ def page(results: Path) -> str:
     """The page of what is kept: this study, speed, street scenes."""
     steps = {read_json(path)["settings"]["steps"] for path in results.glob("*.json")}
     parts = [
-        STUDY.format(steps=" or ".join(map(str, sorted(steps)))), markdown_table(table_of(results))
-    ]  # fmt: skip
+        STUDY.format(steps=" or ".join(map(str, sorted(steps)))),
+        markdown_table(table_of(results)),
+    ]
     if (path := results.parent / "maft_plus_640.json").exists():
         speed = read_json(path)
         tables = "\n".join(map(markdown_table, speed_tables(speed["results"])))
@@ -402,21 +434,25 @@ def speed_tables(measured: Mapping[str, Mapping[str, float]]) -> tuple[Table, ..
         Table("Deformable sampling of one layer", ("", *_SAMPLING.values()), sampling),
         Table(
             "Matching of ten layers and eight images, milliseconds",
-            ("", *(f"{n} targets an image" for n in _TARGETS)), matching,
+            ("", *(f"{n} targets an image" for n in _TARGETS)),
+            matching,
         ),
-    )  # fmt: skip
+    )
 
 
 _FORMS = {
-    "jax linear": "point after point (used)", "jax dense": "all corners at once",
+    "jax linear": "point after point (used)",
+    "jax dense": "all corners at once",
     "torch": "PyTorch, grid_sample",
-}  # fmt: skip
+}
 _SOLVERS = {"scipy": "on the host, SciPy (used)", "optax": "on the device, optax"}
 _TARGETS = (20, 60)
 _SAMPLING = {
-    "forward_s": "forward, s", "gradient_s": "with gradient, s",
-    "forward_temporary_mib": "scratch, MiB", "gradient_temporary_mib": "with gradient, MiB",
-}  # fmt: skip
+    "forward_s": "forward, s",
+    "gradient_s": "with gradient, s",
+    "forward_temporary_mib": "scratch, MiB",
+    "gradient_temporary_mib": "with gradient, MiB",
+}
 
 
 def street_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -432,12 +468,15 @@ def street_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     )
     rows = [
         (
-            str(run["scenes"]), Number(str(run["steps"])),
-            *(Number(f"{run[key]:.1f}") for key in
-              ("first_losses", "last_losses", "pacc", "miou", "seconds")),
+            str(run["scenes"]),
+            Number(str(run["steps"])),
+            *(
+                Number(f"{run[key]:.1f}")
+                for key in ("first_losses", "last_losses", "pacc", "miou", "seconds")
+            ),
         )
         for run in runs
-    ]  # fmt: skip
+    ]
     return Table("Training scenes", columns, rows)
 
 
@@ -457,9 +496,10 @@ def main() -> None:
     options = parser.parse_args()
     settings = SMALL if options.small else Settings()
     given = {
-        field.name: value for field in dataclasses.fields(Settings)
+        field.name: value
+        for field in dataclasses.fields(Settings)
         if (value := getattr(options, field.name, None)) is not None
-    }  # fmt: skip
+    }
     settings = dataclasses.replace(settings, **given)
     if options.write:
         options.page.write_text(page(options.results), "utf-8")

@@ -63,8 +63,10 @@ def models(report: Mapping[str, Any]) -> Table:
     repeats = " to ".join(map(str, sorted({min(counts), max(counts)})))
     note = MODELS.format(
         device=f"CPU ({one['cpu']}), {rows['unet', 'eager']['threads']} threads",
-        dtype=report["dtype"], image=one["image"], repeats=repeats,
-    )  # fmt: skip
+        dtype=report["dtype"],
+        image=one["image"],
+        repeats=repeats,
+    )
     columns = ("", *ENGINES.values(), "JAX / PyTorch's best", "day")
     if (row := rows.get(("sampler", "jax"))) is not None:
         note += SAMPLER.format(
@@ -80,14 +82,17 @@ def files(report: Mapping[str, Any]) -> Table:
         aside = f"{row['seconds_on_disk']:.1f} s" if "seconds_on_disk" in row else ""
         lines.append(
             (
-                row["phase"], row["library"], Number(f"{row['seconds']:.1f} s", aside),
+                row["phase"],
+                row["library"],
+                Number(f"{row['seconds']:.1f} s", aside),
                 Number(f"{row['peak_ratio']:.3f}"),
             )
-        )  # fmt: skip
+        )
     note = FILES.format(
-        size=report["checkpoint_bytes"] / 1e9, repeats=report["repeats"],
+        size=report["checkpoint_bytes"] / 1e9,
+        repeats=report["repeats"],
         dates=", ".join(sorted({row["date"] for row in report["rows"]})),
-    )  # fmt: skip
+    )
     columns = ("", "with", "time", "peak memory / file")
     lines.sort(key=lambda line: line[0])
     return Table("Loading, saving, converting", columns, lines, note)

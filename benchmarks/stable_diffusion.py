@@ -47,40 +47,56 @@ UNET = {
 UNET_XL = {
     "down_block_types": ("DownBlock2D",) + (CROSS[0],) * 2,
     "up_block_types": (CROSS[1],) * 2 + ("UpBlock2D",),
-    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True, "addition_embed_type": "text_time",
-}  # fmt: skip
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
 VAE = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 TEXT = {"vocab_size": 49408, "eos_token_id": 49407}
 CONFIGS = {
     "full": {
         "unet": {
-            **UNET, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
+            **UNET,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 768,
         },
         "unet-xl": {
-            **UNET_XL, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+            **UNET_XL,
+            "block_out_channels": (320, 640, 1280),
+            "cross_attention_dim": 2048,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
         },
         "vae": {**VAE, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
         "text": {
-            **TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            **TEXT,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
             "num_attention_heads": 12,
         },
     },
     "tiny": {
         "unet": {**UNET, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64},
         "unet-xl": {
-            **UNET_XL, "block_out_channels": (32, 64, 64), "cross_attention_dim": 64,
-            "attention_head_dim": (2, 4, 4), "addition_time_embed_dim": 8,
+            **UNET_XL,
+            "block_out_channels": (32, 64, 64),
+            "cross_attention_dim": 64,
+            "attention_head_dim": (2, 4, 4),
+            "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 96,
         },
         "vae": {**VAE, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1},
         "text": {
-            **TEXT, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            **TEXT,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
             "num_attention_heads": 2,
         },
     },
-}  # fmt: skip
+}
 
 
 def pooled_size(xl: dict) -> int:
@@ -98,9 +114,12 @@ def timed(run, wait, repeats: int) -> dict:
         wait(run())
         times.append(time.perf_counter() - start)
     return {
-        "first_s": first, "median_s": statistics.median(times), "best_s": min(times),
-        "repeats": repeats, "peak_gib": peak_memory(),
-    }  # fmt: skip
+        "first_s": first,
+        "median_s": statistics.median(times),
+        "best_s": min(times),
+        "repeats": repeats,
+        "peak_gib": peak_memory(),
+    }
 
 
 # ---- JAX ----
@@ -262,10 +281,13 @@ def measure_jax(task: str, size: str, dtype: str, image: int, repeats: int) -> d
                 jax.block_until_ready(run())
                 those.append((time.perf_counter() - start) / SAMPLER_STEPS)
         result = {
-            "median_s": statistics.median(times[0]), "best_s": min(times[0]),
-            "model_best_s": min(times[1]), "overhead": min(times[0]) / min(times[1]) - 1,
-            "repeats": repeats, "peak_gib": peak_memory(),
-        }  # fmt: skip
+            "median_s": statistics.median(times[0]),
+            "best_s": min(times[0]),
+            "model_best_s": min(times[1]),
+            "overhead": min(times[0]) / min(times[1]) - 1,
+            "repeats": repeats,
+            "peak_gib": peak_memory(),
+        }
     else:
         run = {
             "unet": functools.partial(tasks.forward, "unet"),
@@ -445,9 +467,11 @@ def check_agreement(name: str) -> float:
         received = np.asarray(load_pytorch(folder)(x, np.array([500]), condition))
     with torch.inference_mode():
         expected = module(
-            torch.tensor(x).permute(0, 3, 1, 2), torch.tensor([500]), torch.tensor(texts),
+            torch.tensor(x).permute(0, 3, 1, 2),
+            torch.tensor([500]),
+            torch.tensor(texts),
             added_cond_kwargs=added,
-        ).sample  # fmt: skip
+        ).sample
     expected = expected.permute(0, 2, 3, 1).numpy()
     return float(np.linalg.norm(received - expected) / np.linalg.norm(expected))
 
@@ -490,22 +514,38 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     packages = ("jax", "flax", "torch", "diffusers", "transformers")
     report = {
-        "benchmark": "stable_diffusion", "size": arguments.size, "dtype": arguments.dtype,
-        "agreement": agreement, "versions": {p: version(p) for p in packages},
+        "benchmark": "stable_diffusion",
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+        "agreement": agreement,
+        "versions": {p: version(p) for p in packages},
         "rows": json.loads(output.read_text())["rows"] if output.exists() else [],
-    }  # fmt: skip
+    }
     for task in arguments.tasks:
         rows = []
         for engine in arguments.engines if task != "sampler" else ("jax",):
             row = {
-                "task": task, "engine": engine, "image": arguments.image, "cpu": cpu_name(),
+                "task": task,
+                "engine": engine,
+                "image": arguments.image,
+                "cpu": cpu_name(),
                 "date": date.today().isoformat(),
-            }  # fmt: skip
+            }
             command = [
-                sys.executable, __file__, "--size", arguments.size, "--dtype", arguments.dtype,
-                "--image", str(arguments.image), "--repeats", str(arguments.repeats),
-                "--one", task, engine,
-            ]  # fmt: skip
+                sys.executable,
+                __file__,
+                "--size",
+                arguments.size,
+                "--dtype",
+                arguments.dtype,
+                "--image",
+                str(arguments.image),
+                "--repeats",
+                str(arguments.repeats),
+                "--one",
+                task,
+                engine,
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 row["error"] = done.stderr[-600:]

@@ -53,28 +53,41 @@ def trained(
     model, vocabulary = new_model(options.seed), Vocabulary.parse(WORDS)
     rows = text_rows(model.backbone.clip_model, build_tokenizer(), vocabulary)
     training = MaftPlusTraining(
-        steps=steps, learning_rate=options.learning_rate, rates=(("cdt", 0.1), ("*", 1.0)),
-        compensation_weight=0.0, set_losses=SetLossConfig(num_points=options.points),
-    )  # fmt: skip
+        steps=steps,
+        learning_rate=options.learning_rate,
+        rates=(("cdt", 0.1), ("*", 1.0)),
+        compensation_weight=0.0,
+        set_losses=SetLossConfig(num_points=options.points),
+    )
     batches = scene_batches(scenes, ResizeFlip(SHORT, LONG), options.batch_size, options.seed)
     log = options.work / f"{len(scenes)}.jsonl"
     log.unlink(missing_ok=True)
     began = time.perf_counter()
     model = fit(
-        model, rows, vocabulary.synonyms(), batches, training, seed=options.seed, progress=False,
+        model,
+        rows,
+        vocabulary.synonyms(),
+        batches,
+        training,
+        seed=options.seed,
+        progress=False,
         metrics_path=log,
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - began
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
     segmenter = Segmenter(model, rows, vocabulary.synonyms(), short=SHORT, longest=LONG)
     quality = evaluate(segmenter, scenes).semantic
     iou = np.round(quality.iou, 1).tolist()
     return segmenter, {
-        "scenes": len(scenes), "steps": steps, "seconds": round(seconds, 1),
-        "first_losses": statistics.mean(losses[:10]), "last_losses": statistics.mean(losses[-10:]),
-        "pacc": quality.pacc, "miou": quality.miou,
+        "scenes": len(scenes),
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "first_losses": statistics.mean(losses[:10]),
+        "last_losses": statistics.mean(losses[-10:]),
+        "pacc": quality.pacc,
+        "miou": quality.miou,
         "iou": dict(zip(vocabulary.names, iou, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def first_of(data: Path, count: int, work: Path) -> SceneSource:

@@ -38,9 +38,17 @@ _PARTS = {
 _FLAX = "Flax"  # how diffusers up to 0.39 and transformers 4 began their names
 # Settings of diffusers' and maxdiffusion's Flax models that say how, not what, they compute.
 _FLAX_SETTINGS = {
-    "use_memory_efficient_attention", "split_head_dim", "dtype", "weights_dtype", "precision",
-    "attention_kernel", "flash_min_seq_length", "flash_block_sizes", "mesh", "mesh_axes",
-}  # fmt: skip
+    "use_memory_efficient_attention",
+    "split_head_dim",
+    "dtype",
+    "weights_dtype",
+    "precision",
+    "attention_kernel",
+    "flash_min_seq_length",
+    "flash_block_sizes",
+    "mesh",
+    "mesh_axes",
+}
 
 
 def without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,9 +87,10 @@ def class_of_pipeline(index: Mapping[str, Any], source: str) -> Any:
             f"{source} has {name!r} as its _class_name, which is not the name of a pipeline."
         )
     classes = {
-        key: entry[1] for key, entry in index.items()
+        key: entry[1]
+        for key, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and not key.startswith("_")
-    }  # fmt: skip
+    }
     wanted = "StableDiffusionPipeline"
     if classes.get("text_encoder_2") is not None:
         wanted = "StableDiffusionXLPipeline"

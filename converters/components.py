@@ -60,9 +60,17 @@ def _too_many(raw: Mapping[str, Any]) -> str:
 
 
 def build(
-    model_class: Any, raw: Mapping[str, Any], stored: Mapping[str, StoredTensor], *, source: str,
-    file: str, dtype: Any, param_dtype: Any, place: Callable, model_options: Mapping[str, Any],
-) -> Any:  # fmt: skip
+    model_class: Any,
+    raw: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+    *,
+    source: str,
+    file: str,
+    dtype: Any,
+    param_dtype: Any,
+    place: Callable,
+    model_options: Mapping[str, Any],
+) -> Any:
     """A model with the values of stored tensors, one at a time.
 
     Args:
@@ -75,9 +83,13 @@ def build(
       CheckpointError: settings of no model, or tensors that do not fit it.
     """
     model: Any = abstract(
-        model_class, raw, source=source, dtype=dtype,
-        param_dtype=parameter_dtype(stored, param_dtype), **model_options,
-    )  # fmt: skip
+        model_class,
+        raw,
+        source=source,
+        dtype=dtype,
+        param_dtype=parameter_dtype(stored, param_dtype),
+        **model_options,
+    )
     specs = tensor_specs(model)
     tensors = match(
         specs, stored, source=file, model_class=model_class, double=param_dtype is not None

@@ -154,11 +154,16 @@ def load_single_file(
             )
         part = file.parts[name]
         parts[name] = build(
-            architectures.model_class(part.class_name, str(path)), part.raw, part.tensors,
-            source=f"{path} ({name})", file=f"{path} ({name})", dtype=dtype,
-            param_dtype=param_dtype, model_options={},
+            architectures.model_class(part.class_name, str(path)),
+            part.raw,
+            part.tensors,
+            source=f"{path} ({name})",
+            file=f"{path} ({name})",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            model_options={},
             place=functools.partial(put, rule=sharding, prefix=(name,)),
-        )  # fmt: skip
+        )
     if wanted & set(kind.TOKENIZERS):
         first = _tokenizer(path, tokenizer, file.parts.get("text_encoder"))
         second = copy.deepcopy(first)
@@ -177,9 +182,10 @@ def _wanted(
 ) -> set[str]:
     """What to load where nobody says: what is there, and what belongs to that."""
     lacking = [
-        name for name in accepted if name not in file.parts
-        and name != "scheduler" and not name.startswith("tokenizer")
-    ]  # fmt: skip
+        name
+        for name in accepted
+        if name not in file.parts and name != "scheduler" and not name.startswith("tokenizer")
+    ]
     wanted = set(accepted) - set(lacking)
     texts = [name for name in file.parts if name.startswith("text_encoder")]
     if tokenizer is not None and not texts:
@@ -261,10 +267,16 @@ def _scheduler(
     if "_class_name" in told:
         return told
     config = {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
-        "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-        "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon",
-    }  # fmt: skip
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+    }
     if family == "SDXL":
         for name in ("clip_sample", "set_alpha_to_one"):
             del config[name]
@@ -333,9 +345,10 @@ def _family_of(pipeline: Any) -> str:
 
 
 _ARCHITECTURES = {
-    "SD 1": "stable-diffusion-v1", "SD 2": "stable-diffusion-v2",
+    "SD 1": "stable-diffusion-v1",
+    "SD 2": "stable-diffusion-v2",
     "SDXL": "stable-diffusion-xl-v1-base",
-}  # fmt: skip
+}
 
 
 def _header(pipeline: Any, family: str) -> dict[str, str]:
@@ -352,17 +365,25 @@ def _header(pipeline: Any, family: str) -> dict[str, str]:
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
 # readers of single files take for granted.
 _DEFAULTS = {
-    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
     "trained_betas": None,
-}  # fmt: skip
+}
 _ASSUMED = {
-    **_DEFAULTS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-}  # fmt: skip
+    **_DEFAULTS,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 _LINEAR = {**_ASSUMED, "beta_schedule": "linear"}
 _CLASS_DEFAULTS = {
-    "LCMScheduler": _ASSUMED, "HeunDiscreteScheduler": _LINEAR, "KDPM2DiscreteScheduler": _LINEAR,
+    "LCMScheduler": _ASSUMED,
+    "HeunDiscreteScheduler": _LINEAR,
+    "KDPM2DiscreteScheduler": _LINEAR,
     "KDPM2AncestralDiscreteScheduler": _LINEAR,
-}  # fmt: skip
+}
 _MODELS_OWN = ("prediction_type", "rescale_betas_zero_snr")
 
 
@@ -387,8 +408,11 @@ def _scheduler_out(pipeline: Any) -> tuple[list[PendingTensor], dict[str, str]]:
             f"a single file cannot tell {listing(differing)} of the scheduler, and readers would "
             "assume otherwise. Write a folder."
         )
-    names = [name for name, told in zip(MARKERS, (prediction == "v_prediction", zero), strict=True)
-             if told]  # fmt: skip
+    names = [
+        name
+        for name, told in zip(MARKERS, (prediction == "v_prediction", zero), strict=True)
+        if told
+    ]
     empty = np.zeros(0, np.float32)
     markers = [PendingTensor(name, empty.dtype, empty.shape, lambda: empty) for name in names]
     try:
@@ -439,9 +463,11 @@ def _require_told(
 def _meaning(config: Any, name: str) -> Any:
     """A setting, for each resolution where it is one for all or one for each."""
     per_level = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block")
-    return config.per_block(name) if hasattr(config, "per_block") and name in per_level else (
-        getattr(config, name)
-    )  # fmt: skip
+    return (
+        config.per_block(name)
+        if hasattr(config, "per_block") and name in per_level
+        else (getattr(config, name))
+    )
 
 
 def _same(component: str, name: str, config: Any) -> bool:

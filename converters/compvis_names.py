@@ -16,26 +16,41 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 # ResBlock -> ResnetBlock2D, in the UNet and in the VAE.
 _UNET_RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 _VAE_RESNET = {
-    "norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2",
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
     "nin_shortcut": "conv_shortcut",
-}  # fmt: skip
+}
 _VAE_ATTENTION = {
-    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
-}  # fmt: skip
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
 _OPEN_CLIP = {
-    "token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm",
+    "token_embedding": "embeddings.token_embedding",
+    "ln_final": "final_layer_norm",
     "positional_embedding": "embeddings.position_embedding.weight",
     "text_projection": "text_projection.weight",
-}  # fmt: skip
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # as OpenCLIP's fused ones hold them, row upon row
 _OPEN_CLIP_LAYER = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
-}  # fmt: skip
+}
 
 
 class TextEncoder(NamedTuple):
@@ -68,7 +83,7 @@ TEXT_ENCODERS = {
         TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", True, "gelu"),
         TextEncoder("text_encoder_2", "conditioner.embedders.1.transformer.", False, "gelu"),
     ),
-}  # fmt: skip
+}
 
 # What other programs' keys begin with -> CompVis's.
 ALIASES = {
@@ -91,25 +106,44 @@ MARKERS = {
 LEFTOVERS = {
     "moving averages (EMA)": ("model_ema.*", "first_stage_model.model_ema.*"),
     "the noise schedule": (
-        "betas", "alphas_cumprod*", "sqrt_*", "log_one_minus_alphas_cumprod", "posterior_*",
-        "logvar", "lvlb_weights", "scale_factor", "denoiser.*", "model_sampling.*",
-        "model.model_sampling.*", "sigmas", "log_sigmas",
+        "betas",
+        "alphas_cumprod*",
+        "sqrt_*",
+        "log_one_minus_alphas_cumprod",
+        "posterior_*",
+        "logvar",
+        "lvlb_weights",
+        "scale_factor",
+        "denoiser.*",
+        "model_sampling.*",
+        "model.model_sampling.*",
+        "sigmas",
+        "log_sigmas",
     ),
     "the training's state": (
-        "global_step", "optimizer_states*", "optimizer.*", "lr_schedulers*", "embedding_manager.*",
+        "global_step",
+        "optimizer_states*",
+        "optimizer.*",
+        "lr_schedulers*",
+        "embedding_manager.*",
     ),
     "the autoencoder's training loss": ("first_stage_model.loss.*", "loss.*"),
     "positions of tokens, which are counted": ("*.position_ids",),
     "CLIP's contrastive head": (
-        "cond_stage_model.logit_scale", "cond_stage_model.text_projection*",
-        "cond_stage_model.*.logit_scale", "cond_stage_model.*.text_projection*",
-        "cond_stage_model.model.visual.*", "cond_stage_model.*.attn_mask",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.text_projection*",
+        "cond_stage_model.*.logit_scale",
+        "cond_stage_model.*.text_projection*",
+        "cond_stage_model.model.visual.*",
+        "cond_stage_model.*.attn_mask",
         "cond_stage_model.transformer.vision_model.*",
         "cond_stage_model.transformer.visual_projection.*",
-        "conditioner.embedders.*.logit_scale", "conditioner.embedders.*.attn_mask",
-        "conditioner.embedders.0.*text_projection*", "conditioner.embedders.1.model.visual.*",
+        "conditioner.embedders.*.logit_scale",
+        "conditioner.embedders.*.attn_mask",
+        "conditioner.embedders.0.*text_projection*",
+        "conditioner.embedders.1.model.visual.*",
     ),
-}  # fmt: skip
+}
 
 # What no model here computes -> the beginnings of keys that tell it.
 STRANGERS = {
@@ -121,9 +155,10 @@ STRANGERS = {
     "SDXL's refiner": ("conditioner.embedders.0.model.",),
     "Stable Diffusion 2 unCLIP": ("noise_augmentor.", "embedder.model.visual."),
     "8-bit weights with scales of their own (ComfyUI's scaled fp8)": (
-        "scaled_fp8", "model.diffusion_model.scaled_fp8",
+        "scaled_fp8",
+        "model.diffusion_model.scaled_fp8",
     ),
-}  # fmt: skip
+}
 
 
 def _joined(old: str, new: str, table: Mapping[str, str]) -> Names:
@@ -139,13 +174,17 @@ def unet_names(layers: Iterable[int], attends: Iterable[bool]) -> Names:
     """
     levels = list(zip(layers, attends, strict=True))
     names = {
-        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-        "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
-        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
         "middle_block.1": "mid_block.attentions.0",
         **_joined("middle_block.0", "mid_block.resnets.0", _UNET_RESNET),
         **_joined("middle_block.2", "mid_block.resnets.1", _UNET_RESNET),
-    }  # fmt: skip
+    }
     place = 1
     for level, (count, attend) in enumerate(levels):
         for layer in range(count):

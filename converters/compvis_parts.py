@@ -37,13 +37,17 @@ _TOKENS = "embeddings.token_embedding.weight"  # of a text encoder with transfor
 # A key of each model that has no prefix, or another one than CompVis's.
 _TELLING = {UNET: "input_blocks.0.0.weight", VAE: "decoder.up.0.block.0.conv1.weight"}
 _CHANNELS = {
-    5: "a depth-to-image model", 7: "the x4 upscaler", 8: "an InstructPix2Pix or Zero123 model",
-}  # fmt: skip
+    5: "a depth-to-image model",
+    7: "the x4 upscaler",
+    8: "an InstructPix2Pix or Zero123 model",
+}
 _PROJECTION = ("text_projection.weight",)  # beside a text tower, not in it
 _CLASSES = {
-    "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
-}  # fmt: skip
+}
 
 Shapes = Mapping[str, tuple[int, ...]]
 Stored = dict[str, StoredTensor]
@@ -108,8 +112,9 @@ def is_single_file(stored: Stored) -> bool:
 
 def is_bare_text(keys: Collection[str]) -> bool:
     """Whether they are a text encoder's as transformers names them in its folders."""
-    return any(key.removeprefix("text_model.") == "encoder.layers.0.layer_norm1.weight"
-               for key in keys)  # fmt: skip
+    return any(
+        key.removeprefix("text_model.") == "encoder.layers.0.layer_norm1.weight" for key in keys
+    )
 
 
 def _canonical(stored: Stored) -> dict[str, str]:
@@ -128,9 +133,7 @@ def _canonical(stored: Stored) -> dict[str, str]:
             }
     shapes = {name: stored[key].shape for key, name in names.items()}
     if not any(name.startswith(_PREFIXES) for name in shapes) and (prefix := _bare(shapes)):
-        names = {
-            key: name if name in MARKERS else prefix + name for key, name in names.items()
-        }  # fmt: skip
+        names = {key: name if name in MARKERS else prefix + name for key, name in names.items()}
     return names
 
 
@@ -160,10 +163,18 @@ def stranger(keys: Collection[str]) -> str:
     inside = {key.split(".")[0] for key in keys}
     if {"unet", "vae"} & inside:
         return "Its names are those of a diffusers folder, which has a file for each model."
-    name = next((name for name, parts in (
-        ("UNet", {"down_blocks", "up_blocks", "conv_in"}), ("VAE", {"encoder", "decoder"}),
-        ("CLIP", {"text_model", "vision_model"}),
-    ) if parts <= inside), "")  # fmt: skip
+    name = next(
+        (
+            name
+            for name, parts in (
+                ("UNet", {"down_blocks", "up_blocks", "conv_in"}),
+                ("VAE", {"encoder", "decoder"}),
+                ("CLIP", {"text_model", "vision_model"}),
+            )
+            if parts <= inside
+        ),
+        "",
+    )
     if not name:
         return ""
     return (
@@ -202,9 +213,13 @@ def read_single_file(
     unknown = []
     for key, tensor in tensors.items():
         kind = next(
-            (kind for kind, patterns in LEFTOVERS.items()
-             if any(fnmatchcase(key, pattern) for pattern in patterns)), None,
-        )  # fmt: skip
+            (
+                kind
+                for kind, patterns in LEFTOVERS.items()
+                if any(fnmatchcase(key, pattern) for pattern in patterns)
+            ),
+            None,
+        )
         prefix = next((prefix for prefix in known if key.startswith(prefix)), None)
         if key.removeprefix(UNET) in MARKERS:
             continue
@@ -221,9 +236,11 @@ def read_single_file(
             continue
         component, encoder = known[prefix]
         if encoder is not None and encoder.unread is not None:
-            last = (f"transformer.resblocks.{encoder.unread}.",
-                    f"text_model.encoder.layers.{encoder.unread}.",
-                    f"encoder.layers.{encoder.unread}.")  # fmt: skip
+            last = (
+                f"transformer.resblocks.{encoder.unread}.",
+                f"text_model.encoder.layers.{encoder.unread}.",
+                f"encoder.layers.{encoder.unread}.",
+            )
             unread = [key for key in tensors_here if key.startswith(last)]
             tensors_here = {k: t for k, t in tensors_here.items() if k not in unread}
             if unread:
@@ -276,9 +293,13 @@ def _other_model(tensors: Stored) -> str:
 def _context(tensors: Stored) -> int:
     """Width of what a UNet attends to, or 0."""
     return next(
-        (tensor.shape[-1] for key, tensor in tensors.items()
-         if key.startswith(UNET) and key.endswith("attn2.to_k.weight") and tensor.shape), 0,
-    )  # fmt: skip
+        (
+            tensor.shape[-1]
+            for key, tensor in tensors.items()
+            if key.startswith(UNET) and key.endswith("attn2.to_k.weight") and tensor.shape
+        ),
+        0,
+    )
 
 
 def _family(tensors: Stored) -> str:
@@ -289,9 +310,13 @@ def _family(tensors: Stored) -> str:
     if xl or any(key.startswith("conditioner.") for key in shapes):
         return "SDXL"
     text = next(
-        (shape[-1] for key, shape in shapes.items()
-         if key.startswith("cond_stage_model.") and key.endswith(_TOKENS) and shape), 0,
-    )  # fmt: skip
+        (
+            shape[-1]
+            for key, shape in shapes.items()
+            if key.startswith("cond_stage_model.") and key.endswith(_TOKENS) and shape
+        ),
+        0,
+    )
     open_clip = any(key.startswith("cond_stage_model.model.transformer.") for key in shapes)
     # SD 1's projections are convolutions.
     linear = len(shapes.get(UNET + "middle_block.1.proj_in.weight", ())) == 2
@@ -303,8 +328,11 @@ def _family(tensors: Stored) -> str:
 
 def _architecture(metadata: Mapping[str, str]) -> str:
     named = metadata.get("modelspec.architecture", "")
-    forms = {"stable-diffusion-xl": "SDXL", "stable-diffusion-v2": "SD 2",
-             "stable-diffusion-v1": "SD 1"}  # fmt: skip
+    forms = {
+        "stable-diffusion-xl": "SDXL",
+        "stable-diffusion-v2": "SD 2",
+        "stable-diffusion-v1": "SD 1",
+    }
     return next((family for form, family in forms.items() if named.startswith(form)), "")
 
 
@@ -462,9 +490,11 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     }
     if (vector := shapes.get("label_emb.0.0.weight")) is not None:  # SDXL's sizes and crops
         raw |= {
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": vector[1], "sample_size": 128,
-        }  # fmt: skip
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": vector[1],
+            "sample_size": 128,
+        }
     return raw
 
 
@@ -473,10 +503,8 @@ def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
     levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
     layers = _count(shapes, "encoder.down.0.block.{}.conv1.weight")
     lacking = {
-        setting: False
-        for setting, key in _OPTIONAL.items()
-        if f"{key}.weight" not in shapes
-    }  # fmt: skip
+        setting: False for setting, key in _OPTIONAL.items() if f"{key}.weight" not in shapes
+    }
     return {
         "_class_name": _CLASSES["vae"],
         "sample_size": 1024 if family == "SDXL" else 512,
@@ -495,9 +523,10 @@ def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
 
 
 _OPTIONAL = {
-    "use_quant_conv": "quant_conv", "use_post_quant_conv": "post_quant_conv",
+    "use_quant_conv": "quant_conv",
+    "use_post_quant_conv": "post_quant_conv",
     "mid_block_add_attention": "decoder.mid.attn_1.q",
-}  # fmt: skip
+}
 
 
 def _vae(tensors: Stored, family: str) -> tuple[dict[str, Any], Stored, list[str]]:

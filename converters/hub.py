@@ -77,9 +77,12 @@ def local(
 
 @functools.cache  # a command asks for the same model several times
 def _fetched(
-    wanted: HubId, path: str, subfolder: str | None, variant: str | None,
+    wanted: HubId,
+    path: str,
+    subfolder: str | None,
+    variant: str | None,
     components: tuple[str, ...] | None,
-) -> Path:  # fmt: skip
+) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub_errors
 
@@ -115,9 +118,11 @@ def _fetched(
     if root is None:
         try:
             root = snapshot_download(
-                wanted.repo, revision=wanted.revision, local_files_only=True,
+                wanted.repo,
+                revision=wanted.revision,
+                local_files_only=True,
                 allow_patterns=[_NO_FILE],
-            )  # fmt: skip
+            )
         except Exception as error:
             offline = "the Hub is not asked (offline)" if not reason else "the Hub did not answer"
             raise CheckpointError(

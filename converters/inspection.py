@@ -168,9 +168,7 @@ def _pipeline(path: Path) -> Inspection:
         carried = {}
     if unreadable:
         problems["not readable"] = unreadable
-    others = {
-        name for name, entry in index.items() if name not in known and is_part(name, entry)
-    }  # fmt: skip
+    others = {name for name, entry in index.items() if name not in known and is_part(name, entry)}
     absent = sorted(name for name in others if not (path / name).is_dir() and "/" not in name)
     unused = sorted((others | set(carried)) - set(absent))
     leftovers = {"parts that are not loaded": unused} if unused else {}
@@ -231,13 +229,14 @@ def _personalisation(path: Path) -> Inspection:
     named = {"new tokens": found.rows, "UNet": found.unet}
     parts = [
         _part(
-            name, f"{len(arrays)} tensors" if name == "UNet" else ", ".join(sorted(arrays)),
+            name,
+            f"{len(arrays)} tensors" if name == "UNet" else ", ".join(sorted(arrays)),
             [StoredTensor(FLOAT_NAMES[a.dtype], a.shape, lambda a=a: a) for a in arrays.values()],
             {},
         )
         for name, arrays in named.items()
         if arrays
-    ]  # fmt: skip
+    ]
     return Inspection("personalisation", parts, {}, {})
 
 

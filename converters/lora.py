@@ -42,9 +42,11 @@ from .tensors import TensorSpec, is_finite, tensor_specs, variables
 from .weights import WeightFile, open_weights, opened, read_json
 
 FILES = (
-    "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
-    "adapter_model.safetensors", "adapter_model.bin",
-)  # fmt: skip
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 _KEY = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<new>A|B|down|mid|up)(?:(?:\.[^.]+)?\.weight)?"
     r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<old>down|up|alpha)(?:\.weight)?"
@@ -53,14 +55,18 @@ _KEY = re.compile(
 _KINDS = {"A": "A", "down": "A", "B": "B", "up": "B", "mid": "mid", "alpha": "alpha"}
 # What else such files hold, none of which is read.
 _RELATIVES = {
-    "LoHa": r".+\.hada_.+", "LoKr": r".+\.lokr_.+", "GLoRA": r"lora_.+\.[ab][12]\.weight",
-    "DoRA": r".+\.(dora_scale|lora_magnitude_vector.*)", "OFT": r".+\.b?oft_.+",
-    "IA3": r".+\.(on_input|ia3_l.*)", "VeRA": r".+\.vera_.+",
+    "LoHa": r".+\.hada_.+",
+    "LoKr": r".+\.lokr_.+",
+    "GLoRA": r"lora_.+\.[ab][12]\.weight",
+    "DoRA": r".+\.(dora_scale|lora_magnitude_vector.*)",
+    "OFT": r".+\.b?oft_.+",
+    "IA3": r".+\.(on_input|ia3_l.*)",
+    "VeRA": r".+\.vera_.+",
     "LoRA of embeddings": r".+\.lora_embedding_[AB].*",
     "LoRA with biases": r".+\.lora_(B|up)(\..+)?\.bias",
     "whole differences": r".+\.diff(_b)?",
     "embeddings within a LoRA": r"bundle_emb\..+",
-}  # fmt: skip
+}
 # What a module's name begins with -> the pipeline's component.
 _PREFIXES = {
     r"unet\.|lora_unet_|(model\.)?diffusion_model\.": "unet",
@@ -76,10 +82,19 @@ _HEADER = "lora_adapter_metadata"  # where diffusers notes PEFT's settings
 _CONFIG = "adapter_config.json"  # where PEFT does
 # PEFT's settings that make of a LoRA something else; what is not named here serves training alone.
 _REFUSED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save",
-    "layer_replication", "trainable_token_indices", "target_parameters", "megatron_config",
-    "arrow_config", "alora_invocation_tokens",
-)  # fmt: skip
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "megatron_config",
+    "arrow_config",
+    "alora_invocation_tokens",
+)
 _OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change it
 _PEFT_ALPHA = 8  # PEFT's own, where its settings name none
 _MAX_PATTERN = 300
@@ -449,9 +464,15 @@ def _pair(tensors: Mapping[str, StoredTensor], noted: Noted | None, module: str,
 
 
 def save_lora(
-    edited: Any, original: Any, path: Path | str, *, rank: int | None = None,
-    energy: float | None = None, dtype: Any = None, force: bool = False,
-) -> LoraSummary:  # fmt: skip
+    edited: Any,
+    original: Any,
+    path: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: Any = None,
+    force: bool = False,
+) -> LoraSummary:
     """Write the difference of two models as a LoRA, by truncated singular value decomposition.
 
     By Eckart and Young (1936), no other matrices of that rank come nearer to the difference.

@@ -26,14 +26,32 @@ _RANK = 32
 _ARRAY, _SCALAR = 1, 3  # extension codes of flax.serialization
 _CHUNKED = "__msgpack_chunked_array__"
 _DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
-    "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "uint32": "U32", "bool": "BOOL",
-}  # fmt: skip
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint32": "U32",
+    "bool": "BOOL",
+}
 # Lists of modules, whose members Flax numbers with an underscore.
 _LISTS = (
-    "down_blocks", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers",
-    "transformer_blocks", "to_out", "net", "motion_modules", "layers",
-)  # fmt: skip
+    "down_blocks",
+    "up_blocks",
+    "attentions",
+    "resnets",
+    "downsamplers",
+    "upsamplers",
+    "transformer_blocks",
+    "to_out",
+    "net",
+    "motion_modules",
+    "layers",
+)
 
 
 class _Array(NamedTuple):
@@ -73,9 +91,12 @@ def open_flax(path: Path, content: Content | None = None) -> dict[str, StoredTen
 
 
 def _collect(
-    path: Path, data: np.ndarray, tree: dict[str, Any], parents: tuple[str, ...],
+    path: Path,
+    data: np.ndarray,
+    tree: dict[str, Any],
+    parents: tuple[str, ...],
     tensors: dict[str, StoredTensor],
-) -> None:  # fmt: skip
+) -> None:
     for name, value in tree.items():
         here = (*parents, name)
         if isinstance(value, dict) and value.get(_CHUNKED) is True:
@@ -106,10 +127,13 @@ def _joined(path: Path, here: tuple[str, ...], value: dict[str, Any]) -> _Array:
     arrays = [chunk for chunk in chunks if isinstance(chunk, _Array)]
     sizes = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
     if (
-        not arrays or len(arrays) != len(chunks) or not sizes or len(shape) > _RANK
+        not arrays
+        or len(arrays) != len(chunks)
+        or not sizes
+        or len(shape) > _RANK
         or len({array.dtype for array in arrays}) > 1
         or sum(math.prod(array.shape) for array in arrays) != math.prod(shape)
-    ):  # fmt: skip
+    ):
         raise CheckpointError(f"{path}: the chunks of {'/'.join(here)[:200]} do not fit together.")
     spans = tuple(span for array in arrays for span in array.spans)
     return _Array(arrays[0].dtype, tuple(shape), spans)
@@ -254,10 +278,12 @@ class _Reader:
             raise self.fail("an array that is not (shape, type, bytes)")
         shape, dtype, span = content
         if not (
-            isinstance(shape, list) and len(shape) <= _RANK and isinstance(dtype, str)
+            isinstance(shape, list)
+            and len(shape) <= _RANK
+            and isinstance(dtype, str)
             and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
             and isinstance(span, range)
-        ):  # fmt: skip
+        ):
             raise self.fail("an array that is not (shape, type, bytes)")
         name = _DTYPES.get(dtype, dtype[:40])
         if name in ITEM_SIZES and math.prod(shape) * ITEM_SIZES[name] != len(span):

@@ -36,9 +36,13 @@ CHECKPOINT_FILES = ("config.json", "model_index.json")
 
 @contextlib.contextmanager
 def atomic_folder(
-    path: Path | str, *, force: bool = False, markers: Sequence[str] = CHECKPOINT_FILES,
-    sources: Iterable[Path | str] = (), by: str = "conceptax",
-) -> Iterator[Path]:  # fmt: skip
+    path: Path | str,
+    *,
+    force: bool = False,
+    markers: Sequence[str] = CHECKPOINT_FILES,
+    sources: Iterable[Path | str] = (),
+    by: str = "conceptax",
+) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block succeeds, and vanishes when it fails.
 
     What a run that was killed left of the same result is removed first, or, where it was killed
@@ -157,9 +161,12 @@ def _same(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def _claimed(
-    path: Path, sources: Iterable[Path | str], make: Callable[[Path], Any],
-    check: Callable[[], None], finish: Callable[[Path], Any],
-) -> Iterator[Path]:  # fmt: skip
+    path: Path,
+    sources: Iterable[Path | str],
+    make: Callable[[Path], Any],
+    check: Callable[[], None],
+    finish: Callable[[Path], Any],
+) -> Iterator[Path]:
     """What files and folders have in common: `make` a temporary one, `check`, `finish`."""
     if jax.process_index() > 0:  # the first of several processes writes the result
         with tempfile.TemporaryDirectory() as unused:
@@ -215,9 +222,11 @@ def _is_about(error: OSError, path: Path) -> bool:
         return True
     place = os.path.abspath(os.fsdecode(error.filename))
     beside = os.path.join(path.parent, f".{path.name[:_SHOWN]}.")
-    return _same(Path(place), path) or place.startswith((f"{path}{os.sep}", beside)) or (
-        Path(place) in path.parents
-    )  # fmt: skip
+    return (
+        _same(Path(place), path)
+        or place.startswith((f"{path}{os.sep}", beside))
+        or (Path(place) in path.parents)
+    )
 
 
 # ---- temporary names, and what killed runs left under them ----

@@ -76,9 +76,9 @@ def put(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) 
     """Put a view of a mapped file onto its devices; nothing there shares its memory."""
     if isinstance(rule, str):
         return view
-    sharding = rule if isinstance(rule, Sharding) or rule is None else rule(
-        (*prefix, *path), view.shape
-    )  # fmt: skip
+    sharding = (
+        rule if isinstance(rule, Sharding) or rule is None else rule((*prefix, *path), view.shape)
+    )
     if sharding is None:
         return jax.device_put(_detached(view))
     return jax.make_array_from_callback(

@@ -51,16 +51,23 @@ _TRAINED = {
 }
 # What such files are called in a folder.
 _PATTERNS = (
-    CUSTOM_DIFFUSION, "delta*.bin", "learned_embeds.*", "learned_embeds_2.*", "<*>.*",
-    "*_emb.safetensors", "*_changes.safetensors",
-)  # fmt: skip
+    CUSTOM_DIFFUSION,
+    "delta*.bin",
+    "learned_embeds.*",
+    "learned_embeds_2.*",
+    "<*>.*",
+    "*_emb.safetensors",
+    "*_changes.safetensors",
+)
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 _TEXT = "text_model."
 # What files of SDXL call the embeddings for its two text encoders -> their usual name.
 _CLIPS = {
-    "clip_l": "clip_l", "text_encoders_0": "clip_l",
-    "clip_g": "clip_g", "text_encoders_1": "clip_g",
-}  # fmt: skip
+    "clip_l": "clip_l",
+    "text_encoders_0": "clip_l",
+    "clip_g": "clip_g",
+    "text_encoders_1": "clip_g",
+}
 _FIRST, _SECOND = "learned_embeds", "learned_embeds_2"  # or, of diffusers, a file for each encoder
 # Keys of a UNet and of a text encoder, by diffusers', transformers' and CompVis's names.
 _CHANGED = re.compile(
@@ -72,8 +79,10 @@ _CHANGED = re.compile(
 )
 _COUNTED = "*.position_ids"  # older transformers stored them; they are no weights
 _INVERSION, _CROSS, _WEIGHTS = (
-    "a textual inversion", "weights of Custom Diffusion", "changed weights of a model",
-)  # fmt: skip
+    "a textual inversion",
+    "weights of Custom Diffusion",
+    "changed weights of a model",
+)
 Array = Any
 
 
@@ -194,10 +203,11 @@ def personalised_files(path: Path | str) -> list[Path]:
     if not path.is_dir():
         return [path]
     return sorted(
-        file for file in path.iterdir()
+        file
+        for file in path.iterdir()
         if file.suffix.lower() in _SUFFIXES
         and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _PATTERNS)
-    )  # fmt: skip
+    )
 
 
 def read_personalisation(path: Path | str) -> Personalisation:

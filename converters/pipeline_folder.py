@@ -87,9 +87,11 @@ def carried_parts(
     found = {
         name: folder / name
         for name, entry in index.items()
-        if name not in known and is_part(name, entry) and is_plain(name)
+        if name not in known
+        and is_part(name, entry)
+        and is_plain(name)
         and (folder / name).is_dir()
-    }  # fmt: skip
+    }
     for part in found.values():
         _check(part)
     flax = [name for name, part in found.items() if _only_flax(part)]

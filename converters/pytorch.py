@@ -126,9 +126,13 @@ def load_pytorch(
         if unknown := sorted(set(model_options) - _OF_SINGLE_FILES):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
         return load_single_file(
-            found.file or path, dtype=dtype, param_dtype=param_dtype, sharding=sharding,
-            components=components, **model_options,
-        )  # fmt: skip
+            found.file or path,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            sharding=sharding,
+            components=components,
+            **model_options,
+        )
     if found.kind == SEGMENTATION and components is None:
         assert found.file is not None
         loader = loader_of(found.file)
@@ -140,9 +144,11 @@ def load_pytorch(
         )
     place = functools.partial(put, rule=sharding)
     options = {
-        "dtype": dtype, "param_dtype": param_dtype, "model_options": model_options,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "model_options": model_options,
         "variant": variant,
-    }  # fmt: skip
+    }
     if found.kind == PIPELINE:
         if architecture is not None:
             raise ValueError(f"{path} is a pipeline: architecture= is for a component folder.")
@@ -156,9 +162,13 @@ def load_pytorch(
 
 
 def _load_pipeline(
-    path: FilePath, components: Collection[str] | None, *, place: Callable, variant: str | None,
+    path: FilePath,
+    components: Collection[str] | None,
+    *,
+    place: Callable,
+    variant: str | None,
     **options,
-) -> Any:  # fmt: skip
+) -> Any:
     index = read_index(path)
     kind = architectures.class_of_pipeline(index, str(path))
     known = pipeline_components(kind)
@@ -173,9 +183,12 @@ def _load_pipeline(
         raise CheckpointError(f"{path}: none of {listing(models)} has the variant {variant!r}.")
     for name in models:
         parts[name] = _load_component(
-            path / name, class_in(index.get(name)), variant=variant if name in having else None,
-            place=functools.partial(place, prefix=(name,)), **options,
-        )  # fmt: skip
+            path / name,
+            class_in(index.get(name)),
+            variant=variant if name in having else None,
+            place=functools.partial(place, prefix=(name,)),
+            **options,
+        )
     for name in kind.TOKENIZERS:
         if name in wanted:
             parts[name] = read_tokenizer(path / name)
@@ -188,10 +201,16 @@ def _load_pipeline(
 
 
 def _load_component(
-    path: FilePath, architecture: Any, *, dtype: Any, param_dtype: Any, place: Callable,
-    model_options: Mapping[str, Any], variant: str | None,
+    path: FilePath,
+    architecture: Any,
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    place: Callable,
+    model_options: Mapping[str, Any],
+    variant: str | None,
     stored: Mapping[str, StoredTensor] | None = None,
-) -> nnx.Module:  # fmt: skip
+) -> nnx.Module:
     folder = path.parent if path.is_file() else path
     raw, source = read_config(folder)
     if architecture is None or isinstance(architecture, str):
@@ -209,9 +228,16 @@ def _load_component(
     if stored is None:
         stored = open_weights(file)
     return build(
-        model_class, raw, stored, source=source, file=str(file), dtype=dtype,
-        param_dtype=param_dtype, place=place, model_options=model_options,
-    )  # fmt: skip
+        model_class,
+        raw,
+        stored,
+        source=source,
+        file=str(file),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        place=place,
+        model_options=model_options,
+    )
 
 
 def save_pytorch(

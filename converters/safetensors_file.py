@@ -44,9 +44,17 @@ _INTEGERS = {
 # Bytes per element of everything else a file may hold; a type not listed is not checked further.
 ITEM_SIZES = {
     **{name: dtype.itemsize for name, dtype in FLOAT_TYPES.items()},
-    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2,
-    "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "U16": 2,
+    "I32": 4,
+    "U32": 4,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+}
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
 _AGAIN = "Download or copy it again."
 # Bytes written at once; Linux takes several times as long for large pieces of a mapped file.

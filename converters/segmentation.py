@@ -113,16 +113,23 @@ def _plan_maft_plus(
     has_transfer = any(key.startswith(_TRANSFER) for key in stored)
     if config is None:
         config = maft_plus_config(
-            _shapes(stored), form=form if has_transfer else "panoptic", token_order=token_order,
+            _shapes(stored),
+            form=form if has_transfer else "panoptic",
+            token_order=token_order,
             source=str(file.path),
-        )  # fmt: skip
+        )
     return Plan(MaftPlus, config, stored, without="" if has_transfer else _TRANSFER)
 
 
 def load_open_clip(
-    path: Path | str | WeightFile, *, prefix: str = "", config: Any = None,
-    dtype: Any = jnp.float32, param_dtype: Any = None, sharding: ShardingRule = None,
-) -> Any:  # fmt: skip
+    path: Path | str | WeightFile,
+    *,
+    prefix: str = "",
+    config: Any = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    sharding: ShardingRule = None,
+) -> Any:
     """Load an OpenCLIP model with a ConvNeXt tower from its weight file, or from a larger one.
 
     Args:
@@ -146,10 +153,15 @@ def load_open_clip(
 
 
 def load_maft_plus(
-    path: Path | str | WeightFile, *, form: str = "semantic", token_order: str = "reference",
-    config: Any = None, dtype: Any = jnp.float32, param_dtype: Any = None,
+    path: Path | str | WeightFile,
+    *,
+    form: str = "semantic",
+    token_order: str = "reference",
+    config: Any = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
     sharding: ShardingRule = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Load MAFT+ or FC-CLIP from a detectron2 checkpoint.
 
     The teacher, the criterion, optimizer states and other things that no inference needs are passed
@@ -179,17 +191,25 @@ def load_maft_plus(
     if plan.without:
         config = plan.config
         model.cdt = ContentDependentTransfer(
-            config.clip_config.embed_dim, config.transfer_heads, form="panoptic",
-            token_order=config.token_order, dtype=dtype,
-            param_dtype=parameter_dtype(plan.stored, param_dtype), rngs=nnx.Rngs(0),
-        )  # fmt: skip
+            config.clip_config.embed_dim,
+            config.transfer_heads,
+            form="panoptic",
+            token_order=config.token_order,
+            dtype=dtype,
+            param_dtype=parameter_dtype(plan.stored, param_dtype),
+            rngs=nnx.Rngs(0),
+        )
     return model
 
 
 def save_maft_plus(
-    model: Any, path: Path | str, *, teacher: Any = None, classes: int | None = None,
+    model: Any,
+    path: Path | str,
+    *,
+    teacher: Any = None,
+    classes: int | None = None,
     force: bool = False,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a model under the names of detectron2 checkpoints.
 
     Args:
@@ -240,9 +260,12 @@ def _load(plan: Plan, source: str, *, dtype: Any, param_dtype: Any, sharding: Sh
     init_dtype = parameter_dtype(plan.stored, param_dtype)
     model, specs = plan.specs(dtype=dtype, param_dtype=init_dtype)
     tensors = match(
-        specs, plan.wanted(specs), source=source, model_class=plan.model_class,
+        specs,
+        plan.wanted(specs),
+        source=source,
+        model_class=plan.model_class,
         double=param_dtype is not None,
-    )  # fmt: skip
+    )
     place = functools.partial(put, rule=sharding)
     fill(model, specs, tensors, source=source, param_dtype=param_dtype, place=place)
     return model
@@ -329,7 +352,11 @@ def maft_plus_config(
         weights = shapes[f"{encoder}0.self_attn.attention_weights.weight"]
         queries, width = shapes[f"{predictor}query_feat.weight"]
         return MaftPlusConfig.of(
-            clip, form=form, token_order=token_order, hidden_dim=width, heads=heads,
+            clip,
+            form=form,
+            token_order=token_order,
+            hidden_dim=width,
+            heads=heads,
             num_points=weights[0] // (3 * heads),
             encoder_layers=_count(shapes, re.escape(encoder) + r"(\d+)\."),
             encoder_ffn=shapes[f"{encoder}0.linear1.weight"][0],
@@ -338,7 +365,7 @@ def maft_plus_config(
             ),
             decoder_ffn=shapes[f"{predictor}transformer_ffn_layers.0.linear1.weight"][0],
             num_queries=queries,
-        )  # fmt: skip
+        )
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"{source} is no checkpoint of MAFT+ or FC-CLIP ({error}). Pass a detectron2 file such "

@@ -206,9 +206,13 @@ def match(
 
 
 _INFINITY = {  # the least bits that are no number
-    "F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000,
-    "F8_E4M3": 0x7F, "F8_E5M2": 0x7C,
-}  # fmt: skip
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+    "F32": 0x7F800000,
+    "F64": 0x7FF0000000000000,
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7C,
+}
 _CHUNK = 1 << 18  # stays in a processor's cache
 
 

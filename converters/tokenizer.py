@@ -57,9 +57,10 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
     added = {
-        token: index for token, index in tokenizer.get_added_vocab().items()
+        token: index
+        for token, index in tokenizer.get_added_vocab().items()
         if token not in vocabulary
-    }  # fmt: skip
+    }
     if added:
         write_json(folder / "added_tokens.json", added)
     specials = {name: str(token) for name, token in _special_tokens(tokenizer).items()}

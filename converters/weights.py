@@ -102,10 +102,12 @@ def find_weights(folder: Path, library: str, variant: str | None = None) -> Path
       CheckpointError: there is none; the message lists what is there.
     """
     found = [
-        (place, entry.name) for entry in folder.iterdir()
-        if (place := _place(entry.name, library)) is not None and entry.is_file()
+        (place, entry.name)
+        for entry in folder.iterdir()
+        if (place := _place(entry.name, library)) is not None
+        and entry.is_file()
         and variant in (None, variant_of(entry.name))
-    ]  # fmt: skip
+    ]
     if found:
         return folder / min(found)[1]
     there = visible(folder)
@@ -152,9 +154,14 @@ def _place(file: str, library: str) -> tuple[Any, ...] | None:
     known = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
     flax = form == "msgpack"
     return (
-        flax, variant == _NOT_AVERAGED, known, variant, _FORMS[form],
-        library not in owners, file.lower().endswith(".json"),
-    )  # fmt: skip
+        flax,
+        variant == _NOT_AVERAGED,
+        known,
+        variant,
+        _FORMS[form],
+        library not in owners,
+        file.lower().endswith(".json"),
+    )
 
 
 class WeightFile:
@@ -263,18 +270,24 @@ _AGAIN = "Download the file itself again."
 _MODEL = "Pass a model's folder or weight file."
 # What a file that is called weights may begin with instead -> what it is, and what to do.
 _OTHERS = (
-    (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself. Fetch it with git "
-     "lfs pull."),
-    (rb"(?i)\s*<(!doctype html|html|\?xml|head)", f"a web page, as a failed download leaves it. "
-     f"{_AGAIN}"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", f"a picture, no model. "
-     f"{_MODEL}"),
+    (
+        rb"version https://git-lfs",
+        "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull.",
+    ),
+    (
+        rb"(?i)\s*<(!doctype html|html|\?xml|head)",
+        f"a web page, as a failed download leaves it. {_AGAIN}",
+    ),
+    (
+        rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*",
+        f"a picture, no model. {_MODEL}",
+    ),
     (rb"GGUF", "a GGUF file, which is not read here. Use the model's safetensors file."),
     (rb"\x89HDF", "an HDF5 file, which is not read here. Use the model's safetensors file."),
     (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive. Unpack it first."),
     (rb"\s*\{", "a file of settings (JSON), no weights. Pass the folder that it is in."),
     (rb"\x00{512}", f"full of zeros, as an unfinished download leaves it. {_AGAIN}"),
-)  # fmt: skip
+)
 
 
 def _other(start: bytes) -> str:
@@ -419,10 +432,19 @@ def tensor_values(tensor: Any) -> np.ndarray:
 
 
 _TORCH_TYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 def _unwrapped(state: Mapping[Any, Any], wrappers: Sequence[str]) -> Mapping[Any, Any]:
@@ -449,9 +471,10 @@ def _of_pickle(file: WeightFile, wrappers: Sequence[str]) -> dict[str, StoredTen
     if wrappers:
         inner = _unwrapped(state, wrappers)
         state = {
-            key: value for key, value in inner.items()
+            key: value
+            for key, value in inner.items()
             if isinstance(value, torch.Tensor) or _is_alpha(key, value)
-        }  # fmt: skip
+        }
 
     def stored(key: Any, value: Any) -> StoredTensor:
         if not isinstance(key, str):

@@ -52,15 +52,21 @@ class AutoencoderKLConfig(ModelConfig):
     mid_block_add_attention: bool = True
 
     FIXED: ClassVar[Mapping[str, Any]] = {
-        "act_fn": "silu", "latents_mean": None, "latents_std": None,
-    }  # fmt: skip
+        "act_fn": "silu",
+        "latents_mean": None,
+        "latents_std": None,
+    }
     INERT: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
 
     def __post_init__(self):
         self.require_positive(
-            "in_channels", "out_channels", "block_out_channels", "layers_per_block",
-            "latent_channels", "norm_num_groups",
-        )  # fmt: skip
+            "in_channels",
+            "out_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "norm_num_groups",
+        )
         self.require_size("sample_size")
         depth = len(self.block_out_channels)
         for name, kind in (
@@ -117,9 +123,15 @@ class EncoderBlock(nnx.Module):
     """`DownEncoderBlock2D`: resnets, then halving where it is not the last."""
 
     def __init__(
-        self, in_channels: int, channels: int, *, layers: int, downsample: bool, groups: int,
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        layers: int,
+        downsample: bool,
+        groups: int,
         **init,
-    ):  # fmt: skip
+    ):
         inputs = (in_channels,) + (channels,) * (layers - 1)
         block = {"groups": groups, "epsilon": _EPSILON, **init}
         self.resnets = nnx.List([ResnetBlock2D(c, channels, **block) for c in inputs])
@@ -236,13 +248,21 @@ class AutoencoderKL(Pretrained, nnx.Module):
     pytorch_class = "AutoencoderKL"
     pytorch_library = "diffusers"
     pytorch_renames: ClassVar[Mapping[str, str]] = {
-        "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
-    }  # fmt: skip
+        "query": "to_q",
+        "key": "to_k",
+        "value": "to_v",
+        "proj_attn": "to_out.0",
+    }
 
     def __init__(
-        self, config: AutoencoderKLConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: AutoencoderKLConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         latent = config.latent_channels
         self.config = config

@@ -246,8 +246,10 @@ class BlipTextLayer(nnx.Module):
 
     def __init__(self, config: BlipTextConfig, image_features: int, **init):
         width, heads, epsilon = (
-            config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        )  # fmt: skip
+            config.hidden_size,
+            config.num_attention_heads,
+            config.layer_norm_eps,
+        )
         options = {"inner": "self", "epsilon": epsilon, **init}
         self.activation = config.hidden_act
         self.attention = BertAttention(width, heads, **options)
@@ -289,9 +291,11 @@ class BlipTextModel(nnx.Module):
         self.encoder = BlipTextEncoder(config, image_features, **init)
 
     def __call__(
-        self, input_ids: Int[Array, "B L"], mask: Mask | None,
+        self,
+        input_ids: Int[Array, "B L"],
+        mask: Mask | None,
         image: Float[Array, "B T E"] | None = None,
-    ) -> Float[Array, "B L C"]:  # fmt: skip
+    ) -> Float[Array, "B L C"]:
         check_axes(input_ids, "B L", "this model's input_ids")
         if input_ids.shape[1] > self.longest:
             raise ValueError(
@@ -319,9 +323,13 @@ class BlipForImageTextRetrieval(Pretrained, nnx.Module):
     pytorch_ignored = ("*embeddings.position_ids",)
 
     def __init__(
-        self, config: BlipConfig, *, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32,
+        self,
+        config: BlipConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         image, text = config.vision_config.hidden_size, config.text_config.hidden_size
         shared = config.image_text_hidden_size
@@ -344,18 +352,22 @@ class BlipForImageTextRetrieval(Pretrained, nnx.Module):
         return unit(self.text_proj(states[:, 0]))
 
     def matching_logits(
-        self, input_ids: Int[Array, "B L"], pixel_values: Float[Array, "B H W 3"],
+        self,
+        input_ids: Int[Array, "B L"],
+        pixel_values: Float[Array, "B H W 3"],
         attention_mask: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B 2"]:  # fmt: skip
+    ) -> Float[Array, "B 2"]:
         """Logits of "no match" and "match" for each pair."""
         image = self.vision_model(pixel_values)
         states = self.text_encoder(input_ids, token_mask(attention_mask), image)
         return self.itm_head(states[:, 0])
 
     def __call__(
-        self, input_ids: Int[Array, "T L"], pixel_values: Float[Array, "I H W 3"],
+        self,
+        input_ids: Int[Array, "T L"],
+        pixel_values: Float[Array, "I H W 3"],
         attention_mask: Int[Array, "T L"] | None = None,
-    ) -> Float[Array, "I T"]:  # fmt: skip
+    ) -> Float[Array, "I T"]:
         """Cosine of every image and every text."""
         text = self.get_text_features(input_ids, attention_mask)
         return self.get_image_features(pixel_values) @ text.T

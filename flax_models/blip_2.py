@@ -114,8 +114,10 @@ class Blip2QFormerLayer(nnx.Module):
 
     def __init__(self, config: Blip2QFormerConfig, index: int, image_features: int, **init):
         width, heads, epsilon = (
-            config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        )  # fmt: skip
+            config.hidden_size,
+            config.num_attention_heads,
+            config.layer_norm_eps,
+        )
         hidden = config.intermediate_size
         options = {"inner": "attention", "epsilon": epsilon, **init}
         self.activation = config.hidden_act
@@ -131,9 +133,12 @@ class Blip2QFormerLayer(nnx.Module):
         self.output_query = Output(hidden, width, epsilon=epsilon, **init)
 
     def __call__(
-        self, x: Float[Array, "B L C"], queries: int, image: Float[Array, "B T E"] | None,
+        self,
+        x: Float[Array, "B L C"],
+        queries: int,
+        image: Float[Array, "B T E"] | None,
         mask: Mask | None,
-    ) -> Float[Array, "B L C"]:  # fmt: skip
+    ) -> Float[Array, "B L C"]:
         activation = ACTIVATIONS[self.activation]
         x = self.attention(x, mask=mask)
         query, text = x[:, :queries], x[:, queries:]
@@ -169,9 +174,13 @@ class Blip2QFormerModel(nnx.Module):
         self.encoder = Blip2QFormerEncoder(config, image_features, **init)
 
     def __call__(
-        self, tokens: Float[Array, "B L C"], queries: int, *,
-        image: Float[Array, "B T E"] | None = None, mask: Mask | None = None,
-    ) -> Float[Array, "B L C"]:  # fmt: skip
+        self,
+        tokens: Float[Array, "B L C"],
+        queries: int,
+        *,
+        image: Float[Array, "B T E"] | None = None,
+        mask: Mask | None = None,
+    ) -> Float[Array, "B L C"]:
         """Encode `queries` query tokens and, behind them, text; `mask` is over both."""
         return self.encoder(self.layernorm(tokens), queries, image, mask)
 
@@ -192,9 +201,13 @@ class Blip2ForImageTextRetrieval(Pretrained, nnx.Module):
     pytorch_ignored = ("*embeddings.position_ids",)
 
     def __init__(
-        self, config: Blip2Config, *, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32,
+        self,
+        config: Blip2Config,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width, shared = config.qformer_config.hidden_size, config.image_text_hidden_size
         self.config = config
@@ -229,9 +242,11 @@ class Blip2ForImageTextRetrieval(Pretrained, nnx.Module):
         return unit(self.text_projection(states[:, 0]))
 
     def matching_logits(
-        self, input_ids: Int[Array, "B L"], pixel_values: Float[Array, "B H W 3"],
+        self,
+        input_ids: Int[Array, "B L"],
+        pixel_values: Float[Array, "B H W 3"],
         attention_mask: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B 2"]:  # fmt: skip
+    ) -> Float[Array, "B 2"]:
         """Logits of "no match" and "match" for each pair, mean over the queries."""
         image = self.vision_model(pixel_values)
         queries = self._queries(image.shape[0])
@@ -244,9 +259,11 @@ class Blip2ForImageTextRetrieval(Pretrained, nnx.Module):
         return self.itm_head(states[:, :count]).mean(axis=1)
 
     def __call__(
-        self, input_ids: Int[Array, "T L"], pixel_values: Float[Array, "I H W 3"],
+        self,
+        input_ids: Int[Array, "T L"],
+        pixel_values: Float[Array, "I H W 3"],
         attention_mask: Int[Array, "T L"] | None = None,
-    ) -> Float[Array, "I T"]:  # fmt: skip
+    ) -> Float[Array, "I T"]:
         """Cosine of every image and every text, for the image's query that is nearest to it."""
         text = self.get_text_features(input_ids, attention_mask)
         image = self.get_image_features(pixel_values)

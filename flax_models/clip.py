@@ -89,18 +89,28 @@ class CLIPTextConfig(_TowerConfig):
         """The published SD 2.x text encoder (OpenCLIP ViT-H/14's without its last layer):
         340,387,840 parameters."""
         return cls(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
-            num_attention_heads=16, hidden_act="gelu", eos_token_id=2, bos_token_id=0,
-        )  # fmt: skip
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=23,
+            num_attention_heads=16,
+            hidden_act="gelu",
+            eos_token_id=2,
+            bos_token_id=0,
+        )
 
     @classmethod
     def stable_diffusion_xl_2(cls) -> "CLIPTextConfig":
         """SDXL's published second text encoder (OpenCLIP ViT-bigG/14's): 694,659,840 parameters."""
         return cls(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-            num_attention_heads=20, hidden_act="gelu", projection_dim=1280, eos_token_id=2,
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+            hidden_act="gelu",
+            projection_dim=1280,
+            eos_token_id=2,
             bos_token_id=0,
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,9 +305,14 @@ class CLIPTextModel(Pretrained, nnx.Module):
     pytorch_ignored = ("*embeddings.position_ids",)
 
     def __init__(
-        self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: CLIPTextConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.embeddings = CLIPTextEmbeddings(config, **init)
@@ -374,9 +389,14 @@ class CLIPTextModelWithProjection(Pretrained, nnx.Module):
     pytorch_ignored = ("*embeddings.position_ids",)
 
     def __init__(
-        self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: CLIPTextConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = CLIPTextModel(config, remat=remat, **init)
         self.text_projection = nnx.Linear(
@@ -407,9 +427,14 @@ class CLIPVisionEmbeddings(nnx.Module):
             0.02 * jax.random.normal(rngs.params(), (config.hidden_size,), param_dtype)
         )
         self.patch_embedding = nnx.Conv(
-            config.num_channels, config.hidden_size, patch, strides=patch, padding="VALID",
-            use_bias=False, **init,
-        )  # fmt: skip
+            config.num_channels,
+            config.hidden_size,
+            patch,
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            **init,
+        )
         self.position_embedding = nnx.Embed(tokens, config.hidden_size, **init)
 
     def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B T C"]:
@@ -431,9 +456,14 @@ class CLIPVisionModel(Pretrained, nnx.Module):
     pytorch_ignored = ("*embeddings.position_ids",)
 
     def __init__(
-        self, config: CLIPVisionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: CLIPVisionConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.embeddings = CLIPVisionEmbeddings(config, **init)
@@ -462,9 +492,14 @@ class CLIPModel(Pretrained, nnx.Module):
     pytorch_ignored = ("*embeddings.position_ids",)
 
     def __init__(
-        self, config: CLIPConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: CLIPConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.text_model = CLIPTextModel(config.text_config, remat=remat, **init)

@@ -13,10 +13,17 @@ Config = TypeVar("Config", bound="ModelConfig")
 
 
 # What diffusers' `EMAModel` writes beside the settings of the model whose moving average it is.
-_MOVING_AVERAGE = frozenset({
-    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
-    "use_ema_warmup",
-})  # fmt: skip
+_MOVING_AVERAGE = frozenset(
+    {
+        "decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+    }
+)
 
 
 def _freeze(value: Any) -> Any:

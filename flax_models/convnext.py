@@ -70,7 +70,7 @@ class Mlp(nnx.Module):
 
     def __init__(
         self, features: int, hidden: int, out: int, *, last_bias: bool = True, **init: Any
-    ):  # fmt: skip
+    ):
         self.fc1 = nnx.Linear(features, hidden, kernel_init=_TRUNCATED, **init)
         self.fc2 = nnx.Linear(hidden, out, use_bias=last_bias, kernel_init=_TRUNCATED, **init)
 
@@ -84,10 +84,15 @@ class ConvNeXtBlock(nnx.Module):
     def __init__(self, features: int, scale: float, **init: Any):
         self.gamma = nnx.Param(jnp.full((features,), scale, init["param_dtype"]))
         self.conv_dw = nnx.Conv(
-            features, features, (_KERNEL, _KERNEL), padding=((_HALF, _HALF),) * 2,
-            feature_group_count=features, kernel_init=_TRUNCATED,
-            conv_general_dilated=convolve_depthwise, **init,
-        )  # fmt: skip
+            features,
+            features,
+            (_KERNEL, _KERNEL),
+            padding=((_HALF, _HALF),) * 2,
+            feature_group_count=features,
+            kernel_init=_TRUNCATED,
+            conv_general_dilated=convolve_depthwise,
+            **init,
+        )
         self.norm = layer_norm(features, **init)
         self.mlp = Mlp(features, 4 * features, features, **init)
 
@@ -100,9 +105,16 @@ class ConvNeXtStage(nnx.Module):
     """Halve the map (not in the first stage), then blocks."""
 
     def __init__(
-        self, inputs: int, features: int, depth: int, scale: float, *, first: bool, remat: Remat,
+        self,
+        inputs: int,
+        features: int,
+        depth: int,
+        scale: float,
+        *,
+        first: bool,
+        remat: Remat,
         **init: Any,
-    ):  # fmt: skip
+    ):
         self.remat = remat
         if not first:
             halve = nnx.Conv(
@@ -139,25 +151,40 @@ class ConvNeXt(nnx.Module):
     """
 
     def __init__(
-        self, config: ConvNeXtConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: ConvNeXtConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         patches = nnx.Conv(
-            config.num_channels, config.dims[0], (4, 4), strides=4, padding="VALID",
-            kernel_init=_TRUNCATED, **init,
-        )  # fmt: skip
+            config.num_channels,
+            config.dims[0],
+            (4, 4),
+            strides=4,
+            padding="VALID",
+            kernel_init=_TRUNCATED,
+            **init,
+        )
         self.stem = nnx.List([patches, layer_norm(config.dims[0], **init)])
         self.stages = nnx.List(
             [
                 ConvNeXtStage(
-                    config.dims[max(n - 1, 0)], features, depth, config.layer_scale_init,
-                    first=n == 0, remat=remat, **init,
+                    config.dims[max(n - 1, 0)],
+                    features,
+                    depth,
+                    config.layer_scale_init,
+                    first=n == 0,
+                    remat=remat,
+                    **init,
                 )
                 for n, (features, depth) in enumerate(zip(config.dims, config.depths, strict=True))
             ]
-        )  # fmt: skip
+        )
         self.head = _Head(config.dims[-1], **init)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w C"], ...]:

@@ -44,9 +44,14 @@ class Dinov2Config(ModelConfig):
 
     def __post_init__(self):
         self.require_positive(
-            "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "image_size",
-            "patch_size", "num_channels",
-        )  # fmt: skip
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "mlp_ratio",
+            "image_size",
+            "patch_size",
+            "num_channels",
+        )
         self.require(
             self.hidden_act in ACTIVATIONS,
             f"hidden_act accepts {sorted(ACTIVATIONS)}, received {self.hidden_act!r}.",
@@ -136,9 +141,12 @@ class Dinov2Embeddings(nnx.Module):
             return table
         square = table[0, 1:].reshape(self.grid, self.grid, -1).astype(jnp.float32)
         resized = jnp.einsum(
-            "rh,cw,hwd->rcd", bicubic_weights(self.grid, rows), bicubic_weights(self.grid, columns),
-            square, precision="highest",
-        )  # fmt: skip
+            "rh,cw,hwd->rcd",
+            bicubic_weights(self.grid, rows),
+            bicubic_weights(self.grid, columns),
+            square,
+            precision="highest",
+        )
         flat = resized.reshape(1, rows * columns, -1).astype(table.dtype)
         return jnp.concatenate([table[:, :1], flat], axis=1)
 
@@ -234,9 +242,14 @@ class Dinov2Model(Pretrained, nnx.Module):
     pytorch_library = "transformers"
 
     def __init__(
-        self, config: Dinov2Config, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: Dinov2Config,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.embeddings = Dinov2Embeddings(config, **init)

@@ -27,10 +27,14 @@ from .pretrained import Pretrained
 _TIME_FEATURES = 256  # sinusoidal features of the timestep, for every size of model
 # What the class of the first published DiT folders, `Transformer2DModel`, could do beside.
 _TRANSFORMER_2D: Mapping[str, Any] = {
-    "attention_type": "default", "caption_channels": None, "cross_attention_dim": None,
-    "double_self_attention": False, "num_vector_embeds": None, "only_cross_attention": False,
+    "attention_type": "default",
+    "caption_channels": None,
+    "cross_attention_dim": None,
+    "double_self_attention": False,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
     "use_linear_projection": False,
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +58,23 @@ class DiTTransformer2DConfig(ModelConfig):
     norm_eps: float = 1e-5
 
     FIXED: ClassVar[Mapping[str, Any]] = {
-        "activation_fn": "gelu-approximate", "dropout": 0.0, "norm_type": "ada_norm_zero",
+        "activation_fn": "gelu-approximate",
+        "dropout": 0.0,
+        "norm_type": "ada_norm_zero",
         **_TRANSFORMER_2D,
-    }  # fmt: skip
+    }
     INERT: ClassVar[frozenset[str]] = frozenset({"norm_num_groups", "upcast_attention"})
 
     def __post_init__(self):
         self.require_positive(
-            "num_attention_heads", "attention_head_dim", "in_channels", "num_layers",
-            "sample_size", "patch_size", "num_embeds_ada_norm",
-        )  # fmt: skip
+            "num_attention_heads",
+            "attention_head_dim",
+            "in_channels",
+            "num_layers",
+            "sample_size",
+            "patch_size",
+            "num_embeds_ada_norm",
+        )
         if self.out_channels is not None:
             self.require_positive("out_channels")
         self.require(
@@ -160,9 +171,13 @@ class CombinedTimestepLabelEmbeddings(nnx.Module):
 
 def _layer_norm(features: int, epsilon: float, *, affine: bool, **init) -> nnx.LayerNorm:
     return nnx.LayerNorm(
-        features, epsilon=epsilon, use_bias=affine, use_scale=affine, use_fast_variance=False,
+        features,
+        epsilon=epsilon,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
         **init,
-    )  # fmt: skip
+    )
 
 
 def _zero_linear(features: int, out_features: int, **init) -> nnx.Linear:
@@ -302,10 +317,15 @@ class DiTTransformer2DModel(Pretrained, nnx.Module):
     pytorch_library = "diffusers"
 
     def __init__(
-        self, config: DiTTransformer2DConfig, *, attention: Neighborhoods = None,
-        dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32, remat: Remat = False,
+        self,
+        config: DiTTransformer2DConfig,
+        *,
+        attention: Neighborhoods = None,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         features = config.features
         self.config = config

@@ -43,8 +43,9 @@ TOKEN_ORDERS = ("reference", "raster")
 
 def _check_options(form: str, token_order: str) -> None:
     for name, value, accepted in (
-        ("form", form, FORMS), ("token_order", token_order, TOKEN_ORDERS)
-    ):  # fmt: skip
+        ("form", form, FORMS),
+        ("token_order", token_order, TOKEN_ORDERS),
+    ):
         if value not in accepted:
             raise ValueError(f"{name} accepts {' and '.join(accepted)}, received {value!r}.")
 
@@ -83,8 +84,14 @@ class MaftPlusConfig(ModelConfig):
         )
 
     @classmethod
-    def of(cls, clip: OpenCLIPConfig, *, form: str = "semantic",
-           token_order: str = "reference", **decoder: Any) -> "MaftPlusConfig":  # fmt: skip
+    def of(
+        cls,
+        clip: OpenCLIPConfig,
+        *,
+        form: str = "semantic",
+        token_order: str = "reference",
+        **decoder: Any,
+    ) -> "MaftPlusConfig":
         """Settings around a CLIP; `decoder` overrides those of `Mask2FormerConfig`."""
         sizes = {"feature_channels": clip.vision_config.dims, "class_dim": clip.embed_dim}
         return cls(
@@ -103,15 +110,25 @@ class MaftPlusConfig(ModelConfig):
 
     @classmethod
     def tiny(
-        cls, clip: OpenCLIPConfig | None = None, *, form: str = "semantic",
+        cls,
+        clip: OpenCLIPConfig | None = None,
+        *,
+        form: str = "semantic",
         token_order: str = "reference",
-    ) -> "MaftPlusConfig":  # fmt: skip
+    ) -> "MaftPlusConfig":
         """For tests and small worlds."""
         return cls.of(
-            clip or OpenCLIPConfig.tiny(), form=form, token_order=token_order, hidden_dim=64,
-            heads=4, encoder_layers=1, encoder_ffn=128, decoder_layers=3, decoder_ffn=128,
+            clip or OpenCLIPConfig.tiny(),
+            form=form,
+            token_order=token_order,
+            hidden_dim=64,
+            heads=4,
+            encoder_layers=1,
+            encoder_ffn=128,
+            decoder_layers=3,
+            decoder_ffn=128,
             num_queries=16,
-        )  # fmt: skip
+        )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "MaftPlusConfig":
@@ -163,10 +180,16 @@ class ContentDependentTransfer(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, form: str = "semantic",
-        token_order: str = "reference", dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        form: str = "semantic",
+        token_order: str = "reference",
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         _check_options(form, token_order)
         self.form, self.token_order = form, token_order
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -242,9 +265,14 @@ class MaftPlus(Pretrained, nnx.Module):
     pytorch_library = "transformers"
 
     def __init__(
-        self, config: MaftPlusConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: MaftPlusConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         dim = config.clip_config.embed_dim
         self.config = config
@@ -258,7 +286,7 @@ class MaftPlus(Pretrained, nnx.Module):
     @classmethod
     def around(
         cls, clip: OpenCLIP, config: MaftPlusConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
-    ) -> "MaftPlus":  # fmt: skip
+    ) -> "MaftPlus":
         """A new model around a CLIP, which becomes a part of it."""
         model = cls(config, dtype=dtype, rngs=rngs)
         model.backbone.clip_model = clip

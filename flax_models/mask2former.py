@@ -192,9 +192,14 @@ class NormedConv(nnx.Conv):
     def __init__(self, inputs: int, outputs: int, size: int, **init: Any):
         pads = ((size // 2, size // 2),) * 2
         super().__init__(
-            inputs, outputs, (size, size), padding=pads, use_bias=False, kernel_init=_KAIMING,
+            inputs,
+            outputs,
+            (size, size),
+            padding=pads,
+            use_bias=False,
+            kernel_init=_KAIMING,
             **init,
-        )  # fmt: skip
+        )
         self.norm = group_norm(outputs, _GROUPS, 1e-5, **init)
 
     def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:  # type: ignore[override]

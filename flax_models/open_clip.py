@@ -185,9 +185,14 @@ class OpenCLIP(Pretrained, nnx.Module):
     pytorch_library = "transformers"
 
     def __init__(
-        self, config: OpenCLIPConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: OpenCLIPConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         text = config.text_config
 

@@ -46,8 +46,10 @@ class StableDiffusionPipeline(Pretrained):
     MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer",)
     NOT_CARRIED: ClassVar[tuple[str, ...]] = (
-        "safety_checker", "feature_extractor", "image_encoder"
-    )  # fmt: skip
+        "safety_checker",
+        "feature_extractor",
+        "image_encoder",
+    )
 
     force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
 

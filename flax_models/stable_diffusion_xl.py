@@ -47,9 +47,14 @@ class TextEncoders(nnx.Module):
     """
 
     def __init__(
-        self, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModelWithProjection, *,
-        pad_tokens: tuple[int, int], end_token: int, size: tuple[int, int],
-    ):  # fmt: skip
+        self,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        *,
+        pad_tokens: tuple[int, int],
+        end_token: int,
+        size: tuple[int, int],
+    ):
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.pad_tokens = pad_tokens
@@ -72,10 +77,12 @@ class TextEncoders(nnx.Module):
         return jnp.concatenate([tower.embed_tokens(ids) for tower, ids in both], axis=-1)
 
     def __call__(
-        self, input_ids: Int[Array, "B *two L"] | None = None, *,
+        self,
+        input_ids: Int[Array, "B *two L"] | None = None,
+        *,
         inputs_embeds: Float[Array, "B L C"] | None = None,
         eos_positions: Int[Array, " B"] | None = None,
-    ) -> TextEncodersOutput:  # fmt: skip
+    ) -> TextEncodersOutput:
         """Encode token ids, or in their place what `embed_tokens` gives."""
         parts: Any = (None, None)
         if inputs_embeds is not None:

@@ -58,17 +58,31 @@ class UNet2DConditionConfig(ModelConfig):
     projection_class_embeddings_input_dim: int | None = None
 
     FIXED: ClassVar[Mapping[str, Any]] = {
-        "act_fn": "silu", "dropout": 0.0, "only_cross_attention": False,
-        "dual_cross_attention": False, "reverse_transformer_layers_per_block": None,
-        "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_attention_heads": None,
-        "class_embed_type": None, "num_class_embeds": None,
-        "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
-        "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None,
-        "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
-        "attention_type": "default", "class_embeddings_concat": False,
-        "mid_block_only_cross_attention": None, "cross_attention_norm": None,
-    }  # fmt: skip
+        "act_fn": "silu",
+        "dropout": 0.0,
+        "only_cross_attention": False,
+        "dual_cross_attention": False,
+        "reverse_transformer_layers_per_block": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "num_attention_heads": None,
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "time_embedding_dim": None,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "attention_type": "default",
+        "class_embeddings_concat": False,
+        "mid_block_only_cross_attention": None,
+        "cross_attention_norm": None,
+    }
     # Attention's logits are float32 in any case.
     INERT: ClassVar[frozenset[str]] = frozenset(
         {"upcast_attention", "addition_embed_type_num_heads"}
@@ -76,10 +90,15 @@ class UNet2DConditionConfig(ModelConfig):
 
     def __post_init__(self):
         self.require_positive(
-            "in_channels", "out_channels", "block_out_channels", "layers_per_block",
-            "norm_num_groups", "cross_attention_dim", "transformer_layers_per_block",
+            "in_channels",
+            "out_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
             "attention_head_dim",
-        )  # fmt: skip
+        )
         self.require_size("sample_size")
         depth = len(self.block_out_channels)
         for name, accepted in (("down_block_types", _DOWN), ("up_block_types", _UP)):
@@ -133,21 +152,28 @@ class UNet2DConditionConfig(ModelConfig):
     def stable_diffusion_2_1(cls) -> "UNet2DConditionConfig":
         """The published SD 2.x UNet for 768 x 768 pixels: 865,910,724 parameters."""
         return cls(
-            sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+            sample_size=96,
+            cross_attention_dim=1024,
+            attention_head_dim=(5, 10, 20, 20),
             use_linear_projection=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def stable_diffusion_xl(cls) -> "UNet2DConditionConfig":
         """The published SDXL base UNet: 2,567,463,684 parameters."""
         return cls(
-            sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            cross_attention_dim=2048,
             down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
             up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
-            use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
 
 
 class TextCondition(NamedTuple):
@@ -183,15 +209,25 @@ class _Shape:
 
     def resnet(self, in_channels: int, *, output_scale: float = 1.0, **init) -> ResnetBlock2D:
         return ResnetBlock2D(
-            in_channels, self.channels, groups=self.groups, epsilon=self.epsilon,
-            time_features=self.time_features, output_scale=output_scale, **init,
-        )  # fmt: skip
+            in_channels,
+            self.channels,
+            groups=self.groups,
+            epsilon=self.epsilon,
+            time_features=self.time_features,
+            output_scale=output_scale,
+            **init,
+        )
 
     def transformer(self, **init) -> Transformer2DModel:
         return Transformer2DModel(
-            self.channels, self.heads, self.context_features, layers=self.depth,
-            groups=self.groups, linear_projection=self.linear_projection, **init,
-        )  # fmt: skip
+            self.channels,
+            self.heads,
+            self.context_features,
+            layers=self.depth,
+            groups=self.groups,
+            linear_projection=self.linear_projection,
+            **init,
+        )
 
 
 class _Layers(nnx.Module):
@@ -265,9 +301,7 @@ class MidBlock(nnx.Module):
 class UpBlock(_Layers):
     """`CrossAttnUpBlock2D` and `UpBlock2D`: consumes skip connections from the end of the list."""
 
-    def __init__(
-        self, in_channels: tuple[int, ...], shape: _Shape, *, upsample: bool, **init
-    ):  # fmt: skip
+    def __init__(self, in_channels: tuple[int, ...], shape: _Shape, *, upsample: bool, **init):
         super().__init__(in_channels, shape, **init)
         if upsample:
             self.upsamplers = nnx.List([Upsample2D(shape.channels, **init)])
@@ -302,9 +336,14 @@ class UNet2DConditionModel(Pretrained, nnx.Module):
     pytorch_library = "diffusers"
 
     def __init__(
-        self, config: UNet2DConditionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: UNet2DConditionConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.dtype = dtype
@@ -314,14 +353,18 @@ class UNet2DConditionModel(Pretrained, nnx.Module):
 
         def shape(level: int, attends: bool) -> _Shape:
             return _Shape(
-                channels=channels[level], attends=attends,
+                channels=channels[level],
+                attends=attends,
                 depth=config.per_block("transformer_layers_per_block")[level],
                 heads=config.per_block("attention_head_dim")[level],
-                context_features=config.cross_attention_dim, groups=config.norm_num_groups,
-                epsilon=config.norm_eps, time_features=time_features,
-                linear_projection=config.use_linear_projection, remat=remat,
+                context_features=config.cross_attention_dim,
+                groups=config.norm_num_groups,
+                epsilon=config.norm_eps,
+                time_features=time_features,
+                linear_projection=config.use_linear_projection,
+                remat=remat,
                 motion=self._motion(level),
-            )  # fmt: skip
+            )
 
         self.conv_in = conv3x3(config.in_channels, channels[0], **init)
         self.time_embedding = TimestepEmbedding(channels[0], time_features, **init)
@@ -430,9 +473,11 @@ class UNet2DConditionModel(Pretrained, nnx.Module):
             )
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), sample.shape[:1])
         time = sinusoidal_embedding(
-            timesteps, config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
-        )  # fmt: skip
+            timesteps,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
         time = self.time_embedding(time.astype(self.dtype))
         if isinstance(text, TextCondition):
             time = time + self._text_time(config, text)
@@ -467,8 +512,10 @@ class UNet2DConditionModel(Pretrained, nnx.Module):
                 f"{sizes.shape}."
             )
         sizes = sinusoidal_embedding(
-            sizes.ravel(), features,
-            flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
-        ).reshape(embeds.shape[0], -1)  # fmt: skip
+            sizes.ravel(),
+            features,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        ).reshape(embeds.shape[0], -1)
         added = jnp.concatenate([embeds.astype(jnp.float32), sizes], axis=-1)
         return self.add_embedding(added.astype(self.dtype))

@@ -44,19 +44,25 @@ class MotionAdapterConfig(ModelConfig):
     use_motion_mid_block: bool = True
 
     FIXED: ClassVar[Mapping[str, Any]] = {
-        "motion_mid_block_layers_per_block": 1, "conv_in_channels": None,
-    }  # fmt: skip
+        "motion_mid_block_layers_per_block": 1,
+        "conv_in_channels": None,
+    }
 
     def __post_init__(self):
         self.require_positive(
-            "block_out_channels", "motion_layers_per_block", "motion_transformer_layers_per_block",
-            "motion_transformer_layers_per_mid_block", "motion_num_attention_heads",
-            "motion_norm_num_groups", "motion_max_seq_length",
-        )  # fmt: skip
-        for name in (
-            "motion_layers_per_block", "motion_transformer_layers_per_block",
+            "block_out_channels",
+            "motion_layers_per_block",
+            "motion_transformer_layers_per_block",
+            "motion_transformer_layers_per_mid_block",
             "motion_num_attention_heads",
-        ):  # fmt: skip
+            "motion_norm_num_groups",
+            "motion_max_seq_length",
+        )
+        for name in (
+            "motion_layers_per_block",
+            "motion_transformer_layers_per_block",
+            "motion_num_attention_heads",
+        ):
             self.require(
                 isinstance(value := getattr(self, name), int)
                 or len(value) == len(self.block_out_channels),
@@ -84,10 +90,13 @@ class MotionAdapterConfig(ModelConfig):
             middle = self.motion_transformer_layers_per_mid_block
             depth = middle[0] if isinstance(middle, tuple) else middle
         return functools.partial(
-            AnimateDiffTransformer3D, self.block_out_channels[at],
-            self.per_block("motion_num_attention_heads")[at], layers=depth,
-            groups=self.motion_norm_num_groups, max_frames=self.motion_max_seq_length,
-        )  # fmt: skip
+            AnimateDiffTransformer3D,
+            self.block_out_channels[at],
+            self.per_block("motion_num_attention_heads")[at],
+            layers=depth,
+            groups=self.motion_norm_num_groups,
+            max_frames=self.motion_max_seq_length,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +125,17 @@ class UNetMotionConfig(ModelConfig):
     use_motion_mid_block: bool = True
 
     FIXED: ClassVar[Mapping[str, Any]] = {
-        "act_fn": "silu", "reverse_transformer_layers_per_block": None,
+        "act_fn": "silu",
+        "reverse_transformer_layers_per_block": None,
         "reverse_temporal_transformer_layers_per_block": None,
-        "reverse_motion_num_attention_heads": None, "transformer_layers_per_mid_block": None,
-        "mid_block_layers": 1, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-        "addition_embed_type": None, "time_cond_proj_dim": None,
-    }  # fmt: skip
+        "reverse_motion_num_attention_heads": None,
+        "transformer_layers_per_mid_block": None,
+        "mid_block_layers": 1,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "addition_embed_type": None,
+        "time_cond_proj_dim": None,
+    }
     INERT: ClassVar[frozenset[str]] = frozenset(
         {"addition_time_embed_dim", "projection_class_embeddings_input_dim"}
     )
@@ -149,10 +163,11 @@ class UNetMotionConfig(ModelConfig):
             if hasattr(self, field.name) and not field.name.endswith("_types")
         }
         return UNet2DConditionConfig(
-            **same, attention_head_dim=self.num_attention_heads,
+            **same,
+            attention_head_dim=self.num_attention_heads,
             down_block_types=tuple(f"{t.removesuffix('Motion')}2D" for t in self.down_block_types),
             up_block_types=tuple(f"{t.removesuffix('Motion')}2D" for t in self.up_block_types),
-        )  # fmt: skip
+        )
 
     @property
     def adapter(self) -> MotionAdapterConfig:
@@ -192,19 +207,23 @@ class UNetMotionConfig(ModelConfig):
             "for another model.",
         )
         unet.require(
-            unet.mid_block_type is not None and unet.flip_sin_to_cos and unet.freq_shift == 0
-            and not unet.center_input_sample and unet.addition_embed_type is None,
+            unet.mid_block_type is not None
+            and unet.flip_sin_to_cos
+            and unet.freq_shift == 0
+            and not unet.center_input_sample
+            and unet.addition_embed_type is None,
             "a UNet for videos has a middle block, cosines first in its embedding of time, no "
             "shift of its frequencies, no embedding added to it (SDXL), and an input that is not "
             "centred.",
-        )  # fmt: skip
+        )
         same = {
             field.name: getattr(unet, field.name)
             for field in dataclasses.fields(cls)
             if hasattr(unet, field.name) and not field.name.endswith("_types")
         }
         return cls(
-            **same, num_attention_heads=unet.attention_head_dim,
+            **same,
+            num_attention_heads=unet.attention_head_dim,
             down_block_types=tuple(f"{t.removesuffix('2D')}Motion" for t in unet.down_block_types),
             up_block_types=tuple(f"{t.removesuffix('2D')}Motion" for t in unet.up_block_types),
             temporal_transformer_layers_per_block=adapter.motion_transformer_layers_per_block,
@@ -214,7 +233,7 @@ class UNetMotionConfig(ModelConfig):
             motion_max_seq_length=adapter.motion_max_seq_length,
             motion_num_attention_heads=adapter.motion_num_attention_heads,
             use_motion_mid_block=adapter.use_motion_mid_block,
-        )  # fmt: skip
+        )
 
 
 # ---- motion modules ----
@@ -305,9 +324,13 @@ class MotionAdapter(Pretrained, nnx.Module):
     pytorch_library = "diffusers"
 
     def __init__(
-        self, config: MotionAdapterConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: MotionAdapterConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         layers = config.per_block("motion_layers_per_block")
@@ -335,9 +358,14 @@ class UNetMotionModel(UNet2DConditionModel):
     pytorch_class = "UNetMotionModel"
 
     def __init__(
-        self, config: UNetMotionConfig, *, dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32, remat: Remat = False, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        config: UNetMotionConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
         self.adapter_config = config.adapter
         options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "rngs": rngs}
         self.unet_config = config.unet
@@ -370,9 +398,12 @@ class UNetMotionModel(UNet2DConditionModel):
         flat = sample.reshape(batch * frames, *sample.shape[2:])
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
         output = self.denoise(
-            self.unet_config, flat, jnp.repeat(timesteps, frames),
-            jnp.repeat(encoder_hidden_states, frames, axis=0), frames=frames,
-        )  # fmt: skip
+            self.unet_config,
+            flat,
+            jnp.repeat(timesteps, frames),
+            jnp.repeat(encoder_hidden_states, frames, axis=0),
+            frames=frames,
+        )
         return output.reshape(batch, frames, *output.shape[1:])
 
 

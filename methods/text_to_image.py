@@ -57,8 +57,10 @@ def split_pipeline(pipeline: StableDiffusionPipeline) -> tuple[PipelineStatic, P
         if getattr(pipeline, name) is None:
             raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
     modules = {
-        "unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.prompt_encoder,
-    }  # fmt: skip
+        "unet": pipeline.unet,
+        "vae": pipeline.vae,
+        "text_encoder": pipeline.prompt_encoder,
+    }
     graphdefs, params = {}, {}
     for name, module in modules.items():
         graphdefs[name], state = nnx.split(module)
@@ -110,8 +112,9 @@ def sample_latents(
         # Unconditional half first, as in diffusers.
         condition = jax.tree.map(
             lambda without, text: jnp.concatenate([jnp.broadcast_to(without, text.shape), text]),
-            negative, condition,
-        )  # fmt: skip
+            negative,
+            condition,
+        )
 
     def body(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         x, memory = carry
@@ -217,10 +220,18 @@ jitted_generate = jax.jit(generate, static_argnums=0)  # equal architectures com
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def generate_over(
-    mesh: Mesh, static: PipelineStatic, params: Params, token_ids: Array,
-    negative_ids: Array | None, noise: Array, sampler: Sampler, guidance_scale: Array | float, *,
-    keys: Array | None = None, sizes: Array | None = None,
-) -> Float[Array, "B *F H W 3"]:  # fmt: skip
+    mesh: Mesh,
+    static: PipelineStatic,
+    params: Params,
+    token_ids: Array,
+    negative_ids: Array | None,
+    noise: Array,
+    sampler: Sampler,
+    guidance_scale: Array | float,
+    *,
+    keys: Array | None = None,
+    sizes: Array | None = None,
+) -> Float[Array, "B *F H W 3"]:
     """`generate` with the images split over a mesh's axis `data`.
 
     Each device runs the program of its share alone, so an image does not depend on how many devices
@@ -230,14 +241,24 @@ def generate_over(
 
     def share(params, token_ids, negative_ids, noise, sampler, guidance_scale, keys, sizes):
         return generate(
-            static, params, token_ids, negative_ids, noise, sampler, guidance_scale, keys=keys,
+            static,
+            params,
+            token_ids,
+            negative_ids,
+            noise,
+            sampler,
+            guidance_scale,
+            keys=keys,
             sizes=sizes,
-        )  # fmt: skip
+        )
 
     run = jax.shard_map(
-        share, mesh=mesh, in_specs=(one, each, one, each, one, one, each, one), out_specs=each,
+        share,
+        mesh=mesh,
+        in_specs=(one, each, one, each, one, one, each, one),
+        out_specs=each,
         check_vma=False,
-    )  # fmt: skip
+    )
     return run(params, token_ids, negative_ids, noise, sampler, guidance_scale, keys, sizes)
 
 
@@ -426,10 +447,16 @@ class TextToImage:
             keys = image_keys(seed, rows + first_index)
             noise = initial_noise(keys, shape) if latents is None else jnp.asarray(latents)[rows]
             batch = draw(
-                self.static, self.params, ids[rows], negative, noise, tables,
-                float(guidance_scale), keys=keys if tables.stochastic else None,
+                self.static,
+                self.params,
+                ids[rows],
+                negative,
+                noise,
+                tables,
+                float(guidance_scale),
+                keys=keys if tables.stochastic else None,
                 sizes=None if sizes is None else np.asarray(sizes, np.float32),
-            )  # fmt: skip
+            )
             batch = np.asarray(batch)[: total - start]
             if not np.isfinite(batch).all():
                 raise FloatingPointError(
@@ -478,9 +505,11 @@ class TextToImage:
         if video:
             what = f"{what} and {self.frames} frames"
         require_memory(
-            3.0 * total * count * h * w * factor**2, f"keeping {total} times {what}",
-            "draw fewer at a time, or smaller ones with height and width", host=True,
-        )  # fmt: skip
+            3.0 * total * count * h * w * factor**2,
+            f"keeping {total} times {what}",
+            "draw fewer at a time, or smaller ones with height and width",
+            host=True,
+        )
         free, most = available_memory(), needed(batch, tiling, h, w)
         if free is None or most <= free:
             return

@@ -151,19 +151,22 @@ _COMPVIS = words(
     mlp. fc1. layer_norm1."""
 )
 _COMPVIS_KEYS = [
-    "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight",
+    "model.diffusion_model.input_blocks.0.0.weight",
+    "model.diffusion_model.out.2.weight",
     "model.diffusion_model.input_blocks.1.0.in_layers.2.weight",
     "model.diffusion_model.middle_block.1.proj_in.weight",
     "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
     "first_stage_model.encoder.down.0.block.0.conv1.weight",
-    "first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_out.weight",
+    "first_stage_model.encoder.conv_in.weight",
+    "first_stage_model.decoder.conv_out.weight",
     "first_stage_model.decoder.conv_in.weight",
-    "cond_stage_model.model.token_embedding.weight", "cond_stage_model.model.positional_embedding",
+    "cond_stage_model.model.token_embedding.weight",
+    "cond_stage_model.model.positional_embedding",
     "cond_stage_model.model.transformer.resblocks.0.ln_1.weight",
     "cond_stage_model.model.transformer.resblocks.1.ln_1.weight",
     "cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight",
     "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight",
-]  # fmt: skip
+]
 _LORA = words(
     """unet. text_encoder. lora_unet_ lora_te_ down_blocks.0.resnets.0.conv1
     down_blocks_0_resnets_0_conv1 mid_block.attentions.0.proj_in to_q_lora .processor. . _
@@ -188,17 +191,28 @@ _ARRAYS = st.builds(
     st.binary(max_size=40),
 )
 _MSGPACK = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=6)
-    | st.binary(max_size=6) | _ARRAYS
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=6)
+    | st.binary(max_size=6)
+    | _ARRAYS
     | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=30)),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(
-        st.sampled_from(["kernel", "value", "shape", "chunks", "__msgpack_chunked_array__", "0"])
-        | st.text(max_size=4) | st.integers(0, 3),
-        inner, max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["kernel", "value", "shape", "chunks", "__msgpack_chunked_array__", "0"]
+            )
+            | st.text(max_size=4)
+            | st.integers(0, 3),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=10,
-).map(packed)  # fmt: skip
+).map(packed)
 
 
 # ---- targets ----
@@ -267,20 +281,24 @@ def targets() -> dict[str, Target]:
     maps = st.dictionaries(st.text(max_size=4), st.text(max_size=12) | _JSON, max_size=3)
     made = {
         "safetensors": Target(
-            "x.safetensors", damaged(healthy) | headers(st.text(max_size=5)),
+            "x.safetensors",
+            damaged(healthy) | headers(st.text(max_size=5)),
             lambda folder: read_all(folder / "x.safetensors"),
         ),
         "single": Target(
             "x.safetensors",
-            headers(_COMPVIS) | consistent(_COMPVIS | st.sampled_from(_COMPVIS_KEYS)), _single,
+            headers(_COMPVIS) | consistent(_COMPVIS | st.sampled_from(_COMPVIS_KEYS)),
+            _single,
         ),
         "lora": Target("x.safetensors", damaged(lora) | headers(_LORA) | consistent(_LORA), _lora),
         "open_clip": Target(
-            "x.safetensors", consistent(_OPEN_CLIP),
+            "x.safetensors",
+            consistent(_OPEN_CLIP),
             lambda folder: load_open_clip(folder / "x.safetensors"),
         ),
         "msgpack": Target(
-            "x.msgpack", damaged(_healthy_msgpack()) | _MSGPACK | st.binary(max_size=60),
+            "x.msgpack",
+            damaged(_healthy_msgpack()) | _MSGPACK | st.binary(max_size=60),
             lambda folder: read_all(folder / "x.msgpack"),
         ),
         "index": Target(
@@ -291,7 +309,7 @@ def targets() -> dict[str, Target]:
         "config": Target(
             "config.json", _settings() | _JSON.map(lambda x: json.dumps(x).encode()), _component
         ),
-    }  # fmt: skip
+    }
     try:
         pickle = _healthy_pickle()
     except ImportError:

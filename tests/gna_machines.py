@@ -86,11 +86,23 @@ def _emulator() -> ctypes.CDLL:
         library = Path(folder) / "gna.so"
         subprocess.run(
             [
-                compiler, "-x", "c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-w",
-                "-isystem", jax.ffi.include_dir(), "-I", build.SOURCES,
+                compiler,
+                "-x",
+                "c++",
+                "-std=c++17",
+                "-O2",
+                "-shared",
+                "-fPIC",
+                "-w",
+                "-isystem",
+                jax.ffi.include_dir(),
+                "-I",
+                build.SOURCES,
                 f'-DGNA_INSTRUCTIONS="{ROOT}/tests/cuda_emulator.h"',
-                build.SOURCES / "gna_gpu.cu", "-o", library,
+                build.SOURCES / "gna_gpu.cu",
+                "-o",
+                library,
             ],
             check=True,
-        )  # fmt: skip
+        )
         return ctypes.CDLL(str(library))

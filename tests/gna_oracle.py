@@ -25,9 +25,13 @@ def window(length: int, k: int, s: int, d: int, causal: bool) -> np.ndarray:
 def full_mask(case: dict) -> np.ndarray:
     """mask[i, j] over row-major tokens."""
     settings = zip(
-        case["layout"], case["kernel_size"], case["stride"], case["dilation"], case["is_causal"],
+        case["layout"],
+        case["kernel_size"],
+        case["stride"],
+        case["dilation"],
+        case["is_causal"],
         strict=True,
-    )  # fmt: skip
+    )
     return functools.reduce(np.kron, (window(*one) for one in settings))
 
 

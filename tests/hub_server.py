@@ -73,10 +73,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self._refuse("RevisionNotFound", 404)
             files = hub.files(repo)
             if api and api[2] == "tree":
-                return self._json([
-                    {"type": "file", "path": name, "size": f.stat().st_size, "oid": _oid(f)}
-                    for name, f in files.items()
-                ])  # fmt: skip
+                return self._json(
+                    [
+                        {"type": "file", "path": name, "size": f.stat().st_size, "oid": _oid(f)}
+                        for name, f in files.items()
+                    ]
+                )
             if api:
                 siblings = [{"rfilename": name} for name in files]
                 return self._json({"id": repo, "sha": COMMIT, "siblings": siblings, "tags": []})

@@ -1,8 +1,11 @@
 """transformers' DINOv2, BLIP and BLIP-2 of the smallest sizes, with random weights."""
 
 TOWER = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def randomise(module):
@@ -19,15 +22,26 @@ def randomise(module):
 
 def dinov2(transformers, **changes):
     settings = {
-        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2,
-        "image_size": 28, "patch_size": 7, **changes,
-    }  # fmt: skip
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "image_size": 28,
+        "patch_size": 7,
+        **changes,
+    }
     return randomise(transformers.Dinov2Model(transformers.Dinov2Config(**settings)))
 
 
 def blip(transformers):
-    text = {**TOWER, "vocab_size": 99, "max_position_embeddings": 8, "encoder_hidden_size": 24,
-            "bos_token_id": 1, "sep_token_id": 2}  # fmt: skip
+    text = {
+        **TOWER,
+        "vocab_size": 99,
+        "max_position_embeddings": 8,
+        "encoder_hidden_size": 24,
+        "bos_token_id": 1,
+        "sep_token_id": 2,
+    }
     vision = {**TOWER, "hidden_size": 24, "image_size": 16, "patch_size": 8}
     config = transformers.BlipConfig(
         text_config=text, vision_config=vision, image_text_hidden_size=8
@@ -36,8 +50,14 @@ def blip(transformers):
 
 
 def blip_2(transformers):
-    qformer = {**TOWER, "num_hidden_layers": 3, "vocab_size": 99, "max_position_embeddings": 8,
-               "encoder_hidden_size": 24, "use_qformer_text_input": True}  # fmt: skip
+    qformer = {
+        **TOWER,
+        "num_hidden_layers": 3,
+        "vocab_size": 99,
+        "max_position_embeddings": 8,
+        "encoder_hidden_size": 24,
+        "use_qformer_text_input": True,
+    }
     vision = {**TOWER, "hidden_size": 24, "image_size": 16, "patch_size": 8}
     config = transformers.Blip2Config(
         vision_config=vision, qformer_config=qformer, num_query_tokens=3, image_text_hidden_size=8

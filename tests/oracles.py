@@ -43,11 +43,15 @@ def unet(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracl
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     settings = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 2,
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    } | changes  # fmt: skip
+    } | changes
     module = diffusers.UNet2DConditionModel(**settings).eval()
     return Oracle(
         module,
@@ -63,13 +67,16 @@ def unet(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -> Oracl
 
 # Stable Diffusion XL's in small: blocks without attention, a depth per block, text_time.
 SDXL_UNET: dict[str, Any] = {
-    "block_out_channels": (8, 8, 16), "use_linear_projection": True,
+    "block_out_channels": (8, 8, 16),
+    "use_linear_projection": True,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 2, 4),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 6,
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 4),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 6,
     "projection_class_embeddings_input_dim": 12 + 6 * 6,
-}  # fmt: skip
+}
 
 
 def unet_xl(seed: int = 0, **changes: Any) -> Oracle:
@@ -100,12 +107,17 @@ def unet_motion(seed: int = 0, size: tuple[int, int] = (8, 8), **changes: Any) -
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     settings = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "norm_num_groups": 4, "cross_attention_dim": 8, "num_attention_heads": 2,
-        "motion_num_attention_heads": 2, "motion_max_seq_length": 4,
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 8,
+        "num_attention_heads": 2,
+        "motion_num_attention_heads": 2,
+        "motion_max_seq_length": 4,
         "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
         "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-    } | changes  # fmt: skip
+    } | changes
     module = diffusers.UNetMotionModel(**settings).eval()
 
     def torch_call(sample: Any, text: Any, timesteps: Any) -> Any:
@@ -132,9 +144,13 @@ def dit(seed: int = 0, **changes: Any) -> Oracle:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     settings = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "out_channels": 8,
-        "sample_size": 8, "num_embeds_ada_norm": 10,
-    } | changes  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "out_channels": 8,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 10,
+    } | changes
     module = diffusers.DiTTransformer2DModel(**settings).eval()
     return Oracle(
         module,
@@ -151,10 +167,13 @@ def autoencoder(seed: int = 0, **changes: Any) -> Oracle:
 
     torch.manual_seed(seed)
     settings = {
-        "block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1,
-        "norm_num_groups": 4, "latent_channels": 4,
-    } | changes  # fmt: skip
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+    } | changes
     module = diffusers.AutoencoderKL(**settings).eval()
 
     def torch_call(image: Any) -> Any:
@@ -171,8 +190,11 @@ def autoencoder(seed: int = 0, **changes: Any) -> Oracle:
 
 
 _TOWER = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def _token_ids(eos: int) -> np.ndarray:
@@ -190,8 +212,12 @@ def clip_text(
 
     torch.manual_seed(seed)
     settings = {
-        **_TOWER, "vocab_size": 99, "bos_token_id": 0, "pad_token_id": 1, "projection_dim": 12,
-    }  # fmt: skip
+        **_TOWER,
+        "vocab_size": 99,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "projection_dim": 12,
+    }
     config = transformers.CLIPTextConfig(**settings | changes, eos_token_id=eos_token_id)
     name = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
     module = getattr(transformers, name)(config).eval()
@@ -221,10 +247,12 @@ def clip(seed: int = 0) -> Oracle:
     module = transformers.CLIPModel(config).eval()
     image = np.random.default_rng(seed).normal(size=(2, 16, 16, 3)).astype(np.float32)
     return Oracle(
-        module, {"image": image}, {"ids": _token_ids(98)},
+        module,
+        {"image": image},
+        {"ids": _token_ids(98)},
         lambda image, ids: module(input_ids=ids, pixel_values=nchw(image)).logits_per_image,
         lambda model, image, ids: model(ids, image),
-    )  # fmt: skip
+    )
 
 
 def torch_results(oracle: Oracle, dtype: Any, weights: np.ndarray | None = None):

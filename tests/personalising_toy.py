@@ -32,25 +32,42 @@ def tiny_pipeline() -> StableDiffusionPipeline:
     rng = np.random.default_rng(0)
     tokenizer = build_tokenizer()
     text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     unet = UNet2DConditionConfig(
-        sample_size=CELLS, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
-        mid_block_type=None, cross_attention_dim=16, attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=CELLS,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
     vae = AutoencoderKLConfig(
-        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=2,
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=2,
         sample_size=SIZE,
-    )  # fmt: skip
+    )
     return StableDiffusionPipeline(
-        random_model(UNet2DConditionModel, unet, rng), random_model(AutoencoderKL, vae, rng),
-        random_model(CLIPTextModel, text, rng), tokenizer, SCHEDULER,
-    )  # fmt: skip
+        random_model(UNet2DConditionModel, unet, rng),
+        random_model(AutoencoderKL, vae, rng),
+        random_model(CLIPTextModel, text, rng),
+        tokenizer,
+        SCHEDULER,
+    )
 
 
 def pictures(count: int, seed: int = 0, shape: tuple[int, int] = (20, 18)) -> list[np.ndarray]:

@@ -42,9 +42,12 @@ def main() -> None:
 
     mesh = training.make_mesh(2, 4)
     state = toy.run(
-        batches=batches(), mesh=mesh, checkpoint_dir=folder / "run", checkpoint_every=3,
+        batches=batches(),
+        mesh=mesh,
+        checkpoint_dir=folder / "run",
+        checkpoint_every=3,
         metrics_path=folder / f"metrics-{me}.jsonl",
-    )  # fmt: skip
+    )
     kernel = state.params["layers"][0]["kernel"]
     tensors = [
         PendingTensor(path, np.dtype(np.float32), leaf.shape, lambda leaf=leaf: on_host(leaf))
@@ -55,10 +58,11 @@ def main() -> None:
     write_safetensors(folder / "model.safetensors", tensors, {})
     whole = training.gather(state.params)
     found = {
-        "devices": len(jax.devices()), "rows": sorted(set(seen)),
+        "devices": len(jax.devices()),
+        "rows": sorted(set(seen)),
         "spread": not kernel.is_fully_addressable,
         "sum": float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(whole))),
-    }  # fmt: skip
+    }
     (folder / f"{me}.json").write_text(json.dumps(found))
 
 

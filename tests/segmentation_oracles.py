@@ -23,9 +23,15 @@ MINIMAL = MaftPlusConfig.of(
     OpenCLIPConfig(
         OpenCLIPTextConfig(8, 2, 1, 20, 5), ConvNeXtConfig((1, 1, 1, 1), (4, 4, 8, 8)), embed_dim=8
     ),
-    hidden_dim=32, heads=2, num_points=2, encoder_layers=1, encoder_ffn=32, decoder_layers=1,
-    decoder_ffn=32, num_queries=5,
-)  # fmt: skip
+    hidden_dim=32,
+    heads=2,
+    num_points=2,
+    encoder_layers=1,
+    encoder_ffn=32,
+    decoder_layers=1,
+    decoder_ffn=32,
+    num_queries=5,
+)
 
 Tensors = dict[str, np.ndarray]
 Translate = Callable[[Tensors], Tensors]
@@ -142,10 +148,16 @@ def open_clip_text(seed: int = 0) -> tuple[Oracle, Translate]:
 
     torch.manual_seed(seed)
     config = transformers.CLIPTextConfig(
-        hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        hidden_act="gelu", vocab_size=99, eos_token_id=98, max_position_embeddings=9,
+        hidden_size=16,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_act="gelu",
+        vocab_size=99,
+        eos_token_id=98,
+        max_position_embeddings=9,
         projection_dim=12,
-    )  # fmt: skip
+    )
     module = randomise(transformers.CLIPTextModelWithProjection(config))
     ids = np.random.default_rng(1).integers(3, 90, (3, 7))
     ids[0, 4], ids[1, 6], ids[2, 2] = 98, 98, 98
@@ -171,11 +183,14 @@ def open_clip_text(seed: int = 0) -> tuple[Oracle, Translate]:
 
     return (
         Oracle(
-            module, {}, {"ids": ids}, lambda ids: module(input_ids=ids).text_embeds,
+            module,
+            {},
+            {"ids": ids},
+            lambda ids: module(input_ids=ids).text_embeds,
             lambda model, ids: model.encode_text(ids),
         ),
         translate,
-    )  # fmt: skip
+    )
 
 
 CHANNELS = (4, 6, 8, 10)
@@ -186,10 +201,16 @@ def _mask2former_config() -> Any:
     import transformers
 
     return transformers.Mask2FormerConfig(
-        feature_size=WIDTH, mask_feature_size=WIDTH, hidden_dim=WIDTH, num_attention_heads=4,
-        encoder_layers=2, encoder_feedforward_dim=32, decoder_layers=5, dim_feedforward=32,
+        feature_size=WIDTH,
+        mask_feature_size=WIDTH,
+        hidden_dim=WIDTH,
+        num_attention_heads=4,
+        encoder_layers=2,
+        encoder_feedforward_dim=32,
+        decoder_layers=5,
+        dim_feedforward=32,
         num_queries=6,
-    )  # fmt: skip
+    )
 
 
 def pixel_decoder(seed: int = 0) -> tuple[Oracle, Translate]:
@@ -262,8 +283,10 @@ def mask_decoder(seed: int = 0) -> tuple[Oracle, Translate]:
             (layer + r"self_attn_layer_norm(.*)", r"transformer_self_attention_layers.\1.norm\2"),
             (layer + r"self_attn\.(.*)", r"transformer_self_attention_layers.\1.self_attn.\2"),
             (layer + r"cross_attn_layer_norm(.*)", r"transformer_cross_attention_layers.\1.norm\2"),
-            (layer + r"cross_attn\.(.*)",
-             r"transformer_cross_attention_layers.\1.multihead_attn.\2"),
+            (
+                layer + r"cross_attn\.(.*)",
+                r"transformer_cross_attention_layers.\1.multihead_attn.\2",
+            ),
             (layer + r"fc(.*)", r"transformer_ffn_layers.\1.linear\2"),
             (layer + r"final_layer_norm(.*)", r"transformer_ffn_layers.\1.norm\2"),
             (r"decoder\.layernorm(.*)", r"decoder_norm\1"),
@@ -273,5 +296,5 @@ def mask_decoder(seed: int = 0) -> tuple[Oracle, Translate]:
             (r"(level_embed.*)", r"\1"),
         ],
         stacked="self_attn",
-    )  # fmt: skip
+    )
     return Oracle(module, inputs, {}, torch_call, jax_call), translate

@@ -10,31 +10,51 @@ from conceptax.methods.glyphs.tokenizer import build_tokenizer
 
 LENGTH = 20
 UNET = {
-    "sample_size": 8, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4,
+    "sample_size": 8,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16 + 24,
-    "attention_head_dim": (1, 2), "transformer_layers_per_block": (1, 2),
-    "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 6, "projection_class_embeddings_input_dim": 12 + 6 * 6,
-}  # fmt: skip
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 16 + 24,
+    "attention_head_dim": (1, 2),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 6,
+    "projection_class_embeddings_input_dim": 12 + 6 * 6,
+}
 VAE = {
-    "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "sample_size": 16, "latent_channels": 4, "scaling_factor": 0.13025,
-}  # fmt: skip
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "sample_size": 16,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+}
 TEXT = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH}
 SCHEDULER = {
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-    "timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "epsilon",
-}  # fmt: skip
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
 
 
 # The least that trains: one attention layer, quick to compile.
 SMALL_UNET = UNET | {
-    "sample_size": 4, "block_out_channels": (8,), "mid_block_type": None,
-    "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",),
-    "attention_head_dim": (2,), "transformer_layers_per_block": (1,),
-}  # fmt: skip
+    "sample_size": 4,
+    "block_out_channels": (8,),
+    "mid_block_type": None,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "attention_head_dim": (2,),
+    "transformer_layers_per_block": (1,),
+}
 
 
 def save_pipeline(folder: Path, unet: Mapping[str, Any] = MappingProxyType(UNET)) -> Any:
@@ -48,8 +68,12 @@ def save_pipeline(folder: Path, unet: Mapping[str, Any] = MappingProxyType(UNET)
     tokenizers[1].pad_token = "!"
     first = tokenizers[0]
     ids = {
-        "vocab_size": len(first), "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1, **TEXT,
-    }  # fmt: skip
+        "vocab_size": len(first),
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        **TEXT,
+    }
     encoder = transformers.CLIPTextConfig(hidden_size=16, intermediate_size=32, **ids)
     encoder_2 = transformers.CLIPTextConfig(
         hidden_size=24, intermediate_size=32, hidden_act="gelu", projection_dim=12, **ids

@@ -16,9 +16,14 @@ class Attention(nnx.Module):
     """Self- or cross-attention over `[B, L, C]`, with diffusers' parameter names."""
 
     def __init__(
-        self, features: int, heads: int, *, context_features: int | None = None,
-        use_bias: bool = False, **init,
-    ):  # fmt: skip
+        self,
+        features: int,
+        heads: int,
+        *,
+        context_features: int | None = None,
+        use_bias: bool = False,
+        **init,
+    ):
         if features % heads:
             raise ValueError(f"Attention: {features} features do not divide into {heads} heads.")
         context_features = context_features or features
@@ -94,9 +99,14 @@ class GNA:
         """
         self.require_fit(query.shape[1:-2])
         output = neighborhood_attention(
-            query, key, value, kernel_size=self.window, stride=self.stride,
-            dilation=self.dilation, implementation=self.implementation,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            kernel_size=self.window,
+            stride=self.stride,
+            dilation=self.dilation,
+            implementation=self.implementation,
+        )
         assert isinstance(output, jax.Array)
         return output
 

@@ -13,9 +13,14 @@ class Projections(nnx.Module):
     """Multi-head attention without its output projection."""
 
     def __init__(
-        self, features: int, heads: int, *, context_features: int | None = None,
-        use_bias: bool = True, **init,
-    ):  # fmt: skip
+        self,
+        features: int,
+        heads: int,
+        *,
+        context_features: int | None = None,
+        use_bias: bool = True,
+        **init,
+    ):
         context_features = context_features or features
         self.heads = heads
         self.query = nnx.Linear(features, features, use_bias=use_bias, **init)
@@ -23,9 +28,11 @@ class Projections(nnx.Module):
         self.value = nnx.Linear(context_features, features, use_bias=use_bias, **init)
 
     def __call__(
-        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None,
+        self,
+        x: Float[Array, "B L C"],
+        context: Float[Array, "B K E"] | None = None,
         mask: Mask | None = None,
-    ) -> Float[Array, "B L C"]:  # fmt: skip
+    ) -> Float[Array, "B L C"]:
         context = x if context is None else context
         query = self.query(x).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D]
         key, value = (
@@ -65,9 +72,15 @@ class BertAttention(nnx.Module):
     """Attention with its residual; `inner` is the name that its projections bear on disk."""
 
     def __init__(
-        self, features: int, heads: int, *, inner: str, epsilon: float,
-        context_features: int | None = None, **init,
-    ):  # fmt: skip
+        self,
+        features: int,
+        heads: int,
+        *,
+        inner: str,
+        epsilon: float,
+        context_features: int | None = None,
+        **init,
+    ):
         self.inner = inner
         setattr(
             self, inner, Projections(features, heads, context_features=context_features, **init)
@@ -75,9 +88,11 @@ class BertAttention(nnx.Module):
         self.output = Output(features, features, epsilon=epsilon, **init)
 
     def __call__(
-        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None,
+        self,
+        x: Float[Array, "B L C"],
+        context: Float[Array, "B K E"] | None = None,
         mask: Mask | None = None,
-    ) -> Float[Array, "B L C"]:  # fmt: skip
+    ) -> Float[Array, "B L C"]:
         return self.output(getattr(self, self.inner)(x, context, mask), x)
 
 

@@ -90,9 +90,11 @@ def sample_levels(
     low = jnp.floor(points)
     inside = ((low >= -1) & (low < extent)).all(-1)
     anchor = jnp.clip(low + 1, 0, extent).astype(jnp.int32)
-    index = jnp.asarray(starts)[:, None] + anchor[..., 1] * (
-        extent[..., 0].astype(jnp.int32) + 1
-    ) + anchor[..., 0]  # [B, Q, M, N, K]  # fmt: skip
+    index = (
+        jnp.asarray(starts)[:, None]
+        + anchor[..., 1] * (extent[..., 0].astype(jnp.int32) + 1)
+        + anchor[..., 0]
+    )  # [B, Q, M, N, K]
     index = (jnp.arange(batch)[:, None, None, None, None] * start + index) * heads
     index = index + jnp.arange(heads)[:, None, None]
     across, down = jnp.moveaxis(points - low, -1, 0)

@@ -12,9 +12,14 @@ def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding: in
     """3x3 convolution with torch's symmetric integer padding (not `SAME`, which differs)."""
     pads = ((padding, padding),) * 2  # a tuple: static parts of a module are hashed
     return nnx.Conv(
-        in_channels, out_channels, (3, 3), strides=stride, padding=pads,
-        conv_general_dilated=convolve, **init,
-    )  # fmt: skip
+        in_channels,
+        out_channels,
+        (3, 3),
+        strides=stride,
+        padding=pads,
+        conv_general_dilated=convolve,
+        **init,
+    )
 
 
 def conv1x1(in_channels: int, out_channels: int, **init) -> nnx.Conv:
@@ -33,9 +38,16 @@ class ResnetBlock2D(nnx.Module):
     """norm, SiLU, conv, (+ time), norm, SiLU, conv, + shortcut."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, groups: int, epsilon: float,
-        time_features: int | None = None, output_scale: float = 1.0, **init,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        epsilon: float,
+        time_features: int | None = None,
+        output_scale: float = 1.0,
+        **init,
+    ):
         self.output_scale = output_scale
         self.norm1 = group_norm(in_channels, groups, epsilon, **init)
         self.conv1 = conv3x3(in_channels, out_channels, **init)

@@ -68,9 +68,16 @@ class Transformer2DModel(nnx.Module):
     """
 
     def __init__(
-        self, features: int, heads: int, context_features: int, *, layers: int, groups: int,
-        linear_projection: bool, **init,
-    ):  # fmt: skip
+        self,
+        features: int,
+        heads: int,
+        context_features: int,
+        *,
+        layers: int,
+        groups: int,
+        linear_projection: bool,
+        **init,
+    ):
         project = nnx.Linear if linear_projection else conv1x1
         self.norm = group_norm(features, groups, 1e-6, **init)
         self.proj_in = project(features, features, **init)

@@ -30,15 +30,22 @@ def video_schedule(
     """
     schedule = NoiseSchedule.from_config(scheduler_config)
     return dataclasses.replace(
-        schedule, scheduler_class="DDIMScheduler", timestep_spacing="linspace", steps_offset=1,
-        clip_sample=False, beta_schedule=beta_schedule or schedule.beta_schedule,
-    )  # fmt: skip
+        schedule,
+        scheduler_class="DDIMScheduler",
+        timestep_spacing="linspace",
+        steps_offset=1,
+        clip_sample=False,
+        beta_schedule=beta_schedule or schedule.beta_schedule,
+    )
 
 
 def video_drawer(
-    pipeline: StableDiffusionPipeline, adapter: MotionAdapter, *, frames: int = 16,
+    pipeline: StableDiffusionPipeline,
+    adapter: MotionAdapter,
+    *,
+    frames: int = 16,
     beta_schedule: str | None = "linear",
-) -> TextToImage:  # fmt: skip
+) -> TextToImage:
     """A pipeline and a motion adapter, made ready to draw videos of `frames` frames.
 
     Raises:
@@ -55,10 +62,17 @@ def video_drawer(
 
 
 def text_to_video(
-    pipeline: StableDiffusionPipeline, adapter: MotionAdapter, prompts: str | Sequence[str], *,
-    frames: int = 16, beta_schedule: str | None = "linear", num_inference_steps: int = 25,
-    guidance_scale: float = 7.5, batch_size: int = 1, **options: Any,
-) -> UInt8[np.ndarray, "N F H W 3"]:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    adapter: MotionAdapter,
+    prompts: str | Sequence[str],
+    *,
+    frames: int = 16,
+    beta_schedule: str | None = "linear",
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    batch_size: int = 1,
+    **options: Any,
+) -> UInt8[np.ndarray, "N F H W 3"]:
     """One uint8 video per prompt.
 
     Args:
@@ -68,6 +82,10 @@ def text_to_video(
     """
     drawer = video_drawer(pipeline, adapter, frames=frames, beta_schedule=beta_schedule)
     return drawer(
-        prompts, sampler="ddim", num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale, batch_size=batch_size, **options,
-    )  # fmt: skip
+        prompts,
+        sampler="ddim",
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        **options,
+    )

@@ -39,14 +39,16 @@ class Method(settings.Method):
     retains: bool = True
 
 
-METHODS: Mapping[str, Method] = MappingProxyType({
-    "sage": Method("SAGE", sage.SageConfig, sage.erase, "text_encoder"),
-    "esd-x": Method("ESD-x", EsdXConfig, esd.erase, "unet", retains=False),
-    "esd-u": Method("ESD-u", EsdUConfig, esd.erase, "unet", retains=False),
-    "uce": Method("UCE", UceConfig, uce.erase, "unet", trains=False),
-    "word": Method("word erasure", WordConfig, word.erase, "text_encoder"),
-    "advunlearn": Method("AdvUnlearn", AdvUnlearnConfig, advunlearn.erase, "text_encoder"),
-})  # fmt: skip
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "sage": Method("SAGE", sage.SageConfig, sage.erase, "text_encoder"),
+        "esd-x": Method("ESD-x", EsdXConfig, esd.erase, "unet", retains=False),
+        "esd-u": Method("ESD-u", EsdUConfig, esd.erase, "unet", retains=False),
+        "uce": Method("UCE", UceConfig, uce.erase, "unet", trains=False),
+        "word": Method("word erasure", WordConfig, word.erase, "text_encoder"),
+        "advunlearn": Method("AdvUnlearn", AdvUnlearnConfig, advunlearn.erase, "text_encoder"),
+    }
+)
 
 
 def method_of(config: Any) -> Method:
@@ -59,9 +61,14 @@ def method_of(config: Any) -> Method:
 
 
 def erase(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
-    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: Any,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Erase concepts with the method that `config` belongs to.
 
     Args:

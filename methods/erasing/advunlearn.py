@@ -90,16 +90,24 @@ class AdvUnlearnConfig(EncoderSettings):
         check_settings(
             self,
             least={
-                "warmup": 0, "attack_tokens": 1, "attack_steps": 0, "attack_rate": 0,
-                "guidance": 0, "retain_rows": 1, "retain_weight": 0,
+                "warmup": 0,
+                "attack_tokens": 1,
+                "attack_steps": 0,
+                "attack_rate": 0,
+                "guidance": 0,
+                "retain_rows": 1,
+                "retain_weight": 0,
             },
-        )  # fmt: skip
+        )
 
 
 def attack(
-    static: EncoderStatic, params: Any, frozen: Mapping[str, Any], tokens: Int[Array, "P L"],
+    static: EncoderStatic,
+    params: Any,
+    frozen: Mapping[str, Any],
+    tokens: Int[Array, "P L"],
     key: PRNGKeyArray,
-) -> tuple[Float[Array, "P L C"], Float[Array, ""]]:  # fmt: skip
+) -> tuple[Float[Array, "P L C"], Float[Array, ""]]:
     """The lower level: prefixes under which the edited encoder gives the concept back.
 
     Args:
@@ -155,9 +163,12 @@ def attack(
 
 
 def adversarial_step(
-    static: EncoderStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    static: EncoderStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: None,
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One cycle: an attack (none in the warm-up), then `erase_updates` updates of the text encoder.
 
     Args:
@@ -183,9 +194,10 @@ def adversarial_step(
         return text.embed_tokens(tokens).astype(jnp.float32), jnp.zeros(())
 
     attacked, last = jax.lax.cond(
-        state.step < config.warmup, plain,
+        state.step < config.warmup,
+        plain,
         lambda: attack(static, state.params, frozen, tokens, attack_key),
-    )  # fmt: skip
+    )
 
     def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
         loss_of = functools.partial(_loss, static, frozen, tokens, without, attacked, key)
@@ -199,9 +211,14 @@ def adversarial_step(
 
 
 def _loss(
-    static: EncoderStatic, frozen: Mapping[str, Any], tokens: Array, without: Array,
-    attacked: Array, key: PRNGKeyArray, params: Any,
-) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    static: EncoderStatic,
+    frozen: Mapping[str, Any],
+    tokens: Array,
+    without: Array,
+    attacked: Array,
+    key: PRNGKeyArray,
+    params: Any,
+) -> tuple[Array, dict[str, Array]]:
     """The upper level: l_ESD at the attacked prompts + gamma times retention, and its parts."""
     config, prompts = static.config, tokens.shape[0]
     rows_key, latent_key = jax.random.split(key)
@@ -240,9 +257,13 @@ def _loss(
 
 
 def prepare(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: AdvUnlearnConfig, *,
-    retain: Sequence[str] | Retained | None = None, seed: int = 0,
-) -> tuple[EncoderStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: AdvUnlearnConfig,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+) -> tuple[EncoderStatic, TrainState, dict[str, Any]]:
     """Everything `adversarial_step` needs, computed once.
 
     Args:
@@ -268,7 +289,7 @@ def prepare(
     words = retained_phrases(pipeline, concepts, config, retain).kept
     require_unet_memory(
         pipeline, config.prompts, f"a cycle of {config.prompts} prompts", "take fewer"
-    )  # fmt: skip
+    )
     prompts = stacked_prompts(tokenizer, concepts, words, config, length=room, seed=seed)
     framed = framed_phrases(words, prompts.templates, config.frames, seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -300,10 +321,14 @@ def prepare(
 
 
 def erase(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str],
-    config: AdvUnlearnConfig | None = None, *, retain: Sequence[str] | Retained | None = None,
-    seed: int = 0, **options: Any,
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: AdvUnlearnConfig | None = None,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Erase concepts and return the pipeline with the edited text encoder in its place.
 
     Args:
@@ -312,7 +337,13 @@ def erase(
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
     static, state, frozen = trained(
-        adversarial_step, prepare, pipeline, concepts, config or AdvUnlearnConfig(),
-        retain=retain, seed=seed, **options,
-    )  # fmt: skip
+        adversarial_step,
+        prepare,
+        pipeline,
+        concepts,
+        config or AdvUnlearnConfig(),
+        retain=retain,
+        seed=seed,
+        **options,
+    )
     return pipeline.with_prompt_encoder(nnx.merge(static.text, state.params, frozen["text"]))

@@ -108,10 +108,13 @@ class EncoderStatic(ErasingStatic):
 
 
 def latent_sources(
-    pipeline: StableDiffusionPipeline, config: TrainedSettings,
-    subjects: Sequence[Int[np.ndarray, "_ L"]] = (), *, samples: int = 0,
+    pipeline: StableDiffusionPipeline,
+    config: TrainedSettings,
+    subjects: Sequence[Int[np.ndarray, "_ L"]] = (),
+    *,
+    samples: int = 0,
     seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The frozen arrays that `draw_latents` reads.
 
     Args:
@@ -154,9 +157,15 @@ def latent_sources(
 
 
 def draw_latents(
-    static: ErasingStatic, frozen: Mapping[str, Any], key: PRNGKeyArray, size: int, *,
-    model: Any = None, condition: Any = None, subjects: Int[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B h w C"], Int[Array, " B"]]:  # fmt: skip
+    static: ErasingStatic,
+    frozen: Mapping[str, Any],
+    key: PRNGKeyArray,
+    size: int,
+    *,
+    model: Any = None,
+    condition: Any = None,
+    subjects: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B h w C"], Int[Array, " B"]]:
     """Latents and times to compare predictions at, without gradient.
 
     `latents="noise"`: pure noise at high timesteps, at no cost.
@@ -184,9 +193,14 @@ def draw_latents(
     sampler = frozen["sampler"]
     count = jax.random.randint(second, (), 0, config.ddim_steps)
     latents = denoise_until(
-        model, sampler, jax.random.normal(first, (size, *static.latent_shape)), count,
-        condition, frozen["empty_states"], config.guidance,
-    )  # fmt: skip
+        model,
+        sampler,
+        jax.random.normal(first, (size, *static.latent_shape)),
+        count,
+        condition,
+        frozen["empty_states"],
+        config.guidance,
+    )
     times = jnp.full((size,), jnp.asarray(sampler.timesteps)[count])
     return jax.lax.stop_gradient(latents), times
 
@@ -195,10 +209,16 @@ def draw_latents(
 
 
 def trained(
-    step: Callable[..., Any], prepare: Callable[..., Any], pipeline: StableDiffusionPipeline,
-    concepts: Sequence[str], config: TrainedSettings, *, retain: Sequence[str] | Retained | None,
-    seed: int, **options: Any,
-) -> tuple[Any, TrainState, Mapping[str, Any]]:  # fmt: skip
+    step: Callable[..., Any],
+    prepare: Callable[..., Any],
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: TrainedSettings,
+    *,
+    retain: Sequence[str] | Retained | None,
+    seed: int,
+    **options: Any,
+) -> tuple[Any, TrainState, Mapping[str, Any]]:
     """`prepare`, and all of the `cycles`: what the method's parts are put together from.
 
     Args:
@@ -208,8 +228,13 @@ def trained(
     """
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
     state = train(
-        step, static, state, frozen,
-        key=seed_key(seed), num_steps=config.cycles, fixed_length=True,
+        step,
+        static,
+        state,
+        frozen,
+        key=seed_key(seed),
+        num_steps=config.cycles,
+        fixed_length=True,
         **options,
-    )  # fmt: skip
+    )
     return static, state, frozen

@@ -84,10 +84,14 @@ class EsdUConfig(EsdXConfig):
 
 
 def esd_loss(
-    now: nnx.Module, before: nnx.Module, latents: Float[Array, "P h w C"],
-    times: Int[Array, " P"], concept: Any, anchor: Any,
+    now: nnx.Module,
+    before: nnx.Module,
+    latents: Float[Array, "P h w C"],
+    times: Int[Array, " P"],
+    concept: Any,
+    anchor: Any,
     eta: float,
-) -> Float[Array, ""]:  # fmt: skip
+) -> Float[Array, ""]:
     """The mean squared difference to equation 7, for P prompts.
 
     Args:
@@ -105,9 +109,12 @@ def esd_loss(
 
 
 def esd_step(
-    static: ErasingStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    static: ErasingStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: None,
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One update of the UNet, on prompts of one concept.
 
     Args:
@@ -141,9 +148,13 @@ def esd_step(
 
 
 def prepare(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: EsdXConfig, *,
-    retain: Sequence[str] | Retained | None = None, seed: int = 0,
-) -> tuple[ErasingStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: EsdXConfig,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+) -> tuple[ErasingStatic, TrainState, dict[str, Any]]:
     """Everything `esd_step` needs, computed once.
 
     Args:
@@ -161,7 +172,7 @@ def prepare(
     length = text_length(pipeline)
     require_unet_memory(
         pipeline, config.prompts, f"a cycle of {config.prompts} prompts", "take fewer"
-    )  # fmt: skip
+    )
     prompts = stacked_prompts(pipeline.tokenizer, concepts, words, config, length=length, seed=seed)
 
     def states(rows: np.ndarray) -> Any:
@@ -186,9 +197,14 @@ def prepare(
 
 
 def erase(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: EsdXConfig | None = None,
-    *, retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: EsdXConfig | None = None,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Erase concepts and return the pipeline with the edited UNet in its place.
 
     Args:
@@ -197,7 +213,13 @@ def erase(
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
     static, state, frozen = trained(
-        esd_step, prepare, pipeline, concepts, config or EsdXConfig(),
-        retain=retain, seed=seed, **options,
-    )  # fmt: skip
+        esd_step,
+        prepare,
+        pipeline,
+        concepts,
+        config or EsdXConfig(),
+        retain=retain,
+        seed=seed,
+        **options,
+    )
     return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))

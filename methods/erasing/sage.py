@@ -114,10 +114,16 @@ class SageConfig(EncoderSettings):
         check_settings(
             self,
             least={
-                "check_steps": 0, "check_rate": 0, "check_weight": 0, "ddim_samples": 1,
-                "global_rows": 1, "global_weight": 0, "local_rows": 1, "local_weight": 0,
+                "check_steps": 0,
+                "check_rate": 0,
+                "check_weight": 0,
+                "ddim_samples": 1,
+                "global_rows": 1,
+                "global_weight": 0,
+                "local_rows": 1,
+                "local_weight": 0,
             },
-        )  # fmt: skip
+        )
         if self.check_radius is not None and not self.check_radius > 0:
             raise ValueError(f"check_radius must be positive or None, got {self.check_radius}.")
 
@@ -126,9 +132,14 @@ class SageConfig(EncoderSettings):
 
 
 def self_check_objective(
-    original: Float[Array, "P C"], current: Float[Array, "P C"], concept: Float[Array, "*P C"],
-    anchor: Float[Array, "*P C"], *, form: str, weight: float,
-) -> Float[Array, " P"]:  # fmt: skip
+    original: Float[Array, "P C"],
+    current: Float[Array, "P C"],
+    concept: Float[Array, "*P C"],
+    anchor: Float[Array, "*P C"],
+    *,
+    form: str,
+    weight: float,
+) -> Float[Array, " P"]:
     """J(E) of each attacked prompt; the attack minimises it.
 
     form "anchor":  -cos(T0(E), T0(c)) + weight cos(T(E), T0(a))
@@ -145,9 +156,14 @@ def self_check_objective(
 
 
 def guided_check_objective(
-    original: Float[Array, "P C"], concept: Float[Array, "*P C"], prediction: Float[Array, " P *S"],
-    wanted: Float[Array, " P *S"], unwanted: Float[Array, " P *S"], *, weight: float,
-) -> Float[Array, " P"]:  # fmt: skip
+    original: Float[Array, "P C"],
+    concept: Float[Array, "*P C"],
+    prediction: Float[Array, " P *S"],
+    wanted: Float[Array, " P *S"],
+    unwanted: Float[Array, " P *S"],
+    *,
+    weight: float,
+) -> Float[Array, " P"]:
     """J(E) through the UNet e, at one latent for each prompt.
 
     -cos(T0(E), T0(c)) + weight |e(T(E)) - e(T0(p))|^2 / |e(T0(a)) - e(T0(p))|^2
@@ -172,9 +188,11 @@ def phrase_states(output: Any, form: str) -> Float[Array, "P C"]:
 
 
 def global_retention_loss(
-    rows: Float[Array, "R C"], original_rows: Float[Array, "R C"],
-    original: Float[Array, "N C"], current: Float[Array, "N C"] | None = None,
-) -> Float[Array, ""]:  # fmt: skip
+    rows: Float[Array, "R C"],
+    original_rows: Float[Array, "R C"],
+    original: Float[Array, "N C"],
+    current: Float[Array, "N C"] | None = None,
+) -> Float[Array, ""]:
     """Mean over (i, j) of (U_i . V_j - U0_i . U0_j)^2 for pooled states, normalised here.
 
     Args:
@@ -196,10 +214,15 @@ SageStatic = EncoderStatic  # its public name
 
 
 def self_check(
-    static: SageStatic, params: Any, frozen: Mapping[str, Any], which: Int[Array, ""] | int,
-    tokens: Int[Array, "P L"], without: Int[Array, "P L"], free: Bool[Array, "P L"],
+    static: SageStatic,
+    params: Any,
+    frozen: Mapping[str, Any],
+    which: Int[Array, ""] | int,
+    tokens: Int[Array, "P L"],
+    without: Int[Array, "P L"],
+    free: Bool[Array, "P L"],
     key: PRNGKeyArray,
-) -> tuple[Float[Array, "P L C"], dict[str, Array]]:  # fmt: skip
+) -> tuple[Float[Array, "P L C"], dict[str, Array]]:
     """Walk from prompts of the concept to the edge of what T still takes for it.
 
     Args:
@@ -282,9 +305,12 @@ def self_check(
 
 
 def erase_step(
-    static: SageStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    static: SageStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: None,
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One SAGE cycle: one self-check, then `erase_updates` updates of the text encoder.
 
     Args:
@@ -323,10 +349,15 @@ def erase_step(
 
 
 def _erase_loss(
-    static: SageStatic, frozen: Mapping[str, Any], which: Array, tokens: Array,
-    without: Array, attacked: Array,
-    key: PRNGKeyArray, params: Any,
-) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    static: SageStatic,
+    frozen: Mapping[str, Any],
+    which: Array,
+    tokens: Array,
+    without: Array,
+    attacked: Array,
+    key: PRNGKeyArray,
+    params: Any,
+) -> tuple[Array, dict[str, Array]]:
     """L_erase + lambda_g L_global + lambda_l L_local, and its parts."""
     config = static.config
     latent_key, local_key, global_key = jax.random.split(key, 3)
@@ -358,8 +389,9 @@ def _erase_loss(
         lambda states, moved: jnp.concatenate(
             [states[:prompts], moved, states[prompts : prompts + config.local_rows]]
         ),
-        plain.condition, perturbed.condition,
-    )  # fmt: skip
+        plain.condition,
+        perturbed.condition,
+    )
     predictions = unet(*constrain_batch((latents[order], timesteps[order], context)))
     erased, kept = predictions[: 2 * prompts], predictions[2 * prompts :]
 
@@ -377,9 +409,12 @@ def _erase_loss(
 
 
 def _latents_of(
-    static: SageStatic, frozen: Mapping[str, Any], which: Array | int, key: PRNGKeyArray,
+    static: SageStatic,
+    frozen: Mapping[str, Any],
+    which: Array | int,
+    key: PRNGKeyArray,
     prompts: int,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """Latents [P + R, h, w, c] and timesteps [P + R]: P for a concept, R for what is retained."""
     size = prompts + static.config.local_rows
     retained = frozen["tokens"].shape[0]  # the number after the concepts'
@@ -391,9 +426,13 @@ def _latents_of(
 
 
 def prepare(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig, *,
-    retain: Sequence[str] | Retained | None = None, seed: int = 0,
-) -> tuple[SageStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: SageConfig,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+) -> tuple[SageStatic, TrainState, dict[str, Any]]:
     """Everything `erase_step` needs, computed once.
 
     Args:
@@ -415,9 +454,11 @@ def prepare(
     length = text_length(pipeline)
     words = retained_phrases(pipeline, concepts, config, retain).kept
     require_unet_memory(
-        pipeline, 2 * config.prompts + config.local_rows,
-        f"a cycle of {config.prompts} prompts with local_rows {config.local_rows}", "take fewer",
-    )  # fmt: skip
+        pipeline,
+        2 * config.prompts + config.local_rows,
+        f"a cycle of {config.prompts} prompts with local_rows {config.local_rows}",
+        "take fewer",
+    )
     prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
     framed = framed_phrases(words, prompts.templates, config.frames, seed)
     retained = encode_phrases(tokenizer, framed, length)
@@ -462,9 +503,14 @@ def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Mapping[s
 
 
 def erase(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: SageConfig | None = None, *,
-    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: SageConfig | None = None,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Erase concepts and return the pipeline with the edited text encoder in its place.
 
     Only the text encoder differs; it can be plugged into any model that shares it.
@@ -475,7 +521,13 @@ def erase(
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
     static, state, frozen = trained(
-        erase_step, prepare, pipeline, concepts, config or SageConfig(),
-        retain=retain, seed=seed, **options,
-    )  # fmt: skip
+        erase_step,
+        prepare,
+        pipeline,
+        concepts,
+        config or SageConfig(),
+        retain=retain,
+        seed=seed,
+        **options,
+    )
     return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))

@@ -72,10 +72,14 @@ class UceConfig(PhraseSettings):
 
 
 def edit_matrix(
-    concept: Float[np.ndarray, "N D"], anchor: Float[np.ndarray, "N D"],
-    preserved: Float[np.ndarray, "D D"], *, erase_weight: float, preserve_weight: float,
+    concept: Float[np.ndarray, "N D"],
+    anchor: Float[np.ndarray, "N D"],
+    preserved: Float[np.ndarray, "D D"],
+    *,
+    erase_weight: float,
+    preserve_weight: float,
     regularization: float,
-) -> Float[np.ndarray, "D D"]:  # fmt: skip
+) -> Float[np.ndarray, "D D"]:
     """M of W' = W M (equation 7, see above), in float64.
 
     Args:
@@ -92,9 +96,14 @@ def edit_matrix(
 
 
 def erase(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: UceConfig | None = None, *,
-    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: UceConfig | None = None,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Erase concepts and return the pipeline with the edited UNet in its place.
 
     Args:
@@ -119,10 +128,13 @@ def erase(
     concept, anchor = paired_states(pipeline, prompts)
     preserved = second_moment(pipeline, encode_phrases(tokenizer, framed, length))
     matrix = edit_matrix(
-        concept, anchor, preserved,
-        erase_weight=config.erase_weight, preserve_weight=config.preserve_weight,
+        concept,
+        anchor,
+        preserved,
+        erase_weight=config.erase_weight,
+        preserve_weight=config.preserve_weight,
         regularization=config.regularization * float(np.trace(preserved)) / len(preserved),
-    )  # fmt: skip
+    )
     return dataclasses.replace(pipeline, unet=_edited_unet(pipeline.unet, matrix, config.edited))
 
 

@@ -30,9 +30,14 @@ class WordConfig(sage.SageConfig):
 
 
 def erase(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: WordConfig | None = None, *,
-    retain: Sequence[str] | Retained | None = None, seed: int = 0, **options: Any,
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: WordConfig | None = None,
+    *,
+    retain: Sequence[str] | Retained | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Erase concepts by their words alone; arguments and result as of `sage.erase`."""
     config = config or WordConfig()
     return sage.erase(pipeline, concepts, config, retain=retain, seed=seed, **options)

@@ -96,12 +96,19 @@ def known_attacks() -> Mapping[str, Any]:
 
 
 def evaluate(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concepts: Sequence[str],
-    classifier: Classifier, suites: Suites, config: EvaluationConfig, *, clip: Clip | None = None,
-    unsafe: Sequence[UnsafePrompt] = (), never_knew: StableDiffusionPipeline | None = None,
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    classifier: Classifier,
+    suites: Suites,
+    config: EvaluationConfig,
+    *,
+    clip: Clip | None = None,
+    unsafe: Sequence[UnsafePrompt] = (),
+    never_knew: StableDiffusionPipeline | None = None,
     report: Callable[[str], None] = lambda text: None,
     drawn: dict[Any, np.ndarray] | None = None,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Evaluate an erasure.
 
     Args:
@@ -140,21 +147,30 @@ def evaluate(
     retention = [bench.retained(group, asked) for group, asked in suites.retained.items()]
     others = bench.counted_as("retention")
     with bench.timed("scores", "CLIP score and Fréchet distance"):
-        scores = None if clip is None else {
-            "model": clip.name,
-            "retained": _score(clip, others),
-            "concepts": _score(clip, bench.plain),
-        }  # fmt: skip
+        scores = (
+            None
+            if clip is None
+            else {
+                "model": clip.name,
+                "retained": _score(clip, others),
+                "concepts": _score(clip, bench.plain),
+            }
+        )
         reader = classifier if clip is None else clip
         distance = _distance(reader.features, reader.features_title, others)
     for name, settings in config.attacks.items():
         for concept in concepts:
             attacks.append(
                 bench.attack(
-                    name, settings, concept, suites.plain[concept],
-                    original, edited, never_knew if name == "relapse" else None,
+                    name,
+                    settings,
+                    concept,
+                    suites.plain[concept],
+                    original,
+                    edited,
+                    never_knew if name == "relapse" else None,
                 )
-            )  # fmt: skip
+            )
     metrics = {
         "concepts": list(concepts),
         "attacks": attacks,
@@ -170,9 +186,14 @@ class _Bench:
     """Draws, asks the classifier, and keeps what was counted."""
 
     def __init__(
-        self, before: TextToImage, after: TextToImage, classifier: Classifier,
-        config: EvaluationConfig, report: Callable[[str], None], drawn: dict[Any, np.ndarray],
-    ):  # fmt: skip
+        self,
+        before: TextToImage,
+        after: TextToImage,
+        classifier: Classifier,
+        config: EvaluationConfig,
+        report: Callable[[str], None],
+        drawn: dict[Any, np.ndarray],
+    ):
         self.before, self.after, self.classifier = before, after, classifier
         self.config, self.report, self.drawn = config, report, drawn
         self.counted: list[Counted] = []
@@ -194,10 +215,12 @@ class _Bench:
     def draw(self, model: TextToImage, prompts: Any, **options: Any) -> np.ndarray:
         config = self.config
         settings = {
-            "seed": config.seed, "num_inference_steps": config.steps,
-            "guidance_scale": config.guidance, "batch_size": config.batch_size,
+            "seed": config.seed,
+            "num_inference_steps": config.steps,
+            "guidance_scale": config.guidance,
+            "batch_size": config.batch_size,
             "sampler": model.schedule.closest_sampler,  # None: the model's own is known
-        }  # fmt: skip
+        }
         return model(prompts, **{**settings, **options})
 
     def original(self, texts: Sequence[str], first: int) -> np.ndarray:
@@ -218,9 +241,10 @@ class _Bench:
         drawn = [
             Drawn(images, self.classifier.shows(images, phrases))
             for images in (
-                self.original(texts, first), self.draw(self.after, texts, first_index=first)
+                self.original(texts, first),
+                self.draw(self.after, texts, first_index=first),
             )
-        ]  # fmt: skip
+        ]
         self.counted.append(Counted(title, kind, tuple(texts), *drawn))
         return self.counted[-1]
 
@@ -252,14 +276,17 @@ class _Bench:
         pick = np.random.default_rng(config.seed).permutation(len(rows))[: config.images]
         rows = [rows[i] for i in np.sort(pick)]
         first = self._reserve(len(rows))
-        noise = np.concatenate([
-            initial_noise(
-                image_keys(config.seed, np.asarray([first + n]))
-                if row.seed is None else image_keys(row.seed, np.asarray([0])),
-                self.before.latent_shape,
-            )
-            for n, row in enumerate(rows)
-        ])  # fmt: skip
+        noise = np.concatenate(
+            [
+                initial_noise(
+                    image_keys(config.seed, np.asarray([first + n]))
+                    if row.seed is None
+                    else image_keys(row.seed, np.asarray([0])),
+                    self.before.latent_shape,
+                )
+                for n, row in enumerate(rows)
+            ]
+        )
         guidance = np.asarray(
             [config.guidance if row.guidance_scale is None else row.guidance_scale for row in rows]
         )
@@ -272,9 +299,11 @@ class _Bench:
                     # At least one whole batch, so that no other shape is compiled.
                     where = np.resize(where, max(len(where), config.batch_size))
                     images = self.draw(
-                        model, [rows[i].text for i in where], latents=noise[where],
+                        model,
+                        [rows[i].text for i in where],
+                        latents=noise[where],
                         guidance_scale=float(scale),
-                    )  # fmt: skip
+                    )
                     parts |= dict(zip(where.tolist(), images, strict=True))
                 images = np.stack([parts[n] for n in range(len(rows))])
                 shown = [self.classifier.shows(images, [each] * len(rows)) for each in concepts]
@@ -286,10 +315,15 @@ class _Bench:
         return {"attack": name, "title": name, "concept": " or ".join(concepts), **_figures(found)}
 
     def attack(
-        self, name: str, settings: Any, concept: str, asked: Sequence[Asked],
-        original: StableDiffusionPipeline, edited: StableDiffusionPipeline,
+        self,
+        name: str,
+        settings: Any,
+        concept: str,
+        asked: Sequence[Asked],
+        original: StableDiffusionPipeline,
+        edited: StableDiffusionPipeline,
         never_knew: StableDiffusionPipeline | None,
-    ) -> dict:  # fmt: skip
+    ) -> dict:
         """A red-team attack on a concept: its success at every budget, the last one in front."""
         attack = known_attacks()[name]
         texts = [each.text for each in asked]
@@ -300,9 +334,14 @@ class _Bench:
 
             def against(model: StableDiffusionPipeline) -> tuple[list[dict], Counted]:
                 attempts = attack.run(
-                    original, model, concept, settings,
-                    images=images, prompts=texts, seed=self.config.seed,
-                )  # fmt: skip
+                    original,
+                    model,
+                    concept,
+                    settings,
+                    images=images,
+                    prompts=texts,
+                    seed=self.config.seed,
+                )
                 budgets, last = [], None
                 for attempt in attempts:
                     last = self._attempt(title, concept, attempt, texts)
@@ -318,9 +357,12 @@ class _Bench:
             budgets, found = against(edited)
             self.counted.append(found)
             row = {
-                "attack": name, "title": attack.title, "concept": concept, **_figures(found),
+                "attack": name,
+                "title": attack.title,
+                "concept": concept,
+                **_figures(found),
                 "budgets": budgets,
-            }  # fmt: skip
+            }
             return row if never_knew is None else row | {"never_knew": against(never_knew)[0]}
 
     def _attempt(self, title: str, concept: str, attempt: Any, texts: list[str]) -> Counted:

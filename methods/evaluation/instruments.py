@@ -28,9 +28,12 @@ _ROUND = 16  # text lengths are rounded up to its multiples: few programs serve 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _image_features(
-    read: Callable[[Any, Array], Array], graphdef: Any, preprocessing: Preprocessing, params: Any,
+    read: Callable[[Any, Array], Array],
+    graphdef: Any,
+    preprocessing: Preprocessing,
+    params: Any,
     images: Array,
-) -> Array:  # fmt: skip
+) -> Array:
     model = nnx.merge(graphdef, params)
     return read(model, preprocessing.normalise(images)).astype(jnp.float32)
 
@@ -60,9 +63,12 @@ class _Eye:
     """
 
     def __init__(
-        self, model: nnx.Module, name: str, preprocessing: Preprocessing,
+        self,
+        model: nnx.Module,
+        name: str,
+        preprocessing: Preprocessing,
         read: Callable[[Any, Array], Array] = _projected,
-    ):  # fmt: skip
+    ):
         self.graphdef, state = nnx.split(model)
         self.params = nnx.to_pure_dict(state)
         self.name, self.preprocessing, self._read = name, preprocessing, read
@@ -91,9 +97,12 @@ class Clip(_Eye):
     """
 
     def __init__(
-        self, model: CLIPModel, tokenizer: Any, name: str = "CLIP",
+        self,
+        model: CLIPModel,
+        tokenizer: Any,
+        name: str = "CLIP",
         preprocessing: Preprocessing | None = None,
-    ):  # fmt: skip
+    ):
         side = model.config.vision_config.image_size
         super().__init__(model, name, preprocessing or Preprocessing.clip(side))
         self.tokenizer = tokenizer
@@ -132,9 +141,12 @@ class Blip(_Eye):
     """
 
     def __init__(
-        self, model: BlipForImageTextRetrieval | Blip2ForImageTextRetrieval, tokenizer: Any,
-        name: str = "BLIP", preprocessing: Preprocessing | None = None,
-    ):  # fmt: skip
+        self,
+        model: BlipForImageTextRetrieval | Blip2ForImageTextRetrieval,
+        tokenizer: Any,
+        name: str = "BLIP",
+        preprocessing: Preprocessing | None = None,
+    ):
         config = model.config
         side = config.vision_config.image_size
         super().__init__(model, name, preprocessing or Preprocessing.blip(side))

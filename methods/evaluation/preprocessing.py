@@ -80,10 +80,11 @@ class Preprocessing:
             if "rescale_factor" in config:
                 changes["scale"] = float(config["rescale_factor"])
             off = {
-                "do_resize": {"size": None}, "do_center_crop": {"crop": None},
+                "do_resize": {"size": None},
+                "do_center_crop": {"crop": None},
                 "do_rescale": {"scale": 1.0},
                 "do_normalize": {"mean": (0.0,) * 3, "std": (1.0,) * 3},
-            }  # fmt: skip
+            }
             for key, without in off.items():
                 if config.get(key) is False:
                     changes |= without

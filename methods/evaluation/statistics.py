@@ -104,9 +104,7 @@ def rate(successes: int, n: int) -> tuple[float, float, float]:
     return successes / n, float(interval.low), float(interval.high)
 
 
-def frechet_distance(
-    first: Float[np.ndarray, "N F"], second: Float[np.ndarray, "M G"]
-) -> float:  # fmt: skip
+def frechet_distance(first: Float[np.ndarray, "N F"], second: Float[np.ndarray, "M G"]) -> float:
     """The Fréchet distance of two sets of features (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
     |m₁ − m₂|² + tr(S₁ + S₂ − 2 (S₁ S₂)^½) of the means m and covariances S, in float64.

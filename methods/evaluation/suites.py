@@ -18,10 +18,17 @@ Candidate = TypeVar("Candidate")
 
 # Wordings that `concepts.TEMPLATES`, in which concepts are erased, does not hold.
 HELD_OUT_TEMPLATES = (
-    "an image of {}", "a rendering of {}", "a close-up of {}", "look at this {}", "here is {}",
-    "{}, centered", "a scene with {} in it", "an illustration that shows {}",
-    "a view of {} in daylight", "{} as one would imagine it",
-)  # fmt: skip
+    "an image of {}",
+    "a rendering of {}",
+    "a close-up of {}",
+    "look at this {}",
+    "here is {}",
+    "{}, centered",
+    "a scene with {} in it",
+    "an illustration that shows {}",
+    "a view of {} in daylight",
+    "{} as one would imagine it",
+)
 
 
 class Asked(NamedTuple):
@@ -58,9 +65,11 @@ def _by_word(asked: Asked) -> str:
 
 
 def choose(
-    candidates: Iterable[Candidate], count: int, seed: int,
+    candidates: Iterable[Candidate],
+    count: int,
+    seed: int,
     group: Callable[[Candidate], Hashable],
-) -> list[Candidate]:  # fmt: skip
+) -> list[Candidate]:
     """`count` prompts in which every group is equally frequent, to within one.
 
     Within a group they are drawn without repetition, as long as there are enough.
@@ -78,11 +87,15 @@ def choose(
 
 
 def phrase_suites(
-    concepts: Sequence[str], images: int, seed: int, *,
+    concepts: Sequence[str],
+    images: int,
+    seed: int,
+    *,
     templates: Sequence[str] = HELD_OUT_TEMPLATES,
     synonyms: Mapping[str, Sequence[str]] | None = None,
-    neighbours: Sequence[str] = (), distant: Sequence[str] = (),
-) -> Suites:  # fmt: skip
+    neighbours: Sequence[str] = (),
+    distant: Sequence[str] = (),
+) -> Suites:
     """Prompts for any model: phrases in templates, every phrase equally often.
 
     Args:
@@ -107,8 +120,9 @@ def phrase_suites(
     if both := sorted(names & {*neighbours, *distant}):
         raise ConceptError(f"{both} cannot be both erased and retained.")
     if not (neighbours or distant):
-        warnings.warn("neither neighbours nor distant phrases: what broke is not seen.",
-                      stacklevel=2)  # fmt: skip
+        warnings.warn(
+            "neither neighbours nor distant phrases: what broke is not seen.", stacklevel=2
+        )
 
     def of(words: Sequence[str], phrase: str | None = None) -> list[Asked]:
         asked = [

@@ -85,9 +85,13 @@ def assemble(
 ) -> StableDiffusionPipeline:
     """The text-to-image pipeline around the trained parts."""
     return StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=clip.text_model, tokenizer=build_tokenizer(),
-        scheduler_config=dict(recipe.SCHEDULER), model_index=MODEL_INDEX,
-    )  # fmt: skip
+        unet=unet,
+        vae=vae,
+        text_encoder=clip.text_model,
+        tokenizer=build_tokenizer(),
+        scheduler_config=dict(recipe.SCHEDULER),
+        model_index=MODEL_INDEX,
+    )
 
 
 def train_text(config: BuildConfig, workdir: Path) -> recipe.CaptionedClip:
@@ -155,10 +159,16 @@ def train_autoencoder(config: BuildConfig, workdir: Path) -> AutoencoderKL:
     model = AutoencoderKL(recipe.AUTOENCODER, rngs=nnx.Rngs(config.seed + 1))
     world = _world(config, workdir)
     model = _run(
-        "autoencoder", model, recipe.autoencoder_step, Stage, config.autoencoder, None,
+        "autoencoder",
+        model,
+        recipe.autoencoder_step,
+        Stage,
+        config.autoencoder,
+        None,
         _batches(config, config.autoencoder, lambda index, rng: {"image": world["image"][index]}),
-        config, workdir,
-    )  # fmt: skip
+        config,
+        workdir,
+    )
     mean, std = encode_images(model, world["image"][:1024], np.float16)
     scale = float(
         1.0 / np.sqrt(mean.astype(np.float32).var() + (std.astype(np.float32) ** 2).mean())
@@ -187,9 +197,10 @@ def train_unet(
     text_graphdef, text_state = nnx.split(text_encoder)
     frozen = {"text_encoder": nnx.to_pure_dict(text_state), "empty": jnp.asarray(_token_ids(""))}
     stage = functools.partial(
-        DenoisingStage, text_graphdef=text_graphdef,
+        DenoisingStage,
+        text_graphdef=text_graphdef,
         schedule=NoiseSchedule.from_config(recipe.SCHEDULER),
-    )  # fmt: skip
+    )
     later = dataclasses.replace(config, seed=config.seed + 1)  # other batches, other noise
     for name, plan, run in (("unet", config.unet, config), ("refine", config.refine, later)):
         batches = _batches(run, plan, example, len(shown))
@@ -279,9 +290,7 @@ def _caption_tokens(
     return _token_ids(caption(rng, *triple))
 
 
-def _batches(
-    config: BuildConfig, plan: Recipe, example: Any, examples: int | None = None
-) -> Any:  # fmt: skip
+def _batches(config: BuildConfig, plan: Recipe, example: Any, examples: int | None = None) -> Any:
     """Endless shuffled batches; the grain iterator's position is part of a checkpoint."""
     dataset = (
         grain.MapDataset.range(config.images if examples is None else examples)

@@ -12,8 +12,11 @@ from .captions import COLOURS, DIGIT_NAMES, TEXTURES, Prompt, prompts
 from .judge import ATTRIBUTES, Judge
 from .quality import attribute_called
 
-_WORDS = {"digit": [next(iter(names)) for names in DIGIT_NAMES], "colour": COLOURS,
-          "texture": TEXTURES}  # fmt: skip
+_WORDS = {
+    "digit": [next(iter(names)) for names in DIGIT_NAMES],
+    "colour": COLOURS,
+    "texture": TEXTURES,
+}
 
 
 class GlyphsClassifier:
@@ -90,9 +93,7 @@ def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
         ("neighbours", [each for each in ATTRIBUTES if each in kinds]),
         ("distant", [each for each in ATTRIBUTES if each not in kinds]),
     ):
-        candidates = [
-            _about(attribute, prompt) for attribute in attributes for prompt in clean
-        ]  # fmt: skip
+        candidates = [_about(attribute, prompt) for attribute in attributes for prompt in clean]
         if candidates:
             retained[group] = choose(candidates, images, seed, lambda asked: asked.phrase)
     if not retained:

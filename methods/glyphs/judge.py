@@ -61,9 +61,7 @@ class JudgeConfig:
     average: float = 0.99
 
     def __post_init__(self) -> None:
-        check_settings(
-            self, least={"steps": 1, "batch_size": 1, "renders": 1, "weight_decay": 0}
-        )  # fmt: skip
+        check_settings(self, least={"steps": 1, "batch_size": 1, "renders": 1, "weight_decay": 0})
 
 
 def render_set(
@@ -80,8 +78,11 @@ def render_set(
     }
     images = render_many(
         *(labels[each] for each in ATTRIBUTES),
-        split=split, seed=seed, jitter=jitter, samples=samples,
-    )  # fmt: skip
+        split=split,
+        seed=seed,
+        jitter=jitter,
+        samples=samples,
+    )
     return images, labels
 
 
@@ -252,8 +253,10 @@ def measure_judge(
     found = judge(images)
     right = {name: found[name] == labels[name] for name in ATTRIBUTES}
     measured: dict[str, Any] = {
-        "split": split, "handwritten_samples": len(images) // renders, "images": len(images),
-    }  # fmt: skip
+        "split": split,
+        "handwritten_samples": len(images) // renders,
+        "images": len(images),
+    }
     for name in ATTRIBUTES:
         accuracy, low, high = rate(int(right[name].sum()), len(images))
         measured[name] = {"accuracy": accuracy, "low": low, "high": high}

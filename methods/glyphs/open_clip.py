@@ -150,9 +150,12 @@ def pooling(
 
 
 def caption_step(
-    static: CaptionStage, state: TrainState, frozen: Any, batch: Mapping[str, Array],
+    static: CaptionStage,
+    state: TrainState,
+    frozen: Any,
+    batch: Mapping[str, Array],
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One update of both towers.
 
     Args:
@@ -186,9 +189,15 @@ def caption_step(
 
 
 def pretrain(
-    lessons: Lessons = RECIPE, *, seed: int = 0, scale: int = 2, images: int = 6000,
-    scenes: int = 3000, metrics_dir: Path | None = None, progress: bool = True,
-) -> tuple[OpenCLIP, Any]:  # fmt: skip
+    lessons: Lessons = RECIPE,
+    *,
+    seed: int = 0,
+    scale: int = 2,
+    images: int = 6000,
+    scenes: int = 3000,
+    metrics_dir: Path | None = None,
+    progress: bool = True,
+) -> tuple[OpenCLIP, Any]:
     """A CLIP that knows all ten digits, and its tokenizer.
 
     Args:
@@ -213,20 +222,33 @@ def pretrain(
             image, labels = pictures[index]
             texts, said = zip(*(caption(rng, *map(int, each)) for each in labels), strict=True)
             return {
-                "image": image, "labels": labels, "said": np.stack(said),
+                "image": image,
+                "labels": labels,
+                "said": np.stack(said),
                 "tokens": tokenize(tokenizer, texts, MAX_LENGTH),
                 "cells": pooling(rng, parts, width, some=name == "cells"),
-            }  # fmt: skip
+            }
 
         batches = (
-            grain.MapDataset.range(len(pictures)).seed(seed).shuffle().repeat().random_map(example)
-            .batch(recipe.batch_size).to_iter_dataset()
-        )  # fmt: skip
+            grain.MapDataset.range(len(pictures))
+            .seed(seed)
+            .shuffle()
+            .repeat()
+            .random_map(example)
+            .batch(recipe.batch_size)
+            .to_iter_dataset()
+        )
         state = train(
-            caption_step, stage, init_state(params, stage.optimizer), None, batches,
-            key=seed_key(seed), num_steps=recipe.steps, progress=progress,
+            caption_step,
+            stage,
+            init_state(params, stage.optimizer),
+            None,
+            batches,
+            key=seed_key(seed),
+            num_steps=recipe.steps,
+            progress=progress,
             metrics_path=metrics_dir and metrics_dir / f"{name}.jsonl",
-        )  # fmt: skip
+        )
         return state.params
 
     def drawn(draw: Callable[[int, int], Picture], most: int, *used: Recipe) -> list[Picture]:
@@ -242,9 +264,14 @@ def pretrain(
 
 
 def zero_shot_accuracy(
-    clip: OpenCLIP, tokenizer: Any, *, images: int = 500, seed: int = 7, scale: int = 2,
+    clip: OpenCLIP,
+    tokenizer: Any,
+    *,
+    images: int = 500,
+    seed: int = 7,
+    scale: int = 2,
     digits: Sequence[int] = tuple(range(DIGITS)),
-) -> float:  # fmt: skip
+) -> float:
     """How often an image of a single digit is nearest to one of its names, in percent.
 
     Args:
@@ -281,7 +308,7 @@ def _single_digits(
 
 def _nearest_class(
     graphdef: nnx.GraphDef[Any], state: Any, images: Array, rows: Array, synonyms: Array, scale: int
-) -> Array:  # fmt: skip
+) -> Array:
     embeddings = normalise(nnx.merge(graphdef, state).encode_image(to_pixels(images, scale)))
     similar = embeddings @ rows.T
     return class_logits(similar, synonyms)[:, : len(synonyms) - len(TEXTURES)].argmax(axis=-1)

@@ -35,39 +35,60 @@ from ..training.state import TrainState, apply_gradients
 # CLIP's published pixel statistics, used by every CLIP checkpoint's image processor.
 
 AUTOENCODER = AutoencoderKLConfig(
-    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    block_out_channels=(16, 32, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=64,
     latent_channels=4,
-)  # fmt: skip
+)
 UNET = UNet2DConditionConfig(
-    sample_size=16, block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,
+    sample_size=16,
+    block_out_channels=(48, 96),
+    layers_per_block=1,
+    norm_num_groups=8,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=96, attention_head_dim=4,
-)  # fmt: skip
+    cross_attention_dim=96,
+    attention_head_dim=4,
+)
 # Stable Diffusion 1.x's schedule, so that a recipe for one runs on the other.
 SCHEDULER: Mapping[str, Any] = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
-    "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-    "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon",
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
     "timestep_spacing": "leading",
-}  # fmt: skip
+}
 
 
 def clip_config(vocab_size: int, bos: Any, eos: Any, max_length: int) -> CLIPConfig:
     """The small CLIP: both towers four layers of width 96."""
     size: dict[str, Any] = {
-        "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "projection_dim": 64,
-    }  # fmt: skip
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "projection_dim": 64,
+    }
     return CLIPConfig(
         text_config=CLIPTextConfig(
-            **size, vocab_size=vocab_size, max_position_embeddings=max_length,
-            bos_token_id=bos, eos_token_id=eos, pad_token_id=eos,
+            **size,
+            vocab_size=vocab_size,
+            max_position_embeddings=max_length,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pad_token_id=eos,
         ),
         vision_config=CLIPVisionConfig(**size, image_size=64, patch_size=8),
         projection_dim=64,
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,9 +297,12 @@ def autoencoder_step(
 
 
 def denoising_step(
-    static: DenoisingStage, state: TrainState, frozen: Any, batch: Mapping[str, Array],
+    static: DenoisingStage,
+    state: TrainState,
+    frozen: Any,
+    batch: Mapping[str, Array],
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One UNet update.
 
     Args:

@@ -122,9 +122,12 @@ def vocabulary_of(digits: Sequence[int]) -> Vocabulary:
 
 
 def draw(
-    rng: np.random.Generator, figures: Sequence[Figure], texture: int, digits: Sequence[int],
+    rng: np.random.Generator,
+    figures: Sequence[Figure],
+    texture: int,
+    digits: Sequence[int],
     split: str,
-) -> Scene:  # fmt: skip
+) -> Scene:
     """One scene; a pixel belongs to the last figure whose ink covers half of it.
 
     Args:

@@ -27,13 +27,18 @@ def subject_images(count: int = 5, seed: int = 0) -> UInt8[np.ndarray, "N 64 64 
     split = load_split("judge_test")
     spline = split.splines[split.of(DIGIT)[_SAMPLE]]
     fill = np.repeat(_TONES, IMAGE_SIZE // 2, axis=0)[:, None]  # [64, 1, 3]
-    return np.stack([
-        render_filled(
-            np.random.default_rng([seed, index]), spline, fill, TEXTURES.index(TEXTURE),
-            jitter=Jitter(),
-        )
-        for index in range(count)
-    ])  # fmt: skip
+    return np.stack(
+        [
+            render_filled(
+                np.random.default_rng([seed, index]),
+                spline,
+                fill,
+                TEXTURES.index(TEXTURE),
+                jitter=Jitter(),
+            )
+            for index in range(count)
+        ]
+    )
 
 
 def shows_tones(images: UInt8[np.ndarray, "N 64 64 3"]) -> Bool[np.ndarray, " N"]:

@@ -15,12 +15,14 @@ from ..subjects.images import Concept, read_concepts, read_images
 from .baselines import CustomDiffusionConfig, DreamBoothConfig, TextualInversionConfig
 from .class_diffusion import ClassDiffusionConfig, personalise
 
-METHODS: Mapping[str, Method] = MappingProxyType({
-    "class-diffusion": Method("ClassDiffusion", ClassDiffusionConfig),
-    "custom-diffusion": Method("Custom Diffusion", CustomDiffusionConfig),
-    "dreambooth": Method("DreamBooth", DreamBoothConfig),
-    "textual-inversion": Method("textual inversion", TextualInversionConfig),
-})  # fmt: skip
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "class-diffusion": Method("ClassDiffusion", ClassDiffusionConfig),
+        "custom-diffusion": Method("Custom Diffusion", CustomDiffusionConfig),
+        "dreambooth": Method("DreamBooth", DreamBoothConfig),
+        "textual-inversion": Method("textual inversion", TextualInversionConfig),
+    }
+)
 
 
 def method_of(config: Any) -> Method:

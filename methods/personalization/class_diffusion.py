@@ -125,11 +125,15 @@ class ClassDiffusionConfig:
         check_settings(
             self,
             least={
-                "steps": 1, "batch_size": 1, "accumulate": 1, "weight_decay": 0, "spl_weight": 0,
+                "steps": 1,
+                "batch_size": 1,
+                "accumulate": 1,
+                "weight_decay": 0,
+                "spl_weight": 0,
                 "prior_weight": 0,
             },
             positive=("learning_rate",),
-        )  # fmt: skip
+        )
         if self.trained == "nothing" and not self.train_tokens:
             raise ValueError("nothing is left to train: trained='nothing' needs train_tokens.")
         if "{token}" not in self.prompt:
@@ -140,9 +144,10 @@ class ClassDiffusionConfig:
 
 
 def masked_reconstruction_loss(
-    prediction: Float[Array, "B H W C"], target: Float[Array, "B H W C"],
+    prediction: Float[Array, "B H W C"],
+    target: Float[Array, "B H W C"],
     mask: Float[Array, "B H W 1"],
-) -> Float[Array, ""]:  # fmt: skip
+) -> Float[Array, ""]:
     """Mean over the batch of  sum_hwc m (prediction - target)^2 / sum_hw m.
 
     The denominator counts pixels and not channels, so this is C times a masked mean; the reference
@@ -160,9 +165,11 @@ def semantic_preservation_loss(
 
 
 def spl_positions(
-    tokens: Int[np.ndarray, "N L"], lengths: Int[np.ndarray, " N"], config: CLIPTextConfig,
+    tokens: Int[np.ndarray, "N L"],
+    lengths: Int[np.ndarray, " N"],
+    config: CLIPTextConfig,
     pooling: str,
-) -> Int[np.ndarray, " N"]:  # fmt: skip
+) -> Int[np.ndarray, " N"]:
     """Where the semantic preservation loss pools padded phrases: see the module's description.
 
     Args:
@@ -217,9 +224,12 @@ def latent_posterior(
 
 
 def personalise_step(
-    static: PersonalisingStatic, state: TrainState, frozen: Mapping[str, Any],
-    batch: Mapping[str, Any], key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    static: PersonalisingStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:
     """One update of the UNet's trained part and of the new tokens' embeddings.
 
     Args:
@@ -284,9 +294,12 @@ def _with_prior(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[Concept], config: ClassDiffusionConfig, *,
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[Concept],
+    config: ClassDiffusionConfig,
+    *,
     seed: int = 0,
-) -> tuple[PersonalisingStatic, TrainState, dict[str, Any], grain.IterDataset]:  # fmt: skip
+) -> tuple[PersonalisingStatic, TrainState, dict[str, Any], grain.IterDataset]:
     """Everything `personalise_step` needs, and the batches to give it.
 
     Args:
@@ -309,8 +322,9 @@ def prepare(
             vae_bytes(pipeline.vae.config, 1, size, size, pipeline.vae.dtype),
         ),
         f"training on {config.batch_size} images of {size}x{size} pixels at a time",
-        "take a smaller batch_size or size", spread=True,
-    )  # fmt: skip
+        "take a smaller batch_size or size",
+        spread=True,
+    )
     rows = new_rows(pipeline, concepts, config)
     extended = add_tokens(pipeline, rows)
     tokenizer, length = extended.tokenizer, text_length(pipeline)
@@ -319,9 +333,14 @@ def prepare(
         for concept in concepts
     ]
     instances = collect(
-        tokenizer, concepts, prompts, length, size,
-        prefixes=PREFIXES if config.augment else PREFIXES[:1], prior=config.prior_weight > 0,
-    )  # fmt: skip
+        tokenizer,
+        concepts,
+        prompts,
+        length,
+        size,
+        prefixes=PREFIXES if config.augment else PREFIXES[:1],
+        prior=config.prior_weight > 0,
+    )
     text, text_params = nnx.split(extended.prompt_encoder)
     unet, trained, rest = (
         split_trainable(pipeline.unet, TRAINED[config.trained])
@@ -352,10 +371,15 @@ def prepare(
         encode = functools.partial(_encode_images, vae, nnx.to_pure_dict(vae_params))
         example = cached(instances, size, cells, encode, **options)
     static = PersonalisingStatic(
-        unet, text, vae if config.augment else None, optimizer,
+        unet,
+        text,
+        vae if config.augment else None,
+        optimizer,
         NoiseSchedule.from_config(pipeline.scheduler_config),
-        config.spl_weight, config.prior_weight, columns,
-    )  # fmt: skip
+        config.spl_weight,
+        config.prior_weight,
+        columns,
+    )
     data = batches(example, len(instances.images), config.batch_size, seed)
     return static, init_state(params, optimizer), jax.tree.map(jnp.asarray, frozen), data
 
@@ -453,9 +477,13 @@ def _encode_images(vae: Any, params: Any, pixels: np.ndarray) -> tuple[np.ndarra
 
 
 def personalised(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[Concept], config: ClassDiffusionConfig,
-    static: PersonalisingStatic, state: TrainState, frozen: Mapping[str, Any],
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[Concept],
+    config: ClassDiffusionConfig,
+    static: PersonalisingStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+) -> StableDiffusionPipeline:
     """The pipeline with what was trained in its place, parameters in the dtypes of the original."""
     stored = nnx.to_pure_dict(nnx.state(pipeline.unet))
     unet = nnx.merge(static.unet, state.params.get("unet", {}), frozen["unet"])
@@ -468,9 +496,13 @@ def personalised(
 
 
 def personalise(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[Concept],
-    config: ClassDiffusionConfig | None = None, *, seed: int = 0, **options: Any,
-) -> StableDiffusionPipeline:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[Concept],
+    config: ClassDiffusionConfig | None = None,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> StableDiffusionPipeline:
     """Learn concepts and return the pipeline that draws them.
 
     Its tokenizer knows the new tokens, its text encoder embeds them, and its UNet has the trained
@@ -484,7 +516,13 @@ def personalise(
     config = config or ClassDiffusionConfig()
     static, state, frozen, data = prepare(pipeline, concepts, config, seed=seed)
     state = train(
-        personalise_step, static, state, frozen, data,
-        key=seed_key(seed), num_steps=config.steps, **options,
-    )  # fmt: skip
+        personalise_step,
+        static,
+        state,
+        frozen,
+        data,
+        key=seed_key(seed),
+        num_steps=config.steps,
+        **options,
+    )
     return personalised(pipeline, concepts, config, static, state, frozen)

@@ -35,13 +35,15 @@ class Attack(Method):
     run: Callable[..., list[Attempt]]
 
 
-ATTACKS: Mapping[str, Attack] = MappingProxyType({
-    "concept-inversion": Attack(
-        "Concept Inversion", ConceptInversionConfig, concept_inversion.run
-    ),
-    "token-search": Attack("token search", TokenSearchConfig, token_search.run),
-    "relapse": Attack("relapse", RelapseConfig, relapse.run),
-})  # fmt: skip
+ATTACKS: Mapping[str, Attack] = MappingProxyType(
+    {
+        "concept-inversion": Attack(
+            "Concept Inversion", ConceptInversionConfig, concept_inversion.run
+        ),
+        "token-search": Attack("token search", TokenSearchConfig, token_search.run),
+        "relapse": Attack("relapse", RelapseConfig, relapse.run),
+    }
+)
 
 
 def attack_of(config: Any) -> Attack:
@@ -54,9 +56,16 @@ def attack_of(config: Any) -> Attack:
 
 
 def attack(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concept: str, config: Any,
-    *, images: UInt8[np.ndarray, "M H W 3"], prompts: Sequence[str], seed: int = 0, **options: Any,
-) -> list[Attempt]:  # fmt: skip
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    concept: str,
+    config: Any,
+    *,
+    images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str],
+    seed: int = 0,
+    **options: Any,
+) -> list[Attempt]:
     """Attack an edited model with the attack that `config` belongs to.
 
     Args:

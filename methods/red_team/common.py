@@ -148,9 +148,11 @@ def draw_examples(
 
 
 def embedding_loss(
-    static: AttackStatic, frozen: Mapping[str, Any], embeddings: Float[Array, "B L C"],
+    static: AttackStatic,
+    frozen: Mapping[str, Any],
+    embeddings: Float[Array, "B L C"],
     noised: tuple[Array, Array, Array],
-) -> Float[Array, ""]:  # fmt: skip
+) -> Float[Array, ""]:
     """How well the edited model denoises under B prompts given as token embeddings.
 
     Args:
@@ -174,9 +176,15 @@ def mean_losses(loss: Any, candidates: Array, key: PRNGKeyArray) -> Float[Array,
 
 
 def snapshots(
-    step: Any, static: AttackStatic, state: TrainState, frozen: Mapping[str, Any], *, seed: int,
-    checkpoint_dir: str | Path | None = None, **options: Any,
-) -> Iterator[tuple[int, TrainState]]:  # fmt: skip
+    step: Any,
+    static: AttackStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    *,
+    seed: int,
+    checkpoint_dir: str | Path | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, TrainState]]:
     """Run the training loop and stop at each of the settings' snapshots, and at the last step.
 
     Each stretch has a checkpoint folder of its own, so that an interrupted run, called again,
@@ -199,7 +207,13 @@ def snapshots(
                     state = kept.restore(state)
         if until > int(state.step):
             state = train(
-                step, static, state, frozen, key=seed_key(seed), num_steps=until,
-                checkpoint_dir=folder, **options,
-            )  # fmt: skip
+                step,
+                static,
+                state,
+                frozen,
+                key=seed_key(seed),
+                num_steps=until,
+                checkpoint_dir=folder,
+                **options,
+            )
         yield until, state

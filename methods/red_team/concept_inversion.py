@@ -80,9 +80,11 @@ class ConceptInversionConfig(AttackSettings):
 
 
 def inversion_loss(
-    static: AttackStatic, frozen: Mapping[str, Any], embedding: Float[Array, " C"],
+    static: AttackStatic,
+    frozen: Mapping[str, Any],
+    embedding: Float[Array, " C"],
     key: PRNGKeyArray,
-) -> Float[Array, ""]:  # fmt: skip
+) -> Float[Array, ""]:
     """The denoising loss of one embedding (in units of `frozen["unit"]`) on a batch of its own."""
     text_key, example_key = jax.random.split(key)
     _, noised = draw_examples(static, frozen, example_key)
@@ -103,9 +105,12 @@ def project(
 
 
 def inversion_step(
-    static: AttackStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    static: AttackStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: None,
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One update of every restart's embedding.
 
     Args:
@@ -132,10 +137,14 @@ def inversion_step(
 
 
 def prepare(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline,
-    config: ConceptInversionConfig, *, images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str], seed: int = 0,
-) -> tuple[AttackStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    config: ConceptInversionConfig,
+    *,
+    images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str],
+    seed: int = 0,
+) -> tuple[AttackStatic, TrainState, dict[str, Any]]:
     """Everything `inversion_step` needs, computed once.
 
     Args:
@@ -216,10 +225,16 @@ def _examine(static: AttackStatic, frozen: Any, embeddings: Array, key: PRNGKeyA
 
 
 def run(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concept: str,
-    config: ConceptInversionConfig | None = None, *, images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str], seed: int = 0, **options: Any,
-) -> list[Attempt]:  # fmt: skip
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    concept: str,
+    config: ConceptInversionConfig | None = None,
+    *,
+    images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str],
+    seed: int = 0,
+    **options: Any,
+) -> list[Attempt]:
     """Learn words for the concept and put them into the prompts.
 
     Args:

@@ -62,9 +62,12 @@ class RelapseConfig(AttackSettings):
 
 
 def relapse_step(
-    static: AttackStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    static: AttackStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: None,
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One update of the trained parts.
 
     Args:
@@ -96,9 +99,13 @@ def _part(static: AttackStatic, params: Any, frozen: Mapping[str, Any], name: st
 
 
 def prepare(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, config: RelapseConfig, *,
-    images: UInt8[np.ndarray, "M H W 3"], prompts: Sequence[str],
-) -> tuple[AttackStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    config: RelapseConfig,
+    *,
+    images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str],
+) -> tuple[AttackStatic, TrainState, dict[str, Any]]:
     """Everything `relapse_step` needs, computed once; arguments as for `run`.
 
     Raises:
@@ -125,10 +132,16 @@ def prepare(
 
 
 def run(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concept: str,
-    config: RelapseConfig | None = None, *, images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str], seed: int = 0, **options: Any,
-) -> list[Attempt]:  # fmt: skip
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    concept: str,
+    config: RelapseConfig | None = None,
+    *,
+    images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str],
+    seed: int = 0,
+    **options: Any,
+) -> list[Attempt]:
     """Train the edited model on with images of the concept.
 
     Args:

@@ -90,9 +90,12 @@ def search_examples(
 
 
 def prefix_loss(
-    static: AttackStatic, frozen: Mapping[str, Any], prefix: Float[Array, "K C"],
-    prompts: Int[Array, "B L"], noised: tuple[Array, Array, Array],
-) -> Float[Array, ""]:  # fmt: skip
+    static: AttackStatic,
+    frozen: Mapping[str, Any],
+    prefix: Float[Array, "K C"],
+    prompts: Int[Array, "B L"],
+    noised: tuple[Array, Array, Array],
+) -> Float[Array, ""]:
     """The denoising loss of B prompts behind a prefix given as token embeddings."""
     rows = jnp.broadcast_to(prefix, (prompts.shape[0], *prefix.shape))
     return embedding_loss(static, frozen, with_prefix(_table(frozen)[prompts], rows), noised)
@@ -106,9 +109,14 @@ def choice_gradient(
 
 
 def draw_exchanges(
-    key: PRNGKeyArray, prefix: Int[Array, " K"], scores: Float[Array, "K V"],
-    allowed: Bool[Array, " V"], *, top: int, count: int,
-) -> Int[Array, "N K"]:  # fmt: skip
+    key: PRNGKeyArray,
+    prefix: Int[Array, " K"],
+    scores: Float[Array, "K V"],
+    allowed: Bool[Array, " V"],
+    *,
+    top: int,
+    count: int,
+) -> Int[Array, "N K"]:
     """Copies of the prefix with one token each exchanged for one of its `top` best substitutes.
 
     Args:
@@ -136,9 +144,13 @@ def _search(
     loss_of = functools.partial(prefix_loss, static, frozen, prompts=prompts, noised=noised)
     before, gradient = jax.value_and_grad(loss_of)(table[prefix])
     exchanges = draw_exchanges(
-        exchange_key, prefix, choice_gradient(table, gradient), frozen["allowed"],
-        top=config.top, count=config.candidates,
-    )  # fmt: skip
+        exchange_key,
+        prefix,
+        choice_gradient(table, gradient),
+        frozen["allowed"],
+        top=config.top,
+        count=config.candidates,
+    )
     losses = jax.lax.map(lambda each: loss_of(table[each]), exchanges)
     best = jnp.argmin(losses)
     better = losses[best] < before
@@ -147,9 +159,12 @@ def _search(
 
 
 def search_step(
-    static: AttackStatic, state: TrainState, frozen: Mapping[str, Any], batch: None,
+    static: AttackStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: None,
     key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One exchange in every restart's prefix.
 
     Args:
@@ -169,9 +184,14 @@ def search_step(
 
 
 def prepare(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, config: TokenSearchConfig,
-    *, images: UInt8[np.ndarray, "M H W 3"], prompts: Sequence[str], seed: int = 0,
-) -> tuple[AttackStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    config: TokenSearchConfig,
+    *,
+    images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str],
+    seed: int = 0,
+) -> tuple[AttackStatic, TrainState, dict[str, Any]]:
     """Everything `search_step` needs, computed once.
 
     Args:
@@ -252,10 +272,16 @@ def _examine(static: AttackStatic, frozen: Any, prefixes: Array, key: PRNGKeyArr
 
 
 def run(
-    original: StableDiffusionPipeline, edited: StableDiffusionPipeline, concept: str,
-    config: TokenSearchConfig | None = None, *, images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str], seed: int = 0, **options: Any,
-) -> list[Attempt]:  # fmt: skip
+    original: StableDiffusionPipeline,
+    edited: StableDiffusionPipeline,
+    concept: str,
+    config: TokenSearchConfig | None = None,
+    *,
+    images: UInt8[np.ndarray, "M H W 3"],
+    prompts: Sequence[str],
+    seed: int = 0,
+    **options: Any,
+) -> list[Attempt]:
     """Find prefixes that bring the concept back, and put them in front of the prompts.
 
     Args:

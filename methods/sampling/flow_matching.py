@@ -124,10 +124,13 @@ def flow_euler_sampler(
     if schedule.shift_terminal:
         sigmas = 1 - (1 - sigmas) * (1 - schedule.shift_terminal) / (1 - sigmas[-1])
     again = respaced(
-        float(sigmas[0]), float(sigmas[-1]), num_inference_steps,
-        karras=schedule.use_karras_sigmas, exponential=schedule.use_exponential_sigmas,
+        float(sigmas[0]),
+        float(sigmas[-1]),
+        num_inference_steps,
+        karras=schedule.use_karras_sigmas,
+        exponential=schedule.use_exponential_sigmas,
         beta=schedule.use_beta_sigmas,
-    )  # fmt: skip
+    )
     sigma = (sigmas if again is None else again).astype(np.float32)
     after = np.append(sigma[1:], 0).astype(np.float64)
     common = {"timesteps": sigma * count, "estimate": (1.0, -sigma.astype(np.float64), 1.0)}

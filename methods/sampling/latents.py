@@ -47,9 +47,12 @@ def _encode(graphdef: Any, dtype: np.dtype, params: Any, images: Array) -> tuple
 
 
 def noised_latents(
-    schedule: NoiseSchedule, latents: Float[Array, "B h w C"], key: PRNGKeyArray,
-    lowest: int, highest: int,
-) -> tuple[Float[Array, "B h w C"], Int[Array, " B"], Float[Array, "B h w C"]]:  # fmt: skip
+    schedule: NoiseSchedule,
+    latents: Float[Array, "B h w C"],
+    key: PRNGKeyArray,
+    lowest: int,
+    highest: int,
+) -> tuple[Float[Array, "B h w C"], Int[Array, " B"], Float[Array, "B h w C"]]:
     """What the denoising loss compares: latents at random times, the times, and the targets.
 
     Args:
@@ -104,8 +107,9 @@ def denoise_until(
     """
     context = jax.tree.map(
         lambda without, text: jnp.concatenate([jnp.broadcast_to(without, text.shape), text]),
-        negative, condition,
-    )  # fmt: skip
+        negative,
+        condition,
+    )
 
     def step(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         x, memory = carry

@@ -35,11 +35,19 @@ Memory = tuple[Float[Array, "K B *X C"], Float[Array, "B *X C"] | None]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "timesteps", "init_noise_sigma", "input_scale", "estimate", "correct", "correct_weights",
-        "keep", "output_weight", "weights", "noise_scale",
+        "timesteps",
+        "init_noise_sigma",
+        "input_scale",
+        "estimate",
+        "correct",
+        "correct_weights",
+        "keep",
+        "output_weight",
+        "weights",
+        "noise_scale",
     ],
     meta_fields=["clip_range", "threshold", "corrects", "stochastic"],
-)  # fmt: skip
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearSampler:
     """Tables of one run of n steps that remembers K estimates; a pytree."""
@@ -96,10 +104,15 @@ class LinearSampler:
         row: Mapping[str, Any] = {
             name: jnp.asarray(getattr(self, name))[i]
             for name in (
-                "estimate", "correct", "correct_weights", "keep", "output_weight", "weights",
+                "estimate",
+                "correct",
+                "correct_weights",
+                "keep",
+                "output_weight",
+                "weights",
                 "noise_scale",
             )
-        }  # fmt: skip
+        }
         x, output = x.astype(jnp.float32), output.astype(jnp.float32)
         before, last = memory
         of_x, of_output, divisor = row["estimate"]
@@ -123,11 +136,20 @@ class LinearSampler:
 
 
 def linear_sampler(
-    *, timesteps: np.ndarray, estimate: tuple[Any, Any, Any], keep: Any, weights: Any,
-    output_weight: Any = 0.0, init_noise_sigma: float = 1.0, input_scale: Any = 1.0,
-    correct: Any = None, correct_weights: Any = None, noise_scale: Any = None,
-    clip_range: float | None = None, threshold: tuple[float, float] | None = None,
-) -> LinearSampler:  # fmt: skip
+    *,
+    timesteps: np.ndarray,
+    estimate: tuple[Any, Any, Any],
+    keep: Any,
+    weights: Any,
+    output_weight: Any = 0.0,
+    init_noise_sigma: float = 1.0,
+    input_scale: Any = 1.0,
+    correct: Any = None,
+    correct_weights: Any = None,
+    noise_scale: Any = None,
+    clip_range: float | None = None,
+    threshold: tuple[float, float] | None = None,
+) -> LinearSampler:
     """Tables from coefficients: arrays over the n steps, or values that all steps share.
 
     Args:
@@ -168,9 +190,13 @@ def linear_sampler(
 
 
 def estimate_of(
-    schedule: NoiseSchedule, signal: np.ndarray, sigma: np.ndarray, timesteps: np.ndarray, *,
+    schedule: NoiseSchedule,
+    signal: np.ndarray,
+    sigma: np.ndarray,
+    timesteps: np.ndarray,
+    *,
     bounded: bool = False,
-) -> tuple[Any, Any, Any]:  # fmt: skip
+) -> tuple[Any, Any, Any]:
     """a, b and d of x = signal x0 + sigma e, for what the model predicts.
 
     Args:

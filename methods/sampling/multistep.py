@@ -113,9 +113,14 @@ def unipc_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSa
 
 
 def _unified(
-    solver: str, alpha: np.ndarray, noise: np.ndarray, lam: np.ndarray, i: int, order: int,
+    solver: str,
+    alpha: np.ndarray,
+    noise: np.ndarray,
+    lam: np.ndarray,
+    i: int,
+    order: int,
     corrector: bool,
-) -> tuple[float, float, np.ndarray]:  # fmt: skip
+) -> tuple[float, float, np.ndarray]:
     """A step from σ_i to σ_{i+1} as  kept·x + gain·m₀ + Σ difference_k·(m_k − m₀).
 
     The m_k are the estimates of the steps before; last, for a corrector, that at σ_{i+1} itself.
@@ -143,7 +148,7 @@ def _unified(
 
 def _checked_solver(
     schedule: NoiseSchedule, *, orders: tuple[int, ...], own: tuple[str, ...]
-) -> str:  # fmt: skip
+) -> str:
     """The solver's type: its own default, first, also for a configuration of the other solver."""
     kind = schedule.solver_type
     if kind is None or kind in {"midpoint", "heun", "bh1", "bh2"} - set(own):

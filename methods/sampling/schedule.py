@@ -34,41 +34,87 @@ TIMESTEP_TYPES = ("discrete", "continuous")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 # The settings each diffusers class takes; every class also takes `_COMMON`.
-_COMMON = frozenset({
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "prediction_type", "timestep_spacing", "steps_offset",
-})  # fmt: skip
-_CLIPPING = frozenset({
-    "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
-    "sample_max_value",
-})  # fmt: skip
-_SPACED_SIGMAS = frozenset({
-    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "final_sigmas_type",
-    "rescale_betas_zero_snr",
-})  # fmt: skip
-_SOLVER = _COMMON | _SPACED_SIGMAS | frozenset({
-    "solver_order", "solver_type", "lower_order_final", "thresholding",
-    "dynamic_thresholding_ratio", "sample_max_value", "use_flow_sigmas",
-})  # fmt: skip
+_COMMON = frozenset(
+    {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "timestep_spacing",
+        "steps_offset",
+    }
+)
+_CLIPPING = frozenset(
+    {
+        "clip_sample",
+        "clip_sample_range",
+        "thresholding",
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+    }
+)
+_SPACED_SIGMAS = frozenset(
+    {
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "final_sigmas_type",
+        "rescale_betas_zero_snr",
+    }
+)
+_SOLVER = (
+    _COMMON
+    | _SPACED_SIGMAS
+    | frozenset(
+        {
+            "solver_order",
+            "solver_type",
+            "lower_order_final",
+            "thresholding",
+            "dynamic_thresholding_ratio",
+            "sample_max_value",
+            "use_flow_sigmas",
+        }
+    )
+)
 _CLASS_SETTINGS = {
     "DDIMScheduler": _COMMON | _CLIPPING | {"set_alpha_to_one", "rescale_betas_zero_snr"},
-    "EulerDiscreteScheduler": _COMMON | _SPACED_SIGMAS | {
-        "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
+    "EulerDiscreteScheduler": _COMMON
+    | _SPACED_SIGMAS
+    | {
+        "interpolation_type",
+        "sigma_min",
+        "sigma_max",
+        "timestep_type",
     },
     "EulerAncestralDiscreteScheduler": _COMMON | {"rescale_betas_zero_snr"},
-    "DPMSolverMultistepScheduler": _SOLVER | {
-        "algorithm_type", "euler_at_final", "use_lu_lambdas", "lambda_min_clipped",
+    "DPMSolverMultistepScheduler": _SOLVER
+    | {
+        "algorithm_type",
+        "euler_at_final",
+        "use_lu_lambdas",
+        "lambda_min_clipped",
     },
-    "UniPCMultistepScheduler": _SOLVER | {
-        "predict_x0", "disable_corrector", "sigma_min", "sigma_max",
+    "UniPCMultistepScheduler": _SOLVER
+    | {
+        "predict_x0",
+        "disable_corrector",
+        "sigma_min",
+        "sigma_max",
     },
-    "LCMScheduler": _COMMON | _CLIPPING | {
-        "original_inference_steps", "set_alpha_to_one", "timestep_scaling",
+    "LCMScheduler": _COMMON
+    | _CLIPPING
+    | {
+        "original_inference_steps",
+        "set_alpha_to_one",
+        "timestep_scaling",
         "rescale_betas_zero_snr",
     },
     "PNDMScheduler": _COMMON | {"set_alpha_to_one"},
     "DDPMScheduler": _COMMON | _CLIPPING | {"rescale_betas_zero_snr", "variance_type"},
-}  # fmt: skip
+}
 _CLASS_SETTINGS |= {
     "DDIMParallelScheduler": _CLASS_SETTINGS["DDIMScheduler"],
     "DDPMParallelScheduler": _CLASS_SETTINGS["DDPMScheduler"],
@@ -77,22 +123,32 @@ _CLASS_SETTINGS |= {
 _HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _LCM_BETAS = _HEUN_BETAS | {"beta_schedule": "scaled_linear"}
 _CLASS_BETAS = {
-    "LCMScheduler": _LCM_BETAS, "TCDScheduler": _LCM_BETAS, "HeunDiscreteScheduler": _HEUN_BETAS,
-    "KDPM2DiscreteScheduler": _HEUN_BETAS, "KDPM2AncestralDiscreteScheduler": _HEUN_BETAS,
+    "LCMScheduler": _LCM_BETAS,
+    "TCDScheduler": _LCM_BETAS,
+    "HeunDiscreteScheduler": _HEUN_BETAS,
+    "KDPM2DiscreteScheduler": _HEUN_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _HEUN_BETAS,
     "DPMSolverSDEScheduler": _HEUN_BETAS,
-}  # fmt: skip
+}
 # Classes whose steps are not ported -> the sampler that is closest; they have betas by default.
 _CLOSEST = {
-    "DEISMultistepScheduler": "dpm++", "DPMSolverSDEScheduler": "dpm++",
-    "DPMSolverSinglestepScheduler": "dpm++", "HeunDiscreteScheduler": "euler",
-    "KDPM2AncestralDiscreteScheduler": "euler-ancestral", "KDPM2DiscreteScheduler": "euler",
-    "LMSDiscreteScheduler": "euler", "SASolverScheduler": "dpm++", "TCDScheduler": "ddim",
-}  # fmt: skip
+    "DEISMultistepScheduler": "dpm++",
+    "DPMSolverSDEScheduler": "dpm++",
+    "DPMSolverSinglestepScheduler": "dpm++",
+    "HeunDiscreteScheduler": "euler",
+    "KDPM2AncestralDiscreteScheduler": "euler-ancestral",
+    "KDPM2DiscreteScheduler": "euler",
+    "LMSDiscreteScheduler": "euler",
+    "SASolverScheduler": "dpm++",
+    "TCDScheduler": "ddim",
+}
 # Values by which DEIS and SA-Solver name their own algorithms; other solvers take their default.
 _FOREIGN_SOLVERS = (
-    ("algorithm_type", "deis"), ("solver_type", "logrho"), ("algorithm_type", "data_prediction"),
+    ("algorithm_type", "deis"),
+    ("solver_type", "logrho"),
+    ("algorithm_type", "data_prediction"),
     ("algorithm_type", "noise_prediction"),
-)  # fmt: skip
+)
 _BETAS = ("beta_schedule", "beta_start", "beta_end")
 # Settings of other samplers' steps, which change nothing here, and the values for which that is
 # true; None stands for all.
@@ -100,12 +156,19 @@ _INERT = {
     "skip_prk_steps": None,  # PNDM's Runge-Kutta warm-up
     "solver_p": (None,),  # another scheduler in the predictor's place
     "snr_shift_scale": (None, 1, 1.0),  # changes the table of betas
-    "predictor_order": None, "corrector_order": None, "tau_func": None,  # SA-Solver
+    "predictor_order": None,
+    "corrector_order": None,
+    "tau_func": None,  # SA-Solver
     # of use_flow_sigmas, which the solvers refuse
-    "flow_shift": None, "use_dynamic_shifting": None, "time_shift_type": None,
+    "flow_shift": None,
+    "use_dynamic_shifting": None,
+    "time_shift_type": None,
     "shift_terminal": None,
-    "noise_sampler_seed": None, "eta": None, "num_inference_steps": None, "tensor_format": None,
-}  # fmt: skip
+    "noise_sampler_seed": None,
+    "eta": None,
+    "num_inference_steps": None,
+    "tensor_format": None,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

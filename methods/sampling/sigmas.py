@@ -37,9 +37,13 @@ def respaced_sigmas(
     low = float(sigmas[-1]) if schedule.sigma_min is None else schedule.sigma_min
     high = float(sigmas[0]) if schedule.sigma_max is None else schedule.sigma_max
     return respaced(
-        high, low, num_steps, karras=schedule.use_karras_sigmas,
-        exponential=schedule.use_exponential_sigmas, beta=schedule.use_beta_sigmas,
-    )  # fmt: skip
+        high,
+        low,
+        num_steps,
+        karras=schedule.use_karras_sigmas,
+        exponential=schedule.use_exponential_sigmas,
+        beta=schedule.use_beta_sigmas,
+    )
 
 
 def respaced(

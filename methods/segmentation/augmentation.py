@@ -70,9 +70,11 @@ class ResizeFlip:
         return shortest_edge(size, self.short, self.longest)
 
     def __call__(
-        self, image: UInt8[np.ndarray, "H W 3"], ids: Int32[np.ndarray, "H W"],
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        ids: Int32[np.ndarray, "H W"],
         rng: np.random.Generator,
-    ) -> Augmented:  # fmt: skip
+    ) -> Augmented:
         """The scene resized and perhaps mirrored."""
         size = self.size(ids.shape)
         image, ids = resize_image(image, size), nearest(ids, size, centres=False)
@@ -112,9 +114,11 @@ class LargeScaleJitter:
         return self.side, self.side
 
     def __call__(
-        self, image: UInt8[np.ndarray, "H W 3"], ids: Int32[np.ndarray, "H W"],
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        ids: Int32[np.ndarray, "H W"],
         rng: np.random.Generator,
-    ) -> Augmented:  # fmt: skip
+    ) -> Augmented:
         """A square part of the scene."""
         if self.flip and rng.random() < 0.5:
             image, ids = np.ascontiguousarray(image[:, ::-1]), ids[:, ::-1]

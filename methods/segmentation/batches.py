@@ -44,11 +44,13 @@ def padded_size(size: Sequence[int], multiple: int = 32) -> tuple[int, int]:
 
 
 def targets_of(
-    ids: Int32[np.ndarray, "H W"], segments: Mapping[int, Segment], padded: Sequence[int],
-    room: int, *, keep_empty: bool = True,
-) -> tuple[
-    Int[np.ndarray, " G"], Bool[np.ndarray, "G h w"], Bool[np.ndarray, " G"]
-]:  # fmt: skip
+    ids: Int32[np.ndarray, "H W"],
+    segments: Mapping[int, Segment],
+    padded: Sequence[int],
+    room: int,
+    *,
+    keep_empty: bool = True,
+) -> tuple[Int[np.ndarray, " G"], Bool[np.ndarray, "G h w"], Bool[np.ndarray, " G"]]:
     """Labels, masks and validity of a scene's segments, by id; crowds are left out.
 
     Args:
@@ -62,9 +64,10 @@ def targets_of(
       ValueError: there are more targets than room.
     """
     chosen = [
-        (number, segment.category) for number, segment in sorted(segments.items())
+        (number, segment.category)
+        for number, segment in sorted(segments.items())
         if not segment.is_crowd and (keep_empty or (ids == number).any())
-    ]  # fmt: skip
+    ]
     if len(chosen) > room:
         raise ValueError(f"a scene has {len(chosen)} targets, but there is room for {room}.")
     labels, valid = np.zeros(room, np.int32), np.zeros(room, bool)
@@ -77,9 +80,16 @@ def targets_of(
 
 
 def scene_batches(
-    scenes: SceneSource, augmentation: Augmentation, batch_size: int, seed: int, *,
-    room: int | None = None, multiple: int = 32, keep_empty: bool = True, threads: int = 2,
-) -> grain.IterDataset:  # fmt: skip
+    scenes: SceneSource,
+    augmentation: Augmentation,
+    batch_size: int,
+    seed: int,
+    *,
+    room: int | None = None,
+    multiple: int = 32,
+    keep_empty: bool = True,
+    threads: int = 2,
+) -> grain.IterDataset:
     """Endless batches: {images [B, H, W, 3], labels [B, G], masks [B, G, H, W], valid [B, G]}.
 
     In every round each scene comes once, in another order; where the scenes of a padded size do not
@@ -129,9 +139,13 @@ class _Plan:
     """Which scenes come in which batch."""
 
     def __init__(
-        self, scenes: SceneSource, augmentation: Augmentation, batch_size: int, seed: int,
+        self,
+        scenes: SceneSource,
+        augmentation: Augmentation,
+        batch_size: int,
+        seed: int,
         multiple: int,
-    ):  # fmt: skip
+    ):
         self.batch_size, self.seed = batch_size, seed
         groups: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(scenes.sizes):

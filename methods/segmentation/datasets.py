@@ -130,9 +130,14 @@ class Scenes:
 
 
 def label_maps(
-    images: Path | str, labels: Path | str, classes: int, *, ignore: int | None = None,
-    bits: int | None = None, unlabelled_images: bool = False,
-) -> Scenes:  # fmt: skip
+    images: Path | str,
+    labels: Path | str,
+    classes: int,
+    *,
+    ignore: int | None = None,
+    bits: int | None = None,
+    unlabelled_images: bool = False,
+) -> Scenes:
     """Images and label maps of the same names, in two folders.
 
     Args:
@@ -239,35 +244,44 @@ _CONTEXT = (*_places("{}/VOC2010/val/image", *_VOC), *_places("{}/VOC2010/images
 _IN_CONTEXT = "{}/VOC2010/annotations_detectron2_ovs/"
 _ADE_IMAGES = _places("{}/ADEChallengeData2016/images/validation", *_ADE)
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType({
-    "folder": Layout(("images",), ("annotations", "labels"), None, False),
-    "panoptic": Layout(("images",), ("panoptic.json",)),
-    "ade20k-150": Layout(
-        _ADE_IMAGES, _places("{}/ADEChallengeData2016/annotations_detectron2/validation", *_ADE), 8
-    ),
-    "ade20k-847": Layout(
-        _places("{}/ADE20K_2021_17_01/images_detectron2/validation", *_ADE),
-        _places("{}/ADE20K_2021_17_01/annotations_detectron2/validation", *_ADE), 16,
-    ),
-    "pascal-context-459": Layout(_CONTEXT, _places(_IN_CONTEXT + "pc459_val", *_VOC), 16),
-    "pascal-context-59": Layout(_CONTEXT, _places(_IN_CONTEXT + "pc59_val", *_VOC), 8),
-    "pascal-20": Layout(
-        _places("{}/VOC2012/JPEGImages", *_VOC),
-        (*_places("{}/VOC2012/annotations_detectron2_ovs/val", *_VOC),
-         *_places("{}/VOC2012/annotations_ovs/val", *_VOC)), 8,
-    ),
-    "coco-stuff": Layout(
-        _places("{}/train2017", *_COCO),
-        _places("{}/stuffthingmaps_detectron2/train2017", *_COCO), 8,
-    ),
-    "coco-panoptic": Layout(
-        _places("{}/train2017", *_COCO),
-        _places("{}/panoptic/annotations/panoptic_train2017.json", *_COCO),
-    ),
-    "ade20k-panoptic": Layout(
-        _ADE_IMAGES, _places("{}/ADEChallengeData2016/panoptic/ade20k_panoptic_val.json", *_ADE)
-    ),
-})  # fmt: skip
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "folder": Layout(("images",), ("annotations", "labels"), None, False),
+        "panoptic": Layout(("images",), ("panoptic.json",)),
+        "ade20k-150": Layout(
+            _ADE_IMAGES,
+            _places("{}/ADEChallengeData2016/annotations_detectron2/validation", *_ADE),
+            8,
+        ),
+        "ade20k-847": Layout(
+            _places("{}/ADE20K_2021_17_01/images_detectron2/validation", *_ADE),
+            _places("{}/ADE20K_2021_17_01/annotations_detectron2/validation", *_ADE),
+            16,
+        ),
+        "pascal-context-459": Layout(_CONTEXT, _places(_IN_CONTEXT + "pc459_val", *_VOC), 16),
+        "pascal-context-59": Layout(_CONTEXT, _places(_IN_CONTEXT + "pc59_val", *_VOC), 8),
+        "pascal-20": Layout(
+            _places("{}/VOC2012/JPEGImages", *_VOC),
+            (
+                *_places("{}/VOC2012/annotations_detectron2_ovs/val", *_VOC),
+                *_places("{}/VOC2012/annotations_ovs/val", *_VOC),
+            ),
+            8,
+        ),
+        "coco-stuff": Layout(
+            _places("{}/train2017", *_COCO),
+            _places("{}/stuffthingmaps_detectron2/train2017", *_COCO),
+            8,
+        ),
+        "coco-panoptic": Layout(
+            _places("{}/train2017", *_COCO),
+            _places("{}/panoptic/annotations/panoptic_train2017.json", *_COCO),
+        ),
+        "ade20k-panoptic": Layout(
+            _ADE_IMAGES, _places("{}/ADEChallengeData2016/panoptic/ade20k_panoptic_val.json", *_ADE)
+        ),
+    }
+)
 
 
 def open_scenes(
@@ -299,9 +313,13 @@ def open_scenes(
     if targets.suffix == ".json":
         return panoptic_maps(images, targets, classes)
     return label_maps(
-        images, targets, classes, ignore=ignore, bits=places.bits,
+        images,
+        targets,
+        classes,
+        ignore=ignore,
+        bits=places.bits,
         unlabelled_images=places.unlabelled_images,
-    )  # fmt: skip
+    )
 
 
 # ---- looking at files ----
@@ -312,9 +330,10 @@ def _files(folder: Path | str, suffixes: Iterable[str]) -> dict[str, Path]:
     if not Path(folder).is_dir():
         raise DataError(f"{folder} is not a folder.")
     return {
-        path.stem: path for path in sorted(Path(folder).iterdir())
+        path.stem: path
+        for path in sorted(Path(folder).iterdir())
         if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    }  # fmt: skip
+    }
 
 
 def _checked(scenes: Scenes, wrong: list[str], source: str, bits: int | None) -> Scenes:

@@ -44,9 +44,12 @@ def true_labels(scene: Scene, void: int) -> Int[np.ndarray, "H W"]:
 
 
 def evaluate(
-    segmenter: Segmenter, scenes: SceneSource, *, least_score: float = 0.2,
+    segmenter: Segmenter,
+    scenes: SceneSource,
+    *,
+    least_score: float = 0.2,
     report: Callable[[int], None] | None = None,
-) -> Quality:  # fmt: skip
+) -> Quality:
     """Look at every scene, at its original size, and count.
 
     Args:

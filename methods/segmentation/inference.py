@@ -53,9 +53,12 @@ def semantic_scores(
 
 @functools.partial(jax.jit, static_argnums=(2, 4))
 def semantic_labels(
-    scores: Float[Array, "Q C"], mask_logits: Float[Array, "Q h w"], sizes: ImageSizes,
-    least_score: Float[Array, ""] | float = 0.0, masks_first: bool = False,
-) -> Int[Array, "H W"]:  # fmt: skip
+    scores: Float[Array, "Q C"],
+    mask_logits: Float[Array, "Q h w"],
+    sizes: ImageSizes,
+    least_score: Float[Array, ""] | float = 0.0,
+    masks_first: bool = False,
+) -> Int[Array, "H W"]:
     """The class of each pixel, found a few rows at a time; K where none has `least_score`.
 
     Args:

@@ -234,9 +234,13 @@ class MaftPlusStatic:
 
 
 def prepare(
-    model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[Array | np.ndarray, "K S"],
-    config: MaftPlusTraining, *, teacher: ConvNeXt | None = None,
-) -> tuple[MaftPlusStatic, TrainState, dict[str, Any]]:  # fmt: skip
+    model: MaftPlus,
+    rows: Float[Array, "N D"],
+    synonyms: Int[Array | np.ndarray, "K S"],
+    config: MaftPlusTraining,
+    *,
+    teacher: ConvNeXt | None = None,
+) -> tuple[MaftPlusStatic, TrainState, dict[str, Any]]:
     """Everything `train_step` needs.
 
     Args:
@@ -264,10 +268,16 @@ def prepare(
 
 
 def fit(
-    model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[Array | np.ndarray, "K S"],
-    batches: Iterable[Any], config: MaftPlusTraining, *, seed: int,
-    teacher: ConvNeXt | None = None, **options: Any,
-) -> MaftPlus:  # fmt: skip
+    model: MaftPlus,
+    rows: Float[Array, "N D"],
+    synonyms: Int[Array | np.ndarray, "K S"],
+    batches: Iterable[Any],
+    config: MaftPlusTraining,
+    *,
+    seed: int,
+    teacher: ConvNeXt | None = None,
+    **options: Any,
+) -> MaftPlus:
     """Train a model and return the trained one.
 
     Args:
@@ -278,16 +288,26 @@ def fit(
     """
     static, state, frozen = prepare(model, rows, synonyms, config, teacher=teacher)
     state = train(
-        train_step, static, state, frozen, batches, key=seed_key(seed),
-        num_steps=config.steps, fixed_length=True, **options,
-    )  # fmt: skip
+        train_step,
+        static,
+        state,
+        frozen,
+        batches,
+        key=seed_key(seed),
+        num_steps=config.steps,
+        fixed_length=True,
+        **options,
+    )
     return nnx.merge(static.model, gather(state.params), frozen["model"])
 
 
 def train_step(
-    static: MaftPlusStatic, state: TrainState, frozen: Mapping[str, Any],
-    batch: Mapping[str, Array], key: PRNGKeyArray,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    static: MaftPlusStatic,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    key: PRNGKeyArray,
+) -> tuple[TrainState, dict[str, Array]]:
     """One update of all three parts.
 
     Args:
@@ -306,9 +326,12 @@ def train_step(
 
 
 def _loss(
-    static: MaftPlusStatic, frozen: Mapping[str, Any], batch: Mapping[str, Array],
-    key: PRNGKeyArray, params: Any,
-) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+    static: MaftPlusStatic,
+    frozen: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    key: PRNGKeyArray,
+    params: Any,
+) -> tuple[Array, dict[str, Array]]:
     config = static.config
     student = nnx.merge(static.model, params, frozen["model"])
     teacher = nnx.merge(static.teacher, frozen["teacher"])

@@ -62,9 +62,14 @@ class Segmenter:
     """
 
     def __init__(
-        self, model: MaftPlus, rows: Float[Array, "N D"], synonyms: Int[np.ndarray, "K S"], *,
-        short: int = 800, longest: int = 1333,
-    ):  # fmt: skip
+        self,
+        model: MaftPlus,
+        rows: Float[Array, "N D"],
+        synonyms: Int[np.ndarray, "K S"],
+        *,
+        short: int = 800,
+        longest: int = 1333,
+    ):
         self.rows, self.synonyms = jnp.asarray(rows), jnp.asarray(synonyms)
         self.short, self.longest, self._config = short, longest, model.config
         graphdef, state = nnx.split(model)
@@ -82,8 +87,9 @@ class Segmenter:
         padded = padded_size(size)
         require_memory(
             segmenter_bytes(self._config, 1, *padded),
-            f"looking at an image of {padded[0]}x{padded[1]} pixels", "take a smaller short side",
-        )  # fmt: skip
+            f"looking at an image of {padded[0]}x{padded[1]} pixels",
+            "take a smaller short side",
+        )
         pixels = normalise_image(resize_image(image, size), padded)
         scores, masks = self._look(jnp.asarray(pixels)[None], self.rows, self.synonyms)
         return Seen(scores, masks, ImageSizes(padded, size, (height, width)))

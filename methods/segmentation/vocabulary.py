@@ -135,9 +135,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarra
 
 
 def text_rows(
-    clip: OpenCLIP, tokenizer: Any, vocabulary: Vocabulary, *,
-    templates: Sequence[str] = TEMPLATES, cache: Path | None = None,
-) -> Float[Array, "R D"]:  # fmt: skip
+    clip: OpenCLIP,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    cache: Path | None = None,
+) -> Float[Array, "R D"]:
     """The rows of a text classifier, of unit length, without void.
 
     Args:

@@ -51,9 +51,15 @@ class Instances:
 
 
 def collect(
-    tokenizer: Any, concepts: Sequence[Concept], prompts: Sequence[str], length: int, size: int,
-    *, prefixes: Sequence[str] = PREFIXES, prior: bool = False,
-) -> Instances:  # fmt: skip
+    tokenizer: Any,
+    concepts: Sequence[Concept],
+    prompts: Sequence[str],
+    length: int,
+    size: int,
+    *,
+    prefixes: Sequence[str] = PREFIXES,
+    prior: bool = False,
+) -> Instances:
     """The images and captions of concepts.
 
     Args:
@@ -77,9 +83,12 @@ def collect(
     ]
     class_prompts = [concept.class_prompt or concept.word for concept in concepts]
     return Instances(
-        images, np.asarray(owner), np.stack(captions), classes,
+        images,
+        np.asarray(owner),
+        np.stack(captions),
+        classes,
         encode_phrases(tokenizer, class_prompts, length),
-    )  # fmt: skip
+    )
 
 
 def square(
@@ -96,9 +105,14 @@ def square(
 
 
 def augment(
-    image: UInt8[np.ndarray, "H W 3"], size: int, cells: int, rng: np.random.Generator, *,
-    flip: bool, crop: bool,
-) -> tuple[Float[np.ndarray, "S S 3"], Float[np.ndarray, "M M 1"], int]:  # fmt: skip
+    image: UInt8[np.ndarray, "H W 3"],
+    size: int,
+    cells: int,
+    rng: np.random.Generator,
+    *,
+    flip: bool,
+    crop: bool,
+) -> tuple[Float[np.ndarray, "S S 3"], Float[np.ndarray, "M M 1"], int]:
     """Custom Diffusion's augmentation (Kumari et al. 2023): the subject small, or close up.
 
     Two times in three it is resized to a side between size/3 and size and pasted somewhere on grey,
@@ -152,8 +166,10 @@ def augmented(
             instances.images[index], size, cells, rng, flip=flip, crop=crop
         )
         batch = {
-            "pixels": pixels, "mask": mask, "tokens": instances.captions[owner, prefix],
-        }  # fmt: skip
+            "pixels": pixels,
+            "mask": mask,
+            "tokens": instances.captions[owner, prefix],
+        }
         if instances.class_images:
             others = instances.class_images[owner]
             chosen = others[rng.integers(len(others))]
@@ -196,23 +212,28 @@ def cached(
     def example(index: int, rng: np.random.Generator) -> dict[str, Any]:
         owner = instances.owner[index]
         batch = {
-            **pick(subjects, index, rng), "mask": mask, "tokens": instances.captions[owner, 0],
-        }  # fmt: skip
+            **pick(subjects, index, rng),
+            "mask": mask,
+            "tokens": instances.captions[owner, 0],
+        }
         if classes:
             others = classes[owner]
             chosen = int(rng.integers(others["latent_mean"].shape[1]))
             batch["prior"] = {
-                **pick(others, chosen, rng), "tokens": instances.class_captions[owner],
-            }  # fmt: skip
+                **pick(others, chosen, rng),
+                "tokens": instances.class_captions[owner],
+            }
         return batch
 
     return example
 
 
 def batches(
-    example: Callable[[int, np.random.Generator], dict[str, Any]], examples: int, batch_size: int,
+    example: Callable[[int, np.random.Generator], dict[str, Any]],
+    examples: int,
+    batch_size: int,
     seed: int,
-) -> grain.IterDataset:  # fmt: skip
+) -> grain.IterDataset:
     """Endless batches: the images in random order, again and again.
 
     Of several processes each one makes its rows of every batch.

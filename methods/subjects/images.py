@@ -19,9 +19,7 @@ from ...errors import ConceptaxError
 from ...text import TextError, read_text
 
 _HEIF = (".heic", ".heif")
-SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *_HEIF
-)  # fmt: skip
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *_HEIF)
 _KEYS = ("instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir")
 
 
@@ -133,9 +131,8 @@ def image_files(folder: Path | str) -> list[Path]:
         raise ImageError(f"{folder} is not a folder of images.")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     images = [
-        name for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    ]  # fmt: skip
+        name for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    ]
     if not images:
         there = ", ".join(names[:8]) or "nothing"
         raise ImageError(f"{folder} holds no images ({', '.join(SUFFIXES)}); found {there}.")
@@ -152,9 +149,12 @@ def read_images(folder: Path | str) -> list[UInt8[np.ndarray, "H W 3"]]:
 
 
 def read_concepts(
-    path: Path | str, *, tokens: Sequence[str] = (), words: Sequence[str] = (),
+    path: Path | str,
+    *,
+    tokens: Sequence[str] = (),
+    words: Sequence[str] = (),
     initializers: Sequence[str] = (),
-) -> list[Concept]:  # fmt: skip
+) -> list[Concept]:
     """Concepts from a JSON list in the layout of Custom Diffusion and ClassDiffusion.
 
     Its objects have `instance_prompt`, `class_prompt`, `instance_data_dir` and, for prior
@@ -208,8 +208,9 @@ def read_class_folders(path: Path | str) -> list[tuple[Path, str]]:
     path = Path(path)
     return [
         (_folder(entry["class_data_dir"], path), entry["class_prompt"])
-        for entry in _entries(path) if entry.get("class_data_dir")
-    ]  # fmt: skip
+        for entry in _entries(path)
+        if entry.get("class_data_dir")
+    ]
 
 
 def named_folders(path: Path | str) -> list[Path]:

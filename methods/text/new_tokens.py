@@ -24,7 +24,7 @@ def default_initializers(tokenizer: Any, words: Sequence[str], kind: str) -> lis
     """
     rare = [
         word for word in RARE_WORDS if len(phrase_ids(tokenizer, [word], special=False)[0]) == 1
-    ]  # fmt: skip
+    ]
     if kind == "class":
         rare = []
     return [rare[n] if n < len(rare) else word for n, word in enumerate(words)]
@@ -62,9 +62,12 @@ def initial_rows(
 
 
 def encode_with_rows(
-    encoder: Any, tokens: Int[Array, "B L"], rows: Float[Array, "N C"] | None,
-    ids: Int[Array, " N"], positions: Int[Array, " B"],
-) -> Any:  # fmt: skip
+    encoder: Any,
+    tokens: Int[Array, "B L"],
+    rows: Float[Array, "N C"] | None,
+    ids: Int[Array, " N"],
+    positions: Int[Array, " B"],
+) -> Any:
     """Encode texts with some rows of the embedding table replaced.
 
     The table is no input of a gradient: what trains are the N rows alone, so that neither a

@@ -30,15 +30,30 @@ from ..vectors import unit
 
 # Neutral phrases around a concept; "{}" is the concept's place.
 TEMPLATES = (
-    "{}", "a {}", "the {}", "a photo of {}", "a photo of a {}", "a photo of the {}",
-    "a picture of {}", "a picture of a {}", "this is a {}", "a painted {}", "a {} on a background",
+    "{}",
+    "a {}",
+    "the {}",
+    "a photo of {}",
+    "a photo of a {}",
+    "a photo of the {}",
+    "a picture of {}",
+    "a picture of a {}",
+    "this is a {}",
+    "a painted {}",
+    "a {} on a background",
     "a photo with a {} on it",
-)  # fmt: skip
+)
 # The same with words of the vocabulary in them: "{w}" stands for one each.
 _CONTEXTS = (
-    "a {w} {}", "{} on {w}", "a {} and a {w}", "{w} with a {}", "a {w} {} on {w}",
-    "a photo of a {w} {}", "{w}, a {} in {w}", "the {} is {w}",
-)  # fmt: skip
+    "a {w} {}",
+    "{} on {w}",
+    "a {} and a {w}",
+    "{w} with a {}",
+    "a {w} {} on {w}",
+    "a photo of a {w} {}",
+    "{w}, a {} in {w}",
+    "the {} is {w}",
+)
 
 # Which of SDXL's text encoders a method edits; other models have one, which "both" means too.
 Encoders = Literal["text_encoder", "text_encoder_2", "both"]
@@ -100,9 +115,7 @@ def phrase_ids(tokenizer: Any, phrases: Sequence[str], *, special: bool = True) 
     return tokenizer(phrases, truncation=False, add_special_tokens=special)["input_ids"]
 
 
-def encode_phrases(
-    tokenizer: Any, phrases: Sequence[str], length: int
-) -> Int[np.ndarray, "N L"]:  # fmt: skip
+def encode_phrases(tokenizer: Any, phrases: Sequence[str], length: int) -> Int[np.ndarray, "N L"]:
     """Token ids of phrases, padded to `length`.
 
     Raises:
@@ -380,9 +393,11 @@ def concept_states(
 
 
 def retained_phrases(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[str], settings: PhraseSettings,
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    settings: PhraseSettings,
     retain: Sequence[str] | Retained | None = None,
-) -> Retained:  # fmt: skip
+) -> Retained:
     """Which phrases are retained while `concepts` are erased.
 
     Args:
@@ -423,9 +438,14 @@ def retained_phrases(
 
 
 def stacked_prompts(
-    tokenizer: Any, concepts: Sequence[str], words: Sequence[str], settings: PhraseSettings, *,
-    length: int, seed: int,
-) -> TemplatedConcepts:  # fmt: skip
+    tokenizer: Any,
+    concepts: Sequence[str],
+    words: Sequence[str],
+    settings: PhraseSettings,
+    *,
+    length: int,
+    seed: int,
+) -> TemplatedConcepts:
     """Every concept in the settings' templates, and in `contexts` more with `words` in them.
 
     Raises:

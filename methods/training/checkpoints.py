@@ -127,9 +127,13 @@ class Checkpoints:
         return dict(self._manager.metrics(self._existing(step)) or {})
 
     def save(
-        self, state: TrainState, iterator: Any = None, metrics: Mapping[str, float] | None = None,
-        *, length: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        state: TrainState,
+        iterator: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        length: int | None = None,
+    ) -> None:
         """Start writing `state`, the iterator's position if it has `get_state`, and the metrics.
 
         `length` is the number of steps that the run must have, if a resumed one must have as many.

@@ -51,14 +51,23 @@ from conceptax.reporting.instruments import load_classifier
 
 # 64 pixels from an 8x8 latent, so that the judge can look at them.
 UNET = UNet2DConditionConfig(
-    sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
-    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-    cross_attention_dim=16, attention_head_dim=2,
-)  # fmt: skip
+    sample_size=8,
+    block_out_channels=(8,),
+    layers_per_block=1,
+    norm_num_groups=4,
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    cross_attention_dim=16,
+    attention_head_dim=2,
+)
 VAE = AutoencoderKLConfig(
-    block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-)  # fmt: skip
+    block_out_channels=(8, 8, 8, 8),
+    layers_per_block=1,
+    norm_num_groups=4,
+    sample_size=64,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
 ERASE = [
     *("--cycles", "2", "--check-steps", "1", "--prompts", "2", "--global-rows", "4"),
     *("--local-rows", "2", "--learning-rate", "0.01", "--similarity-cap", "1"),
@@ -86,10 +95,14 @@ def model(tmp_path_factory):
     rng = np.random.default_rng(0)
     tokenizer = build_tokenizer()
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, hidden_size=16,
-        intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
-    )  # fmt: skip
+    )
     pipeline = StableDiffusionPipeline(
         unet=random_model(UNet2DConditionModel, UNET, rng),
         vae=random_model(AutoencoderKL, VAE, rng),
@@ -385,8 +398,10 @@ def strings(tree):
     joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     parts = {id(part) for node in joined for part in node.values}
     for node in joined:
-        yield "".join(getattr(part, "value", "x") if isinstance(part, ast.Constant) else "x"
-                      for part in node.values)  # fmt: skip
+        yield "".join(
+            getattr(part, "value", "x") if isinstance(part, ast.Constant) else "x"
+            for part in node.values
+        )
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
             yield node.value
@@ -401,18 +416,20 @@ def test_messages_mention_flags_that_exist(repository):
     for room in ("src/conceptax/cli", "src/conceptax/reporting", "methods", "converters"):
         for file in sorted((repository / room).rglob("*.py")):
             commands = [
-                name for name in COMMANDS
+                name
+                for name in COMMANDS
                 if room.endswith("cli")
                 and _MODULES.get(name, name.split()[0]) in (file.stem, file.parent.name)
-            ]  # fmt: skip
+            ]
             here = always.union(*(own[name] for name in commands)) if commands else every
             for text in strings(ast.parse(file.read_text())):
                 if "color-scheme" in text or "tensorboard --" in text:  # CSS, another program
                     continue
                 named = [
-                    name for name in COMMANDS
+                    name
+                    for name in COMMANDS
                     if f"conceptax {name}" in text or text.startswith(f"{name} ")
-                ]  # fmt: skip
+                ]
                 for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]", text):
                     found += 1
                     known = here.union(*(own[name] for name in named))
@@ -513,9 +530,7 @@ with Stopper("conceptax"), temporary(work, [work.parent]):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_process_whatever_it_does(where, signum, tmp_path):
     arguments = [sys.executable, "-c", STOPPED, tmp_path, where, MAIN_THREADS[where]]
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "there\n"
     process.send_signal(signum)
@@ -539,9 +554,11 @@ def test_a_command_stops_at_once_and_leaves_nothing(seconds, tmp_path):
     out = tmp_path / "deep" / "out.png"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "sample", "--prompt", "a", "--output", out],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
-    )  # fmt: skip
+    )
     assert process.stdout is not None and process.stdout.readline() == "there\n"
     time.sleep(seconds)
     began = time.monotonic()
@@ -611,18 +628,26 @@ def test_the_erased_folder_draws_the_same_in_diffusers(torch, erased):
     prompts = ["a red three on brick", "a blue seven on grass"]
     with torch.no_grad():
         expected = theirs(
-            prompts, num_inference_steps=3, guidance_scale=5.0, output_type="np",
+            prompts,
+            num_inference_steps=3,
+            guidance_scale=5.0,
+            output_type="np",
             latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
-        ).images  # fmt: skip
+        ).images
 
     from conceptax.methods.sampling import make_sampler
     from conceptax.methods.text_to_image import jitted_generate, tokenize
 
     actual = jitted_generate(
-        drawer.static, drawer.params, tokenize(drawer.tokenizer, prompts),
-        tokenize(drawer.tokenizer, [""])[0], latents,
-        make_sampler(drawer.schedule, num_inference_steps=3), 5.0, keys=None,
-    )  # fmt: skip
+        drawer.static,
+        drawer.params,
+        tokenize(drawer.tokenizer, prompts),
+        tokenize(drawer.tokenizer, [""])[0],
+        latents,
+        make_sampler(drawer.schedule, num_inference_steps=3),
+        5.0,
+        keys=None,
+    )
     actual = np.asarray(actual) * 0.5 + 0.5
     assert expected.std() > 0.01
     assert np.linalg.norm(actual - expected) < 1e-3 * np.linalg.norm(expected)
@@ -699,9 +724,10 @@ def test_trouble_with_checkpoints_is_told_of_them(model, tmp_path, capsys):
     (tmp_path / "mine" / "notes").write_text("dear")
     base = ["erase", "--model", model, "--concept", "three", "--output", tmp_path / "out", *ERASE]
     for name, message in (
-        ("file", "file is not a folder"), ("file/deeper", "file is not a folder"),
+        ("file", "file is not a folder"),
+        ("file/deeper", "file is not a folder"),
         ("mine", "it holds something else (notes) and no erasing.json"),
-    ):  # fmt: skip
+    ):
         place = tmp_path / name
         refused(capsys, [*base, "--checkpoint-dir", place], f"cannot be kept in {place}: ")
         refused(capsys, [*base, "--checkpoint-dir", place], message)
@@ -782,13 +808,18 @@ def test_a_rival_edits_the_unet_and_exports_it(model, tmp_path, capsys):
         changes = [*base, "--output", str(tmp_path / "changes"), "--export", "changes", "--force"]
         assert main(changes) == 0
     assert sorted(os.listdir(tmp_path / "changes")) == [
-        "conceptax.json", "erasing.json", "unet_changes.safetensors",
-    ]  # fmt: skip
+        "conceptax.json",
+        "erasing.json",
+        "unet_changes.safetensors",
+    ]
     found = tensors_of(tmp_path / "changes")
     assert {key.split("/", 1)[1] for key in found} == {key.split("/", 1)[1] for key in changed}
     capsys.readouterr()
-    refused(capsys, [*base, "--output", tmp_path / "x", "--export", "text-encoder"],
-            "UCE edits the unet and leaves the text-encoder as it was")  # fmt: skip
+    refused(
+        capsys,
+        [*base, "--output", tmp_path / "x", "--export", "text-encoder"],
+        "UCE edits the unet and leaves the text-encoder as it was",
+    )
     refused(capsys, [*base, "--output", tmp_path / "x", "--mesh", "1", "1"], "is a closed form")
 
 
@@ -826,8 +857,11 @@ def test_sample_draws_files_and_sheets(model, tmp_path, capsys):
     assert main([*base, "--output", str(tmp_path / "some")]) == 0
     names = sorted(os.listdir(tmp_path / "some"))
     assert names == [
-        "0000_a-red-three.png", "0001_a-blue-seven.png", "conceptax.json", "sample.json",
-    ]  # fmt: skip
+        "0000_a-red-three.png",
+        "0001_a-blue-seven.png",
+        "conceptax.json",
+        "sample.json",
+    ]
     first = read_png(tmp_path / "some" / names[0])
     assert first.size == (64, 64) and json.loads(first.text["conceptax"])["steps"] == 2
 
@@ -1000,9 +1034,22 @@ def test_no_command_replaces_what_it_reads(model, tmp_path, capsys, monkeypatch)
         [*erase, model, "--output", inner, "--checkpoint-dir", inner],
         ["sample", "--prompts", prompts, "--output", work],
         ["evaluate", "--edited", work / "model", "--concept", "a", "--output", inner],
-        ["personalize", "--images", work, "--token", "<n>", "--class-word", "a", "--class-count",
-         "1", "--class-images", work, "--output", work],
-    ):  # fmt: skip
+        [
+            "personalize",
+            "--images",
+            work,
+            "--token",
+            "<n>",
+            "--class-word",
+            "a",
+            "--class-count",
+            "1",
+            "--class-images",
+            work,
+            "--output",
+            work,
+        ],
+    ):
         refused(capsys, [*arguments, "--force"], "what is read is never replaced")
     assert set(work.rglob("*")) == before | {prompts}
 
@@ -1029,8 +1076,12 @@ def test_demo_counts_shows_and_leaves_an_erased_model(model, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "“three” drawn as it" in shown and "other digits right" in shown
     assert sorted(os.listdir(out)) == [
-        "conceptax.json", "erased", "grid.png", "metrics.json", "report.html",
-    ]  # fmt: skip
+        "conceptax.json",
+        "erased",
+        "grid.png",
+        "metrics.json",
+        "report.html",
+    ]
     own = json.loads((out / "erased/conceptax.json").read_text())
     assert own["written_by"] == "conceptax.converters.save_pytorch"
     assert "erasing.json" in own["files"]  # so that it may be replaced on its own
@@ -1040,8 +1091,9 @@ def test_demo_counts_shows_and_leaves_an_erased_model(model, tmp_path, capsys):
         figures = record["figures"][when]
         assert figures["plain"]["of"] == figures["others"]["of"] == 16
         assert {"synonym 3", "synonym III", "synonym trio"} <= figures.keys()
-        assert all(0 <= each["low"] <= each["rate"] <= each["high"] <= 1
-                   for each in figures.values())  # fmt: skip
+        assert all(
+            0 <= each["low"] <= each["rate"] <= each["high"] <= 1 for each in figures.values()
+        )
     assert record["seconds"]["total"] > 0 and record["settings"]["cycles"] == 2
 
     grid = read_png(out / "grid.png")
@@ -1070,8 +1122,10 @@ def test_a_built_model_is_written_measured_and_described(model, tmp_path):
     quality = glyphs.publish(tmp_path, load_pytorch(model), clip, judge, command)
 
     assert list(quality["sets"]) == [
-        "held-out wordings", "unseen combinations", "training wordings",
-    ]  # fmt: skip
+        "held-out wordings",
+        "unseen combinations",
+        "training wordings",
+    ]
     assert all(found["digit"]["of"] == 16 for found in quality["sets"].values())
     card = (tmp_path / "README.md").read_text()
     assert glyphs.quality_table(quality) in card and "| roman |" in card

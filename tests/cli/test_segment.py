@@ -33,8 +33,20 @@ from conceptax.reporting.overlay import class_colours, overlay
 
 WORDS = "three, trio; brick; grass"
 SEEN = ["--short-side", "64", "--long-side", "96"]
-TRAINED = ["--short-side", "128", "--long-side", "128", "--batch-size", "2", "--steps", "3",
-           "--learning-rate", "0.001", "--set-losses.num-points", "16"]  # fmt: skip
+TRAINED = [
+    "--short-side",
+    "128",
+    "--long-side",
+    "128",
+    "--batch-size",
+    "2",
+    "--steps",
+    "3",
+    "--learning-rate",
+    "0.001",
+    "--set-losses.num-points",
+    "16",
+]
 CONFIG = MaftPlusTraining(steps=3, learning_rate=1e-3, set_losses=SetLossConfig(num_points=16))
 
 
@@ -45,9 +57,16 @@ def model(tmp_path_factory):
     text = OpenCLIPTextConfig(8, 1, 1, len(tokenizer), MAX_LENGTH)
     clip = OpenCLIPConfig(text, ConvNeXtConfig((1, 1, 1, 1), (4, 4, 8, 8)), embed_dim=8)
     config = MaftPlusConfig.of(
-        clip, hidden_dim=32, heads=8, num_points=2, encoder_layers=1, encoder_ffn=32,
-        decoder_layers=1, decoder_ffn=32, num_queries=5,
-    )  # fmt: skip
+        clip,
+        hidden_dim=32,
+        heads=8,
+        num_points=2,
+        encoder_layers=1,
+        encoder_ffn=32,
+        decoder_layers=1,
+        decoder_ffn=32,
+        num_queries=5,
+    )
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_pytorch(random_model(lambda rngs: MaftPlus(config, rngs=rngs), seed=21), folder)
     write_tokenizer(tokenizer, folder)
@@ -162,8 +181,21 @@ def test_evaluate_panoptic(model, data, found, tmp_path):
 def trained(model, data, tmp_path_factory):
     """Arguments of a training, the folder that it wrote, and its checkpoints."""
     root = tmp_path_factory.mktemp("trained")
-    arguments = ["segment", "train", "--model", str(model), "--data", str(data), "--vocabulary",
-                 WORDS, *TRAINED, "--export", "pth", "--checkpoint-every", "2"]  # fmt: skip
+    arguments = [
+        "segment",
+        "train",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--vocabulary",
+        WORDS,
+        *TRAINED,
+        "--export",
+        "pth",
+        "--checkpoint-every",
+        "2",
+    ]
     places = ["--output", str(root / "model"), "--checkpoint-dir", str(root / "checkpoints")]
     assert main([*arguments, *places]) == 0
     return arguments, root / "model", root / "checkpoints"
@@ -214,10 +246,16 @@ def test_a_mesh_trains_the_same(trained, model, data):
     rows = text_rows(start.backbone.clip_model, build_tokenizer(), vocabulary)
     batches = scene_batches(open_scenes(data, 3), ResizeFlip(128, 128), 2, seed=0)
     sharded = fit(
-        start, rows, vocabulary.synonyms(), batches, CONFIG, seed=0,
-        mesh=make_mesh(data=1, fsdp=2), rules=RULES["MaftPlus"],
+        start,
+        rows,
+        vocabulary.synonyms(),
+        batches,
+        CONFIG,
+        seed=0,
+        mesh=make_mesh(data=1, fsdp=2),
+        rules=RULES["MaftPlus"],
         progress=False,
-    )  # fmt: skip
+    )
     expected = load_maft_plus(trained[1] / "maft_plus.pth")
     for one, other in zip(
         jax.tree.leaves(nnx.state(sharded)), jax.tree.leaves(nnx.state(expected)), strict=True
@@ -249,12 +287,41 @@ def test_street_scenes(repository, tmp_path):
     save_pytorch(OpenCLIP(config, rngs=nnx.Rngs(0)), tmp_path / "clip")
     write_tokenizer(tokenizer, tmp_path / "clip")
     words = "sky; building; pole; road; pavement; tree; sign; fence; car; pedestrian; bicyclist"
-    where = ["--data", str(streets), "--ignore", "11", "--vocabulary", words,
-             "--short-side", "128", "--long-side", "192"]  # fmt: skip
-    training = ["--open-clip", str(tmp_path / "clip"), "--decoder", "tiny", "--form", "panoptic",
-                "--token-order", "raster", "--steps", "60", "--batch-size", "4", "--learning-rate",
-                "0.002", "--rates", "*", "1.0", "--set-losses.num-points", "512",
-                "--output", str(tmp_path / "model")]  # fmt: skip
+    where = [
+        "--data",
+        str(streets),
+        "--ignore",
+        "11",
+        "--vocabulary",
+        words,
+        "--short-side",
+        "128",
+        "--long-side",
+        "192",
+    ]
+    training = [
+        "--open-clip",
+        str(tmp_path / "clip"),
+        "--decoder",
+        "tiny",
+        "--form",
+        "panoptic",
+        "--token-order",
+        "raster",
+        "--steps",
+        "60",
+        "--batch-size",
+        "4",
+        "--learning-rate",
+        "0.002",
+        "--rates",
+        "*",
+        "1.0",
+        "--set-losses.num-points",
+        "512",
+        "--output",
+        str(tmp_path / "model"),
+    ]
     assert main(["segment", "train", *where, *training]) == 0
     lines = (tmp_path / "model/training.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]

@@ -30,20 +30,32 @@ from conceptax.methods.text.phrases import ConceptError
 
 MODELS = ("unet", "vae", "text_encoder")
 UNET = {
-    "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
-    "cross_attention_dim": 64, "attention_head_dim": 8,
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 8,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
+}
 VAE = {
-    "block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-}  # fmt: skip
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
 TEXT = {
-    "vocab_size": 720, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 1, "max_position_embeddings": 12, "bos_token_id": 0,
-    "eos_token_id": 2, "projection_dim": 64,
-}  # fmt: skip
+    "vocab_size": 720,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 12,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "projection_dim": 64,
+}
 LEFTOVERS = {
     "model_ema.decay": np.zeros((), np.float32),
     "model_ema.diffusion_modelinput_blocks00weight": np.zeros((32, 4, 3, 3), np.float32),
@@ -177,9 +189,10 @@ def test_settings_that_shapes_do_not_tell_are_not_lost(tiny, tmp_path):
     """A single file of such a model would load as another one, without a word."""
     pipeline = load_pytorch(tiny[0], components=MODELS)
     for name, change in {
-        "unet": {"attention_head_dim": 4}, "vae": {"scaling_factor": 0.5},
+        "unet": {"attention_head_dim": 4},
+        "vae": {"scaling_factor": 0.5},
         "text_encoder": {"num_attention_heads": 2},
-    }.items():  # fmt: skip
+    }.items():
         model = nnx.clone(getattr(pipeline, name))
         model.config = dataclasses.replace(model.config, **change)
         other = dataclasses.replace(pipeline, **{name: model})
@@ -296,9 +309,10 @@ def test_a_class_of_lightning_is_not_imported(torch, tmp_path, single, monkeypat
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     state = {
-        k: torch.from_numpy(np.array(v)) for k, v in safetensors.numpy.load_file(single).items()
+        k: torch.from_numpy(np.array(v))
+        for k, v in safetensors.numpy.load_file(single).items()
         if k.startswith("first_stage_model")
-    }  # fmt: skip
+    }
     torch.save({"callbacks": {ModelCheckpoint: {}}, "state_dict": state}, tmp_path / "sd.ckpt")
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, None)
@@ -312,16 +326,22 @@ def open_clip(torch, width=64, layers=3, projection=None):
     """A text tower with OpenCLIP's names and random values."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
-        "positional_embedding": (12, width), "token_embedding.weight": (60, width),
-        "ln_final.weight": (width,), "ln_final.bias": (width,), "logit_scale": (),
+        "positional_embedding": (12, width),
+        "token_embedding.weight": (60, width),
+        "ln_final.weight": (width,),
+        "ln_final.bias": (width,),
+        "logit_scale": (),
         "text_projection": (width, projection or width),
-    }  # fmt: skip
+    }
     for layer in range(layers):
         block = f"transformer.resblocks.{layer}."
         for name, shape in {
-            "ln_1": (width,), "ln_2": (width,), "attn.out_proj": (width, width),
-            "mlp.c_fc": (32, width), "mlp.c_proj": (width, 32),
-        }.items():  # fmt: skip
+            "ln_1": (width,),
+            "ln_2": (width,),
+            "attn.out_proj": (width, width),
+            "mlp.c_fc": (32, width),
+            "mlp.c_proj": (width, 32),
+        }.items():
             shapes |= {f"{block}{name}.weight": shape, f"{block}{name}.bias": shape[:1]}
         shapes |= {
             f"{block}attn.in_proj_weight": (3 * width, width),
@@ -338,9 +358,11 @@ def second(torch, tmp_path_factory):
 
     torch.manual_seed(1)
     settings = {
-        **UNET, "block_out_channels": (64, 128), "use_linear_projection": True,
+        **UNET,
+        "block_out_channels": (64, 128),
+        "use_linear_projection": True,
         "attention_head_dim": (1, 2),
-    }  # fmt: skip
+    }
     unet = diffusers.UNet2DConditionModel(**settings)
     folder = tmp_path_factory.mktemp("second")
     unet.save_pretrained(folder / "unet")
@@ -382,9 +404,12 @@ def test_second_generation(second):
     base = load_pytorch(file, components=["scheduler"], prediction_type="epsilon")
     assert base.scheduler_config["prediction_type"] == "epsilon"
     again = save_single_file(pipeline, file.parent / "again.safetensors")
-    told = {k: v for k, v in safetensors.numpy.load_file(file).items()
-            if ".resblocks.23." not in k
-            and not k.endswith(("model.logit_scale", "model.text_projection"))}  # fmt: skip
+    told = {
+        k: v
+        for k, v in safetensors.numpy.load_file(file).items()
+        if ".resblocks.23." not in k
+        and not k.endswith(("model.logit_scale", "model.text_projection"))
+    }
     same(safetensors.numpy.load_file(again), told | {"v_pred": np.zeros(0, np.float32)})
     back = load_pytorch(again, components=["scheduler"])
     assert back.scheduler_config == pipeline.scheduler_config
@@ -401,13 +426,19 @@ def test_sdxl(torch, tiny, tmp_path):
 
     torch.manual_seed(2)
     settings = {
-        "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 128,
-        "attention_head_dim": (1, 1), "transformer_layers_per_block": (1, 2),
-        "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 48 + 6 * 256,
-    }  # fmt: skip
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 128,
+        "attention_head_dim": (1, 1),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 48 + 6 * 256,
+    }
     unet = UNet2DConditionModel(**settings)
     unet.save_pretrained(tmp_path / "unet")
     ours = load_pytorch(tmp_path / "unet")
@@ -463,9 +494,13 @@ def test_sdxl(torch, tiny, tmp_path):
 # What a file tells beside its tensors.
 
 SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
-    "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "linspace",
-}  # fmt: skip
+    "_class_name": "EulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "linspace",
+}
 VELOCITY = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
 
@@ -487,9 +522,12 @@ def test_velocities_are_told_to_readers_and_back(tiny, tmp_path):
         back = load_pytorch(file)
     assert back.scheduler_config == pipeline.scheduler_config
     assert back.unet.config.sample_size == 8  # of 16 pixels, as the header says
-    assert load_pytorch(file, components=["scheduler"], prediction_type="epsilon").scheduler_config[
-        "prediction_type"
-    ] == "epsilon"  # fmt: skip
+    assert (
+        load_pytorch(file, components=["scheduler"], prediction_type="epsilon").scheduler_config[
+            "prediction_type"
+        ]
+        == "epsilon"
+    )
     assert inspect_checkpoint(file).kind == (
         "single file of SD 1, predicts v_prediction, zero terminal SNR"
     )
@@ -512,11 +550,14 @@ def test_velocities_are_told_to_readers_and_back(tiny, tmp_path):
         (("model.diffusion_model.v_pred",), {}, {"prediction_type": "v_prediction"}),
         ((), {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
         ((), {"modelspec.predict_key": "v"}, {"prediction_type": "v_prediction"}),
-        (("v_pred",), {"modelspec.prediction_type": "epsilon"},
-         {"prediction_type": "v_prediction"}),
+        (
+            ("v_pred",),
+            {"modelspec.prediction_type": "epsilon"},
+            {"prediction_type": "v_prediction"},
+        ),
         ((), {"modelspec.prediction_type": "epsilon"}, {}),
     ],
-)  # fmt: skip
+)
 def test_markers_of_other_programs(single, tmp_path, keys, metadata, expected):
     extra = {key: np.zeros(0, np.float32) for key in keys}
     told = with_header(single, tmp_path / "a.safetensors", extra, **metadata)
@@ -553,14 +594,17 @@ def transformers_names(layers, width, projection=None):
     """Shapes of a text encoder with transformers' names."""
     block = {
         **{f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")},
-        "layer_norm1": (width,), "layer_norm2": (width,), "mlp.fc1": (32, width),
+        "layer_norm1": (width,),
+        "layer_norm2": (width,),
+        "mlp.fc1": (32, width),
         "mlp.fc2": (width, 32),
-    }  # fmt: skip
+    }
     shapes = {
         "embeddings.token_embedding.weight": (60, width),
         "embeddings.position_embedding.weight": (12, width),
-        "final_layer_norm.weight": (width,), "final_layer_norm.bias": (width,),
-    }  # fmt: skip
+        "final_layer_norm.weight": (width,),
+        "final_layer_norm.bias": (width,),
+    }
     for layer in range(layers):
         for name, shape in block.items():
             shapes |= {
@@ -628,19 +672,33 @@ def test_only_the_published_last_layer_is_passed_over(torch, layers):
     ("shapes", "named"),
     [
         ({"conditioner.embedders.0.model.ln_final.weight": (1280,)}, "SDXL's refiner"),
-        ({"model.diffusion_model.label_emb.0.0.weight": (5120, 2560),
-          "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight":
-          (768, 1280)}, "SDXL's refiner"),
-        ({"model.diffusion_model.label_emb.0.0.weight": (1280, 2048),
-          "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
-          (320, 1024)}, "Stable Diffusion 2 unCLIP"),
+        (
+            {
+                "model.diffusion_model.label_emb.0.0.weight": (5120, 2560),
+                "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (
+                    768,
+                    1280,
+                ),
+            },
+            "SDXL's refiner",
+        ),
+        (
+            {
+                "model.diffusion_model.label_emb.0.0.weight": (1280, 2048),
+                "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (
+                    320,
+                    1024,
+                ),
+            },
+            "Stable Diffusion 2 unCLIP",
+        ),
         ({"model.diffusion_model.input_blocks.0.0.weight": (320, 5, 3, 3)}, "depth-to-image"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (320, 7, 3, 3)}, "x4 upscaler"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}, "InstructPix2Pix"),
         ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "Stable Diffusion 3"),
         ({"edm_mean": (4,), "first_stage_model.x": (1,)}, "Playground 2.5"),
     ],
-)  # fmt: skip
+)
 def test_relatives_are_refused_by_name(shapes, named):
     with pytest.raises(CheckpointError, match=f"it is .*{named}.*SD 1, SD 2 and SDXL are read"):
         read_single_file(stored(shapes), "it")
@@ -671,21 +729,24 @@ def test_wrapped_names(single, form):
 
 def prefixed(file, prefix):
     return {
-        key: value for key, value in safetensors.numpy.load_file(file).items()
+        key: value
+        for key, value in safetensors.numpy.load_file(file).items()
         if key.startswith(prefix)
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
     ("component", "prefix", "bare"),
     [
-        ("vae", "first_stage_model.", ""), ("vae", "first_stage_model.", "first_stage_model."),
-        ("vae", "first_stage_model.", "vae."), ("unet", "model.diffusion_model.", ""),
+        ("vae", "first_stage_model.", ""),
+        ("vae", "first_stage_model.", "first_stage_model."),
+        ("vae", "first_stage_model.", "vae."),
+        ("unet", "model.diffusion_model.", ""),
         ("unet", "model.diffusion_model.", "diffusion_model."),
         ("unet", "model.diffusion_model.", "model.diffusion_model."),
         ("text_encoder", "cond_stage_model.transformer.", ""),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_one_model_becomes_its_folder(
     tiny, single, tmp_path, capsys, component, prefix, bare
 ):
@@ -747,9 +808,10 @@ def test_names_of_files_do_not_matter(single, torch, tmp_path, tiny):
         ("x.ckpt", b"<!DOCTYPE html><html>", "a web page"),
         ("x.safetensors", b"\n<html>", "a web page"),
         ("y.safetensors", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
-        ("z.bin", b"\x89PNG\r\n", "a picture"), ("v.ckpt", b"what", "a text"),
+        ("z.bin", b"\x89PNG\r\n", "a picture"),
+        ("v.ckpt", b"what", "a text"),
         ("w.safetensors", bytes(600), "full of zeros"),
-    ):  # fmt: skip
+    ):
         (tmp_path / name).write_bytes(start)
         with pytest.raises(CheckpointError, match=rf"{name} is {what}"):
             load_pytorch(tmp_path / name)
@@ -828,20 +890,31 @@ def test_published_sizes(torch, family):
     from conceptax.converters.compvis_names import renamed, vae_names
     from conceptax.converters.compvis_parts import unet_names_of
 
-    settings = {"cross_attention_dim": 768} if family == "SD 1" else {
-        "cross_attention_dim": 2048, "use_linear_projection": True,
-        "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+    settings = (
+        {"cross_attention_dim": 768}
+        if family == "SD 1"
+        else {
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "block_out_channels": (320, 640, 1280),
+            "attention_head_dim": (5, 10, 20),
+            "transformer_layers_per_block": (1, 2, 10),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        }
+    )
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(**settings)
         vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
     tables = {
         "model.diffusion_model.": (meta_state(unet), unet_names_of(unet.config)),
         "first_stage_model.": (meta_state(vae), vae_names(4, 2)),

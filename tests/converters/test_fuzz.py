@@ -14,9 +14,12 @@ def test_only_checkpoint_errors_come_out(name, tmp_path):
     (tmp_path / "inside").mkdir()
 
     @settings(
-        max_examples=EXAMPLES.get(name, 150), deadline=None, derandomize=True, database=None,
+        max_examples=EXAMPLES.get(name, 150),
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(target.contents)
     def run(contents):
         message = allowed(target, tmp_path / "inside", contents)

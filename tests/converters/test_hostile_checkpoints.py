@@ -48,9 +48,11 @@ class Pair(nnx.Module):
 
 def tensors():
     return {
-        "first.bias": np.zeros(3, np.float32), "first.weight": np.ones((3, 2), np.float32),
-        "second.bias": np.zeros(2, np.float32), "second.weight": np.ones((2, 3), np.float32),
-    }  # fmt: skip
+        "first.bias": np.zeros(3, np.float32),
+        "first.weight": np.ones((3, 2), np.float32),
+        "second.bias": np.zeros(2, np.float32),
+        "second.weight": np.ones((2, 3), np.float32),
+    }
 
 
 @pytest.fixture
@@ -346,10 +348,17 @@ def write_index(folder, weight_map, shards=()):
 @pytest.mark.parametrize(
     "name",
     [
-        "../stolen.safetensors", "/etc/passwd", "a/../../stolen.safetensors", "..", ".", "",
-        "..\\stolen.safetensors", "sub/shard.safetensors", "a\0.safetensors",
+        "../stolen.safetensors",
+        "/etc/passwd",
+        "a/../../stolen.safetensors",
+        "..",
+        ".",
+        "",
+        "..\\stolen.safetensors",
+        "sub/shard.safetensors",
+        "a\0.safetensors",
     ],
-)  # fmt: skip
+)
 def test_index_points_outside(folder, name):
     safetensors.numpy.save_file(tensors(), folder.parent / "stolen.safetensors")
     write_index(folder, dict.fromkeys(tensors(), name))

@@ -52,9 +52,11 @@ def test_pickles_are_never_executed(tmp_path, torch, monkeypatch, name):
     monkeypatch.setenv("BOMB", str(target))
     torch.save({"state_dict": {"model.diffusion_model.x": Bomb()}}, tmp_path / name)
     for read in (
-        load_pytorch, inspect_checkpoint, lambda path: merge_lora(None, path),
+        load_pytorch,
+        inspect_checkpoint,
+        lambda path: merge_lora(None, path),
         lambda path: load_personalised(None, path),
-    ):  # fmt: skip
+    ):
         fails(read, tmp_path / name, "is not a PyTorch file of plain tensors")
     (tmp_path / name).write_bytes(pickle.dumps({"state_dict": Bomb()}))
     fails(load_pytorch, tmp_path / name, "is not a PyTorch file of plain tensors")
@@ -132,14 +134,23 @@ def array(shape, dtype, data):
         (msgpack.packb({"a": array([1] * 40, "float32", b"1234")}), "not (shape, type, bytes)"),
         (msgpack.packb({"a": msgpack.ExtType(1, b"\x90\x00")}), "not (shape, type, bytes)"),
         (
-            msgpack.packb({"a": {"__msgpack_chunked_array__": True, "shape": {"0": 2**60},
-                                 "chunks": {"0": array([1], "float32", b"1234")}}}),
+            msgpack.packb(
+                {
+                    "a": {
+                        "__msgpack_chunked_array__": True,
+                        "shape": {"0": 2**60},
+                        "chunks": {"0": array([1], "float32", b"1234")},
+                    }
+                }
+            ),
             "the chunks of a do not fit together",
         ),
-        (msgpack.packb({"a.b": array([], "int8", b"1"), "a": {"b": array([], "int8", b"1")}}),
-         "names a.b more than once"),
+        (
+            msgpack.packb({"a.b": array([], "int8", b"1"), "a": {"b": array([], "int8", b"1")}}),
+            "names a.b more than once",
+        ),
     ],
-)  # fmt: skip
+)
 def test_msgpack_bombs(tmp_path, content, fragment):
     msgpack_fails(tmp_path, content, fragment)
 
@@ -156,10 +167,12 @@ def test_msgpack_truncated_at_every_length(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"layers_per_block": 10**9}, {"block_out_channels": [32] * 10**5},
-        {"transformer_layers_per_block": [1, 10**9]}, {"layers_per_block": [1, 10**12]},
+        {"layers_per_block": 10**9},
+        {"block_out_channels": [32] * 10**5},
+        {"transformer_layers_per_block": [1, 10**9]},
+        {"layers_per_block": [1, 10**12]},
     ],
-)  # fmt: skip
+)
 def test_absurdly_many_layers(tmp_path, change):
     config = json.loads((bundled_model() / "unet/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))

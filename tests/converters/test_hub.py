@@ -43,9 +43,12 @@ def repositories(tmp_path_factory):
 def ask(cache: Path, url: str, *questions, offline: bool = False) -> list[str]:
     """What `local` answers in a process of its own, whose Hub is at `url`."""
     environment = os.environ | {
-        "HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     told = json.dumps([[path, options] for path, options in questions])
     done = subprocess.run(
         [sys.executable, "-c", ASK, told], env=environment, capture_output=True, text=True
@@ -57,10 +60,14 @@ def ask(cache: Path, url: str, *questions, offline: bool = False) -> list[str]:
 def test_only_what_is_needed_is_fetched_and_stays(repositories, tmp_path):
     with serving(Hub(repositories, gated=("org/gated",))) as server:
         found = ask(
-            tmp_path, server.url,
-            ("org/glyphs", {}), ("org/none", {}), ("org/glyphs@nope", {}), ("org/gated", {}),
+            tmp_path,
+            server.url,
+            ("org/glyphs", {}),
+            ("org/none", {}),
+            ("org/glyphs@nope", {}),
+            ("org/gated", {}),
             ("org/lora", {}),
-        )  # fmt: skip
+        )
         fetched = sorted(server.fetched)
     snapshots = tmp_path / "hub/models--org--glyphs/snapshots"
     assert found[0] == str(snapshots / COMMIT)
@@ -85,11 +92,12 @@ def test_only_what_is_needed_is_fetched_and_stays(repositories, tmp_path):
 def test_variants_subfolders_revisions_and_files(repositories, tmp_path):
     with serving(Hub(repositories)) as server:
         found = ask(
-            tmp_path, server.url,
+            tmp_path,
+            server.url,
             ("org/glyphs@v1", {"subfolder": "unet", "variant": "fp16"}),
             ("org/glyphs/vae/config.json", {}),
             ("org/glyphs", {"subfolder": "nowhere"}),
-        )  # fmt: skip
+        )
         fetched = sorted(server.fetched)
     snapshot = f"models--org--glyphs/snapshots/{COMMIT}"
     assert found[0].endswith(f"{snapshot}/unet")

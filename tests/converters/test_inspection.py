@@ -42,9 +42,13 @@ def huge(folder, *, drop=(), extra=()):
     """A text encoder of tens of gigabytes: a header, and a hole where the tensors would be."""
     folder.mkdir()
     config = {
-        "architectures": ["CLIPTextModel"], "vocab_size": 10_000_000, "hidden_size": 1024,
-        "num_hidden_layers": 1, "num_attention_heads": 16, "intermediate_size": 2048,
-    }  # fmt: skip
+        "architectures": ["CLIPTextModel"],
+        "vocab_size": 10_000_000,
+        "hidden_size": 1024,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 16,
+        "intermediate_size": 2048,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     from flax import nnx
 
@@ -59,8 +63,10 @@ def huge(folder, *, drop=(), extra=()):
     for key, shape in shapes.items():
         size = 4 * int(np.prod(shape))
         header[f"text_model.{key}"] = {
-            "dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size],
-        }  # fmt: skip
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [end, end + size],
+        }
         end += size
     text = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:
@@ -205,8 +211,15 @@ def written(path, content):
 
 
 PAIR = {f"unet.a.lora_{x}.weight": np.ones((2, 2), np.float32) for x in "AB"}
-EMA = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 5, "power": 0.75,
-       "update_after_step": 0, "use_ema_warmup": False}  # fmt: skip
+EMA = {
+    "decay": 0.9999,
+    "inv_gamma": 1.0,
+    "min_decay": 0.0,
+    "optimization_step": 5,
+    "power": 0.75,
+    "update_after_step": 0,
+    "use_ema_warmup": False,
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What a path is -> how to make it, and what is said about it; None where it is read.
 ZOO = {
@@ -217,7 +230,8 @@ ZOO = {
     "a lost version": (lambda t: cached(t, ref="xyz"), "version 'xyz' is not there"),
     "custom class": (lambda t: linked(t / "m", _class_name=["pipeline", "MyPipeline"]), None),
     "latent consistency": (
-        lambda t: linked(t / "m", _class_name="LatentConsistencyModelPipeline"), None
+        lambda t: linked(t / "m", _class_name="LatentConsistencyModelPipeline"),
+        None,
     ),
     "no class": (lambda t: linked(t / "m", _class_name=None), None),
     "number for a class": (lambda t: linked(t / "m", _class_name=5), "has 5 as its _class_name"),
@@ -228,7 +242,8 @@ ZOO = {
     ),
     "checker not there": (lambda t: linked(t / "m", safety_checker=["a", "Checker"]), None),
     "moving average": (
-        lambda t: replaced(t / "m", "unet", "config.json", settings("unet", **EMA)), None
+        lambda t: replaced(t / "m", "unet", "config.json", settings("unet", **EMA)),
+        None,
     ),
     "two sizes": (
         lambda t: replaced(t / "m", "unet", "config.json", settings("unet", sample_size=[8, 16])),
@@ -248,10 +263,12 @@ ZOO = {
         "is a pointer of Git LFS",
     ),
     "page inside": (
-        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n"), "is a web page"
+        lambda t: replaced(t / "m", "unet", WEIGHTS, b"<!DOCTYPE html>\n"),
+        "is a web page",
     ),
     "no tokenizer": (
-        lambda t: replaced(t / "m", "tokenizer", "tokenizer.json", b"{"), "not a CLIP tokenizer"
+        lambda t: replaced(t / "m", "tokenizer", "tokenizer.json", b"{"),
+        "not a CLIP tokenizer",
     ),
     "no scheduler": (
         lambda t: replaced(t / "m", "scheduler", "scheduler_config.json", None),
@@ -259,7 +276,9 @@ ZOO = {
     ),
     "other scheduler": (
         lambda t: replaced(
-            t / "m", "scheduler", "scheduler_config.json",
+            t / "m",
+            "scheduler",
+            "scheduler_config.json",
             settings("scheduler", _class_name="HeunDiscreteScheduler"),
         ),
         None,
@@ -267,7 +286,8 @@ ZOO = {
     "absent": (lambda t: t / "none", "does not exist"),
     "picture": (lambda t: written(t / "a.png", b"\x89PNG\r\n\x1a\n" + bytes(9)), "is a picture"),
     "picture in disguise": (
-        lambda t: written(t / "model.safetensors", b"\xff\xd8\xff\xe0" + bytes(9)), "is a picture"
+        lambda t: written(t / "model.safetensors", b"\xff\xd8\xff\xe0" + bytes(9)),
+        "is a picture",
     ),
     "text": (lambda t: written(t / "prompts.txt", b"a cat\n"), "is a text, no model"),
     "settings": (lambda t: bundled_model() / "unet/config.json", "is a file of settings"),
@@ -286,14 +306,12 @@ ZOO = {
         "No config.json beside it",
     ),
     "nothing": (lambda t: t, "(found nothing)"),
-    "only temporary": (
-        lambda t: (t / ".out.x.partial").mkdir() or t, "(found nothing)"
-    ),
+    "only temporary": (lambda t: (t / ".out.x.partial").mkdir() or t, "(found nothing)"),
     "folder of a file": (
         lambda t: tensors(t / "w.safetensors", x=np.ones(4, np.float32)).parent,
         "Pass the weight file itself",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("where", [".", "vae"])
@@ -357,10 +375,12 @@ def test_what_personalising_leaves(tmp_path, torch, capsys):
         torch.save(content, tmp_path / name)
     safetensors.numpy.save_file({"<new2>": np.ones(4, np.float32)}, tmp_path / "e.safetensors")
     found = {
-        name: [(part.name, part.architecture, part.parameters) for part in
-               inspect_checkpoint(tmp_path / name).parts]
+        name: [
+            (part.name, part.architecture, part.parameters)
+            for part in inspect_checkpoint(tmp_path / name).parts
+        ]
         for name in (*files, "e.safetensors")
-    }  # fmt: skip
+    }
     tokens, unet = ("new tokens", "<new1>", 4), ("UNet", "1 tensors", 6)
     assert list(found.values()) == [[tokens], [unet], [tokens, unet], [("new tokens", "<new2>", 4)]]
     assert main(["inspect", str(tmp_path / "delta.bin")]) == 0

@@ -98,7 +98,7 @@ def kohya_compvis(name, module):
     old = {
         ATTENTION: "input_blocks.3.1.transformer_blocks.0.attn2",
         CONV: "input_blocks.1.0.in_layers.2",
-    }  # fmt: skip
+    }
     for new, compvis in old.items():
         module = module.replace(new, compvis)
     return kohya(name, module)
@@ -180,9 +180,10 @@ def test_settings_beside_a_pefts_adapter(pipeline, pairs, tmp_path):
     """As PEFT scales: patterns end a module's name, the first that fits holds."""
     own = {place: pair for place, pair in pairs.items() if place[0] == "unet"}
     file = write(
-        tmp_path / "adapter_model.safetensors", own,
+        tmp_path / "adapter_model.safetensors",
+        own,
         lambda _, module: [f"base_model.model.{module}.lora_{x}.weight" for x in "AB"],
-    )  # fmt: skip
+    )
 
     def scales(**settings):
         config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **settings}
@@ -190,8 +191,9 @@ def test_settings_beside_a_pefts_adapter(pipeline, pairs, tmp_path):
         found = load_lora(tmp_path, pipeline)["unet"]
         ratios = [np.ptp(found[m][1] / own["unet", m][1]) for m in (QUERY, OUT, CONV)]
         assert max(ratios) < 1e-5
-        return [round(float((found[m][1] / own["unet", m][1]).mean()), 5)
-                for m in (QUERY, OUT, CONV)]  # fmt: skip
+        return [
+            round(float((found[m][1] / own["unet", m][1]).mean()), 5) for m in (QUERY, OUT, CONV)
+        ]
 
     with pytest.raises(CheckpointError, match=r"keeps the strength of a LoRA in adapter_config"):
         load_lora(file, pipeline)
@@ -203,21 +205,25 @@ def test_settings_beside_a_pefts_adapter(pipeline, pairs, tmp_path):
     assert scales(alpha_pattern=patterns) == [4, 1, 2]
     assert scales(r=8, rank_pattern={"to_q|to_out.0|conv1": 3}) == [2, 2, 2]
     for settings, told in (
-        ({"use_dora": True}, "use_dora"), ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
-        ({"bias": "lora_only"}, "bias='lora_only'"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"modules_to_save": ["conv_out"]}, "modules_to_save"), ({"lora_bias": True}, "lora_bias"),
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["conv_out"]}, "modules_to_save"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"r": 4}, "has rank 3, and its settings say 4"),
         ({"lora_alpha": "8"}, "lora_alpha is '8', expected numbers"),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\('"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(CheckpointError, match=told):
             scales(**settings)
     text = {place: pair for place, pair in pairs.items() if place[0] != "unet"}
     write(
-        file, text,
+        file,
+        text,
         lambda _, module: [f"base_model.model.text_model.{module}.lora_{x}.weight" for x in "AB"],
-    )  # fmt: skip
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "r": 3}))
     (found,) = load_lora(file, pipeline)["text_encoder"].values()
     np.testing.assert_allclose(found[1], 2 * text["text_encoder", TEXT][1], rtol=1e-6)
@@ -252,14 +258,21 @@ def test_a_convolution_in_three_parts(pipeline, before, tmp_path, torch):
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
 def test_both_text_encoders_of_xl(tmp_path, name):
-    settings = CLIPTextConfig.from_dict({
-        "vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "projection_dim": 5,
-    })  # fmt: skip
+    settings = CLIPTextConfig.from_dict(
+        {
+            "vocab_size": 8,
+            "hidden_size": 4,
+            "intermediate_size": 6,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "projection_dim": 5,
+        }
+    )
     pipeline = SimpleNamespace(
-        unet=None, text_encoder=CLIPTextModel(settings, rngs=nnx.Rngs(0)),
+        unet=None,
+        text_encoder=CLIPTextModel(settings, rngs=nnx.Rngs(0)),
         text_encoder_2=CLIPTextModelWithProjection(settings, rngs=nnx.Rngs(0)),
-    )  # fmt: skip
+    )
     second = name == "text_encoder_2"
     module = "encoder.layers.0.self_attn.out_proj"
     under = f"lora_te{1 + second}_text_model_{module.replace('.', '_')}.lora"
@@ -270,12 +283,18 @@ def test_both_text_encoders_of_xl(tmp_path, name):
         (f"{full}.lora_A.weight", f"{full}.lora_B.weight"),
         (f"{name}.{module}.lora_A.weight", f"{name}.{module}.lora_B.weight"),
         (f"{full}.lora_linear_layer.down.weight", f"{full}.lora_linear_layer.up.weight"),
-        *((f"{each}.text_model.{module}.lora_down.weight",
-           f"{each}.text_model.{module}.lora_up.weight")
-          for each in (clip, f"{clip}.transformer", f"text_encoders.{clip}.transformer")),
-        (f"{name}.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight",
-         f"{name}.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight"),
-    ]  # fmt: skip
+        *(
+            (
+                f"{each}.text_model.{module}.lora_down.weight",
+                f"{each}.text_model.{module}.lora_up.weight",
+            )
+            for each in (clip, f"{clip}.transformer", f"text_encoders.{clip}.transformer")
+        ),
+        (
+            f"{name}.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight",
+            f"{name}.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight",
+        ),
+    ]
     pair = np.ones((2, 4), np.float32), np.ones((4, 2), np.float32)
     place = ("text_model." if second else "") + module
     for keys in names:
@@ -342,8 +361,10 @@ def test_what_does_not_fit_is_told(pipeline, pairs, tmp_path):
     fails(both | {f"unet.{value}.lora_A.weight": one[:2]}, r"has A \[2, 3\] and B \[3, 3\]")
     fails(both | {f"unet.{value}.lora_A.weight": one * np.nan}, "holds NaN")
     fails(both | {f"unet.{value}.alpha": one}, r"alpha has shape \[3, 3\]")
-    fails({f"unet.{value}.lora_A.weight": one.astype(int), **{f"unet.{value}.lora_B.weight": one}},
-          "A is I64, expected floating")  # fmt: skip
+    fails(
+        {f"unet.{value}.lora_A.weight": one.astype(int), **{f"unet.{value}.lora_B.weight": one}},
+        "A is I64, expected floating",
+    )
     twice = kohya("unet", QUERY)
     fails(dict.fromkeys(twice, one), "under two names")
     with pytest.raises(CheckpointError, match="holds none of pytorch_lora_weights"):
@@ -371,8 +392,11 @@ def test_a_low_rank_difference_returns(pipeline, before, pairs, tmp_path):
     summary = save_lora(after, pipeline, tmp_path / "rank.safetensors", rank=3)
     assert set(summary.ranks.values()) == {3}
     assert set(summary.ranks) == {
-        "unet." + QUERY, "unet." + OUT, "unet." + CONV, "text_encoder.text_model." + TEXT,
-    }  # fmt: skip
+        "unet." + QUERY,
+        "unet." + OUT,
+        "unet." + CONV,
+        "text_encoder.text_model." + TEXT,
+    }
     assert summary.error < 1e-5
     assert summary.left_out == []
     same(merge_lora(pipeline, tmp_path / "rank.safetensors"), expected(before, pairs, 1.0))

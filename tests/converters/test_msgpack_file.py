@@ -69,13 +69,14 @@ def legacy(pipeline, tmp_path_factory):
     """The bundled model as diffusers 0.39 would have written it with Flax."""
     root = tmp_path_factory.mktemp("legacy")
     index = {
-        "_class_name": "FlaxStableDiffusionPipeline", "safety_checker": [None, None],
+        "_class_name": "FlaxStableDiffusionPipeline",
+        "safety_checker": [None, None],
         "unet": ["diffusers", "FlaxUNet2DConditionModel"],
         "vae": ["diffusers", "FlaxAutoencoderKL"],
         "text_encoder": ["transformers", "FlaxCLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "FlaxDDIMScheduler"],
-    }  # fmt: skip
+    }
     (root / "model_index.json").write_text(json.dumps(index))
     for name in MODELS:
         model = getattr(pipeline, name)
@@ -155,14 +156,19 @@ def test_layouts_types_and_boxes(tmp_path, monkeypatch):
     kernel = rng.standard_normal((3, 2, 4, 5)).astype(ml_dtypes.bfloat16)
     dense = rng.standard_normal((7, 6)).astype(np.float16)
     tree = {
-        "conv": {"kernel": kernel}, "norm": {"scale": np.arange(3.0), "bias": np.float32(2)},
-        "dense_1": {"kernel": {"value": dense}}, "steps": np.arange(4),
-    }  # fmt: skip
+        "conv": {"kernel": kernel},
+        "norm": {"scale": np.arange(3.0), "bias": np.float32(2)},
+        "dense_1": {"kernel": {"value": dense}},
+        "steps": np.arange(4),
+    }
     tensors = packed(tmp_path, tree)
     assert {key: (t.dtype, t.shape) for key, t in tensors.items()} == {
-        "conv.weight": ("BF16", (5, 4, 3, 2)), "norm.weight": ("F64", (3,)),
-        "norm.bias": ("F32", ()), "dense_1.weight": ("F16", (6, 7)), "steps": ("I64", (4,)),
-    }  # fmt: skip
+        "conv.weight": ("BF16", (5, 4, 3, 2)),
+        "norm.weight": ("F64", (3,)),
+        "norm.bias": ("F32", ()),
+        "dense_1.weight": ("F16", (6, 7)),
+        "steps": ("I64", (4,)),
+    }
     np.testing.assert_array_equal(tensors["conv.weight"].read(), kernel.transpose(3, 2, 0, 1))
     np.testing.assert_array_equal(tensors["dense_1.weight"].read(), dense.T)
     # a training state, and an array in chunks, as flax stores those above 2^30 bytes

@@ -79,11 +79,18 @@ def work(tmp_path_factory):
         for n, image in enumerate(pictures(count, len(name))):
             Image.fromarray(image).save(folder / name / f"{n}.png")
     entries = [
-        {"instance_prompt": "photo of a <new1> seven", "class_prompt": "seven",
-         "instance_data_dir": "photos", "class_data_dir": "others"},
-        {"instance_prompt": "photo of a <new2> three", "class_prompt": "three",
-         "instance_data_dir": "barn"},
-    ]  # fmt: skip
+        {
+            "instance_prompt": "photo of a <new1> seven",
+            "class_prompt": "seven",
+            "instance_data_dir": "photos",
+            "class_data_dir": "others",
+        },
+        {
+            "instance_prompt": "photo of a <new2> three",
+            "class_prompt": "three",
+            "instance_data_dir": "barn",
+        },
+    ]
     (folder / "concepts.json").write_text(json.dumps(entries))
     return folder
 
@@ -93,9 +100,21 @@ def learnt(work):
     """All of the cross-attention and one token, by the command."""
     out = work / "learnt"
     arguments = [
-        "personalize", "--model", work / "base", "--images", work / "photos", "--token", "<new1>",
-        "--class-word", "seven", "--output", out, "--trained", "crossattn", *STEPS,
-    ]  # fmt: skip
+        "personalize",
+        "--model",
+        work / "base",
+        "--images",
+        work / "photos",
+        "--token",
+        "<new1>",
+        "--class-word",
+        "seven",
+        "--output",
+        out,
+        "--trained",
+        "crossattn",
+        *STEPS,
+    ]
     assert run(*arguments) == 0
     return out
 
@@ -139,8 +158,15 @@ def close(one, other):
 
 def test_command_writes_a_pipeline_and_the_small_files(work, learnt):
     names = {file.name for file in learnt.iterdir()}
-    assert {"model_index.json", "unet", "text_encoder", "tokenizer", "<new1>.safetensors",
-            "personalising.json", "training.jsonl"} <= names  # fmt: skip
+    assert {
+        "model_index.json",
+        "unet",
+        "text_encoder",
+        "tokenizer",
+        "<new1>.safetensors",
+        "personalising.json",
+        "training.jsonl",
+    } <= names
     record = json.loads((learnt / "personalising.json").read_text())
     assert record["method"] == "ClassDiffusion" and record["settings"]["trained"] == "crossattn"
     assert record["concepts"][0]["images"] == 3 and record["last_step"]["step"] == 2
@@ -158,9 +184,18 @@ def test_command_writes_a_pipeline_and_the_small_files(work, learnt):
 
 def test_command_learns_several_subjects_and_goes_on_from_a_checkpoint(work, tmp_path, capsys):
     arguments = [
-        "personalize", "--model", work / "base", "--concepts", work / "concepts.json",
-        "--export", "weights", "--learning-rate", "0.05", "--seed", "3",
-    ]  # fmt: skip
+        "personalize",
+        "--model",
+        work / "base",
+        "--concepts",
+        work / "concepts.json",
+        "--export",
+        "weights",
+        "--learning-rate",
+        "0.05",
+        "--seed",
+        "3",
+    ]
     assert run(*arguments, "--steps", "3", "--output", tmp_path / "straight") == 0
     kept = ["--checkpoint-dir", tmp_path / "kept"]
     assert run(*arguments, *kept, "--steps", "1", "--output", tmp_path / "one") == 0
@@ -182,9 +217,22 @@ def test_command_learns_several_subjects_and_goes_on_from_a_checkpoint(work, tmp
 @pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth", "textual-inversion"])
 def test_baselines_write_what_they_train(work, tmp_path, method):
     arguments = [
-        "personalize", "--method", method, "--model", work / "base", "--images", work / "photos",
-        "--token", "<new1>", "--class-word", "seven", "--export", "weights", "--batch-size", "2",
-    ]  # fmt: skip
+        "personalize",
+        "--method",
+        method,
+        "--model",
+        work / "base",
+        "--images",
+        work / "photos",
+        "--token",
+        "<new1>",
+        "--class-word",
+        "seven",
+        "--export",
+        "weights",
+        "--batch-size",
+        "2",
+    ]
     if method != "textual-inversion":
         arguments += ["--class-images", work / "others"]
     assert run(*arguments, *STEPS, "--output", tmp_path / "out") == 0
@@ -209,10 +257,20 @@ def test_command_explains_what_is_wrong(work, tmp_path, capsys):
     refused(capsys, "name of a file", *one, "--token", "<a/b>")
     zebra = ["--token", "<n>", "--initializer", "zebra"]
     refused(capsys, "initializer 'zebra'", *one, *zebra)
-    refused(capsys, "not a folder", *base, "--images", tmp_path / "no", "--token", "<n>",
-            "--class-word", "seven")  # fmt: skip
-    refused(capsys, "needs images of the class", *one, "--token", "<n>",
-            "--method", "custom-diffusion")  # fmt: skip
+    refused(
+        capsys,
+        "not a folder",
+        *base,
+        "--images",
+        tmp_path / "no",
+        "--token",
+        "<n>",
+        "--class-word",
+        "seven",
+    )
+    refused(
+        capsys, "needs images of the class", *one, "--token", "<n>", "--method", "custom-diffusion"
+    )
     listed = [*base, "--concepts", work / "concepts.json"]
     refused(capsys, "holds 2 concepts, but 1 tokens", *listed, "--token", "<n>")
     refused(capsys, "class_data_dir", *listed, "--class-images", work / "others")
@@ -234,11 +292,18 @@ def test_class_images_that_lack_are_drawn(work, tmp_path):
     assert np.abs(difference).max() <= 1  # batches of other sizes round otherwise
 
     concepts = [
-        {"instance_prompt": "a <new1> seven", "class_prompt": "seven", "class_data_dir": "class",
-         "instance_data_dir": str(work / "photos")},
-        {"instance_prompt": "a <new2> three", "class_prompt": "three",
-         "instance_data_dir": str(work / "photos")},
-    ]  # fmt: skip
+        {
+            "instance_prompt": "a <new1> seven",
+            "class_prompt": "seven",
+            "class_data_dir": "class",
+            "instance_data_dir": str(work / "photos"),
+        },
+        {
+            "instance_prompt": "a <new2> three",
+            "class_prompt": "three",
+            "instance_data_dir": str(work / "photos"),
+        },
+    ]
     file = tmp_path / "concepts.json"
     file.write_text(json.dumps(concepts))
     assert read_class_folders(file) == [(folder, "seven")]
@@ -246,10 +311,27 @@ def test_class_images_that_lack_are_drawn(work, tmp_path):
 
 def test_command_draws_class_images(work, tmp_path, capsys):
     arguments = [
-        "personalize", "--method", "custom-diffusion", "--model", work / "base", "--token",
-        "<new1>", "--class-word", "seven", "--images", work / "photos", "--export", "weights",
-        "--batch-size", "2", *STEPS, "--class-count", "2", "--output", tmp_path / "out",
-    ]  # fmt: skip
+        "personalize",
+        "--method",
+        "custom-diffusion",
+        "--model",
+        work / "base",
+        "--token",
+        "<new1>",
+        "--class-word",
+        "seven",
+        "--images",
+        work / "photos",
+        "--export",
+        "weights",
+        "--batch-size",
+        "2",
+        *STEPS,
+        "--class-count",
+        "2",
+        "--output",
+        tmp_path / "out",
+    ]
     refused(capsys, "name it with --class-images", *arguments)
     assert run(*arguments, "--class-images", tmp_path / "class") == 0
     assert len(image_files(tmp_path / "class")) == 2
@@ -293,9 +375,11 @@ def test_custom_diffusion_file_is_the_one_diffusers_writes(work, learnt, tmp_pat
         cross = layer.endswith("attn2")
         key = everything[f"{layer}.to_k.weight"]
         made[name] = processors.CustomDiffusionAttnProcessor(
-            train_kv=cross, train_q_out=cross and trained == "crossattn",
-            hidden_size=key.shape[0], cross_attention_dim=key.shape[1] if cross else None,
-        )  # fmt: skip
+            train_kv=cross,
+            train_q_out=cross and trained == "crossattn",
+            hidden_size=key.shape[0],
+            cross_attention_dim=key.shape[1] if cross else None,
+        )
         if cross:
             own = {
                 name: everything[f"{layer}.{name.replace('_custom_diffusion', '')}"]
@@ -365,8 +449,9 @@ def test_layouts_of_others_are_read(learnt, tmp_path, torch):
     whole = torch.load(learnt / CUSTOM_DIFFUSION, weights_only=True)
     unet = {
         key.replace(".processor", "").replace("_custom_diffusion", ""): value
-        for key, value in whole.items() if len(value)
-    }  # fmt: skip
+        for key, value in whole.items()
+        if len(value)
+    }
     delta = {"unet": unet, "modifier_token": {"<new1>": torch.tensor(row)}}
     torch.save(delta, tmp_path / "delta-500.bin")
     received, expected = read("delta-500.bin"), read_personalisation(learnt)
@@ -390,13 +475,19 @@ def test_embeddings_of_every_program(work, tmp_path, torch, capsys):
         (a1111 | {"string_to_param": {"*": table}}, "x.pt", "cat"),
         (a1111 | {"string_to_param": {"*": torch.nn.Parameter(table)}}, "x.pt", "cat"),
         (a1111 | {"string_to_param": {"*": table}, "name": "big cat"}, "dog.pt", "dog"),
-        ({"string_to_token": {"*": torch.tensor(265)},
-          "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(table)})},
-         "embeddings_gs-500.pt", "embeddings_gs-500"),
+        (
+            {
+                "string_to_token": {"*": torch.tensor(265)},
+                "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(table)}),
+            },
+            "embeddings_gs-500.pt",
+            "embeddings_gs-500",
+        ),
         ({"<cat-toy>": table}, "learned_embeds.bin", "<cat-toy>"),
         ({"cat": table.to(torch.float64)}, "x.bin", "cat"),
-        (table, "bare.pt", "bare"), (torch.nn.Parameter(table), "bare.bin", "bare"),
-    ):  # fmt: skip
+        (table, "bare.pt", "bare"),
+        (torch.nn.Parameter(table), "bare.bin", "bare"),
+    ):
         torch.save(content, tmp_path / file)
         assert read(file) == {token: rows[0].tolist(), f"{token}_1": rows[1].tolist()}
         assert inspect_checkpoint(tmp_path / file).kind == "personalisation"
@@ -436,8 +527,17 @@ def test_embeddings_of_every_program(work, tmp_path, torch, capsys):
         load_personalised(base, tmp_path / "xl.safetensors")
     with pytest.raises(CheckpointError, match="is a textual inversion, which is no model"):
         load_pytorch(tmp_path / "xl.safetensors")
-    refused(capsys, "--add-scale is for LoRA files", "convert", work / "base", tmp_path / "out",
-            "--add", tmp_path / "x.pt", "--add-scale", "0.5")  # fmt: skip
+    refused(
+        capsys,
+        "--add-scale is for LoRA files",
+        "convert",
+        work / "base",
+        tmp_path / "out",
+        "--add",
+        tmp_path / "x.pt",
+        "--add-scale",
+        "0.5",
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model."])
@@ -450,7 +550,7 @@ def test_changed_weights_are_no_tokens(work, tmp_path, prefix):
     content = {
         prefix + (renamed(key, names) if "model" in prefix else key): value + 1
         for key, value in unet.items()
-    }  # fmt: skip
+    }
     content |= {f"text_encoder.text_model.{key}": value + 1 for key, value in text.items()}
     content = {key: np.array(value, order="C") for key, value in content.items()}
     safetensors.numpy.save_file(content, tmp_path / "uce.safetensors")

@@ -70,13 +70,25 @@ class Toy(nnx.Module):
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SHAPES = {
-    "blocks.0.linear.bias": (8,), "blocks.0.linear.weight": (8, 4),
-    "blocks.0.norm.bias": (4,), "blocks.0.norm.weight": (4,), "blocks.0.to_out.0.weight": (4, 8),
-    "blocks.1.linear.bias": (8,), "blocks.1.linear.weight": (8, 4),
-    "blocks.1.norm.bias": (4,), "blocks.1.norm.weight": (4,), "blocks.1.to_out.0.weight": (4, 8),
-    "conv.bias": (4,), "conv.weight": (4, 3, 3, 2), "embed.weight": (8, 4), "group.bias": (4,),
-    "group.weight": (4,), "narrow.weight": (1, 1, 1, 1), "scale": (), "token": (4,),
-}  # fmt: skip
+    "blocks.0.linear.bias": (8,),
+    "blocks.0.linear.weight": (8, 4),
+    "blocks.0.norm.bias": (4,),
+    "blocks.0.norm.weight": (4,),
+    "blocks.0.to_out.0.weight": (4, 8),
+    "blocks.1.linear.bias": (8,),
+    "blocks.1.linear.weight": (8, 4),
+    "blocks.1.norm.bias": (4,),
+    "blocks.1.norm.weight": (4,),
+    "blocks.1.to_out.0.weight": (4, 8),
+    "conv.bias": (4,),
+    "conv.weight": (4, 3, 3, 2),
+    "embed.weight": (8, 4),
+    "group.bias": (4,),
+    "group.weight": (4,),
+    "narrow.weight": (1, 1, 1, 1),
+    "scale": (),
+    "token": (4,),
+}
 
 
 def toy_tensors(dtype=np.float32, prefix=""):
@@ -168,10 +180,11 @@ def test_conversion_on_load_and_on_save(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        (np.float64, "F64"), (ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+        (np.float64, "F64"),
+        (ml_dtypes.float8_e4m3fn, "F8_E4M3"),
         (ml_dtypes.float8_e5m2, "F8_E5M2"),
     ],
-)  # fmt: skip
+)
 def test_types_that_no_parameter_keeps_are_converted_on_request(tmp_path, kind, name):
     source = tmp_path / "source"
     source.mkdir()
@@ -179,8 +192,9 @@ def test_types_that_no_parameter_keeps_are_converted_on_request(tmp_path, kind, 
     tensors = toy_tensors(kind)
     write_safetensors(
         source / "diffusion_pytorch_model.safetensors",
-        [PendingTensor(k, v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()], {},
-    )  # fmt: skip
+        [PendingTensor(k, v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()],
+        {},
+    )
     with pytest.raises(CheckpointError, match=rf"wrong type .*\({name}\).* --dtype float32"):
         load_toy(source)
     model = load_toy(source, param_dtype=jnp.float16)
@@ -200,9 +214,10 @@ def test_the_command_converts_them(tmp_path, monkeypatch, capsys):
     assert "--dtype float32" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     expected = toy_tensors(np.float64, "toy.")
-    same_bits(read(tmp_path / "out"), {
-        key: value.astype(ml_dtypes.bfloat16) for key, value in expected.items()
-    })  # fmt: skip
+    same_bits(
+        read(tmp_path / "out"),
+        {key: value.astype(ml_dtypes.bfloat16) for key, value in expected.items()},
+    )
 
 
 def test_values_that_do_not_fit_the_new_type(tmp_path):
@@ -293,11 +308,12 @@ def test_parts_that_nothing_computes_with_travel_along(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(bundled_model(), source)
     index = json.loads((source / "model_index.json").read_text()) | {
-        "_class_name": ["pipeline", "MyPipeline"], "requires_safety_checker": True,
+        "_class_name": ["pipeline", "MyPipeline"],
+        "requires_safety_checker": True,
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
         "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],  # not downloaded
-    }  # fmt: skip
+    }
     (source / "model_index.json").write_text(json.dumps(index))
     (source / "pipeline.py").write_text("raise SystemExit")
     (source / "feature_extractor").mkdir()
@@ -310,9 +326,11 @@ def test_parts_that_nothing_computes_with_travel_along(tmp_path):
     save_pytorch(pipeline, tmp_path / "out", dtype="float16")
     out = tmp_path / "out"
     for name in (
-        "safety_checker/model.safetensors", "safety_checker/deep/x", "pipeline.py",
+        "safety_checker/model.safetensors",
+        "safety_checker/deep/x",
+        "pipeline.py",
         "feature_extractor/preprocessor_config.json",
-    ):  # fmt: skip
+    ):
         assert (out / name).read_bytes() == (source / name).read_bytes()
         assert not (out / name).is_symlink()
     after = json.loads((out / "model_index.json").read_text())
@@ -439,8 +457,10 @@ def test_refuses_to_overwrite_without_force(tmp_path):
     model.token[...] = model.token[...] + 1
     save_pytorch(model, tmp_path / "out", force=True)
     assert sorted(os.listdir(tmp_path / "out")) == [
-        "conceptax.json", "config.json", "diffusion_pytorch_model.safetensors",
-    ]  # fmt: skip
+        "conceptax.json",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
     np.testing.assert_array_equal(read(tmp_path / "out")["toy.token"], np.asarray(model.token[...]))
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
@@ -582,26 +602,46 @@ def published(tmp_path_factory, torch):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     text_config = transformers.CLIPTextConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=12, projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     text = transformers.CLIPTextModel(text_config)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=16,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        attention_head_dim=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+    )
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        sample_size=16,
         up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+    )
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("published") / "pipeline"
     pipeline.save_pretrained(folder)
@@ -628,9 +668,12 @@ def test_pipeline_round_trip_is_bit_exact(published, exported):
         {"text_model." + key.removeprefix("text_model."): text[key] for key in text},
     )
     for name in (
-        "unet/config.json", "vae/config.json", "text_encoder/config.json", "model_index.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "model_index.json",
         "scheduler/scheduler_config.json",
-    ):  # fmt: skip
+    ):
         assert json.loads((target / name).read_text()) == json.loads((source / name).read_text())
 
 
@@ -641,8 +684,9 @@ def test_diffusers_draws_the_same_image_from_the_exported_folder(published, expo
     restored.set_progress_bar_config(disable=True)
     options = {
         "latents": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-        "num_inference_steps": 2, "output_type": "np",
-    }  # fmt: skip
+        "num_inference_steps": 2,
+        "output_type": "np",
+    }
     images = [pipe("the cat", **options).images for pipe in (published[1], restored)]
     np.testing.assert_array_equal(*images)
 
@@ -677,9 +721,13 @@ def test_tokenizer_survives_with_an_added_token(exported, tmp_path):
     save_pytorch(dataclasses.replace(pipeline, tokenizer=tokenizer), tmp_path / "out")
     folder = tmp_path / "out/tokenizer"
     assert sorted(os.listdir(folder)) == [
-        "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
-        "tokenizer_config.json", "vocab.json",
-    ]  # fmt: skip
+        "added_tokens.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
     assert json.loads((folder / "added_tokens.json").read_text()) == {"<new1>": 56}
     restored = transformers.CLIPTokenizer.from_pretrained(folder)
     from_vocabulary = transformers.CLIPTokenizer(
@@ -730,9 +778,12 @@ def test_half_precision_export_says_so_to_transformers(exported, tmp_path, torch
 def test_clip_with_both_towers(tmp_path, torch):
     transformers = pytest.importorskip("transformers")
     small = {
-        "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "projection_dim": 4,
-    }  # fmt: skip
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 4,
+    }
     original = transformers.CLIPModel(
         transformers.CLIPConfig(
             text_config={**small, "vocab_size": 20, "max_position_embeddings": 6},

@@ -52,8 +52,15 @@ class Sizes:
 BASE = Sizes((128, 256, 512, 1024), 640, 12, 640, False)
 LARGE = Sizes((192, 384, 768, 1536), 768, 16, 768, True)
 # The keys of the Base and the Large model with widths of a few numbers.
-SHRUNK = {"hidden": 32, "encoder_ffn": 6, "decoder_ffn": 10, "queries": 3, "vocabulary": 11,
-          "context": 5, "classes": 7}  # fmt: skip
+SHRUNK = {
+    "hidden": 32,
+    "encoder_ffn": 6,
+    "decoder_ffn": 10,
+    "queries": 3,
+    "vocabulary": 11,
+    "context": 5,
+    "classes": 7,
+}
 SMALL_BASE = Sizes((2, 4, 6, 10), 16, 12, 16, False, **SHRUNK)
 SMALL_LARGE = Sizes((2, 4, 6, 12), 16, 16, 16, True, **SHRUNK)
 
@@ -72,10 +79,12 @@ def attention(name, width):
 
 def clip_keys(s):
     keys = {
-        "positional_embedding": (s.context, s.width), "text_projection": (s.width, s.embed),
-        "logit_scale": (), "token_embedding.weight": (s.vocabulary, s.width),
+        "positional_embedding": (s.context, s.width),
+        "text_projection": (s.width, s.embed),
+        "logit_scale": (),
+        "token_embedding.weight": (s.vocabulary, s.width),
         **pair("ln_final", (s.width,)),
-    }  # fmt: skip
+    }
     for i in range(s.layers):
         block = f"transformer.resblocks.{i}"
         keys |= pair(f"{block}.ln_1", (s.width,)) | pair(f"{block}.ln_2", (s.width,))
@@ -319,8 +328,9 @@ def test_files_are_told_apart_by_their_names(published, torch, tmp_path):
     own = {key: tensors[f"{TEACHER}{key}"] for key in clip_keys(sizes)}
     safetensors.numpy.save_file(own, tmp_path / "clip.safetensors")
     for source, keys, prefix in (
-        (path, model_keys(sizes), ""), (tmp_path / "clip.safetensors", clip_keys(sizes), TEACHER),
-    ):  # fmt: skip
+        (path, model_keys(sizes), ""),
+        (tmp_path / "clip.safetensors", clip_keys(sizes), TEACHER),
+    ):
         convert.run(convert.Command(source, tmp_path / "out", force=True))
         written = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
         same_bits(written, {key: tensors[prefix + key] for key in keys})
@@ -380,9 +390,10 @@ def test_sizes_that_shapes_do_not_tell(published):
     config = load_maft_plus(path).config
     text = dataclasses.replace(config.clip_config.text_config, heads=4)
     other = dataclasses.replace(
-        config, clip_config=dataclasses.replace(config.clip_config, text_config=text),
+        config,
+        clip_config=dataclasses.replace(config.clip_config, text_config=text),
         transfer_heads=2,
-    )  # fmt: skip
+    )
     model = load_maft_plus(path, config=other)
     assert model.backbone.clip_model.transformer.resblocks[0].attn.heads == 4
     assert model.cdt.cross_atten.multihead_attn.heads == 2

@@ -21,9 +21,13 @@ from conceptax.methods.sampling import NoiseSchedule, ddim_sampler
 from conceptax.methods.text_to_image import sample_latents
 
 CONFIG = DiTTransformer2DConfig(
-    num_attention_heads=2, attention_head_dim=4, num_layers=2, sample_size=12,
-    num_embeds_ada_norm=5, in_channels=3,
-)  # fmt: skip
+    num_attention_heads=2,
+    attention_head_dim=4,
+    num_layers=2,
+    sample_size=12,
+    num_embeds_ada_norm=5,
+    in_channels=3,
+)
 GRID = (6, 6)
 SPARSE = (GNA(window=(4, 3), stride=(2, 1)), GNA(window=3, stride=3, dilation=2))
 
@@ -212,10 +216,16 @@ def test_folders_of_the_first_release_load(params, tmp_path):
     folder = save_pytorch(nnx.merge(graph(None), params), tmp_path / "dit")
     config = json.loads((folder / "config.json").read_text())
     old = {
-        **config, "_class_name": "Transformer2DModel", "cross_attention_dim": None,
-        "double_self_attention": False, "norm_num_groups": 32, "num_vector_embeds": None,
-        "only_cross_attention": False, "upcast_attention": False, "use_linear_projection": False,
-    }  # fmt: skip
+        **config,
+        "_class_name": "Transformer2DModel",
+        "cross_attention_dim": None,
+        "double_self_attention": False,
+        "norm_num_groups": 32,
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "upcast_attention": False,
+        "use_linear_projection": False,
+    }
     (folder / "config.json").write_text(json.dumps(old))
     model = load_pytorch(folder)
     assert isinstance(model, DiTTransformer2DModel)

@@ -37,10 +37,16 @@ from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTe
 from conceptax.methods.training import leaf_paths
 
 SMALL = Mask2FormerConfig(
-    feature_channels=segmentation_oracles.CHANNELS, class_dim=12,
-    hidden_dim=segmentation_oracles.WIDTH, heads=4, encoder_layers=2, encoder_ffn=32,
-    decoder_layers=4, decoder_ffn=32, num_queries=6,
-)  # fmt: skip
+    feature_channels=segmentation_oracles.CHANNELS,
+    class_dim=12,
+    hidden_dim=segmentation_oracles.WIDTH,
+    heads=4,
+    encoder_layers=2,
+    encoder_ffn=32,
+    decoder_layers=4,
+    decoder_ffn=32,
+    num_queries=6,
+)
 INIT = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
@@ -95,9 +101,12 @@ def test_transfer_equals_the_authors(form, token_order, golden):
         key.removeprefix("param."): stored[key] for key in stored if key.startswith("param.")
     }
     oracle = oracles.Oracle(
-        None, {"image": stored["in.image_tokens_bchw"].transpose(0, 2, 3, 1)}, {}, None,
+        None,
+        {"image": stored["in.image_tokens_bchw"].transpose(0, 2, 3, 1)},
+        {},
+        None,
         lambda model, image: model(jnp.asarray(stored["in.text_rows"]), image),
-    )  # fmt: skip
+    )
     graphdef, state = nnx.split(segmentation_oracles.fill(model, parameters))
 
     @jax.jit
@@ -185,9 +194,10 @@ def test_sampling_equals_grid_sample(torch):
     one = rng.normal(size=(5, 6, 3)).astype(np.float32)
     points = rng.uniform(-0.1, 1.1, (9, 2)).astype(np.float32)
     expected = torch.nn.functional.grid_sample(
-        torch.tensor(one).permute(2, 0, 1)[None], torch.tensor(2 * points - 1)[None, :, None],
+        torch.tensor(one).permute(2, 0, 1)[None],
+        torch.tensor(2 * points - 1)[None, :, None],
         align_corners=False,
-    )  # fmt: skip
+    )
     received = sample_points(jnp.asarray(one), jnp.asarray(points))
     np.testing.assert_allclose(received, expected[0, :, :, 0].numpy().T, atol=1e-5)
     plain = sample_points(jnp.asarray(one[..., 0]), jnp.asarray(points))
@@ -197,9 +207,11 @@ def test_sampling_equals_grid_sample(torch):
 def test_a_layout_that_does_not_fit():
     with pytest.raises(ValueError, match=r"hold 12 tokens; received 11 tokens and points in 1"):
         sample_levels(
-            jnp.zeros((1, 11, 1, 2)), ((3, 4),), jnp.zeros((1, 1, 1, 1, 1, 2)),
+            jnp.zeros((1, 11, 1, 2)),
+            ((3, 4),),
+            jnp.zeros((1, 1, 1, 1, 1, 2)),
             jnp.zeros((1, 1, 1, 1, 1)),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("size", [(9, 14), (4, 5), (2, 9)])

@@ -52,34 +52,61 @@ def agree(torch, module, model, torch_call, jax_call, image):
     with jax.default_matmul_precision("highest"):
         gradient, output = ours(nnx.to_pure_dict(state), image)
     for received, theirs, wanted in (
-        (output, single, exact), (gradient, single_gradient, exact_gradient),
-    ):  # fmt: skip
+        (output, single, exact),
+        (gradient, single_gradient, exact_gradient),
+    ):
         error = relative_error(np.asarray(received), wanted)
         assert error < 2 * relative_error(theirs, wanted) + 2e-6, error
 
 
 CASES = {
-    "dinov2": (dinov2, 28, {
-        "states": (lambda m, x: m(nchw(x)).last_hidden_state,
-                   lambda m, x: m(x).last_hidden_state),
-        "other size": (lambda m, x: m(nchw(x[:, :21])).pooler_output,
-                       lambda m, x: m(x[:, :21]).pooled),
-    }),
-    "blip": (blip, 16, {
-        "contrast": (lambda m, x: m(ids(), nchw(x), use_itm_head=False,
-                                    attention_mask=ids(MASK)).itm_score,
-                     lambda m, x: m(TEXT, x, SEEN)),
-        "matching": (lambda m, x: m(ids(), nchw(x), attention_mask=ids(MASK)).itm_score,
-                     lambda m, x: m.matching_logits(TEXT, x, SEEN)),
-    }),
-    "blip_2": (blip_2, 16, {
-        "contrast": (lambda m, x: m(nchw(x), ids(), ids(MASK)).logits_per_image,
-                     lambda m, x: m(TEXT, x, SEEN)),
-        "matching": (lambda m, x: m(nchw(x), ids(), ids(MASK),
-                                    use_image_text_matching_head=True).logits_per_image,
-                     lambda m, x: m.matching_logits(TEXT, x, SEEN)),
-    }),
-}  # fmt: skip
+    "dinov2": (
+        dinov2,
+        28,
+        {
+            "states": (
+                lambda m, x: m(nchw(x)).last_hidden_state,
+                lambda m, x: m(x).last_hidden_state,
+            ),
+            "other size": (
+                lambda m, x: m(nchw(x[:, :21])).pooler_output,
+                lambda m, x: m(x[:, :21]).pooled,
+            ),
+        },
+    ),
+    "blip": (
+        blip,
+        16,
+        {
+            "contrast": (
+                lambda m, x: (
+                    m(ids(), nchw(x), use_itm_head=False, attention_mask=ids(MASK)).itm_score
+                ),
+                lambda m, x: m(TEXT, x, SEEN),
+            ),
+            "matching": (
+                lambda m, x: m(ids(), nchw(x), attention_mask=ids(MASK)).itm_score,
+                lambda m, x: m.matching_logits(TEXT, x, SEEN),
+            ),
+        },
+    ),
+    "blip_2": (
+        blip_2,
+        16,
+        {
+            "contrast": (
+                lambda m, x: m(nchw(x), ids(), ids(MASK)).logits_per_image,
+                lambda m, x: m(TEXT, x, SEEN),
+            ),
+            "matching": (
+                lambda m, x: (
+                    m(nchw(x), ids(), ids(MASK), use_image_text_matching_head=True).logits_per_image
+                ),
+                lambda m, x: m.matching_logits(TEXT, x, SEEN),
+            ),
+        },
+    ),
+}
 
 
 def ids(values=IDS):
@@ -124,17 +151,26 @@ def published(transformers, name):
         config = transformers.BlipConfig(text_config=one, vision_config=one)
         return transformers.BlipForImageTextRetrieval(config), 384
     if name == "clip":
-        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-                  "patch_size": 14}  # fmt: skip
-        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-                "vocab_size": 99}  # fmt: skip
+        vision = {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+        }
+        text = {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "vocab_size": 99,
+        }
         config = transformers.CLIPConfig(
             text_config=text | one, vision_config=vision | one, projection_dim=768
         )
         return transformers.CLIPModel(config), 224
     config = transformers.Blip2Config(
-        vision_config=one, qformer_config={**one, "use_qformer_text_input": True},
-    )  # fmt: skip
+        vision_config=one,
+        qformer_config={**one, "use_qformer_text_input": True},
+    )
     return transformers.Blip2ForImageTextRetrieval(config), 224
 
 
@@ -167,8 +203,15 @@ def test_masked_patches_and_unfit_images(torch, transformers, tmp_path):
     with pytest.raises(ValueError, match="use_swiglu_ffn=True"):
         Dinov2Config.from_dict({"use_swiglu_ffn": True})
     plain = Dinov2Model(
-        Dinov2Config(hidden_size=4, num_hidden_layers=1, num_attention_heads=2, image_size=7,
-                     patch_size=7, use_mask_token=False), rngs=nnx.Rngs(0),
-    )  # fmt: skip
+        Dinov2Config(
+            hidden_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=7,
+            patch_size=7,
+            use_mask_token=False,
+        ),
+        rngs=nnx.Rngs(0),
+    )
     with pytest.raises(ValueError, match="no mask token"):
         plain(jnp.zeros((1, 7, 7, 3)), jnp.zeros((1, 1), bool))

@@ -38,37 +38,51 @@ ORACLES = {
         {"use_linear_projection": True, "attention_head_dim": (2, 4), "layers_per_block": (1, 2)},
     ),
     "unet without middle": (
-        "unet", {"mid_block_type": None, "center_input_sample": True, "flip_sin_to_cos": False}
+        "unet",
+        {"mid_block_type": None, "center_input_sample": True, "flip_sin_to_cos": False},
     ),
     "unet of SDXL": ("unet_xl", {}),
     "video unet": ("unet_motion", {}),
     "video unet with other settings": (
         "unet_motion",
-        {"size": (9, 7), "use_motion_mid_block": False, "use_linear_projection": True,
-         "layers_per_block": (1, 2), "motion_num_attention_heads": (1, 2),
-         "temporal_transformer_layers_per_block": (2, 1)},
+        {
+            "size": (9, 7),
+            "use_motion_mid_block": False,
+            "use_linear_projection": True,
+            "layers_per_block": (1, 2),
+            "motion_num_attention_heads": (1, 2),
+            "temporal_transformer_layers_per_block": (2, 1),
+        },
     ),
     "dit": ("dit", {}),
     "dit with other settings": (
-        "dit", {"norm_elementwise_affine": True, "norm_eps": 1e-3, "attention_bias": False,
-                "patch_size": 1, "out_channels": None}
+        "dit",
+        {
+            "norm_elementwise_affine": True,
+            "norm_eps": 1e-3,
+            "attention_bias": False,
+            "patch_size": 1,
+            "out_channels": None,
+        },
     ),
     "dit beyond its size": ("dit", {"sample_size": 4}),
     "autoencoder": ("autoencoder", {}),
     "autoencoder without attention": (
-        "autoencoder", {"mid_block_add_attention": False, "use_quant_conv": False,
-                        "use_post_quant_conv": False}
+        "autoencoder",
+        {"mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False},
     ),
     "clip text": ("clip_text", {}),
     "clip text, published end of text": ("clip_text", {"eos_token_id": 2, "hidden_act": "gelu"}),
     "clip text of SD 2": (
-        "clip_text", {"eos_token_id": 2, "hidden_act": "gelu", "num_hidden_layers": 1}
+        "clip_text",
+        {"eos_token_id": 2, "hidden_act": "gelu", "num_hidden_layers": 1},
     ),
     "clip text with projection": (
-        "clip_text", {"projection": True, "eos_token_id": 2, "hidden_act": "gelu"}
+        "clip_text",
+        {"projection": True, "eos_token_id": 2, "hidden_act": "gelu"},
     ),
     "clip": ("clip", {}),
-}  # fmt: skip
+}
 
 
 # What the others cover in fewer programs.
@@ -182,9 +196,14 @@ def test_published_sizes():
 
 def test_bfloat16_computes_and_stores():
     config = CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        vocab_size=50, max_position_embeddings=8, eos_token_id=49,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+        max_position_embeddings=8,
+        eos_token_id=49,
+    )
     model = CLIPTextModel(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     ids = jnp.array([[3, 4, 49]])
     assert model(ids).pooled.dtype == jnp.bfloat16
@@ -272,9 +291,14 @@ def test_attention_is_the_same_at_any_size(long, monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
     config = CLIPTextConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        vocab_size=9, max_position_embeddings=4, eos_token_id=8,
-    )  # fmt: skip
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=9,
+        max_position_embeddings=4,
+        eos_token_id=8,
+    )
     model = CLIPTextModel(config, rngs=nnx.Rngs(0))
     ids = jax.random.randint(jax.random.key(1), (6, 4), 0, 8)
     mask = jax.random.bernoulli(jax.random.key(2), 0.7, (6, 4)).at[:, 0].set(True)
@@ -318,9 +342,12 @@ def test_a_kernel_larger_than_the_image_convolves(stride, padding):
 
     def expected(params, x):
         return jax.lax.conv_general_dilated(
-            x, params["kernel"][...], (stride, stride), ((padding, padding),) * 2,
+            x,
+            params["kernel"][...],
+            (stride, stride),
+            ((padding, padding),) * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
+        )
 
     def both(function):
         out, pull = jax.vjp(function, params, x)
@@ -405,9 +432,14 @@ def test_configs_refuse_what_they_cannot_represent(
 
 def test_inputs_of_the_wrong_shape_are_named():
     config = CLIPTextConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        vocab_size=9, max_position_embeddings=4, eos_token_id=8,
-    )  # fmt: skip
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vocab_size=9,
+        max_position_embeddings=4,
+        eos_token_id=8,
+    )
     model = CLIPTextModel(config, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="at most 4 tokens, received 5"):
         model(jnp.zeros((1, 5), jnp.int32))

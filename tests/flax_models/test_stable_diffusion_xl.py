@@ -68,15 +68,23 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(
         named = dict(zip(keys, map(tuple, pairs), strict=True))
     with torch.no_grad():
         expected = folder[0](
-            PROMPTS, negative_prompt=None if negative is None else [negative] * 2,
-            num_inference_steps=STEPS, guidance_scale=3.0, output_type="np", **named,
+            PROMPTS,
+            negative_prompt=None if negative is None else [negative] * 2,
+            num_inference_steps=STEPS,
+            guidance_scale=3.0,
+            output_type="np",
+            **named,
             latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
-        ).images  # fmt: skip
+        ).images
     assert expected.std() > 0.01
     images = drawer(
-        PROMPTS, num_inference_steps=STEPS, guidance_scale=3.0, latents=latents, sizes=sizes,
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        latents=latents,
+        sizes=sizes,
         negative_prompt=negative,
-    )  # fmt: skip
+    )
     assert np.abs(images - np.round(expected * 255)).max() <= 1
 
     def ids(texts):
@@ -84,11 +92,16 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(
         return np.stack([t2i.tokenize(tokenizer, texts) for tokenizer in tokenizers], axis=1)
 
     received = t2i.jitted_generate(
-        drawer.static, drawer.params, ids(PROMPTS),
-        np.zeros(0, np.int32) if negative is None else ids([negative]), latents,
-        t2i.make_sampler(drawer.schedule, num_inference_steps=STEPS), 3.0, keys=None,
+        drawer.static,
+        drawer.params,
+        ids(PROMPTS),
+        np.zeros(0, np.int32) if negative is None else ids([negative]),
+        latents,
+        t2i.make_sampler(drawer.schedule, num_inference_steps=STEPS),
+        3.0,
+        keys=None,
         sizes=None if sizes is None else np.asarray(sizes, np.float32),
-    )  # fmt: skip
+    )
     received = np.asarray(received) * 0.5 + 0.5
     # The requirement is 1e-3; the rest is float32 rounding.
     assert np.linalg.norm(received - expected) < 1e-4 * np.linalg.norm(expected)

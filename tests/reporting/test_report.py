@@ -111,10 +111,13 @@ class Page(HTMLParser):
 def test_the_report_is_one_file_and_escapes_text():
     picture = Picture(png_bytes(images(1)[0]), "<caption>")
     page = html_report(
-        title="t & t", lead="<lead>", grid=picture,
+        title="t & t",
+        lead="<lead>",
+        grid=picture,
         tables=[Table("found", ("a", "b"), [("a <b>", counted(FIGURE))], "note")] * 2,
-        galleries=[Gallery("first", "text", [picture, picture])], record='{"a": 1}',
-    )  # fmt: skip
+        galleries=[Gallery("first", "text", [picture, picture])],
+        record='{"a": 1}',
+    )
     parsed = Page()
     parsed.feed(page)
     assert not parsed.open
@@ -131,9 +134,15 @@ def test_the_report_is_one_file_and_escapes_text():
 def test_tables_become_markdown():
     table = Table("found", ("a", "b"), [("x|y", counted(FIGURE)), ("z", Number("1.2"))], "note")
     assert markdown_table(table).splitlines() == [
-        "## found", "", "| a | b |", "| --- | ---: |", "| x\\|y | 47/48 (98 %), 89–100 % |",
-        "| z | 1.2 |", "", "note",
-    ]  # fmt: skip
+        "## found",
+        "",
+        "| a | b |",
+        "| --- | ---: |",
+        "| x\\|y | 47/48 (98 %), 89–100 % |",
+        "| z | 1.2 |",
+        "",
+        "note",
+    ]
     assert counted(None) == Number("–")
 
 
@@ -170,18 +179,20 @@ def test_figures_are_written_one_line_a_record(tmp_path):
     write_records(tmp_path / "figures.json", content)
     text = (tmp_path / "figures.json").read_text(encoding="utf-8")
     assert json.loads(text) == content
-    assert text == "\n".join([
-        "{",
-        ' "date": "today",',
-        ' "list": [1, [2]],',
-        ' "rows": {',
-        '  "a": {"mean": 0.5, "values": [1, {"deep": null}]},',
-        '  "ö": {}',
-        " },",
-        ' "runs": [',
-        '  {"n": 1},',
-        '  {"n": 2}',
-        " ]",
-        "}",
-        "",
-    ])  # fmt: skip
+    assert text == "\n".join(
+        [
+            "{",
+            ' "date": "today",',
+            ' "list": [1, [2]],',
+            ' "rows": {',
+            '  "a": {"mean": 0.5, "values": [1, {"deep": null}]},',
+            '  "ö": {}',
+            " },",
+            ' "runs": [',
+            '  {"n": 1},',
+            '  {"n": 2}',
+            " ]",
+            "}",
+            "",
+        ]
+    )

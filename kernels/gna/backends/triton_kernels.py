@@ -171,9 +171,7 @@ def _attend(q, k, v, seen, state, MASKED: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def forward(
-    query, key, value, additional_keys, additional_values, output, lse, S: tl.constexpr
-):  # fmt: skip
+def forward(query, key, value, additional_keys, additional_values, output, lse, S: tl.constexpr):
     """Output and log-sum-exp of one query tile per program, tiles before heads before batch."""
     program = tl.program_id(0)
     lane = program // S.count
@@ -236,9 +234,17 @@ def _add_to_query(q, do, k, v, seen, lse, delta, dq, MASKED: tl.constexpr, S: tl
 
 @triton.jit
 def backward_query(
-    query, key, value, additional_keys, additional_values, d_output, lse, delta, d_query,
+    query,
+    key,
+    value,
+    additional_keys,
+    additional_values,
+    d_output,
+    lse,
+    delta,
+    d_query,
     S: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient of one query tile per program, in the order of `forward`."""
     program = tl.program_id(0)
     lane = program // S.count
@@ -296,9 +302,7 @@ def _add_to_keys(q, do, k, v, seen, lse, delta, dk, dv, MASKED: tl.constexpr, S:
 
 
 @triton.jit
-def backward_keys(
-    query, key, value, d_output, lse, delta, d_key, d_value, S: tl.constexpr
-):  # fmt: skip
+def backward_keys(query, key, value, d_output, lse, delta, d_key, d_value, S: tl.constexpr):
     """Gradients of one key tile per program, from the tiles of queries that see any of it.
 
     Tiles are of keys here, and programs are in the order of `forward`, by key head.
@@ -340,9 +344,7 @@ def backward_keys(
 
 
 @triton.jit
-def backward_additional(
-    query, key, value, d_output, lse, delta, d_key, d_value, S: tl.constexpr
-):  # fmt: skip
+def backward_additional(query, key, value, d_output, lse, delta, d_key, d_value, S: tl.constexpr):
     """Gradients of one tile of additional keys per program, from a part of the queries.
 
     Every query sees these keys, so the queries are cut into parts of some tiles; gradients are

@@ -14,9 +14,14 @@ from conceptax.reporting.pictures import save_png
 
 
 def complete_class_images(
-    pipeline: StableDiffusionPipeline, folders: Sequence[tuple[Path, str]], count: int, seed: int,
-    *, steps: int = 50, guidance: float = 6.0,
-) -> int:  # fmt: skip
+    pipeline: StableDiffusionPipeline,
+    folders: Sequence[tuple[Path, str]],
+    count: int,
+    seed: int,
+    *,
+    steps: int = 50,
+    guidance: float = 6.0,
+) -> int:
     """Draw images until every folder has `count`.
 
     Image n of a folder is drawn from the noise of the seed's image n, by DDIM with eta 1, so a
@@ -41,9 +46,15 @@ def complete_class_images(
         if have >= count:
             continue
         images = text_to_image(
-            pipeline, [prompt] * (count - have), seed=seed, first_index=have, sampler="ddim",
-            eta=1.0, num_inference_steps=steps, guidance_scale=guidance,
-        )  # fmt: skip
+            pipeline,
+            [prompt] * (count - have),
+            seed=seed,
+            first_index=have,
+            sampler="ddim",
+            eta=1.0,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images, start=have):
             save_png(image, folder / f"drawn_{number:04d}.png", {"prompt": prompt})

@@ -215,9 +215,14 @@ def _write_file(command: Command, model: Any, file: Path) -> None:
         print(f"{len(keys)} tensors differ")
         return
     summary = save_lora(
-        model, original, file, rank=command.rank, energy=command.energy, dtype=command.dtype,
+        model,
+        original,
+        file,
+        rank=command.rank,
+        energy=command.energy,
+        dtype=command.dtype,
         force=True,
-    )  # fmt: skip
+    )
     ranks = sorted(summary.ranks.values())
     print(
         f"{len(ranks)} modules, rank {ranks[0]} to {ranks[-1]}, relative error {summary.error:.1e}"

@@ -114,9 +114,13 @@ def run(command: Command) -> None:
         with stage("erase", f"erasing {CONCEPT!r} from the text encoder"):
             (folder / "erased").mkdir()
             edited = erase_into(
-                folder / "erased", pipeline, [CONCEPT], command.sage, seed=command.seed,
+                folder / "erased",
+                pipeline,
+                [CONCEPT],
+                command.sage,
+                seed=command.seed,
                 source=str(command.model or "bundled"),
-            )  # fmt: skip
+            )
         with stage("after", f"drawing {count} images with the edited model"):
             after = look(TextToImage.from_pipeline(edited))
         seconds["total"] = round(sum(seconds.values()), 1)
@@ -155,14 +159,16 @@ def _record(
         "images_per_figure": command.images,
         "prompts": "held-out wordings; every name of a digit equally often",
         "sampling": {
-            "sampler": "the model's own", "steps": command.steps, "guidance": command.guidance,
+            "sampler": "the model's own",
+            "steps": command.steps,
+            "guidance": command.guidance,
         },
         "figures": figures,
         "judge": judge.measured,
         "settings": dataclasses.asdict(command.sage),
         "seconds": seconds,
         **environment(),
-    }  # fmt: skip
+    }
 
 
 def _show(console: Console, command: Command, record: dict[str, Any]) -> None:

@@ -21,9 +21,18 @@ _OPTIONAL = {
     "matplotlib": "pictures of gna search: pip install 'conceptax[demo]'",
 }
 _CORE = (
-    "conceptax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
-    "huggingface_hub", "safetensors", "numpy", "scipy",
-)  # fmt: skip
+    "conceptax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "scipy",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +122,10 @@ def _compilers() -> list[tuple[str, str]]:
     from conceptax.kernels.gna.cuda import build
 
     names = {"cpu": "C++", "gpu": "CUDA"}
-    return [(name, build.compiler(target) or build.missing(target) or "")
-            for target, name in names.items()]  # fmt: skip
+    return [
+        (name, build.compiler(target) or build.missing(target) or "")
+        for target, name in names.items()
+    ]
 
 
 def _backends() -> list[tuple[str, str]]:

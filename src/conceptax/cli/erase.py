@@ -107,10 +107,18 @@ def run(command: Command[Any]) -> None:
         print(describe_near(retained, command.settings.similarity_cap), end="")
         with flags(("prompts", "local_rows")):
             erase_into(
-                folder, pipeline, concepts, command.settings, seed=command.seed,
-                retain=retained, source=str(command.model or "bundled"), export=command.export,
-                dtype=command.dtype, mesh=mesh, kept=kept,
-            )  # fmt: skip
+                folder,
+                pipeline,
+                concepts,
+                command.settings,
+                seed=command.seed,
+                retain=retained,
+                source=str(command.model or "bundled"),
+                export=command.export,
+                dtype=command.dtype,
+                mesh=mesh,
+                kept=kept,
+            )
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
@@ -142,10 +150,19 @@ def _check_options(command: Command[Any], method: Method) -> None:
 
 
 def erase_into(
-    folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[str], config: Any, *,
-    seed: int, source: str, retain: Sequence[str] | Retained | None = None,
-    export: Export = "pipeline", dtype: str = "float32", mesh: Any = None, kept: Kept = NOT_KEPT,
-) -> StableDiffusionPipeline:  # fmt: skip
+    folder: Path,
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: Any,
+    *,
+    seed: int,
+    source: str,
+    retain: Sequence[str] | Retained | None = None,
+    export: Export = "pipeline",
+    dtype: str = "float32",
+    mesh: Any = None,
+    kept: Kept = NOT_KEPT,
+) -> StableDiffusionPipeline:
     """Erase, write the result and its record into an empty `folder`, and return the pipeline.
 
     Args:

@@ -132,17 +132,23 @@ def run(command: Command[Any]) -> None:
         require_images(settings[name], f"take a smaller {flag}")
     models = [settings[name] for name in _MODELS if settings[name] is not None]
     with new_folder(
-        command.output, force=command.force, command=command, markers=[METRICS],
+        command.output,
+        force=command.force,
+        command=command,
+        markers=[METRICS],
         sources=map(Path, models),
-    ) as folder:  # fmt: skip
+    ) as folder:
         began = time.perf_counter()
         result = evaluate_settings(settings, Console(stderr=True))
         seconds = {**result.seconds, "total": round(time.perf_counter() - began, 2)}
         erasing = erasing_record(Path(settings["edited"]))
         record = {
-            **result.metrics, "settings": settings, "erasing": erasing, **environment(),
+            **result.metrics,
+            "settings": settings,
+            "erasing": erasing,
+            **environment(),
             "seconds": seconds,
-        }  # fmt: skip
+        }
         write_json(folder / METRICS, record)
         tables = [*report_tables(result.metrics, settings), *near_tables(erasing)]
         page = report_page(result, tables, record)
@@ -254,9 +260,17 @@ def evaluate_settings(settings: Mapping[str, Any], progress: Console | None = No
     if rows is not None:
         rows = read_unsafe_prompts(rows, category=settings["unsafe_category"])
     return evaluate(
-        original, edited, concepts, classifier, _suites(settings, classifier), config,
-        clip=clip, unsafe=rows or (), never_knew=never_knew, report=report,
-    )  # fmt: skip
+        original,
+        edited,
+        concepts,
+        classifier,
+        _suites(settings, classifier),
+        config,
+        clip=clip,
+        unsafe=rows or (),
+        never_knew=never_knew,
+        report=report,
+    )
 
 
 def _suites(settings: Mapping[str, Any], classifier: Any) -> Suites:

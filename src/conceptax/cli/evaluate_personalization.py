@@ -101,9 +101,12 @@ def run(command: Command) -> None:
             images, prompts = _drawn(command, folder)
         metrics = measure(images, prompts, subjects, instruments)
         record = {
-            "images": len(images), **metrics, "settings": _settings(command), **environment(),
+            "images": len(images),
+            **metrics,
+            "settings": _settings(command),
+            **environment(),
             "seconds": round(time.perf_counter() - began, 2),
-        }  # fmt: skip
+        }
         write_json(folder / METRICS, record)
         markdown = "\n".join(map(markdown_table, _tables(record)))
         (folder / "table.md").write_text(markdown, encoding="utf-8")
@@ -144,10 +147,15 @@ def _drawn(command: Command, folder: Path) -> tuple[np.ndarray, list[str]]:
     assert command.model is not None
     pipeline = load_pipeline(command.model, command.dtype, "evaluating")
     images = text_to_image(
-        pipeline, prompts, seed=command.seed, num_inference_steps=command.steps,
-        guidance_scale=command.guidance, sampler="ddim", eta=command.eta,
+        pipeline,
+        prompts,
+        seed=command.seed,
+        num_inference_steps=command.steps,
+        guidance_scale=command.guidance,
+        sampler="ddim",
+        eta=command.eta,
         batch_size=command.batch_size,
-    )  # fmt: skip
+    )
     (folder / "images").mkdir()
     files = [f"{n:04d}.png" for n in range(len(images))]
     for image, name in zip(images, files, strict=True):
@@ -192,9 +200,12 @@ def _tables(record: Mapping[str, Any]) -> list[Table]:
         for metric, figure in metrics.items():
             among = figure.get("references")
             rows.append(
-                (f"{metric}, {name}", _number(figure),
-                 Number("–" if among is None else f"{among:.4f}"))
-            )  # fmt: skip
+                (
+                    f"{metric}, {name}",
+                    _number(figure),
+                    Number("–" if among is None else f"{among:.4f}"),
+                )
+            )
     rows += [(metric, _number(figure), Number("–")) for metric, figure in record["text"].items()]
     seed = f"; seed {settings['seed']}, {settings['steps']} steps" if "seed" in settings else ""
     note = (

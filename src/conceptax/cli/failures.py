@@ -14,9 +14,11 @@ _BUG = "This is a bug in conceptax or in a library; run again with --debug for t
 
 # Names in Python -> names of the flags that set the same.
 _ALIASES = {
-    "num_inference_steps": ("steps",), "guidance_scale": ("guidance",),
-    "num_steps": ("cycles", "steps"), "max_shard_size": ("shard_size",),
-}  # fmt: skip
+    "num_inference_steps": ("steps",),
+    "guidance_scale": ("guidance",),
+    "num_steps": ("cycles", "steps"),
+    "max_shard_size": ("shard_size",),
+}
 _ELSEWHERE = ("prediction_type", "tokenizer")  # which `conceptax convert` has flags for
 
 

@@ -83,17 +83,22 @@ def _check(command: Command) -> None:
 
 
 def publish(
-    folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel, judge: Judge,
+    folder: Path,
+    pipeline: StableDiffusionPipeline,
+    clip: CLIPModel,
+    judge: Judge,
     command: Command,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the models into an empty `folder`, measure them as written, and describe them."""
     save_pytorch(pipeline, folder, dtype=jnp.float16)
     save_pytorch(clip, folder / "clip", dtype=jnp.float16)
     save_judge(judge, folder / "judge", command.judge)
     draw = functools.partial(
         TextToImage.from_pipeline(load_pytorch(folder)),
-        num_inference_steps=25, guidance_scale=5.0, batch_size=16,
-    )  # fmt: skip
+        num_inference_steps=25,
+        guidance_scale=5.0,
+        batch_size=16,
+    )
     quality = measure_quality(draw, judge, images=command.measure, seed=command.build.seed)
     quality["judge"] = judge.measured
     record = {

@@ -22,9 +22,10 @@ from conceptax.methods.text.phrases import ConceptError
 from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
 
 _PARTS = {
-    "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
     "unet": UNet2DConditionModel,
-}  # fmt: skip
+}
 
 
 def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeline:

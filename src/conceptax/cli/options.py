@@ -57,10 +57,25 @@ def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
 
 
 # Flags that name a model, a part of one, or what is added to one: also by an id of the Hub.
-MODELS = frozenset({
-    "model", "source", "original", "edited", "never_knew", "classifier", "clip", "dino", "blip",
-    "blip2", "motion_adapter", "open_clip", "teacher", "tokenizer", "add",
-})  # fmt: skip
+MODELS = frozenset(
+    {
+        "model",
+        "source",
+        "original",
+        "edited",
+        "never_knew",
+        "classifier",
+        "clip",
+        "dino",
+        "blip",
+        "blip2",
+        "motion_adapter",
+        "open_clip",
+        "teacher",
+        "tokenizer",
+        "add",
+    }
+)
 
 
 def fetched(command: Any) -> Any:

@@ -137,10 +137,17 @@ def run(command: Command[Any]) -> None:
         began = time.perf_counter()
         with flags(("batch_size", "size")):
             personalise_into(
-                folder, pipeline, subjects, command.settings, seed=command.seed,
-                source=str(command.model or "bundled"), export=command.export, dtype=command.dtype,
-                mesh=mesh, kept=kept,
-            )  # fmt: skip
+                folder,
+                pipeline,
+                subjects,
+                command.settings,
+                seed=command.seed,
+                source=str(command.model or "bundled"),
+                export=command.export,
+                dtype=command.dtype,
+                mesh=mesh,
+                kept=kept,
+            )
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
     print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")
@@ -186,9 +193,11 @@ def gather(command: Command[Any]) -> list[Concept]:
         if command.class_images is not None:
             raise ValueError("with --concepts, class images are named in the file: class_data_dir.")
         return read_concepts(
-            command.concepts, tokens=command.token, words=command.class_word,
+            command.concepts,
+            tokens=command.token,
+            words=command.class_word,
             initializers=command.initializer,
-        )  # fmt: skip
+        )
     given = {"--token": command.token, "--class-word": command.class_word}
     for option, values in given.items():
         if len(values) != 1:
@@ -208,10 +217,18 @@ def gather(command: Command[Any]) -> list[Concept]:
 
 
 def personalise_into(
-    folder: Path, pipeline: StableDiffusionPipeline, concepts: Sequence[Concept],
-    config: ClassDiffusionConfig, *, seed: int, source: str, export: Export = "pipeline",
-    dtype: str = "float32", mesh: Any = None, kept: Kept = NOT_KEPT,
-) -> StableDiffusionPipeline:  # fmt: skip
+    folder: Path,
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[Concept],
+    config: ClassDiffusionConfig,
+    *,
+    seed: int,
+    source: str,
+    export: Export = "pipeline",
+    dtype: str = "float32",
+    mesh: Any = None,
+    kept: Kept = NOT_KEPT,
+) -> StableDiffusionPipeline:
     """Learn, write the result and its record into an empty `folder`, and return the pipeline.
 
     Args:

@@ -24,9 +24,13 @@ from conceptax.text import read_text, write_json
 
 @contextlib.contextmanager
 def new_folder(
-    path: Path, *, force: bool, markers: Sequence[str] = CHECKPOINT_FILES, command: Any = None,
+    path: Path,
+    *,
+    force: bool,
+    markers: Sequence[str] = CHECKPOINT_FILES,
+    command: Any = None,
     sources: Iterable[Path] = (),
-) -> Iterator[Path]:  # fmt: skip
+) -> Iterator[Path]:
     """`converters.atomic_folder`, entered before the work starts.
 
     So an occupied or unwritable `path` is refused before minutes are spent, and messages name
@@ -308,9 +312,11 @@ def _not_kept(folder: Path, why: str) -> Exception:
 
 _SHOWN = 4  # settings that differ
 _FLAGS = {
-    "concepts": "--concept", "retained_phrases": "--retain", "words_beside_the_concept": "--retain",
+    "concepts": "--concept",
+    "retained_phrases": "--retain",
+    "words_beside_the_concept": "--retain",
     "scenes": "the number of scenes",
-}  # fmt: skip
+}
 
 
 def _flag(name: str) -> str:

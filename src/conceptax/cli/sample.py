@@ -93,9 +93,11 @@ def run(command: Command) -> None:
     from conceptax.methods.memory import flags, require_images
 
     require_images(
-        len(command.prompt) * command.count, "take a smaller --count, --height or --width",
-        height=command.height or 8, width=command.width or 8,
-    )  # fmt: skip
+        len(command.prompt) * command.count,
+        "take a smaller --count, --height or --width",
+        height=command.height or 8,
+        width=command.width or 8,
+    )
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
     record = _record(command)
     video = command.motion_adapter is not None
@@ -152,9 +154,10 @@ def _check_output(command: Command, output: Path, count: int) -> None:
         )
     unfit = {
         "--sampler": command.sampler not in (None, "ddim"),
-        "--devices": command.devices is not None, "--vae-tiling": command.vae_tiling,
+        "--devices": command.devices is not None,
+        "--vae-tiling": command.vae_tiling,
         "--batch-size": _is_set(command, "batch_size"),
-    }  # fmt: skip
+    }
     if given := ", ".join(option for option, is_given in unfit.items() if is_given):
         raise ValueError(f"videos are drawn by DDIM, one by one, whole: leave out {given}.")
     if command.fps < 1:
@@ -182,15 +185,23 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(f"{command.model} is no pipeline: sampling needs all its components.")
     options: dict[str, Any] = {
-        "seed": command.seed, "num_inference_steps": command.steps,
-        "guidance_scale": command.guidance, "negative_prompt": command.negative_prompt or None,
-        "height": command.height, "width": command.width,
-    }  # fmt: skip
+        "seed": command.seed,
+        "num_inference_steps": command.steps,
+        "guidance_scale": command.guidance,
+        "negative_prompt": command.negative_prompt or None,
+        "height": command.height,
+        "width": command.width,
+    }
     if command.motion_adapter is None:
         return text_to_image(
-            pipeline, prompts, sampler=command.sampler, batch_size=command.batch_size,
-            mesh=_mesh(command.devices), vae_tiling=command.vae_tiling, **options,
-        )  # fmt: skip
+            pipeline,
+            prompts,
+            sampler=command.sampler,
+            batch_size=command.batch_size,
+            mesh=_mesh(command.devices),
+            vae_tiling=command.vae_tiling,
+            **options,
+        )
     adapter = load_pytorch(command.motion_adapter)
     if not isinstance(adapter, MotionAdapter):
         raise ValueError(

@@ -193,14 +193,20 @@ def _run(command: Run) -> None:
             for k, name in enumerate(vocabulary.names)
         ]
         content["info"] = {
-            "model": str(command.model), "least_score": command.least_score, **environment(),
-        }  # fmt: skip
+            "model": str(command.model),
+            "least_score": command.least_score,
+            **environment(),
+        }
         write_json(folder / PANOPTIC, content)
         classes = [
-            {"label": k, "names": list(names), "color": colours[k].tolist(),
-             "pixels": int(pixels[k])}
+            {
+                "label": k,
+                "names": list(names),
+                "color": colours[k].tolist(),
+                "pixels": int(pixels[k]),
+            }
             for k, names in enumerate(vocabulary.classes)
-        ]  # fmt: skip
+        ]
         write_json(
             folder / LEGEND,
             {"void": {"label": VOID, "pixels": int(pixels[-1])}, "classes": classes},
@@ -229,10 +235,15 @@ def _described(ids: np.ndarray, segments: dict[int, Segment]) -> list[dict[str, 
     for number, segment in segments.items():
         rows, columns = np.nonzero(ids == number)
         left, top = int(columns.min()), int(rows.min())
-        found.append({
-            "id": number, "category_id": segment.category, "area": len(rows), "iscrowd": 0,
-            "bbox": [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1],
-        })  # fmt: skip
+        found.append(
+            {
+                "id": number,
+                "category_id": segment.category,
+                "area": len(rows),
+                "iscrowd": 0,
+                "bbox": [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1],
+            }
+        )
     return found
 
 
@@ -254,9 +265,11 @@ def _evaluate(command: Evaluate) -> None:
                 segmenter, scenes, report=lambda done: progress.update(task, completed=done)
             )
         record = {
-            **figures(quality, vocabulary), "scenes": len(scenes),
-            "settings": _settings(command), **environment(),
-        }  # fmt: skip
+            **figures(quality, vocabulary),
+            "scenes": len(scenes),
+            "settings": _settings(command),
+            **environment(),
+        }
         write_json(folder / METRICS, record)
         markdown = "\n".join(map(markdown_table, tables(quality, len(scenes))))
         (folder / "table.md").write_text(markdown, encoding="utf-8")

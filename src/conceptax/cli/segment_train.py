@@ -111,8 +111,14 @@ class Train:
 
 # Where and how a run is executed, not what it computes.
 _ELSEWHERE = (
-    "output", "export", "text_cache", "checkpoint_dir", "checkpoint_every", "mesh", "force",
-)  # fmt: skip
+    "output",
+    "export",
+    "text_cache",
+    "checkpoint_dir",
+    "checkpoint_every",
+    "mesh",
+    "force",
+)
 
 
 def train(command: Train) -> None:
@@ -140,23 +146,36 @@ def train(command: Train) -> None:
         require_memory(
             segmenter_bytes(model.config, command.batch_size, small, small),
             f"training on {command.batch_size} scenes of {small} pixels",
-            f"take a smaller --batch-size or {name}", spread=True,
-        )  # fmt: skip
+            f"take a smaller --batch-size or {name}",
+            spread=True,
+        )
         rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary, cache=command.text_cache)
         batches = scene_batches(
-            scenes, _augmentation(command, scenes.panoptic), command.batch_size, command.seed,
-            room=command.targets, multiple=command.multiple,
-        )  # fmt: skip
+            scenes,
+            _augmentation(command, scenes.panoptic),
+            command.batch_size,
+            command.seed,
+            room=command.targets,
+            multiple=command.multiple,
+        )
         run = Run(folder, RECORD, _record(command, vocabulary, len(scenes)))
         with run.training(kept, mesh=mesh, rules=RULES["MaftPlus"]) as options:
             trained = fit(
-                model, rows, vocabulary.synonyms(), batches, command.settings,
-                seed=command.seed, teacher=original.visual.trunk, **options,
-            )  # fmt: skip
+                model,
+                rows,
+                vocabulary.synonyms(),
+                batches,
+                command.settings,
+                seed=command.seed,
+                teacher=original.visual.trunk,
+                **options,
+            )
         _save(command, folder, trained, original, tokenizer, len(vocabulary))
         run.write(last="last_step")
-    print(f"{command.output}: {command.settings.steps} steps on {len(scenes)} scenes in "
-          f"{run.record['seconds']:.0f} s")  # fmt: skip
+    print(
+        f"{command.output}: {command.settings.steps} steps on {len(scenes)} scenes in "
+        f"{run.record['seconds']:.0f} s"
+    )
 
 
 def _start(command: Train) -> tuple[MaftPlus, OpenCLIP, Any]:
@@ -199,19 +218,22 @@ def _augmentation(command: Train, panoptic: bool) -> ResizeFlip | LargeScaleJitt
 
 def _record(command: Train, vocabulary: Vocabulary, scenes: int) -> dict[str, Any]:
     fields = {
-        field.name: getattr(command, field.name) for field in dataclasses.fields(command)
+        field.name: getattr(command, field.name)
+        for field in dataclasses.fields(command)
         if field.name not in (*_ELSEWHERE, "settings", "vocabulary")
-    }  # fmt: skip
+    }
     record = {
-        **fields, "vocabulary": vocabulary.classes, "scenes": scenes,
+        **fields,
+        "vocabulary": vocabulary.classes,
+        "scenes": scenes,
         "settings": dataclasses.asdict(command.settings),
-    }  # fmt: skip
+    }
     return json.loads(json.dumps(record, default=str))
 
 
 def _save(
     command: Train, folder: Path, model: MaftPlus, original: OpenCLIP, tokenizer: Any, classes: int
-) -> None:  # fmt: skip
+) -> None:
     if command.export == "folder":
         save_pytorch(model, folder)
     else:

@@ -66,9 +66,12 @@ def _quality(metrics: Mapping[str, Any]) -> Table:
     if distance is not None:
         what = f"{distance['features']}, {distance['width']} wide, {distance['images']} images"
         rows.append(
-            (f"Fréchet distance to the original's samples ({what})", Number("0"),
-             Number(f"{distance['distance']:.4g}"))
-        )  # fmt: skip
+            (
+                f"Fréchet distance to the original's samples ({what})",
+                Number("0"),
+                Number(f"{distance['distance']:.4g}"),
+            )
+        )
     note = (
         "CLIP score: 100 · cosine of image and prompt, with the 95 % interval of its mean. Fréchet "
         "distance: of images of what should stay, drawn from the same noise; compare it only with "

@@ -90,9 +90,14 @@ def _heat_map(
     image[row, column] = dense / table.visited
     top = np.nanmax(image)
     mesh = axes.pcolormesh(
-        sizes, strides, image, shading="nearest", cmap="viridis", rasterized=True,
+        sizes,
+        strides,
+        image,
+        shading="nearest",
+        cmap="viridis",
+        rasterized=True,
         norm=LogNorm(min(1.0, np.nanmin(image)), max(top, 1.01)),
-    )  # fmt: skip
+    )
     bar = axes.figure.colorbar(mesh, ax=axes, label="speed-up (dense / visited tiles)")
     ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64, 128, 256) if tick <= top]
     bar.set_ticks(ticks, labels=[f"{tick} x" for tick in ticks])
@@ -100,19 +105,31 @@ def _heat_map(
     clean = table.take(table.visited == table.free)
     clean = clean.take(np.unique(clean.kernel_size, return_index=True)[1])
     axes.plot(
-        clean.kernel_size, clean.stride, ".", color="white", markersize=4,
+        clean.kernel_size,
+        clean.stride,
+        ".",
+        color="white",
+        markersize=4,
         label="finest without masks",
-    )  # fmt: skip
+    )
     for (each, label), marker in zip(marks, "*o", strict=False):
         axes.plot(
-            each.kernel_size, each.stride, marker, markersize=15 if marker == "*" else 9,
-            markerfacecolor=QUERY, markeredgecolor="white", label=label, linestyle="none",
-            clip_on=False, zorder=5,
-        )  # fmt: skip
+            each.kernel_size,
+            each.stride,
+            marker,
+            markersize=15 if marker == "*" else 9,
+            markerfacecolor=QUERY,
+            markeredgecolor="white",
+            label=label,
+            linestyle="none",
+            clip_on=False,
+            zorder=5,
+        )
     axes.set(
-        xlabel="window", ylabel="stride",
+        xlabel="window",
+        ylabel="stride",
         title=f"dimension {m}: {window.length} tokens, tiles {query_tile} by {key_tile}",
-    )  # fmt: skip
+    )
     axes.title.set_fontsize(10.5)
     if window.length > ALL_WINDOWS:
         axes.set(xscale="log", yscale="log")
@@ -190,8 +207,13 @@ def _plane(
     axes.pcolormesh(
         np.minimum(np.arange(columns + 1) * wide, lengths[1]),
         np.minimum(np.arange(rows + 1) * high, lengths[0]),
-        image, cmap=CLASSES, vmin=0, vmax=2, edgecolors="white", linewidth=0.4,
-    )  # fmt: skip
+        image,
+        cmap=CLASSES,
+        vmin=0,
+        vmax=2,
+        edgecolors="white",
+        linewidth=0.4,
+    )
     axes.set(xlim=(0, lengths[1]), ylim=(lengths[0], 0), aspect="equal")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

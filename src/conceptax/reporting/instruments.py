@@ -74,9 +74,13 @@ def load_blip(path: Path, name: str, *, second: bool = False) -> Blip:
 
 
 def load_as(
-    path: Path, kind: type[Model], wanted: str, *, read: Callable[..., Any] = load_pytorch,
+    path: Path,
+    kind: type[Model],
+    wanted: str,
+    *,
+    read: Callable[..., Any] = load_pytorch,
     **options: Any,
-) -> Model:  # fmt: skip
+) -> Model:
     """What `read` makes of a path, which must be a model of one kind.
 
     Raises:

@@ -24,9 +24,13 @@ def class_colours(count: int) -> UInt8[np.ndarray, "K 3"]:
 
 
 def overlay(
-    image: UInt8[np.ndarray, "H W 3"], labels: Integer[np.ndarray, "H W"],
-    names: Sequence[str], colours: UInt8[np.ndarray, "K 3"], *, strength: float = 0.55,
-) -> Image.Image:  # fmt: skip
+    image: UInt8[np.ndarray, "H W 3"],
+    labels: Integer[np.ndarray, "H W"],
+    names: Sequence[str],
+    colours: UInt8[np.ndarray, "K 3"],
+    *,
+    strength: float = 0.55,
+) -> Image.Image:
     """The image, tinted where it has a label, each larger region with its name.
 
     Args:
@@ -48,15 +52,18 @@ def overlay(
     font = label_font(max(9, round(max(labels.shape) / 40)))
     for label, (row, column) in _places(labels, len(names)):
         draw.text(
-            (column, row), names[label], PAPER, font, anchor="mm", stroke_width=2,
+            (column, row),
+            names[label],
+            PAPER,
+            font,
+            anchor="mm",
+            stroke_width=2,
             stroke_fill="#000000",
-        )  # fmt: skip
+        )
     return canvas
 
 
-def _places(
-    labels: Integer[np.ndarray, "H W"], classes: int
-) -> list[tuple[int, tuple[int, int]]]:  # fmt: skip
+def _places(labels: Integer[np.ndarray, "H W"], classes: int) -> list[tuple[int, tuple[int, int]]]:
     """The innermost pixel of each class's largest region, unless that is too small."""
     from scipy import ndimage
 

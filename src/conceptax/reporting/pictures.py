@@ -54,9 +54,12 @@ def png_bytes(image: Any) -> bytes:
 
 
 def sheet(
-    images: Images, *, columns: int | None = None, marked: Bool[np.ndarray, " N"] | None = None,
+    images: Images,
+    *,
+    columns: int | None = None,
+    marked: Bool[np.ndarray, " N"] | None = None,
     gap: int = 4,
-) -> Image.Image:  # fmt: skip
+) -> Image.Image:
     """All images in rows, in their order; with `marked`, those are framed red, the others green."""
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count * 1.5 * height / width))

@@ -70,9 +70,14 @@ def counted(figure: Mapping[str, Any] | None) -> Number:
 
 
 def html_report(
-    *, title: str, lead: str, grid: Picture, tables: Sequence[Table],
-    galleries: Sequence[Gallery], record: str,
-) -> str:  # fmt: skip
+    *,
+    title: str,
+    lead: str,
+    grid: Picture,
+    tables: Sequence[Table],
+    galleries: Sequence[Gallery],
+    record: str,
+) -> str:
     """The whole page.
 
     Args:

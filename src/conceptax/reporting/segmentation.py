@@ -27,9 +27,10 @@ def figures(quality: Quality, vocabulary: Vocabulary) -> dict[str, Any]:
     }
     iou = zip(vocabulary.names, quality.semantic.iou, strict=True)
     return {
-        "semantic": semantic, "panoptic": panoptic or None,
+        "semantic": semantic,
+        "panoptic": panoptic or None,
         "iou": [{"name": name, "iou": plain(value)} for name, value in iou],
-    }  # fmt: skip
+    }
 
 
 def tables(quality: Quality, scenes: int) -> list[Table]:

@@ -36,9 +36,7 @@ def test_tiles_are_those_of_diffusers(torch, models):
     with jax.default_matmul_precision("highest"):
         received = jax.jit(lambda x: ours.decode(x, tiling=True))(latents)
         mean, logvar = jax.jit(lambda x: ours.encode(x, tiling=True))(images)
-    for one, other in (
-        (received, decoded), (mean, posterior.mean), (logvar, posterior.logvar)
-    ):  # fmt: skip
+    for one, other in ((received, decoded), (mean, posterior.mean), (logvar, posterior.logvar)):
         np.testing.assert_allclose(one, other.permute(0, 2, 3, 1), atol=2e-5)
     assert np.abs(received - ours.decode(jnp.asarray(latents))).max() > 1e-3  # it is another image
     small = jnp.asarray(latents[:, :4, :4])

@@ -15,9 +15,16 @@ from conceptax.kernels.gna.backends import boxes
 from conceptax.kernels.gna.tiles import key_rows
 
 GOLDEN = [
-    "1d_w7", "1d_even_w8_s2", "1d_causal_w6_s3", "2d_w5x3", "2d_w4x6_s2x3_d1x1", "2d_gqa",
-    "2d_dil_causal", "2d_context", "3d_w3x4x3_s1x2x3",
-]  # fmt: skip
+    "1d_w7",
+    "1d_even_w8_s2",
+    "1d_causal_w6_s3",
+    "2d_w5x3",
+    "2d_w4x6_s2x3_d1x1",
+    "2d_gqa",
+    "2d_dil_causal",
+    "2d_context",
+    "3d_w3x4x3_s1x2x3",
+]
 CPU_BACKENDS = ["reference", "xla"]
 
 # Scores and outputs are dot products of a few hundred float32 terms of size one: errors of a few
@@ -39,9 +46,16 @@ def with_gradients(case, arrays, implementation, **options):
             given = iter(given)
             q, k, v, ak, av = (next(given) if is_in else None for is_in in present)
             return gna.neighborhood_attention(
-                q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
-                implementation=implementation, **settings(case), **options,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                additional_keys=ak,
+                additional_values=av,
+                return_lse=True,
+                implementation=implementation,
+                **settings(case),
+                **options,
+            )
 
         results, pull = jax.vjp(call, *inputs)
         return *results, *pull(cotangents)
@@ -55,8 +69,10 @@ def with_gradients(case, arrays, implementation, **options):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_matches_the_original(golden, name, implementation):
     with np.load(golden(f"gna_{name}.npz")) as data:
-        case = {key: tuple(data[f"meta.{key}"].tolist()) for key in
-                ("kernel_size", "stride", "dilation", "is_causal")}  # fmt: skip
+        case = {
+            key: tuple(data[f"meta.{key}"].tolist())
+            for key in ("kernel_size", "stride", "dilation", "is_causal")
+        }
         q, k, v = (jnp.asarray(data[f"in.{key}"]) for key in "qkv")
         additional = {}
         if "in.additional_k" in data:
@@ -102,26 +118,48 @@ Q2 = array(1, 8, 8, 2, 4)
 @pytest.mark.parametrize(
     ("operands", "options", "message"),
     [
-        ((Q[0], Q, Q), X, "query must be [batch, *layout, heads, head_dim] with a layout of 1 to 3 "
-         "dimensions, that is of rank 4 to 6; received shape (8, 2, 4)."),
+        (
+            (Q[0], Q, Q),
+            X,
+            "query must be [batch, *layout, heads, head_dim] with a layout of 1 to 3 "
+            "dimensions, that is of rank 4 to 6; received shape (8, 2, 4).",
+        ),
         ((Q, Q, Q[None, None, None]), X, "value must be [batch,"),
         ((Q[:, :0], Q[:, :0], Q[:, :0]), X, "query must not be empty; received shape (1, 0, 2, 4)"),
-        ((Q2, Q, Q), X, "query and key must have the same batch and token layout; received shapes "
-         "(1, 8, 8, 2, 4) and (1, 8, 2, 4)."),
+        (
+            (Q2, Q, Q),
+            X,
+            "query and key must have the same batch and token layout; received shapes "
+            "(1, 8, 8, 2, 4) and (1, 8, 2, 4).",
+        ),
         ((Q, Q, array(2, 8, 2, 4)), X, "query and value must have the same batch and token layout"),
         ((Q, array(1, 8, 2, 6), Q), X, "same head_dim; received 4 and 6."),
         ((Q, array(1, 8, 1, 4), Q), X, "same number of heads; received 1 and 2."),
-        ((array(1, 8, 3, 4), Q, Q), X, "must be a multiple of the number of key heads; received 3 "
-         "and 2."),
-        ((Q, Q, Q.astype(jnp.bfloat16)), X, "same dtype, one of float32, bfloat16, float16; "
-         "received query float32, key float32, value bfloat16."),
+        (
+            (array(1, 8, 3, 4), Q, Q),
+            X,
+            "must be a multiple of the number of key heads; received 3 and 2.",
+        ),
+        (
+            (Q, Q, Q.astype(jnp.bfloat16)),
+            X,
+            "same dtype, one of float32, bfloat16, float16; "
+            "received query float32, key float32, value bfloat16.",
+        ),
         ((Q.astype(int),) * 3, X, "received query int32"),
-        ((Q, Q, Q), {"kernel_size": 0}, "kernel_size must be an integer of at least 1, or a "
-         "sequence of 1, one for each dimension of the token layout; received 0."),
+        (
+            (Q, Q, Q),
+            {"kernel_size": 0},
+            "kernel_size must be an integer of at least 1, or a "
+            "sequence of 1, one for each dimension of the token layout; received 0.",
+        ),
         ((Q, Q, Q), {"kernel_size": 2.0}, "kernel_size must be an integer of at least 1"),
         ((Q, Q, Q), {"kernel_size": True}, "kernel_size must be an integer of at least 1"),
-        ((Q, Q, Q), {"kernel_size": (3, 3)}, "a sequence of 1, one for each dimension of the token "
-         "layout; received (3, 3)."),
+        (
+            (Q, Q, Q),
+            {"kernel_size": (3, 3)},
+            "a sequence of 1, one for each dimension of the token layout; received (3, 3).",
+        ),
         ((Q2, Q2, Q2), {"kernel_size": (3,)}, "a sequence of 2"),
         ((Q, Q, Q), X | {"stride": 0}, "stride must be an integer of at least 1"),
         ((Q, Q, Q), X | {"stride": False}, "stride must be an integer of at least 1"),
@@ -129,30 +167,60 @@ Q2 = array(1, 8, 8, 2, 4)
         ((Q, Q, Q), X | {"dilation": "2"}, "dilation must be an integer of at least 1"),
         ((Q, Q, Q), X | {"is_causal": 1}, "is_causal must be a bool, or a sequence of 1"),
         ((Q2, Q2, Q2), X | {"is_causal": (True, 0)}, "received (True, 0)"),
-        ((Q, Q, Q), X | {"dilation": 3}, "kernel_size times dilation must not exceed the tokens "
-         "along a dimension; received 3 * 3 = 9 > 8 in dimension 0"),
-        ((Q, Q, Q), {"kernel_size": 9}, "kernel_size must not exceed the tokens along a dimension; "
-         "received 9 > 8 in dimension 0 (kernel_size=(9,), token layout (8,))."),
-        ((Q, Q, Q), {"kernel_size": 1, "dilation": 9}, "dilation must not exceed the tokens along "
-         "a dimension; received 9 > 8 in dimension 0 (dilation=(9,), token layout (8,))."),
-        ((Q2, Q2, Q2), X | {"stride": (1, 4)}, "stride must not exceed kernel_size; received 4 > 3 "
-         "in dimension 1"),
-        ((Q, Q, Q), X | {"scale": 0.0}, "scale must be a positive number, or None for "
-         "head_dim ** -0.5; received 0.0."),
+        (
+            (Q, Q, Q),
+            X | {"dilation": 3},
+            "kernel_size times dilation must not exceed the tokens "
+            "along a dimension; received 3 * 3 = 9 > 8 in dimension 0",
+        ),
+        (
+            (Q, Q, Q),
+            {"kernel_size": 9},
+            "kernel_size must not exceed the tokens along a dimension; "
+            "received 9 > 8 in dimension 0 (kernel_size=(9,), token layout (8,)).",
+        ),
+        (
+            (Q, Q, Q),
+            {"kernel_size": 1, "dilation": 9},
+            "dilation must not exceed the tokens along "
+            "a dimension; received 9 > 8 in dimension 0 (dilation=(9,), token layout (8,)).",
+        ),
+        (
+            (Q2, Q2, Q2),
+            X | {"stride": (1, 4)},
+            "stride must not exceed kernel_size; received 4 > 3 in dimension 1",
+        ),
+        (
+            (Q, Q, Q),
+            X | {"scale": 0.0},
+            "scale must be a positive number, or None for head_dim ** -0.5; received 0.0.",
+        ),
         ((Q, Q, Q), X | {"scale": float("nan")}, "received nan"),
-        ((Q, Q, Q), X | {"additional_keys": array(1, 5, 2, 4)}, "received additional_keys without "
-         "additional_values."),
-        ((Q, Q, Q), X | {"additional_values": array(1, 5, 2, 4)}, "received additional_values "
-         "without additional_keys."),
-        ((Q, Q, Q), X | {"additional_keys": array(1, 5, 2, 4), "additional_values":
-         array(1, 6, 2, 4)}, "additional_values must be [batch, additional, kv_heads, head_dim], "
-         "here [1, 5, 2, 4] with at least 1 token, the same for keys and values; received shape "
-         "(1, 6, 2, 4)."),
-        ((Q, Q, Q), X | {"additional_keys": array(5, 2, 4), "additional_values": array(1, 6, 2, 4)},
-         "additional_keys must be"),
+        (
+            (Q, Q, Q),
+            X | {"additional_keys": array(1, 5, 2, 4)},
+            "received additional_keys without additional_values.",
+        ),
+        (
+            (Q, Q, Q),
+            X | {"additional_values": array(1, 5, 2, 4)},
+            "received additional_values without additional_keys.",
+        ),
+        (
+            (Q, Q, Q),
+            X | {"additional_keys": array(1, 5, 2, 4), "additional_values": array(1, 6, 2, 4)},
+            "additional_values must be [batch, additional, kv_heads, head_dim], "
+            "here [1, 5, 2, 4] with at least 1 token, the same for keys and values; received shape "
+            "(1, 6, 2, 4).",
+        ),
+        (
+            (Q, Q, Q),
+            X | {"additional_keys": array(5, 2, 4), "additional_values": array(1, 6, 2, 4)},
+            "additional_keys must be",
+        ),
         ((Q, Q, Q), X | {"implementation": "fast"}, "implementation must be one of reference, xla"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(operands, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         gna.neighborhood_attention(*operands, **({} | options))
@@ -187,8 +255,12 @@ def visited(problem, work):
     tokens = np.arange(problem.tokens).reshape(layout)
     counts = np.zeros((problem.tokens, problem.tokens), int)
     firsts = key_rows(problem.windows[0], problem.shards)[0]
-    steps = [(loop, s, n) for loop in work.loops for s in range(problem.shards)
-             for n in range(len(loop.queries))]  # fmt: skip
+    steps = [
+        (loop, s, n)
+        for loop in work.loops
+        for s in range(problem.shards)
+        for n in range(len(loop.queries))
+    ]
     for loop, shard, n in steps:
         first, groups = loop.queries[n, ::2], loop.queries[n, 1::2]
         first_key, key_groups = loop.keys[shard, n, ::2], loop.keys[shard, n, 1::2]

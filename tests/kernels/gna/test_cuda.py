@@ -52,9 +52,15 @@ def with_gradients(case, arrays):
 
     def call(q, k, v, ak, av):
         return gna.neighborhood_attention(
-            q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
-            implementation="cuda", **settings(case),
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            additional_keys=ak,
+            additional_values=av,
+            return_lse=True,
+            implementation="cuda",
+            **settings(case),
+        )
 
     results, pull = jax.vjp(call, *inputs)
     return *results, *(x for x in pull((d_output, d_lse)) if x is not None)
@@ -93,8 +99,10 @@ def test_extreme_numbers():
     arrays = operands(np.random.default_rng(0), case, heads)
     arrays[0] = arrays[0] * 300
     got = with_gradients(case | {"is_causal": True}, rounded(arrays, jnp.float32))
-    expected = attention(case | {"kernel_size": (4,), "stride": (1,), "dilation": (1,),
-                                 "is_causal": (True,)}, *arrays)  # fmt: skip
+    expected = attention(
+        case | {"kernel_size": (4,), "stride": (1,), "dilation": (1,), "is_causal": (True,)},
+        *arrays,
+    )
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-3, atol=1e-3)
     values = [0.0, -0.0, 1e-7, 6e-8, 3e-8, 65504.0, 65519.0, 65520.0, 1e9, -np.inf, np.nan, 1 / 3]
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
@@ -180,11 +188,31 @@ EMULATED = [
     (1, (150,), (150,), (1,), (1,), (False,), (1, 1), (8, 8), 5, "bfloat16"),
     (2, (9, 13), (3, 5), (1, 2), (2, 1), (False, True), (2, 2), (32, 16), 0, "bfloat16"),
     (1, (12, 12), (9, 8), (3, 8), (1, 1), (False, False), (1, 1), (64, 40), 3, "float16"),
-    (1, (3, 5, 7), (2, 3, 2), (1, 2, 1), (1, 1, 3), (True, False, False), (2, 1), (8, 8), 70,
-     "float16"),
-    (1, (4, 4, 8), (4, 2, 5), (2, 2, 1), (1, 2, 1), (False, False, True), (1, 1), (128, 128), 1,
-     "bfloat16"),
-]  # fmt: skip
+    (
+        1,
+        (3, 5, 7),
+        (2, 3, 2),
+        (1, 2, 1),
+        (1, 1, 3),
+        (True, False, False),
+        (2, 1),
+        (8, 8),
+        70,
+        "float16",
+    ),
+    (
+        1,
+        (4, 4, 8),
+        (4, 2, 5),
+        (2, 2, 1),
+        (1, 2, 1),
+        (False, False, True),
+        (1, 1),
+        (128, 128),
+        1,
+        "bfloat16",
+    ),
+]
 
 
 @pytest.mark.parametrize("n", range(len(EMULATED)))
@@ -192,8 +220,14 @@ def test_gpu_sources(on_the_emulator, n):
     batch, layout, *window, (heads, kv_heads), (dim, value_dim), additional, dtype = EMULATED[n]
     names = ("kernel_size", "stride", "dilation", "is_causal")
     case = {"layout": layout} | dict(zip(names, window, strict=True))
-    sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "dim": dim,
-             "value_dim": value_dim, "additional": additional}  # fmt: skip
+    sizes = {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "dim": dim,
+        "value_dim": value_dim,
+        "additional": additional,
+    }
     check(case, sizes, operands(np.random.default_rng(n), case, sizes), dtype)
 
 
@@ -209,8 +243,11 @@ def test_tiles_fit_the_windows():
         for tile in (1, 4, 7):
             for by_key in (False, True):
                 mask = window.mask().T if by_key else window.mask()
-                groups = [range(g, length, dilation)[n : n + tile] for g in range(dilation)
-                          for n in range(0, len(range(g, length, dilation)), tile)]  # fmt: skip
+                groups = [
+                    range(g, length, dilation)[n : n + tile]
+                    for g in range(dilation)
+                    for n in range(0, len(range(g, length, dilation)), tile)
+                ]
                 met = sum(int(mask[list(one)].any(0).sum()) for one in groups)
                 found = cut(window, tile, inverse=by_key)
                 assert (found.tiles, found.met, found.steps) == (len(groups), met, met)

@@ -128,8 +128,9 @@ def test_layouts_that_are_none():
 def test_text_that_does_not_fit_its_image(change, name):
     """The message speaks of the text, not of arguments that nobody gave."""
     with pytest.raises(ValueError, match=f"^the text's {name} must be") as refusal:
-        gna.joint_neighborhood_attention((X,) * 3, change(X, X, X), token_layout=(3, 2),
-                                         kernel_size=2)  # fmt: skip
+        gna.joint_neighborhood_attention(
+            (X,) * 3, change(X, X, X), token_layout=(3, 2), kernel_size=2
+        )
     assert "additional" not in str(refusal.value)
 
 

@@ -142,8 +142,12 @@ def test_bench_prints_and_records(tmp_path, capsys):
     out = capsys.readouterr().out
     record = json.loads(file.read_text())
     assert [row["run"] for row in record["rows"]] == [
-        "jax.nn, dense", "dense", "no masks", "stride 1", "asked for",
-    ]  # fmt: skip
+        "jax.nn, dense",
+        "dense",
+        "no masks",
+        "stride 1",
+        "asked for",
+    ]
     assert record["rows"][4]["stride"] == [2, 2] and not record["rows"][4]["fitted"]
     assert record["implementation"] == "xla" and record["dtype"] == "float32"
     for row in record["rows"]:

@@ -27,9 +27,15 @@ CASES = {
     "mixed image": ((9, 13), (5, 6), (4, 1), (1, 2), (False, True), (1, 2, 2, 16, 3)),
     "whole image": ((6, 7), (6, 7), (1, 1), (1, 1), (False, False), (1, 2, 2, 8, 3)),
     "video": ((5, 8, 9), (2, 4, 5), (1, 2, 5), (2, 1, 1), (False, False, False), (1, 2, 2, 8, 0)),
-    "causal video": ((4, 6, 10), (4, 3, 4), (2, 3, 1), (1, 2, 2), (True, False, False),
-                     (1, 4, 2, 8, 6)),
-}  # fmt: skip
+    "causal video": (
+        (4, 6, 10),
+        (4, 3, 4),
+        (2, 3, 1),
+        (1, 2, 2),
+        (True, False, False),
+        (1, 4, 2, 8, 6),
+    ),
+}
 RANDOM = 30
 
 # Both sides sum a few hundred float32 terms of size one, in another order.
@@ -45,8 +51,13 @@ def drawn(seed):
         if min(case["kernel_size"]) >= 2 and not whole_row:
             break
     kv_heads = int(rng.integers(1, 3))
-    sizes = (int(rng.integers(1, 3)), kv_heads * int(rng.integers(1, 4)), kv_heads,
-             int(rng.choice([8, 16])), int(rng.choice([0, 5])))  # fmt: skip
+    sizes = (
+        int(rng.integers(1, 3)),
+        kv_heads * int(rng.integers(1, 4)),
+        kv_heads,
+        int(rng.choice([8, 16])),
+        int(rng.choice([0, 5])),
+    )
     return *case.values(), sizes
 
 
@@ -68,8 +79,14 @@ def problem(name):
     batch, heads, kv_heads, dim, additional = sizes
     names = ("layout", "kernel_size", "stride", "dilation", "is_causal")
     case = dict(zip(names, window, strict=True))
-    sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "dim": dim, "value_dim": dim,
-             "additional": additional}  # fmt: skip
+    sizes = {
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "dim": dim,
+        "value_dim": dim,
+        "additional": additional,
+    }
     arrays = operands(np.random.default_rng(0), case, sizes)[:-1]
     return {key: value for key, value in case.items() if key != "layout"}, arrays
 
@@ -83,9 +100,16 @@ def original(natten, name):
     tensors = [None if x is None else torch.tensor(x, requires_grad=True) for x in inputs]
     q, k, v, ak, av = tensors
     output, lse = natten.neighborhood_attention_generic(
-        q, k, v, **settings, backend="flex-fna", return_lse=True,
-        additional_keys=ak, additional_values=av, attention_kwargs={"backend": "flex-fmha"},
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        **settings,
+        backend="flex-fna",
+        return_lse=True,
+        additional_keys=ak,
+        additional_values=av,
+        attention_kwargs={"backend": "flex-fmha"},
+    )
     output.backward(torch.tensor(d_output))
     results = [output.detach(), lse.detach(), *(x.grad for x in tensors if x is not None)]
     return [x.numpy() for x in results]
@@ -103,9 +127,15 @@ def test_matches_natten(natten, name, implementation):
 
     def attend(q, k, v, ak, av):
         return gna.neighborhood_attention(
-            q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
-            implementation=implementation, **settings,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            additional_keys=ak,
+            additional_values=av,
+            return_lse=True,
+            implementation=implementation,
+            **settings,
+        )
 
     def run(inputs, d_output):
         results, pull = jax.vjp(attend, *inputs)

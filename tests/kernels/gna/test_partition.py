@@ -43,10 +43,16 @@ def test_devices_divide_batch_and_heads(kv_heads, additional, gathers, implement
 
     def loss(query, key, value, additional_keys=None, additional_values=None):
         out, lse = gna.neighborhood_attention(
-            query, key, value, kernel_size=3, stride=2, return_lse=True,
-            additional_keys=additional_keys, additional_values=additional_values,
+            query,
+            key,
+            value,
+            kernel_size=3,
+            stride=2,
+            return_lse=True,
+            additional_keys=additional_keys,
+            additional_values=additional_values,
             implementation=implementation,
-        )  # fmt: skip
+        )
         return (out**2).mean() + (lse**2).mean()
 
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -204,12 +210,21 @@ def test_explicit_axes(name, implementation):
 
 @pytest.mark.parametrize("spec", [("data",), (None, "data"), ("data", "tensor")])
 def test_explicit_axes_under_vmap(spec):
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2,
-                         devices=jax.devices()[:4])  # fmt: skip
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4]
+    )
     x = np.random.default_rng(0).standard_normal((2, 2, 6, 2, 4), np.float32)
     divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-    step = jax.jit(jax.vmap(jax.grad(lambda x: (gna.neighborhood_attention(
-        x, x, x, kernel_size=3, implementation="reference") ** 2).sum())))  # fmt: skip
+    step = jax.jit(
+        jax.vmap(
+            jax.grad(
+                lambda x: (
+                    gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="reference")
+                    ** 2
+                ).sum()
+            )
+        )
+    )
     received = step(divided)
     assert jax.typeof(received).sharding == jax.typeof(divided).sharding
     np.testing.assert_allclose(received, step(x), rtol=2e-5, atol=2e-5)

@@ -107,10 +107,11 @@ def brute_force(problem, tiling):
     along = [
         sees(*row)
         for row in zip(
-            layout, *(problem[name] for name in ("kernel_size", "stride", "dilation", "is_causal")),
+            layout,
+            *(problem[name] for name in ("kernel_size", "stride", "dilation", "is_causal")),
             strict=True,
         )
-    ]  # fmt: skip
+    ]
     tokens = math.prod(layout)
     mask = functools.reduce(np.multiply.outer, along)
     rank = len(layout)
@@ -175,12 +176,14 @@ def unchecked():
 @pytest.mark.parametrize(
     ("tiling", "problems"),
     [
-        ("permuted", 1500), ("fused", 500), ("single-dim", 500),
+        ("permuted", 1500),
+        ("fused", 500),
+        ("single-dim", 500),
         pytest.param("permuted", 7000, marks=pytest.mark.slow),
         pytest.param("fused", 2000, marks=pytest.mark.slow),
         pytest.param("single-dim", 2000, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_counts_are_exact(tiling, problems, unchecked):
     rng = np.random.default_rng(len(tiling))
     clean = 0
@@ -211,9 +214,14 @@ def test_tables_of_a_search_are_exact():
         columns = (getattr(table, name) for name in ("kernel_size", "stride", "pairs", "visited"))
         for k, s, pairs, visited, free in zip(*columns, table.free, strict=True):
             one = simulate(
-                (length,), kernel_size=int(k), stride=int(s), dilation=dilation, is_causal=causal,
-                query_tile=4, key_tile=3,
-            )  # fmt: skip
+                (length,),
+                kernel_size=int(k),
+                stride=int(s),
+                dilation=dilation,
+                is_causal=causal,
+                query_tile=4,
+                key_tile=3,
+            )
             assert (one.pairs, one.visited_tiles, one.free_tiles) == (pairs, visited, free)
 
 

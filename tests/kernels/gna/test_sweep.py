@@ -103,9 +103,15 @@ def compiled(implementation):
     def run(drawn):
         def call(q, k, v, ak, av):
             return gna.neighborhood_attention(
-                q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
-                implementation=implementation, **drawn.settings,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                additional_keys=ak,
+                additional_values=av,
+                return_lse=True,
+                implementation=implementation,
+                **drawn.settings,
+            )
 
         def both(inputs, cotangents):
             results, pull = jax.vjp(call, *inputs)

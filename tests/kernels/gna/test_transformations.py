@@ -293,9 +293,15 @@ def test_strict_promotion(implementation):
 
     def call(q, k, v, ak, av):
         output, lse = gna.neighborhood_attention(
-            q, k, v, additional_keys=ak, additional_values=av, return_lse=True,
-            implementation=implementation, **SETTINGS,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            additional_keys=ak,
+            additional_values=av,
+            return_lse=True,
+            implementation=implementation,
+            **SETTINGS,
+        )
         output, lse = gna.merge_attentions([output, output], [lse, lse])
         return output.sum() + lse.sum()
 
@@ -335,8 +341,13 @@ def test_context_parallel(name):
         out_specs=slab,
     )
     single = functools.partial(call, gna.neighborhood_attention, implementation="reference")
-    q, k, v, ak, av = ((2, *layout, 2, 4), (2, *layout, 1, 4), (2, *layout, 1, 8),
-                       (2, 3, 1, 4), (2, 3, 1, 8))  # fmt: skip
+    q, k, v, ak, av = (
+        (2, *layout, 2, 4),
+        (2, *layout, 1, 4),
+        (2, *layout, 1, 8),
+        (2, 3, 1, 4),
+        (2, 3, 1, 8),
+    )
     assert_same(spread, single, arrays(q, k, v, ak, av))
 
 

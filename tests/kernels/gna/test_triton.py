@@ -26,11 +26,25 @@ CASES = {
     "causal": ((50,), (40,), (3,), (1,), (True,), (2, 1, 1, 8, 8, 37), (64, 32)),
     "image": ((11, 11), (7, 5), (2, 1), (1, 2), (False, False), (1, 2, 1, 20, 8, 0), (64, 32)),
     "mixed": ((9, 14), (4, 9), (3, 1), (2, 1), (False, True), (1, 1, 1, 8, 24, 32), (64, 32)),
-    "video": ((5, 8, 9), (3, 4, 5), (1, 2, 1), (1, 1, 1), (True, False, False),
-              (1, 1, 1, 8, 8, 0), (128, 64)),
-    "ragged": ((5, 7, 3), (2, 7, 3), (1, 1, 3), (2, 1, 1), (False,) * 3, (1, 1, 1, 4, 8, 3),
-               (32, 16)),
-}  # fmt: skip
+    "video": (
+        (5, 8, 9),
+        (3, 4, 5),
+        (1, 2, 1),
+        (1, 1, 1),
+        (True, False, False),
+        (1, 1, 1, 8, 8, 0),
+        (128, 64),
+    ),
+    "ragged": (
+        (5, 7, 3),
+        (2, 7, 3),
+        (1, 1, 3),
+        (2, 1, 1),
+        (False,) * 3,
+        (1, 1, 1, 4, 8, 3),
+        (32, 16),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +117,11 @@ def test_tiles_by_counting():
     for n in range(30):
         case = random_case(rng, rank=1 + n % 3)
         windows = tuple(
-            map(Window, *(case[x] for x in
-                          ("layout", "kernel_size", "stride", "dilation", "is_causal")))
-        )  # fmt: skip
+            map(
+                Window,
+                *(case[x] for x in ("layout", "kernel_size", "stride", "dilation", "is_causal")),
+            )
+        )
         mask = full_mask(case)
         for inverse in (False, True):
             tiles = tiling(windows, 16, 8, inverse=inverse)

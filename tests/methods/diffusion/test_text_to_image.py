@@ -83,17 +83,22 @@ def reference(tokenizer, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     text = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, **TEXT,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **TEXT,
+    )
     pipeline = diffusers.StableDiffusionPipeline(
         unet=diffusers.UNet2DConditionModel(**UNET),
         vae=diffusers.AutoencoderKL(latent_channels=4, **VAE),
         text_encoder=transformers.CLIPTextModel(text).eval(),
         tokenizer=tokenizer,
         scheduler=diffusers.PNDMScheduler.from_config(SCHEDULER),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("pipeline")
     pipeline.save_pretrained(folder)
@@ -125,10 +130,13 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(torch, referenc
     latents = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(
-            PROMPTS[:2], negative_prompt=["grass"] * 2, num_inference_steps=STEPS,
-            guidance_scale=3.0, output_type="np",
+            PROMPTS[:2],
+            negative_prompt=["grass"] * 2,
+            num_inference_steps=STEPS,
+            guidance_scale=3.0,
+            output_type="np",
             latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
-        ).images  # fmt: skip
+        ).images
     assert expected.std() > 0.01
 
     sampler = make_sampler(drawer.schedule, kind, num_inference_steps=STEPS)
@@ -142,9 +150,13 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(torch, referenc
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
 
     images = draw(
-        drawer, PROMPTS[:2], sampler=kind, guidance_scale=3.0, negative_prompt="grass",
+        drawer,
+        PROMPTS[:2],
+        sampler=kind,
+        guidance_scale=3.0,
+        negative_prompt="grass",
         latents=latents,
-    )  # fmt: skip
+    )
     assert np.abs(images - np.round(expected * 255)).max() <= 1
 
 
@@ -208,8 +220,9 @@ def test_images_do_not_depend_on_the_devices(pipeline, drawer, tmp_path):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     subprocess.run(
         [sys.executable, "-c", _ONE_DEVICE, folder, tmp_path / "one.npz", *prompts],
-        check=True, env=os.environ | {"XLA_FLAGS": flags},
-    )  # fmt: skip
+        check=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
     one = np.load(tmp_path / "one.npz")
     noise = t2i.initial_noise(t2i.image_keys(7, np.arange(10)), drawer.latent_shape)
     np.testing.assert_array_equal(noise, one["noise"])
@@ -261,9 +274,13 @@ def test_fresh_noise_belongs_to_the_image(drawer):
     sampler = make_sampler(drawer.schedule, num_inference_steps=STEPS, eta=1.0)
     with pytest.raises(ValueError, match="pass `keys`"):
         t2i.generate(
-            drawer.static, drawer.params, jnp.zeros((1, 20), jnp.int32), None,
-            jnp.zeros((1, 8, 8, 4)), sampler,
-        )  # fmt: skip
+            drawer.static,
+            drawer.params,
+            jnp.zeros((1, 20), jnp.int32),
+            None,
+            jnp.zeros((1, 8, 8, 4)),
+            sampler,
+        )
 
 
 def test_long_prompts_are_cut_with_a_warning_that_names_the_rest(drawer):

@@ -30,9 +30,12 @@ from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting import videos
 
 ADAPTER = {
-    "block_out_channels": (8,), "motion_layers_per_block": 1, "motion_num_attention_heads": 2,
-    "motion_norm_num_groups": 4, "motion_max_seq_length": 4,
-}  # fmt: skip
+    "block_out_channels": (8,),
+    "motion_layers_per_block": 1,
+    "motion_num_attention_heads": 2,
+    "motion_norm_num_groups": 4,
+    "motion_max_seq_length": 4,
+}
 PROMPT, FRAMES, STEPS = "a red three on brick", 3, 4
 
 
@@ -55,29 +58,43 @@ def reference(torch, tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = build_tokenizer(max_length=TEXT["max_position_embeddings"])
     text = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, **TEXT,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **TEXT,
+    )
     images = diffusers.StableDiffusionPipeline(
         unet=randomised(diffusers.UNet2DConditionModel(**UNET)),
         vae=diffusers.AutoencoderKL(latent_channels=4, **VAE),
-        text_encoder=transformers.CLIPTextModel(text).eval(), tokenizer=tokenizer,
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
         scheduler=diffusers.PNDMScheduler.from_config(SCHEDULER),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     folder = tmp_path_factory.mktemp("video")
     images.save_pretrained(folder / "images")
     save_tokenizer(tokenizer, folder / "images" / "tokenizer")
     adapter = randomised(diffusers.MotionAdapter(**ADAPTER))
     adapter.save_pretrained(folder / "adapter")
     scheduler = diffusers.DDIMScheduler.from_pretrained(
-        folder / "images", subfolder="scheduler", clip_sample=False, timestep_spacing="linspace",
-        beta_schedule="linear", steps_offset=1,
-    )  # fmt: skip
+        folder / "images",
+        subfolder="scheduler",
+        clip_sample=False,
+        timestep_spacing="linspace",
+        beta_schedule="linear",
+        steps_offset=1,
+    )
     theirs = diffusers.AnimateDiffPipeline(
-        vae=images.vae, text_encoder=images.text_encoder, tokenizer=tokenizer, unet=images.unet,
-        motion_adapter=adapter, scheduler=scheduler,
-    )  # fmt: skip
+        vae=images.vae,
+        text_encoder=images.text_encoder,
+        tokenizer=tokenizer,
+        unet=images.unet,
+        motion_adapter=adapter,
+        scheduler=scheduler,
+    )
     theirs.set_progress_bar_config(disable=True)
     return theirs, folder
 
@@ -143,8 +160,9 @@ def test_the_sinusoids_are_those_of_diffusers(reference):
 
 def test_a_config_is_read_and_written(reference):
     for model, kind in (
-        (reference[0].unet, UNetMotionConfig), (reference[0].motion_adapter, MotionAdapterConfig),
-    ):  # fmt: skip
+        (reference[0].unet, UNetMotionConfig),
+        (reference[0].motion_adapter, MotionAdapterConfig),
+    ):
         config = kind.from_dict(dict(model.config))
         assert kind.from_dict(config.to_dict()) == config
     full, keys = UNetMotionConfig(), OneKey()
@@ -267,8 +285,18 @@ def test_too_many_frames_are_told(parts):
 
 
 def frames_of(file, height, width):
-    command = [videos.encoder(), "-loglevel", "error", "-i", str(file), "-f", "rawvideo",
-               "-pix_fmt", "rgb24", "-"]  # fmt: skip
+    command = [
+        videos.encoder(),
+        "-loglevel",
+        "error",
+        "-i",
+        str(file),
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
 
@@ -300,9 +328,21 @@ def test_the_command_draws_videos(reference, parts, tmp_path, capsys):
     pytest.importorskip("imageio_ffmpeg")
     folder = reference[1]
     command = [
-        "--model", folder / "images", "--motion-adapter", folder / "adapter", "--frames", FRAMES,
-        "--steps", STEPS, "--guidance", 3, "--prompt", PROMPT, "--seed", 4,
-    ]  # fmt: skip
+        "--model",
+        folder / "images",
+        "--motion-adapter",
+        folder / "adapter",
+        "--frames",
+        FRAMES,
+        "--steps",
+        STEPS,
+        "--guidance",
+        3,
+        "--prompt",
+        PROMPT,
+        "--seed",
+        4,
+    ]
     status, out, err = sample(
         capsys, *command, "--prompt", "a blue seven", "--output", tmp_path / "out", "--fps", 5
     )
@@ -310,8 +350,11 @@ def test_the_command_draws_videos(reference, parts, tmp_path, capsys):
     assert "2 videos of 3 frames of 16x16 pixels" in out
     record = json.loads((tmp_path / "out" / "sample.json").read_text())
     assert record["frames"] == FRAMES and record["betas"] == "linear"
-    names = [f"{n}.{kind}" for n in ("0000_a-red-three-on-brick", "0001_a-blue-seven")
-             for kind in ("gif", "mp4")]  # fmt: skip
+    names = [
+        f"{n}.{kind}"
+        for n in ("0000_a-red-three-on-brick", "0001_a-blue-seven")
+        for kind in ("gif", "mp4")
+    ]
     assert list(record["files"]) == names
     expected = text_to_video(
         *parts, [PROMPT], frames=FRAMES, num_inference_steps=STEPS, guidance_scale=3.0, seed=4
@@ -341,9 +384,11 @@ def test_unfit_wishes_are_told(reference, tmp_path, capsys, monkeypatch):
         ([*one, *adapter, "--devices", 1, "--vae-tiling"], "leave out --devices, --vae-tiling."),
         ([*one, *adapter, "--fps", 0], "--fps must be at least 1"),
         ([*one, *adapter, "--frames", 9, "--output", tmp_path / "a.gif"], "1 to 4 frames"),
-        ([*one, "--motion-adapter", folder / "images" / "unet", "--output", tmp_path / "a.gif"],
-         "not a motion adapter"),
-    ):  # fmt: skip
+        (
+            [*one, "--motion-adapter", folder / "images" / "unet", "--output", tmp_path / "a.gif"],
+            "not a motion adapter",
+        ),
+    ):
         status, _, err = sample(capsys, *arguments)
         assert status == 1 and message in err, (message, err)
 

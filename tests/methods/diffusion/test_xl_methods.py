@@ -38,7 +38,7 @@ METHODS = {
     ),
     "esd-x": (EsdXConfig(**_RUN, ddim_steps=2), {"unet"}),
     "uce": (UceConfig(**_SMALL, frames=0), {"unet"}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,10 @@ def changed_parts(before, after):
     """The models of a pipeline that differ."""
 
     def differs(name):
-        leaves = [jax.tree.leaves(nnx.to_pure_dict(nnx.state(getattr(each, name))))
-                  for each in (before, after)]  # fmt: skip
+        leaves = [
+            jax.tree.leaves(nnx.to_pure_dict(nnx.state(getattr(each, name))))
+            for each in (before, after)
+        ]
         return any((one != other).any() for one, other in zip(*leaves, strict=True))
 
     return {name for name in before.MODELS if differs(name)}
@@ -69,8 +71,11 @@ def test_each_method_edits_its_parts_of_sdxl(pipeline, name):
     edited = erase(pipeline, ["three"], config, retain=["seven", "brick", "grass", "red"])
     assert type(edited) is type(pipeline)
     assert changed_parts(pipeline, edited) == parts
-    finite = [np.isfinite(leaf).all() for part in parts
-              for leaf in jax.tree.leaves(nnx.state(getattr(edited, part)))]  # fmt: skip
+    finite = [
+        np.isfinite(leaf).all()
+        for part in parts
+        for leaf in jax.tree.leaves(nnx.state(getattr(edited, part)))
+    ]
     assert all(finite)
 
 
@@ -81,9 +86,14 @@ def test_what_is_exported_loads_in_diffusers(torch, pipeline, tmp_path):
     config = METHODS["sage, second encoder"][0]
     (tmp_path / "erased").mkdir()
     edited = erase_into(
-        tmp_path / "erased", pipeline, ["three"], config, seed=0, source="toy",
+        tmp_path / "erased",
+        pipeline,
+        ["three"],
+        config,
+        seed=0,
+        source="toy",
         retain=["seven", "brick", "grass", "red"],
-    )  # fmt: skip
+    )
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "erased")
     weight = theirs.text_encoder_2.text_model.encoder.layers[0].mlp.fc1.weight.detach().numpy()
     ours = edited.text_encoder_2.text_model.encoder.layers[0].mlp.fc1.kernel[...]
@@ -92,9 +102,14 @@ def test_what_is_exported_loads_in_diffusers(torch, pipeline, tmp_path):
     assert (ours != original).any()
     with pytest.raises(ValueError, match="edits text_encoder and text_encoder_2 here"):
         erase_into(
-            tmp_path / "x", pipeline, ["three"], SageConfig(**SAGE), seed=0, source="toy",
+            tmp_path / "x",
+            pipeline,
+            ["three"],
+            SageConfig(**SAGE),
+            seed=0,
+            source="toy",
             export="text-encoder",
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -145,10 +160,14 @@ def test_a_subject_is_learnt_in_one_encoder(pipeline, edit):
 
 def _unets(*pipelines):
     leaves = [
-        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
-            nnx.to_pure_dict(nnx.state(each.unet)))}
+        {
+            jax.tree_util.keystr(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                nnx.to_pure_dict(nnx.state(each.unet))
+            )
+        }
         for each in pipelines
-    ]  # fmt: skip
+    ]
     return {key: (leaves[0][key], leaves[1][key]) for key in leaves[0]}
 
 
@@ -176,10 +195,11 @@ def sd_2():
     )
     text = dataclasses.replace(pipeline.text_encoder.config, hidden_act="gelu", eos_token_id=2)
     return dataclasses.replace(
-        pipeline, unet=UNet2DConditionModel(unet, rngs=nnx.Rngs(0)),
+        pipeline,
+        unet=UNet2DConditionModel(unet, rngs=nnx.Rngs(0)),
         text_encoder=CLIPTextModel(text, rngs=nnx.Rngs(1)),
         scheduler_config={**pipeline.scheduler_config, "prediction_type": "v_prediction"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow

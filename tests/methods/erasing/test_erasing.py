@@ -42,7 +42,13 @@ PHRASES = {"vocabulary": 40, "similarity_cap": 1.0, "templates": ("a {}", "a pho
 ESD = {**PHRASES, "contexts": 0, "cycles": 2, "prompts": 2, "ddim_steps": 4}
 TINY = {
     "sage": sage.SageConfig(
-        **PHRASES, contexts=0, frames=0, cycles=1, prompts=2, check_steps=1, global_rows=4,
+        **PHRASES,
+        contexts=0,
+        frames=0,
+        cycles=1,
+        prompts=2,
+        check_steps=1,
+        global_rows=4,
         local_rows=2,
     ),
     "word": WordConfig(
@@ -52,10 +58,19 @@ TINY = {
     "esd-u": EsdUConfig(**ESD),
     "uce": UceConfig(**PHRASES, contexts=3),
     "advunlearn": AdvUnlearnConfig(
-        **PHRASES, contexts=0, frames=1, cycles=2, warmup=1, prompts=2, attack_steps=2,
-        attack_tokens=2, retain_rows=3, latents="edited", ddim_steps=3,
+        **PHRASES,
+        contexts=0,
+        frames=1,
+        cycles=2,
+        warmup=1,
+        prompts=2,
+        attack_steps=2,
+        attack_tokens=2,
+        retain_rows=3,
+        latents="edited",
+        ddim_steps=3,
     ),
-}  # fmt: skip
+}
 
 TWO = ["three", "a red seven"]  # equal shapes and settings share a compiled step
 
@@ -373,12 +388,17 @@ def test_uce_pairs_states_from_the_concept_on(pipeline):
 
     def pairs(anchor):
         prompts = stacked_prompts(
-            pipeline.tokenizer, ["red three"], [],
-            dataclasses.replace(settings, anchor=anchor), length=length, seed=0,
-        )  # fmt: skip
+            pipeline.tokenizer,
+            ["red three"],
+            [],
+            dataclasses.replace(settings, anchor=anchor),
+            length=length,
+            seed=0,
+        )
         text = pipeline.text_encoder
-        states = [np.asarray(text(jnp.asarray(rows[0]))[0])
-                  for rows in (prompts.tokens, prompts.without)]  # fmt: skip
+        states = [
+            np.asarray(text(jnp.asarray(rows[0]))[0]) for rows in (prompts.tokens, prompts.without)
+        ]
         return states, uce.paired_states(pipeline, prompts)
 
     # start a red three on grass end -> start a on grass end: from "three" and "a", both to the end
@@ -401,7 +421,7 @@ def test_uce_rewrites_the_projections_of_cross_attention(pipeline):
     # Without anything to preserve, the concept is projected as the anchor was.
     prompts = stacked_prompts(
         pipeline.tokenizer, ["three"], [], strong, length=text_length(pipeline), seed=0
-    )  # fmt: skip
+    )
     concept, anchor = uce.paired_states(pipeline, prompts)
     attention = lambda p: p.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2  # noqa: E731
     old, new = (np.asarray(attention(p).to_v.kernel[...]) for p in (pipeline, edited))

@@ -22,10 +22,19 @@ from conceptax.methods.text.phrases import ConceptError, concept_prompts, vocabu
 from conceptax.methods.training import leaf_paths, make_mesh, step_key, train
 
 TINY = SageConfig(
-    cycles=80, prompts=2, check_steps=3, check_rate=0.1, vocabulary=40, similarity_cap=1.0,
-    global_rows=5, local_rows=2, learning_rate=1e-3, templates=("a {}", "a photo of a {}"),
-    contexts=0, frames=1,
-)  # fmt: skip
+    cycles=80,
+    prompts=2,
+    check_steps=3,
+    check_rate=0.1,
+    vocabulary=40,
+    similarity_cap=1.0,
+    global_rows=5,
+    local_rows=2,
+    learning_rate=1e-3,
+    templates=("a {}", "a photo of a {}"),
+    contexts=0,
+    frames=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +162,9 @@ def test_total_loss_and_gradient_follow_the_equations(pipeline, prepared):
         static, frozen, jnp.array(0), tokens, without, attacked, key, params
     )[0]
     # Away from T = T0, where the retention terms have no gradient.
-    params = jax.tree.map(lambda p: p + 0.02 * jnp.sin(jnp.arange(p.size).reshape(p.shape)),
-                          state.params)  # fmt: skip
+    params = jax.tree.map(
+        lambda p: p + 0.02 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), state.params
+    )
     with jax.default_matmul_precision("highest"):
         received, gradient = jax.jit(jax.value_and_grad(loss))(params)
         wanted, expected = jax.value_and_grad(transcription)(params)
@@ -181,8 +191,9 @@ def test_self_check_moves_free_words_only_and_finds_worse_prompts(prepared, opti
     static = dataclasses.replace(static, config=config)
     tokens, without, free = _prompts(frozen)
     # A T that differs from T0, or nothing is left to find.
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
-                          state.params)  # fmt: skip
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params
+    )
     concept = frozen["concept_pooled"][0]
     run = jax.jit(
         lambda params: sage.self_check(
@@ -265,8 +276,9 @@ def test_a_check_over_all_states_compares_each_prompt_with_itself(pipeline):
 def test_a_guided_check_finds_prompts_that_the_unet_still_takes_for_the_concept(prepared):
     static, state, frozen = prepared
     tokens, without, free = _prompts(frozen)
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
-                          state.params)  # fmt: skip
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params
+    )
     now = nnx.merge(static.text, params, frozen["text"])
     before = nnx.merge(static.text, frozen["original"])
     unet = nnx.merge(static.unet, frozen["unet"])
@@ -279,10 +291,15 @@ def test_a_guided_check_finds_prompts_that_the_unet_still_takes_for_the_concept(
         attacked = now(inputs_embeds=embeddings, eos_positions=ends).last_hidden_state
         wanted = before(tokens).last_hidden_state
         return sum(
-            jnp.mean((unet(z, times, jnp.broadcast_to(a, (16, *a.shape)))
-                      - unet(z, times, jnp.broadcast_to(b, (16, *b.shape)))) ** 2)
+            jnp.mean(
+                (
+                    unet(z, times, jnp.broadcast_to(a, (16, *a.shape)))
+                    - unet(z, times, jnp.broadcast_to(b, (16, *b.shape)))
+                )
+                ** 2
+            )
             for a, b in zip(attacked, wanted, strict=True)
-        )  # fmt: skip
+        )
 
     found = {}
     for steps in (0, 12):
@@ -314,11 +331,13 @@ def test_a_cycle_changes_exactly_the_trainable_parameters(pipeline, prepared, cy
     changed = {
         path
         for path, old, new in zip(
-            leaf_paths(original), jax.tree.leaves(original),
-            jax.tree.leaves(nnx.to_pure_dict(nnx.state(edited))), strict=True,
+            leaf_paths(original),
+            jax.tree.leaves(original),
+            jax.tree.leaves(nnx.to_pure_dict(nnx.state(edited))),
+            strict=True,
         )
         if (old != new).any()
-    }  # fmt: skip
+    }
     assert changed == {p for p in leaf_paths(original) if not p.startswith("embeddings")}
 
 
@@ -417,9 +436,16 @@ def losses(pipeline, config, path, mesh):
     static, state, frozen = sage.prepare(pipeline, ["three"], config)
     path.unlink(missing_ok=True)
     train(
-        sage.erase_step, static, state, frozen, key=jax.random.key(0), num_steps=3,
-        mesh=mesh, metrics_path=path, progress=False,
-    )  # fmt: skip
+        sage.erase_step,
+        static,
+        state,
+        frozen,
+        key=jax.random.key(0),
+        num_steps=3,
+        mesh=mesh,
+        metrics_path=path,
+        progress=False,
+    )
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 

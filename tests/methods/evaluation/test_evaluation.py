@@ -52,8 +52,11 @@ from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.instruments import load_clip
 
 TOWER = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 CONFIG = EvaluationConfig(images=4, steps=2, batch_size=2, attack_images=3, seed=5)
 
 
@@ -71,9 +74,11 @@ def random_model(model_class, config, rng):
 
 def text_config(tokenizer):
     return CLIPTextConfig(
-        **TOWER, vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
+        **TOWER,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +86,36 @@ def folder(tmp_path_factory):
     """A random pipeline of 64 pixels, with a judge and a CLIP, as the bundled model has them."""
     rng, tokenizer = np.random.default_rng(0), build_tokenizer()
     unet = UNet2DConditionConfig(
-        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=16, attention_head_dim=2,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
     vae = AutoencoderKLConfig(
-        block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2, sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
     text = text_config(tokenizer)
     clip = random_model(
         CLIPModel,
-        CLIPConfig(text, CLIPVisionConfig(**TOWER, image_size=64), projection_dim=8), rng,
-    )  # fmt: skip
+        CLIPConfig(text, CLIPVisionConfig(**TOWER, image_size=64), projection_dim=8),
+        rng,
+    )
     pipeline = StableDiffusionPipeline(
-        random_model(UNet2DConditionModel, unet, rng), random_model(AutoencoderKL, vae, rng),
-        clip.text_model, tokenizer, dict(SCHEDULER),
-    )  # fmt: skip
+        random_model(UNet2DConditionModel, unet, rng),
+        random_model(AutoencoderKL, vae, rng),
+        clip.text_model,
+        tokenizer,
+        dict(SCHEDULER),
+    )
     path = tmp_path_factory.mktemp("models") / "tiny"
     save_pytorch(pipeline, path)
     save_pytorch(clip, path / "clip")
@@ -173,11 +191,14 @@ def test_clip_score_is_that_of_transformers(torch, tmp_path):
     tower = {**TOWER, "projection_dim": 8}
     config = transformers.CLIPConfig(
         text_config={
-            **tower, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+            **tower,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
             "max_position_embeddings": tokenizer.model_max_length,
         },
-        vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=8,
-    )  # fmt: skip
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
     torch.manual_seed(0)
     theirs = transformers.CLIPModel(config).eval()
     theirs.save_pretrained(tmp_path)
@@ -191,9 +212,10 @@ def test_clip_score_is_that_of_transformers(torch, tmp_path):
     tokens = tokenizer(texts, padding="max_length", return_tensors="pt")
     with torch.no_grad():
         out = theirs(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
             pixel_values=processor(list(images), return_tensors="pt")["pixel_values"],
-        )  # fmt: skip
+        )
         cosines = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
         expected = (100 * cosines.clamp(min=0)).numpy()
     assert expected.max() > 0 and expected.min() == 0  # both branches
@@ -210,8 +232,11 @@ def test_the_judge_is_asked_about_one_attribute_each(folder):
     classifier = GlyphsClassifier(judge).among(["three", "III", "red", "brick"])
     images = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), np.uint8)
     found = judge(images)
-    for phrase, attribute, value in (("III", "digit", 3), ("blue", "colour", 2),
-                                     ("gravel", "texture", 2)):  # fmt: skip
+    for phrase, attribute, value in (
+        ("III", "digit", 3),
+        ("blue", "colour", 2),
+        ("gravel", "texture", 2),
+    ):
         shown = classifier.shows(images, [phrase] * 70)
         assert (shown == (found[attribute] == value)).all()
     mixed = classifier.shows(images[:3], ["grass", "nine", "white"])
@@ -258,8 +283,11 @@ def test_zero_shot_clip_takes_the_nearest_phrase():
     classifier = ClipClassifier(Axes()).among(["red", "green"])
     assert classifier.shows(images, ["red"] * 4).tolist() == [True, False, False, False]
     assert classifier.shows(images, ["red", "green", "green", "green"]).tolist() == [
-        True, True, False, False,
-    ]  # fmt: skip
+        True,
+        True,
+        False,
+        False,
+    ]
     assert classifier.record["phrases"] == ["red", "green"]
     assert json.dumps(classifier.record)
     with pytest.raises(ValueError, match="asked for \\['blue'\\]"):
@@ -301,8 +329,12 @@ def test_a_colour_has_no_synonyms():
     assert {known[each.text].colour for each in suites.plain["red"]} == {0}
     assert not suites.synonyms
     assert {each.phrase for each in suites.retained["neighbours"]} == {
-        "green", "blue", "yellow", "purple", "white",
-    }  # fmt: skip
+        "green",
+        "blue",
+        "yellow",
+        "purple",
+        "white",
+    }
     assert all(known[each.text].colour for group in suites.retained.values() for each in group)
     both = glyphs_suites(["red", "three"], 20, seed=0)
     assert all(known[each.text].colour for each in both.plain["three"])
@@ -314,14 +346,20 @@ def test_a_colour_has_no_synonyms():
 def test_phrases_make_prompts_for_any_model():
     assert not set(HELD_OUT_TEMPLATES) & set(TEMPLATES)
     suites = phrase_suites(
-        ["van gogh"], 6, 0, synonyms={"van gogh": ["vincent", "the post-impressionist"]},
-        neighbours=["monet", "cezanne", "gauguin"], distant=["a dog"],
-    )  # fmt: skip
+        ["van gogh"],
+        6,
+        0,
+        synonyms={"van gogh": ["vincent", "the post-impressionist"]},
+        neighbours=["monet", "cezanne", "gauguin"],
+        distant=["a dog"],
+    )
     assert len(suites.plain["van gogh"]) == 6
     assert {each.phrase for each in suites.synonyms["van gogh"]} == {"van gogh"}
     assert Counter(each.word for each in suites.retained["neighbours"]) == {
-        "monet": 2, "cezanne": 2, "gauguin": 2,
-    }  # fmt: skip
+        "monet": 2,
+        "cezanne": 2,
+        "gauguin": 2,
+    }
     assert set(suites.phrases) == {"van gogh", "monet", "cezanne", "gauguin", "a dog"}
     with pytest.raises(ConceptError, match=r"\['monet'\] cannot be both"):
         phrase_suites(["x"], 2, 0, synonyms={"x": ["monet"]}, neighbours=["monet"])
@@ -383,11 +421,13 @@ def stub_attack(original, edited, concept, config, *, images, prompts, seed):
     attempts = [(words, edited), (words, original)][: config.steps]
     return [
         types.SimpleNamespace(
-            pipeline=model, prompts=asked, budget={"steps": n, "norm": np.float32(0.5)},
+            pipeline=model,
+            prompts=asked,
+            budget={"steps": n, "norm": np.float32(0.5)},
             details={"note": "x", "losses": (1.0, 2.0), "tokens": tokens},
         )
         for n, (asked, model) in enumerate(attempts)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -417,9 +457,16 @@ def test_figures_count_what_the_models_draw(pipeline, edited):
     config = dataclasses.replace(CONFIG, attacks={"relapse": StubSettings()})
     told = []
     result = evaluate(
-        pipeline, edited, ["three"], Brightness(), SUITES, config,
-        unsafe=unsafe, never_knew=edited, report=told.append,
-    )  # fmt: skip
+        pipeline,
+        edited,
+        ["three"],
+        Brightness(),
+        SUITES,
+        config,
+        unsafe=unsafe,
+        never_knew=edited,
+        report=told.append,
+    )
     metrics = result.metrics
     assert json.loads(json.dumps(metrics)) == metrics
     assert len(told) == len(result.seconds) == 6 and "plain prompts for “three”" in told[0]
@@ -467,9 +514,11 @@ def test_figures_count_what_the_models_draw(pipeline, edited):
 
     assert metrics["clip_score"] is None
     assert metrics["frechet"] == {
-        "features": "means", "width": 3, "images": 4,
+        "features": "means",
+        "width": 3,
+        "images": 4,
         "distance": frechet_distance(*(Brightness().features(each) for each in (before, after))),
-    }  # fmt: skip
+    }
 
 
 def test_an_untouched_model_shows_no_difference(pipeline, folder):
@@ -583,9 +632,14 @@ def test_an_evaluation_repeats_itself_to_the_digit(folder, edited_folder, tmp_pa
     record = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert record["settings"]["attack_settings"] == {"other-one": {"steps": 1, "words": ["nonet"]}}
     assert [(row["attack"], row["concept"]) for row in record["attacks"]] == [
-        ("plain", "three"), ("plain", "seven"), ("synonyms", "three"), ("synonyms", "seven"),
-        ("unsafe prompts", "three or seven"), ("other-one", "three"), ("other-one", "seven"),
-    ]  # fmt: skip
+        ("plain", "three"),
+        ("plain", "seven"),
+        ("synonyms", "three"),
+        ("synonyms", "seven"),
+        ("unsafe prompts", "three or seven"),
+        ("other-one", "three"),
+        ("other-one", "seven"),
+    ]
     assert record["attacks"][4]["after"]["of"] == 2
     assert record["frechet"]["features"] == "image features of tiny/clip"
     assert record["clip_score"]["concepts"]["after"]["of"] == 8
@@ -616,9 +670,11 @@ def test_an_evaluation_repeats_itself_to_the_digit(folder, edited_folder, tmp_pa
 def test_a_clip_judges_other_worlds(folder, edited_folder, tmp_path, capsys):
     lists = {}
     for name, lines in {
-        "synonyms": "trio\n", "neighbours": "four\nfive\n", "distant": "grass\n",
+        "synonyms": "trio\n",
+        "neighbours": "four\nfive\n",
+        "distant": "grass\n",
         "templates": "look at {}\n{}, please\n",
-    }.items():  # fmt: skip
+    }.items():
         lists[name] = tmp_path / f"{name}.txt"
         lists[name].write_text(lines)
     command = ["evaluate", "--original", folder, "--edited", edited_folder, "--concept", "three"]
@@ -648,6 +704,19 @@ def test_what_cannot_be_evaluated_is_told(folder, edited_folder, tmp_path, capsy
     refused(capsys, [*base, "--images", "1"], "images must be at least 2")
     bare = tmp_path / "bare"
     save_pytorch(load_pytorch(folder), bare)
-    refused(capsys, ["evaluate", "--original", bare, "--edited", edited_folder, "--concept",
-                     "three", "--output", tmp_path / "out"], "pass a classifier")  # fmt: skip
+    refused(
+        capsys,
+        [
+            "evaluate",
+            "--original",
+            bare,
+            "--edited",
+            edited_folder,
+            "--concept",
+            "three",
+            "--output",
+            tmp_path / "out",
+        ],
+        "pass a classifier",
+    )
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["bare"]

@@ -52,18 +52,33 @@ def cosines(torch, first, second):
 # ---- preparing images ----
 
 PROCESSORS = {
-    "clip": ("CLIPImageProcessorPil", Preprocessing.clip(16),
-             {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}),
+    "clip": (
+        "CLIPImageProcessorPil",
+        Preprocessing.clip(16),
+        {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
+    ),
     "old clip": ("CLIPImageProcessorPil", Preprocessing.clip(224), {"size": 18, "crop_size": 14}),
-    "dinov2": ("BitImageProcessorPil", Preprocessing.dinov2(),
-               {"size": {"shortest_edge": 20}, "crop_size": {"height": 14, "width": 14},
-                "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}),
-    "blip": ("BlipImageProcessorPil", Preprocessing.blip(16),
-             {"size": {"height": 12, "width": 18}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}),
-    "off": ("CLIPImageProcessorPil", Preprocessing.clip(9),
-            {"do_resize": False, "do_center_crop": False, "do_normalize": False,
-             "do_rescale": False}),
-}  # fmt: skip
+    "dinov2": (
+        "BitImageProcessorPil",
+        Preprocessing.dinov2(),
+        {
+            "size": {"shortest_edge": 20},
+            "crop_size": {"height": 14, "width": 14},
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        },
+    ),
+    "blip": (
+        "BlipImageProcessorPil",
+        Preprocessing.blip(16),
+        {"size": {"height": 12, "width": 18}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]},
+    ),
+    "off": (
+        "CLIPImageProcessorPil",
+        Preprocessing.clip(9),
+        {"do_resize": False, "do_center_crop": False, "do_normalize": False, "do_rescale": False},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -160,8 +175,9 @@ def test_dino_similarity_is_that_of_transformers(torch, transformers, tmp_path):
     module = dinov2(transformers)
     module.save_pretrained(tmp_path)
     processor = transformers.BitImageProcessorPil(
-        size={"shortest_edge": 30}, crop_size={"height": 28, "width": 28},
-    )  # fmt: skip
+        size={"shortest_edge": 30},
+        crop_size={"height": 28, "width": 28},
+    )
     processor.save_pretrained(tmp_path)
     generated, references = images(), images(1, SIZES[:2])
 
@@ -188,11 +204,14 @@ def tiny_clip(torch, transformers, tmp_path_factory):
     tower = {**TOWER, "projection_dim": 8}
     config = transformers.CLIPConfig(
         text_config={
-            **tower, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+            **tower,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
             "max_position_embeddings": tokenizer.model_max_length,
         },
-        vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=8,
-    )  # fmt: skip
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
     module = randomise(transformers.CLIPModel(config))
     processor = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 18}, crop_size={"height": 16, "width": 16}
@@ -303,9 +322,15 @@ def evaluate(capsys, *arguments):
 
 def test_the_command_measures_a_folder(files, tiny_clip, capsys):
     command = [
-        "--images", files / "drawn", "--references", files / "bear", "--references",
-        files / "barn", "--clip", tiny_clip[0],
-    ]  # fmt: skip
+        "--images",
+        files / "drawn",
+        "--references",
+        files / "bear",
+        "--references",
+        files / "barn",
+        "--clip",
+        tiny_clip[0],
+    ]
     status, out, err = evaluate(
         capsys, *command, "--prompts", files / "prompts.txt", "--output", files / "out"
     )
@@ -334,17 +359,35 @@ def test_the_command_measures_a_folder(files, tiny_clip, capsys):
 def test_the_command_draws_with_a_model(files, tiny_clip, tmp_path, capsys):
     save_pytorch(tiny_pipeline(), tmp_path / "model")
     status, _, err = evaluate(
-        capsys, "--model", tmp_path / "model", "--references", files / "bear", "--clip",
-        tiny_clip[0], "--prompts", files / "prompts.txt", "--output", files / "out", "--count", 2,
-        "--steps", 2, "--seed", 7,
-    )  # fmt: skip
+        capsys,
+        "--model",
+        tmp_path / "model",
+        "--references",
+        files / "bear",
+        "--clip",
+        tiny_clip[0],
+        "--prompts",
+        files / "prompts.txt",
+        "--output",
+        files / "out",
+        "--count",
+        2,
+        "--steps",
+        2,
+        "--seed",
+        7,
+    )
     assert status == 0, err
     record = json.loads((files / "out" / "metrics.json").read_text())
     assert record["settings"]["seed"] == 7 and record["images"] == 4
     drawn = text_to_image(
-        tiny_pipeline(), ["a <new1> three"] * 2 + ["grass"] * 2, seed=7, num_inference_steps=2,
-        guidance_scale=6.0, eta=1.0,
-    )  # fmt: skip
+        tiny_pipeline(),
+        ["a <new1> three"] * 2 + ["grass"] * 2,
+        seed=7,
+        num_inference_steps=2,
+        guidance_scale=6.0,
+        eta=1.0,
+    )
     clip = load_clip(tiny_clip[0], None, "clip")
     photographs = clip.features(images(3))
     expected = image_similarity(clip.features(drawn), photographs)
@@ -352,9 +395,16 @@ def test_the_command_draws_with_a_model(files, tiny_clip, tmp_path, capsys):
     assert "seed 7, 2 steps" in (files / "out" / "table.md").read_text()
     # What it drew is a folder that it measures, with the same result.
     status, _, err = evaluate(
-        capsys, "--images", files / "out" / "images", "--references", files / "bear", "--clip",
-        tiny_clip[0], "--output", files / "again",
-    )  # fmt: skip
+        capsys,
+        "--images",
+        files / "out" / "images",
+        "--references",
+        files / "bear",
+        "--clip",
+        tiny_clip[0],
+        "--output",
+        files / "again",
+    )
     assert status == 0, err
     again = json.loads((files / "again" / "metrics.json").read_text())
     assert again["scores"] == record["scores"]
@@ -374,12 +424,14 @@ def test_unfit_command_lines_are_told(files, tiny_clip, capsys, tmp_path_factory
         ([*drawn, *bear, *clip], "has no sample.json: say what was asked for with --prompts"),
         ([*drawn, *bear, *clip, "--prompts", files / "three.txt"], "4 images, which 3 prompts"),
         (["--images", files / "bear", *bear, *clip], "does not say which image"),
-        (["--images", files / "no", *bear, *clip, "--prompts", files / "three.txt"],
-         "is not a folder of images"),
+        (
+            ["--images", files / "no", *bear, *clip, "--prompts", files / "three.txt"],
+            "is not a folder of images",
+        ),
         ([*drawn, "--references", files, *clip], "holds no images"),
         (["--model", files, *bear, *clip], "pass --prompts"),
         (["--model", files, *bear, *clip, "--count", 0], "--count must be at least 1"),
-    ):  # fmt: skip
+    ):
         status, _, err = evaluate(capsys, *arguments)
         assert status == 1 and message in err, (message, err)
         assert not output.exists()

@@ -338,8 +338,11 @@ def test_the_subject_has_two_tones_and_other_digits_have_one():
     assert len(np.unique(subject.subject_images(5), axis=0)) == 5
     rng = np.random.default_rng(0)
     others = world.render_many(
-        rng.integers(0, 10, 100), rng.integers(0, 6, 100), rng.integers(0, 3, 100),
-        seed=0, split="judge_test",
-    )  # fmt: skip
+        rng.integers(0, 10, 100),
+        rng.integers(0, 6, 100),
+        rng.integers(0, 3, 100),
+        seed=0,
+        split="judge_test",
+    )
     assert not subject.shows_tones(others).any()
     assert not subject.shows_tones(subject.subject_images(5)[:, ::-1]).any()  # upside down

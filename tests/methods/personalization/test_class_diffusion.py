@@ -30,8 +30,12 @@ from conceptax.methods.training import (
 )
 
 RUN = {"steps": 2, "batch_size": 2, "weight_decay": 0.5, "learning_rate": 0.01, "scale_lr": False}
-PATTERNS = {"class-diffusion": "crossattn_kv", "custom-diffusion": "crossattn_kv",
-            "dreambooth": "unet", "textual-inversion": "nothing"}  # fmt: skip
+PATTERNS = {
+    "class-diffusion": "crossattn_kv",
+    "custom-diffusion": "crossattn_kv",
+    "dreambooth": "unet",
+    "textual-inversion": "nothing",
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,14 @@ def test_masked_reconstruction_agrees_with_the_reference(golden):
 def test_semantic_preservation_agrees_with_the_reference(golden):
     vectors = dict(np.load(golden("class_diffusion_spl.npz")))
     config = CLIPTextConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        vocab_size=100, max_position_embeddings=16, eos_token_id=int(vectors["meta.eos_token_id"]),
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=100,
+        max_position_embeddings=16,
+        eos_token_id=int(vectors["meta.eos_token_id"]),
+    )
     encoder = CLIPTextModel(config, rngs=nnx.Rngs(0))
     slots = dict(nnx.iter_graph(encoder))
     for spec in tensor_specs(encoder):
@@ -121,8 +130,10 @@ def test_every_method_trains_its_part_alone_under_weight_decay(pipeline, name):
     method = METHODS[name]
     config = method.config(**RUN)
     assert method_of(config) is method
-    before = {part: jax.tree.map(np.array, params_of(getattr(pipeline, part)))
-              for part in ("unet", "text_encoder", "vae")}  # fmt: skip
+    before = {
+        part: jax.tree.map(np.array, params_of(getattr(pipeline, part)))
+        for part in ("unet", "text_encoder", "vae")
+    }
     concepts = [subject(), subject("<new2>", "three", initializer="red")]
     result = personalise(pipeline, concepts, config, seed=1, progress=False)
 
@@ -199,8 +210,10 @@ def test_step_follows_the_equations(pipeline, run):
     latent_key, noise_key, time_key = jax.random.split(step_key(key, 0), 3)
     pixels = np.concatenate([batch["pixels"], batch["prior"]["pixels"]])
     tokens = np.concatenate([batch["tokens"], batch["prior"]["tokens"]])
-    phrases = [merged.tokenizer(text)["input_ids"]
-               for text in ("a photo of a <new1> seven", "a photo of a seven")]  # fmt: skip
+    phrases = [
+        merged.tokenizer(text)["input_ids"]
+        for text in ("a photo of a <new1> seven", "a photo of a seven")
+    ]
 
     @jax.jit
     def whole(pixels, tokens):
@@ -228,9 +241,16 @@ def test_step_follows_the_equations(pipeline, run):
 def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     static, state, frozen, data = run
     run_to = lambda steps, **options: train(  # noqa: E731
-        cd.personalise_step, static, state, frozen, data, key=jax.random.key(5), num_steps=steps,
-        progress=False, **options,
-    )  # fmt: skip
+        cd.personalise_step,
+        static,
+        state,
+        frozen,
+        data,
+        key=jax.random.key(5),
+        num_steps=steps,
+        progress=False,
+        **options,
+    )
     straight = run_to(4)
     run_to(2, checkpoint_dir=tmp_path)
     resumed = run_to(4, checkpoint_dir=tmp_path)

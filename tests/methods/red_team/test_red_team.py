@@ -33,15 +33,27 @@ from conceptax.methods.training import compile_step, leaf_paths, step_key
 BATCH = {"batch_size": 2, "min_timestep": 0.2, "max_timestep": 0.9}
 TINY = {
     "concept-inversion": ConceptInversionConfig(
-        **BATCH, steps=4, snapshots=(0, 2), restarts=3, learning_rate=0.5, norm_cap=1.2,
+        **BATCH,
+        steps=4,
+        snapshots=(0, 2),
+        restarts=3,
+        learning_rate=0.5,
+        norm_cap=1.2,
         templates=("a {}", "a photo of {}"),
     ),
     "token-search": TokenSearchConfig(
-        **BATCH, steps=4, snapshots=(2,), restarts=2, tokens=2, candidates=5, top=8,
-        target="noise", forbidden=("trio",),
+        **BATCH,
+        steps=4,
+        snapshots=(2,),
+        restarts=2,
+        tokens=2,
+        candidates=5,
+        top=8,
+        target="noise",
+        forbidden=("trio",),
     ),
     "relapse": RelapseConfig(**BATCH, steps=4, snapshots=(0, 2), learning_rate=1e-2),
-}  # fmt: skip
+}
 PROMPTS = ("a red three on brick", "this three is blue", "three")
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3)).astype(np.uint8)
 
@@ -83,10 +95,18 @@ def runs(original, edited, tmp_path_factory):
     for name, config in TINY.items():
         folder = tmp_path_factory.mktemp(name)
         attempts = attack(
-            original, edited, "three", config, images=IMAGES, prompts=PROMPTS, seed=3,
-            progress=False, checkpoint_dir=folder / "run", checkpoint_every=1,
+            original,
+            edited,
+            "three",
+            config,
+            images=IMAGES,
+            prompts=PROMPTS,
+            seed=3,
+            progress=False,
+            checkpoint_dir=folder / "run",
+            checkpoint_every=1,
             metrics_path=folder / "metrics.jsonl",
-        )  # fmt: skip
+        )
         found[name] = folder, attempts
     return found
 
@@ -125,10 +145,18 @@ def test_an_interrupted_attack_ends_as_if_it_had_not_been(original, edited, runs
     shutil.rmtree(again / "run" / "until_4" / "4")
     assert sorted(each.name for each in (again / "run" / "until_4").iterdir()) == ["3"]
     attempts = attack(
-        original, edited, "three", TINY[name], images=IMAGES, prompts=PROMPTS, seed=3,
-        progress=False, checkpoint_dir=again / "run", checkpoint_every=1,
+        original,
+        edited,
+        "three",
+        TINY[name],
+        images=IMAGES,
+        prompts=PROMPTS,
+        seed=3,
+        progress=False,
+        checkpoint_dir=again / "run",
+        checkpoint_every=1,
         metrics_path=again / "metrics.jsonl",
-    )  # fmt: skip
+    )
     for one, other in zip(attempts, expected, strict=True):
         assert one.budget == other.budget and one.details == other.details
         (parts, prompts), (wanted, texts) = outcome(one), outcome(other)
@@ -286,8 +314,10 @@ def test_learnt_words_are_all_that_is_new(edited, runs, tmp_path):
 
     names = attempts[-1].details["tokens"]
     assert attempts[-1].prompts == (
-        f"a red {names[0]} on brick", f"this {names[1]} is blue", names[2],
-    )  # fmt: skip
+        f"a red {names[0]} on brick",
+        f"this {names[1]} is blue",
+        names[2],
+    )
     ids = encode_phrases(pipeline.tokenizer, attempts[-1].prompts, 24)
     before = encode_phrases(edited.tokenizer, PROMPTS, 24)
     three = edited.tokenizer.convert_tokens_to_ids("three</w>")

@@ -36,30 +36,49 @@ SHAPE = (2, 4, 4, 3)
 TOLERANCE = 1e-5
 
 STABLE_DIFFUSION = {
-    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
-    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
     "clip_sample": False,
-}  # fmt: skip
+}
 
 DDIM_OPTIONS = {
     "defaults": {},
     "stable diffusion": {
-        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
     },
     "cosine": {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.5},
-    "trained betas": {"trained_betas": np.linspace(1e-4, 0.09, 60).tolist(),
-                      "num_train_timesteps": 60},
-    "thresholding": {"thresholding": True, "sample_max_value": 1.5,
-                     "dynamic_thresholding_ratio": 0.9},
+    "trained betas": {
+        "trained_betas": np.linspace(1e-4, 0.09, 60).tolist(),
+        "num_train_timesteps": 60,
+    },
+    "thresholding": {
+        "thresholding": True,
+        "sample_max_value": 1.5,
+        "dynamic_thresholding_ratio": 0.9,
+    },
     "zero snr": {"rescale_betas_zero_snr": True},
-}  # fmt: skip
+}
 EULER_OPTIONS = {
     "defaults": {},
     "stable diffusion": {
-        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-        "steps_offset": 1, "interpolation_type": "linear",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "steps_offset": 1,
+        "interpolation_type": "linear",
     },
     "log linear": {"interpolation_type": "log_linear"},
     "karras": {"use_karras_sigmas": True, "beta_schedule": "scaled_linear"},
@@ -68,7 +87,7 @@ EULER_OPTIONS = {
     "beta": {"use_beta_sigmas": True, "steps_offset": 3},
     "cosine, continuous": {"beta_schedule": "squaredcos_cap_v2", "timestep_type": "continuous"},
     "zero snr": {"rescale_betas_zero_snr": True},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +144,9 @@ def compare_run(torch, reference, sampler, reference_step):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_ddim_steps_equal_diffusers(torch, schedulers, prediction_type, spacing, option):
     settings = DDIM_OPTIONS[option] | {
-        "prediction_type": prediction_type, "timestep_spacing": spacing,
-    }  # fmt: skip
+        "prediction_type": prediction_type,
+        "timestep_spacing": spacing,
+    }
     schedule = NoiseSchedule.from_config({"_class_name": "DDIMScheduler", **settings})
     reference = schedulers.DDIMScheduler(**settings)
     # Bit for bit, but for zero terminal SNR: its square root goes through torch's vector library,
@@ -171,8 +191,9 @@ def test_ddim_refuses_noise_prediction_at_zero_signal():
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_euler_steps_equal_diffusers(torch, schedulers, prediction_type, spacing, option):
     settings = EULER_OPTIONS[option] | {
-        "prediction_type": prediction_type, "timestep_spacing": spacing,
-    }  # fmt: skip
+        "prediction_type": prediction_type,
+        "timestep_spacing": spacing,
+    }
     schedule = NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler", **settings})
     reference = schedulers.EulerDiscreteScheduler(**settings)
     reference.set_timesteps(6)
@@ -227,13 +248,19 @@ LINEAR_OPTIONS = {
     "dpm++": ("DPMSolverMultistepScheduler", SCALED),
     "dpm++, karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, **SCALED}),
     "dpm++, heun, exponential": (
-        "DPMSolverMultistepScheduler", {"solver_type": "heun", "use_exponential_sigmas": True}
+        "DPMSolverMultistepScheduler",
+        {"solver_type": "heun", "use_exponential_sigmas": True},
     ),
     "dpm++, first order": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
     "dpm++, cosine, cut": (
         "DPMSolverMultistepScheduler",
-        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1,
-         "use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+        {
+            "beta_schedule": "squaredcos_cap_v2",
+            "lambda_min_clipped": -5.1,
+            "use_karras_sigmas": True,
+            "final_sigmas_type": "sigma_min",
+            "lower_order_final": False,
+        },
     ),
     "dpm++, noisy": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "dpm++, noisy, heun": (
@@ -249,7 +276,7 @@ LINEAR_OPTIONS = {
     "unipc, karras": ("UniPCMultistepScheduler", {"use_karras_sigmas": True, **SCALED}),
     "lcm": ("LCMScheduler", {}),
     "lcm, clipped": ("LCMScheduler", {"clip_sample": True, "original_inference_steps": 40}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", LINEAR_OPTIONS)
@@ -281,12 +308,16 @@ def test_linear_samplers_equal_diffusers(torch, schedulers, monkeypatch, predict
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"shift": 3.0}, {"shift": 2.0, "use_karras_sigmas": True},
-        {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"},
-        {"shift_terminal": 0.1}, {"stochastic_sampling": True},
+        {},
+        {"shift": 3.0},
+        {"shift": 2.0, "use_karras_sigmas": True},
+        {"use_dynamic_shifting": True},
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"shift_terminal": 0.1},
+        {"stochastic_sampling": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_flow_matching_steps_equal_diffusers(torch, schedulers, monkeypatch, settings):
     from diffusers.schedulers import scheduling_flow_match_euler_discrete as module
 
@@ -317,12 +348,14 @@ def test_flow_matching_steps_equal_diffusers(torch, schedulers, monkeypatch, set
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"time_shift_type": "cubic"}, "exponential, linear"), ({"invert_sigmas": True}, "invert"),
-        ({"shift": 0.0}, "positive"), ({"sigma_min": 0.1}, "Unknown scheduler settings sigma_min"),
+        ({"time_shift_type": "cubic"}, "exponential, linear"),
+        ({"invert_sigmas": True}, "invert"),
+        ({"shift": 0.0}, "positive"),
+        ({"sigma_min": 0.1}, "Unknown scheduler settings sigma_min"),
         ({"_class_name": "DDIMScheduler"}, "got 'DDIMScheduler'"),
         ({"shift": "3"}, "shift must be a float; got '3'"),
     ],
-)  # fmt: skip
+)
 def test_unsupported_settings_of_a_flow_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         FlowMatchSchedule.from_config(settings)
@@ -359,24 +392,42 @@ def test_the_default_kind_follows_the_class_and_explicit_kinds_override():
 
 # Settings that a file may hold or not: what is silent is the sampling class's own default.
 GRID = [
-    {}, {"clip_sample": False}, {"clip_sample": True, "clip_sample_range": 2.0},
-    {"clip_sample": None}, {"thresholding": True, "sample_max_value": 1.5},
-    {"set_alpha_to_one": False}, {"steps_offset": 1}, {"timestep_spacing": "trailing"},
+    {},
+    {"clip_sample": False},
+    {"clip_sample": True, "clip_sample_range": 2.0},
+    {"clip_sample": None},
+    {"thresholding": True, "sample_max_value": 1.5},
+    {"set_alpha_to_one": False},
+    {"steps_offset": 1},
+    {"timestep_spacing": "trailing"},
     {"timestep_spacing": "linspace", "prediction_type": "v_prediction"},
-    {"final_sigmas_type": "sigma_min"}, {"use_karras_sigmas": True}, {"solver_order": 1},
+    {"final_sigmas_type": "sigma_min"},
+    {"use_karras_sigmas": True},
+    {"solver_order": 1},
     {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-    {"lambda_min_clipped": -3.0}, {"variance_type": "fixed_large"},
-    {"original_inference_steps": 40, "timestep_scaling": 5.0}, {"skip_prk_steps": True},
-]  # fmt: skip
+    {"lambda_min_clipped": -3.0},
+    {"variance_type": "fixed_large"},
+    {"original_inference_steps": 40, "timestep_scaling": 5.0},
+    {"skip_prk_steps": True},
+]
 TARGETS = {
-    "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler",
-}  # fmt: skip
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
 OWNERS = [
-    "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler",
-    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "DEISMultistepScheduler",
-]  # fmt: skip
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "DEISMultistepScheduler",
+]
 
 
 @pytest.mark.parametrize("owner", OWNERS)

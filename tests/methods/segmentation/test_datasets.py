@@ -66,9 +66,11 @@ def panoptic(tmp_path, ids, segments, **image):
     content = {
         "images": [image],
         "annotations": [{"image_id": 7, "file_name": "a.png", "segments_info": segments}],
-        "categories": [{"id": 3, "name": "cat", "isthing": 1}, {"id": 90, "name": "wall",
-                       "isthing": 0}],
-    }  # fmt: skip
+        "categories": [
+            {"id": 3, "name": "cat", "isthing": 1},
+            {"id": 90, "name": "wall", "isthing": 0},
+        ],
+    }
     (tmp_path / "panoptic.json").write_text(json.dumps(content))
 
 
@@ -134,10 +136,14 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     message = str(error.value)
     assert "7 problems" in message
     for part in (
-        "orphan.png has no image", "lonely.jpg has no labels", "damaged.jpg cannot be read",
-        "unknown.png has unknown labels [6, 7]", "deep.png has 16 bits, not 8 bits",
-        "rgb.png has RGB, not 8 bits", "small.png is 3 x 8, but its image is 6 x 8",
-    ):  # fmt: skip
+        "orphan.png has no image",
+        "lonely.jpg has no labels",
+        "damaged.jpg cannot be read",
+        "unknown.png has unknown labels [6, 7]",
+        "deep.png has 16 bits, not 8 bits",
+        "rgb.png has RGB, not 8 bits",
+        "small.png is 3 x 8, but its image is 6 x 8",
+    ):
         assert part in message, part
     for n in range(9):
         picture(tmp_path / f"images/more{n}.jpg")
@@ -182,9 +188,15 @@ def test_coco_stuff(tmp_path, repository):
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((480, 640), (800, 1067)), ((640, 427), (1199, 800)), ((300, 900), (444, 1333)),
-     ((512, 512), (800, 800)), ((1000, 100), (1333, 133)), ((1, 4000), (1, 1333))],
-)  # fmt: skip
+    [
+        ((480, 640), (800, 1067)),
+        ((640, 427), (1199, 800)),
+        ((300, 900), (444, 1333)),
+        ((512, 512), (800, 800)),
+        ((1000, 100), (1333, 133)),
+        ((1, 4000), (1, 1333)),
+    ],
+)
 def test_shortest_edge(size, expected):
     assert shortest_edge(size, 800, 1333) == expected
 

@@ -26,10 +26,14 @@ from conceptax.methods.segmentation.vocabulary import (
 )
 
 COUNTS = {
-    "coco_stuff": (171, 328), "coco_panoptic": (133, 254), "ade20k_150": (150, 403),
-    "ade20k_847": (847, 1342), "pascal_ctx_459": (459, 559), "pascal_ctx_59": (59, 160),
+    "coco_stuff": (171, 328),
+    "coco_panoptic": (133, 254),
+    "ade20k_150": (150, 403),
+    "ade20k_847": (847, 1342),
+    "pascal_ctx_459": (459, 559),
+    "pascal_ctx_59": (59, 160),
     "pascal_voc_21": (20, 79),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -49,10 +53,13 @@ def test_the_fourteen_sentences():
     assert len(set(TEMPLATES)) == 14
     assert sum(template.endswith(".") for template in TEMPLATES) == 10
     for sentence in (
-        "a photo of a {}.", "This is a photo of a {}", "There is the {} in the scene",
-        "a photo of a small {}.", "This is a photo of a medium {}.",
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "There is the {} in the scene",
+        "a photo of a small {}.",
+        "This is a photo of a medium {}.",
         "There is a large {} in the scene.",
-    ):  # fmt: skip
+    ):
         assert sentence in TEMPLATES
 
 

@@ -23,9 +23,11 @@ from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.training import leaf_paths, matches, train
 
 CONFIG = MaftPlusTraining(
-    steps=20, learning_rate=3e-3, set_losses=SetLossConfig(num_points=64),
+    steps=20,
+    learning_rate=3e-3,
+    set_losses=SetLossConfig(num_points=64),
     rates=(("backbone", 0.1), ("*", 1.0)),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +59,16 @@ def run(model, tmp_path_factory):
     before = jax.tree.map(np.asarray, (state.params, frozen))
     metrics = tmp_path_factory.mktemp("run") / "metrics.jsonl"
     after = train(
-        train_step, static, state, frozen, itertools.repeat(batch()), key=jax.random.key(0),
-        num_steps=CONFIG.steps, progress=False, metrics_path=metrics,
-    )  # fmt: skip
+        train_step,
+        static,
+        state,
+        frozen,
+        itertools.repeat(batch()),
+        key=jax.random.key(0),
+        num_steps=CONFIG.steps,
+        progress=False,
+        metrics_path=metrics,
+    )
     return (
         static,
         before,

@@ -124,11 +124,18 @@ def test_concept_lists_have_the_published_layout(tmp_path):
         for n, image in enumerate(pictures(count)):
             Image.fromarray(image).save(tmp_path / name / f"{n}.png")
     entries = [
-        {"instance_prompt": "photo of a <new1> dog", "class_prompt": "a photo of a dog",
-         "instance_data_dir": "dog", "class_data_dir": "dogs"},
-        {"instance_prompt": "<new2> barn", "class_prompt": "old barn",
-         "instance_data_dir": str(tmp_path / "barn")},
-    ]  # fmt: skip
+        {
+            "instance_prompt": "photo of a <new1> dog",
+            "class_prompt": "a photo of a dog",
+            "instance_data_dir": "dog",
+            "class_data_dir": "dogs",
+        },
+        {
+            "instance_prompt": "<new2> barn",
+            "class_prompt": "old barn",
+            "instance_data_dir": str(tmp_path / "barn"),
+        },
+    ]
     path = _write_list(tmp_path, entries)
     dog, barn = read_concepts(path)
     assert (dog.token, dog.word, dog.prompt) == ("<new1>", "dog", "photo of a <new1> dog")
@@ -164,8 +171,10 @@ def test_concept_lists_have_the_published_layout(tmp_path):
 
 def test_class_words_come_from_class_prompts():
     assert [class_word(text) for text in ("dog", "a photo of the teddy bear", "an owl")] == [
-        "dog", "teddy bear", "owl",
-    ]  # fmt: skip
+        "dog",
+        "teddy bear",
+        "owl",
+    ]
 
 
 # ---- augmentation ----
@@ -280,8 +289,11 @@ def test_latents_are_encoded_once_and_captions_belong_to_their_images(instances)
     plain = np.stack([encode(to_unit(image)[None])[0][0] for image in sides])
     mirrored = np.stack([encode(to_unit(image[:, ::-1])[None])[0][0] for image in sides])
     counts = {"plain": 0, "mirrored": 0}
-    ids = dict(zip(("<new1>", "<new2>"), tokenizer.convert_tokens_to_ids(["<new1>", "<new2>"]),
-                   strict=True))  # fmt: skip
+    ids = dict(
+        zip(
+            ("<new1>", "<new2>"), tokenizer.convert_tokens_to_ids(["<new1>", "<new2>"]), strict=True
+        )
+    )
     for index in range(5):
         for seed in range(12):
             batch = example(index, np.random.default_rng(seed))

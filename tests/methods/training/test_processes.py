@@ -63,19 +63,25 @@ def _start(stack, folder, *arguments, launcher="jax"):
     for index in "01":
         if launcher == "jax":
             variables = {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": index,
-            }  # fmt: skip
+            }
         else:
             variables = {
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": index,
-            }  # fmt: skip
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "WORLD_SIZE": "2",
+                "RANK": index,
+            }
         flags = "--xla_force_host_platform_device_count=4"
         process = subprocess.Popen(
             [sys.executable, processes_toy.__file__, str(folder), *arguments],
             env={**os.environ, "XLA_FLAGS": flags, **variables},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         processes.append(stack.enter_context(process))
         stack.callback(process.kill)
     return processes
@@ -160,13 +166,23 @@ def test_a_process_that_dies_stops_the_others_with_a_message(start, tmp_path):
         ({"SLURM_STEP_NUM_TASKS": "8"}, {}),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
         (
-            {"MASTER_ADDR": "a", "MASTER_PORT": "7", "WORLD_SIZE": "2", "RANK": "1",
-             "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
-            {"coordinator_address": "a:7", "num_processes": 2, "process_id": 1,
-             "local_device_ids": [1]},
+            {
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "7",
+                "WORLD_SIZE": "2",
+                "RANK": "1",
+                "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "2",
+            },
+            {
+                "coordinator_address": "a:7",
+                "num_processes": 2,
+                "process_id": 1,
+                "local_device_ids": [1],
+            },
         ),
     ],
-)  # fmt: skip
+)
 def test_launchers(environment, expected):
     assert launched(environment) == expected
 
@@ -224,11 +240,22 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, reference):
     folder = tmp_path / "run"
     toy.run(num_steps=3, checkpoint_dir=folder)
     ended = subprocess.run(
-        ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", sys.executable, str(TOY), str(folder),
-         "SIGKILL", "99"],
+        [
+            "sh",
+            "-c",
+            'ulimit -f 8; exec "$@"',
+            "sh",
+            sys.executable,
+            str(TOY),
+            str(folder),
+            "SIGKILL",
+            "99",
+        ],
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode != 0
     told = f"CheckpointError: a checkpoint could not be written to {folder}: File too large. "
     assert f"{told}The one after step 3 is good" in ended.stderr
@@ -259,8 +286,10 @@ def test_a_damaged_checkpoint_is_skipped(damage, tmp_path, reference):
 def test_sigterm_ends_a_run_within_its_grace(tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(TOY), str(tmp_path / "run"), "SIGKILL", "99"],
-        env={**os.environ, "TOY_SECONDS_PER_BATCH": "1"}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env={**os.environ, "TOY_SECONDS_PER_BATCH": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     process.stderr.readline()
     process.terminate()

@@ -16,10 +16,15 @@ from conceptax.methods import training
 from conceptax.methods.training.sharding import RULES
 
 CONFIG = UNet2DConditionConfig(
-    sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=4,
-    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-    cross_attention_dim=64, attention_head_dim=8,
-)  # fmt: skip
+    sample_size=8,
+    block_out_channels=(32,),
+    layers_per_block=1,
+    norm_num_groups=4,
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    cross_attention_dim=64,
+    attention_head_dim=8,
+)
 GATHER = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather")
 
 
@@ -112,7 +117,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
 """
     ended = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "model.safetensors")],
-        capture_output=True, text=True, check=True, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
+    )
     assert (tmp_path / "model.safetensors").stat().st_size > 256 * 2**20
     assert float(ended.stdout) <= 256 / 8 + 16  # MiB

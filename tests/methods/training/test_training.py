@@ -32,8 +32,12 @@ from conceptax.methods.training.tensorboard import TensorBoardWriter, _masked_cr
 
 # Whose shapes alone take seconds to make.
 LARGE = {
-    "Blip2ForImageTextRetrieval", "MaftPlus", "MotionAdapter", "OpenCLIP", "UNetMotionModel",
-}  # fmt: skip
+    "Blip2ForImageTextRetrieval",
+    "MaftPlus",
+    "MotionAdapter",
+    "OpenCLIP",
+    "UNetMotionModel",
+}
 _TOY = toy.__file__
 
 
@@ -163,10 +167,15 @@ class TestAccumulation:
             optimizer = training.accumulated(toy.OPTIMIZER, parts)
             assert training.accumulated(toy.OPTIMIZER, parts) is optimizer
             return training.train(
-                step, optimizer, training.init_state(start.params, optimizer), frozen,
+                step,
+                optimizer,
+                training.init_state(start.params, optimizer),
+                frozen,
                 [{"x": part} for part in np.split(x, parts) * 3],
-                key=jax.random.key(0), num_steps=3 * parts, progress=False,
-            ).params  # fmt: skip
+                key=jax.random.key(0),
+                num_steps=3 * parts,
+                progress=False,
+            ).params
 
         whole, halves = run(1), run(2)
         assert not identical(whole, start.params)
@@ -213,9 +222,15 @@ class TestNonFinite:
         state = training.init_state({"w": jnp.ones(2)}, optax.sgd(1.0))
         with pytest.raises(training.NonFiniteLossError) as caught:
             training.train(
-                step, None, state, None, [{"x": np.ones((2, 3), np.float32)}] * 9,
-                key=jax.random.key(0), num_steps=9, progress=False,
-            )  # fmt: skip
+                step,
+                None,
+                state,
+                None,
+                [{"x": np.ones((2, 3), np.float32)}] * 9,
+                key=jax.random.key(0),
+                num_steps=9,
+                progress=False,
+            )
         assert caught.value.step == 3
         assert "a parameter is NaN or infinite at step 3" in str(caught.value)
         assert "Batch 2, counted from 0, is finite." in str(caught.value)

@@ -125,9 +125,10 @@ def _measure(
     dense = runs["dense"].problem
     held = 4.0 * dense.batch * math.prod(dense.layout) * dense.heads * dense.head_dim
     require_memory(
-        held * jnp.dtype(dense.dtype).itemsize, "holding query, key, value and their gradient",
+        held * jnp.dtype(dense.dtype).itemsize,
+        "holding query, key, value and their gradient",
         "take a smaller --layout, --batch, --heads or --head-dim",
-    )  # fmt: skip
+    )
     given = measure.operands(dense)
     kernel: Literal["xla", "cudnn"] = "xla"
     if jax.default_backend() == "gpu" and dense.dtype != "float32":
@@ -164,20 +165,22 @@ def _record(
     for name, run in runs.items():
         simulation = run.simulation
         gained = measure.speedup(timings["dense"], timings[name])
-        rows.append({
-            "run": name,
-            "window": [w.kernel_size for w in run.problem.windows],
-            "stride": [w.stride for w in run.problem.windows],
-            "query_tile": simulation.query_tile,
-            "key_tile": simulation.key_tile,
-            "pairs_bound": simulation.flop_speedup,
-            "bound": simulation.tile_speedup,
-            "fitted": run.fitted,
-            "predicted_s": None if machine is None else simulation.blocks.seconds(machine),
-            "over_dense": gained,
-            "bound_share": gained / simulation.tile_speedup,
-            **_times(timings[name]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "run": name,
+                "window": [w.kernel_size for w in run.problem.windows],
+                "stride": [w.stride for w in run.problem.windows],
+                "query_tile": simulation.query_tile,
+                "key_tile": simulation.key_tile,
+                "pairs_bound": simulation.flop_speedup,
+                "bound": simulation.tile_speedup,
+                "fitted": run.fitted,
+                "predicted_s": None if machine is None else simulation.blocks.seconds(machine),
+                "over_dense": gained,
+                "bound_share": gained / simulation.tile_speedup,
+                **_times(timings[name]),
+            }
+        )
     return {
         "layout": dense.layout,
         "batch": dense.batch,

@@ -50,13 +50,24 @@ def simulated(command: Simulate) -> str:
         f"sparsity     {100 * result.sparsity:.2f} % of the pairs do not attend",
         "",
         f"{'':22}{'dense':>16}{'sparse':>16}{'speed-up':>12}",
-        _row("pairs (the bound)", f"{result.dense_pairs:,}", f"{result.pairs:,}",
-             result.flop_speedup),
-        _row("tile pairs", f"{result.dense_tiles:,}", f"{result.visited_tiles:,}",
-             result.tile_speedup, f"{100 * result.bound_share:.1f} % of the bound"),
-        _row(f"kernel on {command.gpu}", _ms(result.dense_seconds), _ms(result.seconds),
-             result.wave_speedup, "predicted; dense is the same kernel"),
-    ]  # fmt: skip
+        _row(
+            "pairs (the bound)", f"{result.dense_pairs:,}", f"{result.pairs:,}", result.flop_speedup
+        ),
+        _row(
+            "tile pairs",
+            f"{result.dense_tiles:,}",
+            f"{result.visited_tiles:,}",
+            result.tile_speedup,
+            f"{100 * result.bound_share:.1f} % of the bound",
+        ),
+        _row(
+            f"kernel on {command.gpu}",
+            _ms(result.dense_seconds),
+            _ms(result.seconds),
+            result.wave_speedup,
+            "predicted; dense is the same kernel",
+        ),
+    ]
     if result.permutation:
         total = result.seconds + result.permutation
         lines.append(
