@@ -10,14 +10,12 @@ light. Behind it are the rooms of the house:
 * `conceptax.cli`: the `conceptax` command.
 """
 
-import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 from .errors import ConceptaxError
 
+TYPE_CHECKING = False  # which type checkers take for True; importing typing takes longer than this
 if TYPE_CHECKING:
     from . import converters, flax_models, kernels, methods
+    from .bundled import bundled_model
     from .converters import load_pytorch as load
     from .converters import save_pytorch as save
     from .flax_models.stable_diffusion import StableDiffusionPipeline
@@ -36,6 +34,7 @@ __version__ = "0.1.0"
 
 # Public name -> module, and the name there if it is another one.
 _LAZY = {
+    "bundled_model": ("bundled",),
     "load": ("converters", "load_pytorch"),
     "save": ("converters", "save_pytorch"),
     "text_to_image": ("methods.text_to_image",),
@@ -75,34 +74,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _LAZY:
+def __getattr__(name: str):
+    if name not in _LAZY and name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
     room, *other = _LAZY[name]
-    value = getattr(importlib.import_module(f".{room}", __name__), other[0] if other else name)
+    value = getattr(import_module(f".{room}", __name__), other[0] if other else name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*__all__, "__version__"})
-
-
-def bundled_model() -> Path:
-    """Folder of the text-to-image model that comes with the package, in the diffusers layout.
-
-    It draws handwritten digits on textures ("a red three on brick"); beside the pipeline it holds
-    `clip/`, the CLIP whose text tower the pipeline uses, and `judge/`, a classifier of its images.
-
-    Raises:
-      FileNotFoundError: this installation lacks it.
-    """
-    folder = Path(__file__).parent / "assets" / "glyphs"
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"The bundled model is not in {folder}. Install conceptax again, or build the model "
-            "with `conceptax glyphs train` and pass its folder with --model."
-        )
-    return folder

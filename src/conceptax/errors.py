@@ -1,8 +1,5 @@
 """Errors that conceptax raises on purpose, their base, and packages that may be missing."""
 
-import importlib
-from types import ModuleType
-
 
 class ConceptaxError(Exception):
     """A call, a file or a machine that does not do; the message says what to do about it.
@@ -27,7 +24,7 @@ class MissingPackageError(ConceptaxError, ImportError):
     """A package that only some uses need is not installed; the message says how to install it."""
 
 
-def optional(module: str, extra: str, what: str) -> ModuleType:
+def optional(module: str, extra: str, what: str):
     """Import a module that comes with an extra of this package.
 
     Args:
@@ -35,11 +32,16 @@ def optional(module: str, extra: str, what: str) -> ModuleType:
       extra: of `pip install conceptax[...]`.
       what: what needs it, the subject of the message.
 
+    Returns:
+      the module.
+
     Raises:
       MissingPackageError: it is not installed.
     """
+    from importlib import import_module
+
     try:
-        return importlib.import_module(module)
+        return import_module(module)
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:

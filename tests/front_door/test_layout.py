@@ -40,6 +40,7 @@ RUNS = {
         "reporting.segmentation",
     ),
     "converters/test_hostile_checkpoints.py": ("converters.errors",),
+    "front_door/test_front_door.py": ("bundled",),
     "converters/test_pytorch.py": (
         "converters.components",
         "converters.pipeline_folder",
