@@ -25,15 +25,12 @@ class MissingPackageError(ConceptaxError, ImportError):
 
 
 def optional(module: str, extra: str, what: str):
-    """Import a module that comes with an extra of this package.
+    """Import a module that comes with an extra of this package, and return it.
 
     Args:
       module: its full name, such as "skimage.data".
       extra: of `pip install conceptax[...]`.
       what: what needs it, the subject of the message.
-
-    Returns:
-      the module.
 
     Raises:
       MissingPackageError: it is not installed.
