@@ -1,6 +1,6 @@
 """Identify a checkpoint by its content: told once, so that all readers say the same about it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,16 +52,22 @@ def identify(path: Path | str) -> Identity:
     return _file(path) if path.is_file() else _folder(path)
 
 
-def resolved(path: Path | str, *, subfolder: str | None = None, variant: str | None = None) -> Path:
+def resolved(
+    path: Path | str,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    components: Iterable[str] | None = None,
+) -> Path:
     """The path itself; of a model of the Hub, by its id or its folder in the cache, its files.
 
     Args:
-      path, subfolder, variant: as for `hub.local`.
+      path, subfolder, variant, components: as for `hub.local`.
 
     Raises:
       CheckpointError: there is nothing, or a cache with several versions none of which is "main".
     """
-    path = local(path, subfolder=subfolder, variant=variant)
+    path = local(path, subfolder=subfolder, variant=variant, components=components)
     if not path.exists():
         dangling = " (a symlink to nothing)" if path.is_symlink() else ""
         raise CheckpointError(

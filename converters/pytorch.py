@@ -111,7 +111,7 @@ def load_pytorch(
         shape or type, NaN or infinite.
       ValueError: an argument that does not apply to this checkpoint.
     """
-    path = resolved(path, subfolder=subfolder, variant=variant)
+    path = resolved(path, subfolder=subfolder, variant=variant, components=components)
     dtype, param_dtype = (jnp.dtype(d) if isinstance(d, str) else d for d in (dtype, param_dtype))
     found = Identity(COMPONENT, path)
     if architecture is None or (path / "model_index.json").is_file():

@@ -171,6 +171,18 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
     assert all(f"  {name} " in result.stdout for name in COMMANDS)
 
 
+def test_doctor_tells_what_is_here(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    sections = [line for line in out.splitlines() if line and not line.startswith(" ")]
+    assert sections == [
+        *("Versions", "Optional packages", "Devices", "Compilers"),
+        *("Neighborhood attention", "Folders"),
+    ]
+    assert f"{jax.device_count()} x cpu" in out
+    assert re.search(r"host +\d+ cores, .* of memory free", out)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_its_options(name, capsys):
     assert main([*name.split(), "--help"]) == 0

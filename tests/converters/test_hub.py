@@ -110,6 +110,14 @@ def test_variants_subfolders_revisions_and_files(repositories, tmp_path):
     ]
 
 
+def test_of_a_pipeline_only_the_parts_asked_for_are_fetched(repositories, tmp_path):
+    with serving(Hub(repositories)) as server:
+        (found,) = ask(tmp_path, server.url, ("org/glyphs", {"components": ["unet"]}))
+        weights = [name for name in server.fetched if name.endswith((".safetensors", ".bin"))]
+    assert Path(found, "vae/config.json").exists()
+    assert weights == ["org/glyphs/unet/diffusion_pytorch_model.safetensors"]
+
+
 @pytest.mark.parametrize(
     "path, expected",
     [

@@ -89,6 +89,9 @@ def _optional() -> list[tuple[str, str]]:
 def _devices() -> tuple[list[tuple[str, str]], str | None]:
     import jax
 
+    from conceptax.methods.memory import available_memory, describe_bytes
+    from conceptax.reporting.results import environment
+
     try:
         kinds: dict[tuple[str, str], int] = {}
         for device in jax.devices():
@@ -98,24 +101,10 @@ def _devices() -> tuple[list[tuple[str, str]], str | None]:
         reason = " ".join(str(error).split())[:200]
         return [("none", reason)], reason
     rows = [(where, f"{count} x {kind}") for (where, kind), count in kinds.items()]
-    rows.append(("host", f"{_cores()} cores, {_memory()}"))
+    free = available_memory(host=True)
+    memory = "memory unknown" if free is None else f"{describe_bytes(free)} of memory free"
+    rows.append(("host", f"{environment()['cpu_cores'] or os.cpu_count()} cores, {memory}"))
     return rows, None
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory() -> str:
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return "memory unknown"
-    sizes = dict(line.split(":", 1) for line in lines)
-    total, free = (int(sizes[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
-    return f"{total:.1f} GiB of memory, {free:.1f} GiB available"
 
 
 def _compilers() -> list[tuple[str, str]]:
