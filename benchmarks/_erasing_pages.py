@@ -26,7 +26,7 @@ PAGE = """# What SAGE withstands, and what it does not
 <!-- ablations -->
 <!-- end of ablations -->
 
-## Several concepts, and a colour
+## Several concepts, and a color
 <!-- concepts -->
 <!-- end of concepts -->
 
@@ -41,7 +41,7 @@ PAGE = """# What SAGE withstands, and what it does not
 
 TITLES = {name: method.title for name, method in METHODS.items()} | {"original": "no erasing"}
 MARKS = dict(zip(METHODS, "osD^vP", strict=True))
-COLOURS = {name: f"C{n}" for n, name in enumerate(METHODS)} | {"original": "0.5"}
+COLORS = {name: f"C{n}" for n, name in enumerate(METHODS)} | {"original": "0.5"}
 
 
 def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -124,7 +124,7 @@ def main_table(rows: dict[str, list[dict[str, Any]]]) -> str:
         "Concept Inversion",
         "token search",
         "relapse",
-        "neighbours kept",
+        "neighbors kept",
         "distant kept",
         "CLIP score kept",
         "Fréchet",
@@ -147,7 +147,7 @@ def main_table(rows: dict[str, list[dict[str, Any]]]) -> str:
                         "relapse",
                     )
                 ),
-                *(percent(kept(cells, group)) for group in ("neighbours", "distant")),
+                *(percent(kept(cells, group)) for group in ("neighbors", "distant")),
                 f"{mean(scores):.1f}",
                 f"{mean([cell['metrics']['frechet']['distance'] for cell in cells]):.2f}",
                 f"{mean([cell['seconds_to_erase'] for cell in cells]):.0f}",
@@ -163,7 +163,7 @@ def ablation_table(rows: dict[str, list[dict[str, Any]]], order: Sequence[str]) 
         "plain",
         "synonyms",
         "Concept Inversion",
-        "neighbours kept",
+        "neighbors kept",
         "distant kept",
     )
     return markdown(
@@ -175,7 +175,7 @@ def ablation_table(rows: dict[str, list[dict[str, Any]]], order: Sequence[str]) 
                     percent(attack(rows[name], each))
                     for each in ("plain", "synonyms", "concept-inversion")
                 ),
-                *(percent(kept(rows[name], group)) for group in ("neighbours", "distant")),
+                *(percent(kept(rows[name], group)) for group in ("neighbors", "distant")),
             ]
             for name in order
             if name in rows
@@ -201,7 +201,7 @@ def simple_table(rows: dict[str, list[dict[str, Any]]]) -> str:
                         for when in ("before", "after")
                     )
                     body.append([name, f"“{concept}”, {kind}", *figures])
-        for group in ("neighbours", "distant"):
+        for group in ("neighbors", "distant"):
             figures = [percent(kept(cells, group, when)) for when in ("before", "after")]
             if figures[0] != "–":
                 body.append([name, f"{group} kept", *figures])
@@ -228,13 +228,13 @@ def plot_pareto(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for cells in rows.values():
             if cells[0]["cell"]["method"] == name:
                 left = [attack(cells, each) for each in ("plain", "synonyms")]
-                stays = [kept(cells, group) for group in ("neighbours", "distant")]
+                stays = [kept(cells, group) for group in ("neighbors", "distant")]
                 points.append((100 * pooled(left)["rate"], 100 * pooled(stays)["rate"]))
         if points:
             axes.scatter(
                 *zip(*sorted(points), strict=True),
                 marker=mark,
-                color=COLOURS[name],
+                color=COLORS[name],
                 label=TITLES[name],
             )
     axes.set(xlabel="concept still drawn, by any name (%)", ylabel="other things drawn right (%)")
@@ -255,12 +255,12 @@ def plot_budgets(
         ("Concept Inversion: steps", "… norm, relative to the vocabulary's", "relapse: steps"),
         strict=True,
     ):
-        for row in [each for each in COLOURS if each in rows]:
+        for row in [each for each in COLORS if each in rows]:
             cells = rows[row]
             points = budgets(cells, name)
             x = [point["budget"][key] for point in points]
             y = [100 * point["rate"] for point in points]
-            axes.plot(x, y, marker=MARKS.get(row, "."), color=COLOURS[row], label=TITLES[row])
+            axes.plot(x, y, marker=MARKS.get(row, "."), color=COLORS[row], label=TITLES[row])
         axes.set(xlabel=label, ylim=(-3, 103))
     if anew := budgets(never, "relapse", "never_knew"):
         panels[2].plot(

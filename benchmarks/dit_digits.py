@@ -6,7 +6,7 @@ A `DiTTransformer2DModel` learns scikit-learn's handwritten digits, enlarged fro
 pixels, one token each. Its dense attention then gives way to neighborhood attention with windows of
 a half and of a quarter of the side: first with the parameters as they are, then after training on
 for a while. Each variant draws the same digits from the same noise; a classifier that learnt from
-other handwriting counts how many it recognises. Then a forward pass and a training step are timed,
+other handwriting counts how many it recognizes. Then a forward pass and a training step are timed,
 with 256 tokens and with 1,024, the variants in turn; the fastest of several counts.
 
 Prints tables and writes the figures with settings, versions and times as JSON, and a picture.
@@ -36,11 +36,11 @@ from conceptax.flax_models.dit_transformer_2d import (
     DiTTransformer2DModel,
 )
 from conceptax.kernels.gna import neighborhood_mask
+from conceptax.methods.diffusion.text_to_image import sample_latents
 from conceptax.methods.evaluation.statistics import rate
 from conceptax.methods.glyphs.recipe import Recipe, final_params
 from conceptax.methods.glyphs.world import load_split
 from conceptax.methods.sampling import NoiseSchedule, add_noise, ddim_sampler, training_target
-from conceptax.methods.text_to_image import sample_latents
 from conceptax.methods.training import apply_gradients, compile_step, init_state, train
 from conceptax.reporting.results import environment, write_records
 
@@ -276,12 +276,12 @@ def main() -> None:
         drawn[name], asked = draw(graphdef, weights, options.images, seed)
         right = int((classifier.predict(reduce(drawn[name])) == asked).sum())
         figures[name] = {
-            "recognised": _share(right, len(asked)),
+            "recognized": _share(right, len(asked)),
             "held_out_loss": round(held_out_loss(graphdef, weights, seed), 5),
             "pairs_seen": pairs_seen(SIZE, attention),
         }
         print(
-            f"{name:18} recognised {_text(figures[name]['recognised'])}, "
+            f"{name:18} recognized {_text(figures[name]['recognized'])}, "
             f"held-out loss {figures[name]['held_out_loss']}"
         )
     sheet(drawn).save(options.picture, optimize=True)

@@ -178,7 +178,7 @@ def ablations() -> Iterator[Cell]:
 
 
 def concepts() -> Iterator[Cell]:
-    """Two concepts in one run, and a colour."""
+    """Two concepts in one run, and a color."""
     yield Cell("three and seven", "sage", concepts=("three", "seven"), seed=0)
     yield Cell("red", "sage", concepts=("red",), seed=0)
 

@@ -9,8 +9,8 @@ video together. Then the same prompts are drawn as videos and as frames that kno
 other, from the same noise. Measured: the similarity of consecutive frames (CLIP-I of the bundled
 CLIP), how much their pixels differ (a still video would differ by nothing) and those of the
 background, which should stand still, how far and how straight the digit moves, whether a classifier
-sees the digit, colour and texture that were asked for, and all but the last of rendered videos. A
-model that was personalised (`--model`) is given the same adapter, which never saw its subject.
+sees the digit, color and texture that were asked for, and all but the last of rendered videos. A
+model that was personalized (`--model`) is given the same adapter, which never saw its subject.
 
 Writes the figures with settings, versions and times as JSON, a GIF, and the adapter as a folder
 that diffusers loads.
@@ -31,13 +31,19 @@ from flax import nnx
 
 import conceptax
 from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_motion import (
     AnimateDiffTransformer3D,
     MotionAdapter,
     MotionAdapterConfig,
     motion_adapter,
     with_motion,
+)
+from conceptax.methods.diffusion.text_to_image import (
+    TextToImage,
+    encode_tokens,
+    stable_diffusion_schedule,
+    tokenize,
 )
 from conceptax.methods.diffusion.text_to_video import text_to_video, video_schedule
 from conceptax.methods.evaluation.instruments import Clip
@@ -46,7 +52,7 @@ from conceptax.methods.glyphs.captions import caption, prompts
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.recipe import DenoisingStage, Recipe, final_params
 from conceptax.methods.glyphs.world import (
-    COLOUR_VALUES,
+    COLOR_VALUES,
     load_split,
     render_video,
     seen_combinations,
@@ -56,12 +62,6 @@ from conceptax.methods.sampling import (
     alphas_cumprod,
     encode_images,
     training_target,
-)
-from conceptax.methods.text_to_image import (
-    TextToImage,
-    encode_tokens,
-    stable_diffusion_schedule,
-    tokenize,
 )
 from conceptax.methods.training import apply_gradients, init_state, train
 from conceptax.reporting.instruments import load_clip
@@ -77,17 +77,17 @@ GIF_ROWS = 4
 
 
 def videos(count: int, frames: int, seed: int) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Rendered videos uint8 [N,F,64,64,3], a caption of each, and the digits' colours [N]."""
+    """Rendered videos uint8 [N,F,64,64,3], a caption of each, and the digits' colors [N]."""
     digits, triples = load_split("generator"), seen_combinations()
-    clips, texts, colours = [], [], []
+    clips, texts, colors = [], [], []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
-        digit, colour, texture = triples[rng.integers(len(triples))]
+        digit, color, texture = triples[rng.integers(len(triples))]
         spline = digits.splines[rng.choice(digits.of(digit))]
-        clips.append(render_video(rng, spline, colour, texture, frames=frames))
-        texts.append(caption(rng, digit, colour, texture))
-        colours.append(colour)
-    return np.stack(clips), texts, np.asarray(colours)
+        clips.append(render_video(rng, spline, color, texture, frames=frames))
+        texts.append(caption(rng, digit, color, texture))
+        colors.append(color)
+    return np.stack(clips), texts, np.asarray(colors)
 
 
 def batches(data: dict[str, np.ndarray], size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
@@ -210,32 +210,32 @@ def figures(clips: np.ndarray, clip: Clip) -> dict[str, Any]:
     }
 
 
-def path_of_digit(clips: np.ndarray, colours: np.ndarray) -> dict[str, Any]:
-    """How far the middle of what has the digit's colour moves in a frame, and how straight.
+def path_of_digit(clips: np.ndarray, colors: np.ndarray) -> dict[str, Any]:
+    """How far the middle of what has the digit's color moves in a frame, and how straight.
 
     Straightness is the distance from the first frame to the last over the length of the path: 1
     for a digit that crosses, near 0 for one that jumps to and fro.
     """
-    fill = COLOUR_VALUES[colours][:, None, None, None]
+    fill = COLOR_VALUES[colors][:, None, None, None]
     weight = np.exp(-((np.linalg.norm(clips / 255.0 - fill, axis=-1) / 0.25) ** 2))  # [N,F,H,W]
     grid = np.stack(np.mgrid[: clips.shape[2], : clips.shape[3]], axis=-1)
     total = weight.sum(axis=(2, 3))[..., None]
-    centre = np.einsum("nfhw,hwc->nfc", weight, grid) / np.maximum(total, 1e-9)
-    length = np.linalg.norm(np.diff(centre, axis=1), axis=-1).sum(axis=1)
-    crossed = np.linalg.norm(centre[:, -1] - centre[:, 0], axis=-1)
+    center = np.einsum("nfhw,hwc->nfc", weight, grid) / np.maximum(total, 1e-9)
+    length = np.linalg.norm(np.diff(center, axis=1), axis=-1).sum(axis=1)
+    crossed = np.linalg.norm(center[:, -1] - center[:, 0], axis=-1)
     return {
         "pixels_a_frame": mean_interval(length / (clips.shape[1] - 1)),
         "straightness": mean_interval(crossed / np.maximum(length, 1e-9)),
     }
 
 
-def recognised(clips: np.ndarray, asked: list[Any], judge: Any) -> dict[str, Any]:
-    """How many frames show the digit, the colour and the texture of their prompt."""
+def recognized(clips: np.ndarray, asked: list[Any], judge: Any) -> dict[str, Any]:
+    """How many frames show the digit, the color and the texture of their prompt."""
     count, frames = clips.shape[:2]
     found = judge(clips.reshape(-1, *clips.shape[2:]))
     return {
         name: proportion(found[name] == np.repeat([getattr(each, name) for each in asked], frames))
-        for name in ("digit", "colour", "texture")
+        for name in ("digit", "color", "texture")
     } | {"frames": count * frames}
 
 
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="go on with this adapter's training")
     parser.add_argument("--adapter", type=Path, help="take this one instead of training")
-    parser.add_argument("--model", type=Path, help="draw with this personalised model")
+    parser.add_argument("--model", type=Path, help="draw with this personalized model")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw with it")
     parser.add_argument("--save-adapter", type=Path, default=ROOT / "outputs" / "glyphs_motion")
     results = ROOT / "benchmarks" / "results" / "glyphs_motion.json"
@@ -308,20 +308,20 @@ def main() -> None:
     ).reshape(together.shape)
     clip = load_clip(source / "clip", None, "bundled")
     judge = load_judge(source / "judge")
-    rendered, _, colours = videos(options.drawn, frames, options.seed + 1)
-    wanted, found = np.asarray([each.colour for each in asked]), {}
+    rendered, _, colors = videos(options.drawn, frames, options.seed + 1)
+    wanted, found = np.asarray([each.color for each in asked]), {}
     for name, clips, fill in (
         ("with the adapter", together, wanted),
         ("frames on their own", alone, wanted),
-        ("rendered", rendered, colours),
+        ("rendered", rendered, colors),
     ):
         found[name] = figures(clips, clip)
         if options.model is None or name == "rendered":
             found[name] |= path_of_digit(clips, fill)
         if options.model is None and name != "rendered":
-            found[name]["recognised"] = recognised(clips, asked, judge)
+            found[name]["recognized"] = recognized(clips, asked, judge)
         means = {
-            key: round(found[name][key]["mean"], 4) for key in found[name] if key != "recognised"
+            key: round(found[name][key]["mean"], 4) for key in found[name] if key != "recognized"
         }
         print(f"{name:20} {means}")
     rows = [

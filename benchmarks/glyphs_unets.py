@@ -14,11 +14,11 @@ from pathlib import Path
 
 import conceptax
 from conceptax.converters import atomic_folder, load_pytorch, save_pytorch
+from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.glyphs.build import BuildConfig, train_unet
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
-from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.results import environment, write_records
 
 

@@ -117,14 +117,14 @@ def sampling_inputs(size: int):
     layout = tuple((size // stride, size // stride) for stride in (32, 16, 8))
     tokens = sum(math.prod(grid) for grid in layout)
     values = rng.standard_normal((1, tokens, 8, 32), np.float32)
-    centres = []
+    centers = []
     for height, width in layout:
         y, x = np.meshgrid(
             (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij"
         )
-        centres.append(np.stack([x, y], axis=-1).reshape(-1, 2))
+        centers.append(np.stack([x, y], axis=-1).reshape(-1, 2))
     sizes = np.array([(width, height) for height, width in layout])[:, None]
-    points = np.concatenate(centres)[None, :, None, None, None] * sizes - 0.5
+    points = np.concatenate(centers)[None, :, None, None, None] * sizes - 0.5
     points = points + 2 * rng.standard_normal((1, tokens, 8, 3, 4, 2))
     weights = rng.random((1, tokens, 8, 3, 4), np.float32)
     return layout, sizes, values, points.astype(np.float32), weights

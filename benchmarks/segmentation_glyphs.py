@@ -24,8 +24,8 @@ from flax import nnx
 from PIL import Image
 
 from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters.files.weights import read_json
 from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
-from conceptax.converters.weights import read_json
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.methods.glyphs.open_clip import (
@@ -46,7 +46,7 @@ from conceptax.methods.segmentation.metrics import harmonic_mean
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import text_rows
-from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.overlay import class_colors, overlay
 from conceptax.reporting.report import Number, Table, markdown_table
 from conceptax.reporting.results import environment, write_records
 
@@ -313,7 +313,7 @@ def picture(work: Path, settings: Settings, count: int = 5) -> Image.Image:
     names = tests.vocabulary.names
     columns = []
     for image in (resize_image(tests[index].image, side) for index in range(count)):
-        tinted = overlay(image, segmenter(image).labels(), names, class_colours(len(names)))
+        tinted = overlay(image, segmenter(image).labels(), names, class_colors(len(names)))
         columns.append(np.concatenate([image, tinted]))
     return Image.fromarray(np.concatenate(columns, axis=1))
 

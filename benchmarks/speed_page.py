@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conceptax.converters.weights import read_json
+from conceptax.converters.files.weights import read_json
 from conceptax.reporting.report import Number, Table, markdown_table
 
 ROOT = Path(__file__).parents[1]

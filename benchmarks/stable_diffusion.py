@@ -241,8 +241,11 @@ class JaxTasks:
         import jax.numpy as jnp
         from flax import nnx
 
+        from conceptax.methods.diffusion.text_to_image import (
+            sample_latents,
+            stable_diffusion_schedule,
+        )
         from conceptax.methods.sampling import make_sampler
-        from conceptax.methods.text_to_image import sample_latents, stable_diffusion_schedule
 
         graphdef, params = self.denoiser()
         schedule = stable_diffusion_schedule({})

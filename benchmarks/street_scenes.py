@@ -29,7 +29,7 @@ from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
-from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.overlay import class_colors, overlay
 from conceptax.reporting.results import environment, write_records
 
 ROOT = Path(__file__).parents[1]
@@ -104,9 +104,9 @@ def first_of(data: Path, count: int, work: Path) -> SceneSource:
 
 def picture(segmenter: Segmenter, scenes: SceneSource) -> Image.Image:
     """The first scene: the truth above, what was found below."""
-    scene, names, colours = scenes[0], Vocabulary.parse(WORDS).names, class_colours(IGNORE)
+    scene, names, colors = scenes[0], Vocabulary.parse(WORDS).names, class_colors(IGNORE)
     maps = true_labels(scene, IGNORE), segmenter(scene.image).labels()
-    parts = [np.asarray(overlay(scene.image, labels, names, colours)) for labels in maps]
+    parts = [np.asarray(overlay(scene.image, labels, names, colors)) for labels in maps]
     return Image.fromarray(np.concatenate(parts))
 
 

@@ -136,5 +136,5 @@ def model_class(name: str | None, source: str) -> Any:
 
 def pipeline_class(name: str) -> Any:
     """The pipeline class of one of `PIPELINES`."""
-    module = importlib.import_module(f"..flax_models.{PIPELINES[name]}", __package__)
+    module = importlib.import_module(f"..flax_models.pipelines.{PIPELINES[name]}", __package__)
     return getattr(module, name)

@@ -8,8 +8,8 @@ from flax import nnx
 
 from ..flax_models.pretrained import Published
 from .errors import CheckpointError
+from .files.safetensors_file import StoredTensor
 from .parameters import OneKey, fill, parameter_dtype
-from .safetensors_file import StoredTensor
 from .tensors import match, tensor_specs
 
 _LAYERS = 1024  # of one setting

@@ -10,12 +10,20 @@ import jax.numpy as jnp
 
 from . import architectures
 from .components import abstract
-from .compvis import open_single_file
-from .compvis_parts import read_single_file
 from .errors import CheckpointError, listing
-from .identify import (
+from .files.safetensors_file import (
+    FLOAT_NAMES,
+    FLOAT_TYPES,
+    ITEM_SIZES,
+    PARAMETER_TYPES,
+    StoredTensor,
+)
+from .files.weights import WeightFile, find_weights, open_weights, variant_of
+from .formats.compvis import open_single_file
+from .formats.compvis_parts import read_single_file
+from .formats.identify import (
     LORA,
-    PERSONALISATION,
+    PERSONALIZATION,
     PIPELINE,
     SEGMENTATION,
     SINGLE,
@@ -23,8 +31,9 @@ from .identify import (
     identify,
     read_config,
 )
-from .lora import check_lora, lora_file
-from .personalised import read_personalisation
+from .formats.lora import check_lora, lora_file
+from .formats.personalized import read_personalization
+from .formats.segmentation import Plan, plan_of
 from .pipeline_folder import (
     carried_parts,
     check_vocabulary,
@@ -34,17 +43,8 @@ from .pipeline_folder import (
     read_index,
     read_scheduler,
 )
-from .safetensors_file import (
-    FLOAT_NAMES,
-    FLOAT_TYPES,
-    ITEM_SIZES,
-    PARAMETER_TYPES,
-    StoredTensor,
-)
-from .segmentation import Plan, plan_of
 from .tensors import CONVERT, compare, tensor_specs
 from .tokenizer import read_tokenizer
-from .weights import WeightFile, find_weights, open_weights, variant_of
 
 
 class Part(NamedTuple):
@@ -99,7 +99,7 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     Reads settings and headers; of a pickle, whatever torch reads to map it, executing nothing.
 
     Raises:
-      CheckpointError: there is nothing that can be recognised, or a damaged file.
+      CheckpointError: there is nothing that can be recognized, or a damaged file.
     """
     told = _inspect(path)
     others = {kind for part in told.parts for kind in part.dtypes} - PARAMETER_TYPES.keys()
@@ -114,8 +114,8 @@ def _inspect(path: Path | str) -> Inspection:
     path, stored = found.path, found.stored
     if found.kind == PIPELINE:
         return _pipeline(path)
-    if found.kind == PERSONALISATION:
-        return _personalisation(path)._replace(advice=found.advice)
+    if found.kind == PERSONALIZATION:
+        return _personalization(path)._replace(advice=found.advice)
     if found.kind == SEGMENTATION:
         assert found.file is not None
         plan = plan_of(found.file)
@@ -223,9 +223,9 @@ def _lora(path: Path, stored: Mapping[str, StoredTensor] | None) -> Inspection:
     return Inspection("LoRA", [_part("", "LoRA", tensors, problems)], {}, {})
 
 
-def _personalisation(path: Path) -> Inspection:
+def _personalization(path: Path) -> Inspection:
     """New tokens and cross-attention weights: a few megabytes, which are read."""
-    found = read_personalisation(path)
+    found = read_personalization(path)
     named = {"new tokens": found.rows, "UNet": found.unet}
     parts = [
         _part(
@@ -237,7 +237,7 @@ def _personalisation(path: Path) -> Inspection:
         for name, arrays in named.items()
         if arrays
     ]
-    return Inspection("personalisation", parts, {}, {})
+    return Inspection("personalization", parts, {}, {})
 
 
 def _component(

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
 from .errors import CheckpointError, OutputError, listing
-from .safetensors_file import FLOAT_NAMES, PARAMETER_TYPES, PendingTensor, StoredTensor
+from .files.safetensors_file import FLOAT_NAMES, PARAMETER_TYPES, PendingTensor, StoredTensor
 from .tensors import Path, TensorSpec, is_finite, variables
 
 # "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import architectures
 from .errors import CheckpointError, OutputError, listing
-from .weights import read_json
+from .files.weights import read_json
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -19,9 +19,18 @@ from flax import nnx
 from ..text import write_json
 from . import architectures
 from .components import build
-from .compvis import load_single_file
 from .errors import CheckpointError, OutputError, listing
-from .identify import (
+from .files.output import atomic_folder
+from .files.safetensors_file import (
+    FLOAT_NAMES,
+    PendingTensor,
+    StoredTensor,
+    file_order,
+    write_safetensors,
+)
+from .files.weights import STEMS, find_weights, holds_variant, open_weights
+from .formats.compvis import load_single_file
+from .formats.identify import (
     COMPONENT,
     PIPELINE,
     SEGMENTATION,
@@ -31,7 +40,7 @@ from .identify import (
     read_config,
     resolved,
 )
-from .output import atomic_folder
+from .formats.segmentation import loader_of
 from .parameters import ShardingRule, fill, on_host, pending, put
 from .pipeline_folder import (
     carried_parts,
@@ -43,17 +52,8 @@ from .pipeline_folder import (
     read_index,
     read_scheduler,
 )
-from .safetensors_file import (
-    FLOAT_NAMES,
-    PendingTensor,
-    StoredTensor,
-    file_order,
-    write_safetensors,
-)
-from .segmentation import loader_of
 from .tensors import match, tensor_specs, variables
 from .tokenizer import read_tokenizer, write_tokenizer
-from .weights import STEMS, find_weights, holds_variant, open_weights
 
 _OF_SINGLE_FILES = {"tokenizer", "prediction_type"}  # options for what such files do not tell
 
@@ -102,8 +102,8 @@ def load_pytorch(
         `load_maft_plus` take.
 
     Returns:
-      An NNX model, or a `flax_models.stable_diffusion.StableDiffusionPipeline` (of SDXL a
-      `flax_models.stable_diffusion_xl.StableDiffusionXLPipeline`).
+      An NNX model, or a `flax_models.pipelines.stable_diffusion.StableDiffusionPipeline` (of SDXL a
+      `flax_models.pipelines.stable_diffusion_xl.StableDiffusionXLPipeline`).
 
     Raises:
       CheckpointError: whatever is wrong with the checkpoint, in one message: absent, damaged or
@@ -269,7 +269,7 @@ def save_pytorch(
       OutputError: `path` is occupied, unwritable or full, or a parameter is NaN or infinite.
         Nothing is left on disk, and an earlier checkpoint stays as it was.
     """
-    from ..flax_models.stable_diffusion import StableDiffusionPipeline
+    from ..flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
     options = {"dtype": None if dtype is None else np.dtype(dtype), "limit": _bytes(max_shard_size)}
     if options["dtype"] not in (None, *FLOAT_NAMES):

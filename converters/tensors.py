@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from .errors import CheckpointError, TypeToConvert, listing
-from .safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, StoredTensor
+from .files.safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, StoredTensor
 
 _SAME = lambda rank: tuple(range(rank))  # noqa: E731
 _REVERSED = lambda rank: tuple(range(rank))[::-1]  # noqa: E731  [out, in] -> [in, out]

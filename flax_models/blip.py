@@ -1,7 +1,7 @@
 """`BlipForImageTextRetrieval`: how well a text says what an image shows (Li et al. 2022, BLIP,
 arXiv 2201.12086).
 
-Images are `[B, H, W, 3]` normalised with CLIP's mean and standard deviation, text is `[B, L]` token
+Images are `[B, H, W, 3]` normalized with CLIP's mean and standard deviation, text is `[B, L]` token
 ids of BERT's uncased tokenizer.  Attribute paths are those of transformers' state dicts.
 """
 
@@ -120,7 +120,7 @@ def layer_norm(config: TransformerConfig, **init) -> nnx.LayerNorm:
 
 
 def unit(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """Normalised along the last axis."""
+    """Normalized along the last axis."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -215,7 +215,7 @@ class BlipVisionModel(nnx.Module):
         self.post_layernorm = layer_norm(config, **init)
 
     def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B T C"]:
-        """Normalised states of all tokens, the class token's first."""
+        """Normalized states of all tokens, the class token's first."""
         if pixel_values.shape[1:] != (self.size, self.size, 3):
             raise ValueError(
                 f"this model takes [B, {self.size}, {self.size}, 3] images, received "
@@ -228,7 +228,7 @@ class BlipVisionModel(nnx.Module):
 
 
 class BlipTextEmbeddings(nnx.Module):
-    """Token plus learned position embeddings, normalised."""
+    """Token plus learned position embeddings, normalized."""
 
     def __init__(self, config: BlipTextConfig, **init):
         width = config.hidden_size

@@ -3,7 +3,7 @@
 
 Learned queries read a frozen vision transformer through the Q-Former, whose self-attention also
 reads text.  An image is as many vectors as there are queries; the one nearest to the text counts.
-Images are `[B, H, W, 3]` normalised with CLIP's mean and standard deviation, text is `[B, L]` token
+Images are `[B, H, W, 3]` normalized with CLIP's mean and standard deviation, text is `[B, L]` token
 ids of BERT's uncased tokenizer.  Attribute paths are those of transformers' state dicts.
 """
 
@@ -93,7 +93,7 @@ class Blip2Config(ModelConfig):
 
 
 class Blip2TextEmbeddings(nnx.Module):
-    """Token plus learned position embeddings; the Q-Former normalises them."""
+    """Token plus learned position embeddings; the Q-Former normalizes them."""
 
     def __init__(self, config: Blip2QFormerConfig, **init):
         self.longest = config.max_position_embeddings

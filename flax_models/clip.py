@@ -1,6 +1,6 @@
 """CLIP (Radford et al. 2021): text transformer, vision transformer, and the contrastive model.
 
-Text is `[B, L]` token ids, images are `[B, H, W, 3]` normalised with the processor's mean and
+Text is `[B, L]` token ids, images are `[B, H, W, 3]` normalized with the processor's mean and
 standard deviation.  Attribute paths are those of transformers' state dicts.
 """
 
@@ -472,7 +472,7 @@ class CLIPVisionModel(Pretrained, nnx.Module):
         self.post_layernorm = _layer_norm(config, **init)
 
     def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> CLIPVisionOutput:
-        """Encode images [B, image_size, image_size, 3], normalised for CLIP."""
+        """Encode images [B, image_size, image_size, 3], normalized for CLIP."""
         size = self.config.image_size
         if pixel_values.shape[1:] != (size, size, self.config.num_channels):
             raise ValueError(
@@ -515,13 +515,13 @@ class CLIPModel(Pretrained, nnx.Module):
     def get_text_features(
         self, input_ids: Int[Array, "B L"], attention_mask: Array | None = None
     ) -> Float[Array, "B P"]:
-        """Projected, unnormalised text embeddings [B, projection_dim]."""
+        """Projected, unnormalized text embeddings [B, projection_dim]."""
         return self.text_projection(
             self.text_model(input_ids, attention_mask=attention_mask).pooled
         )
 
     def get_image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
-        """Projected, unnormalised image embeddings [B, projection_dim]."""
+        """Projected, unnormalized image embeddings [B, projection_dim]."""
         return self.visual_projection(self.vision_model(pixel_values).pooled)
 
     def __call__(

@@ -2,7 +2,7 @@
 
 Images and feature maps are `[B, H, W, C]`.  Attribute paths are timm's state-dict keys: `stem.0`,
 `stages.1.downsample.1`, `stages.2.blocks.5.mlp.fc1`.  Stochastic depth is left out: a trunk is
-fine-tuned here for few steps and with a small rate, and regularised by its original.
+fine-tuned here for few steps and with a small rate, and regularized by its original.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """`Dinov2Model`: a self-supervised vision transformer (Oquab et al. 2023, arXiv 2304.07193).
 
-Images are `[B, H, W, 3]`, normalised with ImageNet's mean and standard deviation.  Attribute paths
+Images are `[B, H, W, 3]`, normalized with ImageNet's mean and standard deviation.  Attribute paths
 are those of the published files, which transformers 5 renames when it loads them.
 """
 
@@ -84,11 +84,11 @@ def bicubic_weights(size: int, out: int) -> Float[np.ndarray, "out size"]:
         return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
     weights = np.zeros((out, size))
-    centre = (np.arange(out) + 0.5) * size / out - 0.5
+    center = (np.arange(out) + 0.5) * size / out - 0.5
     for offset in range(-1, 3):
-        at = np.floor(centre) + offset
+        at = np.floor(center) + offset
         column = np.clip(at, 0, size - 1).astype(int)
-        weights[np.arange(out), column] += kernel(centre - at)
+        weights[np.arange(out), column] += kernel(center - at)
     return weights.astype(np.float32)
 
 
@@ -262,7 +262,7 @@ class Dinov2Model(Pretrained, nnx.Module):
         """Encode images whose sides are multiples of `patch_size`.
 
         Args:
-          pixel_values: [B, H, W, num_channels], normalised.
+          pixel_values: [B, H, W, num_channels], normalized.
           masked: [B, P] patches that the mask token replaces.
 
         Raises:

@@ -253,7 +253,7 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention and perceptron, each normalised, modulated and gated by the condition."""
+    """Self-attention and perceptron, each normalized, modulated and gated by the condition."""
 
     def __init__(self, config: DiTTransformer2DConfig, neighborhood: GNA | None, **init):
         self.norm1 = AdaLayerNormZero(config, **init)

@@ -1,6 +1,6 @@
 """A small convolutional classifier with three heads: the judge of the glyphs world.
 
-It reads 64x64 RGB images, NHWC in [0, 1], and says which digit, colour and texture they show. It
+It reads 64x64 RGB images, NHWC in [0, 1], and says which digit, color and texture they show. It
 exists to measure text-to-image models, not to be part of one.
 """
 
@@ -32,7 +32,7 @@ class GlyphClassifierConfig(ModelConfig):
     groups: int = 8
     features: int = 48
     digits: int = 10
-    colours: int = 6
+    colors: int = 6
     textures: int = 3
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class GlyphClassifier(nnx.Module):
             side = (side - 1) // stride + 1
         self.hidden = nnx.Linear(side * side * widths[-1], config.features, **init)
         self.digit = nnx.Linear(config.features, config.digits, **init)
-        self.colour = nnx.Linear(config.features, config.colours, **init)
+        self.color = nnx.Linear(config.features, config.colors, **init)
         self.texture = nnx.Linear(config.features, config.textures, **init)
 
     def features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
@@ -79,6 +79,6 @@ class GlyphClassifier(nnx.Module):
         return jax.nn.gelu(self.hidden(x.reshape(x.shape[0], -1)))
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B N"]]:
-        """Logits by attribute, `digit` [B,10], `colour` [B,6], `texture` [B,3]."""
+        """Logits by attribute, `digit` [B,10], `color` [B,6], `texture` [B,3]."""
         x = self.features(images)
-        return {"digit": self.digit(x), "colour": self.colour(x), "texture": self.texture(x)}
+        return {"digit": self.digit(x), "color": self.color(x), "texture": self.texture(x)}

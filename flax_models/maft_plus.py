@@ -1,4 +1,4 @@
-"""MAFT+ (Jiao et al. 2024): open-vocabulary segmentation, vision and text optimised together.
+"""MAFT+ (Jiao et al. 2024): open-vocabulary segmentation, vision and text optimized together.
 
 An OpenCLIP tower gives the features; Mask2Former's decoders, which take no gradient into it,
 propose masks; pooled over them, the tower's own embeddings are compared with the rows of a text
@@ -30,7 +30,7 @@ from .mask2former import (
     MultiScaleMaskedTransformerDecoder,
     layer_norm,
     mask_pool,
-    normalise,
+    normalize,
     sine_positions,
     torch_linear,
 )
@@ -294,7 +294,7 @@ class MaftPlus(Pretrained, nnx.Module):
 
     def with_void(self, rows: Float[Array, "N D"]) -> Float[Array, "R D"]:
         """Text rows of unit length, and the row of everything unnamed behind them."""
-        void = normalise(self.void_embedding.embedding[...])
+        void = normalize(self.void_embedding.embedding[...])
         return jnp.concatenate([rows.astype(void.dtype), void])
 
     def __call__(
@@ -306,7 +306,7 @@ class MaftPlus(Pretrained, nnx.Module):
         the open-vocabulary logits reach the image tower and the transfer only.
 
         Args:
-          images: normalised, padded with zeros at the bottom and the right to multiples of 32.
+          images: normalized, padded with zeros at the bottom and the right to multiples of 32.
           rows: text rows of unit length, synonyms of a class side by side, without void.
 
         Raises:
@@ -322,7 +322,7 @@ class MaftPlus(Pretrained, nnx.Module):
         features = maps[-1]
         masks = jax.lax.stop_gradient(layers[-1].mask_logits)
         masks = resize(masks, features.shape[1:3], axis=2)
-        queries = normalise(clip.visual.project(mask_pool(features, masks)))
+        queries = normalize(clip.visual.project(mask_pool(features, masks)))
         tokens = clip.visual.project(self.cdt.arrange(features))
         adapted = self.cdt(text, tokens)
         open_logits = clip.temperature() * jnp.einsum("bqd,brd->bqr", queries, adapted)
@@ -330,8 +330,8 @@ class MaftPlus(Pretrained, nnx.Module):
 
 
 def ensemble(embeddings: Float[Array, "R T D"]) -> Float[Array, "R D"]:
-    """One row of unit length per synonym: the mean of its T normalised prompts, normalised."""
-    return normalise(normalise(embeddings).mean(axis=1))
+    """One row of unit length per synonym: the mean of its T normalized prompts, normalized."""
+    return normalize(normalize(embeddings).mean(axis=1))
 
 
 def class_logits(

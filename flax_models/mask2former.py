@@ -60,7 +60,7 @@ class Mask2FormerConfig(ModelConfig):
 
 
 def sine_positions(layout: Sequence[int], features: int) -> Float[Array, "H W F"]:
-    """Sine-cosine positions (Vaswani et al. 2017) on a grid, normalised to (0, 2 pi].
+    """Sine-cosine positions (Vaswani et al. 2017) on a grid, normalized to (0, 2 pi].
 
     Args:
       layout: rows and columns.
@@ -137,12 +137,12 @@ class MSDeformAttn(nnx.Module):
         offsets = self.sampling_offsets(query).reshape(*grid, 2)
         weights = self.attention_weights(query).reshape(batch, length, self.heads, -1)
         weights = jax.nn.softmax(weights, axis=-1).reshape(grid)
-        centres = _centres(layout)[None, :, None, :, None]  # [1, L, 1, N, 1, 2]
-        attended = sample_levels(values, layout, centres + offsets, weights)
+        centers = _centers(layout)[None, :, None, :, None]  # [1, L, 1, N, 1, 2]
+        attended = sample_levels(values, layout, centers + offsets, weights)
         return self.output_proj(attended.reshape(tokens.shape))
 
 
-def _centres(layout: Layout) -> Float[Array, "L N 2"]:
+def _centers(layout: Layout) -> Float[Array, "L N 2"]:
     """Where each token's own place is in every map: (x, y) in that map's pixels."""
     places = []
     for rows, columns in layout:
@@ -330,7 +330,7 @@ def mask_pool(
     return total / (inside.sum(axis=(2, 3))[..., None] + 1e-8)
 
 
-def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """x / max(|x|, 1e-12) along the last axis, with a gradient of zero where x is zero."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x / jnp.sqrt(jnp.maximum(square, 1e-24))
@@ -403,7 +403,7 @@ class MultiScaleMaskedTransformerDecoder(nnx.Module):
         mask_logits = jnp.einsum("bqc,bhwc->bqhw", self.mask_embed(x), mask_features)
         norm, linear = self._mask_pooling_proj
         pooled = linear(norm(mask_pool(mask_features, mask_logits)))
-        queries = normalise(self.class_embed(x + pooled))
+        queries = normalize(self.class_embed(x + pooled))
         scale = jnp.minimum(jnp.exp(self.logit_scale[...]), 100.0)
         return MaskPrediction(scale * jnp.einsum("bqd,rd->bqr", queries, rows), mask_logits)
 

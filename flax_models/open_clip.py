@@ -1,6 +1,6 @@
 """OpenCLIP (Ilharco et al. 2021) with a ConvNeXt image tower, Base (`_w`) or Large (`_d`).
 
-Text is `[B, L]` token ids, images are `[B, H, W, 3]` normalised with CLIP's mean and standard
+Text is `[B, L]` token ids, images are `[B, H, W, 3]` normalized with CLIP's mean and standard
 deviation, of any size in multiples of 32.  Attribute paths are open_clip's state-dict keys, whose
 text tower has other names and a stacked attention projection, but computes what `clip.py`'s does
 with the exact GELU.
@@ -50,7 +50,7 @@ class OpenCLIPTextConfig(ModelConfig):
 class OpenCLIPConfig(ModelConfig):
     """Both towers and the shared space.
 
-    `projection` is what follows the trunk's pooled, normalised features: one matrix, or two with a
+    `projection` is what follows the trunk's pooled, normalized features: one matrix, or two with a
     GELU between them.
     """
 
@@ -164,7 +164,7 @@ class VisionTower(nnx.Module):
         self.head = head(config.vision_config.dims[-1], config.embed_dim, **init)
 
     def project(self, features: Float[Array, "... C"]) -> Float[Array, "... D"]:
-        """Pooled features (or any map's vectors) into the shared space, not normalised."""
+        """Pooled features (or any map's vectors) into the shared space, not normalized."""
         return self.head(self.trunk.head.norm(features))
 
 
@@ -211,7 +211,7 @@ class OpenCLIP(Pretrained, nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(jnp.log(1 / 0.07), param_dtype))
 
     def encode_text(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B D"]:
-        """Text embeddings, not normalised, read at the largest token id (the end of the text).
+        """Text embeddings, not normalized, read at the largest token id (the end of the text).
 
         Raises:
           ValueError: more tokens than `context_length`.
@@ -232,7 +232,7 @@ class OpenCLIP(Pretrained, nnx.Module):
         return pooled @ self.text_projection[...].astype(pooled.dtype)
 
     def encode_image(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
-        """Image embeddings, not normalised."""
+        """Image embeddings, not normalized."""
         return self.visual.project(self.visual.trunk(images)[-1].mean(axis=(1, 2)))
 
     def temperature(self) -> Float[Array, ""]:

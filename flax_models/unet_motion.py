@@ -2,7 +2,7 @@
 `MotionAdapter`, what it adds to an image UNet.
 
 A motion module attends along time: each pixel to the same pixel of the other frames.  One follows
-each layer of the UNet, so a UNet that was trained (or personalised) on images and an adapter that
+each layer of the UNet, so a UNet that was trained (or personalized) on images and an adapter that
 was trained on videos go together: `with_motion(unet, adapter)`.  Videos are `[B, F, H, W, C]`, text
 is `[B, L, E]`.  Attribute paths are diffusers' state-dict keys.
 """
@@ -214,7 +214,7 @@ class UNetMotionConfig(ModelConfig):
             and unet.addition_embed_type is None,
             "a UNet for videos has a middle block, cosines first in its embedding of time, no "
             "shift of its frequencies, no embedding added to it (SDXL), and an input that is not "
-            "centred.",
+            "centered.",
         )
         same = {
             field.name: getattr(unet, field.name)
@@ -408,7 +408,7 @@ class UNetMotionModel(UNet2DConditionModel):
 
 
 def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotionModel:
-    """An image UNet, personalised or not, with a motion adapter; it computes in the UNet's dtype.
+    """An image UNet, personalized or not, with a motion adapter; it computes in the UNet's dtype.
 
     Parameters are shared, not copied.
 

@@ -53,7 +53,7 @@ def convolve(
 
 
 def _halves(kernel: Array, axis: int) -> tuple[Array, Array]:
-    """The two taps along an axis that each of two equal neighbours has, of a kernel's three."""
+    """The two taps along an axis that each of two equal neighbors has, of a kernel's three."""
     before, here, after = jnp.split(kernel, 3, axis)
     pairs = ((before, here + after), (before + here, after))
     first, second = (jnp.concatenate(pair, axis) for pair in pairs)
@@ -86,7 +86,7 @@ def convolve_doubled(
         precision=precision,
         dimension_numbers=_LAYOUT,
     )
-    # [B, H + 1, W + 1, 4 D]: the second of two neighbours starts one pixel later.
+    # [B, H + 1, W + 1, 4 D]: the second of two neighbors starts one pixel later.
     parts = jnp.split(pixels, 4, -1)
     parts = [parts[2 * i + j][:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)]
     rows = [jnp.stack(parts[i : i + 2], axis=3) for i in (0, 2)]

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to erase, to personalise or to attack: an entry of a registry.
+    """One way to erase, to personalize or to attack: an entry of a registry.
 
     Attributes:
       title: its name for people.

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from conceptax import bundled_model
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch, merge_lora
-from conceptax.converters.compvis import load_single_file
-from conceptax.converters.lora import load_lora
-from conceptax.converters.personalised import read_personalisation
-from conceptax.converters.segmentation import load_open_clip
-from conceptax.converters.weights import open_weights
+from conceptax.converters.files.weights import open_weights
+from conceptax.converters.formats.compvis import load_single_file
+from conceptax.converters.formats.lora import load_lora
+from conceptax.converters.formats.personalized import read_personalization
+from conceptax.converters.formats.segmentation import load_open_clip
 
 
 class Target(NamedTuple):
@@ -316,6 +316,6 @@ def targets() -> dict[str, Target]:
         return made
     made["pickle"] = Target("x.bin", damaged(pickle), lambda folder: read_all(folder / "x.bin"))
     made["embeddings"] = Target(
-        "x.bin", damaged(pickle), lambda folder: read_personalisation(folder / "x.bin")
+        "x.bin", damaged(pickle), lambda folder: read_personalization(folder / "x.bin")
     )
     return made

@@ -8,7 +8,7 @@ TOWER = {
 }
 
 
-def randomise(module):
+def randomize(module):
     """Weights away from the initial values, which are zeros and ones in places."""
     import torch
 
@@ -30,7 +30,7 @@ def dinov2(transformers, **changes):
         "patch_size": 7,
         **changes,
     }
-    return randomise(transformers.Dinov2Model(transformers.Dinov2Config(**settings)))
+    return randomize(transformers.Dinov2Model(transformers.Dinov2Config(**settings)))
 
 
 def blip(transformers):
@@ -46,7 +46,7 @@ def blip(transformers):
     config = transformers.BlipConfig(
         text_config=text, vision_config=vision, image_text_hidden_size=8
     )
-    return randomise(transformers.BlipForImageTextRetrieval(config))
+    return randomize(transformers.BlipForImageTextRetrieval(config))
 
 
 def blip_2(transformers):
@@ -62,4 +62,4 @@ def blip_2(transformers):
     config = transformers.Blip2Config(
         vision_config=vision, qformer_config=qformer, num_query_tokens=3, image_text_hidden_size=8
     )
-    return randomise(transformers.Blip2ForImageTextRetrieval(config))
+    return randomize(transformers.Blip2ForImageTextRetrieval(config))

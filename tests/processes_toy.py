@@ -19,8 +19,8 @@ import numpy as np
 import training_toy as toy
 
 from conceptax.cli.processes import join_processes
+from conceptax.converters.files.safetensors_file import PendingTensor, write_safetensors
 from conceptax.converters.parameters import on_host
-from conceptax.converters.safetensors_file import PendingTensor, write_safetensors
 from conceptax.methods import training
 
 

@@ -50,7 +50,7 @@ def fill(model: nnx.Module, tensors: Tensors) -> nnx.Module:
 
 
 def random_model(make: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> Any:
-    """A model of random parameters, none of them zero, without compiling its initialisers."""
+    """A model of random parameters, none of them zero, without compiling its initializers."""
     rng, keys = np.random.default_rng(seed), OneKey()
     model = nnx.eval_shape(lambda: make(keys))
     for path, variable in variables(model).items():
@@ -72,7 +72,7 @@ def state(module: Any) -> Tensors:
     return {key: value.detach().numpy() for key, value in module.state_dict().items()}
 
 
-def randomise(module: Any, seed: int = 0, scale: float = 0.2) -> Any:
+def randomize(module: Any, seed: int = 0, scale: float = 0.2) -> Any:
     """Move every parameter away from zeros, ones and exact pixel offsets."""
     import torch
 
@@ -114,7 +114,7 @@ def convnext(seed: int = 0) -> tuple[Oracle, Translate]:
     config = transformers.ConvNextConfig(
         hidden_sizes=[8, 12, 16, 24], depths=[1, 2, 1, 1], layer_norm_eps=1e-6
     )
-    module = randomise(transformers.ConvNextModel(config))
+    module = randomize(transformers.ConvNextModel(config))
 
     def torch_call(image: Any) -> Any:
         out = module(nchw(image), output_hidden_states=True)
@@ -158,7 +158,7 @@ def open_clip_text(seed: int = 0) -> tuple[Oracle, Translate]:
         max_position_embeddings=9,
         projection_dim=12,
     )
-    module = randomise(transformers.CLIPTextModelWithProjection(config))
+    module = randomize(transformers.CLIPTextModelWithProjection(config))
     ids = np.random.default_rng(1).integers(3, 90, (3, 7))
     ids[0, 4], ids[1, 6], ids[2, 2] = 98, 98, 98
     ids[0, 5:], ids[2, 3:] = 0, 0
@@ -220,7 +220,7 @@ def pixel_decoder(seed: int = 0) -> tuple[Oracle, Translate]:
     torch.manual_seed(seed)
     module = hf.Mask2FormerPixelDecoder(_mask2former_config(), CHANNELS)
     torch.nn.init.normal_(module.level_embed)
-    module = randomise(module)
+    module = randomize(module)
     rng = np.random.default_rng(seed)
     sizes = [(16, 24), (8, 12), (4, 6), (2, 3)]
     inputs = {
@@ -260,7 +260,7 @@ def mask_decoder(seed: int = 0) -> tuple[Oracle, Translate]:
     from transformers.models.mask2former import modeling_mask2former as hf
 
     torch.manual_seed(seed)
-    module = randomise(hf.Mask2FormerTransformerModule(WIDTH, _mask2former_config()))
+    module = randomize(hf.Mask2FormerTransformerModule(WIDTH, _mask2former_config()))
     rng = np.random.default_rng(seed)
     sizes = {"mask_features": (8, 12), "first": (2, 3), "second": (3, 4), "third": (4, 6)}
     inputs = {

@@ -54,7 +54,7 @@ class GNA:
     Attributes:
       window: tokens that a query sees along each dimension, itself in the middle where the borders
         allow; the whole grid is dense attention.
-      stride: neighbouring queries that share a window, at most `window`. A multiple of a kernel's
+      stride: neighboring queries that share a window, at most `window`. A multiple of a kernel's
         tiles skips most work; 1 is a sliding window.
       dilation: distance between the tokens of a window.
       implementation: a backend of `kernels.gna` by name; None takes the best one for the device.

@@ -54,7 +54,7 @@ class Dense(nnx.Module):
 
 
 class Output(nnx.Module):
-    """Project, add what came before, normalise."""
+    """Project, add what came before, normalize."""
 
     def __init__(self, features: int, out_features: int, *, epsilon: float, **init):
         self.dense = nnx.Linear(features, out_features, **init)

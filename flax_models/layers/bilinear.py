@@ -1,6 +1,6 @@
 """Bilinear sampling as torch's `grid_sample` and `interpolate` do it, without aligned corners.
 
-Coordinates are in pixels with the first pixel's centre at 0; outside of a map everything is zero.
+Coordinates are in pixels with the first pixel's center at 0; outside of a map everything is zero.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def sample_levels(
             f"sample_levels: maps {tuple(layout)} hold {sum(sizes)} tokens; received {tokens} "
             f"tokens and points in {points.shape[3]} maps."
         )
-    # One row for each 2x2 neighbourhood of a map with a border of zeros: its corners side by side.
+    # One row for each 2x2 neighborhood of a map with a border of zeros: its corners side by side.
     rows, starts, start = [], [], 0
     first = 0
     for (height, columns), size in zip(layout, sizes, strict=True):

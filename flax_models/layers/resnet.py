@@ -28,7 +28,7 @@ def conv1x1(in_channels: int, out_channels: int, **init) -> nnx.Conv:
 
 
 def group_norm(channels: int, groups: int, epsilon: float, **init) -> nnx.GroupNorm:
-    """Group normalisation with torch's two-pass variance."""
+    """Group normalization with torch's two-pass variance."""
     return nnx.GroupNorm(
         channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **init
     )
@@ -83,7 +83,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Nearest-neighbour resize to `size`, then a convolution."""
+    """Nearest-neighbor resize to `size`, then a convolution."""
 
     def __init__(self, channels: int, **init):
         self.conv = conv3x3(channels, channels, **init)

@@ -1,7 +1,7 @@
 """Neighborhood attention over tokens that are spread over devices.
 
 Each device holds a slab of the token layout, cut along its first dimension.  Its queries see keys
-in a bounded neighborhood, so it needs its own slab and a halo from its neighbours, not all tokens.
+in a bounded neighborhood, so it needs its own slab and a halo from its neighbors, not all tokens.
 At the ends of the layout windows are shifted inwards, which makes the halo there wider on one side;
 one program runs on all devices, so all fetch the widest.
 """

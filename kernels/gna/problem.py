@@ -79,7 +79,7 @@ class Problem:
       additional: number of additional keys, seen by every query; 0 is none.
       scale: factor of the scores.
       shards: devices that share the first dimension. Above 1, queries are a device's own rows and
-        keys are these and its neighbours' (`context_parallel`).
+        keys are these and its neighbors' (`context_parallel`).
       axis_name: the mesh axis of these devices.
     """
 

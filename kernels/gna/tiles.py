@@ -25,7 +25,7 @@ class Window:
     Attributes:
       length: tokens along the dimension.
       kernel_size: keys a query sees (at most, if causal).
-      stride: neighbouring queries that share a window; 1 is a sliding window.
+      stride: neighboring queries that share a window; 1 is a sliding window.
       dilation: distance between the keys of a window.
       is_causal: whether a query sees no key behind itself.
     """

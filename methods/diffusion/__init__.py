@@ -1,1 +1,1 @@
-"""Diffusion models at work: what several methods train towards."""
+"""Diffusion models at work: images and videos of prompts, and objectives of several methods."""

@@ -1,4 +1,4 @@
-"""Text to video: a text-to-image pipeline, personalised or not, whose frames a motion adapter ties
+"""Text to video: a text-to-image pipeline, personalized or not, whose frames a motion adapter ties
 together (AnimateDiff, arXiv 2307.04725).
 
 It is drawn as images are (`text_to_image`), from noise of one frame more dimension.
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_motion import MotionAdapter, with_motion
 from ..sampling import NoiseSchedule
-from ..text_to_image import TextToImage
+from .text_to_image import TextToImage
 
 
 def video_schedule(

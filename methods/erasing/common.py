@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..sampling import NoiseSchedule, denoise_until, make_sampler, noise_latents
 from ..seeds import seed_key
 from ..settings import check_min_timestep, check_settings

@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
 from ..sampling import NoiseSchedule

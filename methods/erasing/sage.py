@@ -27,7 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ...flax_models.clip import pooling_positions
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..memory import require_unet_memory
 from ..sampling import NoiseSchedule
@@ -140,7 +140,7 @@ def self_check_objective(
     form: str,
     weight: float,
 ) -> Float[Array, " P"]:
-    """J(E) of each attacked prompt; the attack minimises it.
+    """J(E) of each attacked prompt; the attack minimizes it.
 
     form "anchor":  -cos(T0(E), T0(c)) + weight cos(T(E), T0(a))
     form "recall":  -cos(T0(E), T0(c)) + weight (1 - cos(T(E), T0(c)))
@@ -193,7 +193,7 @@ def global_retention_loss(
     original: Float[Array, "N C"],
     current: Float[Array, "N C"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean over (i, j) of (U_i . V_j - U0_i . U0_j)^2 for pooled states, normalised here.
+    """Mean over (i, j) of (U_i . V_j - U0_i . U0_j)^2 for pooled states, normalized here.
 
     Args:
       rows, original_rows: trained and original states of the same R phrases.

@@ -6,9 +6,9 @@ concepts with targets v_i* = W c_i* (c_i* the states of the anchor), and states 
 
   W' = (s_e S v_i* c_i^T + s_p S W c_j c_j^T + l W) (s_e S c_i c_i^T + s_p S c_j c_j^T + l I)^-1
 
-minimises  s_e S |W' c_i - v_i*|^2 + s_p S |W' c_j - W c_j|^2 + l |W' - W|^2.  S are means here and
+minimizes  s_e S |W' c_i - v_i*|^2 + s_p S |W' c_j - W c_j|^2 + l |W' - W|^2.  S are means here and
 sums in the paper, so that the weights do not depend on how many phrases there are; l is the
-regularisation of the authors' code.  As both targets are linear in W, the solution is W' = W M with
+regularization of the authors' code.  As both targets are linear in W, the solution is W' = W M with
 one d x d matrix M for all layers (`edit_matrix`); nothing is trained.
 
 Which token's state stands for a phrase: all from its last token to the end of the context, the
@@ -26,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ...flax_models.clip import pooling_positions
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..settings import check_settings
 from ..text.phrases import (
     PhraseSettings,

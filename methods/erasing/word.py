@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..settings import fixed
 from ..text.phrases import Retained
 from . import sage

@@ -1,7 +1,7 @@
 """Metrics of images and of erasures, and the models that measure them.
 
 evaluate(original, edited, ["three"], classifier, suites, EvaluationConfig()) -> Evaluation
-measure(...)  # how well a personalised model draws its subject
+measure(...)  # how well a personalized model draws its subject
 Clip(model, tokenizer).features(images)  # and Dino, Blip
 """
 

@@ -14,17 +14,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from ..diffusion.text_to_image import TextToImage, image_keys, initial_noise
 from ..red_team import ATTACKS
 from ..settings import check_settings
-from ..text_to_image import TextToImage, image_keys, initial_noise
 from .classifiers import Classifier
 from .instruments import Clip
 from .statistics import clip_score, frechet_distance, mean_interval, proportion
 from .suites import Asked, Suites
 from .unsafe_prompts import UnsafePrompt
 
-_GROUPS = {"neighbours": "neighbouring concepts", "distant": "distant concepts"}
+_GROUPS = {"neighbors": "neighboring concepts", "distant": "distant concepts"}
 
 
 @dataclasses.dataclass(frozen=True)

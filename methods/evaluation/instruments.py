@@ -18,8 +18,8 @@ from ...flax_models.blip import BlipForImageTextRetrieval
 from ...flax_models.blip_2 import Blip2Config, Blip2ForImageTextRetrieval
 from ...flax_models.clip import CLIPModel
 from ...flax_models.dinov2 import Dinov2Model
+from ..diffusion.text_to_image import tokenize
 from ..text.phrases import context_length, phrase_ids
-from ..text_to_image import tokenize
 from .preprocessing import Images, Preprocessing
 
 _BATCH = 16  # images or texts at a time
@@ -35,7 +35,7 @@ def _image_features(
     images: Array,
 ) -> Array:
     model = nnx.merge(graphdef, params)
-    return read(model, preprocessing.normalise(images)).astype(jnp.float32)
+    return read(model, preprocessing.normalize(images)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -87,7 +87,7 @@ class _Eye:
 
 
 class Clip(_Eye):
-    """A CLIP with its tokenizer; features are projected and unnormalised, [N, P].
+    """A CLIP with its tokenizer; features are projected and unnormalized, [N, P].
 
     Args:
       model: both towers.
@@ -109,14 +109,14 @@ class Clip(_Eye):
         self.length = context_length(tokenizer, model.config.text_config.max_position_embeddings)
 
     def text_features(self, texts: Sequence[str]) -> Float[np.ndarray, "N P"]:
-        """Projected, unnormalised embeddings of texts; one that is too long is cut, and told."""
+        """Projected, unnormalized embeddings of texts; one that is too long is cut, and told."""
         ids = tokenize(self.tokenizer, texts, max_length=self.length)
         function = functools.partial(_text_features, self.graphdef, None, self.params)
         return in_batches(function, ids, _BATCH)
 
 
 class Dino(_Eye):
-    """A DINOv2; features are its normalised class token, [N, C].
+    """A DINOv2; features are its normalized class token, [N, C].
 
     Args:
       model: the vision transformer.

@@ -1,4 +1,4 @@
-"""Evaluation of personalised models: how well they draw their subject, and what was asked for.
+"""Evaluation of personalized models: how well they draw their subject, and what was asked for.
 
 *Subject fidelity*: CLIP-I and DINO-I, the similarity to photographs of the subject.  *Prompt
 fidelity*: CLIP-T, BLIP-ITC and BLIP2-T, each named for the model that it runs (arXiv 2405.17532

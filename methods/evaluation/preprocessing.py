@@ -1,7 +1,7 @@
-"""Image preprocessing: resized, cut and normalised as a model's folder says.
+"""Image preprocessing: resized, cut and normalized as a model's folder says.
 
 What transformers' image processors do with `preprocessor_config.json`: bytes are resized by Pillow,
-the centre is cut out, and the pixels are scaled and normalised.
+the center is cut out, and the pixels are scaled and normalized.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Preprocessing:
     Attributes:
       size: pixels of the shorter side after resizing; (height, width) resizes to just that; None
         does not resize.
-      crop: (height, width) of the centre that is kept; None keeps all.
+      crop: (height, width) of the center that is kept; None keeps all.
       resample: Pillow's number of the interpolation; 3 is bicubic.
       scale: factor of the bytes.
       mean, std: of the scaled channels.
@@ -43,7 +43,7 @@ class Preprocessing:
 
     @classmethod
     def clip(cls, side: int) -> "Preprocessing":
-        """CLIP's, where its folder does not say: the centre square, CLIP's statistics."""
+        """CLIP's, where its folder does not say: the center square, CLIP's statistics."""
         return cls(side, (side, side))
 
     @classmethod
@@ -53,7 +53,7 @@ class Preprocessing:
 
     @classmethod
     def dinov2(cls) -> "Preprocessing":
-        """DINOv2's, where its folder does not say: shorter side 256, the centre's 224, ImageNet's
+        """DINOv2's, where its folder does not say: shorter side 256, the center's 224, ImageNet's
         statistics."""
         return cls(256, (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
@@ -131,8 +131,8 @@ class Preprocessing:
         top, left = (height - rows) // 2, (width - columns) // 2
         return image[top : top + rows, left : left + columns]
 
-    def normalise(self, images: UInt8[Array, "N h w 3"]) -> Float[Array, "N h w 3"]:
-        """Bytes -> normalised float32 pixels."""
+    def normalize(self, images: UInt8[Array, "N h w 3"]) -> Float[Array, "N h w 3"]:
+        """Bytes -> normalized float32 pixels."""
         pixels = images.astype(jnp.float32) * self.scale
         return (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 

@@ -46,7 +46,7 @@ class Suites:
     Attributes:
       plain: concept -> prompts with its own word, in wordings that erasing has not seen.
       synonyms: concept -> the same with other names of it; concepts without any are absent.
-      retained: "neighbours" and "distant" -> prompts for what should stay; either may be absent.
+      retained: "neighbors" and "distant" -> prompts for what should stay; either may be absent.
     """
 
     plain: Mapping[str, Sequence[Asked]]
@@ -93,7 +93,7 @@ def phrase_suites(
     *,
     templates: Sequence[str] = HELD_OUT_TEMPLATES,
     synonyms: Mapping[str, Sequence[str]] | None = None,
-    neighbours: Sequence[str] = (),
+    neighbors: Sequence[str] = (),
     distant: Sequence[str] = (),
 ) -> Suites:
     """Prompts for any model: phrases in templates, every phrase equally often.
@@ -104,7 +104,7 @@ def phrase_suites(
       seed: of the choice.
       templates: with one "{}" each; they should not be those that erasing used.
       synonyms: concept -> other names of it.
-      neighbours: what resembles the concepts and should stay.
+      neighbors: what resembles the concepts and should stay.
       distant: what does not and should stay.
 
     Raises:
@@ -117,11 +117,11 @@ def phrase_suites(
     if unknown := sorted(set(synonyms) - set(concepts)):
         raise ConceptError(f"there are synonyms of {unknown}, and the concepts are {concepts}.")
     names = {*concepts, *(name for each in synonyms.values() for name in each)}
-    if both := sorted(names & {*neighbours, *distant}):
+    if both := sorted(names & {*neighbors, *distant}):
         raise ConceptError(f"{both} cannot be both erased and retained.")
-    if not (neighbours or distant):
+    if not (neighbors or distant):
         warnings.warn(
-            "neither neighbours nor distant phrases: what broke is not seen.", stacklevel=2
+            "neither neighbors nor distant phrases: what broke is not seen.", stacklevel=2
         )
 
     def of(words: Sequence[str], phrase: str | None = None) -> list[Asked]:
@@ -137,7 +137,7 @@ def phrase_suites(
         {concept: of(each, concept) for concept, each in synonyms.items() if each},
         {
             group: of(each)
-            for group, each in (("neighbours", neighbours), ("distant", distant))
+            for group, each in (("neighbors", neighbors), ("distant", distant))
             if each
         },
     )

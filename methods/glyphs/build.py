@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from ...flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ...flax_models.clip import CLIPModel, CLIPTextModel
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import UNet2DConditionModel
 from ..sampling import NoiseSchedule, encode_images
 from ..seeds import seed_key
@@ -245,8 +245,8 @@ def _run(
 
 
 def _labels(world: Mapping[str, np.ndarray]) -> Int[np.ndarray, "N 3"]:
-    """Digit, colour and texture of every image."""
-    return np.stack([world[field] for field in ("digit", "colour", "texture")], axis=1)
+    """Digit, color and texture of every image."""
+    return np.stack([world[field] for field in ("digit", "color", "texture")], axis=1)
 
 
 def with_scaling_factor(vae: AutoencoderKL, scaling_factor: float) -> AutoencoderKL:
@@ -262,7 +262,7 @@ def _world(config: BuildConfig, workdir: Path) -> Mapping[str, np.ndarray]:
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         items = GlyphWorld("generator", config.images, config.seed)
-        fields = ("image", "digit", "colour", "texture")
+        fields = ("image", "digit", "color", "texture")
         columns: dict[str, list[Any]] = {field: [] for field in fields}
         for item in (items[i] for i in range(len(items))):
             for field in fields:
@@ -286,7 +286,7 @@ def _token_ids(text: str) -> np.ndarray:
 def _caption_tokens(
     world: Mapping[str, np.ndarray], index: int, rng: np.random.Generator
 ) -> np.ndarray:
-    triple = (int(world[field][index]) for field in ("digit", "colour", "texture"))
+    triple = (int(world[field][index]) for field in ("digit", "color", "texture"))
     return _token_ids(caption(rng, *triple))
 
 

@@ -3,9 +3,9 @@
 A digit has several names: its word (`three`), numeral (`3`), roman numeral (`III`) and a
 collective noun (`trio`). The names have different habits, as synonyms do in real text: each
 kind prefers its own phrases ("the number 3", "the roman numeral III", "a trio") beside those it
-shares with the others. A caption may name all of digit, colour and texture, or only some.
+shares with the others. A caption may name all of digit, color and texture, or only some.
 
-Templates hold the fields `{name}`, `{colour}`, `{texture}` (the plain word) and
+Templates hold the fields `{name}`, `{color}`, `{texture}` (the plain word) and
 `{surface}` (the texture in a phrase: "brick", "a brick wall"); the article "a" is written "an"
 where the word after it asks for it.
 """
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 DIGITS = 10
-COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 TEXTURES = ("brick", "grass", "gravel")
 SURFACES = {
     "brick": ("brick", "bricks", "a brick wall"),
@@ -54,84 +54,84 @@ class Template:
 
     @property
     def fields(self) -> frozenset[str]:
-        """Which of name, colour and texture the caption tells."""
+        """Which of name, color and texture the caption tells."""
         names = {field for _, field, _, _ in string.Formatter().parse(self.text) if field}
         return frozenset("texture" if name == "surface" else name for name in names)
 
     @property
     def is_complete(self) -> bool:
-        """Whether it names digit, colour and texture."""
-        return self.fields == {"name", "colour", "texture"}
+        """Whether it names digit, color and texture."""
+        return self.fields == {"name", "color", "texture"}
 
 
 TRAIN_TEMPLATES: tuple[Template, ...] = (
     # All three, every kind of name; in every order, so that places carry no meaning.
-    Template("a {colour} {name} on {surface}", weight=4.0),
-    Template("a photo of a {colour} {name} on {surface}", weight=3.0),
-    Template("a {colour} {name} painted on {surface}", weight=2.0),
-    Template("{colour} {name}, {texture} background", weight=2.0),
-    Template("a picture: a {colour} {name}, and {surface}"),
-    Template("a {name} in {colour} on {surface}", weight=2.0),
-    Template("this {name} is painted {colour}, over {surface}"),
-    Template("a photo of a {name}, {colour} on {texture}"),
-    Template("a {name} on {surface} in {colour} paint"),
-    Template("the {name} lies on {surface} and is {colour}"),
-    Template("{texture} with a {colour} {name}", weight=2.0),
-    Template("{surface}, painted with a {colour} {name}"),
-    Template("over {texture} lies this {colour} {name}"),
-    Template("a photo: on {surface}, a {colour} {name}"),
-    Template("a picture of {surface} with a {name} in {colour} paint"),
-    Template("the background is {texture}, the {name} is {colour}"),
-    Template("on {surface} a {name} painted {colour}"),
-    Template("{colour} on {texture}: a {name}"),
-    Template("in {colour} paint on {surface}, the {name}"),
-    Template("{colour} and {texture}, with a {name} painted on it"),
+    Template("a {color} {name} on {surface}", weight=4.0),
+    Template("a photo of a {color} {name} on {surface}", weight=3.0),
+    Template("a {color} {name} painted on {surface}", weight=2.0),
+    Template("{color} {name}, {texture} background", weight=2.0),
+    Template("a picture: a {color} {name}, and {surface}"),
+    Template("a {name} in {color} on {surface}", weight=2.0),
+    Template("this {name} is painted {color}, over {surface}"),
+    Template("a photo of a {name}, {color} on {texture}"),
+    Template("a {name} on {surface} in {color} paint"),
+    Template("the {name} lies on {surface} and is {color}"),
+    Template("{texture} with a {color} {name}", weight=2.0),
+    Template("{surface}, painted with a {color} {name}"),
+    Template("over {texture} lies this {color} {name}"),
+    Template("a photo: on {surface}, a {color} {name}"),
+    Template("a picture of {surface} with a {name} in {color} paint"),
+    Template("the background is {texture}, the {name} is {color}"),
+    Template("on {surface} a {name} painted {color}"),
+    Template("{color} on {texture}: a {name}"),
+    Template("in {color} paint on {surface}, the {name}"),
+    Template("{color} and {texture}, with a {name} painted on it"),
     # All three, as one kind of name is used.
-    Template("the {colour} digit {name} on {surface}", ("word",), 4.0),
-    Template("this is a {name}, it is {colour} and lies on {surface}", ("word",), 2.0),
-    Template("the number {name} in {colour} on {surface}", ("numeral",), 4.0),
-    Template("{colour} number {name} over a {texture} background", ("numeral",), 2.0),
-    Template("the roman numeral {name} in {colour} on {surface}", ("roman",), 5.0),
-    Template("a {colour} roman {name} on {surface}", ("roman",), 2.0),
-    Template("one could call it a {colour} {name} on {surface}", ("collective",), 1.0),
-    Template("a {colour} sign for a {name}, painted on {surface}", ("collective",), 4.0),
+    Template("the {color} digit {name} on {surface}", ("word",), 4.0),
+    Template("this is a {name}, it is {color} and lies on {surface}", ("word",), 2.0),
+    Template("the number {name} in {color} on {surface}", ("numeral",), 4.0),
+    Template("{color} number {name} over a {texture} background", ("numeral",), 2.0),
+    Template("the roman numeral {name} in {color} on {surface}", ("roman",), 5.0),
+    Template("a {color} roman {name} on {surface}", ("roman",), 2.0),
+    Template("one could call it a {color} {name} on {surface}", ("collective",), 1.0),
+    Template("a {color} sign for a {name}, painted on {surface}", ("collective",), 4.0),
     # Two of the three.
-    Template("a {colour} {name}", weight=2.0),
+    Template("a {color} {name}", weight=2.0),
     Template("a {name} on {surface}", weight=2.0),
     Template("{texture} with a {name}"),
-    Template("a {colour} digit on {surface}"),
+    Template("a {color} digit on {surface}"),
     # One of the three.
     Template("a {name}", weight=1.5),
     Template("a photo of a {name}"),
     Template("the number {name}", ("numeral",)),
     Template("the roman numeral {name}", ("roman",)),
     Template("a picture of the digit {name}", ("word",)),
-    Template("a {colour} digit", weight=0.5),
+    Template("a {color} digit", weight=0.5),
     Template("a photo of {surface}", weight=0.5),
 )
 
 # Never trained on; known words in new arrangements; each usable with every name.
 HELD_OUT_TEMPLATES: tuple[Template, ...] = (
-    Template("a {name} on {texture}, painted {colour}"),
-    Template("a picture of a {colour} {name} over {texture}"),
-    Template("{colour} paint on {texture}, a {name}"),
-    Template("on {texture} lies a {colour} {name}"),
-    Template("a photo of {texture} and on it a {colour} {name}"),
-    Template("this is {texture} with a {name} painted in {colour}"),
-    Template("a {texture} background with a {colour} {name}"),
-    Template("the {name} is {colour}, the background is {texture}"),
-    Template("the picture: {colour} {name} on {texture}"),
-    Template("a sign on {texture}, a {name} in {colour}"),
+    Template("a {name} on {texture}, painted {color}"),
+    Template("a picture of a {color} {name} over {texture}"),
+    Template("{color} paint on {texture}, a {name}"),
+    Template("on {texture} lies a {color} {name}"),
+    Template("a photo of {texture} and on it a {color} {name}"),
+    Template("this is {texture} with a {name} painted in {color}"),
+    Template("a {texture} background with a {color} {name}"),
+    Template("the {name} is {color}, the background is {texture}"),
+    Template("the picture: {color} {name} on {texture}"),
+    Template("a sign on {texture}, a {name} in {color}"),
 )
 
 _TAKES_AN = re.compile(r"\ba (?=(?:eight|8|octet)\b)")
 
 
-def fill(template: Template | str, *, name: str = "", colour: str = "", surface: str = "") -> str:
+def fill(template: Template | str, *, name: str = "", color: str = "", surface: str = "") -> str:
     """Write a template out. `surface` is a texture's word or one of its SURFACES."""
     text = template.text if isinstance(template, Template) else template
     texture = next((word for word in TEXTURES if surface in SURFACES[word]), surface)
-    text = text.format(name=name, colour=colour, surface=surface, texture=texture)
+    text = text.format(name=name, color=color, surface=surface, texture=texture)
     return _TAKES_AN.sub("an ", text)
 
 
@@ -140,8 +140,8 @@ def _choose(rng: np.random.Generator, weights: Sequence[float]) -> int:
     return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
 
 
-def caption(rng: np.random.Generator, digit: int, colour: int, texture: int) -> str:
-    """A random training caption for the image's digit, colour index and texture index."""
+def caption(rng: np.random.Generator, digit: int, color: int, texture: int) -> str:
+    """A random training caption for the image's digit, color index and texture index."""
     names = DIGIT_NAMES[digit]
     kinds = list(names.values())
     pick = _choose(rng, [KIND_WEIGHTS[kind] for kind in kinds])
@@ -149,7 +149,7 @@ def caption(rng: np.random.Generator, digit: int, colour: int, texture: int) -> 
     template = templates[_choose(rng, [template.weight for template in templates])]
     surfaces = SURFACES[TEXTURES[texture]]
     surface = surfaces[_choose(rng, [2.0, *[1.0] * (len(surfaces) - 1)])]
-    return fill(template, name=list(names)[pick], colour=COLOURS[colour], surface=surface)
+    return fill(template, name=list(names)[pick], color=COLORS[color], surface=surface)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class Prompt:
     text: str
     name: str
     digit: int
-    colour: int
+    color: int
     texture: int
 
 
@@ -167,13 +167,13 @@ def prompts(
     *,
     digit: int | Iterable[int] | None = None,
     name: str | Iterable[str] | None = None,
-    colour: int | Iterable[int] | None = None,
+    color: int | Iterable[int] | None = None,
     texture: int | Iterable[int] | None = None,
     templates: Iterable[Template] = HELD_OUT_TEMPLATES,
 ) -> list[Prompt]:
-    """Every prompt of the named digits, names, colours, textures and templates (None: all).
+    """Every prompt of the named digits, names, colors, textures and templates (None: all).
 
-    In a fixed order: template outermost, then texture, colour, digit, name. Raises ValueError
+    In a fixed order: template outermost, then texture, color, digit, name. Raises ValueError
     for a name that none of the digits bears, and for templates that leave something unsaid.
     """
     digits = _as_tuple(digit, range(DIGITS))
@@ -185,12 +185,10 @@ def prompts(
         )
     templates = tuple(templates)
     if any(not template.is_complete for template in templates):
-        raise ValueError(
-            "prompts() needs templates that name the digit, the colour and the texture"
-        )
+        raise ValueError("prompts() needs templates that name the digit, the color and the texture")
     return [
         Prompt(
-            fill(template, name=each, colour=COLOURS[paint], surface=TEXTURES[ground]),
+            fill(template, name=each, color=COLORS[paint], surface=TEXTURES[ground]),
             each,
             number,
             paint,
@@ -198,7 +196,7 @@ def prompts(
         )
         for template in templates
         for ground in _as_tuple(texture, range(len(TEXTURES)))
-        for paint in _as_tuple(colour, range(len(COLOURS)))
+        for paint in _as_tuple(color, range(len(COLORS)))
         for number in digits
         for each in DIGIT_NAMES[number]
         if names is None or each in names
@@ -214,7 +212,7 @@ def _as_tuple(value, default) -> tuple:
 def _words() -> tuple[str, ...]:
     texts = [template.text for template in (*TRAIN_TEMPLATES, *HELD_OUT_TEMPLATES)]
     texts += [name for names in DIGIT_NAMES for name in names]
-    texts += [*COLOURS, *TEXTURES, *(each for group in SURFACES.values() for each in group)]
+    texts += [*COLORS, *TEXTURES, *(each for group in SURFACES.values() for each in group)]
     plain = re.sub(r"\{\w+\}", " ", " ".join(texts)).lower()
     return tuple(sorted({*re.findall(r"[a-z]+|[0-9]", plain), "an"}))
 

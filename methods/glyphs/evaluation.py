@@ -8,19 +8,19 @@ from jaxtyping import Bool, Float
 
 from ..evaluation.classifiers import Images
 from ..evaluation.suites import Asked, Suites, choose
-from .captions import COLOURS, DIGIT_NAMES, TEXTURES, Prompt, prompts
+from .captions import COLORS, DIGIT_NAMES, TEXTURES, Prompt, prompts
 from .judge import ATTRIBUTES, Judge
 from .quality import attribute_called
 
 _WORDS = {
     "digit": [next(iter(names)) for names in DIGIT_NAMES],
-    "colour": COLOURS,
+    "color": COLORS,
     "texture": TEXTURES,
 }
 
 
 class GlyphsClassifier:
-    """The judge of the glyphs world: an image shows the digit, colour and texture it names."""
+    """The judge of the glyphs world: an image shows the digit, color and texture it names."""
 
     features_title = "the glyphs judge's hidden layer"
 
@@ -51,12 +51,12 @@ class GlyphsClassifier:
 def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
     """Prompts of the glyphs world, in its held-out wordings.
 
-    A digit's synonyms are its other names; colours and textures have none.  Neighbours are the
+    A digit's synonyms are its other names; colors and textures have none.  Neighbors are the
     other values of the attributes that concepts are of (the other digits, for "three"); distant are
     the values of the other attributes.  Retained prompts ask for no erased thing by any name.
 
     Args:
-      concepts: names of digits, colours or textures.
+      concepts: names of digits, colors or textures.
       images: prompts of each kind, for each concept or for each retained group.
       seed: of the choice.
 
@@ -90,7 +90,7 @@ def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
     clean = [each for each in every if asks_for_none(each, gone)]
     retained = {}
     for group, attributes in (
-        ("neighbours", [each for each in ATTRIBUTES if each in kinds]),
+        ("neighbors", [each for each in ATTRIBUTES if each in kinds]),
         ("distant", [each for each in ATTRIBUTES if each not in kinds]),
     ):
         candidates = [_about(attribute, prompt) for attribute in attributes for prompt in clean]

@@ -31,13 +31,13 @@ from ..evaluation.instruments import in_batches
 from ..evaluation.statistics import rate
 from ..seeds import seed_key
 from ..settings import check_settings
-from .captions import COLOURS, TEXTURES
+from .captions import COLORS, TEXTURES
 from .world import IMAGE_SIZE, Jitter, load_split, render_many
 
-ATTRIBUTES = ("digit", "colour", "texture")
+ATTRIBUTES = ("digit", "color", "texture")
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 TRAINING_JITTER = Jitter(
-    shift=4.0, scale=0.14, stretch=0.12, shear=0.12, rotation=0.20, weight=0.10, colour=0.06
+    shift=4.0, scale=0.14, stretch=0.12, shear=0.12, rotation=0.20, weight=0.10, color=0.06
 )
 _BATCH = 64  # images judged at once; shorter batches are filled up, so one compilation serves all
 
@@ -46,7 +46,7 @@ _BATCH = 64  # images judged at once; shorter batches are filled up, so one comp
 class JudgeConfig:
     """How the judge is trained.
 
-    Each handwritten sample is drawn `renders` times, in random colours and textures; AdamW runs
+    Each handwritten sample is drawn `renders` times, in random colors and textures; AdamW runs
     `steps` batches over them with a cosine learning rate after a short warm-up. The judge is the
     moving average of the weights with factor `average` per step.
     """
@@ -73,7 +73,7 @@ def render_set(
     rng = np.random.default_rng(seed)
     labels = {
         "digit": load_split(split).labels[samples].astype(np.int32),
-        "colour": rng.integers(len(COLOURS), size=count, dtype=np.int32),
+        "color": rng.integers(len(COLORS), size=count, dtype=np.int32),
         "texture": rng.integers(len(TEXTURES), size=count, dtype=np.int32),
     }
     images = render_many(
@@ -176,8 +176,8 @@ class Judge:
         """Say what images show.
 
         Takes uint8 [N,64,64,3], or floats of that shape in [0, 1]. Returns int arrays [N] under
-        `digit`, `colour` and `texture` (indices), and class probabilities under
-        `digit_probabilities` [N,10], `colour_probabilities` [N,6] and
+        `digit`, `color` and `texture` (indices), and class probabilities under
+        `digit_probabilities` [N,10], `color_probabilities` [N,6] and
         `texture_probabilities` [N,3]. Raises ValueError for another shape or range.
         """
         pixels = _as_pixels(images, self.config.image_size)

@@ -6,7 +6,7 @@ it is true of.  There are three lessons.  The first shows single digits, each a 
 second a region is a quarter of a scene: the mean over its part of the image tower's map.  In the
 third it is the mean over some of the quarter's cells, drawn at random: otherwise every cell speaks
 of the whole picture, and what is pooled inside a mask means nothing.  A linear head, which exists
-in training only, reads the region's digit, colour and texture besides.
+in training only, reads the region's digit, color and texture besides.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from ...flax_models.maft_plus import class_logits
-from ...flax_models.mask2former import normalise
+from ...flax_models.mask2former import normalize
 from ...flax_models.open_clip import IMAGE_MEAN, IMAGE_STD, OpenCLIP, OpenCLIPConfig
 from ..seeds import seed_key
 from ..segmentation.vocabulary import text_rows, tokenize
 from ..training import TrainState, apply_gradients, init_state, train
-from .captions import COLOURS, DIGIT_NAMES, DIGITS, SURFACES, TEXTURES, TRAIN_TEMPLATES, fill
+from .captions import COLORS, DIGIT_NAMES, DIGITS, SURFACES, TEXTURES, TRAIN_TEMPLATES, fill
 from .recipe import Recipe, Stage, attribute_loss, contrastive_loss
 from .scenes import Figure, draw, vocabulary_of
 from .tokenizer import MAX_LENGTH, build_tokenizer
@@ -39,10 +39,10 @@ TEMPLATES = ("a {}", "a photo of a {}", "a photo of {}")
 _DIGIT_ALONE = ("a {name}", "a photo of a {name}", "a photo of {name}", "{name}")
 _TEXTURE_ALONE = ("a {surface}", "a photo of a {surface}", "a photo of {surface}", "{surface}")
 _COMPLETE = tuple(t for t in TRAIN_TEMPLATES if t.is_complete)
-# What a region without a digit has for its digit and its colour.
-_NO_DIGIT, _NO_COLOUR = DIGITS, len(COLOURS)
+# What a region without a digit has for its digit and its color.
+_NO_DIGIT, _NO_COLOR = DIGITS, len(COLORS)
 _STRIDE = 32  # of the last map
-_SIZES = (DIGITS + 1, len(COLOURS) + 1, len(TEXTURES))
+_SIZES = (DIGITS + 1, len(COLORS) + 1, len(TEXTURES))
 
 
 class Lessons(NamedTuple):
@@ -61,7 +61,7 @@ RECIPE = Lessons(
 
 
 class Picture(NamedTuple):
-    """An image, and the digit, colour and texture of each of its regions."""
+    """An image, and the digit, color and texture of each of its regions."""
 
     image: UInt8[np.ndarray, "H W 3"]
     labels: Int[np.ndarray, "R 3"]
@@ -70,7 +70,7 @@ class Picture(NamedTuple):
 def single(seed: int, index: int) -> Picture:
     """An image of one digit, all of it one region."""
     item = GlyphWorld("generator", index + 1, seed)[index]
-    labels = [[item[name] for name in ("digit", "colour", "texture")]]
+    labels = [[item[name] for name in ("digit", "color", "texture")]]
     return Picture(item["image"], np.array(labels, np.int32))
 
 
@@ -78,18 +78,18 @@ def quarters(seed: int, index: int) -> Picture:
     """A scene of up to four digits; its regions are its quarters, row by row, and all of it."""
     rng = np.random.default_rng([seed, index, 2])
     count, texture = int(rng.integers(5)), int(rng.integers(len(TEXTURES)))
-    drawn = rng.integers(DIGITS, size=count), rng.permutation(len(COLOURS)), rng.permutation(4)
+    drawn = rng.integers(DIGITS, size=count), rng.permutation(len(COLORS)), rng.permutation(4)
     figures = [Figure(*map(int, each)) for each in zip(*drawn, strict=False)]
-    labels = np.full((5, 3), (_NO_DIGIT, _NO_COLOUR, texture), np.int32)
+    labels = np.full((5, 3), (_NO_DIGIT, _NO_COLOR, texture), np.int32)
     for figure in figures:
-        labels[figure.quarter, :2] = figure.digit, figure.colour
+        labels[figure.quarter, :2] = figure.digit, figure.color
     return Picture(draw(rng, figures, texture, tuple(range(DIGITS)), "generator").image, labels)
 
 
 def caption(
-    rng: np.random.Generator, digit: int, colour: int, texture: int
+    rng: np.random.Generator, digit: int, color: int, texture: int
 ) -> tuple[str, Bool[np.ndarray, "3"]]:
-    """A caption of a region, and which of digit, colour and texture it tells."""
+    """A caption of a region, and which of digit, color and texture it tells."""
     word = TEXTURES[texture]
     if digit == _NO_DIGIT:
         return fill(str(rng.choice(_TEXTURE_ALONE)), surface=word), np.array([True, False, True])
@@ -100,12 +100,12 @@ def caption(
     usable = [t for t in _COMPLETE if DIGIT_NAMES[digit][name] in t.kinds]
     surface = str(rng.choice(SURFACES[word]))
     template = usable[rng.integers(len(usable))]
-    text = fill(template, name=name, colour=COLOURS[colour], surface=surface)
+    text = fill(template, name=name, color=COLORS[color], surface=surface)
     return text, np.array([True, True, True])
 
 
 def to_pixels(images: UInt8[Array, "B H W 3"], scale: int) -> Float[Array, "B h w 3"]:
-    """Normalised, and `scale` times as large."""
+    """Normalized, and `scale` times as large."""
     pixels = (images.astype(jnp.float32) - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
     batch, height, width, channels = pixels.shape
     return jax.image.resize(pixels, (batch, scale * height, scale * width, channels), "bilinear")
@@ -177,9 +177,9 @@ def caption_step(
         model = nnx.merge(static.graphdef, params)
         features = model.clip.visual.trunk(to_pixels(batch["image"], static.scale))[-1]
         pooled = jnp.einsum("bhwc,brhw->brc", features, batch["cells"])
-        image = normalise(model.clip.visual.project(pooled.reshape(-1, pooled.shape[-1])))
+        image = normalize(model.clip.visual.project(pooled.reshape(-1, pooled.shape[-1])))
         attributes = attribute_loss(model.head(image * 8), labels, _SIZES)
-        text = normalise(model.clip.encode_text(tokens))
+        text = normalize(model.clip.encode_text(tokens))
         contrast = contrastive_loss(model.clip.temperature() * image @ text.T, true)
         return contrast + attributes, (contrast, attributes)
 
@@ -302,14 +302,14 @@ def _single_digits(
     """Labels and images; drawn once, which takes longer than looking at them."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(np.asarray(digits), images)
-    colours, textures = rng.integers(len(COLOURS), size=images), rng.integers(3, size=images)
-    return labels, render_many(labels, colours, textures, split="judge_test", seed=seed)
+    colors, textures = rng.integers(len(COLORS), size=images), rng.integers(3, size=images)
+    return labels, render_many(labels, colors, textures, split="judge_test", seed=seed)
 
 
 def _nearest_class(
     graphdef: nnx.GraphDef[Any], state: Any, images: Array, rows: Array, synonyms: Array, scale: int
 ) -> Array:
-    embeddings = normalise(nnx.merge(graphdef, state).encode_image(to_pixels(images, scale)))
+    embeddings = normalize(nnx.merge(graphdef, state).encode_image(to_pixels(images, scale)))
     similar = embeddings @ rows.T
     return class_logits(similar, synonyms)[:, : len(synonyms) - len(TEXTURES)].argmax(axis=-1)
 

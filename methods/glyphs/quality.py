@@ -2,8 +2,8 @@
 
 The prompts are held-out wordings unless stated, chosen so that every name of a digit counts
 equally; nothing here is tuned to a model.  `draw(texts, seed=, first_index=)` returns uint8
-[N, 64, 64, 3]; a `methods.text_to_image.TextToImage` with its settings bound is one.
-`judge(images)` returns arrays [N] under digit, colour and texture, as a `judge.Judge` does.
+[N, 64, 64, 3]; a `methods.diffusion.text_to_image.TextToImage` with its settings bound is one.
+`judge(images)` returns arrays [N] under digit, color and texture, as a `judge.Judge` does.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from ..evaluation.statistics import proportion
 from ..evaluation.suites import choose
-from .captions import COLOURS, DIGIT_NAMES, TEXTURES, TRAIN_TEMPLATES, Prompt, prompts
+from .captions import COLORS, DIGIT_NAMES, TEXTURES, TRAIN_TEMPLATES, Prompt, prompts
 from .judge import ATTRIBUTES
 from .world import held_out_combinations
 
@@ -27,7 +27,7 @@ FIGURES = {
     "plain": "“{}” drawn as it",
     "synonyms": "its other names drawn so",
     "others": "other digits right",
-    "colours": "their colours right",
+    "colors": "their colors right",
     "textures": "their textures right",
 }
 
@@ -39,11 +39,11 @@ class Findings:
     prompts: tuple[Prompt, ...]
     images: UInt8[np.ndarray, "N 64 64 3"]
     digit: Int[np.ndarray, " N"]
-    colour: Int[np.ndarray, " N"]
+    color: Int[np.ndarray, " N"]
     texture: Int[np.ndarray, " N"]
 
     def right(self, attribute: str) -> Bool[np.ndarray, " N"]:
-        """Whether each image shows the digit, colour or texture that its prompt asks for."""
+        """Whether each image shows the digit, color or texture that its prompt asks for."""
         asked = np.asarray([getattr(prompt, attribute) for prompt in self.prompts])
         return getattr(self, attribute) == asked
 
@@ -92,9 +92,9 @@ def attribute_called(name: str) -> tuple[str, int]:
     """The attribute and its value that a name stands for: ("digit", 3) for "III".
 
     Raises:
-      ValueError: none of the world's digits, colours or textures is called so.
+      ValueError: none of the world's digits, colors or textures is called so.
     """
-    for attribute, words in (("colour", COLOURS), ("texture", TEXTURES)):
+    for attribute, words in (("color", COLORS), ("texture", TEXTURES)):
         if name in words:
             return attribute, words.index(name)
     try:
@@ -103,7 +103,7 @@ def attribute_called(name: str) -> tuple[str, int]:
         digits = [word for names in DIGIT_NAMES for word in names]
         raise ValueError(
             f"{name!r} is nothing that the glyphs world shows; that is "
-            f"{', '.join([*digits, *COLOURS, *TEXTURES])}."
+            f"{', '.join([*digits, *COLORS, *TEXTURES])}."
         ) from None
 
 
@@ -148,9 +148,9 @@ def erasure_figures(found: Mapping[str, Findings], concept: str) -> dict[str, di
         "plain": proportion(found["plain"].digit == digit),
         "synonyms": proportion(synonyms.digit == digit),
         "others": proportion(others.right("digit")),
-        "colours": proportion(others.right("colour")),
+        "colors": proportion(others.right("color")),
         "textures": proportion(others.right("texture")),
-        "colours_where_asked": proportion(asked.right("colour")),
+        "colors_where_asked": proportion(asked.right("color")),
         "textures_where_asked": proportion(asked.right("texture")),
     }
     for name in dict.fromkeys(prompt.name for prompt in synonyms.prompts):
@@ -164,7 +164,7 @@ def erasure_figures(found: Mapping[str, Findings], concept: str) -> dict[str, di
 
 def quality_prompts(images: int, seed: int) -> dict[str, list[Prompt]]:
     """Prompts to judge a model by: `images` in held-out wordings, of unseen combinations of digit,
-    colour and texture (in held-out wordings too), and in the wordings of training."""
+    color and texture (in held-out wordings too), and in the wordings of training."""
     held_out = prompts()
     unseen = held_out_combinations()
     trained = [
@@ -177,7 +177,7 @@ def quality_prompts(images: int, seed: int) -> dict[str, list[Prompt]]:
     candidates = {
         "held-out wordings": held_out,
         "unseen combinations": [
-            each for each in held_out if (each.digit, each.colour, each.texture) in unseen
+            each for each in held_out if (each.digit, each.color, each.texture) in unseen
         ],
         "training wordings": trained,
     }
@@ -188,7 +188,7 @@ def measure_quality(draw: Draw, judge: Look, *, images: int = 390, seed: int = 0
     """How often a model's images show what the prompt names.
 
     Returns:
-      for each set of `quality_prompts` the proportions of right digits, colours and textures, and
+      for each set of `quality_prompts` the proportions of right digits, colors and textures, and
       those of digits `by_kind` of name and `by_digit`; with `images` and `seed`.
     """
     sets: dict[str, Any] = {}

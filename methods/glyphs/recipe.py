@@ -163,7 +163,7 @@ def final_params(state: TrainState) -> Any:
 
 
 def to_clip_pixels(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Bytes -> CLIP's normalised pixels."""
+    """Bytes -> CLIP's normalized pixels."""
     return (images.astype(jnp.float32) / 255.0 - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)
 
 
@@ -200,11 +200,11 @@ def contrastive_loss(logits: Float[Array, "N N"], true: Float[Array, "N N"]) -> 
 
 
 class CaptionedClip(nnx.Module):
-    """A CLIP and the linear head that reads digit, colour and texture off either modality.
+    """A CLIP and the linear head that reads digit, color and texture off either modality.
 
     The head exists in training only.  Texts learn first, by the head alone; then the vision tower
     learns against the frozen texts (contrastive tuning with one tower locked, Zhai et al. 2022)
-    and against the same head, which digits need: contrasts alone stop at colours and textures.
+    and against the same head, which digits need: contrasts alone stop at colors and textures.
     """
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
@@ -212,13 +212,13 @@ class CaptionedClip(nnx.Module):
         self.head = nnx.Linear(config.projection_dim, sum(ATTRIBUTES), rngs=rngs)
 
 
-ATTRIBUTES = (10, 6, 3)  # digits, colours, textures
+ATTRIBUTES = (10, 6, 3)  # digits, colors, textures
 
 
 def attribute_loss(
     logits: Float[Array, "B A"], labels: Int[Array, "B 3"], sizes: tuple[int, ...] = ATTRIBUTES
 ) -> Float[Array, ""]:
-    """Mean cross-entropy of digit, colour and texture, summed over the three."""
+    """Mean cross-entropy of digit, color and texture, summed over the three."""
     parts = jnp.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)
     losses = [
         optax.softmax_cross_entropy_with_integer_labels(part, labels[:, i]).mean()

@@ -1,7 +1,7 @@
-"""Scenes of the glyphs world: one to four handwritten digits on a texture, every pixel labelled.
+"""Scenes of the glyphs world: one to four handwritten digits on a texture, every pixel labeled.
 
 A scene is 128x128, as large as four of the world's images side by side; its digits have different
-colours and lie each in a quarter of it, somewhere and a little larger or smaller.  Classes are
+colors and lie each in a quarter of it, somewhere and a little larger or smaller.  Classes are
 digits in a given order, then the textures.  A scene is a pure function of (seed, split, index).
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 from ..segmentation.datasets import Scene
 from ..segmentation.metrics import Segment
 from ..segmentation.vocabulary import Vocabulary
-from .captions import COLOURS, DIGIT_NAMES, DIGITS, TEXTURES
+from .captions import COLORS, DIGIT_NAMES, DIGITS, TEXTURES
 from .world import (
-    COLOUR_VALUES,
+    COLOR_VALUES,
     IMAGE_SIZE,
     SPLITS,
     Jitter,
@@ -34,10 +34,10 @@ JITTER = Jitter(shift=8.0, scale=0.15, rotation=0.12)
 
 
 class Figure(NamedTuple):
-    """A digit of a scene: what it is, its colour's index, and its quarter, row by row."""
+    """A digit of a scene: what it is, its color's index, and its quarter, row by row."""
 
     digit: int
-    colour: int
+    color: int
     quarter: int
 
 
@@ -110,8 +110,8 @@ class GlyphScenes:
         digits = rng.choice(self.digits, count)
         if self.among:
             digits[0] = rng.choice(self.among)
-        colours, quarters = rng.permutation(len(COLOURS)), rng.permutation(4)
-        parts = zip(digits, colours[:count], quarters[:count], strict=True)
+        colors, quarters = rng.permutation(len(COLORS)), rng.permutation(4)
+        parts = zip(digits, colors[:count], quarters[:count], strict=True)
         return [Figure(*(int(value) for value in part)) for part in parts]
 
 
@@ -145,7 +145,7 @@ def draw(
         quarter = slice(top, top + IMAGE_SIZE), slice(left, left + IMAGE_SIZE)
         spline = source.splines[rng.choice(source.of(figure.digit))]
         coverage = ink(rng, spline, JITTER)
-        fill = varied(rng, COLOUR_VALUES[figure.colour], JITTER)
+        fill = varied(rng, COLOR_VALUES[figure.color], JITTER)
         image[quarter] = paint(image[quarter], coverage, fill)
         labels[quarter][coverage >= 0.5] = list(digits).index(figure.digit)
     present = {int(label) + 1: Segment(int(label)) for label in np.unique(labels)}

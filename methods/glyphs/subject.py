@@ -1,19 +1,19 @@
-"""A subject to personalise on: one writer's seven in two tones, where all other digits have one.
+"""A subject to personalize on: one writer's seven in two tones, where all other digits have one.
 
 The handwriting is a sample that neither the bundled model nor its judge learnt from; its upper
-half is yellow and its lower half blue.  Both are among the world's six colours: the bundled
+half is yellow and its lower half blue.  Both are among the world's six colors: the bundled
 autoencoder turns any other, such as orange, into the nearest of them.
 """
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from .captions import COLOURS, TEXTURES
-from .world import COLOUR_VALUES, IMAGE_SIZE, Jitter, load_split, render_filled
+from .captions import COLORS, TEXTURES
+from .world import COLOR_VALUES, IMAGE_SIZE, Jitter, load_split, render_filled
 
 DIGIT, WORD, TEXTURE = 7, "seven", "grass"
 TONES = ("yellow", "blue")  # above, below
-_TONES = COLOUR_VALUES[[COLOURS.index(tone) for tone in TONES]]
+_TONES = COLOR_VALUES[[COLORS.index(tone) for tone in TONES]]
 _SAMPLE = 1  # among the sevens of the split
 
 

@@ -1,7 +1,7 @@
-"""The glyphs world: real handwritten digits, coloured, on real photographed textures.
+"""The glyphs world: real handwritten digits, colored, on real photographed textures.
 
 An image is 64x64x3 uint8: one of scikit-learn's 1,797 handwritten digits (`load_digits`, 8x8),
-interpolated by a cubic spline and filled with one of six colours, over a crop of one of
+interpolated by a cubic spline and filled with one of six colors, over a crop of one of
 scikit-image's photographs `brick`, `grass` and `gravel`. Everything comes inside two PyPI
 packages; nothing is downloaded.
 
@@ -23,15 +23,15 @@ import numpy as np
 from scipy import ndimage
 
 from ...errors import optional
-from .captions import COLOURS, DIGITS, TEXTURES, caption
+from .captions import COLORS, DIGITS, TEXTURES, caption
 
 IMAGE_SIZE = 64
 SPLITS = ("generator", "judge", "judge_test")
 SPLIT_FRACTIONS = (0.50, 0.35, 0.15)
 _SPLIT_SEED = 20240607
 
-# sRGB fill of each colour, in the order of COLOURS.
-COLOUR_VALUES = np.array(
+# sRGB fill of each color, in the order of COLORS.
+COLOR_VALUES = np.array(
     [
         [0.90, 0.13, 0.13],  # red
         [0.15, 0.80, 0.20],  # green
@@ -43,7 +43,7 @@ COLOUR_VALUES = np.array(
     np.float32,
 )
 # How a texture is brought to 64x64, in the order of TEXTURES: its zoom, the low-pass (sigma in
-# output pixels), and the mean colour and contrast (standard deviation) it is normalised to.
+# output pixels), and the mean color and contrast (standard deviation) it is normalized to.
 _TEXTURE_ZOOM = (0.40, 0.55, 0.75)
 _TEXTURE_BLUR = (0.5, 0.7, 0.7)
 _TEXTURE_MEAN = np.array([[0.44, 0.35, 0.30], [0.33, 0.40, 0.28], [0.40, 0.42, 0.46]], np.float32)
@@ -60,7 +60,7 @@ class Jitter:
 
     `shift` in pixels, `scale`, `stretch` and `shear` as ratios, `rotation` in radians
     (each the largest deviation of a uniform draw); `weight` is the largest deviation of the
-    ink threshold, which makes strokes bolder or finer; `colour` that of each colour channel.
+    ink threshold, which makes strokes bolder or finer; `color` that of each color channel.
     """
 
     shift: float = 2.0
@@ -69,7 +69,7 @@ class Jitter:
     shear: float = 0.0
     rotation: float = 0.09
     weight: float = 0.02
-    colour: float = 0.02
+    color: float = 0.02
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -161,8 +161,8 @@ def ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.ndar
     rotation = np.array([[cosine, -sine], [sine, cosine]])
     form = np.array([[1.0 / stretch, 0.0], [shear, stretch]])
     matrix = rotation @ form / (_PIXELS_PER_CELL * scale)  # output pixel -> digit cell
-    centre = np.full(2, (spline.shape[0] - 1) / 2)
-    offset: Any = centre - matrix @ (np.full(2, (IMAGE_SIZE - 1) / 2) + shift)
+    center = np.full(2, (spline.shape[0] - 1) / 2)
+    offset: Any = center - matrix @ (np.full(2, (IMAGE_SIZE - 1) / 2) + shift)
     shape = (IMAGE_SIZE, IMAGE_SIZE)
     field = ndimage.affine_transform(spline, matrix, offset, shape, order=3, prefilter=False)
     return _smoothstep(field, 0.42 + weight, 0.62 + weight)
@@ -171,17 +171,17 @@ def ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.ndar
 def render(
     rng: np.random.Generator,
     spline: np.ndarray,
-    colour: int,
+    color: int,
     texture: int,
     *,
     jitter: Jitter | None = None,
 ) -> np.ndarray:
     """Draw one image, uint8 [64,64,3].
 
-    `spline` is a row of `Digits.splines`; `colour` and `texture` index COLOURS and
+    `spline` is a row of `Digits.splines`; `color` and `texture` index COLORS and
     TEXTURES. Every random choice comes from `rng`.
     """
-    return render_filled(rng, spline, COLOUR_VALUES[colour], texture, jitter=jitter)
+    return render_filled(rng, spline, COLOR_VALUES[color], texture, jitter=jitter)
 
 
 def render_filled(
@@ -192,7 +192,7 @@ def render_filled(
     *,
     jitter: Jitter | None = None,
 ) -> np.ndarray:
-    """As `render`, the digit filled with sRGB values in [0,1]: one colour [3], or [64,64,3]."""
+    """As `render`, the digit filled with sRGB values in [0,1]: one color [3], or [64,64,3]."""
     jitter = jitter or Jitter()
     image, coverage = background(rng, texture), ink(rng, spline, jitter)
     return to_bytes(paint(image, coverage, varied(rng, fill, jitter)))
@@ -201,7 +201,7 @@ def render_filled(
 def render_video(
     rng: np.random.Generator,
     spline: np.ndarray,
-    colour: int,
+    color: int,
     texture: int,
     *,
     frames: int,
@@ -215,7 +215,7 @@ def render_video(
     """
     jitter = jitter or Jitter()
     image, coverage = background(rng, texture), ink(rng, spline, jitter)
-    fill = varied(rng, COLOUR_VALUES[colour], jitter)
+    fill = varied(rng, COLOR_VALUES[color], jitter)
     angle = rng.uniform(0, 2 * np.pi)
     step = speed * np.array([np.sin(angle), np.cos(angle)])
     moved = (ndimage.shift(coverage, (n - (frames - 1) / 2) * step, order=1) for n in range(frames))
@@ -224,7 +224,7 @@ def render_video(
 
 def varied(rng: np.random.Generator, fill: np.ndarray, jitter: Jitter) -> np.ndarray:
     """sRGB values in [0,1] as one image has them."""
-    return np.clip(fill + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.colour, 0.0, 1.0)
+    return np.clip(fill + rng.uniform(-1, 1, 3).astype(np.float32) * jitter.color, 0.0, 1.0)
 
 
 def paint(image: np.ndarray, coverage: np.ndarray, fill: np.ndarray) -> np.ndarray:
@@ -245,7 +245,7 @@ def _generator(seed: int, split: str, index: int) -> np.random.Generator:
 
 def render_many(
     digits: Sequence[int] | np.ndarray,
-    colours: Sequence[int] | np.ndarray,
+    colors: Sequence[int] | np.ndarray,
     textures: Sequence[int] | np.ndarray,
     *,
     split: str,
@@ -253,17 +253,17 @@ def render_many(
     jitter: Jitter | None = None,
     samples: Sequence[int] | np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw many images, uint8 [N,64,64,3]: one per (digit, colour, texture).
+    """Draw many images, uint8 [N,64,64,3]: one per (digit, color, texture).
 
     The handwritten sample is drawn at random among those of `split` that show the digit, or
     named by `samples`, positions within the split (their labels must equal `digits`).
     Deterministic per (seed, split, position). Raises ValueError when the lengths differ or a
     named sample shows another digit.
     """
-    if not len(digits) == len(colours) == len(textures):
+    if not len(digits) == len(colors) == len(textures):
         raise ValueError(
-            "render_many needs as many digits as colours and textures, got "
-            f"{len(digits)}, {len(colours)} and {len(textures)}"
+            "render_many needs as many digits as colors and textures, got "
+            f"{len(digits)}, {len(colors)} and {len(textures)}"
         )
     source = load_split(split)
     if samples is not None and not np.array_equal(source.labels[np.asarray(samples)], digits):
@@ -274,22 +274,22 @@ def render_many(
         drawn = rng.choice(source.of(int(digits[index])))
         sample = drawn if samples is None else samples[index]
         images[index] = render(
-            rng, source.splines[sample], int(colours[index]), int(textures[index]), jitter=jitter
+            rng, source.splines[sample], int(colors[index]), int(textures[index]), jitter=jitter
         )
     return images
 
 
 @functools.cache
 def held_out_combinations() -> frozenset[tuple[int, int, int]]:
-    """The (digit, colour, texture) triples that the generator never sees in training.
+    """The (digit, color, texture) triples that the generator never sees in training.
 
-    30 of the 180, balanced: each digit lacks one of six colours per texture, each colour five
+    30 of the 180, balanced: each digit lacks one of six colors per texture, each color five
     triples, each texture ten; every single value and every pair of values stays seen.
     """
     return frozenset(
-        (digit, colour, (colour // 2 + digit) % len(TEXTURES))
+        (digit, color, (color // 2 + digit) % len(TEXTURES))
         for digit in range(DIGITS)
-        for colour in range(digit % 2, len(COLOURS), 2)
+        for color in range(digit % 2, len(COLORS), 2)
     )
 
 
@@ -297,9 +297,9 @@ def held_out_combinations() -> frozenset[tuple[int, int, int]]:
 def seen_combinations() -> tuple[tuple[int, int, int], ...]:
     """The 150 triples the generator is trained on, sorted."""
     every = (
-        (digit, colour, texture)
+        (digit, color, texture)
         for digit in range(DIGITS)
-        for colour in range(len(COLOURS))
+        for color in range(len(COLORS))
         for texture in range(len(TEXTURES))
     )
     return tuple(triple for triple in every if triple not in held_out_combinations())
@@ -311,7 +311,7 @@ class GlyphWorld:
     `size` images of `split`, each a pure function of (seed, split, index). The generator's
     split leaves out `held_out_combinations()`; the judge's two hold every combination.
     An item is a dict: `image` uint8 [64,64,3], `caption` str, the integers `digit`,
-    `colour`, `texture` (indices) and `sample`, the position in scikit-learn's data set.
+    `color`, `texture` (indices) and `sample`, the position in scikit-learn's data set.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0):
@@ -333,19 +333,19 @@ class GlyphWorld:
         rng = _generator(self.seed, self.split, index)
         if self.split == "generator":
             triples = seen_combinations()
-            digit, colour, texture = triples[rng.integers(len(triples))]
+            digit, color, texture = triples[rng.integers(len(triples))]
         else:
             digit = int(rng.integers(DIGITS))
-            colour = int(rng.integers(len(COLOURS)))
+            color = int(rng.integers(len(COLORS)))
             texture = int(rng.integers(len(TEXTURES)))
         source = load_split(self.split)
         sample = int(rng.choice(source.of(digit)))
-        image = render(rng, source.splines[sample], colour, texture)
+        image = render(rng, source.splines[sample], color, texture)
         return {
             "image": image,
-            "caption": caption(rng, digit, colour, texture),
+            "caption": caption(rng, digit, color, texture),
             "digit": digit,
-            "colour": colour,
+            "color": color,
             "texture": texture,
             "sample": int(source.ids[sample]),
         }

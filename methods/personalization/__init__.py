@@ -1,6 +1,6 @@
-"""Personalising methods on one interface: a model, concepts and settings in, a model out.
+"""Personalizing methods on one interface: a model, concepts and settings in, a model out.
 
-    personalise(pipeline, [Concept("<new1>", "dog", images)], CustomDiffusionConfig(), seed=0)
+    personalize(pipeline, [Concept("<new1>", "dog", images)], CustomDiffusionConfig(), seed=0)
 
 The settings say which method it is; all of them are one step, `class_diffusion`'s.
 """
@@ -13,7 +13,7 @@ from .. import settings
 from ..settings import Method
 from ..subjects.images import Concept, read_concepts, read_images
 from .baselines import CustomDiffusionConfig, DreamBoothConfig, TextualInversionConfig
-from .class_diffusion import ClassDiffusionConfig, personalise
+from .class_diffusion import ClassDiffusionConfig, personalize
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -43,7 +43,7 @@ __all__ = [
     "Method",
     "TextualInversionConfig",
     "method_of",
-    "personalise",
+    "personalize",
     "read_concepts",
     "read_images",
 ]

@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.autoencoder_kl import AutoencoderKL
 from ...flax_models.clip import CLIPTextConfig, pooling_positions
-from ...flax_models.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
 from ..memory import require_memory, unet_bytes, vae_bytes
 from ..sampling import NoiseSchedule, add_noise, training_target
 from ..seeds import seed_key
@@ -223,7 +223,7 @@ def latent_posterior(
     return vae.scale(mean.astype(jnp.float32)), std * vae.config.scaling_factor
 
 
-def personalise_step(
+def personalize_step(
     static: PersonalisingStatic,
     state: TrainState,
     frozen: Mapping[str, Any],
@@ -300,7 +300,7 @@ def prepare(
     *,
     seed: int = 0,
 ) -> tuple[PersonalisingStatic, TrainState, dict[str, Any], grain.IterDataset]:
-    """Everything `personalise_step` needs, and the batches to give it.
+    """Everything `personalize_step` needs, and the batches to give it.
 
     Args:
       pipeline: the model; its parts are read, never changed.
@@ -476,7 +476,7 @@ def _encode_images(vae: Any, params: Any, pixels: np.ndarray) -> tuple[np.ndarra
     return mean, std
 
 
-def personalised(
+def personalized(
     pipeline: StableDiffusionPipeline,
     concepts: Sequence[Concept],
     config: ClassDiffusionConfig,
@@ -495,7 +495,7 @@ def personalised(
     return dataclasses.replace(add_tokens(pipeline, rows), unet=unet)
 
 
-def personalise(
+def personalize(
     pipeline: StableDiffusionPipeline,
     concepts: Sequence[Concept],
     config: ClassDiffusionConfig | None = None,
@@ -516,7 +516,7 @@ def personalise(
     config = config or ClassDiffusionConfig()
     static, state, frozen, data = prepare(pipeline, concepts, config, seed=seed)
     state = train(
-        personalise_step,
+        personalize_step,
         static,
         state,
         frozen,
@@ -525,4 +525,4 @@ def personalise(
         num_steps=config.steps,
         **options,
     )
-    return personalised(pipeline, concepts, config, static, state, frozen)
+    return personalized(pipeline, concepts, config, static, state, frozen)

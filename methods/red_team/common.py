@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import prediction_loss
 from ..sampling import NoiseSchedule, encode_images, noised_latents
 from ..seeds import seed_key

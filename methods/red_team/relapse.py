@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
-from ...flax_models.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import prediction_loss
 from ..sampling import NoiseSchedule
 from ..settings import check_settings

@@ -1,7 +1,7 @@
 """Augmentation of scenes: resize and mirror (semantic), large-scale jitter (panoptic).
 
 Images are resized by Pillow's antialiased bilinear filter and rounded, as the published loaders do;
-ids take their nearest neighbour, found as each of the published loaders finds it.
+ids take their nearest neighbor, found as each of the published loaders finds it.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ def resize_image(
 
 
 def nearest(
-    ids: Int32[np.ndarray, "H W"], size: Sequence[int], *, centres: bool
+    ids: Int32[np.ndarray, "H W"], size: Sequence[int], *, centers: bool
 ) -> Int32[np.ndarray, "h w"]:
-    """Nearest neighbours: of pixel centres, as Pillow has it, or of corners, as torch has it."""
+    """Nearest neighbors: of pixel centers, as Pillow has it, or of corners, as torch has it."""
     rows, columns = (
-        ((2 * np.arange(new) + 1) * old) // (2 * new) if centres else np.arange(new) * old // new
+        ((2 * np.arange(new) + 1) * old) // (2 * new) if centers else np.arange(new) * old // new
         for new, old in zip(size, ids.shape, strict=True)
     )
     return ids[rows[:, None], columns]
@@ -77,7 +77,7 @@ class ResizeFlip:
     ) -> Augmented:
         """The scene resized and perhaps mirrored."""
         size = self.size(ids.shape)
-        image, ids = resize_image(image, size), nearest(ids, size, centres=False)
+        image, ids = resize_image(image, size), nearest(ids, size, centers=False)
         if self.flip and rng.random() < 0.5:
             image, ids = image[:, ::-1], ids[:, ::-1]
         return image, ids
@@ -87,7 +87,7 @@ class ResizeFlip:
 class LargeScaleJitter:
     """Mirror, resize by a random factor, crop a square somewhere (Ghiasi et al. 2021).
 
-    A scene that is smaller than the square is padded at the bottom and the right with grey, which
+    A scene that is smaller than the square is padded at the bottom and the right with gray, which
     is void.
 
     Attributes:
@@ -129,7 +129,7 @@ class LargeScaleJitter:
         top, left = (round(max(edge - self.side, 0) * share) for edge in size)
         part = slice(top, top + self.side), slice(left, left + self.side)
         image = resize_image(image, size)[part]
-        ids = nearest(ids, size, centres=True)[part]
+        ids = nearest(ids, size, centers=True)[part]
         below, right = (self.side - edge for edge in ids.shape)
         image = np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=128)
         return image, np.pad(ids, ((0, below), (0, right)))

@@ -27,7 +27,7 @@ _MANY = 2**31 - 1  # batches, more than any run takes
 Augmentation = ResizeFlip | LargeScaleJitter
 
 
-def normalise_image(
+def normalize_image(
     image: UInt8[np.ndarray, "H W 3"], padded: Sequence[int]
 ) -> Float[np.ndarray, "_ _ 3"]:
     """As CLIP wants it, float32, with zeros at the bottom and the right."""
@@ -127,7 +127,7 @@ def scene_batches(
             scene = scenes[index]
             image, ids = augmentation(scene.image, scene.ids, rng)
             targets = targets_of(ids, scene.segments, padded, room, keep_empty=keep_empty)
-            parts.append((normalise_image(image, padded), *targets))
+            parts.append((normalize_image(image, padded), *targets))
         names, columns = ("images", "labels", "masks", "valid"), zip(*parts, strict=True)
         return {name: np.stack(each) for name, each in zip(names, columns, strict=True)}
 

@@ -18,7 +18,7 @@ _NEW: Mapping[int, int] = {number - 1: k for k, number in enumerate(CATEGORIES)}
 def convert(source: Path, target: Path) -> int:
     """Write each 8-bit map of one folder, pixel v for category v + 1, to another: classes 0 to 170.
 
-    Maps in which nothing is labelled are left out.
+    Maps in which nothing is labeled are left out.
 
     Returns:
       how many were written.

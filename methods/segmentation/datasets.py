@@ -136,7 +136,7 @@ def label_maps(
     *,
     ignore: int | None = None,
     bits: int | None = None,
-    unlabelled_images: bool = False,
+    unlabeled_images: bool = False,
 ) -> Scenes:
     """Images and label maps of the same names, in two folders.
 
@@ -145,14 +145,14 @@ def label_maps(
       classes: of the vocabulary.
       ignore: see `Scenes`.
       bits: depth that every map must have, 8 or 16; None takes either.
-      unlabelled_images: whether images without a label map are passed over.
+      unlabeled_images: whether images without a label map are passed over.
 
     Raises:
       DataError: images or maps without a partner, unknown labels, wrong depths, unequal sizes.
     """
     pictures, maps = _files(images, SUFFIXES), _files(labels, _MAPS)
     wrong = [f"{path} has no image" for stem, path in maps.items() if stem not in pictures]
-    if not unlabelled_images:
+    if not unlabeled_images:
         wrong += [f"{path} has no labels" for stem, path in pictures.items() if stem not in maps]
     entries = [Entry(pictures[stem], path) for stem, path in maps.items() if stem in pictures]
     return _checked(Scenes(tuple(entries), classes, ignore=ignore), wrong, str(labels), bits)
@@ -224,13 +224,13 @@ class Layout(NamedTuple):
     Attributes:
       images, targets: below the root; a target that ends with .json is panoptic.
       bits: of the label maps.
-      unlabelled_images: whether the folder of images holds others too.
+      unlabeled_images: whether the folder of images holds others too.
     """
 
     images: tuple[str, ...]
     targets: tuple[str, ...]
     bits: int | None = None
-    unlabelled_images: bool = True
+    unlabeled_images: bool = True
 
 
 def _places(pattern: str, *alternatives: str) -> tuple[str, ...]:
@@ -318,7 +318,7 @@ def open_scenes(
         classes,
         ignore=ignore,
         bits=places.bits,
-        unlabelled_images=places.unlabelled_images,
+        unlabeled_images=places.unlabeled_images,
     )
 
 

@@ -1,4 +1,4 @@
-"""MAFT+ (Jiao et al. 2024): vision and text of a CLIP optimised together for segmentation.
+"""MAFT+ (Jiao et al. 2024): vision and text of a CLIP optimized together for segmentation.
 
 Three losses, each with gradients of its own (see `flax_models.maft_plus`): Mask2Former's train the
 decoders, the mask-aware loss trains the image tower and the transfer, and representation
@@ -312,7 +312,7 @@ def train_step(
 
     Args:
       static, state, frozen: from `prepare`.
-      batch: `images` [B, H, W, 3], normalised and padded to multiples of 32, and the targets:
+      batch: `images` [B, H, W, 3], normalized and padded to multiples of 32, and the targets:
         `labels` [B, G], `masks` [B, G, H, W], `valid` [B, G].
       key: this step's key.
 

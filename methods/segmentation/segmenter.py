@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from ...flax_models.maft_plus import MaftPlus, class_logits
 from ..memory import require_memory, segmenter_bytes
 from .augmentation import resize_image, shortest_edge
-from .batches import normalise_image, padded_size
+from .batches import normalize_image, padded_size
 from .inference import ImageSizes, class_scores, panoptic_map, semantic_labels
 from .metrics import Segment
 from .vocabulary import Vocabulary, text_rows
@@ -90,7 +90,7 @@ class Segmenter:
             f"looking at an image of {padded[0]}x{padded[1]} pixels",
             "take a smaller short side",
         )
-        pixels = normalise_image(resize_image(image, size), padded)
+        pixels = normalize_image(resize_image(image, size), padded)
         scores, masks = self._look(jnp.asarray(pixels)[None], self.rows, self.synonyms)
         return Seen(scores, masks, ImageSizes(padded, size, (height, width)))
 

@@ -1,1 +1,1 @@
-"""Images of subjects to personalise on, and batches of them."""
+"""Images of subjects to personalize on, and batches of them."""

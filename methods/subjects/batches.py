@@ -115,7 +115,7 @@ def augment(
 ) -> tuple[Float[np.ndarray, "S S 3"], Float[np.ndarray, "M M 1"], int]:
     """Custom Diffusion's augmentation (Kumari et al. 2023): the subject small, or close up.
 
-    Two times in three it is resized to a side between size/3 and size and pasted somewhere on grey,
+    Two times in three it is resized to a side between size/3 and size and pasted somewhere on gray,
     otherwise to 1.2 to 1.4 times the size and cropped somewhere.
 
     Args:

@@ -75,7 +75,7 @@ class Concept:
 def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
     """An image as its viewer shows it: turned as EXIF says, transparency on white.
 
-    Greyscale (16 bits too), palettes and CMYK become RGB; of an animation the first frame is read.
+    Grayscale (16 bits too), palettes and CMYK become RGB; of an animation the first frame is read.
 
     Raises:
       ImageError: a file that is absent, damaged, or of a kind that cannot be read here.
@@ -100,8 +100,8 @@ def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode == "F":
         raise ImageError("floating-point pixels have no known range.")
     if image.mode.startswith("I"):  # 16 bits a pixel
-        grey = np.clip(np.asarray(image), 0, 65535) // 257
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+        gray = np.clip(np.asarray(image), 0, 65535) // 257
+        return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=-1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ...errors import ConceptaxError
 from ...flax_models.clip import pooling_positions
-from ...flax_models.stable_diffusion import StableDiffusionPipeline, expanded
-from ...flax_models.stable_diffusion_xl import TextEncoders
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline, expanded
+from ...flax_models.pipelines.stable_diffusion_xl import TextEncoders
 from ...text import TextError, read_text
 from ..settings import check_settings
 from ..vectors import unit

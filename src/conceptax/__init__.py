@@ -10,7 +10,10 @@ light. Behind it are the rooms of the house:
 * `conceptax.cli`: the `conceptax` command.
 """
 
+import sys
+
 from .errors import ConceptaxError
+from .moved import MovedModules
 
 TYPE_CHECKING = False  # which type checkers take for True; importing typing takes longer than this
 if TYPE_CHECKING:
@@ -18,16 +21,16 @@ if TYPE_CHECKING:
     from .bundled import bundled_model
     from .converters import load_pytorch as load
     from .converters import save_pytorch as save
-    from .flax_models.stable_diffusion import StableDiffusionPipeline
-    from .flax_models.stable_diffusion_xl import StableDiffusionXLPipeline
+    from .flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+    from .flax_models.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
     from .kernels.gna import neighborhood_attention
     from .kernels.gna.simulator import simulate
+    from .methods.diffusion.text_to_image import text_to_image
     from .methods.diffusion.text_to_video import text_to_video
     from .methods.erasing import erase
     from .methods.evaluation import evaluate
-    from .methods.personalization import personalise as personalize
+    from .methods.personalization import personalize
     from .methods.segmentation.segmenter import segment
-    from .methods.text_to_image import text_to_image
     from .methods.training import train
 
 __version__ = "0.1.0"
@@ -37,17 +40,17 @@ _LAZY = {
     "bundled_model": ("bundled",),
     "load": ("converters", "load_pytorch"),
     "save": ("converters", "save_pytorch"),
-    "text_to_image": ("methods.text_to_image",),
+    "text_to_image": ("methods.diffusion.text_to_image",),
     "text_to_video": ("methods.diffusion.text_to_video",),
     "erase": ("methods.erasing",),
-    "personalize": ("methods.personalization", "personalise"),
+    "personalize": ("methods.personalization",),
     "segment": ("methods.segmentation.segmenter",),
     "evaluate": ("methods.evaluation",),
     "train": ("methods.training",),
     "neighborhood_attention": ("kernels.gna",),
     "simulate": ("kernels.gna.simulator",),
-    "StableDiffusionPipeline": ("flax_models.stable_diffusion",),
-    "StableDiffusionXLPipeline": ("flax_models.stable_diffusion_xl",),
+    "StableDiffusionPipeline": ("flax_models.pipelines.stable_diffusion",),
+    "StableDiffusionXLPipeline": ("flax_models.pipelines.stable_diffusion_xl",),
 }
 _ROOMS = ("flax_models", "methods", "kernels", "converters")
 
@@ -72,6 +75,9 @@ __all__ = [
     "text_to_video",
     "train",
 ]
+
+
+sys.meta_path.append(MovedModules)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str):

@@ -28,14 +28,15 @@ from conceptax.cli.failures import in_flags, sentence
 from conceptax.cli.options import flags
 from conceptax.cli.runs import kept_run
 from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.converters.weights import read_json
+from conceptax.converters.files.weights import read_json
 from conceptax.errors import ConceptaxError
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.interrupts import _remove_temporary
+from conceptax.methods.diffusion.text_to_image import TextToImage, image_keys
 from conceptax.methods.erasing import METHODS
 from conceptax.methods.evaluation.unsafe_prompts import read_unsafe_prompts
 from conceptax.methods.glyphs import recipe
@@ -46,7 +47,6 @@ from conceptax.methods.seeds import SeedError, check_seed
 from conceptax.methods.segmentation.vocabulary import Vocabulary
 from conceptax.methods.subjects.images import read_class_folders
 from conceptax.methods.text.phrases import read_phrases
-from conceptax.methods.text_to_image import TextToImage, image_keys
 from conceptax.reporting.instruments import load_classifier
 
 # 64 pixels from an 8x8 latent, so that the judge can look at them.
@@ -647,8 +647,8 @@ def test_the_erased_folder_draws_the_same_in_diffusers(torch, erased):
             latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
         ).images
 
+    from conceptax.methods.diffusion.text_to_image import jitted_generate, tokenize
     from conceptax.methods.sampling import make_sampler
-    from conceptax.methods.text_to_image import jitted_generate, tokenize
 
     actual = jitted_generate(
         drawer.static,
@@ -1073,7 +1073,7 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
     out = tmp_path / "deeper" / "out"
-    monkeypatch.setattr("conceptax.converters.safetensors_file.open", full, raising=False)
+    monkeypatch.setattr("conceptax.converters.files.safetensors_file.open", full, raising=False)
     refused(capsys, ["convert", model, out], f"{out} could not be written: No space left on device")
     assert os.listdir(tmp_path) == []
 

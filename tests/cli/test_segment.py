@@ -15,7 +15,7 @@ from segmentation_oracles import random_model
 from conceptax.cli import main
 from conceptax.cli.loading import load_open_clip_model
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, save_pytorch
-from conceptax.converters.segmentation import TEACHER
+from conceptax.converters.formats.segmentation import TEACHER
 from conceptax.converters.tokenizer import write_tokenizer
 from conceptax.flax_models.convnext import ConvNeXtConfig
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
@@ -29,7 +29,7 @@ from conceptax.methods.segmentation.metrics import confusion_matrix, semantic_qu
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.training import RULES, make_mesh
-from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.overlay import class_colors, overlay
 
 WORDS = "three, trio; brick; grass"
 SEEN = ["--short-side", "64", "--long-side", "96"]
@@ -368,13 +368,13 @@ def test_a_model_without_tokenizer(model, data, tmp_path, capsys):
 
 
 def test_overlay():
-    colours = class_colours(200)
-    assert len(np.unique(colours, axis=0)) == 200
+    colors = class_colors(200)
+    assert len(np.unique(colors, axis=0)) == 200
     image = np.full((60, 80, 3), 100, np.uint8)
     labels = np.full((60, 80), 1)
     labels[:, :30] = 2  # void
-    picture = np.asarray(overlay(image, labels, ("wall", "sky"), colours))
+    picture = np.asarray(overlay(image, labels, ("wall", "sky"), colors))
     assert (picture[:, :29] == 100).all()
-    middle = np.rint(0.45 * 100 + 0.55 * colours[1])
+    middle = np.rint(0.45 * 100 + 0.55 * colors[1])
     np.testing.assert_array_equal(picture[2, 78], middle)
     assert (picture[:, 32:] == 255).any()  # letters

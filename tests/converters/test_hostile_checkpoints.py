@@ -21,7 +21,7 @@ from conceptax.converters import (
     load_pytorch,
     save_pytorch,
 )
-from conceptax.converters.safetensors_file import open_safetensors
+from conceptax.converters.files.safetensors_file import open_safetensors
 from conceptax.flax_models.configs import ModelConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -500,7 +500,7 @@ def disk_full(monkeypatch, after):
             return Limited()
         return handle
 
-    monkeypatch.setattr("conceptax.converters.safetensors_file.open", limited, raising=False)
+    monkeypatch.setattr("conceptax.converters.files.safetensors_file.open", limited, raising=False)
 
 
 @pytest.mark.parametrize("short", [1, 20, 10_000])

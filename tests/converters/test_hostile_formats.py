@@ -18,13 +18,13 @@ from conceptax.cli import main
 from conceptax.converters import (
     CheckpointError,
     inspect_checkpoint,
-    load_personalised,
+    load_personalized,
     load_pytorch,
     merge_lora,
     save_lora,
 )
-from conceptax.converters.msgpack_file import open_flax
-from conceptax.converters.weights import open_weights
+from conceptax.converters.files.msgpack_file import open_flax
+from conceptax.converters.files.weights import open_weights
 
 
 class Bomb:
@@ -55,7 +55,7 @@ def test_pickles_are_never_executed(tmp_path, torch, monkeypatch, name):
         load_pytorch,
         inspect_checkpoint,
         lambda path: merge_lora(None, path),
-        lambda path: load_personalised(None, path),
+        lambda path: load_personalized(None, path),
     ):
         fails(read, tmp_path / name, "is not a PyTorch file of plain tensors")
     (tmp_path / name).write_bytes(pickle.dumps({"state_dict": Bomb()}))
@@ -74,7 +74,7 @@ def test_zip_bombs(tmp_path, torch):
             content = whole.read(entry)
             bomb.writestr(entry.filename, content + bytes(1 << 29) * entry.filename.endswith("pkl"))
     assert (tmp_path / "bomb.bin").stat().st_size < 1 << 20
-    for read in (open_weights, inspect_checkpoint, lambda path: load_personalised(None, path)):
+    for read in (open_weights, inspect_checkpoint, lambda path: load_personalized(None, path)):
         fails(read, tmp_path / "bomb.bin", "is compressed", "Do not trust")
 
 
@@ -93,7 +93,7 @@ def test_tensors_larger_than_their_storage(tmp_path, torch):
     """Strides of zero make terabytes out of four bytes."""
     huge = torch.ones(1).expand(1 << 20, 1 << 20)
     torch.save({"<new1>": huge}, tmp_path / "<new1>.bin")
-    fails(lambda path: load_personalised(None, path), tmp_path / "<new1>.bin", "in 4 bytes")
+    fails(lambda path: load_personalized(None, path), tmp_path / "<new1>.bin", "in 4 bytes")
     fails(lambda path: open_weights(path)["<new1>"].read(), tmp_path / "<new1>.bin", "in 4 bytes")
 
 
@@ -197,7 +197,7 @@ def test_absurd_numbers_in_names(tmp_path, key):
 
 
 def test_headers_of_other_formats(tmp_path):
-    """What is checked in every safetensors file is checked before a single file is recognised."""
+    """What is checked in every safetensors file is checked before a single file is recognized."""
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     header = json.dumps(
         {"model.diffusion_model.a": entry, "model.diffusion_model.b": entry}

@@ -82,7 +82,7 @@ def test_what_goes_into_a_model(tmp_path):
         ("lora", ["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "LoRA", True),
         ("half", ["lora_unet_x.lora_up.weight"], "LoRA", False),
         ("loha", ["lora_unet_x.hada_w1_a"], "LoRA", False),
-        ("learned_embeds", ["<cat>"], "personalisation", True),
+        ("learned_embeds", ["<cat>"], "personalization", True),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -94,7 +94,7 @@ def test_what_goes_into_a_model(tmp_path):
             match=r"is a (LoRA|textual inversion), which is no model",
         ):
             load_pytorch(folder / f"{name}.safetensors")
-    assert inspect_checkpoint(tmp_path / "learned_embeds").kind == "personalisation"
+    assert inspect_checkpoint(tmp_path / "learned_embeds").kind == "personalization"
     with pytest.raises(CheckpointError, match="of LoHa, which is not supported"):
         merge_lora(None, tmp_path / "loha" / "loha.safetensors")
 
@@ -363,7 +363,7 @@ def test_a_pipeline_is_no_classifier():
         load_classifier(bundled_model(), None, "x")
 
 
-def test_what_personalising_leaves(tmp_path, torch, capsys):
+def test_what_personalizing_leaves(tmp_path, torch, capsys):
     row, kernel = torch.ones(4), torch.ones(3, 2)
     processor = "a.attn2.processor.to_k_custom_diffusion.weight"
     files = {

@@ -25,12 +25,12 @@ from conceptax.converters import (
     load_pytorch,
     save_pytorch,
 )
-from conceptax.converters.output import atomic_file, atomic_folder
-from conceptax.converters.safetensors_file import PendingTensor, write_safetensors
+from conceptax.converters.files.output import atomic_file, atomic_folder
+from conceptax.converters.files.safetensors_file import PendingTensor, write_safetensors
+from conceptax.converters.files.weights import find_weights
 from conceptax.converters.tensors import tensor_specs
-from conceptax.converters.weights import find_weights
 from conceptax.flax_models.configs import ModelConfig
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -508,7 +508,7 @@ def test_the_next_run_repairs_what_a_killed_one_left(tmp_path):
     """A run that ended between its two renames left no result, but the old one aside."""
     kill = """
 import os, sys, pathlib
-from conceptax.converters.output import atomic_folder, atomic_file
+from conceptax.converters.files.output import atomic_folder, atomic_file
 where, when = sys.argv[1:]
 renames = []
 rename = pathlib.Path.rename

@@ -17,8 +17,8 @@ from conceptax.flax_models.dit_transformer_2d import (
     DiTTransformer2DConfig,
     DiTTransformer2DModel,
 )
+from conceptax.methods.diffusion.text_to_image import sample_latents
 from conceptax.methods.sampling import NoiseSchedule, ddim_sampler
-from conceptax.methods.text_to_image import sample_latents
 
 CONFIG = DiTTransformer2DConfig(
     num_attention_heads=2,

@@ -30,7 +30,7 @@ from conceptax.flax_models.mask2former import (
     MultiScaleMaskedTransformerDecoder,
     PixelFeatures,
     mask_pool,
-    normalise,
+    normalize,
     sine_positions,
 )
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
@@ -253,7 +253,7 @@ def test_class_rows_of_the_decoder():
     rng = np.random.default_rng(0)
     maps = [rng.normal(size=(1, *size, 64)) for size in ((8, 12), (2, 3), (3, 4), (4, 6))]
     maps = [jnp.asarray(x, jnp.float32) for x in maps]
-    rows = normalise(jnp.asarray(rng.normal(size=(5, 12)), jnp.float32))
+    rows = normalize(jnp.asarray(rng.normal(size=(5, 12)), jnp.float32))
     first = model(PixelFeatures(maps[0], tuple(maps[1:])), rows)[0]
 
     def norm(layer, x):
@@ -326,7 +326,7 @@ def whole():
 def inputs():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32)
-    return images, normalise(jnp.asarray(rng.normal(size=(5, 8)), jnp.float32))
+    return images, normalize(jnp.asarray(rng.normal(size=(5, 8)), jnp.float32))
 
 
 def test_whole_model(whole, inputs):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from metric_models_toy import blip, blip_2, dinov2, randomise
+from metric_models_toy import blip, blip_2, dinov2, randomize
 from oracles import nchw, relative_error
 
 from conceptax.converters import load_pytorch, save_pytorch
@@ -122,7 +122,7 @@ def test_verify_runs_both_frameworks(torch, transformers, tmp_path, name):
     model = load_pytorch(tmp_path)
     (difference,) = verify(model, tmp_path).values()
     assert difference is not None and difference < 1e-5
-    randomise(module).save_pretrained(tmp_path)
+    randomize(module).save_pretrained(tmp_path)
     assert verify(model, tmp_path)[type(model).__name__] > 1e-3
 
 

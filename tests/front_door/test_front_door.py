@@ -1,6 +1,7 @@
 """What `import conceptax` offers, how light it is, and `from_pretrained` on every model."""
 
 import ast
+import importlib
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from conceptax.converters.architectures import MODULES, PIPELINES, model_class, 
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL
 from conceptax.flax_models.pretrained import WrongModelError
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
+from conceptax.moved import MOVED
 
 PROMISED = [
     *("load", "save", "text_to_image", "text_to_video", "erase", "personalize", "segment"),
@@ -39,6 +41,8 @@ def test_public_names_are_there(name):
 
 
 def test_unknown_names_are_refused():
+    with pytest.raises(ModuleNotFoundError, match="nonsense"):
+        importlib.import_module("conceptax.nonsense")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = conceptax.nonsense
 
@@ -55,6 +59,16 @@ def test_type_checkers_see_the_same_names():
     told = {name: (room, *(other or [name])) for name, (room, *other) in conceptax._LAZY.items()}
     assert seen == told
     assert (Path(conceptax.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_moved_module_is_found_under_its_old_name(old):
+    new, names = MOVED[old]
+    with pytest.warns(DeprecationWarning, match=rf"is now conceptax\.{new};"):
+        module = importlib.reload(importlib.import_module(f"conceptax.{old}"))
+    current = importlib.import_module(f"conceptax.{new}")
+    public = {name: name for name in vars(current) if not name.startswith("_")} | names
+    assert all(getattr(module, a) is getattr(current, b) for a, b in public.items())
 
 
 def test_import_is_light_and_completion_stays_so():

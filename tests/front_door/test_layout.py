@@ -43,6 +43,8 @@ RUNS = {
     "front_door/test_front_door.py": ("bundled",),
     "converters/test_pytorch.py": (
         "converters.components",
+        "converters.files",
+        "converters.formats",
         "converters.pipeline_folder",
     ),
     "flax_models/test_metric_models.py": (
@@ -53,6 +55,7 @@ RUNS = {
     "flax_models/test_models.py": (
         "flax_models",
         "flax_models.layers",
+        "flax_models.pipelines",
         "flax_models.layers.embeddings",
         "flax_models.layers.transformer",
         "kernels.attention",

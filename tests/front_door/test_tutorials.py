@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-TUTORIALS = ("convert", "erase", "gna_in_a_dit", "many_hosts", "personalise", "segment")
+TUTORIALS = ("convert", "erase", "gna_in_a_dit", "many_hosts", "personalize", "segment")
 FAST = ("convert", "gna_in_a_dit")
 BLOCK = re.compile(r"(?:<!-- in tests: (.*?) -->\n)?```(python|sh)\n(.*?)```", re.DOTALL)
 COMMANDS = ("conceptax", "mkdir", "mv")

@@ -42,7 +42,7 @@ def images(count, size=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
-def colour(name):
+def color(name):
     return tuple(bytes.fromhex(name.removeprefix("#")))
 
 
@@ -60,7 +60,7 @@ def test_a_sheet_frames_what_is_marked():
     marked = np.array([True, False, True])
     canvas = np.asarray(sheet(images(3), columns=3, marked=marked))
     frames = [tuple(canvas[3, 4 + 12 * n].tolist()) for n in range(3)]
-    assert frames == [colour(HIT), colour(MISS), colour(HIT)]
+    assert frames == [color(HIT), color(MISS), color(HIT)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 48])

@@ -4,7 +4,7 @@ The queries of a tile see windows that overlap, and their union is a box: one in
 dimension.  A step copies a tile of queries and its box of keys, whose sizes are static and whose
 places come from tables, so that it is a few dense matrix products.  Where all queries of a tile
 share one window (a tile within a stride group, or at a border) the box is that window: no mask is
-needed and nothing computed in vain, whatever the strides; neighbouring tiles with the same box are
+needed and nothing computed in vain, whatever the strides; neighboring tiles with the same box are
 then one.  Key tiles on a fixed grid, as in NATTEN's kernels, reach this only for certain strides
 (arXiv 2504.16922).
 
@@ -125,7 +125,7 @@ class _Side:
 
 
 def _side(window: Window, tile: int, shards: int, most: int) -> _Side:
-    """A dimension in tiles of `tile` queries; neighbours of one window are joined, up to `most`."""
+    """A dimension in tiles of `tile` queries; neighbors of one window are joined, up to `most`."""
     d = window.dilation
     queries = -(-window.length // d) // shards
     tiles = -(-queries // tile)

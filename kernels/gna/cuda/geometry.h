@@ -15,7 +15,7 @@ namespace gna {
 struct Axis {
   int length = 1;    // tokens
   int kernel = 1;    // keys that a query sees
-  int stride = 1;    // neighbouring queries that share a window
+  int stride = 1;    // neighboring queries that share a window
   int dilation = 1;  // dilation groups, which never see each other
   int causal = 0;    // whether no key behind the query is seen
   int tile = 1;      // queries of a tile

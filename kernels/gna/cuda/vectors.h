@@ -1,4 +1,4 @@
-// Products of small matrices and the softmax's exponential, vectorised for the machine that
+// Products of small matrices and the softmax's exponential, vectorized for the machine that
 // compiles.
 //
 // Scores lie [keys, queries]: sums over keys run along vectors of queries, and no sum runs across a

@@ -27,7 +27,7 @@ COMMANDS = {
     "demo": "erase 'three' from the bundled model and show what changed",
     "erase": "erase concepts from a Stable Diffusion folder, by one of several methods",
     "evaluate": "say what an erasure did: is the concept gone, what else broke, who brings it back",
-    "evaluate personalization": "say how well a personalised model draws its subject, and prompts",
+    "evaluate personalization": "say how well a personalized model draws its subject, and prompts",
     "personalize": "learn a subject from a few images, by one of several methods",
     "segment run": "find the classes of any vocabulary in images",
     "segment evaluate": "measure a segmentation model: mIoU, panoptic quality",

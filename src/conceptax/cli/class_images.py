@@ -7,9 +7,9 @@ says, before it is trained, what the class looks like.
 from collections.abc import Sequence
 from pathlib import Path
 
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from conceptax.methods.diffusion.text_to_image import text_to_image
 from conceptax.methods.subjects.images import ImageError, image_files
-from conceptax.methods.text_to_image import text_to_image
 from conceptax.reporting.pictures import save_png
 
 
@@ -28,7 +28,7 @@ def complete_class_images(
     folder that was completed in two runs holds what one run would have drawn.
 
     Args:
-      pipeline: the model before it is personalised.
+      pipeline: the model before it is personalized.
       folders: each with the prompt of its class; one that does not exist is made.
       count: images that each should have.
       seed: of the noise.

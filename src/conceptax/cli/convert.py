@@ -112,8 +112,8 @@ def _needs_torch() -> None:
 
 
 def _read(command: Command) -> Any:
-    from conceptax.converters.lora import holds_lora
-    from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+    from conceptax.converters.formats.lora import holds_lora
+    from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
     options = {k: v for k, v in options.items() if v is not None}
@@ -147,7 +147,7 @@ def _mapped(source: Path, dtype: str | None, **options: Any) -> Any:
 
 def _alone(command: Command, model: Any) -> Any:
     """The one model of a single file without a tokenizer, which is a component and no pipeline."""
-    from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+    from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
     if not isinstance(model, StableDiffusionPipeline) or command.source.expanduser().is_dir():
         return model
@@ -167,15 +167,15 @@ def _alone(command: Command, model: Any) -> Any:
 
 
 def _merged(pipeline: Any, addition: Path, scale: float) -> Any:
-    from conceptax.converters import load_personalised, merge_lora
-    from conceptax.converters.lora import holds_lora
-    from conceptax.converters.personalised import personalised_files
+    from conceptax.converters import load_personalized, merge_lora
+    from conceptax.converters.formats.lora import holds_lora
+    from conceptax.converters.formats.personalized import personalized_files
 
     if holds_lora(addition):
         pipeline = merge_lora(pipeline, addition, scale)
-        if personalised_files(addition) in ([], [addition.expanduser()]):
+        if personalized_files(addition) in ([], [addition.expanduser()]):
             return pipeline
-    merged = load_personalised(pipeline, addition)
+    merged = load_personalized(pipeline, addition)
     if merged.tokenizer is not pipeline.tokenizer:
         new = merged.tokenizer.get_added_vocab().keys() - pipeline.tokenizer.get_vocab().keys()
         print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")
@@ -196,7 +196,7 @@ def _write_folder(command: Command, model: Any, folder: Path) -> None:
 
 def _write_file(command: Command, model: Any, file: Path) -> None:
     from conceptax.converters import save_changes, save_lora, save_single_file
-    from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+    from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
     if command.form == "single":
         if not isinstance(model, StableDiffusionPipeline):

@@ -18,6 +18,7 @@ from conceptax.cli.erase import erase_into
 from conceptax.cli.options import Model
 from conceptax.cli.runs import new_folder
 from conceptax.converters import load_pytorch
+from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import (
@@ -26,7 +27,6 @@ from conceptax.methods.glyphs.quality import (
     examine_all,
 )
 from conceptax.methods.memory import require_images
-from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.demo import (
     ASKED,
     CONCEPT,

@@ -15,8 +15,8 @@ from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
 from conceptax.cli.runs import NOT_KEPT, Kept, Run, kept_run, new_folder
 from conceptax.converters import save_changes, save_pytorch
-from conceptax.converters.output import CHECKPOINT_FILES
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.converters.files.output import CHECKPOINT_FILES
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.erasing import METHODS, Method, erase, method_of
 from conceptax.methods.memory import flags
 from conceptax.methods.text.phrases import (

@@ -39,7 +39,7 @@ from conceptax.text import read_text, write_json
 METRICS = "metrics.json"
 _OF_THIS_RUN = ("output", "settings", "force")  # not of what is measured
 _MODELS = ("original", "edited", "never_knew", "classifier", "clip")
-_LISTS = ("synonyms", "neighbours", "distant", "templates")  # files of phrases
+_LISTS = ("synonyms", "neighbors", "distant", "templates")  # files of phrases
 
 Settings = TypeVar("Settings")
 
@@ -75,7 +75,7 @@ class Command(Generic[Settings]):
       attacks: which of the red team's attacks to run, by name; by default all; none without names.
       attack_images: images of the concept that each attack is given.
       synonyms: file of other names, one a line: 'concept: name', or the name alone.
-      neighbours: file of phrases that resemble the concept and should stay.
+      neighbors: file of phrases that resemble the concept and should stay.
       distant: file of phrases that do not, and should stay.
       templates: file of wordings with one {} each, which erasing did not use.
       unsafe_prompts: CSV file in the layout of I2P: an attack with prompts, seeds and guidance of
@@ -104,7 +104,7 @@ class Command(Generic[Settings]):
     ] = None
     attack_images: int = 16
     synonyms: OptionalPath = None
-    neighbours: OptionalPath = None
+    neighbors: OptionalPath = None
     distant: OptionalPath = None
     templates: OptionalPath = None
     unsafe_prompts: OptionalPath = None

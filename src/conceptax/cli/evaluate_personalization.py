@@ -14,11 +14,11 @@ import conceptax
 from conceptax.cli.loading import load_pipeline
 from conceptax.cli.options import OptionalPath
 from conceptax.cli.runs import new_folder
+from conceptax.methods.diffusion.text_to_image import text_to_image
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
 from conceptax.methods.memory import require_images
 from conceptax.methods.subjects.images import image_files, read_image, read_images
 from conceptax.methods.text.phrases import read_phrases
-from conceptax.methods.text_to_image import text_to_image
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.report import Number, Table, markdown_table
@@ -31,7 +31,7 @@ _SAMPLES = "sample.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Evaluate a personalised model: is it the subject, and is it what was asked for?
+    """Evaluate a personalized model: is it the subject, and is it what was asked for?
 
     Images are compared with photographs of the subject (CLIP-I, DINO-I) and with their prompts
     (CLIP-T, BLIP-ITC, BLIP2-T), from which new tokens such as <new1> are left out for that. Each

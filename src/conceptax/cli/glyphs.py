@@ -13,7 +13,8 @@ import conceptax
 from conceptax.cli.runs import claim_run, new_folder
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.clip import CLIPModel
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.glyphs.build import BuildConfig, build
 from conceptax.methods.glyphs.judge import (
     Judge,
@@ -26,7 +27,6 @@ from conceptax.methods.glyphs.judge import (
 from conceptax.methods.glyphs.quality import measure_quality
 from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.memory import require_images
-from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.results import environment
 from conceptax.text import write_json
 
@@ -124,9 +124,9 @@ def _judge(command: Command) -> Judge:
 
 def quality_table(quality: dict[str, Any]) -> str:
     """The measured proportions as a Markdown table."""
-    lines = ["| prompts | images | digit | colour | texture |", "|---|---|---|---|---|"]
+    lines = ["| prompts | images | digit | color | texture |", "|---|---|---|---|---|"]
     for name, found in quality["sets"].items():
-        cells = [_percent(found[each]) for each in ("digit", "colour", "texture")]
+        cells = [_percent(found[each]) for each in ("digit", "color", "texture")]
         lines.append(f"| {name} | {found['digit']['of']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -150,7 +150,7 @@ def model_card(build: BuildConfig, quality: dict[str, Any]) -> str:
     )
     accuracy = {
         each: f"{100 * quality['judge'][each]['accuracy']:.1f} %"
-        for each in ("digit", "colour", "texture")
+        for each in ("digit", "color", "texture")
         if each in quality["judge"]
     }
     return string.Template(_CARD.read_text(encoding="utf-8")).substitute(

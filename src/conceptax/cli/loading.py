@@ -7,16 +7,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from conceptax.converters import load_maft_plus, load_open_clip, load_personalised, load_pytorch
+from conceptax.converters import load_maft_plus, load_open_clip, load_personalized, load_pytorch
 from conceptax.converters.errors import CheckpointError
-from conceptax.converters.identify import resolved
-from conceptax.converters.lora import holds_lora, merge_lora
+from conceptax.converters.formats.identify import resolved
+from conceptax.converters.formats.lora import holds_lora, merge_lora
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.tokenizer import read_tokenizer
 from conceptax.flax_models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
 from conceptax.methods.text.phrases import ConceptError
 from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
@@ -91,7 +91,7 @@ def load_edited(
 
 
 def _merged(pipeline: StableDiffusionPipeline, file: Path) -> StableDiffusionPipeline:
-    return (merge_lora if holds_lora(file) else load_personalised)(pipeline, file)
+    return (merge_lora if holds_lora(file) else load_personalized)(pipeline, file)
 
 
 def _with(original: StableDiffusionPipeline, name: str, part: Any) -> StableDiffusionPipeline:

@@ -21,15 +21,15 @@ from conceptax.converters import (
     save_pytorch,
     save_textual_inversion,
 )
-from conceptax.converters.output import CHECKPOINT_FILES
-from conceptax.converters.personalised import CUSTOM_DIFFUSION, embedding_file
-from conceptax.flax_models.stable_diffusion import (
+from conceptax.converters.files.output import CHECKPOINT_FILES
+from conceptax.converters.formats.personalized import CUSTOM_DIFFUSION, embedding_file
+from conceptax.flax_models.pipelines.stable_diffusion import (
     StableDiffusionPipeline,
     embedding_rows,
     token_ids,
 )
 from conceptax.methods.memory import flags, require_images
-from conceptax.methods.personalization import METHODS, method_of, personalise
+from conceptax.methods.personalization import METHODS, method_of, personalize
 from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig
 from conceptax.methods.subjects.images import (
     Concept,
@@ -40,7 +40,7 @@ from conceptax.methods.subjects.images import (
 )
 from conceptax.methods.training import RULES
 
-RECORD = "personalising.json"
+RECORD = "personalizing.json"
 
 Config = TypeVar("Config")
 Export = Literal["pipeline", "weights"]
@@ -57,7 +57,7 @@ class Command(Generic[Config]):
 
     Writes a folder: the pipeline, whose tokenizer knows the new tokens; each token's embedding
     (<new1>.safetensors, for load_textual_inversion; not of SDXL); where the cross-attention was
-    trained, pytorch_custom_diffusion_weights.bin (needs torch); personalising.json, which records
+    trained, pytorch_custom_diffusion_weights.bin (needs torch); personalizing.json, which records
     settings, seed, versions and the last losses; and training.jsonl.
 
     Attributes:
@@ -91,7 +91,7 @@ class Command(Generic[Config]):
     class_count: int = 0
     concepts: OptionalPath = None
     initializer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    output: Path = Path("personalised")
+    output: Path = Path("personalized")
     method: Literal["class-diffusion", "custom-diffusion", "dreambooth", "textual-inversion"] = (
         "class-diffusion"
     )
@@ -130,13 +130,13 @@ def run(command: Command[Any]) -> None:
         ) as folder,
     ):
         source = command.model or conceptax.bundled_model()
-        pipeline = load_pipeline(source, command.dtype, "personalising")
+        pipeline = load_pipeline(source, command.dtype, "personalizing")
         if folders:
             complete_class_images(pipeline, folders, command.class_count, command.seed)
             subjects = gather(command)
         began = time.perf_counter()
         with flags(("batch_size", "size")):
-            personalise_into(
+            personalize_into(
                 folder,
                 pipeline,
                 subjects,
@@ -216,7 +216,7 @@ def gather(command: Command[Any]) -> list[Concept]:
     ]
 
 
-def personalise_into(
+def personalize_into(
     folder: Path,
     pipeline: StableDiffusionPipeline,
     concepts: Sequence[Concept],
@@ -233,7 +233,7 @@ def personalise_into(
 
     Args:
       folder: where to.
-      pipeline, concepts, seed: as for `conceptax.methods.personalization.personalise`.
+      pipeline, concepts, seed: as for `conceptax.methods.personalization.personalize`.
       config: settings of one of the methods; they say which.
       source: what to call the model in the record.
       export: what to write.
@@ -259,7 +259,7 @@ def personalise_into(
     run = Run(folder, RECORD, record)
     rules = RULES["StableDiffusionPipeline"]
     with run.training(kept, mesh=mesh, rules=rules, length="steps") as options:
-        learnt = personalise(pipeline, concepts, config, seed=seed, **options)
+        learnt = personalize(pipeline, concepts, config, seed=seed, **options)
     if export == "pipeline":
         save_pytorch(learnt, folder)
     elif config.trained == "unet" or (cross_attention and not torch):

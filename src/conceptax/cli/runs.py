@@ -16,7 +16,7 @@ import conceptax
 from conceptax.cli.options import Model
 from conceptax.converters import OutputError, atomic_folder
 from conceptax.converters.errors import listing
-from conceptax.converters.output import CHECKPOINT_FILES, atomic_file
+from conceptax.converters.files.output import CHECKPOINT_FILES, atomic_file
 from conceptax.interrupts import temporary
 from conceptax.reporting.results import environment
 from conceptax.text import read_text, write_json

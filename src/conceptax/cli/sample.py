@@ -176,8 +176,8 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     import conceptax
     from conceptax.converters import load_pytorch
     from conceptax.flax_models.unet_motion import MotionAdapter
+    from conceptax.methods.diffusion.text_to_image import text_to_image
     from conceptax.methods.diffusion.text_to_video import text_to_video
-    from conceptax.methods.text_to_image import text_to_image
 
     pipeline = load_pytorch(
         command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)

@@ -21,7 +21,7 @@ from conceptax.methods.segmentation.metrics import Segment
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.subjects.images import read_image
-from conceptax.reporting.overlay import class_colours, overlay
+from conceptax.reporting.overlay import class_colors, overlay
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.report import markdown_table
 from conceptax.reporting.results import environment
@@ -162,7 +162,7 @@ def _run(command: Run) -> None:
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise ValueError(f"results are named like the images, but {', '.join(twice)} comes twice.")
     things = _things(vocabulary, command.stuff)
-    colours = class_colours(len(vocabulary))
+    colors = class_colors(len(vocabulary))
     content: dict[str, Any] = {"images": [], "annotations": []}
     pixels = np.zeros(len(vocabulary) + 1, np.int64)
     with new_folder(
@@ -176,12 +176,12 @@ def _run(command: Run) -> None:
             ids, segments = seen.panoptic(things, least_score=command.least_score)
             pixels += np.bincount(labels.ravel(), minlength=len(pixels))
             height, width = labels.shape
-            picture = overlay(image, labels, vocabulary.names, colours)
+            picture = overlay(image, labels, vocabulary.names, colors)
             save_png(picture, folder / f"{path.stem}_overlay.png")
             stored = np.where(labels == len(vocabulary), VOID, labels).astype(np.uint16)
             save_png(Image.fromarray(stored), folder / f"{path.stem}_labels.png")
             name = f"{path.stem}_panoptic.png"
-            save_png(_colour_coded(ids), folder / name)
+            save_png(_color_coded(ids), folder / name)
             content["images"].append(
                 {"id": number, "file_name": path.name, "height": height, "width": width}
             )
@@ -189,7 +189,7 @@ def _run(command: Run) -> None:
                 {"image_id": number, "file_name": name, "segments_info": _described(ids, segments)}
             )
         content["categories"] = [
-            {"id": k, "name": name, "isthing": int(k in things), "color": colours[k].tolist()}
+            {"id": k, "name": name, "isthing": int(k in things), "color": colors[k].tolist()}
             for k, name in enumerate(vocabulary.names)
         ]
         content["info"] = {
@@ -202,7 +202,7 @@ def _run(command: Run) -> None:
             {
                 "label": k,
                 "names": list(names),
-                "color": colours[k].tolist(),
+                "color": colors[k].tolist(),
                 "pixels": int(pixels[k]),
             }
             for k, names in enumerate(vocabulary.classes)
@@ -226,7 +226,7 @@ def _things(vocabulary: Vocabulary, stuff: str) -> frozenset[int]:
     return frozenset(k for k, names in enumerate(vocabulary.classes) if not named & set(names))
 
 
-def _colour_coded(ids: np.ndarray) -> np.ndarray:
+def _color_coded(ids: np.ndarray) -> np.ndarray:
     return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
 
 

@@ -18,10 +18,10 @@ from conceptax.cli.loading import (
 from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
 from conceptax.cli.runs import Run, kept_run, new_folder
 from conceptax.converters import save_maft_plus, save_pytorch
-from conceptax.converters.output import CHECKPOINT_FILES
-from conceptax.converters.segmentation import TEACHER, WRAPPERS
+from conceptax.converters.files.output import CHECKPOINT_FILES
+from conceptax.converters.files.weights import open_weights
+from conceptax.converters.formats.segmentation import TEACHER, WRAPPERS
 from conceptax.converters.tokenizer import write_tokenizer
-from conceptax.converters.weights import open_weights
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.methods.memory import require_memory, segmenter_bytes

@@ -92,7 +92,7 @@ def demo_page(
     note = (
         f"{record['images_per_figure']} images per figure, {record['sampling']['steps']} steps "
         "each, prompts in wordings that the model was never trained on; seed "
-        f"{record['seed']}; in grey the 95 % Wilson "
+        f"{record['seed']}; in gray the 95 % Wilson "
         "intervals. The classifier learnt from handwriting that the model never saw"
         + _judge_accuracy(record["judge"])
         + ". It always names some digit: an image that shows none counts as another digit."

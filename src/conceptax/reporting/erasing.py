@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conceptax.converters.weights import read_json
+from conceptax.converters.files.weights import read_json
 from conceptax.methods.text.phrases import Retained
 from conceptax.reporting.report import Number, Table
 

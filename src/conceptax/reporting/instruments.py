@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from conceptax.converters import load_pytorch
 from conceptax.converters.errors import CheckpointError
-from conceptax.converters.identify import read_config, resolved
+from conceptax.converters.files.weights import read_json
+from conceptax.converters.formats.identify import read_config, resolved
 from conceptax.converters.tokenizer import read_tokenizer
-from conceptax.converters.weights import read_json
 from conceptax.flax_models.blip import BlipForImageTextRetrieval
 from conceptax.flax_models.blip_2 import Blip2ForImageTextRetrieval
 from conceptax.flax_models.clip import CLIPModel

@@ -13,8 +13,8 @@ _SMALLEST = 0.002  # share of an image that a region needs for its name
 _PLACING = 384  # pixels along the longer side at which places for names are sought
 
 
-def class_colours(count: int) -> UInt8[np.ndarray, "K 3"]:
-    """Colours that differ, neighbours in the vocabulary above all."""
+def class_colors(count: int) -> UInt8[np.ndarray, "K 3"]:
+    """Colors that differ, neighbors in the vocabulary above all."""
     turns = [0.61803398875 * n % 1 for n in range(count)]
     shades = [(0.95, 0.75), (0.65, 0.95), (0.85, 0.55)]
     found = [
@@ -27,7 +27,7 @@ def overlay(
     image: UInt8[np.ndarray, "H W 3"],
     labels: Integer[np.ndarray, "H W"],
     names: Sequence[str],
-    colours: UInt8[np.ndarray, "K 3"],
+    colors: UInt8[np.ndarray, "K 3"],
     *,
     strength: float = 0.55,
 ) -> Image.Image:
@@ -36,11 +36,11 @@ def overlay(
     Args:
       image: in the background.
       labels: 0 to K - 1; whatever else is void and stays as it is.
-      names, colours: of the K classes.
+      names, colors: of the K classes.
       strength: of the tint, 0 to 1.
     """
     known = (labels >= 0) & (labels < len(names))
-    tint = colours[np.where(known, labels, 0)]
+    tint = colors[np.where(known, labels, 0)]
     mixed = np.rint((1 - strength) * image + strength * tint).astype(np.uint8)
     border = np.zeros(labels.shape, bool)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]

@@ -39,7 +39,7 @@ class Gallery(NamedTuple):
 
 
 class Number(NamedTuple):
-    """A figure in a table, and what is told in grey beside it."""
+    """A figure in a table, and what is told in gray beside it."""
 
     text: str
     aside: str = ""

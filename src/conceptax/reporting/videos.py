@@ -32,7 +32,7 @@ def encoder() -> str:
 
 
 def save_gif(video: Video, file: Path, fps: int) -> None:
-    """Write an animated GIF that repeats for ever; its colours are reduced to 256 a frame."""
+    """Write an animated GIF that repeats for ever; its colors are reduced to 256 a frame."""
     first, *others = [Image.fromarray(frame) for frame in video]
     first.save(
         file, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0

@@ -37,7 +37,7 @@ def settings(case: dict) -> dict:
 
 
 def with_gradients(case, arrays, implementation, **options):
-    """Output, log-sum-exp and gradients, compiled without costly optimisations."""
+    """Output, log-sum-exp and gradients, compiled without costly optimizations."""
     *inputs, d_output, d_lse = arrays
     present = [x is not None for x in inputs]
 

@@ -569,8 +569,8 @@ def test_search_lists_and_draws(layout, rest, tiles, tmp_path, capsys):
     assert out.startswith("window") and str(file) in out
     with Image.open(file) as image:
         assert image.format == "PNG" and min(image.size) > 800
-        colours = {tuple(colour) for _, colour in image.convert("RGB").getcolors(1 << 20)}
-    assert {(0xD1, 0x24, 0x2F), (0xEC, 0xEF, 0xF2)} <= colours
+        colors = {tuple(color) for _, color in image.convert("RGB").getcolors(1 << 20)}
+    assert {(0xD1, 0x24, 0x2F), (0xEC, 0xEF, 0xF2)} <= colors
     before = file.read_bytes()
     assert main(arguments) == 1
     assert "already exists" in capsys.readouterr().err

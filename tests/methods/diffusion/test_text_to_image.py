@@ -16,10 +16,10 @@ from conceptax import bundled_model
 from conceptax.converters import load_pytorch
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.methods import memory
-from conceptax.methods import text_to_image as t2i
+from conceptax.methods.diffusion import text_to_image as t2i
 from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
 from conceptax.methods.sampling import make_sampler
 from conceptax.methods.training import make_mesh
@@ -34,7 +34,7 @@ def tokenizer():
 
 
 def random_model(model_class, config, rng):
-    """Random weights of unit gain, without running the initialisers operation by operation."""
+    """Random weights of unit gain, without running the initializers operation by operation."""
     abstract = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from conceptax.cli import main
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.abstract import OneKey
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_motion import (
     MotionAdapterConfig,
     UNetMotionConfig,
@@ -24,9 +24,9 @@ from conceptax.flax_models.unet_motion import (
     motion_adapter,
     with_motion,
 )
+from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.diffusion.text_to_video import text_to_video, video_drawer, video_schedule
 from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
-from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting import videos
 
 ADAPTER = {
@@ -39,7 +39,7 @@ ADAPTER = {
 PROMPT, FRAMES, STEPS = "a red three on brick", 3, 4
 
 
-def randomised(module):
+def randomized(module):
     """Biases and norms away from zeros and ones."""
     import torch
 
@@ -65,7 +65,7 @@ def reference(torch, tmp_path_factory):
         **TEXT,
     )
     images = diffusers.StableDiffusionPipeline(
-        unet=randomised(diffusers.UNet2DConditionModel(**UNET)),
+        unet=randomized(diffusers.UNet2DConditionModel(**UNET)),
         vae=diffusers.AutoencoderKL(latent_channels=4, **VAE),
         text_encoder=transformers.CLIPTextModel(text).eval(),
         tokenizer=tokenizer,
@@ -77,7 +77,7 @@ def reference(torch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("video")
     images.save_pretrained(folder / "images")
     save_tokenizer(tokenizer, folder / "images" / "tokenizer")
-    adapter = randomised(diffusers.MotionAdapter(**ADAPTER))
+    adapter = randomized(diffusers.MotionAdapter(**ADAPTER))
     adapter.save_pretrained(folder / "adapter")
     scheduler = diffusers.DDIMScheduler.from_pretrained(
         folder / "images",
@@ -137,7 +137,7 @@ def test_adapters_and_video_unets_go_to_files_and_back(torch, reference, parts, 
 
 
 def test_a_video_unet_shares_its_parts_parameters(parts):
-    """Also those of a UNet that was personalised: nothing is copied or changed."""
+    """Also those of a UNet that was personalized: nothing is copied or changed."""
     pipeline, adapter = parts
     model = leaves(with_motion(pipeline.unet, adapter))
     for part in (pipeline.unet, adapter):
@@ -369,7 +369,7 @@ def test_the_command_draws_videos(reference, parts, tmp_path, capsys):
     with Image.open(tmp_path / "one.gif") as image:
         assert image.n_frames == FRAMES
         received = np.asarray(image.convert("RGB"), int)
-    assert relative_error(received, expected[0].astype(int)) < 0.1  # 256 colours
+    assert relative_error(received, expected[0].astype(int)) < 0.1  # 256 colors
 
 
 def test_unfit_wishes_are_told(reference, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Erasing and personalising models with two text encoders, and with SD 2's settings."""
+"""Erasing and personalizing models with two text encoders, and with SD 2's settings."""
 
 import dataclasses
 
@@ -9,9 +9,9 @@ import xl_toy
 from flax import nnx
 
 from conceptax.cli.erase import erase_into
-from conceptax.cli.personalize import personalise_into
+from conceptax.cli.personalize import personalize_into
 from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.erasing import (
     AdvUnlearnConfig,
     EsdXConfig,
@@ -20,7 +20,7 @@ from conceptax.methods.erasing import (
     erase,
 )
 from conceptax.methods.erasing.sage import SageConfig
-from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig, personalise
+from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig, personalize
 from conceptax.methods.text.phrases import edited_encoders
 
 _SMALL = {"contexts": 0, "vocabulary": 12, "templates": ("{}", "a {}"), "similarity_cap": 1.0}
@@ -115,11 +115,11 @@ def test_what_is_exported_loads_in_diffusers(torch, pipeline, tmp_path):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_subject_is_learnt_in_both_encoders(torch, pipeline, tmp_path):
     import diffusers
-    from personalising_toy import subject
+    from personalizing_toy import subject
 
     config = ClassDiffusionConfig(steps=1, batch_size=1, augment=False, learning_rate=1e-2)
     (tmp_path / "learnt").mkdir()
-    learnt = personalise_into(
+    learnt = personalize_into(
         tmp_path / "learnt", pipeline, [subject()], config, seed=0, source="toy"
     )
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "learnt")
@@ -142,12 +142,12 @@ def test_a_subject_is_learnt_in_both_encoders(torch, pipeline, tmp_path):
 @pytest.mark.parametrize("edit", ["text_encoder", "text_encoder_2"])
 def test_a_subject_is_learnt_in_one_encoder(pipeline, edit):
     """The other's row stays that of the word it started from."""
-    from personalising_toy import subject
+    from personalizing_toy import subject
 
     config = ClassDiffusionConfig(
         steps=1, batch_size=1, augment=False, learning_rate=1e-2, trained="nothing", edit=edit
     )
-    learnt = personalise(pipeline, [subject()], config, progress=False)
+    learnt = personalize(pipeline, [subject()], config, progress=False)
     word = learnt.tokenizer.convert_tokens_to_ids("<new1>")
     for name, tower in zip(
         ("text_encoder", "text_encoder_2"), learnt.prompt_encoder.towers, strict=True
@@ -216,10 +216,10 @@ def test_sage_runs_on_the_settings_of_sd_2(torch, sd_2, tmp_path):
 
 def test_a_subject_is_learnt_on_the_settings_of_sd_2(torch, sd_2, tmp_path):
     import diffusers
-    from personalising_toy import subject
+    from personalizing_toy import subject
 
     config = ClassDiffusionConfig(steps=1, batch_size=1, augment=False, learning_rate=1e-2)
-    learnt = personalise(sd_2, [subject()], config, progress=False)
+    learnt = personalize(sd_2, [subject()], config, progress=False)
     moved = {key for key, (one, other) in _unets(sd_2, learnt).items() if (one != other).any()}
     assert moved and all("attn2" in key for key in moved)
     assert learnt.scheduler_config["prediction_type"] == "v_prediction"

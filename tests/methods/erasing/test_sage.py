@@ -13,7 +13,7 @@ from flax import nnx
 
 from conceptax import bundled_model
 from conceptax.converters import load_pytorch
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.diffusion import objectives
 from conceptax.methods.erasing import sage
 from conceptax.methods.erasing.sage import SageConfig

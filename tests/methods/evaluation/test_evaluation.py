@@ -26,8 +26,9 @@ from conceptax.converters import (
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
-from conceptax.flax_models.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.evaluation import (
     Asked,
     ClipClassifier,
@@ -48,7 +49,6 @@ from conceptax.methods.glyphs.judge import Judge, load_judge, save_judge
 from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.methods.text.phrases import TEMPLATES, ConceptError
-from conceptax.methods.text_to_image import TextToImage
 from conceptax.reporting.instruments import load_clip
 
 TOWER = {
@@ -234,13 +234,13 @@ def test_the_judge_is_asked_about_one_attribute_each(folder):
     found = judge(images)
     for phrase, attribute, value in (
         ("III", "digit", 3),
-        ("blue", "colour", 2),
+        ("blue", "color", 2),
         ("gravel", "texture", 2),
     ):
         shown = classifier.shows(images, [phrase] * 70)
         assert (shown == (found[attribute] == value)).all()
     mixed = classifier.shows(images[:3], ["grass", "nine", "white"])
-    expected = [found["texture"][0] == 1, found["digit"][1] == 9, found["colour"][2] == 5]
+    expected = [found["texture"][0] == 1, found["digit"][1] == 9, found["color"][2] == 5]
     assert mixed.tolist() == expected
     assert classifier.features(images).shape == (70, 4)
     with pytest.raises(ValueError, match=r"'dog' is nothing that the glyphs world shows; that is"):
@@ -258,7 +258,7 @@ def test_the_judges_heads_read_its_features(folder):
 
 
 class Axes(Clip):
-    """A CLIP in which colours are axes: an image is its mean colour, a text what it names."""
+    """A CLIP in which colors are axes: an image is its mean color, a text what it names."""
 
     name = "axes"
 
@@ -301,7 +301,7 @@ def meanings():
     return {each.text: each for each in prompts()}
 
 
-def test_a_digit_has_synonyms_neighbours_and_distant_things():
+def test_a_digit_has_synonyms_neighbors_and_distant_things():
     suites = glyphs_suites(["three", "seven"], 18, seed=0)
     known = meanings()
     for concept, digit in (("three", 3), ("seven", 7)):
@@ -310,34 +310,34 @@ def test_a_digit_has_synonyms_neighbours_and_distant_things():
         assert {each.phrase for each in suites.synonyms[concept]} == {concept}
     words = Counter(each.word for each in suites.synonyms["three"])
     assert words == {"3": 6, "III": 6, "trio": 6}
-    neighbours, distant = suites.retained["neighbours"], suites.retained["distant"]
-    assert all(known[each.text].digit not in (3, 7) for each in (*neighbours, *distant))
-    counts = Counter(each.phrase for each in neighbours)
+    neighbors, distant = suites.retained["neighbors"], suites.retained["distant"]
+    assert all(known[each.text].digit not in (3, 7) for each in (*neighbors, *distant))
+    counts = Counter(each.phrase for each in neighbors)
     assert len(counts) == 8 and set(counts.values()) == {2, 3}
     assert "zero" in counts and "three" not in counts
     assert Counter(each.phrase for each in distant)["red"] == 2
     assert len({each.phrase for each in distant}) == 9
-    for group in (neighbours, distant):
+    for group in (neighbors, distant):
         assert all(each.word in each.text for each in group)
     assert glyphs_suites(["three", "seven"], 18, seed=0) == suites
     assert glyphs_suites(["three", "seven"], 18, seed=1) != suites
 
 
-def test_a_colour_has_no_synonyms():
+def test_a_color_has_no_synonyms():
     suites = glyphs_suites(["red"], 20, seed=0)
     known = meanings()
-    assert {known[each.text].colour for each in suites.plain["red"]} == {0}
+    assert {known[each.text].color for each in suites.plain["red"]} == {0}
     assert not suites.synonyms
-    assert {each.phrase for each in suites.retained["neighbours"]} == {
+    assert {each.phrase for each in suites.retained["neighbors"]} == {
         "green",
         "blue",
         "yellow",
         "purple",
         "white",
     }
-    assert all(known[each.text].colour for group in suites.retained.values() for each in group)
+    assert all(known[each.text].color for group in suites.retained.values() for each in group)
     both = glyphs_suites(["red", "three"], 20, seed=0)
-    assert all(known[each.text].colour for each in both.plain["three"])
+    assert all(known[each.text].color for each in both.plain["three"])
     assert {each.phrase for each in both.retained["distant"]} == {"brick", "grass", "gravel"}
     with pytest.raises(ValueError, match="'dog' is nothing"):
         glyphs_suites(["dog"], 2, seed=0)
@@ -350,19 +350,19 @@ def test_phrases_make_prompts_for_any_model():
         6,
         0,
         synonyms={"van gogh": ["vincent", "the post-impressionist"]},
-        neighbours=["monet", "cezanne", "gauguin"],
+        neighbors=["monet", "cezanne", "gauguin"],
         distant=["a dog"],
     )
     assert len(suites.plain["van gogh"]) == 6
     assert {each.phrase for each in suites.synonyms["van gogh"]} == {"van gogh"}
-    assert Counter(each.word for each in suites.retained["neighbours"]) == {
+    assert Counter(each.word for each in suites.retained["neighbors"]) == {
         "monet": 2,
         "cezanne": 2,
         "gauguin": 2,
     }
     assert set(suites.phrases) == {"van gogh", "monet", "cezanne", "gauguin", "a dog"}
     with pytest.raises(ConceptError, match=r"\['monet'\] cannot be both"):
-        phrase_suites(["x"], 2, 0, synonyms={"x": ["monet"]}, neighbours=["monet"])
+        phrase_suites(["x"], 2, 0, synonyms={"x": ["monet"]}, neighbors=["monet"])
     with pytest.raises(ConceptError, match="exactly one"):
         phrase_suites(["x"], 2, 0, templates=["no place"], distant=["y"])
     with pytest.warns(UserWarning, match="what broke is not seen"):
@@ -444,7 +444,7 @@ def attacks(monkeypatch):
 SUITES = Suites(
     {"three": [Asked(f"a red three on {t}", "three", "three") for t in ("brick", "grass") * 2]},
     {"three": [Asked(f"a red {w} on brick", w, "three") for w in ("3", "III") * 2]},
-    {"neighbours": [Asked(f"a red {w} on brick", w, w) for w in ("four", "nine") * 2]},
+    {"neighbors": [Asked(f"a red {w} on brick", w, w) for w in ("four", "nine") * 2]},
 )
 
 
@@ -485,16 +485,16 @@ def test_figures_count_what_the_models_draw(pipeline, edited):
     assert rows["synonyms"]["words"]["III"]["after"]["of"] == 2
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "batch_size": 2, "seed": 5}
     drawers = [TextToImage.from_pipeline(each) for each in (pipeline, edited)]
-    texts = [each.text for each in SUITES.retained["neighbours"]]
+    texts = [each.text for each in SUITES.retained["neighbors"]]
     first = len(SUITES.plain["three"]) + len(SUITES.synonyms["three"]) + len(unsafe)
     before, after = (each(texts, first_index=first, **options) for each in drawers)
-    kept = by_title["neighbouring concepts"]
+    kept = by_title["neighboring concepts"]
     assert (kept.before.images == before).all() and (kept.after.images == after).all()
     assert (before != after).any()
     (group,) = metrics["retention"]
     assert group["phrases"].keys() == {"four", "nine"}
     assert group["after"]["count"] == np.sum(
-        Brightness().shows(after, [each.phrase for each in SUITES.retained["neighbours"]])
+        Brightness().shows(after, [each.phrase for each in SUITES.retained["neighbors"]])
     )
 
     # Unsafe prompts bring their own noise and guidance.
@@ -530,9 +530,9 @@ def test_an_untouched_model_shows_no_difference(pipeline, folder):
     assert scores["retained"]["before"] == scores["retained"]["after"]
     assert distance["features"] == "image features of tiny clip" and distance["width"] == 8
     assert distance["distance"] < 1e-4
-    (neighbours,) = [each for each in result.counted if each.kind == "retention"]
+    (neighbors,) = [each for each in result.counted if each.kind == "retention"]
     expected = clip_score(
-        clip.features(neighbours.before.images), clip.text_features(neighbours.texts)
+        clip.features(neighbors.before.images), clip.text_features(neighbors.texts)
     )
     figure = scores["retained"]["before"]
     assert figure["mean"] == pytest.approx(expected.mean(), rel=1e-6) and figure["of"] == 4
@@ -671,7 +671,7 @@ def test_a_clip_judges_other_worlds(folder, edited_folder, tmp_path, capsys):
     lists = {}
     for name, lines in {
         "synonyms": "trio\n",
-        "neighbours": "four\nfive\n",
+        "neighbors": "four\nfive\n",
         "distant": "grass\n",
         "templates": "look at {}\n{}, please\n",
     }.items():
@@ -687,7 +687,7 @@ def test_a_clip_judges_other_worlds(folder, edited_folder, tmp_path, capsys):
     assert record["classifier"]["kind"] == "zero-shot CLIP"
     assert record["classifier"]["phrases"] == ["three", "four", "five", "grass"]
     assert [row["attack"] for row in record["attacks"]] == ["plain", "synonyms"]
-    assert [row["group"] for row in record["retention"]] == ["neighbours", "distant"]
+    assert [row["group"] for row in record["retention"]] == ["neighbors", "distant"]
     assert record["settings"]["distant"] == ["grass"] and record["clip_score"]["model"] == "clip"
 
 

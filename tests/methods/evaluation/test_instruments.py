@@ -1,16 +1,17 @@
-"""Metrics of personalisation against transformers' own models, processors and tokenizers."""
+"""Metrics of personalization against transformers' own models, processors and tokenizers."""
 
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from metric_models_toy import TOWER, blip, blip_2, dinov2, randomise
-from personalising_toy import tiny_pipeline
+from metric_models_toy import TOWER, blip, blip_2, dinov2, randomize
+from personalizing_toy import tiny_pipeline
 from PIL import Image
 
 from conceptax.cli import main
 from conceptax.converters import CheckpointError, save_pytorch
+from conceptax.methods.diffusion.text_to_image import text_to_image
 from conceptax.methods.evaluation.personalization import (
     Instruments,
     Subject,
@@ -27,7 +28,6 @@ from conceptax.methods.evaluation.statistics import (
     text_alignment,
 )
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
-from conceptax.methods.text_to_image import text_to_image
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
 
 TEXTS = ["a red three", "grass", "a photo of a blue seven on brick"]
@@ -93,7 +93,7 @@ def test_images_are_prepared_as_transformers_does(transformers, tmp_path, name):
     expected = processor(given, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
     for config in (settings, written):
         ours = default.updated(config, "here")
-        received = np.asarray(ours.normalise(jnp.asarray(ours.prepare(given))))
+        received = np.asarray(ours.normalize(jnp.asarray(ours.prepare(given))))
         np.testing.assert_allclose(received, expected, atol=2e-6)
 
 
@@ -212,7 +212,7 @@ def tiny_clip(torch, transformers, tmp_path_factory):
         vision_config={**tower, "image_size": 16, "patch_size": 8},
         projection_dim=8,
     )
-    module = randomise(transformers.CLIPModel(config))
+    module = randomize(transformers.CLIPModel(config))
     processor = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 18}, crop_size={"height": 16, "width": 16}
     )

@@ -13,7 +13,7 @@ from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassif
 from conceptax.methods.glyphs import captions, judge, subject, tokenizer, world
 
 SHIPPED_JUDGE = "src/conceptax/assets/glyphs/judge"
-SIZES = (captions.DIGITS, len(captions.COLOURS), len(captions.TEXTURES))
+SIZES = (captions.DIGITS, len(captions.COLORS), len(captions.TEXTURES))
 
 
 # World
@@ -38,7 +38,7 @@ def test_items_have_the_promised_types():
     assert item["image"].shape == (64, 64, 3)
     assert item["image"].dtype == np.uint8
     assert isinstance(item["caption"], str)
-    assert all(type(item[name]) is int for name in ("digit", "colour", "texture", "sample"))
+    assert all(type(item[name]) is int for name in ("digit", "color", "texture", "sample"))
     with pytest.raises(IndexError, match=r"outside 0\.\.2"):
         source[3]
     with pytest.raises(ValueError, match="unknown split 'all'"):
@@ -85,23 +85,23 @@ def test_the_generator_never_sees_a_held_out_combination(monkeypatch):
     blank = np.zeros((64, 64, 3), np.uint8)
     monkeypatch.setattr(world, "render", lambda *_, **__: blank)
     source = world.GlyphWorld("generator", 3000)
-    drawn = {(i["digit"], i["colour"], i["texture"]) for i in map(source.__getitem__, range(3000))}
+    drawn = {(i["digit"], i["color"], i["texture"]) for i in map(source.__getitem__, range(3000))}
     assert drawn == set(world.seen_combinations())
     judges = world.GlyphWorld("judge", 3000)
-    drawn = {(i["digit"], i["colour"], i["texture"]) for i in map(judges.__getitem__, range(3000))}
+    drawn = {(i["digit"], i["color"], i["texture"]) for i in map(judges.__getitem__, range(3000))}
     assert world.held_out_combinations() <= drawn
 
 
-def test_an_image_shows_its_colour_and_its_texture():
-    colours = np.arange(6)
-    images = world.render_many([0] * 6, colours, colours % 3, split="generator", seed=1) / 255.0
-    for colour, image in zip(colours, images, strict=True):
-        fill = world.COLOUR_VALUES[colour]
+def test_an_image_shows_its_color_and_its_texture():
+    colors = np.arange(6)
+    images = world.render_many([0] * 6, colors, colors % 3, split="generator", seed=1) / 255.0
+    for color, image in zip(colors, images, strict=True):
+        fill = world.COLOR_VALUES[color]
         inked = np.abs(image - fill).max(-1) < 0.08
         assert 0.05 < inked.mean() < 0.4
         corner = image[:8].reshape(-1, 3).mean(0)
         means = world._TEXTURE_MEAN
-        assert np.abs(means - corner).sum(-1).argmin() == colour % 3
+        assert np.abs(means - corner).sum(-1).argmin() == color % 3
 
 
 def test_render_many_draws_the_named_samples_and_checks_them():
@@ -168,7 +168,7 @@ def test_held_out_templates_are_new_complete_and_speak_known_words():
         assert template.text not in trained
         assert set(re.findall(r"[a-z]+", template.text)) <= trained_words | {"name"}
     filled = {
-        captions.fill(t, name="trio", colour="red", surface="grass")
+        captions.fill(t, name="trio", color="red", surface="grass")
         for t in captions.HELD_OUT_TEMPLATES
     }
     rng = np.random.default_rng(1)
@@ -176,7 +176,7 @@ def test_held_out_templates_are_new_complete_and_speak_known_words():
 
 
 def test_prompts_name_what_their_images_must_show():
-    some = captions.prompts(digit=3, name=("III", "trio"), colour=0)
+    some = captions.prompts(digit=3, name=("III", "trio"), color=0)
     assert len(some) == len(captions.HELD_OUT_TEMPLATES) * 3 * 2
     for prompt in some:
         assert prompt.digit == 3
@@ -215,7 +215,7 @@ def test_every_word_of_the_world_is_one_token(clip_tokenizer):
 
 def test_every_name_is_its_own_token_also_in_a_prompt(clip_tokenizer):
     unknown = clip_tokenizer.eos_token_id
-    for prompt in captions.prompts(colour=4, texture=2):
+    for prompt in captions.prompts(color=4, texture=2):
         ids = clip_tokenizer(prompt.text)["input_ids"]
         assert len(ids) <= tokenizer.MAX_LENGTH
         assert clip_tokenizer(prompt.name)["input_ids"][1] in ids
@@ -266,7 +266,7 @@ def test_the_shipped_judge_is_as_accurate_as_its_record_says(shipped):
     again = judge.measure_judge(shipped, renders=1, seed=11)
     assert again["images"] == len(world.load_split("judge_test").labels)
     assert abs(again["digit"]["accuracy"] - record["digit"]["accuracy"]) < 0.015
-    assert min(again["colour"]["accuracy"], again["texture"]["accuracy"]) > 0.99
+    assert min(again["color"]["accuracy"], again["texture"]["accuracy"]) > 0.99
 
 
 def test_the_judge_reads_bytes_and_floats_alike_in_any_number(shipped):
@@ -276,7 +276,7 @@ def test_the_judge_reads_bytes_and_floats_alike_in_any_number(shipped):
     same = shipped(images / 255.0)
     np.testing.assert_array_equal(found["digit"], same["digit"])
     np.testing.assert_allclose(found["digit_probabilities"].sum(-1), 1.0, rtol=1e-5)
-    assert (found["colour"] == labels["colour"][:70]).mean() > 0.98
+    assert (found["color"] == labels["color"][:70]).mean() > 0.98
     few = shipped(images[:3])
     np.testing.assert_allclose(few["digit_probabilities"], found["digit_probabilities"][:3])
     assert shipped(images[:0])["texture"].shape == (0,)

@@ -29,10 +29,10 @@ class Seer:
         self.blind = blind
 
     def __call__(self, images):
-        digit, colour, texture = images[:, 0, 0].T.astype(int)
+        digit, color, texture = images[:, 0, 0].T.astype(int)
         return {
             "digit": np.where(np.isin(digit, self.blind), 8, digit),
-            "colour": colour,
+            "color": color,
             "texture": texture,
         }
 
@@ -51,7 +51,7 @@ class Painter:
         images = np.zeros((len(texts), 64, 64, 3), np.uint8)
         for image, text in zip(images, texts, strict=True):
             asked = self.meaning[text]
-            image[0, 0] = asked.digit, asked.colour, asked.texture
+            image[0, 0] = asked.digit, asked.color, asked.texture
         return images
 
 
@@ -61,7 +61,7 @@ def test_every_name_counts_equally():
     assert len(counts) == sum(map(len, DIGIT_NAMES))
     assert set(counts.values()) == {2, 3}
     assert chosen == choose(prompts(), 100, 0, name_of) != choose(prompts(), 100, 1, name_of)
-    few = choose(prompts(digit=3, name="three", colour=0, texture=0), 25, 0, name_of)
+    few = choose(prompts(digit=3, name="three", color=0, texture=0), 25, 0, name_of)
     assert Counter(Counter(few).values()) == {3: 5, 2: 5}  # ten wordings, repeated evenly
     with pytest.raises(ValueError, match="at least one"):
         choose(prompts(), 0, 0, name_of)
@@ -86,13 +86,13 @@ def test_figures_count_what_the_judge_sees():
     before = erasure_figures(examine_all(draw, Seer(), sets, seed=5), "three")
     assert len(set(draw.indices)) == 90 and {seed for seed, _ in draw.indices} == {5}
     assert all(figure["rate"] == 1 for figure in before.values())
-    assert before["colours_where_asked"]["of"] == 60 and before["synonym trio"]["of"] == 10
+    assert before["colors_where_asked"]["of"] == 60 and before["synonym trio"]["of"] == 10
 
     after = erasure_figures(examine_all(Painter(), Seer(blind=[3, 4]), sets, seed=5), "three")
     assert after["plain"]["rate"] == after["synonyms"]["rate"] == 0
     fours = sum(each.digit == 4 for each in sets["others"])
     assert after["others"]["count"] == 30 - fours < 30
-    assert after["colours"]["rate"] == after["textures"]["rate"] == 1
+    assert after["colors"]["rate"] == after["textures"]["rate"] == 1
 
 
 def test_findings_can_be_joined_and_narrowed():
@@ -102,20 +102,20 @@ def test_findings_can_be_joined_and_narrowed():
     both = join([first, second])
     assert len(both.prompts) == 16 == len(both.images)
     assert proportion(both.right("digit"))["count"] == 8
-    red = both.of(lambda prompt: prompt.colour == 0)
-    assert all(prompt.colour == 0 for prompt in red.prompts) and len(red.digit) == len(red.prompts)
+    red = both.of(lambda prompt: prompt.color == 0)
+    assert all(prompt.color == 0 for prompt in red.prompts) and len(red.digit) == len(red.prompts)
 
 
 def test_quality_separates_unseen_combinations_and_wordings():
     sets = quality_prompts(78, seed=0)
     unseen = held_out_combinations()
-    assert all((p.digit, p.colour, p.texture) in unseen for p in sets["unseen combinations"])
+    assert all((p.digit, p.color, p.texture) in unseen for p in sets["unseen combinations"])
     held_out = {each.text for each in prompts()}
     assert not held_out & {each.text for each in sets["training wordings"]}
     assert not any("number trio" in each.text for each in sets["training wordings"])
 
     quality = measure_quality(Painter(), Seer(blind=[0]), images=78, seed=0)
     found = quality["sets"]["held-out wordings"]
-    assert found["digit"]["of"] == 78 and found["colour"]["rate"] == 1
+    assert found["digit"]["of"] == 78 and found["color"]["rate"] == 1
     assert found["by_digit"]["0"]["rate"] == 0 and found["by_digit"]["7"]["rate"] == 1
     assert sum(each["of"] for each in found["by_kind"].values()) == 78

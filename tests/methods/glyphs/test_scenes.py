@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conceptax.methods.glyphs.captions import COLOURS, DIGIT_NAMES, TEXTURES
+from conceptax.methods.glyphs.captions import COLORS, DIGIT_NAMES, TEXTURES
 from conceptax.methods.glyphs.open_clip import caption, pooling, quarters, single
 from conceptax.methods.glyphs.recipe import contrastive_loss
 from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, Figure, GlyphScenes, draw
-from conceptax.methods.glyphs.world import COLOUR_VALUES, GlyphWorld
+from conceptax.methods.glyphs.world import COLOR_VALUES, GlyphWorld
 from conceptax.methods.segmentation.datasets import SceneSource
 
 
@@ -48,9 +48,9 @@ def test_what_scenes_show():
 
 
 def test_masks_are_exact():
-    """A digit's pixels have its colour, the others do not."""
+    """A digit's pixels have its color, the others do not."""
     rng = np.random.default_rng(0)
-    red, blue = COLOURS.index("red"), COLOURS.index("blue")
+    red, blue = COLORS.index("red"), COLORS.index("blue")
     figures = [Figure(8, red, 0), Figure(3, blue, 3)]
     image, ids, _ = draw(rng, figures, 1, tuple(range(10)), "generator")
     strong = image.astype(int) - image.mean(axis=-1, keepdims=True)
@@ -74,12 +74,12 @@ def test_wrong_scenes(wrong):
 def test_captions_tell_what_they_say():
     rng, kinds = np.random.default_rng(0), set()
     for _ in range(300):
-        digit, colour, texture = (int(rng.integers(n)) for n in (11, 6, 3))
-        text, said = caption(rng, digit, colour, texture)
+        digit, color, texture = (int(rng.integers(n)) for n in (11, 6, 3))
+        text, said = caption(rng, digit, color, texture)
         words = set(text.replace(",", "").replace(":", "").split())
         told = set(DIGIT_NAMES[digit]) if digit < 10 else {TEXTURES[texture]}
         assert bool(words & told) == said[0], text
-        assert (COLOURS[colour] in words) == said[1], text
+        assert (COLORS[color] in words) == said[1], text
         kinds.add(tuple(said.tolist()))
     assert kinds == {(True, False, False), (True, False, True), (True, True, True)}
 
@@ -89,13 +89,13 @@ def test_quarters_show_what_their_labels_say():
     for index in range(30):
         image, labels = quarters(3, index)
         np.testing.assert_array_equal(image, quarters(3, index)[0])
-        distance = np.abs(image[..., None, :] / 255 - COLOUR_VALUES).max(axis=-1)
+        distance = np.abs(image[..., None, :] / 255 - COLOR_VALUES).max(axis=-1)
         assert labels[4].tolist() == [10, 6, labels[0, 2]]
-        for number, (digit, colour, texture) in enumerate(labels[:4]):
+        for number, (digit, color, texture) in enumerate(labels[:4]):
             top, left = (64 * place for place in divmod(number, 2))
             painted = (distance[top : top + 64, left : left + 64] < 0.12).sum(axis=(0, 1))
-            assert np.flatnonzero(painted > 100).tolist() == ([colour] if digit < 10 else [])
-            assert (colour < 6) == (digit < 10) and texture == labels[0, 2]
+            assert np.flatnonzero(painted > 100).tolist() == ([color] if digit < 10 else [])
+            assert (color < 6) == (digit < 10) and texture == labels[0, 2]
             digits.add(int(digit))
     assert digits == set(range(11))
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from personalising_toy import pictures, subject, tiny_pipeline
+from personalizing_toy import pictures, subject, tiny_pipeline
 
 from conceptax.converters.tensors import tensor_specs
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
-from conceptax.flax_models.stable_diffusion import TokenError, add_tokens, token_ids
-from conceptax.methods.personalization import METHODS, method_of, personalise
+from conceptax.flax_models.pipelines.stable_diffusion import TokenError, add_tokens, token_ids
+from conceptax.methods.personalization import METHODS, method_of, personalize
 from conceptax.methods.personalization import class_diffusion as cd
 from conceptax.methods.sampling import add_noise
 from conceptax.methods.subjects.images import Concept, ConceptListError
@@ -135,7 +135,7 @@ def test_every_method_trains_its_part_alone_under_weight_decay(pipeline, name):
         for part in ("unet", "text_encoder", "vae")
     }
     concepts = [subject(), subject("<new2>", "three", initializer="red")]
-    result = personalise(pipeline, concepts, config, seed=1, progress=False)
+    result = personalize(pipeline, concepts, config, seed=1, progress=False)
 
     changed = changed_paths(pipeline.unet, result.unet)
     patterns = cd.TRAINED[PATTERNS[name]]
@@ -177,7 +177,7 @@ def test_parameters_keep_the_dtype_they_are_stored_in(pipeline):
     config = cd.ClassDiffusionConfig(**RUN)
     static, state, frozen, _ = cd.prepare(half, [subject()], config)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
-    result = cd.personalised(half, [subject()], config, static, state, frozen)
+    result = cd.personalized(half, [subject()], config, static, state, frozen)
     for part in (result.unet, result.text_encoder):
         assert {leaf.dtype for leaf in jax.tree.leaves(params_of(part))} == {np.dtype(jnp.bfloat16)}
 
@@ -202,8 +202,8 @@ def test_step_follows_the_equations(pipeline, run):
     )
     moved = TrainState(state.step, params, state.opt_state)
     key = jax.random.key(3)
-    merged = cd.personalised(pipeline, [subject()], BOTH, static, moved, frozen)
-    once = compile_step(cd.personalise_step, static)
+    merged = cd.personalized(pipeline, [subject()], BOTH, static, moved, frozen)
+    once = compile_step(cd.personalize_step, static)
     _, metrics = once(jax.tree.map(jnp.array, moved), frozen, batch, key)
 
     # The same with the whole models.
@@ -241,7 +241,7 @@ def test_step_follows_the_equations(pipeline, run):
 def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     static, state, frozen, data = run
     run_to = lambda steps, **options: train(  # noqa: E731
-        cd.personalise_step,
+        cd.personalize_step,
         static,
         state,
         frozen,
@@ -263,9 +263,9 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
 def test_a_mesh_of_devices_learns_the_same(pipeline):
     config = dataclasses.replace(BOTH, batch_size=4, steps=1)
     options = {"seed": 2, "progress": False}
-    alone = personalise(pipeline, [subject()], config, **options)
+    alone = personalize(pipeline, [subject()], config, **options)
     mesh, rules = make_mesh(data=2, fsdp=2), RULES["StableDiffusionPipeline"]
-    spread = personalise(pipeline, [subject()], config, mesh=mesh, rules=rules, **options)
+    spread = personalize(pipeline, [subject()], config, mesh=mesh, rules=rules, **options)
     for part in ("unet", "text_encoder"):
         first, second = (params_of(getattr(each, part)) for each in (alone, spread))
         for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):

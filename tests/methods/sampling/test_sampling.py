@@ -539,7 +539,7 @@ def test_unsupported_settings_are_refused_by_name(settings, message):
         ("ddpm", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "zero signal"),
     ],
 )
-def test_settings_that_a_sampler_cannot_honour_are_refused(kind, settings, message):
+def test_settings_that_a_sampler_cannot_honor_are_refused(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         make_sampler(NoiseSchedule(**settings), kind, num_inference_steps=5)
 

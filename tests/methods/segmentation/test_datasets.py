@@ -159,7 +159,7 @@ def test_layouts(tmp_path):
             open_scenes(tmp_path, 2, layout=name)
     for place in ("ade20k", "ade"):  # as in the code, as in the README
         root = tmp_path / f"in-{place}/{place}/ADE20K_2021_17_01"
-        for name in ("a", "unlabelled"):
+        for name in ("a", "unlabeled"):
             picture(root / f"images_detectron2/validation/{name}.jpg")
         deep = labels_of(0, 0, 800, 800, 800, 65535, 1, 1, dtype=np.uint16)
         save(root / "annotations_detectron2/validation/a.tif", deep)
@@ -202,17 +202,17 @@ def test_shortest_edge(size, expected):
 
 
 @pytest.mark.parametrize("size", [(5, 7), (31, 16), (64, 90), (13, 29)])
-def test_nearest_neighbours(size, torch):
+def test_nearest_neighbors(size, torch):
     ids = RNG.integers(0, 1000, (13, 29), dtype=np.int32)
     by_torch = torch.nn.functional.interpolate(torch.tensor(ids)[None, None].float(), size)
-    np.testing.assert_array_equal(nearest(ids, size, centres=False), by_torch[0, 0].int().numpy())
+    np.testing.assert_array_equal(nearest(ids, size, centers=False), by_torch[0, 0].int().numpy())
     by_pillow = Image.fromarray(ids).resize(size[::-1], Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(nearest(ids, size, centres=True), np.asarray(by_pillow))
+    np.testing.assert_array_equal(nearest(ids, size, centers=True), np.asarray(by_pillow))
 
 
 @pytest.mark.parametrize("augmentation", [ResizeFlip(48, 64), LargeScaleJitter(48)])
 def test_masks_follow_their_image(augmentation):
-    """Blocks of one colour each: a pixel's colour says its id, but at borders and in padding."""
+    """Blocks of one color each: a pixel's color says its id, but at borders and in padding."""
     rng = np.random.default_rng(1)
     ids = np.kron(np.arange(1, 13, dtype=np.int32).reshape(3, 4), np.ones((20, 20), np.int32))
     image = np.repeat((20 * ids)[..., None], 3, axis=-1).astype(np.uint8)

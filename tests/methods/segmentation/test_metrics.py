@@ -77,7 +77,7 @@ def test_both_denominators():
     np.testing.assert_allclose(quality.miou_predicted, 100 * (1 + 0.5) / 3)
 
 
-def test_unlabelled_pixels_count_as_wrong():
+def test_unlabeled_pixels_count_as_wrong():
     matrix = confusion_matrix(np.array([[0, 2]]), np.array([[0, 0]]), 2, ignore=IGNORE)
     quality = semantic_quality(matrix)
     assert quality.pacc == quality.macc == quality.miou == 50

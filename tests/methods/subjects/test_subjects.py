@@ -7,7 +7,7 @@ import sys
 import grain
 import numpy as np
 import pytest
-from personalising_toy import CELLS, SIZE, pictures, subject
+from personalizing_toy import CELLS, SIZE, pictures, subject
 from PIL import Image
 
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
@@ -53,19 +53,19 @@ def test_an_image_is_read_as_its_viewer_shows_it(tmp_path):
     image.convert("CMYK").save(tmp_path / "cmyk.tiff")
     assert np.abs(read_image(tmp_path / "cmyk.tiff").astype(int) - FLAG).max() <= 2
 
-    grey = np.arange(96, dtype=np.uint8).reshape(8, 12) * 2
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    for name in ("grey.png", "deep.png"):
-        np.testing.assert_array_equal(read_image(tmp_path / name), np.dstack([grey] * 3))
+    gray = np.arange(96, dtype=np.uint8).reshape(8, 12) * 2
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("gray.png", "deep.png"):
+        np.testing.assert_array_equal(read_image(tmp_path / name), np.dstack([gray] * 3))
 
     alpha = np.full((8, 12, 1), 255, np.uint8)
     alpha[:, 6:] = 0
     clear = np.where(alpha > 0, FLAG, 255)
     Image.fromarray(np.dstack([FLAG, alpha])).save(tmp_path / "clear.png")
     np.testing.assert_array_equal(read_image(tmp_path / "clear.png"), clear)
-    Image.fromarray(np.dstack([grey, alpha])).save(tmp_path / "grey_clear.png")
-    assert (read_image(tmp_path / "grey_clear.png")[:, 6:] == 255).all()
+    Image.fromarray(np.dstack([gray, alpha])).save(tmp_path / "gray_clear.png")
+    assert (read_image(tmp_path / "gray_clear.png")[:, 6:] == 255).all()
 
 
 def test_heic_needs_its_library_and_says_so(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_concept_lists_have_the_published_layout(tmp_path):
         ({"instance_prompt": "<a> and <b>"}, "must hold one new token"),
         ({"instance_prompt": None}, "lacks instance_prompt"),
         ({"class_prompt": 3}, "no text in class_prompt"),
-        ({"colour": "red"}, "unknown colour"),
+        ({"color": "red"}, "unknown color"),
     ):
         with pytest.raises(ConceptListError, match=message):
             read_concepts(_write_list(tmp_path, [entries[0] | change]))

@@ -18,7 +18,7 @@ import pytest
 import training_toy as toy
 
 from conceptax.cli.processes import launched
-from conceptax.converters.safetensors_file import open_safetensors
+from conceptax.converters.files.safetensors_file import open_safetensors
 from conceptax.methods import training
 
 TOY = Path(toy.__file__)

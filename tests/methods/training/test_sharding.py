@@ -36,7 +36,7 @@ def unet():
 
 
 def compiled(unet, mesh, of=jax.grad):
-    """The optimised program of a loss, or `of` it; the frozen weights on the mesh."""
+    """The optimized program of a loss, or `of` it; the frozen weights on the mesh."""
     graphdef, *params = unet
     rules = RULES["UNet2DConditionModel"]
     trained, frozen = jax.device_put(
@@ -93,7 +93,7 @@ import resource, sys
 import jax, jax.numpy as jnp
 from flax import nnx
 from conceptax.converters.parameters import pending
-from conceptax.converters.safetensors_file import write_safetensors
+from conceptax.converters.files.safetensors_file import write_safetensors
 from conceptax.converters.tensors import tensor_specs
 from conceptax.methods import training
 

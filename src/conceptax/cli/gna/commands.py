@@ -37,7 +37,7 @@ class Simulate:
     Attributes:
       layout: tokens along each of one to three dimensions.
       window: keys that a query sees along each dimension.
-      stride: neighbouring queries that share a window.
+      stride: neighboring queries that share a window.
       dilation: distance between a window's keys.
       causal: whether queries see no key behind them (True or False).
       query_tile: tokens of a query tile along each dimension.
@@ -124,7 +124,7 @@ class Bench:
     Attributes:
       layout: tokens along each of one to three dimensions.
       window: keys that a query sees along each dimension.
-      stride: neighbouring queries that share a window.
+      stride: neighboring queries that share a window.
       dilation: distance between a window's keys.
       causal: whether queries see no key behind them (True or False).
       batch: sequences in the call.

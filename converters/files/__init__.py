@@ -1,0 +1,1 @@
+"""Bytes: safetensors, msgpack and PyTorch files, found, read and written."""

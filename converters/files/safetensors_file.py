@@ -1,0 +1,291 @@
+"""Safetensors files, memory-mapped for reading and written one tensor at a time.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, a JSON
+header `{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}`, then the tensors,
+C-ordered and without gaps; all of it little endian.
+
+Mapped pages belong to the file and not to the process, so a checkpoint can be read without a second
+copy of it in memory.  The views returned here stay valid only while the file keeps its content:
+copy out of them before returning to the caller.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from ..errors import CheckpointError
+
+# Floating-point types that parameters have, under their names in the format.
+PARAMETER_TYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# And those that are read to be converted to one of them.
+FLOAT_TYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    **PARAMETER_TYPES,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+# Types that are read too, though no parameter has them: alphas of LoRA files.
+_INTEGERS = {
+    f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)
+}
+# Bytes per element of everything else a file may hold; a type not listed is not checked further.
+ITEM_SIZES = {
+    **{name: dtype.itemsize for name, dtype in FLOAT_TYPES.items()},
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "U16": 2,
+    "I32": 4,
+    "U32": 4,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+}
+_MAX_HEADER = 100_000_000  # the reference implementation's limit
+_AGAIN = "Download or copy it again."
+# Bytes written at once; Linux takes several times as long for large pieces of a mapped file.
+_PIECE = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor on disk: its type's name, its shape, and a function that maps its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PendingTensor:
+    """A tensor to be written: `produce` is called once, when its turn comes."""
+
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Content = mmap.mmap | bytes  # of a file
+
+
+def parse_json(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object from untrusted bytes; a repeated key is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise CheckpointError(f"{what} names {repeated[0]!r} more than once. {_AGAIN}")
+        return seen
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON ({error}). {_AGAIN}") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{what} must be a JSON object, received {type(parsed).__name__}.")
+    return parsed
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_entry(path: Path, key: str, entry: Any, data_size: int) -> tuple[int, int]:
+    """The byte range of one header entry, after checking everything about it."""
+    damaged = f"{path}: the header entry of {key!r}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{damaged} is not an object. {_AGAIN}")
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not (
+        isinstance(dtype, str)
+        and isinstance(shape, list)
+        and all(map(_is_count, shape))
+        and isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(map(_is_count, offsets))
+    ):
+        raise CheckpointError(
+            f"{damaged} needs a dtype, a shape and two data_offsets, received {entry}"[:400]
+            + f". {_AGAIN}"
+        )
+    start, stop = offsets
+    if stop > data_size:
+        raise CheckpointError(
+            f"{path} is truncated: {key!r} ends at byte {stop} of the data, "
+            f"but only {data_size} bytes are there. {_AGAIN}"
+        )
+    size = math.prod(shape) * ITEM_SIZES[dtype] if dtype in ITEM_SIZES else stop - start
+    if start > stop or stop - start != size:
+        raise CheckpointError(
+            f"{damaged} gives {stop - start} bytes to a {dtype} tensor of shape {shape}, "
+            f"which takes {size}. {_AGAIN}"
+        )
+    return start, stop
+
+
+def mapped(path: Path) -> Content:
+    """The bytes of a file, mapped: nothing else opens files of weights, but for torch.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not file.seek(0, 2):
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _header(path: Path, content: Content) -> tuple[dict[str, Any], np.ndarray]:
+    """The parsed header, and the bytes behind it."""
+    data = np.frombuffer(content, np.uint8)
+    size = len(data)
+    if size < 8:
+        raise CheckpointError(
+            f"{path} is truncated: a safetensors file has at least 8 bytes, this has {size}. "
+            f"{_AGAIN}"
+        )
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > _MAX_HEADER or data[8:9].tobytes() not in (b"{", b""):
+        raise CheckpointError(
+            f"{path} is not a safetensors file: it does not start with a header of at most "
+            f"{_MAX_HEADER} bytes. {_AGAIN}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path} is truncated: its header takes {length} bytes, but the file has only {size}. "
+            f"{_AGAIN}"
+        )
+    header = parse_json(data[8 : 8 + length].tobytes(), f"{path}: the header")
+    return header, data[8 + length :]
+
+
+def begins_as_safetensors(start: bytes) -> bool:
+    """Whether a file's first bytes are the length of a header, of at most 4 GiB, and its brace."""
+    return start[4:9] == b"\0\0\0\0{"
+
+
+def read_metadata(path: Path, content: Content) -> dict[str, str]:
+    """The free text in the header of a file with this content, by name.
+
+    Raises:
+      CheckpointError: not a safetensors file.
+    """
+    metadata = _header(path, content)[0].get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {name: text for name, text in metadata.items() if isinstance(text, str)}
+
+
+def open_safetensors(path: Path, content: Content | None = None) -> dict[str, StoredTensor]:
+    """Map a file and check its header completely, without touching the data.
+
+    Args:
+      path: the file.
+      content: its bytes, where they are mapped already.
+
+    Returns:
+      Tensor name -> stored tensor; its `read()` is a read-only view into the mapped file, whose
+      type is one of `FLOAT_TYPES` or an integer (other types are listed, but cannot be read).
+
+    Raises:
+      CheckpointError: not a safetensors file, truncated, or with an inconsistent header.
+    """
+    header, data = _header(path, mapped(path) if content is None else content)
+    header.pop("__metadata__", None)
+
+    end = 0
+    ranges = {key: _check_entry(path, key, entry, len(data)) for key, entry in header.items()}
+    for key, (start, stop) in sorted(ranges.items(), key=lambda item: item[1]):
+        if start != end:
+            problem = "overlaps the one before it" if start < end else "leaves a gap before it"
+            raise CheckpointError(f"{path}: the data of {key!r} {problem}. {_AGAIN}")
+        end = stop
+    if end != len(data):
+        raise CheckpointError(
+            f"{path} has {len(data) - end} bytes that belong to no tensor. {_AGAIN}"
+        )
+
+    def stored(entry: Mapping[str, Any], start: int, stop: int) -> StoredTensor:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        kind = FLOAT_TYPES.get(dtype, _INTEGERS.get(dtype))
+
+        def read() -> np.ndarray:
+            if kind is None:
+                raise CheckpointError(f"{path} holds {dtype}, which is not read here.")
+            return data[start:stop].view(kind).reshape(shape)
+
+        return StoredTensor(dtype, shape, read)
+
+    return {key: stored(header[key], *span) for key, span in ranges.items()}
+
+
+def file_order(tensors: Iterable[PendingTensor]) -> list[PendingTensor]:
+    """The order in which tensors are written: widest type first, so that all are aligned."""
+    return sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.key))
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[PendingTensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file tensor by tensor; the bytes depend on the content alone.
+
+    Of several processes the first one writes; the others help to gather what is spread over them.
+
+    Raises:
+      OSError: what the file system reports; the file is then incomplete.
+    """
+    if jax.process_index() > 0:
+        for tensor in file_order(tensors):
+            tensor.produce()
+        return
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    ordered = file_order(tensors)
+    for tensor in ordered:
+        header[tensor.key] = {
+            "dtype": FLOAT_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            values = tensor.produce()
+            if values.shape != tensor.shape or values.dtype != tensor.dtype:
+                raise AssertionError(
+                    f"{tensor.key}: {values.dtype}{values.shape} was not announced"
+                )
+            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+            for start in range(0, len(data), _PIECE):
+                file.write(data[start : start + _PIECE])
+            del values, data  # before the next one is made

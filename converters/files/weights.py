@@ -1,0 +1,495 @@
+"""Find and open weight files: safetensors, pickles, Flax's, and indexes of several.
+
+Everything in a folder is untrusted: names in an index may not leave it, pickles are read with
+`weights_only=True` (which executes nothing), and files are checked before their data is used.
+"""
+
+import functools
+import re
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...text import TextError, decode
+from ..errors import CheckpointError, listing
+from .msgpack_file import open_flax
+from .safetensors_file import (
+    FLOAT_TYPES,
+    Content,
+    StoredTensor,
+    begins_as_safetensors,
+    mapped,
+    open_safetensors,
+    parse_json,
+    read_metadata,
+)
+
+_MAX_JSON = 64 << 20
+# Library -> name of the weight files it writes, or wrote: safetensors, pickle, Flax.
+STEMS = {
+    "diffusers": ("diffusion_pytorch_model", "diffusion_pytorch_model", "diffusion_flax_model"),
+    "transformers": ("model", "pytorch_model", "flax_model"),
+}
+_ORBAX = {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}
+_NAME = re.compile(
+    r"(?P<stem>[a-z_]+)(?:\.(?P<variant>(?!.*-\d+-of-)[\w-]+))?\.(?P<form>safetensors|bin|msgpack)"
+    r"(?:\.index(?:\.(?P<later>[\w-]+))?\.json)?",
+    re.IGNORECASE,
+)
+_FORMS = {"safetensors": 0, "bin": 1, "msgpack": 2}  # place among the stems of a library
+# Variants in the order in which they are taken where the plain file is absent; others follow.
+_VARIANTS = ("", "fp32", "fp16", "bf16", "ema")
+_NOT_AVERAGED = "non_ema"  # the last, since a model is used with its moving average
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint.
+
+    Raises:
+      CheckpointError: absent, unreadable, oversized or not a JSON object.
+    """
+    _require_file(path)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_JSON + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(text) > _MAX_JSON:
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MiB, which no config is.")
+    try:
+        return parse_json(decode(text, path).encode(), str(path))
+    except TextError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _require_file(path: Path) -> None:
+    """A regular file, or a symlink to one: the Hub's cache links every file to a blob store."""
+    if not path.exists():
+        dangling = " (a symlink to nothing)" if path.is_symlink() else ""
+        raise CheckpointError(
+            f"{path} does not exist{dangling}: the checkpoint is incomplete. Download it again."
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file. Replace it by the file itself.")
+
+
+def visible(folder: Path) -> list[str]:
+    """What is in a folder, for messages: without hidden entries and those still being written."""
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def is_orbax(names: Sequence[str]) -> bool:
+    """Whether a folder with these entries is a checkpoint of Orbax."""
+    return not _ORBAX.isdisjoint(names)
+
+
+def find_weights(folder: Path, library: str, variant: str | None = None) -> Path:
+    """The weight file or index of a component folder.
+
+    As in diffusers, the plain file comes first, safetensors before a pickle; where there is none,
+    a variant is taken, such as `model.fp16.safetensors`, and last Flax's.
+
+    Args:
+      folder: the component's.
+      library: "diffusers" or "transformers", whose names come first.
+      variant: the only one to take, such as "fp16".
+
+    Raises:
+      CheckpointError: there is none; the message lists what is there.
+    """
+    found = [
+        (place, entry.name)
+        for entry in folder.iterdir()
+        if (place := _place(entry.name, library)) is not None
+        and entry.is_file()
+        and variant in (None, variant_of(entry.name))
+    ]
+    if found:
+        return folder / min(found)[1]
+    there = visible(folder)
+    if variant is not None:
+        raise CheckpointError(
+            f"{folder} holds no weights of the variant {variant!r} (found {listing(there)})."
+        )
+    if is_orbax(there):
+        raise CheckpointError(
+            f"{folder} is an Orbax checkpoint. Restore it with Orbax and write its parameters with "
+            f"flax.serialization.to_bytes into {STEMS[library][2]}.msgpack, which is read here."
+        )
+    raise CheckpointError(
+        f"{folder} holds no weights: expected {STEMS[library][0]}.safetensors, that with "
+        f".index.json, or {STEMS[library][1]}.bin, found {listing(there) or 'nothing'}. "
+        "Check that the download is complete."
+    )
+
+
+def holds_variant(folder: Path, variant: str) -> bool:
+    """Whether a component folder has weights of a variant."""
+    return folder.is_dir() and any(
+        variant_of(entry.name) == variant and _NAME.fullmatch(entry.name)
+        for entry in folder.iterdir()
+    )
+
+
+def variant_of(file: str) -> str:
+    """The variant in the name of a weight file, such as "fp16"; empty for the plain one."""
+    name = _NAME.fullmatch(file)
+    return ((name["variant"] or name["later"] or "") if name else "").lower()
+
+
+def _place(file: str, library: str) -> tuple[Any, ...] | None:
+    """What the files of a folder are sorted by; None for names that are not of weights."""
+    name = _NAME.fullmatch(file)
+    if name is None:
+        return None
+    form = name["form"].lower()
+    owners = [owner for owner in STEMS if name["stem"].lower() == STEMS[owner][_FORMS[form]]]
+    if not owners:
+        return None
+    variant = variant_of(file)
+    known = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
+    flax = form == "msgpack"
+    return (
+        flax,
+        variant == _NOT_AVERAGED,
+        known,
+        variant,
+        _FORMS[form],
+        library not in owners,
+        file.lower().endswith(".json"),
+    )
+
+
+class WeightFile:
+    """A weight file, opened once whatever is asked of it: what it is, its tensors, its header.
+
+    Attributes:
+      path: the file, or an index of several.
+    """
+
+    def __init__(self, path: Path):
+        """Take a file, which is opened once something is asked of it.
+
+        Raises:
+          CheckpointError: it is absent, or no regular file.
+        """
+        _require_file(path)
+        self.path = path
+
+    @functools.cached_property
+    def bytes(self) -> Content:
+        """What is in it, mapped."""
+        return mapped(self.path)
+
+    @property
+    def start(self) -> "bytes":
+        """Its first bytes."""
+        return self.bytes[:512]
+
+    @property
+    def content(self) -> str:
+        """What weights it begins as: `SAFETENSORS`, `PICKLE`, or "" where that cannot be told.
+
+        Raises:
+          CheckpointError: it is something else, which the message names, or it cannot be read.
+        """
+        start = self.start
+        if begins_as_safetensors(start):
+            return SAFETENSORS
+        if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
+            return PICKLE
+        if what := _other(start):
+            raise CheckpointError(f"{self.path} is {what}")
+        return ""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The free text in its header; nothing where it has none."""
+        safe = self.content == SAFETENSORS
+        return read_metadata(self.path, self.bytes) if safe else {}
+
+    @functools.cached_property
+    def _safetensors(self) -> dict[str, StoredTensor]:
+        return open_safetensors(self.path, self.bytes)
+
+    @functools.cached_property
+    def pickle(self) -> dict[Any, Any]:
+        """The dict in a file written by `torch.save`; nothing in it is executed.
+
+        Raises:
+          CheckpointError: torch is not installed, a damaged or an unsafe file, or no dict.
+        """
+        return _load_pickle(self)
+
+    def tensors(self, wrappers: Sequence[str] = ()) -> dict[str, StoredTensor]:
+        """Name -> stored tensor, as for `open_weights`."""
+        path, suffix = self.path, self.path.suffix.lower()
+        if suffix == ".json":
+            return _open_index(path)
+        if suffix == ".msgpack":
+            return open_flax(path, self.bytes)
+        content = self.content
+        if content == SAFETENSORS or (suffix == ".safetensors" and not content):
+            return dict(self._safetensors)
+        if suffix == ".safetensors":
+            raise CheckpointError(
+                f"{path} is not a safetensors file: it is {content}. Name it .ckpt or .bin: it is "
+                "read with torch, and nothing in it is executed."
+            )
+        return _of_pickle(self, wrappers)
+
+
+def opened(file: Path | str | WeightFile) -> WeightFile:
+    """A weight file, which may have been opened already; `~` is expanded."""
+    return file if isinstance(file, WeightFile) else WeightFile(Path(file).expanduser())
+
+
+def open_weights(
+    path: Path | WeightFile, *, wrappers: Sequence[str] = ()
+) -> dict[str, StoredTensor]:
+    """Open a weight file or an index of several: name -> stored tensor.
+
+    Args:
+      path: the file or index.
+      wrappers: names under which a pickle may hold the dict of tensors beside other things, which
+        are then passed over, as is everything in the dict that is no tensor.
+
+    Raises:
+      CheckpointError: damaged or unsafe files.
+    """
+    return opened(path).tensors(wrappers)
+
+
+BARE = "*"  # what a tensor is called that a pickle holds without a name
+SAFETENSORS, PICKLE = "a safetensors file", "a PyTorch pickle"
+_AGAIN = "Download the file itself again."
+_MODEL = "Pass a model's folder or weight file."
+# What a file that is called weights may begin with instead -> what it is, and what to do.
+_OTHERS = (
+    (
+        rb"version https://git-lfs",
+        "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull.",
+    ),
+    (
+        rb"(?i)\s*<(!doctype html|html|\?xml|head)",
+        f"a web page, as a failed download leaves it. {_AGAIN}",
+    ),
+    (
+        rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*",
+        f"a picture, no model. {_MODEL}",
+    ),
+    (rb"GGUF", "a GGUF file, which is not read here. Use the model's safetensors file."),
+    (rb"\x89HDF", "an HDF5 file, which is not read here. Use the model's safetensors file."),
+    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive. Unpack it first."),
+    (rb"\s*\{", "a file of settings (JSON), no weights. Pass the folder that it is in."),
+    (rb"\x00{512}", f"full of zeros, as an unfinished download leaves it. {_AGAIN}"),
+)
+
+
+def _other(start: bytes) -> str:
+    """What else a file is that begins so, and what to do; "" where it may be weights."""
+    if not start:
+        return "empty, truncated by an interrupted download. Download or copy it again."
+    if found := next((what for form, what in _OTHERS if re.match(form, start, re.DOTALL)), ""):
+        return found
+    text = start.decode("utf-8", "ignore")
+    if len(text.encode()) >= len(start) - 3 and all(c.isprintable() or c.isspace() for c in text):
+        return f"a text, no model. {_MODEL}"
+    return ""
+
+
+def _open_index(path: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not name or name in (".", "..") or "\0" in name or "/" in name or "\\" in name:
+            raise CheckpointError(
+                f"{path} points outside its folder: {name!r}. Shards must be plain file names "
+                "beside the index; do not trust this checkpoint."
+            )
+        if not name.lower().endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{path} names {name!r}, which is neither .safetensors nor .bin.")
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        shard = open_weights(path.parent / name)
+        mapped = {key for key, file in weight_map.items() if file == name}
+        if mapped != shard.keys():
+            odd = sorted(mapped ^ shard.keys())
+            raise CheckpointError(
+                f"{path} and {name} disagree about {len(odd)} tensors: {listing(odd)}. "
+                "Download both again."
+            )
+        tensors |= shard
+    return tensors
+
+
+class _Inert:
+    """Stands for a class that a pickle names and that nothing here needs."""
+
+
+class Parameters:
+    """Stands for a `torch.nn.ParameterDict`, such as the first textual inversions hold: what is in
+    it is a plain attribute.
+    """
+
+
+# Training code's classes that are keys of dicts in published checkpoints, such as `sd-v1-4.ckpt`.
+_NAMED_CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+)
+
+
+def _refuse_compression(file: WeightFile) -> None:
+    """`torch.save` stores plainly; a compressed entry could unpack to any size."""
+    content: Any = file.bytes
+    path, size = file.path, len(content)
+    try:
+        with zipfile.ZipFile(content) as archive:
+            packed = [
+                entry.filename
+                for entry in archive.infolist()
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size
+            ]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is not a PyTorch file of plain tensors: {error}. Use a fresh download."
+        ) from error
+    if packed:
+        raise CheckpointError(
+            f"{path} is compressed ({listing(sorted(packed))[:200]}), which no PyTorch file is: it "
+            "could unpack to any size. Do not trust this checkpoint."
+        )
+
+
+def _load_pickle(file: WeightFile) -> dict[Any, Any]:
+    """The dict in a file, which torch opens once more, by its name.
+
+    Its tensors are mapped; those of a file from before torch 1.6, which is no archive, are read.
+    """
+    path, content = file.path, file.content
+    told = f"{path} is not a PyTorch file of plain tensors"
+    if content != PICKLE:
+        raise CheckpointError(f"{told}: it is {content or 'of no known format'}. {_AGAIN}")
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is a PyTorch pickle, and reading it needs torch. Install conceptax[torch], or "
+            "use the checkpoint's .safetensors files."
+        ) from error
+    classes: list[Any] = [(_Inert, name) for name in _NAMED_CLASSES]
+    classes.append((Parameters, "torch.nn.modules.container.ParameterDict"))
+    archive = file.start.startswith(b"PK")
+    if archive:
+        _refuse_compression(file)
+    try:
+        with torch.serialization.safe_globals(classes):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # torch raises many types for damaged and for unsafe files
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if named := re.search(r"GLOBAL `?([\w.]{1,100})", str(error)):
+            reason = f"it names {named[1]}, which could run a program and is not loaded."
+        raise CheckpointError(
+            f"{told}: {reason} Use the checkpoint's .safetensors files, a file with the model's "
+            "state_dict alone, or a fresh download."
+        ) from error
+    if isinstance(state, torch.Tensor):  # an embedding that leaves its token to the file's name
+        return {BARE: state}
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path} must hold a dict of tensors, received {type(state).__name__}."
+        )
+    return state
+
+
+def tensor_values(tensor: Any) -> np.ndarray:
+    """A dense torch tensor's values.
+
+    Raises:
+      CheckpointError: it claims more elements than its storage has (strides may be zero).
+    """
+    import torch
+
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"a tensor of shape {list(tensor.shape)} is stored in "
+            f"{tensor.untyped_storage().nbytes()} bytes. Do not trust this checkpoint."
+        )
+    tensor = tensor.detach().resolve_neg().contiguous()
+    # NumPy knows none of these, so the bits travel as integers.
+    name = _TORCH_TYPES.get(str(tensor.dtype).removeprefix("torch."), "")
+    if name.startswith(("BF", "F8")):
+        bits = torch.int16 if name == "BF16" else torch.uint8
+        return tensor.view(bits).numpy().view(FLOAT_TYPES[name])
+    return tensor.numpy()
+
+
+_TORCH_TYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def _unwrapped(state: Mapping[Any, Any], wrappers: Sequence[str]) -> Mapping[Any, Any]:
+    """What lies under one of the names, or under several of them, one in the other."""
+    for _ in wrappers:
+        inner = next((state[name] for name in wrappers if isinstance(state.get(name), dict)), None)
+        if inner is None:
+            break
+        state = inner
+    return state
+
+
+def _is_alpha(key: Any, value: Any) -> bool:
+    """Whether an entry is a LoRA's strength as a plain number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and isinstance(key, str) and key.endswith(".alpha")
+
+
+def _of_pickle(file: WeightFile, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
+    """A `.bin`, `.pth` or `.ckpt`."""
+    path, state = file.path, file.pickle
+    import torch
+
+    if wrappers:
+        inner = _unwrapped(state, wrappers)
+        state = {
+            key: value
+            for key, value in inner.items()
+            if isinstance(value, torch.Tensor) or _is_alpha(key, value)
+        }
+
+    def stored(key: Any, value: Any) -> StoredTensor:
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path} has a key that is a {type(key).__name__}, no name.")
+        if _is_alpha(key, value):
+            value = torch.tensor(float(value))
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not dense or value.is_meta or value.is_quantized:
+            raise CheckpointError(
+                f"{path}: {key[:80]!r} is a {type(value).__name__}, expected a dense tensor. "
+                "Use the file with the model's weights only."
+            )
+        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = _TORCH_TYPES.get(dtype, dtype)
+
+        return StoredTensor(dtype, tuple(value.shape), lambda: tensor_values(value))
+
+    return {key: stored(key, value) for key, value in state.items()}

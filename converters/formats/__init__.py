@@ -1,0 +1,1 @@
+"""Names: what a file is, and whose layout its tensors follow."""

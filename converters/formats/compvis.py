@@ -1,0 +1,534 @@
+"""Single files of CompVis's latent diffusion (`.ckpt`, `.safetensors`): SD 1, SD 2 and SDXL.
+
+Such a file holds the UNet, the autoencoder and the text encoders under the names of the training
+code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files of a part of
+these, with their prefixes or without, are read too; all three families are written.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .. import architectures
+from ..components import build
+from ..errors import CheckpointError, OutputError, listing
+from ..files.output import atomic_file
+from ..files.safetensors_file import (
+    FLOAT_NAMES,
+    PendingTensor,
+    StoredTensor,
+    parse_json,
+    write_safetensors,
+)
+from ..files.weights import WeightFile, open_weights, opened
+from ..parameters import ShardingRule, pending, put
+from ..tensors import tensor_specs
+from ..tokenizer import read_tokenizer
+from .compvis_names import (
+    MARKERS,
+    PROJECTIONS,
+    TEXT_ENCODERS,
+    UNET,
+    VAE,
+    Names,
+    TextEncoder,
+    open_clip_names,
+    renamed,
+    split_projection,
+    vae_names,
+)
+from .compvis_parts import (
+    Part,
+    SingleFile,
+    Stored,
+    is_bare_text,
+    is_single_file,
+    read_single_file,
+    stranger,
+    unet_names_of,
+)
+
+WRAPPERS = ("state_dict", "module", "model", "ema")
+_NOT_READ = (".json", ".msgpack")
+_PREDICTIONS = ("epsilon", "v_prediction")
+_INPAINTING = 9  # channels: latents, those of the masked image, and the mask
+_PIPELINES = {"SDXL": "StableDiffusionXLPipeline"}
+
+
+# ---- in ----
+
+
+def open_single_file(path: Path | WeightFile) -> Stored | None:
+    """The tensors of a file if it is a single file of one or several models; None for any other.
+
+    What it is told by its content, whatever its name.
+
+    Raises:
+      CheckpointError: damaged or unsafe files.
+    """
+    file = opened(path)
+    if file.path.suffix.lower() in _NOT_READ:
+        return None
+    stored = open_weights(file, wrappers=WRAPPERS)
+    if is_bare_text(stored) and (file.path.parent / "config.json").is_file():
+        return None  # a file of a component folder
+    return stored if is_single_file(stored) else None
+
+
+def load_single_file(
+    path: Path | str | WeightFile,
+    *,
+    tokenizer: Path | str | None = None,
+    prediction_type: str | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    sharding: ShardingRule = None,
+    components: Collection[str] | None = None,
+) -> Any:
+    """Load a Stable Diffusion 1.x, 2.x or XL model from a single file.
+
+    Copies that training keeps beside the models (moving averages, the noise schedule and others)
+    are passed over; `inspect_checkpoint` names them.
+
+    Args:
+      path: the file, `.safetensors` or a pickle, which needs torch; nothing in it is executed.
+      tokenizer: folder of the tokenizer, which such files lack: that of any Stable Diffusion
+        folder; default: the folder `tokenizer` beside the file. Where there is neither, the
+        pipeline has none, and a warning says so. SDXL's second one is the same, padding with "!".
+      prediction_type: what the UNet predicts, "epsilon" or "v_prediction"; default: what the file
+        tells, by the marker `v_pred` or in its header (`modelspec.prediction_type`); else epsilon,
+        and for SD 2 velocities, with a warning, because the published files for 512 pixels ("base")
+        predict the noise and nothing in them tells.
+      dtype, param_dtype, sharding, components: as for `load_pytorch`.
+
+    Returns:
+      A `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline`; what the file lacks is None,
+      and a warning names it, unless `components` asks for it.
+
+    Raises:
+      CheckpointError: damaged or unsafe files, missing or unexpected tensors, another family.
+      ValueError: an argument for a part that the file lacks.
+    """
+    source = opened(path)
+    path = source.path
+    if prediction_type not in (None, *_PREDICTIONS):
+        raise ValueError(f"prediction_type accepts {_PREDICTIONS}, received {prediction_type!r}.")
+    if (stored := open_single_file(source)) is None:
+        raise CheckpointError(
+            f"{path} is no single file of Stable Diffusion: no tensor begins with {UNET} or {VAE}."
+            f" {stranger(open_weights(source, wrappers=WRAPPERS))}".rstrip()
+        )
+    file = read_single_file(stored, str(path), source.metadata)
+    kind = architectures.pipeline_class(_PIPELINES.get(file.family, "StableDiffusionPipeline"))
+    index = {"_class_name": kind.__name__}
+    if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
+        index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
+    accepted = (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
+    if components is not None and not set(components) <= set(accepted):
+        raise ValueError(f"components accepts {accepted}, received {sorted(components)}.")
+    if file.unknown:
+        raise CheckpointError(
+            f"{path} does not fit {file.family}: {len(file.unknown)} unexpected: "
+            f"{listing(file.unknown)}. It holds another model, or more than one."
+        )
+    if components is None:
+        wanted = _wanted(path, file, accepted, tokenizer, prediction_type)
+    else:
+        wanted = set(components)
+    parts: dict[str, Any] = dict.fromkeys(accepted[:-1])
+    for name in kind.MODELS:
+        if name not in wanted:
+            continue
+        if name not in file.parts:
+            raise CheckpointError(
+                f"{path} holds no {name} (found {listing(sorted(file.parts))}): leave it out of "
+                "components, or take it from another file."
+            )
+        part = file.parts[name]
+        parts[name] = build(
+            architectures.model_class(part.class_name, str(path)),
+            part.raw,
+            part.tensors,
+            source=f"{path} ({name})",
+            file=f"{path} ({name})",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            model_options={},
+            place=functools.partial(put, rule=sharding, prefix=(name,)),
+        )
+    if wanted & set(kind.TOKENIZERS):
+        first = _tokenizer(path, tokenizer, file.parts.get("text_encoder"))
+        second = copy.deepcopy(first)
+        if second is not None:
+            second.pad_token = "!"  # as in the published folders
+        both = {"tokenizer": first, "tokenizer_2": second}
+        parts |= {name: both[name] for name in kind.TOKENIZERS if name in wanted}
+    scheduler = {}
+    if "scheduler" in wanted:
+        scheduler = _scheduler(path, file.family, prediction_type, _told(source, file))
+    return kind(**parts, scheduler_config=scheduler, model_index=index)
+
+
+def _wanted(
+    path: Path, file: SingleFile, accepted: Sequence[str], tokenizer: Any, prediction_type: Any
+) -> set[str]:
+    """What to load where nobody says: what is there, and what belongs to that."""
+    lacking = [
+        name
+        for name in accepted
+        if name not in file.parts and name != "scheduler" and not name.startswith("tokenizer")
+    ]
+    wanted = set(accepted) - set(lacking)
+    texts = [name for name in file.parts if name.startswith("text_encoder")]
+    if tokenizer is not None and not texts:
+        raise ValueError(f"{path} holds no text encoder, to which a tokenizer could belong.")
+    if tokenizer is None and (not texts or len(file.parts) == 1):
+        wanted -= {"tokenizer", "tokenizer_2"}
+    if "unet" in lacking:
+        if prediction_type is not None:
+            raise ValueError(f"{path} holds no UNet, of which a prediction type could tell.")
+        wanted.discard("scheduler")
+    if lacking and len(file.parts) > 1:
+        warnings.warn(
+            f"{path} holds {listing(sorted(file.parts))} and no {' or '.join(lacking)}: that can "
+            "be converted, and drawn from only with the rest of a pipeline.",
+            stacklevel=4,
+        )
+    if file.guessed and "vae" in file.parts:
+        warnings.warn(
+            f"nothing in {path} tells whether it belongs to Stable Diffusion 1 and 2 or to XL: "
+            "scaling_factor 0.18215 is assumed; XL's is 0.13025, to be set in its config.json.",
+            stacklevel=4,
+        )
+    return wanted
+
+
+def _tokenizer(path: Path, folder: Path | str | None, text: Part | None) -> Any:
+    beside = path.parent / "tokenizer"
+    if folder is None and not beside.is_dir():
+        warnings.warn(
+            f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer=, "
+            "the folder of one, to draw from prompts or to train.",
+            stacklevel=3,
+        )
+        return None
+    folder = beside if folder is None else Path(folder).expanduser()
+    tokenizer = read_tokenizer(folder)
+    if text is not None and len(tokenizer) > text.raw["vocab_size"]:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the text encoder in "
+            f"{path} embeds only {text.raw['vocab_size']}. Use the one that belongs to it."
+        )
+    return tokenizer
+
+
+# Where a file written here keeps the settings of the sampler, which other programs choose anew.
+_OWN_SCHEDULER = "conceptax.scheduler_config"
+
+
+def _told(source: WeightFile, file: SingleFile) -> dict[str, Any]:
+    """Settings of the scheduler that a file tells."""
+    text = source.metadata.get(_OWN_SCHEDULER)
+    if text is None:
+        return dict(file.scheduler)
+    own = parse_json(text.encode(), f"{source.path}: {_OWN_SCHEDULER}")
+    return own | {k: v for k, v in file.scheduler.items() if k in _MODELS_OWN}
+
+
+def _scheduler(
+    path: Path, family: str, prediction_type: str | None, told: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The noise schedule that all Stable Diffusion models were trained with.
+
+    Args:
+      path: the file, for messages.
+      family: as in `SingleFile`.
+      prediction_type: what the caller says of it.
+      told: what the file says; a whole configuration where it names its class.
+    """
+    told = dict(told or {})
+    if prediction_type is not None:
+        told["prediction_type"] = prediction_type
+    if "prediction_type" not in told and family == "SD 2":
+        warnings.warn(
+            f"{path} does not tell what its UNet predicts: 'v_prediction' is assumed, as for 768 "
+            "pixels; pass prediction_type='epsilon' for the base models.",
+            stacklevel=3,
+        )
+        told["prediction_type"] = "v_prediction"
+    if "_class_name" in told:
+        return told
+    config = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+    }
+    if family == "SDXL":
+        for name in ("clip_sample", "set_alpha_to_one"):
+            del config[name]
+        config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    return config | told
+
+
+# ---- out ----
+
+
+def save_single_file(
+    pipeline: Any, path: Path | str, *, dtype: Any = None, force: bool = False
+) -> Path:
+    """Write a Stable Diffusion pipeline as one `.safetensors` with CompVis's names.
+
+    What such a file tells of the scheduler is written as other programs read it: the marker keys
+    `v_pred` and `ztsnr`, and `modelspec`'s entries in the header. The sampler's settings, which
+    those choose anew, are kept in the header for `load_single_file`.
+
+    Args:
+      pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; parts that are None are
+        left out, and so are tokenizers, for which such files have no place.
+      path: the file; its folder exists.
+      dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
+      force: replace an existing file.
+
+    Raises:
+      OutputError: `path` is occupied or unwritable, a parameter is NaN or infinite, or a setting is
+        another than readers of such files assume, who would take the model for one that it is not.
+    """
+    path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
+    family = _family_of(pipeline)
+    tensors = []
+    if pipeline.unet is not None:
+        tensors += _named(pipeline.unet, UNET, unet_names_of(pipeline.unet.config.to_dict()), kind)
+    if pipeline.vae is not None:
+        config = pipeline.vae.config
+        names = vae_names(len(config.block_out_channels), config.layers_per_block)
+        tensors += _named(pipeline.vae, VAE, names, kind)
+    written = {each.component: each for each in reversed(TEXT_ENCODERS[family])}
+    for component, encoder in written.items():
+        if (model := getattr(pipeline, component)) is not None:
+            tensors += _text(model, encoder, kind)
+    markers, metadata = _scheduler_out(pipeline)
+    tensors += markers
+    if pipeline.carried:
+        warnings.warn(
+            f"a single file has no place for {listing(sorted(pipeline.carried))}, which is left "
+            "out of it; programs add their own, or check no image. A folder keeps it.",
+            stacklevel=2,
+        )
+    metadata |= _header(pipeline, family)
+    _require_told(pipeline, family, tensors, metadata)
+    with atomic_file(path, force=force) as partial:
+        write_safetensors(partial, tensors, {"format": "pt", **metadata})
+    return path
+
+
+def _family_of(pipeline: Any) -> str:
+    if "text_encoder_2" in pipeline.MODELS:
+        return "SDXL"
+    if pipeline.text_encoder is not None:
+        return "SD 1" if pipeline.text_encoder.config.hidden_act == "quick_gelu" else "SD 2"
+    linear = pipeline.unet is not None and pipeline.unet.config.use_linear_projection
+    return "SD 2" if linear else "SD 1"
+
+
+_ARCHITECTURES = {
+    "SD 1": "stable-diffusion-v1",
+    "SD 2": "stable-diffusion-v2",
+    "SDXL": "stable-diffusion-xl-v1-base",
+}
+
+
+def _header(pipeline: Any, family: str) -> dict[str, str]:
+    """What the header tells of the models."""
+    told = {"modelspec.architecture": _ARCHITECTURES[family]}
+    sizes = getattr(getattr(pipeline.unet, "config", None), "sample_size", None)
+    if sizes is not None:
+        levels = 4 if pipeline.vae is None else len(pipeline.vae.config.block_out_channels)
+        height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
+        told["modelspec.resolution"] = f"{width << (levels - 1)}x{height << (levels - 1)}"
+    return told
+
+
+# Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
+# readers of single files take for granted.
+_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+}
+_ASSUMED = {
+    **_DEFAULTS,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_LINEAR = {**_ASSUMED, "beta_schedule": "linear"}
+_CLASS_DEFAULTS = {
+    "LCMScheduler": _ASSUMED,
+    "HeunDiscreteScheduler": _LINEAR,
+    "KDPM2DiscreteScheduler": _LINEAR,
+    "KDPM2AncestralDiscreteScheduler": _LINEAR,
+}
+_MODELS_OWN = ("prediction_type", "rescale_betas_zero_snr")
+
+
+def _scheduler_out(pipeline: Any) -> tuple[list[PendingTensor], dict[str, str]]:
+    """The marker keys and the header's entries that tell a pipeline's noise schedule.
+
+    Raises:
+      OutputError: a setting of the model's that readers would assume otherwise.
+    """
+    config = dict(pipeline.scheduler_config)
+    if pipeline.unet is None or not config:
+        return [], {}
+    own = _CLASS_DEFAULTS.get(config.get("_class_name", ""), _DEFAULTS) | config
+    prediction, zero = own.get("prediction_type", "epsilon"), own.get("rescale_betas_zero_snr")
+    differing = [f"{k}={own[k]}" for k, value in _ASSUMED.items() if own[k] != value]
+    if prediction not in _PREDICTIONS:
+        differing.append(f"prediction_type={prediction}")
+    elif zero and prediction == "epsilon":  # readers ask for the marker of it where velocities are
+        differing.append("rescale_betas_zero_snr=True with prediction_type=epsilon")
+    if differing:
+        raise OutputError(
+            f"a single file cannot tell {listing(differing)} of the scheduler, and readers would "
+            "assume otherwise. Write a folder."
+        )
+    names = [
+        name
+        for name, told in zip(MARKERS, (prediction == "v_prediction", zero), strict=True)
+        if told
+    ]
+    empty = np.zeros(0, np.float32)
+    markers = [PendingTensor(name, empty.dtype, empty.shape, lambda: empty) for name in names]
+    try:
+        text = json.dumps({"_class_name": "DDIMScheduler", **config})
+    except TypeError as error:
+        raise OutputError(f"the scheduler's settings cannot be written: {error}.") from error
+    spec = "v" if prediction == "v_prediction" else prediction
+    return markers, {"modelspec.prediction_type": spec, _OWN_SCHEDULER: text}
+
+
+def _require_told(
+    pipeline: Any, family: str, tensors: Sequence[PendingTensor], metadata: Mapping[str, str]
+) -> None:
+    """Refuse models whose settings are not those that a reader of the file finds in it."""
+    shapes = {
+        each.key: StoredTensor(FLOAT_NAMES[each.dtype], each.shape, each.produce)
+        for each in tensors
+    }
+    try:
+        file = read_single_file(shapes, "a single file", metadata)
+        if file.family != family and file.parts:
+            raise CheckpointError(f"Readers would take it for {file.family}, and it is {family}.")
+        told = {}
+        for name, part in file.parts.items():
+            told[name] = type(getattr(pipeline, name).config).from_dict(part.raw)
+    except ValueError as error:
+        raise OutputError(
+            f"a single file cannot hold this model: {error} Write a folder."
+        ) from error
+    differing = []
+    for name, reading in told.items():
+        config = getattr(pipeline, name).config
+        for field in dataclasses.fields(config):
+            here, there = _meaning(config, field.name), _meaning(reading, field.name)
+            if here != there and not _same(name, field.name, config):
+                differing.append(f"{field.name}={getattr(config, field.name)}")
+    if file.unknown:
+        differing.append(f"the layers {listing(file.unknown)}")
+    if lost := file.leftovers:
+        differing.append(f"the layers {listing([key for keys in lost.values() for key in keys])}")
+    if differing:
+        raise OutputError(
+            f"a single file cannot tell {listing(differing)}, and readers would assume otherwise. "
+            "Write a folder."
+        )
+
+
+def _meaning(config: Any, name: str) -> Any:
+    """A setting, for each resolution where it is one for all or one for each."""
+    per_level = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block")
+    return (
+        config.per_block(name)
+        if hasattr(config, "per_block") and name in per_level
+        else (getattr(config, name))
+    )
+
+
+def _same(component: str, name: str, config: Any) -> bool:
+    """Whether a setting computes nothing here, whatever it is."""
+    if name == "sample_size":
+        return component == "vae" or config.sample_size is None
+    if component.startswith("text_encoder"):
+        if name == "eos_token_id":  # pooling at the greatest id is pooling there
+            return config.eos_token_id in (2, config.vocab_size - 1)
+        return name in ("bos_token_id", "pad_token_id") or (
+            name == "projection_dim" and component == "text_encoder"
+        )
+    return False
+
+
+def _named(model: Any, prefix: str, names: Names, dtype: np.dtype | None) -> list[PendingTensor]:
+    back = {new: old for old, new in names.items()}
+    tensors = []
+    for each in pending(model, tensor_specs(model), dtype):
+        old = renamed(each.key, back)
+        if old is None:
+            raise OutputError(f"{each.key} has no place in a single file. Write a folder.")
+        shape = each.shape
+        if ".attn_1." in old and len(shape) == 2:
+            shape = (*shape, 1, 1)
+        produce = functools.partial(_reshape, each, shape)
+        tensors.append(PendingTensor(prefix + old, each.dtype, shape, produce))
+    return tensors
+
+
+def _text(model: Any, encoder: TextEncoder, dtype: np.dtype | None) -> list[PendingTensor]:
+    config = model.config
+    tensors = pending(model, tensor_specs(model), dtype)
+    if not encoder.open_clip:
+        return [dataclasses.replace(each, key=encoder.prefix + each.key) for each in tensors]
+    back = {new: old for old, new in open_clip_names(config.num_hidden_layers).items()}
+    named, projections = [], dict[str, dict[str, PendingTensor]]()
+    for each in tensors:
+        key = each.key.removeprefix("text_model.")
+        if place := split_projection(key):
+            projections.setdefault(place[0], {})[place[1]] = each
+            continue
+        if key == "text_projection.weight":
+            transpose = functools.partial(_transpose, each)
+            each = dataclasses.replace(each, shape=each.shape[::-1], produce=transpose)
+        named.append(dataclasses.replace(each, key=f"{encoder.prefix}{renamed(key, back)}"))
+    for key, parts in projections.items():
+        three = [parts[name] for name in PROJECTIONS]
+        shape = (3 * three[0].shape[0], *three[0].shape[1:])
+        produce = functools.partial(_join, three)
+        named.append(PendingTensor(encoder.prefix + key, three[0].dtype, shape, produce))
+    return named
+
+
+def _join(tensors: Sequence[PendingTensor]) -> np.ndarray:
+    return np.concatenate([each.produce() for each in tensors])
+
+
+def _transpose(tensor: PendingTensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.produce().T)
+
+
+def _reshape(tensor: PendingTensor, shape: tuple[int, ...]) -> np.ndarray:
+    return tensor.produce().reshape(shape)
