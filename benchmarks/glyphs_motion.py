@@ -39,12 +39,7 @@ from conceptax.flax_models.unet_motion import (
     motion_adapter,
     with_motion,
 )
-from conceptax.methods.diffusion.text_to_image import (
-    TextToImage,
-    encode_tokens,
-    stable_diffusion_schedule,
-    tokenize,
-)
+from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.diffusion.text_to_video import text_to_video, video_schedule
 from conceptax.methods.evaluation.instruments import Clip
 from conceptax.methods.evaluation.statistics import frame_consistency, mean_interval, proportion
@@ -58,6 +53,7 @@ from conceptax.methods.glyphs.world import (
     seen_combinations,
 )
 from conceptax.methods.sampling import (
+    NoiseSchedule,
     add_noise,
     alphas_cumprod,
     encode_images,
@@ -135,7 +131,7 @@ def motion_step(static, state, frozen, batch, key):
     target = training_target(static.schedule, latents, noise, times)
     dropped = jax.random.bernoulli(drop_key, static.caption_dropout, (len(mean), 1))
     tokens = jnp.where(dropped, frozen["empty"], batch["tokens"])
-    text = encode_tokens(static.text_graphdef, frozen["text_encoder"], tokens)
+    text = nnx.merge(static.text_graphdef, frozen["text_encoder"])(tokens).condition
     alphas = jnp.asarray(alphas_cumprod(static.schedule))[times]
     weights = jnp.minimum(1.0, static.snr_cap * (1 - alphas) / alphas)  # as the UNet was trained
 
@@ -162,22 +158,21 @@ def fit(
     clips, texts, _ = videos(count, frames, seed)
     mean, std = encode_images(pipeline.vae, clips.reshape(-1, *clips.shape[2:]))
     mean, std = pipeline.vae.scale(jnp.asarray(mean)), std * pipeline.vae.config.scaling_factor
-    length = pipeline.text_encoder.config.max_position_embeddings
     data = {
         "latent_mean": np.asarray(mean).reshape(count, frames, *mean.shape[1:]),
         "latent_std": std.reshape(count, frames, *std.shape[1:]),
-        "tokens": tokenize(pipeline.tokenizer, texts, max_length=length),
+        "tokens": pipeline.tokenize(texts),
     }
     rendered = time.perf_counter()
     model = with_motion(pipeline.unet, start)
     graphdef, motion, rest = nnx.split(model, is_motion, ...)
     text_graphdef, text = nnx.split(pipeline.text_encoder)
     optimizer = recipe.optimizer()
-    schedule = stable_diffusion_schedule(pipeline.scheduler_config)
+    schedule = NoiseSchedule.from_config(pipeline.schedule_config)
     frozen = {
         "unet": nnx.to_pure_dict(rest),
         "text_encoder": nnx.to_pure_dict(text),
-        "empty": tokenize(pipeline.tokenizer, [""], max_length=length),
+        "empty": pipeline.tokenize([""]),
     }
     state = train(
         motion_step,
@@ -283,7 +278,7 @@ def main() -> None:
     if options.model is not None:
         pipeline = load_pytorch(options.model)
         texts = [options.prompt[n % len(options.prompt)] for n in range(options.drawn)]
-    shape = (options.drawn, frames, *TextToImage.from_pipeline(pipeline).latent_shape)
+    shape = (options.drawn, frames, *pipeline.latent_shape)
     noise = rng.normal(size=shape).astype(np.float32)
     settings = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE}
     # On the model's own betas, on which this adapter was trained.

@@ -241,14 +241,11 @@ class JaxTasks:
         import jax.numpy as jnp
         from flax import nnx
 
-        from conceptax.methods.diffusion.text_to_image import (
-            sample_latents,
-            stable_diffusion_schedule,
-        )
-        from conceptax.methods.sampling import make_sampler
+        from conceptax.methods.diffusion.text_to_image import sample_latents
+        from conceptax.methods.sampling import NoiseSchedule, make_sampler
 
         graphdef, params = self.denoiser()
-        schedule = stable_diffusion_schedule({})
+        schedule = NoiseSchedule.from_config({"steps_offset": 1, "clip_sample": False})
         sampler = make_sampler(schedule, "ddim", num_inference_steps=SAMPLER_STEPS)
         texts = self.normal(2, LENGTH, self.configs["unet"]["cross_attention_dim"])
         noise, t = self.normal(1, self.latent, self.latent, 4), jnp.asarray([500])

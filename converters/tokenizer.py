@@ -1,9 +1,11 @@
-"""Read tokenizers, and write CLIP's; transformers is imported when one is used."""
+"""Read tokenizers, make and write CLIP's; transformers is imported when one is used."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+from ..bundled import ASSETS
 from ..text import write_json
 from .errors import CheckpointError
 
@@ -32,6 +34,32 @@ def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
         raise CheckpointError(
             f"{folder} is not a {name} tokenizer: {reason[:200]} Download it again."
         ) from error
+
+
+CLIP_TOKENS = 49408  # of CLIP's own tokenizer, which Stable Diffusion 1, 2 and XL share
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+    """CLIP's own `CLIPTokenizer`, of 49,408 tokens and prompts of 77, from what comes with us.
+
+    Args:
+      pad_token: "<|endoftext|>" as in Stable Diffusion 1 and the first tokenizer of XL, or "!" as
+        in Stable Diffusion 2 and the second one of XL.
+    """
+    import transformers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    merges = gzip.decompress((ASSETS / "clip" / "merges.txt.gz").read_bytes()).decode("utf-8")
+    pairs = [tuple(line.split()) for line in merges.splitlines()]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(
+        {word: index for index, word in enumerate(words)},
+        pairs,
+        pad_token=pad_token,
+        model_max_length=77,
+    )
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -31,7 +31,7 @@ from ..files.safetensors_file import (
 from ..files.weights import WeightFile, open_weights, opened
 from ..parameters import ShardingRule, pending, put
 from ..tensors import tensor_specs
-from ..tokenizer import read_tokenizer
+from ..tokenizer import CLIP_TOKENS, clip_tokenizer, read_tokenizer
 from .compvis_names import (
     MARKERS,
     PROJECTIONS,
@@ -46,7 +46,6 @@ from .compvis_names import (
     vae_names,
 )
 from .compvis_parts import (
-    Part,
     SingleFile,
     Stored,
     is_bare_text,
@@ -101,8 +100,9 @@ def load_single_file(
     Args:
       path: the file, `.safetensors` or a pickle, which needs torch; nothing in it is executed.
       tokenizer: folder of the tokenizer, which such files lack: that of any Stable Diffusion
-        folder; default: the folder `tokenizer` beside the file. Where there is neither, the
-        pipeline has none, and a warning says so. SDXL's second one is the same, padding with "!".
+        folder; default: the folder `tokenizer` beside the file, else CLIP's own. A text encoder
+        of other tokens than CLIP's gets none, and a warning says so. SDXL's second one is the
+        same, padding with "!".
       prediction_type: what the UNet predicts, "epsilon" or "v_prediction"; default: what the file
         tells, by the marker `v_pred` or in its header (`modelspec.prediction_type`); else epsilon,
         and for SD 2 velocities, with a warning, because the published files for 512 pixels ("base")
@@ -165,7 +165,7 @@ def load_single_file(
             place=functools.partial(put, rule=sharding, prefix=(name,)),
         )
     if wanted & set(kind.TOKENIZERS):
-        first = _tokenizer(path, tokenizer, file.parts.get("text_encoder"))
+        first = _tokenizer(path, tokenizer, file)
         second = copy.deepcopy(first)
         if second is not None:
             second.pad_token = "!"  # as in the published folders
@@ -211,9 +211,11 @@ def _wanted(
     return wanted
 
 
-def _tokenizer(path: Path, folder: Path | str | None, text: Part | None) -> Any:
-    beside = path.parent / "tokenizer"
+def _tokenizer(path: Path, folder: Path | str | None, file: SingleFile) -> Any:
+    text, beside = file.parts.get("text_encoder"), path.parent / "tokenizer"
     if folder is None and not beside.is_dir():
+        if text is not None and text.raw["vocab_size"] == CLIP_TOKENS:
+            return clip_tokenizer("!") if file.family == "SD 2" else clip_tokenizer()
         warnings.warn(
             f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer=, "
             "the folder of one, to draw from prompts or to train.",

@@ -276,7 +276,7 @@ def load_personalized(pipeline: Any, path: Path | str) -> Any:
       CheckpointError: unusable files, or weights of another model.
       TokenError: a token that the tokenizer already has.
     """
-    from ...flax_models.pipelines.stable_diffusion import add_tokens
+    from ...flax_models.pipelines.new_tokens import add_tokens
 
     rows, cross, changes = read_personalization(path)
     if cross:

@@ -1,21 +1,23 @@
-"""A Stable-Diffusion-style text-to-image pipeline: the parts of one diffusers folder."""
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022): a UNet that reads one CLIP text encoder."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ...errors import ConceptaxError
 from ..autoencoder_kl import AutoencoderKL
 from ..clip import CLIPTextModel
 from ..pretrained import Pretrained
 from ..unet_2d_condition import UNet2DConditionModel
+from .guidance import Predictor, classifier_free
+from .tokenizers import tokenize
+
+LONGEST_SIDE = 1 << 16  # pixels of an image; attention over more would take days
 
 
 @dataclasses.dataclass
@@ -32,7 +34,9 @@ class StableDiffusionPipeline(Pretrained):
 
     Class attributes:
       MODELS, TOKENIZERS: the parts that are one or the other.
+      TEXT_TOWERS: parts that read text -> where in `prompt_encoder` their CLIP text model stands.
       NOT_CARRIED: parts of diffusers' pipeline that this one does without, where none is carried.
+      SIZES: how many numbers tell the UNet of an image's size (`for_size`).
     """
 
     unet: UNet2DConditionModel | Any
@@ -45,13 +49,51 @@ class StableDiffusionPipeline(Pretrained):
 
     MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    TEXT_TOWERS: ClassVar[Mapping[str, str]] = {"text_encoder": ""}
     NOT_CARRIED: ClassVar[tuple[str, ...]] = (
         "safety_checker",
         "feature_extractor",
         "image_encoder",
     )
+    SIZES: ClassVar[int] = 0
 
     force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
+
+    # ---- prompts ----
+
+    @property
+    def prompt_encoder(self) -> Any:
+        """What turns token ids into what the UNet reads: the text encoder, or None without one."""
+        return self.text_encoder
+
+    def with_prompt_encoder(self, encoder: Any) -> "StableDiffusionPipeline":
+        """The pipeline with another one."""
+        return dataclasses.replace(self, text_encoder=encoder)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens in a prompt: the tokenizer's limit, bounded by the text encoder's positions."""
+        positions = self.text_encoder.config.max_position_embeddings
+        return min(int(self.tokenizer.model_max_length), positions)
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "N *two L"]:
+        """Token ids of prompts, as `prompt_encoder` takes them; overlong ones are told of."""
+        return tokenize(self.tokenizer, prompts, max_length=self.max_length)
+
+    @staticmethod
+    def for_size(
+        condition: Any, height: int, width: int, sizes: Float[Array, " S"] | None = None
+    ) -> Any:
+        """A condition for images of a size in pixels, of which this family's UNet is not told."""
+        del height, width, sizes
+        return condition
+
+    @staticmethod
+    def without_text(condition: Any) -> Any:
+        """Zeros in place of what a condition says of texts."""
+        return jax.tree.map(jnp.zeros_like, condition)
+
+    # ---- latents ----
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -71,145 +113,57 @@ class StableDiffusionPipeline(Pretrained):
         height, width = config.latent_size
         return height, width, config.in_channels
 
+    def latent_shape_for(
+        self, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """That of the latents of images of a size in pixels; by default the UNet's own.
+
+        Raises:
+          ValueError: not a positive multiple of the autoencoder's downsampling, or too large.
+        """
+        factor = self.vae.config.downsampling
+        *own, channels = self.latent_shape
+        sides = []
+        for name, size, default in zip(("height", "width"), (height, width), own, strict=True):
+            if size is not None and (not 1 <= size <= LONGEST_SIDE or size % factor):
+                raise ValueError(
+                    f"{name}={size} must be a positive multiple of {factor} pixels, at most "
+                    f"{LONGEST_SIDE}."
+                )
+            sides.append(default if size is None else size // factor)
+        return sides[0], sides[1], channels
+
+    @staticmethod
+    def predictor(
+        denoiser: Any, condition: Any, negative: Any, guidance_scale: Float[Array, ""] | float
+    ) -> Predictor:
+        """(latents, timestep) -> the denoiser's prediction with guidance (`classifier_free`)."""
+        return classifier_free(denoiser, condition, negative, guidance_scale)
+
+    @staticmethod
+    def decode(
+        vae: AutoencoderKL, latents: Float[Array, "B *F h w C"], *, tiling: bool = False
+    ) -> Float[Array, "B *F H W 3"]:
+        """Images in [-1, 1], float32, of latents in the UNet's scale; of videos frame by frame.
+
+        `tiling` is that of `AutoencoderKL.decode`.
+        """
+
+        def decode(latents: Array) -> Array:
+            images = vae.decode(vae.unscale(latents), tiling=tiling)
+            return jnp.clip(images.astype(jnp.float32), -1, 1)
+
+        if latents.ndim == 4:
+            return decode(latents)
+        return jax.lax.map(decode, latents.swapaxes(0, 1)).swapaxes(0, 1)
+
+    # ---- times ----
+
     @property
-    def prompt_encoder(self) -> Any:
-        """What turns token ids into what the UNet reads: the text encoder, or None without one."""
-        return self.text_encoder
+    def schedule_config(self) -> Mapping[str, Any]:
+        """The scheduler's settings as diffusers' class of this name samples with them.
 
-    def with_prompt_encoder(self, encoder: Any) -> "StableDiffusionPipeline":
-        """The pipeline with another one."""
-        return dataclasses.replace(self, text_encoder=encoder)
-
-
-class TokenError(ConceptaxError, ValueError):
-    """A token that cannot be added to a tokenizer."""
-
-
-def add_tokens(
-    pipeline: StableDiffusionPipeline, rows: Mapping[str, Float[Array, " C"] | np.ndarray]
-) -> StableDiffusionPipeline:
-    """The pipeline with more tokens in its tokenizer and text encoder; it stays as it is.
-
-    A new token's id follows the tokenizer's last one; a name with capitals is read as it is
-    written, others in any case. The table of embeddings grows where it has no
-    row to spare there; every other row keeps its bits.
-
-    Args:
-      pipeline: the model; its tokenizer and text encoder are needed.
-      rows: token -> embedding [hidden_size], stored in the dtype of the table; of SDXL the two
-        encoders' one after the other.
-
-    Raises:
-      TokenError: a token that exists, that is empty or holds white space, that the tokenizer would
-        not read as one, or would take for a vector of another; an embedding of another width.
-    """
-    if pipeline.tokenizer is None or pipeline.prompt_encoder is None:
-        raise TokenError("new tokens need a pipeline with its tokenizer and text encoder.")
-    tokenizers = {name: copy.deepcopy(getattr(pipeline, name)) for name in pipeline.TOKENIZERS}
-    tokenizer = tokenizers["tokenizer"]
-    vocabulary = tokenizer.get_vocab()
-    for token in rows:
-        if not token or token.split() != [token]:
-            raise TokenError(f"a token is one word such as '<new1>', received {token!r}.")
-        if {token, token.lower(), f"{token.lower()}</w>"} & vocabulary.keys():
-            raise TokenError(
-                f"the tokenizer already has the token {token!r}: choose another name, such as "
-                "'<new1>'."
-            )
-    from transformers import AddedToken
-
-    # CLIP reads in lower case, in which a name with capitals would not be found again.
-    added = [AddedToken(token, normalized=token == token.lower()) for token in rows]
-    for each in tokenizers.values():
-        each.add_tokens(added)
-    for token, names in _vectors(tokenizer).items():
-        mixed = rows.keys() & set(names)
-        if mixed and not mixed.issuperset(names):
-            raise TokenError(
-                f"the tokenizer would take {', '.join(names)} for the vectors of one token "
-                f"{token!r}, and some of them are there already: choose another name."
-            )
-    ids = token_ids(tokenizer, list(rows))
-    encoder = nnx.clone(pipeline.prompt_encoder)
-    widths = [tower.config.hidden_size for tower in encoder.towers]
-    for token, row in rows.items():
-        if np.shape(row) != (sum(widths),):
-            raise TokenError(
-                f"the embedding of {token!r} has shape {np.shape(row)}; this text encoder's rows "
-                f"have {(sum(widths),)}. It belongs to another model."
-            )
-    start = 0
-    for tower, width in zip(encoder.towers, widths, strict=True):
-        own = [row[start : start + width] for row in rows.values()]
-        _set_rows(tower, ids, own)
-        start += width
-    return dataclasses.replace(pipeline.with_prompt_encoder(encoder), **tokenizers)
-
-
-def _set_rows(tower: CLIPTextModel, ids: Sequence[int], rows: Sequence[Any]) -> None:
-    """Put rows into a tower's table of embeddings, which grows where it has none to spare."""
-    embed = tower.embeddings.token_embedding
-    table = embed.embedding[...]
-    missing = max([len(table), *(index + 1 for index in ids)]) - len(table)
-    table = jnp.concatenate([table, jnp.zeros((missing, table.shape[1]), table.dtype)])
-    for index, row in zip(ids, rows, strict=True):
-        table = table.at[index].set(jnp.asarray(row).astype(table.dtype))
-    embed.embedding.set_value(table)
-    embed.num_embeddings = len(table)
-    tower.config = dataclasses.replace(tower.config, vocab_size=len(table))
-
-
-def embedding_rows(
-    pipeline: StableDiffusionPipeline, ids: Sequence[int]
-) -> list[Float[Array, " C"]]:
-    """Embeddings of tokens, as `add_tokens` takes them: of several encoders one after the other."""
-    tables = [
-        tower.embeddings.token_embedding.embedding[...] for tower in pipeline.prompt_encoder.towers
-    ]
-    return [jnp.concatenate([table[index] for table in tables]) for index in ids]
-
-
-def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Prompts with every word of several vectors spelt out, as diffusers reads them.
-
-    Of a textual inversion of n vectors the tokenizer has `<t>`, `<t>_1`, ..., and a prompt names
-    the first one alone. Every occurrence of its text is replaced, so this is done once and last.
-    """
-    vectors = {token: " ".join(names) for token, names in _vectors(tokenizer).items()}
-    prompts = list(prompts)
-    for number, prompt in enumerate(prompts if vectors else ()):
-        for token in dict.fromkeys(tokenizer.tokenize(prompt)):
-            prompts[number] = prompts[number].replace(token, vectors.get(token) or token)
-    return prompts
-
-
-def _vectors(tokenizer: Any) -> dict[str, list[str]]:
-    """Added tokens of several vectors -> the names of all of them."""
-    added = getattr(tokenizer, "added_tokens_encoder", {})
-    vectors = {}
-    for token in added:
-        names = [token]
-        while f"{token}_{len(names)}" in added:
-            names.append(f"{token}_{len(names)}")
-        if len(names) > 1:
-            vectors[token] = names
-    return vectors
-
-
-def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
-    """The ids of added tokens.
-
-    Raises:
-      TokenError: the tokenizer does not read one of them as a single token.
-    """
-    ids = []
-    for token in tokens:
-        index = tokenizer.convert_tokens_to_ids(token)
-        read = tokenizer(f"a {token} a", add_special_tokens=False)["input_ids"]
-        if len(read) != 3 or read[1] != index:
-            raise TokenError(
-                f"the tokenizer does not read {token!r} as one token: choose a name in angle "
-                "brackets and lower case, such as '<new1>'."
-            )
-        ids.append(index)
-    return ids
+        It corrects old files: whatever they say, `steps_offset` becomes 1 and `clip_sample` false.
+        Without the correction one folder would give other images here than there.
+        """
+        return {**self.scheduler_config, "steps_offset": 1, "clip_sample": False}

@@ -5,15 +5,20 @@ second one's projected, pooled state and the sizes of the image in (`TextConditi
 """
 
 import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from ..unet_2d_condition import TextCondition
 from .stable_diffusion import StableDiffusionPipeline
+from .tokenizers import tokenize
 
 
 class TextEncodersOutput(NamedTuple):
@@ -129,7 +134,12 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
 
     MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "text_encoder_2")
     TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    TEXT_TOWERS: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "text_encoder.",
+        "text_encoder_2": "text_encoder_2.text_model.",
+    }
     NOT_CARRIED: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
+    SIZES: ClassVar[int] = 6
 
     @property
     def force_zeros_for_empty_prompt(self) -> bool:  # type: ignore[override]
@@ -168,3 +178,35 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
         return dataclasses.replace(
             self, text_encoder=encoder.text_encoder, text_encoder_2=encoder.text_encoder_2
         )
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "N two L"]:
+        """Token ids of both tokenizers, [N, 2, L]."""
+        first = super().tokenize(prompts)
+        with warnings.catch_warnings():  # of a long prompt, told by the first
+            warnings.simplefilter("ignore", UserWarning)
+            second = tokenize(self.tokenizer_2, prompts, max_length=self.max_length)
+        return np.stack([first, second], axis=1)
+
+    @staticmethod
+    def for_size(
+        condition: TextCondition, height: int, width: int, sizes: Float[Array, " 6"] | None = None
+    ) -> TextCondition:
+        """A condition for images of a size, or with other `TextCondition.time_ids`.
+
+        Those are in pixels: height and width of the original, top and left of the crop, height and
+        width of the target; by default of an uncropped image.
+        """
+        if sizes is None:
+            sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
+        return condition._replace(time_ids=jnp.broadcast_to(sizes, condition.time_ids.shape))
+
+    @staticmethod
+    def without_text(condition: TextCondition) -> TextCondition:
+        """Zeros in place of texts; sizes stay."""
+        zeros = jax.tree.map(jnp.zeros_like, condition)
+        return zeros._replace(time_ids=condition.time_ids)
+
+    @property
+    def schedule_config(self) -> Mapping[str, Any]:
+        """The scheduler's settings, which diffusers' class of this name takes as they are."""
+        return self.scheduler_config

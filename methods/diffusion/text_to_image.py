@@ -1,9 +1,9 @@
-"""Text to image: a pipeline of Stable Diffusion 1, 2 or XL, sampled with classifier-free guidance.
+"""Text to image: a pipeline, of whatever family, sampled with guidance.
 
 `generate` is a pure, jittable function (a `lax.scan` over the sampler's steps) of arrays and split
 modules; `TextToImage` is the same for people: prompts in, uint8 images out. Images and latents are
-`[B, H, W, C]`, token ids `[B, L]`. Guidance is Ho & Salimans' (arXiv 2207.12598) in the form
-ε_uncond + g·(ε_cond − ε_uncond), so g = 1 is the plain conditional model.
+`[B, H, W, C]`, token ids `[B, L]`.  What differs between families is the pipeline's to say
+(`flax_models.pipelines`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,14 +21,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline, expanded
-from ...flax_models.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from ...flax_models.pipelines.guidance import Predictor, classifier_free
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import TextCondition
 from ..memory import available_memory, require_memory, unet_bytes, vae_bytes
 from ..sampling import NoiseSchedule, Sampler, make_sampler
 from ..seeds import seed_key
-
-_LONGEST = 1 << 16  # pixels along a side; attention over more would take days
 
 Params = Mapping[str, Any]  # {"unet": …, "vae": …, "text_encoder": …}, each a plain dict pytree
 
@@ -39,12 +36,13 @@ Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition
 
 
 class PipelineStatic(NamedTuple):
-    """The hashable half of a pipeline: one graph definition per module.
+    """The hashable half of a pipeline: its family, and one graph definition per module.
 
     `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `vae_tiling` decodes
     large images in tiles (`AutoencoderKL.decode`).
     """
 
+    family: type[StableDiffusionPipeline]
     unet: Any
     vae: Any
     text_encoder: Any
@@ -65,15 +63,10 @@ def split_pipeline(pipeline: StableDiffusionPipeline) -> tuple[PipelineStatic, P
     for name, module in modules.items():
         graphdefs[name], state = nnx.split(module)
         params[name] = nnx.to_pure_dict(state)
-    return PipelineStatic(**graphdefs), params
+    return PipelineStatic(type(pipeline), **graphdefs), params
 
 
 # ---- pure functions ----
-
-
-def encode_tokens(text_encoder: Any, params: Any, token_ids: Int[Array, "B *two L"]) -> Condition:
-    """What the UNet reads of texts: the last hidden state [B, L, D], or SDXL's `TextCondition`."""
-    return nnx.merge(text_encoder, params)(token_ids).condition
 
 
 def sample_latents(
@@ -86,46 +79,31 @@ def sample_latents(
     guidance_scale: Float[Array, ""] | float = 1.0,
     *,
     keys: Key[Array, " B"] | None = None,
+    predictor: Callable[..., Predictor] = classifier_free,
 ) -> Float[Array, "B *X C"]:
     """Runs the sampler from unit normal noise to latents, in float32.
 
     Args:
-        denoiser, params: graph definition and parameters of a UNet, a video UNet or a DiT. Output
-            channels behind the noise, such as a DiT's variances, are not used.
-        condition: hidden states of the prompts, [B, L, D], or a `TextCondition`; for a DiT, class
-            labels.
-        negative: those of the negative prompts, each [B, ...] or one [...] for all; for a DiT the
-            null class. None samples without guidance, at half the cost, whatever
-            `guidance_scale`.
-        noise: unit normal [B, H, W, C], of videos [B, F, H, W, C]; the sampler scales it.
-        sampler: tables of the run.
-        guidance_scale: g in ε_uncond + g·(ε_cond − ε_uncond).
-        keys: one per image; the source of fresh noise, needed exactly when `sampler.stochastic`.
+      denoiser, params: graph definition and parameters of a UNet, a video UNet or a DiT.
+      condition: what it reads of the prompts; for a DiT, class labels.
+      negative: that of the negative prompts, each [B, ...] or one [...] for all; for a DiT the null
+      class. None samples without guidance.
+      noise: unit normal [B, H, W, C], of videos [B, F, H, W, C]; the sampler scales it.
+      sampler: tables of the run.
+      guidance_scale: strength of the prompt.
+      keys: one per image; the source of fresh noise, needed exactly when `sampler.stochastic`.
+      predictor: the kind of guidance (`flax_models.pipelines.guidance`).
 
     Raises:
-        ValueError: a stochastic sampler without keys.
+      ValueError: a stochastic sampler without keys.
     """
     if sampler.stochastic and keys is None:
         raise ValueError("This sampler adds noise at every step: pass `keys`, one per image.")
-    model = nnx.merge(denoiser, params)
-    if negative is not None:
-        # Unconditional half first, as in diffusers.
-        condition = jax.tree.map(
-            lambda without, text: jnp.concatenate([jnp.broadcast_to(without, text.shape), text]),
-            negative,
-            condition,
-        )
+    predict = predictor(nnx.merge(denoiser, params), condition, negative, guidance_scale)
 
     def body(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         x, memory = carry
-        inputs = sampler.scale(x, i)
-        if negative is not None:
-            inputs = jnp.concatenate([inputs, inputs])
-        timestep = jnp.asarray(sampler.timesteps)[i]
-        output = model(inputs, timestep, condition)[..., : x.shape[-1]].astype(jnp.float32)
-        if negative is not None:
-            without, with_prompt = jnp.split(output, 2)
-            output = without + guidance_scale * (with_prompt - without)
+        output = predict(sampler.scale(x, i), jnp.asarray(sampler.timesteps)[i])
         fresh = None
         if keys is not None and sampler.stochastic:
             fresh = _noise(keys, i + 1, x.shape[1:])
@@ -133,24 +111,6 @@ def sample_latents(
 
     x = noise.astype(jnp.float32) * sampler.init_noise_sigma
     return jax.lax.scan(body, (x, sampler.memory(x)), jnp.arange(sampler.num_steps))[0][0]
-
-
-def decode_latents(
-    vae: Any, params: Any, latents: Float[Array, "B *F h w C"], *, tiling: bool = False
-) -> Float[Array, "B *F H W 3"]:
-    """Images in [-1, 1], float32, of latents in the UNet's scale; of videos frame by frame.
-
-    `tiling` is that of `AutoencoderKL.decode`.
-    """
-    model = nnx.merge(vae, params)
-
-    def decode(latents: Array) -> Array:
-        images = model.decode(model.unscale(latents), tiling=tiling)
-        return jnp.clip(images.astype(jnp.float32), -1, 1)
-
-    if latents.ndim == 4:
-        return decode(latents)
-    return jax.lax.map(decode, latents.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 def generate(
@@ -170,34 +130,40 @@ def generate(
     Pure; jit it with `static` as the only static argument.
 
     Args:
-        static, params: from `split_pipeline`.
-        token_ids: of the prompts, [B, L]; for SDXL also [B, 2, L], those of both tokenizers.
-        negative_ids: of the negative prompts, or without the first dimension of one for all; of no
-            text at all, [0], which is zeros in place of states; None for no guidance.
-        noise, sampler, guidance_scale, keys: as for `sample_latents`.
-        sizes: SDXL's `TextCondition.time_ids`; by default an uncropped image of the drawn size.
+      static, params: from `split_pipeline`.
+      token_ids: of the prompts, [B, L]; for SDXL also [B, 2, L], those of both tokenizers.
+      negative_ids: of the negative prompts, or without the first dimension of one for all; of no
+        text at all, [0], which is zeros in place of states; None for no guidance.
+      noise, sampler, guidance_scale, keys: as for `sample_latents`.
+      sizes: SDXL's `TextCondition.time_ids`; by default an uncropped image of the drawn size.
     """
-    encoder = static.text_encoder, params["text_encoder"]
-    condition = encode_tokens(*encoder, token_ids)
+    family = static.family
+    encoder, vae = (
+        nnx.merge(getattr(static, name), params[name]) for name in ("text_encoder", "vae")
+    )
+    condition = encoder(token_ids).condition
     negative = None
     if negative_ids is not None and negative_ids.size == 0:
-        negative = jax.tree.map(jnp.zeros_like, condition)
+        negative = family.without_text(condition)
     elif negative_ids is not None:
         one = negative_ids.ndim < token_ids.ndim
-        negative = encode_tokens(*encoder, negative_ids[None] if one else negative_ids)
-    if isinstance(condition, TextCondition):
-        if sizes is None:
-            factor = nnx.merge(static.vae, params["vae"]).config.downsampling
-            height, width = (side * factor for side in noise.shape[-3:-1])
-            sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
-        time_ids = jnp.broadcast_to(sizes, condition.time_ids.shape)
-        condition = condition._replace(time_ids=time_ids)
-        if isinstance(negative, TextCondition):
-            negative = negative._replace(time_ids=sizes)
+        negative = encoder(negative_ids[None] if one else negative_ids).condition
+    height, width = (side * vae.config.downsampling for side in noise.shape[-3:-1])
+    condition = family.for_size(condition, height, width, sizes)
+    if negative is not None:
+        negative = family.for_size(negative, height, width, sizes)
     latents = sample_latents(
-        static.unet, params["unet"], condition, negative, noise, sampler, guidance_scale, keys=keys
+        static.unet,
+        params["unet"],
+        condition,
+        negative,
+        noise,
+        sampler,
+        guidance_scale,
+        keys=keys,
+        predictor=family.predictor,
     )
-    return decode_latents(static.vae, params["vae"], latents, tiling=static.vae_tiling)
+    return family.decode(vae, latents, tiling=static.vae_tiling)
 
 
 def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
@@ -265,39 +231,6 @@ def generate_over(
 # ---- for people ----
 
 
-def stable_diffusion_schedule(scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
-    """The schedule that diffusers' `StableDiffusionPipeline` samples with.
-
-    That class corrects old configurations: whatever the file says, `steps_offset` becomes 1 and
-    `clip_sample` false. Without the correction one folder would give other images here than there.
-    """
-    schedule = NoiseSchedule.from_config(scheduler_config)
-    return dataclasses.replace(schedule, steps_offset=1, clip_sample=False)
-
-
-def tokenize(
-    tokenizer: Any, prompts: Sequence[str], *, max_length: int | None = None
-) -> Int[np.ndarray, "B L"]:
-    """Token ids int32 [B, L], padded to the context length as diffusers pads them.
-
-    A word of several vectors stands for all of them (`expanded`).
-    `max_length` bounds the tokenizer's own limit (which some folders do not state). A longer prompt
-    is cut with a warning that names the part which is lost.
-    """
-    length = min(tokenizer.model_max_length, max_length or tokenizer.model_max_length)
-    prompts = expanded(tokenizer, prompts)
-    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
-    for prompt, full in zip(prompts, tokenizer(prompts, truncation=False).input_ids, strict=True):
-        if len(full) > length:
-            lost = tokenizer.decode(full[length - 1 : -1])
-            warnings.warn(
-                f"The prompt {prompt!r} is {len(full)} tokens long and the text encoder reads "
-                f"{length}; ignored: {lost!r}.",
-                stacklevel=2,
-            )
-    return np.asarray(ids, np.int32)
-
-
 def to_uint8(images: Float[Array, "*B H W 3"] | np.ndarray) -> UInt8[np.ndarray, "*B H W 3"]:
     """Images in [-1, 1] as bytes, rounded as diffusers rounds them."""
     images = np.clip(np.asarray(images, np.float32) * 0.5 + 0.5, 0, 1)
@@ -316,15 +249,9 @@ class TextToImage:
 
     static: PipelineStatic
     params: Params
-    tokenizer: Any
+    pipeline: StableDiffusionPipeline  # read for its tokenizers and settings, not its weights
     schedule: NoiseSchedule
-    latent_shape: tuple[int, int, int]  # default (h, w, channels)
-    downsampling: int  # image pixels per latent pixel, along each side
-    max_length: int  # tokens the text encoder reads
-    vocabulary: int  # tokens it knows
     frames: int | None = None  # of a video; None draws images
-    tokenizer_2: Any = None  # of SDXL
-    force_zeros: bool = False  # no negative prompt is zeros in place of an empty text's states
 
     @classmethod
     def from_pipeline(
@@ -333,32 +260,24 @@ class TextToImage:
         """Splits the modules; with `vae_tiling` large images are decoded in tiles.
 
         Raises:
-            ValueError: a missing module, an unsupported scheduler, or a UNet that denoises
-                something other than the autoencoder's latents (an inpainting model).
+          ValueError: a missing module, an unsupported scheduler, or a UNet that denoises
+            something other than the autoencoder's latents (an inpainting model).
         """
         for name in (*pipeline.TOKENIZERS, "scheduler_config"):
             if not getattr(pipeline, name):
                 raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
         static, params = split_pipeline(pipeline)
-        vae, shape = pipeline.vae.config, pipeline.latent_shape
-        if shape[-1] != vae.latent_channels:
+        denoised, coded = pipeline.latent_shape[-1], pipeline.vae.config.latent_channels
+        if denoised != coded:
             raise ValueError(
-                f"The UNet denoises latents of {shape[-1]} channels, and the autoencoder's have "
-                f"latent_channels={vae.latent_channels}: they belong to different models."
+                f"The UNet denoises latents of {denoised} channels, and the autoencoder's have "
+                f"latent_channels={coded}: they belong to different models."
             )
-        xl = isinstance(pipeline, StableDiffusionXLPipeline)
-        schedule = NoiseSchedule.from_config if xl else stable_diffusion_schedule
         return cls(
             static=static._replace(vae_tiling=vae_tiling),
             params=params,
-            tokenizer=pipeline.tokenizer,
-            schedule=schedule(pipeline.scheduler_config),
-            latent_shape=shape,
-            downsampling=vae.downsampling,
-            max_length=pipeline.text_encoder.config.max_position_embeddings,
-            vocabulary=pipeline.text_encoder.config.vocab_size,
-            tokenizer_2=pipeline.tokenizer_2 if xl else None,
-            force_zeros=pipeline.force_zeros_for_empty_prompt,
+            pipeline=pipeline,
+            schedule=NoiseSchedule.from_config(pipeline.schedule_config),
         )
 
     def __call__(
@@ -383,31 +302,32 @@ class TextToImage:
         """One image per prompt, uint8 [N, H, W, 3], or one video, [N, F, H, W, 3].
 
         Args:
-            prompts: one text or several; a prompt longer than the context is cut with a warning.
-                Token ids, as `tokenize` gives them, are taken as they are.
-            seed: of the noise; image n draws from (seed, first_index + n).
-            num_inference_steps: model evaluations per image.
-            guidance_scale: strength of the prompt; no guidance (half the time) at 1 or below.
-            sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
-                for (DDIM for a PNDM configuration, as SD 1.5 ships).
-            eta: DDIM's fresh noise, 0 to 1.
-            negative_prompt: what guidance steers away from; None is an empty text, or what a model
-                of SDXL has in its place (`force_zeros_for_empty_prompt`).
-            sizes: that an SDXL model draws for, in pixels: height and width of the original, top
-                and left of the crop, height and width of the target; by default those of the image.
-            batch_size: images at a time on each device; the last batch is padded, so one program
-                serves all.
-            mesh: devices, along its axis `data`, that draw a batch each.
-            height, width: in pixels, multiples of `downsampling`; by default the UNet's own.
-            latents: unit normal noise, [N, h, w, C] or [N, F, h, w, C], in place of the seed's.
-            first_index: number of the first image.
-            on_progress: called with (images done, images in all) after each batch.
+          prompts: one text or several; a prompt longer than the context is cut with a warning.
+            Token ids, as `tokenize` gives them, are taken as they are.
+          seed: of the noise; image n draws from (seed, first_index + n).
+          num_inference_steps: model evaluations per image.
+          guidance_scale: strength of the prompt; no guidance (half the time) at 1 or below.
+          sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
+            for (DDIM for a PNDM configuration, as SD 1.5 ships).
+          eta: DDIM's fresh noise, 0 to 1.
+          negative_prompt: what guidance steers away from; None is an empty text, or what a model
+            of SDXL has in its place (`force_zeros_for_empty_prompt`).
+          sizes: that an SDXL model draws for, in pixels: height and width of the original, top
+            and left of the crop, height and width of the target; by default those of the image.
+          batch_size: images at a time on each device; the last batch is padded, so one program
+            serves all.
+          mesh: devices, along its axis `data`, that draw a batch each.
+          height, width: in pixels, multiples of the autoencoder's downsampling; by default the
+            UNet's own.
+          latents: unit normal noise, [N, h, w, C] or [N, F, h, w, C], in place of the seed's.
+          first_index: number of the first image.
+          on_progress: called with (images done, images in all) after each batch.
 
         Raises:
-            ValueError: no prompt, token ids or sizes that do not fit, settings the sampler does
-                not know.
-            NotEnoughMemoryError: images too large, or too many, for the memory there is.
-            FloatingPointError: the model produced NaN or infinity.
+          ValueError: no prompt, token ids or sizes that do not fit, settings the sampler does
+            not know.
+          NotEnoughMemoryError: images too large, or too many, for the memory there is.
+          FloatingPointError: the model produced NaN or infinity.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -417,13 +337,14 @@ class TextToImage:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale}.")
-        shape = self._latent_shape(height, width)
+        frames = () if self.frames is None else (self.frames,)
+        shape = (*frames, *self.pipeline.latent_shape_for(height, width))
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(
                 f"latents must be {(len(prompts), *shape)}, one per prompt at this size; "
                 f"got {latents.shape}."
             )
-        if sizes is not None and (self.tokenizer_2 is None or len(sizes) != 6):
+        if sizes is not None and len(sizes) != (self.pipeline.SIZES or None):
             raise ValueError(f"sizes are six numbers of pixels, for SDXL; got {sizes}.")
         tables = make_sampler(
             self.schedule, sampler, num_inference_steps=num_inference_steps, eta=eta
@@ -437,7 +358,7 @@ class TextToImage:
         ids = self._token_ids(prompts)
         negative = None
         if guided:
-            zeros = negative_prompt is None and self.force_zeros
+            zeros = negative_prompt is None and self.pipeline.force_zeros_for_empty_prompt
             negative = np.zeros(0, np.int32) if zeros else self._token_ids([negative_prompt or ""])
 
         draw = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
@@ -475,17 +396,19 @@ class TextToImage:
         """Refuse what cannot fit, and say what might.
 
         Args:
-            shape: of a latent, [h, w, C] or [F, h, w, C].
-            total: images or videos in all, whose bytes the host keeps.
-            batch: at a time on each device.
-            devices: that draw at the same time.
-            guided: whether the model sees each twice.
+          shape: of a latent, [h, w, C] or [F, h, w, C].
+          total: images or videos in all, whose bytes the host keeps.
+          batch: at a time on each device.
+          devices: that draw at the same time.
+          guided: whether the model sees each twice.
         """
-        unet, vae = (
-            nnx.merge(getattr(self.static, name), self.params[name]) for name in ("unet", "vae")
-        )
+        unet, vae = self.pipeline.unet, self.pipeline.vae
         *frames, h, w, _ = shape
-        count, tiling, factor = math.prod(frames), self.static.vae_tiling, self.downsampling
+        count, tiling, factor = (
+            math.prod(frames),
+            self.static.vae_tiling,
+            vae.config.downsampling,
+        )
         shared = devices if jax.default_backend() == "cpu" else 1  # all take of the host's
         video = self.frames is not None
 
@@ -524,35 +447,15 @@ class TextToImage:
 
     def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Int[np.ndarray, "N *two L"]:
         if not isinstance(prompts, np.ndarray):
-            ids = tokenize(self.tokenizer, prompts, max_length=self.max_length)
-            if self.tokenizer_2 is None:
-                return ids
-            with warnings.catch_warnings():  # of a long prompt, told by the first
-                warnings.simplefilter("ignore", UserWarning)
-                second = tokenize(self.tokenizer_2, prompts, max_length=self.max_length)
-            return np.stack([ids, second], axis=1)
-        length = min(self.tokenizer.model_max_length, self.max_length)
-        if prompts.shape[1] != length or prompts.min() < 0 or prompts.max() >= self.vocabulary:
+            return self.pipeline.tokenize(prompts)
+        length = self.pipeline.max_length
+        vocabulary = self.pipeline.text_encoder.config.vocab_size
+        if prompts.shape[1] != length or prompts.min() < 0 or prompts.max() >= vocabulary:
             raise ValueError(
-                f"token ids must be [N, {length}], from 0 to {self.vocabulary - 1}; got "
+                f"token ids must be [N, {length}], from 0 to {vocabulary - 1}; got "
                 f"{prompts.shape} from {prompts.min()} to {prompts.max()}."
             )
         return prompts.astype(np.int32)
-
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        default_height, default_width, channels = self.latent_shape
-        sizes = []
-        for name, size, default in (
-            ("height", height, default_height),
-            ("width", width, default_width),
-        ):
-            if size is not None and (not 1 <= size <= _LONGEST or size % self.downsampling):
-                raise ValueError(
-                    f"{name}={size} must be a positive multiple of {self.downsampling} pixels, at "
-                    f"most {_LONGEST}."
-                )
-            sizes.append(default if size is None else size // self.downsampling)
-        return (*(() if self.frames is None else (self.frames,)), *sizes, channels)
 
 
 def text_to_image(

@@ -49,8 +49,8 @@ def video_drawer(
     """A pipeline and a motion adapter, made ready to draw videos of `frames` frames.
 
     Raises:
-        ValueError: an adapter that does not fit the pipeline's UNet, or a number of frames that it
-            does not know.
+      ValueError: an adapter that does not fit the pipeline's UNet, or a number of frames that it
+        does not know.
     """
     most = adapter.config.motion_max_seq_length
     if not 1 <= frames <= most:
@@ -76,9 +76,9 @@ def text_to_video(
     """One uint8 video per prompt.
 
     Args:
-        pipeline, adapter, frames, beta_schedule: as for `video_drawer`.
-        prompts: one text or several.
-        num_inference_steps, guidance_scale, batch_size, options: as for calling a `TextToImage`.
+      pipeline, adapter, frames, beta_schedule: as for `video_drawer`.
+      prompts: one text or several.
+      num_inference_steps, guidance_scale, batch_size, options: as for calling a `TextToImage`.
     """
     drawer = video_drawer(pipeline, adapter, frames=frames, beta_schedule=beta_schedule)
     return drawer(

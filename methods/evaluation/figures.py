@@ -282,7 +282,7 @@ class _Bench:
                     image_keys(config.seed, np.asarray([first + n]))
                     if row.seed is None
                     else image_keys(row.seed, np.asarray([0])),
-                    self.before.latent_shape,
+                    self.before.pipeline.latent_shape,
                 )
                 for n, row in enumerate(rows)
             ]

@@ -18,7 +18,7 @@ from ...flax_models.blip import BlipForImageTextRetrieval
 from ...flax_models.blip_2 import Blip2Config, Blip2ForImageTextRetrieval
 from ...flax_models.clip import CLIPModel
 from ...flax_models.dinov2 import Dinov2Model
-from ..diffusion.text_to_image import tokenize
+from ...flax_models.pipelines.tokenizers import tokenize
 from ..text.phrases import context_length, phrase_ids
 from .preprocessing import Images, Preprocessing
 

@@ -38,7 +38,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.autoencoder_kl import AutoencoderKL
 from ...flax_models.clip import CLIPTextConfig, pooling_positions
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline, add_tokens, token_ids
+from ...flax_models.pipelines.new_tokens import add_tokens
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.tokenizers import token_ids
 from ..memory import require_memory, unet_bytes, vae_bytes
 from ..sampling import NoiseSchedule, add_noise, training_target
 from ..seeds import seed_key

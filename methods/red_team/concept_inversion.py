@@ -27,7 +27,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline, add_tokens
+from ...flax_models.pipelines.new_tokens import add_tokens
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..sampling import NoiseSchedule
 from ..seeds import seed_key
 from ..settings import check_settings

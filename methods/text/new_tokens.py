@@ -6,11 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ...flax_models.pipelines.stable_diffusion import (
-    StableDiffusionPipeline,
-    TokenError,
-    embedding_rows,
-)
+from ...flax_models.pipelines.new_tokens import embedding_rows
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.tokenizers import TokenError
 from .phrases import phrase_ids
 
 # Single tokens of CLIP's vocabulary with next to no meaning of their own, one per concept.

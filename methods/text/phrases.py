@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ...errors import ConceptaxError
 from ...flax_models.clip import pooling_positions
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline, expanded
-from ...flax_models.pipelines.stable_diffusion_xl import TextEncoders
+from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.tokenizers import expanded
 from ...text import TextError, read_text
 from ..settings import check_settings
 from ..vectors import unit
@@ -335,9 +335,7 @@ def empty_condition(pipeline: StableDiffusionPipeline) -> Any:
     """What guidance starts from, without the first dimension: an empty prompt, or SDXL's zeros."""
     rows = encode_phrases(pipeline.tokenizer, [""], text_length(pipeline))
     empty = jax.tree.map(lambda leaf: leaf[0], conditions(pipeline.prompt_encoder, rows))
-    if not pipeline.force_zeros_for_empty_prompt:
-        return empty
-    return jax.tree.map(jnp.zeros_like, empty)._replace(time_ids=empty.time_ids)
+    return pipeline.without_text(empty) if pipeline.force_zeros_for_empty_prompt else empty
 
 
 def embedding_scale(encoder: Any) -> Float[Array, "..."]:
@@ -355,7 +353,7 @@ def edited_encoders(pipeline: StableDiffusionPipeline, edit: Encoders) -> tuple[
     Raises:
       ValueError: the second one of a model that has one.
     """
-    parts = tuple(name for name in pipeline.MODELS if name.startswith("text_encoder"))
+    parts = tuple(pipeline.TEXT_TOWERS)
     if edit != "both" and edit not in parts:
         raise ValueError(f"edit={edit!r} is for SDXL; this model has one text encoder.")
     return parts if edit == "both" else (edit,)
@@ -366,15 +364,12 @@ def encoder_patterns(
 ) -> tuple[str, ...]:
     """Patterns of a text tower's parameters as those of the pipeline's `prompt_encoder`."""
     chosen = edited_encoders(pipeline, edit)
-    if not isinstance(pipeline.prompt_encoder, TextEncoders):
-        return tuple(patterns)
-    towers = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2.text_model"}
-    return tuple(f"{towers[name]}.{pattern}" for name in chosen for pattern in patterns)
+    return tuple(f"{pipeline.TEXT_TOWERS[name]}{each}" for name in chosen for each in patterns)
 
 
 def text_length(pipeline: StableDiffusionPipeline) -> int:
     """Tokens in a prompt of this pipeline."""
-    return context_length(pipeline.tokenizer, pipeline.text_encoder.config.max_position_embeddings)
+    return pipeline.max_length
 
 
 def concept_states(

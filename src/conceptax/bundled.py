@@ -1,7 +1,8 @@
-"""Find the text-to-image model that comes with the package."""
+"""Find what comes with the package: the text-to-image model."""
 
 from pathlib import Path
 
+ASSETS = Path(__file__).parent / "assets"
 
 def bundled_model() -> Path:
     """Folder of the text-to-image model that comes with the package, in the diffusers layout.
@@ -12,7 +13,7 @@ def bundled_model() -> Path:
     Raises:
       FileNotFoundError: this installation lacks it.
     """
-    folder = Path(__file__).parent / "assets" / "glyphs"
+    folder = ASSETS / "glyphs"
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"The bundled model is not in {folder}. Install conceptax again, or build the model "

@@ -636,7 +636,9 @@ def test_the_erased_folder_draws_the_same_in_diffusers(torch, erased):
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(erased).to(dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     drawer = TextToImage.from_pipeline(load_pytorch(erased))
-    latents = np.random.default_rng(1).normal(size=(2, *drawer.latent_shape)).astype(np.float32)
+    latents = (
+        np.random.default_rng(1).normal(size=(2, *drawer.pipeline.latent_shape)).astype(np.float32)
+    )
     prompts = ["a red three on brick", "a blue seven on grass"]
     with torch.no_grad():
         expected = theirs(
@@ -647,14 +649,15 @@ def test_the_erased_folder_draws_the_same_in_diffusers(torch, erased):
             latents=torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
         ).images
 
-    from conceptax.methods.diffusion.text_to_image import jitted_generate, tokenize
+    from conceptax.flax_models.pipelines.tokenizers import tokenize
+    from conceptax.methods.diffusion.text_to_image import jitted_generate
     from conceptax.methods.sampling import make_sampler
 
     actual = jitted_generate(
         drawer.static,
         drawer.params,
-        tokenize(drawer.tokenizer, prompts),
-        tokenize(drawer.tokenizer, [""])[0],
+        tokenize(drawer.pipeline.tokenizer, prompts),
+        tokenize(drawer.pipeline.tokenizer, [""])[0],
         latents,
         make_sampler(drawer.schedule, num_inference_steps=3),
         5.0,

@@ -23,11 +23,9 @@ from conceptax.converters import (
 )
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.formats.personalized import CUSTOM_DIFFUSION, embedding_file
-from conceptax.flax_models.pipelines.stable_diffusion import (
-    StableDiffusionPipeline,
-    embedding_rows,
-    token_ids,
-)
+from conceptax.flax_models.pipelines.new_tokens import embedding_rows
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.tokenizers import token_ids
 from conceptax.methods.memory import flags, require_images
 from conceptax.methods.personalization import METHODS, method_of, personalize
 from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig

@@ -268,6 +268,17 @@ def test_parts_and_options(single, tmp_path):
         load_single_file(tmp_path / "c.safetensors")
 
 
+def test_a_text_encoder_of_clips_tokens_needs_no_tokenizer(single, tmp_path):
+    content = safetensors.numpy.load_file(single)
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    content[name] = np.zeros((49408, content[name].shape[1]), np.float32)
+    safetensors.numpy.save_file(content, tmp_path / "model.safetensors")
+    pipeline = load_pytorch(
+        tmp_path / "model.safetensors", components=["text_encoder", "tokenizer"]
+    )
+    assert pipeline.tokenizer("a photo of a cat").input_ids[1:-1] == [320, 1125, 539, 320, 2368]
+
+
 def test_the_tokenizer_may_lie_beside_the_file(single, repository, tmp_path):
     folder = repository / "src/conceptax/assets/glyphs/tokenizer"
     parts = ["text_encoder", "tokenizer"]

@@ -31,13 +31,9 @@ from conceptax.converters.formats.compvis_names import renamed
 from conceptax.converters.formats.compvis_parts import unet_names_of
 from conceptax.converters.formats.personalized import CUSTOM_DIFFUSION, read_personalization
 from conceptax.converters.tensors import tensor_specs, variables
-from conceptax.flax_models.pipelines.stable_diffusion import (
-    TokenError,
-    add_tokens,
-    expanded,
-    token_ids,
-)
-from conceptax.methods.diffusion.text_to_image import TextToImage, jitted_generate, tokenize
+from conceptax.flax_models.pipelines.new_tokens import add_tokens
+from conceptax.flax_models.pipelines.tokenizers import TokenError, expanded, token_ids, tokenize
+from conceptax.methods.diffusion.text_to_image import TextToImage, jitted_generate
 from conceptax.methods.sampling import make_sampler
 from conceptax.methods.subjects.images import image_files, read_class_folders, read_image
 from conceptax.methods.text.new_tokens import initial_rows

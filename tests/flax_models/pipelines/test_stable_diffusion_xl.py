@@ -14,7 +14,7 @@ from PIL import Image
 from conceptax.cli import main
 from conceptax.converters import inspect_checkpoint, load_pytorch, save_pytorch
 from conceptax.converters.verification import verify
-from conceptax.flax_models.pipelines.stable_diffusion import add_tokens
+from conceptax.flax_models.pipelines.new_tokens import add_tokens
 from conceptax.flax_models.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from conceptax.methods.diffusion import text_to_image as t2i
 from conceptax.methods.text.phrases import encode_phrases
@@ -87,15 +87,11 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(
     )
     assert np.abs(images - np.round(expected * 255)).max() <= 1
 
-    def ids(texts):
-        tokenizers = (drawer.tokenizer, drawer.tokenizer_2)
-        return np.stack([t2i.tokenize(tokenizer, texts) for tokenizer in tokenizers], axis=1)
-
     received = t2i.jitted_generate(
         drawer.static,
         drawer.params,
-        ids(PROMPTS),
-        np.zeros(0, np.int32) if negative is None else ids([negative]),
+        drawer.pipeline.tokenize(PROMPTS),
+        np.zeros(0, np.int32) if negative is None else drawer.pipeline.tokenize([negative]),
         latents,
         t2i.make_sampler(drawer.schedule, num_inference_steps=STEPS),
         3.0,

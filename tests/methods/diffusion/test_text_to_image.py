@@ -17,11 +17,12 @@ from conceptax.converters import load_pytorch
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from conceptax.flax_models.pipelines.tokenizers import tokenize
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.methods import memory
 from conceptax.methods.diffusion import text_to_image as t2i
 from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
-from conceptax.methods.sampling import make_sampler
+from conceptax.methods.sampling import NoiseSchedule, make_sampler
 from conceptax.methods.training import make_mesh
 
 PROMPTS = ["a red three on brick", "a blue seven", "a green zero on grass"]
@@ -140,8 +141,8 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(torch, referenc
     assert expected.std() > 0.01
 
     sampler = make_sampler(drawer.schedule, kind, num_inference_steps=STEPS)
-    ids = t2i.tokenize(drawer.tokenizer, PROMPTS[:2])
-    negative = t2i.tokenize(drawer.tokenizer, ["grass"])[0]
+    ids = tokenize(drawer.pipeline.tokenizer, PROMPTS[:2])
+    negative = tokenize(drawer.pipeline.tokenizer, ["grass"])[0]
     actual = t2i.jitted_generate(
         drawer.static, drawer.params, ids, negative, latents, sampler, 3.0, keys=None
     )
@@ -160,7 +161,7 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(torch, referenc
     assert np.abs(images - np.round(expected * 255)).max() <= 1
 
 
-def test_schedules_are_corrected_as_diffusers_corrects_them(torch, reference):
+def test_schedules_are_corrected_as_diffusers_corrects_them(torch, reference, pipeline):
     import diffusers
 
     theirs, _ = reference
@@ -170,7 +171,8 @@ def test_schedules_are_corrected_as_diffusers_corrects_them(torch, reference):
             **{**theirs.components, "scheduler": diffusers.DDIMScheduler.from_config(old)},
             requires_safety_checker=False,
         ).scheduler.config
-    schedule = t2i.stable_diffusion_schedule(old)
+    ours = dataclasses.replace(pipeline, scheduler_config=old)
+    schedule = NoiseSchedule.from_config(ours.schedule_config)
     assert (schedule.steps_offset, schedule.clip_sample) == (1, False)
     assert (fixed["steps_offset"], fixed["clip_sample"]) == (1, False)
 
@@ -204,7 +206,9 @@ folder, file, prompts = sys.argv[1], sys.argv[2], sys.argv[3:]
 drawer = t2i.TextToImage.from_pipeline(load_pytorch(folder))
 np.savez(
     file,
-    noise=t2i.initial_noise(t2i.image_keys(7, np.arange(len(prompts))), drawer.latent_shape),
+    noise=t2i.initial_noise(
+        t2i.image_keys(7, np.arange(len(prompts))), drawer.pipeline.latent_shape
+    ),
     images=drawer(prompts, seed=7, num_inference_steps=2, batch_size=3),
 )
 """
@@ -224,9 +228,9 @@ def test_images_do_not_depend_on_the_devices(pipeline, drawer, tmp_path):
         env=os.environ | {"XLA_FLAGS": flags},
     )
     one = np.load(tmp_path / "one.npz")
-    noise = t2i.initial_noise(t2i.image_keys(7, np.arange(10)), drawer.latent_shape)
+    noise = t2i.initial_noise(t2i.image_keys(7, np.arange(10)), drawer.pipeline.latent_shape)
     np.testing.assert_array_equal(noise, one["noise"])
-    half = t2i.initial_noise(t2i.image_keys(7, np.arange(5, 10)), drawer.latent_shape)
+    half = t2i.initial_noise(t2i.image_keys(7, np.arange(5, 10)), drawer.pipeline.latent_shape)
     np.testing.assert_array_equal(noise[5:], half)
 
     options = {"seed": 7, "num_inference_steps": 2, "batch_size": 2}
@@ -252,9 +256,9 @@ def test_edited_and_equal_pipelines_share_the_compiled_program(drawer, tokenizer
 def test_guidance_combines_the_two_predictions(drawer):
     """g = 1 is the conditional model; the sampler's input x enters both halves."""
     sampler = make_sampler(drawer.schedule, num_inference_steps=STEPS)
-    ids = t2i.tokenize(drawer.tokenizer, PROMPTS[:2])
-    negative = t2i.tokenize(drawer.tokenizer, [""])[0]
-    noise = t2i.initial_noise(t2i.image_keys(0, np.arange(2)), drawer.latent_shape)
+    ids = tokenize(drawer.pipeline.tokenizer, PROMPTS[:2])
+    negative = tokenize(drawer.pipeline.tokenizer, [""])[0]
+    noise = t2i.initial_noise(t2i.image_keys(0, np.arange(2)), drawer.pipeline.latent_shape)
     arguments = (drawer.static, drawer.params, ids)
     plain = t2i.jitted_generate(*arguments, None, noise, sampler, 1.0, keys=None)
     one = t2i.jitted_generate(*arguments, negative, noise, sampler, 1.0, keys=None)
@@ -285,14 +289,14 @@ def test_fresh_noise_belongs_to_the_image(drawer):
 
 def test_long_prompts_are_cut_with_a_warning_that_names_the_rest(drawer):
     with pytest.warns(UserWarning, match=r"is 42 tokens long .* reads 20; ignored: 'three"):
-        ids = t2i.tokenize(drawer.tokenizer, ["three " * 40, "three"])
+        ids = tokenize(drawer.pipeline.tokenizer, ["three " * 40, "three"])
     assert ids.shape == (2, 20) and ids.dtype == np.int32
-    assert ids[0, -1] == drawer.tokenizer.eos_token_id
+    assert ids[0, -1] == drawer.pipeline.tokenizer.eos_token_id
     np.testing.assert_array_equal(
         ids[1, :3],
-        [drawer.tokenizer.bos_token_id, ids[0, 1], drawer.tokenizer.eos_token_id],
+        [drawer.pipeline.tokenizer.bos_token_id, ids[0, 1], drawer.pipeline.tokenizer.eos_token_id],
     )
-    assert t2i.tokenize(drawer.tokenizer, ["three"], max_length=5).shape == (1, 5)
+    assert tokenize(drawer.pipeline.tokenizer, ["three"], max_length=5).shape == (1, 5)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +318,7 @@ def test_wrong_calls_say_what_is_accepted(drawer, options, message):
 
 
 def test_token_ids_take_the_place_of_texts(drawer, tokenizer):
-    ids = t2i.tokenize(tokenizer, PROMPTS)
+    ids = tokenize(tokenizer, PROMPTS)
     np.testing.assert_array_equal(draw(drawer, ids.astype(np.int64)), draw(drawer))
     for wrong in (ids[:, :-1], ids + len(tokenizer), -ids):
         with pytest.raises(ValueError, match=r"token ids must be \[N, 20\], from 0 to"):
@@ -338,7 +342,7 @@ def test_a_pair_of_sizes_is_height_and_width(pipeline):
         config = UNet2DConditionConfig(**UNET | sizes)
         unet = nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0)))
         replaced = dataclasses.replace(pipeline, unet=unet)
-        return t2i.TextToImage.from_pipeline(replaced).latent_shape
+        return t2i.TextToImage.from_pipeline(replaced).pipeline.latent_shape
 
     assert shape(sample_size=(6, 8)) == (6, 8, 4)
     assert shape(sample_size=5) == (5, 5, 4)

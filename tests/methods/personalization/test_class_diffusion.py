@@ -11,7 +11,8 @@ from personalizing_toy import pictures, subject, tiny_pipeline
 
 from conceptax.converters.tensors import tensor_specs
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
-from conceptax.flax_models.pipelines.stable_diffusion import TokenError, add_tokens, token_ids
+from conceptax.flax_models.pipelines.new_tokens import add_tokens
+from conceptax.flax_models.pipelines.tokenizers import TokenError, token_ids
 from conceptax.methods.personalization import METHODS, method_of, personalize
 from conceptax.methods.personalization import class_diffusion as cd
 from conceptax.methods.sampling import add_noise

@@ -13,7 +13,7 @@ from erasing_toy import tiny_pipeline
 from flax import nnx
 
 from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.flax_models.pipelines.stable_diffusion import add_tokens
+from conceptax.flax_models.pipelines.new_tokens import add_tokens
 from conceptax.methods.red_team import (
     ATTACKS,
     ConceptInversionConfig,
