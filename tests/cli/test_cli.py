@@ -580,7 +580,7 @@ def test_a_command_stops_at_once_and_leaves_nothing(seconds, tmp_path):
 @pytest.mark.parametrize("steps", [[], ["12"]])
 def test_a_signal_leaves_checkpoints_alone_that_hold_a_step(steps, tmp_path):
     out = tmp_path / "deep" / "out"
-    command = types.SimpleNamespace(checkpoint_dir=None, checkpoint_every=9, output=out)
+    command = types.SimpleNamespace(checkpoint_dir=None, checkpoint_every=9, output=out, mesh=None)
     with kept_run(command, 20) as kept:
         assert kept.directory is not None
         for name in ("12.orbax-checkpoint-tmp", *steps):  # the first one was being written

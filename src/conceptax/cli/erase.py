@@ -16,7 +16,6 @@ from conceptax.cli.options import (
     OptionalPath,
     chosen,
     concepts_in,
-    device_mesh,
 )
 from conceptax.cli.runs import kept_run, new_folder
 from conceptax.converters.files.output import CHECKPOINT_FILES
@@ -84,7 +83,6 @@ def run(command: Command[Any]) -> None:
     method, settings = METHODS[command.method], command.settings
     _check_options(command, method)
     retain = None if command.retain is None else read_phrases(command.retain)
-    mesh = device_mesh(command.mesh)
     with (
         kept_run(command, settings.cycles if method.trains else 0) as kept,
         new_folder(command, markers=(*CHECKPOINT_FILES, RECORD)) as folder,
@@ -104,7 +102,6 @@ def run(command: Command[Any]) -> None:
             source=str(command.model or "bundled"),
             export=command.export,
             dtype=command.dtype,
-            mesh=mesh,
             kept=kept,
         )
     names = ", ".join(repr(concept) for concept in concepts)

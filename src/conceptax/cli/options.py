@@ -37,13 +37,6 @@ Mesh = Annotated[
 ]
 
 
-def device_mesh(sizes: tuple[int, int] | None) -> Any:
-    """The mesh of a `Mesh` option; without one, `training.train` decides."""
-    from conceptax.methods.training import make_mesh
-
-    return None if sizes is None else make_mesh(*sizes)
-
-
 def concepts_in(given: Sequence[str]) -> list[str]:
     """The concepts to erase that arguments name, each once; one ending in .txt is a file of them.
 

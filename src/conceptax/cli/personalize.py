@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 import conceptax
-from conceptax.cli.options import CheckpointDir, Mesh, Model, OptionalPath, chosen, device_mesh
+from conceptax.cli.options import CheckpointDir, Mesh, Model, OptionalPath, chosen
 from conceptax.cli.runs import kept_run, new_folder
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.formats.personalized import embedding_file
@@ -102,7 +102,6 @@ def run(command: Command[Any]) -> None:
     subjects = [] if folders else _subjects(command)
     for token in (*command.token, *(subject.token for subject in subjects)):
         embedding_file(token)  # a token that cannot be a file's name is told now
-    mesh = device_mesh(command.mesh)
     method = METHODS[command.method]
     markers = (*CHECKPOINT_FILES, RECORD)
     named = [] if command.concepts is None else named_folders(command.concepts)
@@ -125,7 +124,6 @@ def run(command: Command[Any]) -> None:
             source=str(command.model or "bundled"),
             export=command.export,
             dtype=command.dtype,
-            mesh=mesh,
             kept=kept,
         )
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)

@@ -93,27 +93,32 @@ def _sources_of(command: Any) -> list[Path]:
 
 @contextlib.contextmanager
 def kept_run(command: Any, steps: int) -> Iterator[Kept]:
-    """The checkpoints of a command: in --checkpoint-dir, or beside the output until that is there.
+    """How a command's training is run: its checkpoints and, of --mesh, its devices.
 
+    The checkpoints are in --checkpoint-dir, or beside the output until that is there.
     Entered before the output is claimed, and left after that is in place. Those beside the output
     are few and small for a short run: one is kept, and the last step only of a run that is longer
     than --checkpoint-every.
 
     Args:
-      command: with output, checkpoint_dir, checkpoint_every.
+      command: with output, checkpoint_dir, checkpoint_every, mesh.
       steps: of the training; 0 for none.
 
     Raises:
       ValueError: --checkpoint-every is negative, or is 0 while there is a --checkpoint-dir.
     """
+    from conceptax.methods.training import make_mesh
+
     given, every = command.checkpoint_dir, command.checkpoint_every
     if every < 0 or (every == 0 and given is not None):
         raise ValueError(
             f"--checkpoint-every takes a number of steps, received {every}; 0 keeps no "
             "checkpoints, and goes without --checkpoint-dir."
         )
+    # Without a mesh, `training.train` decides.
+    devices = {"mesh": None if command.mesh is None else make_mesh(*command.mesh)}
     if given is not None or not (every and steps):
-        yield Kept(given, every)
+        yield Kept(given, every, devices)
         return
     output = Path(os.path.abspath(command.output.expanduser()))
     directory = output.with_name(f".{output.name or 'output'}.checkpoints")
@@ -124,7 +129,7 @@ def kept_run(command: Any, steps: int) -> Iterator[Kept]:
 
     try:
         with temporary(directory, made[1:], worth_keeping):
-            yield Kept(directory, every, {"keep": 1, "save_last": steps > every})
+            yield Kept(directory, every, {"keep": 1, "save_last": steps > every} | devices)
     except BaseException:
         if not worth_keeping():
             _discard(directory)

@@ -15,7 +15,6 @@ from conceptax.cli.options import (
     OptionalInt,
     OptionalModel,
     OptionalPath,
-    device_mesh,
 )
 from conceptax.cli.runs import kept_run, new_folder, settings_of
 from conceptax.converters import save_maft_plus, save_pytorch
@@ -121,7 +120,6 @@ def train(command: Train) -> None:
     if command.export == "pth" and importlib.util.find_spec("torch") is None:
         raise ValueError("--export pth needs torch; install conceptax[torch], or take safetensors.")
     vocabulary, settings = Vocabulary.named(command.vocabulary), command.settings
-    mesh = device_mesh(command.mesh)
     with (
         kept_run(command, settings.steps) as kept,
         new_folder(command, markers=(*CHECKPOINT_FILES, RECORD)) as folder,
@@ -157,7 +155,7 @@ def train(command: Train) -> None:
             "settings": settings_of(settings),
         }
         run = Run(folder, RECORD, record)
-        with run.training(kept, mesh=mesh, rules=RULES["MaftPlus"]) as options:
+        with run.training(kept, rules=RULES["MaftPlus"]) as options:
             trained = fit(
                 model,
                 rows,

@@ -34,7 +34,6 @@ def erase_into(
     retain: Sequence[str] | Retained | None = None,
     export: Export = "pipeline",
     dtype: str = "float32",
-    mesh: Any = None,
     kept: Kept = NOT_KEPT,
 ) -> StableDiffusionPipeline:
     """Erase, write the result and its record into an empty `folder`, and return the pipeline.
@@ -46,7 +45,7 @@ def erase_into(
       source: what to call the model in the record.
       export: what to write.
       dtype: what the pipeline computes in.
-      mesh, kept: of the training loop.
+      kept: how the training is run.
     """
     method = method_of(config)
     edits = (method.edits,)
@@ -73,7 +72,7 @@ def erase_into(
         record["words_beside_the_concept"] = words
     run = Run(folder, RECORD, record)
     rules = RULES["StableDiffusionPipeline"]
-    with run.training(kept, mesh=mesh, rules=rules) if method.trains else run.timed() as options:
+    with run.training(kept, rules=rules) if method.trains else run.timed() as options:
         edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
     parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
     edited = dataclasses.replace(edited, **parts)

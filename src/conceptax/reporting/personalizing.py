@@ -42,7 +42,6 @@ def personalize_into(
     source: str,
     export: Export = "pipeline",
     dtype: str = "float32",
-    mesh: Any = None,
     kept: Kept = NOT_KEPT,
 ) -> StableDiffusionPipeline:
     """Learn, write the result and its record into an empty `folder`, and return the pipeline.
@@ -54,7 +53,7 @@ def personalize_into(
       source: what to call the model in the record.
       export: what to write.
       dtype: what the pipeline computes in.
-      mesh, kept: of the training loop.
+      kept: how the training is run.
     """
     one_encoder = len(pipeline.TOKENIZERS) == 1
     if export != "pipeline" and not one_encoder:
@@ -74,7 +73,7 @@ def personalize_into(
     }
     run = Run(folder, RECORD, record)
     rules = RULES["StableDiffusionPipeline"]
-    with run.training(kept, mesh=mesh, rules=rules, length="steps") as options:
+    with run.training(kept, rules=rules, length="steps") as options:
         learnt = personalize(pipeline, concepts, config, seed=seed, **options)
     if export == "pipeline":
         save_pytorch(learnt, folder)
@@ -118,10 +117,12 @@ def complete_class_images(
     steps: int = 50,
     guidance: float = 6.0,
 ) -> int:
-    """Draw images until every folder has `count`.
+    """Draw images for prior preservation until every folder has `count`.
 
-    Image n of a folder is drawn from the noise of the seed's image n, by DDIM with eta 1, so a
-    folder that was completed in two runs holds what one run would have drawn.
+    As in Custom Diffusion (arXiv 2212.04488, section 3.2, with generated images) the model itself
+    says, before it is trained, what the class looks like. Image n of a folder is drawn from the
+    noise of the seed's image n, by DDIM with eta 1, so a folder that was completed in two runs
+    holds what one run would have drawn.
 
     Args:
       pipeline: the model before it is personalized.

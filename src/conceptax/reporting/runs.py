@@ -19,10 +19,10 @@ LOG = "training.jsonl"
 
 
 class Kept(NamedTuple):
-    """Where a training keeps its checkpoints, and how often; nowhere where `directory` is None.
+    """How a training is run, which is not what it computes.
 
     Attributes:
-      directory: of the checkpoints, and of the record and the log beside them.
+      directory: of the checkpoints, and of the record and the log beside them; None keeps none.
       every: steps between them.
       options: more for `conceptax.methods.training.train`.
     """
@@ -39,7 +39,7 @@ class Run:
     """A result in the making: a folder, its record, and the log of the training in it.
 
         run = Run(folder, "erasing.json", {"method": …, "settings": …})
-        with run.training(kept, mesh=mesh, rules=rules) as options:
+        with run.training(kept, rules=rules) as options:
             trained = train(…, **options)
         … save what was trained into the folder …
         run.write(last="last_cycle")
@@ -56,16 +56,16 @@ class Run:
 
     @contextlib.contextmanager
     def training(
-        self, kept: Kept, *, mesh: Any, rules: Any, length: str | None = None
+        self, kept: Kept, *, rules: Any, length: str | None = None
     ) -> Iterator[dict[str, Any]]:
         """Options of the loop that trains in the block; then its log and how long it took.
 
         Args:
           kept: where its checkpoints are, which are claimed for what the record holds by now.
-          mesh, rules: how it is spread over devices.
+          rules: of sharding.
           length: as for `claim_run`.
         """
-        options: dict[str, Any] = {"mesh": mesh, "rules": rules}
+        options: dict[str, Any] = {"rules": rules, **kept.options}
         with contextlib.ExitStack() as stack:
             logs = kept.directory
             if logs is None:
@@ -73,7 +73,7 @@ class Run:
                 stack.enter_context(temporary(logs))
             else:
                 claim_run(logs / self.name, self.record, length=length)
-                options |= {"checkpoint_dir": logs, "checkpoint_every": kept.every, **kept.options}
+                options |= {"checkpoint_dir": logs, "checkpoint_every": kept.every}
             log = logs / LOG
             with self.timed():
                 yield options | {"metrics_path": log}

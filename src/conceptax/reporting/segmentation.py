@@ -32,7 +32,7 @@ def segment_into(
     things: Collection[int],
     least_score: float = 0.2,
     info: Mapping[str, Any],
-) -> Int[np.ndarray, " K+1"]:
+) -> Int[np.ndarray, " C"]:
     """Look at images, and write into an empty `folder` what `conceptax segment run` promises.
 
     Args:
@@ -45,7 +45,7 @@ def segment_into(
       info: about the run, for panoptic.json.
 
     Returns:
-      pixels of each class, and of none.
+      pixels of each class and, last, of none: C is K + 1.
     """
     colors, void = class_colors(len(vocabulary)), len(vocabulary)
     pixels = np.zeros(void + 1, np.int64)
