@@ -6,8 +6,6 @@ what is refused could not have worked; what is not refused may still be too larg
 
 import contextlib
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,23 +138,6 @@ def require_unet_memory(pipeline: Any, rows: int, what: str, remedy: str) -> Non
     height, width = unet.config.latent_size
     needed = unet_bytes(unet.config, rows, height, width, unet.dtype)
     require_memory(needed, what, remedy, spread=True)
-
-
-@contextlib.contextmanager
-def flags(names: Iterable[str], others: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Errors of memory name the flags that a command has in place of arguments.
-
-    Args:
-      names: arguments whose flags are called like them.
-      others: argument -> flag.
-    """
-    known = {name: "--" + name.replace("_", "-") for name in names} | dict(others or {})
-    try:
-        yield
-    except NotEnoughMemoryError as error:
-        pattern = r"\b(" + "|".join(map(re.escape, known)) + r")\b"
-        text = re.sub(pattern, lambda found: known[found[0]], str(error))
-        raise NotEnoughMemoryError(text) from error
 
 
 def _free_in_machine() -> int | None:

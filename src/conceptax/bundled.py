@@ -4,6 +4,7 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 
+
 def bundled_model() -> Path:
     """Folder of the text-to-image model that comes with the package, in the diffusers layout.
 

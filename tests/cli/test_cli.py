@@ -3,7 +3,6 @@
 import ast
 import codecs
 import errno
-import importlib
 import json
 import os
 import re
@@ -23,7 +22,8 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli import _MODULES, COMMANDS, main
+from conceptax.cli import main
+from conceptax.cli.commands import COMMANDS, load, module_name
 from conceptax.cli.failures import in_flags, sentence
 from conceptax.cli.options import flags
 from conceptax.cli.runs import kept_run
@@ -384,14 +384,10 @@ def test_text_files_of_people(tmp_path, capsys):
 
 def command_types(name):
     """The dataclasses that a command's flags can come from."""
-    word, *second = name.split()
-    module = importlib.import_module(f"conceptax.cli.{_MODULES.get(name, word)}")
-    if hasattr(module, "COMMANDS"):
-        return [module.COMMANDS[second[0]]]
-    if not hasattr(module, "command_type"):
-        return [module.Command]
+    if not hasattr(load(name, [])[0], "command_type"):
+        return [load(name, [])[1]]
     methods = ("", *METHODS, "class-diffusion", "dreambooth", "custom-diffusion")
-    return [module.command_type([f"--method={method}"]) for method in methods]
+    return [load(name, [f"--method={method}"])[1] for method in methods]
 
 
 def flags_of(name):
@@ -430,8 +426,7 @@ def test_messages_mention_flags_that_exist(repository):
             commands = [
                 name
                 for name in COMMANDS
-                if room.endswith("cli")
-                and _MODULES.get(name, name.split()[0]) in (file.stem, file.parent.name)
+                if room.endswith("cli") and module_name(name) in (file.stem, file.parent.name)
             ]
             here = always.union(*(own[name] for name in commands)) if commands else every
             for text in strings(ast.parse(file.read_text())):
@@ -585,7 +580,7 @@ def test_a_command_stops_at_once_and_leaves_nothing(seconds, tmp_path):
 @pytest.mark.parametrize("steps", [[], ["12"]])
 def test_a_signal_leaves_checkpoints_alone_that_hold_a_step(steps, tmp_path):
     out = tmp_path / "deep" / "out"
-    command = types.SimpleNamespace(checkpoint_dir=None, checkpoint_every=9, output=out)
+    command = types.SimpleNamespace(checkpoint_dir=None, checkpoint_every=9, output=out, mesh=None)
     with kept_run(command, 20) as kept:
         assert kept.directory is not None
         for name in ("12.orbax-checkpoint-tmp", *steps):  # the first one was being written
@@ -1126,6 +1121,7 @@ def test_a_built_model_is_written_measured_and_described(model, tmp_path):
     from conceptax.cli import glyphs
     from conceptax.flax_models.clip import CLIPModel
     from conceptax.methods.glyphs.judge import load_judge
+    from conceptax.reporting.glyphs import quality_table
 
     tokenizer = build_tokenizer()
     config = recipe.clip_config(
@@ -1143,7 +1139,7 @@ def test_a_built_model_is_written_measured_and_described(model, tmp_path):
     ]
     assert all(found["digit"]["of"] == 16 for found in quality["sets"].values())
     card = (tmp_path / "README.md").read_text()
-    assert glyphs.quality_table(quality) in card and "| roman |" in card
+    assert quality_table(quality) in card and "| roman |" in card
     assert type(load_pytorch(tmp_path / "clip")).__name__ == "CLIPModel"
     assert tensors_of(tmp_path / "clip")["clip/logit_scale"].dtype == np.float16
     assert load_judge(tmp_path / "judge").measured == judge.measured

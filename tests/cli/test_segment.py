@@ -13,7 +13,6 @@ from PIL import Image
 from segmentation_oracles import random_model
 
 from conceptax.cli import main
-from conceptax.cli.loading import load_open_clip_model
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, save_pytorch
 from conceptax.converters.formats.segmentation import TEACHER
 from conceptax.converters.tokenizer import write_tokenizer
@@ -29,6 +28,7 @@ from conceptax.methods.segmentation.metrics import confusion_matrix, semantic_qu
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.training import RULES, make_mesh
+from conceptax.reporting.models import load_open_clip_model
 from conceptax.reporting.overlay import class_colors, overlay
 
 WORDS = "three, trio; brick; grass"

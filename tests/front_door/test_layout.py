@@ -33,7 +33,7 @@ def test_every_public_module_is_in_the_api_pages(repository):
 
 # Modules that no test imports and none is named for: what runs them.
 RUNS = {
-    "cli/test_cli.py": ("text", "reporting.demo", "reporting.erasing"),
+    "cli/test_cli.py": ("text", "reporting.demo", "reporting.runs"),
     "cli/test_segment.py": (
         "methods.segmentation.evaluation",
         "methods.segmentation.segmenter",
@@ -71,10 +71,10 @@ RUNS = {
         "kernels.gna.backends.triton_geometry",
         "kernels.gna.backends.triton_kernels",
     ),
-    "kernels/gna/test_simulator.py": ("reporting.gna_pictures",),
+    "kernels/gna/test_simulator.py": ("reporting.gna_pictures", "reporting.gna_tables"),
     "methods/erasing/test_erasing.py": ("methods.settings", "methods.text"),
     "methods/erasing/test_sage.py": ("methods.vectors",),
-    "methods/evaluation/test_evaluation.py": ("reporting.evaluation",),
+    "methods/evaluation/test_evaluation.py": ("reporting.evaluating", "reporting.evaluation"),
     "methods/personalization/test_class_diffusion.py": (
         "methods.class_diffusion",
         "methods.personalization.baselines",

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptax.cli.runs import new_file
 from conceptax.converters import OutputError
+from conceptax.converters.files.output import atomic_file
 from conceptax.reporting.pictures import (
     HIT,
     MISS,
@@ -153,22 +153,19 @@ def test_proportions_read_well():
 
 def test_new_files_appear_only_when_complete(tmp_path):
     target = tmp_path / "deeper" / "x.txt"
-    with pytest.raises(RuntimeError), new_file(target, force=False) as file:
+    with pytest.raises(RuntimeError), atomic_file(target) as file:
         file.write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with new_file(target, force=False) as file:
+    with atomic_file(target) as file:
         file.write_text("one")
         assert not target.exists()
-    with pytest.raises(OutputError, match="already exists"), new_file(target, force=False):
+    with pytest.raises(OutputError, match="already exists"), atomic_file(target):
         pass
-    with new_file(target, force=True) as file:
+    with atomic_file(target, force=True) as file:
         file.write_text("two")
     assert target.read_text() == "two" and list(target.parent.iterdir()) == [target]
-    with (
-        pytest.raises(OutputError, match="No space left"),
-        new_file(tmp_path / "full.txt", force=False),
-    ):
+    with pytest.raises(OutputError, match="No space left"), atomic_file(tmp_path / "full.txt"):
         raise OSError(28, "No space left on device")
     assert not (tmp_path / "full.txt").exists()
 

@@ -1,12 +1,14 @@
 """`conceptax convert`: load a checkpoint and write it again."""
 
 import dataclasses
+import importlib.util
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import OptionalFloat, OptionalInt, OptionalPath
+from conceptax.cli.options import HUB, OptionalFloat, OptionalInt, OptionalModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +50,17 @@ class Command:
       force: replace an earlier checkpoint at DEST.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, HUB]
     dest: Annotated[Path, tyro.conf.Positional]
     form: Literal["folder", "single", "changes", "lora"] = "folder"
-    add: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    add: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], HUB] = ()
     add_scale: float = 1.0
-    original: OptionalPath = None
+    original: OptionalModel = None
     rank: OptionalInt = None
     energy: OptionalFloat = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     shard_size: str = "10GB"
-    tokenizer: OptionalPath = None
+    tokenizer: OptionalModel = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     verify: bool = False
     force: bool = False
@@ -69,14 +71,9 @@ def run(command: Command) -> None:
     from conceptax.cli.runs import new_file, new_folder
 
     _check(command)
-    if command.form == "folder":
-        with new_folder(command.dest, force=command.force, command=command) as folder:
-            model = _alone(command, _read(command))
-            _write_folder(command, model, folder)
-    else:
-        with new_file(command.dest, force=command.force, command=command) as file:
-            model = _read(command)
-            _write_file(command, model, file)
+    claim, write = (new_folder, _folder) if command.form == "folder" else (new_file, _file)
+    with claim(command, command.dest) as place:
+        model = write(command, _read(command), place)
     files = [command.dest, *command.dest.rglob("*")]
     size = sum(file.stat().st_size for file in files if file.is_file())
     print(f"{command.dest}: {type(model).__name__}, {size / 1e6:.1f} MB")
@@ -95,23 +92,13 @@ def _check(command: Command) -> None:
         raise ValueError("--add-scale 0 adds nothing: pass another scale, or leave out --add.")
     if command.verify and command.form != "folder":
         raise ValueError("--verify is for --form folder, which PyTorch's libraries load.")
-    if command.verify:
-        _needs_torch()
-
-
-def _needs_torch() -> None:
-    import importlib.util
-
-    lost = [
-        n for n in ("torch", "diffusers", "transformers") if importlib.util.find_spec(n) is None
-    ]
-    if lost:
-        raise ValueError(
-            f"--verify needs {', '.join(lost)}: install conceptax[torch] and diffusers."
-        )
+    needed = ("torch", "diffusers", "transformers") if command.verify else ()
+    if lost := ", ".join(name for name in needed if importlib.util.find_spec(name) is None):
+        raise ValueError(f"--verify needs {lost}: install conceptax[torch] and diffusers.")
 
 
 def _read(command: Command) -> Any:
+    """The source, with what is added to it."""
     from conceptax.converters.formats.lora import holds_lora
     from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
@@ -126,7 +113,12 @@ def _read(command: Command) -> Any:
     if command.add_scale != 1 and not any(map(holds_lora, command.add)):
         raise ValueError("--add-scale is for LoRA files, and --add names none.")
     for addition in command.add:
-        model = _merged(model, addition, command.add_scale)
+        from conceptax.reporting.models import merged
+
+        before, model = model.tokenizer, merged(model, addition, command.add_scale)
+        if model.tokenizer is not before:
+            new = model.tokenizer.get_added_vocab().keys() - before.get_vocab().keys()
+            print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")
     return model
 
 
@@ -156,8 +148,6 @@ def _alone(command: Command, model: Any) -> Any:
     if len(parts) > 1:
         return model
     if model.scheduler_config.get("prediction_type", "epsilon") != "epsilon":
-        import warnings
-
         warnings.warn(
             f"{command.source} tells that its UNet predicts velocities (v_prediction), for which "
             "the folder of one component has no place: set it in the pipeline's scheduler.",
@@ -166,25 +156,10 @@ def _alone(command: Command, model: Any) -> Any:
     return parts[0]
 
 
-def _merged(pipeline: Any, addition: Path, scale: float) -> Any:
-    from conceptax.converters import load_personalized, merge_lora
-    from conceptax.converters.formats.lora import holds_lora
-    from conceptax.converters.formats.personalized import personalized_files
-
-    if holds_lora(addition):
-        pipeline = merge_lora(pipeline, addition, scale)
-        if personalized_files(addition) in ([], [addition.expanduser()]):
-            return pipeline
-    merged = load_personalized(pipeline, addition)
-    if merged.tokenizer is not pipeline.tokenizer:
-        new = merged.tokenizer.get_added_vocab().keys() - pipeline.tokenizer.get_vocab().keys()
-        print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")
-    return merged
-
-
-def _write_folder(command: Command, model: Any, folder: Path) -> None:
+def _folder(command: Command, model: Any, folder: Path) -> Any:
     from conceptax.converters import save_pytorch
 
+    model = _alone(command, model)
     save_pytorch(model, folder, dtype=command.dtype, max_shard_size=command.shard_size)
     if command.verify:
         from conceptax.converters.verification import verify
@@ -192,42 +167,35 @@ def _write_folder(command: Command, model: Any, folder: Path) -> None:
         for name, difference in verify(model, folder).items():
             told = "not compared" if difference is None else f"{difference:.1e}"
             print(f"{name}: largest relative difference between JAX and PyTorch: {told}")
+    return model
 
 
-def _write_file(command: Command, model: Any, file: Path) -> None:
+def _file(command: Command, model: Any, file: Path) -> Any:
     from conceptax.converters import save_changes, save_lora, save_single_file
+    from conceptax.converters.errors import listing
     from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
+    whole = isinstance(model, StableDiffusionPipeline)
     if command.form == "single":
-        if not isinstance(model, StableDiffusionPipeline):
+        if not whole:
             raise ValueError(f"{command.source} is one component; --form single takes a pipeline.")
         save_single_file(model, file, dtype=command.dtype, force=True)
-        return
+        return model
     assert command.original is not None
     original = _mapped(command.original, command.dtype)
     if command.form == "changes":
-        if isinstance(model, StableDiffusionPipeline) or type(model) is not type(original):
+        if whole or type(model) is not type(original):
             raise ValueError(
                 "--form changes compares one component: pass the folders of two UNets, or of two "
                 "text encoders."
             )
         keys = save_changes(model, original, file, dtype=command.dtype)
         print(f"{len(keys)} tensors differ")
-        return
-    summary = save_lora(
-        model,
-        original,
-        file,
-        rank=command.rank,
-        energy=command.energy,
-        dtype=command.dtype,
-        force=True,
-    )
-    ranks = sorted(summary.ranks.values())
-    print(
-        f"{len(ranks)} modules, rank {ranks[0]} to {ranks[-1]}, relative error {summary.error:.1e}"
-    )
+        return model
+    options = {"rank": command.rank, "energy": command.energy, "dtype": command.dtype}
+    summary = save_lora(model, original, file, force=True, **options)
+    ranks, error = sorted(summary.ranks.values()), f"relative error {summary.error:.1e}"
+    print(f"{len(ranks)} modules, rank {ranks[0]} to {ranks[-1]}, {error}")
     if summary.left_out:
-        from conceptax.converters.errors import listing
-
         print(f"left out, because a LoRA cannot hold them: {listing(summary.left_out)}")
+    return model

@@ -11,39 +11,20 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table as PrintedTable
 
 import conceptax
-from conceptax.cli.erase import erase_into
 from conceptax.cli.options import Model
-from conceptax.cli.runs import new_folder
+from conceptax.cli.runs import new_folder, teller
 from conceptax.converters import load_pytorch
 from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.glyphs.judge import load_judge
-from conceptax.methods.glyphs.quality import (
-    erasure_figures,
-    erasure_prompts,
-    examine_all,
-)
+from conceptax.methods.glyphs.quality import erasure_figures, erasure_prompts, examine_all
 from conceptax.methods.memory import require_images
-from conceptax.reporting.demo import (
-    ASKED,
-    CONCEPT,
-    KEPT,
-    Look,
-    demo_grid,
-    demo_page,
-    figure_label,
-    shown_figures,
-)
-from conceptax.reporting.erasing import erasing_record, near_tables
+from conceptax.reporting.demo import ASKED, CONCEPT, KEPT, Look, demo_grid, demo_page, demo_table
+from conceptax.reporting.erasing import erase_into, erasing_record, near_tables
 from conceptax.reporting.pictures import png_bytes, save_png
-from conceptax.reporting.report import (
-    interval,
-    share,
-)
-from conceptax.reporting.results import environment
+from conceptax.reporting.results import METRICS, environment
 from conceptax.text import write_json
 
 _PER_PROMPT = 2  # images of each prompt in the grid
@@ -88,55 +69,66 @@ def run(command: Command) -> None:
     if command.images < 1:
         raise ValueError(f"--images must be at least 1, received {command.images}.")
     require_images(6 * command.images, "take fewer --images")
-    console, progress = Console(), Console(stderr=True)
-    seconds: dict[str, float] = {}
+    tell, seconds, model = teller(), dict[str, float](), str(command.model or "bundled")
 
     @contextlib.contextmanager
     def stage(name: str, text: str) -> Iterator[None]:
-        progress.print(f"{text} …", highlight=False)
+        tell(text)
         began = time.perf_counter()
         yield
         seconds[name] = round(time.perf_counter() - began, 1)
 
-    with new_folder(
-        command.output, force=command.force, command=command, markers=["metrics.json"]
-    ) as folder:
+    with new_folder(command, markers=[METRICS]) as folder:
         source = command.model or conceptax.bundled_model()
         pipeline = load_pytorch(source)
         judge = load_judge(source / "judge")
         original = TextToImage.from_pipeline(pipeline)
-        sets = erasure_prompts(CONCEPT, command.images, command.seed)
-        look = functools.partial(_look, command, judge, sets)
-
+        look = functools.partial(
+            _look, command, judge, erasure_prompts(CONCEPT, command.images, command.seed)
+        )
         count = 3 * command.images
         with stage("before", f"drawing {count} images with the original model"):
             before = look(original)
         with stage("erase", f"erasing {CONCEPT!r} from the text encoder"):
-            (folder / "erased").mkdir()
+            (erased := folder / "erased").mkdir()
             edited = erase_into(
-                folder / "erased",
-                pipeline,
-                [CONCEPT],
-                command.sage,
-                seed=command.seed,
-                source=str(command.model or "bundled"),
+                erased, pipeline, [CONCEPT], command.sage, seed=command.seed, source=model
             )
         with stage("after", f"drawing {count} images with the edited model"):
             after = look(TextToImage.from_pipeline(edited))
         seconds["total"] = round(sum(seconds.values()), 1)
-
-        figures = {
-            "before": erasure_figures(before.found, CONCEPT),
-            "after": erasure_figures(after.found, CONCEPT),
+        sampler = "the model's own"
+        record = {
+            "concept": CONCEPT,
+            "model": model,
+            "seed": command.seed,
+            "images_per_figure": command.images,
+            "prompts": "held-out wordings; every name of a digit equally often",
+            "sampling": {"sampler": sampler, "steps": command.steps, "guidance": command.guidance},
+            "figures": {
+                "before": erasure_figures(before.found, CONCEPT),
+                "after": erasure_figures(after.found, CONCEPT),
+            },
+            "judge": judge.measured,
+            "settings": dataclasses.asdict(command.sage),
+            "seconds": seconds,
+            **environment(),
         }
-        record = _record(command, judge, figures, seconds)
-        write_json(folder / "metrics.json", record)
+        write_json(folder / METRICS, record)
         grid = demo_grid(before, after)
         save_png(grid, folder / "grid.png")
-        near = near_tables(erasing_record(folder / "erased"))
+        near = near_tables(erasing_record(erased))
         report = demo_page(before, after, png_bytes(grid), record, near)
         (folder / "report.html").write_text(report, encoding="utf-8")
-    _show(console, command, record)
+    console = Console()
+    console.print(demo_table(record["figures"]))
+    console.print(
+        f"{command.images} images per figure in held-out wordings, {command.steps} steps, seed "
+        f"{command.seed}; {seconds['erase']:.0f} s to erase, {seconds['total']:.0f} s in all.\n"
+        f"{command.output}: grid.png, report.html, metrics.json, and the edited model in erased/",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _look(command: Command, judge: Any, sets: dict[str, list[Any]], model: TextToImage) -> Look:
@@ -147,45 +139,3 @@ def _look(command: Command, judge: Any, sets: dict[str, list[Any]], model: TextT
     texts = [text for text in (*ASKED, *KEPT) for _ in range(_PER_PROMPT)]
     images = np.split(draw(texts, seed=command.seed), len(texts) // _PER_PROMPT)
     return Look(found, images[: len(ASKED)], images[len(ASKED) :])
-
-
-def _record(
-    command: Command, judge: Any, figures: dict[str, Any], seconds: dict[str, float]
-) -> dict[str, Any]:
-    return {
-        "concept": CONCEPT,
-        "model": str(command.model or "bundled"),
-        "seed": command.seed,
-        "images_per_figure": command.images,
-        "prompts": "held-out wordings; every name of a digit equally often",
-        "sampling": {
-            "sampler": "the model's own",
-            "steps": command.steps,
-            "guidance": command.guidance,
-        },
-        "figures": figures,
-        "judge": judge.measured,
-        "settings": dataclasses.asdict(command.sage),
-        "seconds": seconds,
-        **environment(),
-    }
-
-
-def _show(console: Console, command: Command, record: dict[str, Any]) -> None:
-    table = PrintedTable(title=f"“{CONCEPT}” erased by SAGE", title_justify="left")
-    table.add_column("images")
-    for name in ("before", "after", "after, 95 %"):
-        table.add_column(name, justify="right")
-    figures = record["figures"]
-    for name in shown_figures(figures["before"]):
-        now = figures["after"][name]
-        table.add_row(figure_label(name), share(figures["before"][name]), share(now), interval(now))
-    console.print(table)
-    console.print(
-        f"{command.images} images per figure in held-out wordings, {command.steps} steps, seed "
-        f"{command.seed}; {record['seconds']['erase']:.0f} s to erase, "
-        f"{record['seconds']['total']:.0f} s in all.\n"
-        f"{command.output}: grid.png, report.html, metrics.json, and the edited model in erased/",
-        highlight=False,
-        soft_wrap=True,
-    )

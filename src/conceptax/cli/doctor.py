@@ -1,5 +1,6 @@
 """`conceptax doctor`: what is installed, what runs here, and why not what does not."""
 
+import collections
 import dataclasses
 import importlib.util
 import os
@@ -93,10 +94,7 @@ def _devices() -> tuple[list[tuple[str, str]], str | None]:
     from conceptax.reporting.results import environment
 
     try:
-        kinds: dict[tuple[str, str], int] = {}
-        for device in jax.devices():
-            key = (device.platform, device.device_kind)
-            kinds[key] = kinds.get(key, 0) + 1
+        kinds = collections.Counter((each.platform, each.device_kind) for each in jax.devices())
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         return [("none", reason)], reason

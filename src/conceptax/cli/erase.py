@@ -6,31 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-import jax
 import tyro
-from flax import nnx
 
 import conceptax
-from conceptax.cli.loading import load_pipeline
-from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.runs import NOT_KEPT, Kept, Run, kept_run, new_folder
-from conceptax.converters import save_changes, save_pytorch
-from conceptax.converters.files.output import CHECKPOINT_FILES
-from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
-from conceptax.methods.erasing import METHODS, Method, erase, method_of
-from conceptax.methods.memory import flags
-from conceptax.methods.text.phrases import (
-    ConceptError,
-    Retained,
-    edited_encoders,
-    read_phrases,
-    retained_phrases,
+from conceptax.cli.options import (
+    CheckpointDir,
+    Mesh,
+    Model,
+    OptionalPath,
+    chosen,
+    concepts_in,
 )
-from conceptax.methods.training import RULES
-from conceptax.reporting.erasing import RECORD, describe_near
+from conceptax.cli.runs import kept_run, new_folder
+from conceptax.converters.files.output import CHECKPOINT_FILES
+from conceptax.methods.erasing import METHODS, Method
+from conceptax.methods.text.phrases import read_phrases, retained_phrases
+from conceptax.reporting.erasing import RECORD, Export, describe_near, erase_into
+from conceptax.reporting.models import load_pipeline
 
 Config = TypeVar("Config")
-Export = Literal["pipeline", "text-encoder", "unet", "changes"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +50,7 @@ class Command(Generic[Config]):
       export: the pipeline, the edited part alone (text-encoder or unet), or the changed tensors
         alone, as one safetensors file.
       seed: of everything random in the run.
-      checkpoint_dir: keep checkpoints here, and go on from the newest one. Without it they are kept
-        beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the same
-        command goes on where it was.
       checkpoint_every: save after every n-th cycle, and when interrupted; 0 keeps none.
-      mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; parameters keep the dtype they are stored in.
       force: replace an earlier checkpoint at the output.
       settings: of the method.
@@ -73,7 +63,7 @@ class Command(Generic[Config]):
     retain: OptionalPath = None
     export: Export = "pipeline"
     seed: int = 0
-    checkpoint_dir: OptionalPath = None
+    checkpoint_dir: CheckpointDir = None
     checkpoint_every: int = 100
     mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -89,53 +79,34 @@ def command_type(arguments: Sequence[str]) -> Any:
 
 def run(command: Command[Any]) -> None:
     """Load, erase, save; the output is claimed first."""
-    concepts = concepts_to_erase(command.concept)
-    method = METHODS[command.method]
+    concepts = concepts_in(command.concept)
+    method, settings = METHODS[command.method], command.settings
     _check_options(command, method)
     retain = None if command.retain is None else read_phrases(command.retain)
-    mesh = device_mesh(command.mesh)
-    markers = (*CHECKPOINT_FILES, RECORD)
-    steps = command.settings.cycles if method.trains else 0
     with (
-        kept_run(command, steps) as kept,
-        new_folder(command.output, force=command.force, command=command, markers=markers) as folder,
+        kept_run(command, settings.cycles if method.trains else 0) as kept,
+        new_folder(command, markers=(*CHECKPOINT_FILES, RECORD)) as folder,
     ):
         source = command.model or conceptax.bundled_model()
         pipeline = load_pipeline(source, command.dtype, "erasing")
         began = time.perf_counter()
-        retained = retained_phrases(pipeline, concepts, command.settings, retain)
-        print(describe_near(retained, command.settings.similarity_cap), end="")
-        with flags(("prompts", "local_rows")):
-            erase_into(
-                folder,
-                pipeline,
-                concepts,
-                command.settings,
-                seed=command.seed,
-                retain=retained,
-                source=str(command.model or "bundled"),
-                export=command.export,
-                dtype=command.dtype,
-                mesh=mesh,
-                kept=kept,
-            )
+        retained = retained_phrases(pipeline, concepts, settings, retain)
+        print(describe_near(retained, settings.similarity_cap), end="")
+        erase_into(
+            folder,
+            pipeline,
+            concepts,
+            settings,
+            seed=command.seed,
+            retain=retained,
+            source=str(command.model or "bundled"),
+            export=command.export,
+            dtype=command.dtype,
+            kept=kept,
+        )
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
-
-
-def concepts_to_erase(given: Sequence[str]) -> list[str]:
-    """The concepts that arguments name, each once; one ending in .txt is a file of them.
-
-    Raises:
-      ConceptError: there is none, or a file cannot be read or holds none.
-    """
-    concepts: list[str] = []
-    for each in given:
-        concepts += read_phrases(each) if each.endswith(".txt") else [each]
-    if not [concept for concept in concepts if concept.strip()]:
-        raise ConceptError("no concept was given: name one with --concept, for example 'three'.")
-    return list(dict.fromkeys(concepts))
 
 
 def _check_options(command: Command[Any], method: Method) -> None:
@@ -147,81 +118,3 @@ def _check_options(command: Command[Any], method: Method) -> None:
         )
     if not method.trains and (command.checkpoint_dir or command.mesh):
         raise ValueError(f"{method.title} is a closed form: leave out --checkpoint-dir and --mesh.")
-
-
-def erase_into(
-    folder: Path,
-    pipeline: StableDiffusionPipeline,
-    concepts: Sequence[str],
-    config: Any,
-    *,
-    seed: int,
-    source: str,
-    retain: Sequence[str] | Retained | None = None,
-    export: Export = "pipeline",
-    dtype: str = "float32",
-    mesh: Any = None,
-    kept: Kept = NOT_KEPT,
-) -> StableDiffusionPipeline:
-    """Erase, write the result and its record into an empty `folder`, and return the pipeline.
-
-    Args:
-      folder: where to.
-      pipeline, concepts, seed, retain: as for `conceptax.methods.erasing.erase`.
-      config: settings of one of the methods; they say which.
-      source: what to call the model in the record.
-      export: what to write.
-      dtype: what the pipeline computes in.
-      mesh, kept: of the training loop.
-    """
-    method = method_of(config)
-    edits = (method.edits,)
-    if method.edits == "text_encoder":
-        edits = edited_encoders(pipeline, config.edit)
-    if export not in ("pipeline", "changes") and len(edits) > 1:
-        raise ValueError(
-            f"{method.title} edits {' and '.join(edits)} here: --export takes pipeline or changes, "
-            "or --edit one of them."
-        )
-    retained = retained_phrases(pipeline, concepts, config, retain)
-    words = "the tokenizer's words" if retained.own else list(retained.kept)
-    record: dict[str, Any] = {
-        "method": method.title,
-        "concepts": list(concepts),
-        "model": source,
-        "seed": seed,
-        "dtype": dtype,
-        "settings": dataclasses.asdict(config),
-        "retained_phrases": words,
-    }
-    if not method.retains:
-        record["retained_phrases"] = "none: the method retains nothing"
-        record["words_beside_the_concept"] = words
-    run = Run(folder, RECORD, record)
-    rules = RULES["StableDiffusionPipeline"]
-    with run.training(kept, mesh=mesh, rules=rules) if method.trains else run.timed() as options:
-        edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
-    parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
-    edited = dataclasses.replace(edited, **parts)
-    if export == "changes":
-        changed = {
-            name: save_changes(
-                part, getattr(pipeline, name), folder / f"{name}_changes.safetensors"
-            )
-            for name, part in parts.items()
-        }
-        run.record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
-    else:
-        save_pytorch(edited if export == "pipeline" else parts[edits[0]], folder)
-    run.write(last="last_cycle", not_retained=[near._asdict() for near in retained.near])
-    return edited
-
-
-def _as_stored(edited: nnx.Module, original: nnx.Module) -> nnx.Module:
-    """The edited model with its parameters in the dtypes of the original."""
-    graphdef, state = nnx.split(original)
-    stored = nnx.to_pure_dict(state)
-    trained = nnx.to_pure_dict(nnx.state(edited))
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda new, old: new.astype(old.dtype), trained, stored)
-    )

@@ -3,30 +3,29 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
 
 import conceptax
-from conceptax.cli.loading import load_pipeline
-from conceptax.cli.options import OptionalPath
-from conceptax.cli.runs import new_folder
+from conceptax.cli.options import OptionalModel, OptionalPath
+from conceptax.cli.runs import new_folder, settings_of
 from conceptax.methods.diffusion.text_to_image import text_to_image
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
 from conceptax.methods.memory import require_images
 from conceptax.methods.subjects.images import image_files, read_image, read_images
 from conceptax.methods.text.phrases import read_phrases
+from conceptax.reporting.evaluation import personalization_tables
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
+from conceptax.reporting.models import load_pipeline
 from conceptax.reporting.pictures import save_png
-from conceptax.reporting.report import Number, Table, markdown_table
-from conceptax.reporting.results import environment
+from conceptax.reporting.results import METRICS, environment, write_tables
 from conceptax.text import read_text, write_json
 
-METRICS = "metrics.json"
 _SAMPLES = "sample.json"
+_DRAWING = ("count", "steps", "guidance", "eta", "seed", "batch_size", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +60,13 @@ class Command:
     """
 
     images: OptionalPath = None
-    model: OptionalPath = None
+    model: OptionalModel = None
     references: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     prompts: OptionalPath = None
-    clip: OptionalPath = None
-    dino: OptionalPath = None
-    blip: OptionalPath = None
-    blip2: OptionalPath = None
+    clip: OptionalModel = None
+    dino: OptionalModel = None
+    blip: OptionalModel = None
+    blip2: OptionalModel = None
     output: Path = Path("evaluation")
     count: int = 4
     steps: int = 100
@@ -91,25 +90,22 @@ def run(command: Command) -> None:
         require_images(command.count, "take a smaller --count")
     subjects = [Subject(path.resolve().name, read_images(path)) for path in command.references]
     began = time.perf_counter()
-    with new_folder(
-        command.output, force=command.force, command=command, markers=[METRICS]
-    ) as folder:
+    with new_folder(command, markers=[METRICS]) as folder:
         instruments = _instruments(command)
         if command.images is not None:
             images, prompts = _found(command.images, command.prompts)
         else:
             images, prompts = _drawn(command, folder)
-        metrics = measure(images, prompts, subjects, instruments)
         record = {
             "images": len(images),
-            **metrics,
-            "settings": _settings(command),
+            **measure(images, prompts, subjects, instruments),
+            "settings": settings_of(
+                command, "output", "force", *(() if command.model else _DRAWING)
+            ),
             **environment(),
             "seconds": round(time.perf_counter() - began, 2),
         }
-        write_json(folder / METRICS, record)
-        markdown = "\n".join(map(markdown_table, _tables(record)))
-        (folder / "table.md").write_text(markdown, encoding="utf-8")
+        markdown = write_tables(folder, record, personalization_tables(record))
     print(markdown)
     print(f"{command.output}: {METRICS}, table.md")
 
@@ -177,55 +173,3 @@ def _instruments(command: Command) -> Instruments:
         blip=load_blip(blip, blip.name) if blip else None,
         blip_2=load_blip(blip2, blip2.name, second=True) if blip2 else None,
     )
-
-
-def _settings(command: Command) -> dict[str, Any]:
-    """The flags, without those that only say where to write."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(each) for each in value]
-        return str(value) if isinstance(value, Path) else value
-
-    values = {name: plain(value) for name, value in dataclasses.asdict(command).items()}
-    drawing = ("count", "steps", "guidance", "eta", "seed", "batch_size", "dtype")
-    left_out = {"output", "force", *(() if command.model else drawing)}
-    return {name: value for name, value in values.items() if name not in left_out}
-
-
-def _tables(record: Mapping[str, Any]) -> list[Table]:
-    models, settings = record["models"], record["settings"]
-    rows: list[Sequence[str | Number]] = []
-    for name, metrics in record["subjects"].items():
-        for metric, figure in metrics.items():
-            among = figure.get("references")
-            rows.append(
-                (
-                    f"{metric}, {name}",
-                    _number(figure),
-                    Number("–" if among is None else f"{among:.4f}"),
-                )
-            )
-    rows += [(metric, _number(figure), Number("–")) for metric, figure in record["text"].items()]
-    seed = f"; seed {settings['seed']}, {settings['steps']} steps" if "seed" in settings else ""
-    note = (
-        f"Mean cosines of {record['images']} images with their 95 % intervals, which are about the "
-        "images and not about other runs of the training. -I: with the photographs, whose "
-        "similarity among themselves is in the last column. -T, -ITC: with the prompt without its "
-        f"new tokens. Models: {', '.join(f'{k} {v}' for k, v in models.items())}{seed}. "
-        f"conceptax {record['versions'].get('conceptax', '?')}, jax {record['versions']['jax']}."
-    )
-    title = "Is it the subject, and is it what was asked for?"
-    names = list(record["scores"])
-    by_prompt = [
-        (prompt, *(Number(f"{values[name]:.4f}") for name in names))
-        for prompt, values in record["prompts"].items()
-    ]
-    return [
-        Table(title, ("metric", "images", "photographs"), rows, note),
-        Table("Each prompt", ("prompt", *names), by_prompt),
-    ]
-
-
-def _number(figure: Mapping[str, Any]) -> Number:
-    return Number(f"{figure['mean']:.4f}", f"{figure['low']:.4f}–{figure['high']:.4f}")

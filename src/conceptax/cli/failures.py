@@ -18,8 +18,12 @@ _ALIASES = {
     "guidance_scale": ("guidance",),
     "num_steps": ("cycles", "steps"),
     "max_shard_size": ("shard_size",),
+    "kernel_size": ("window",),
+    "token_layout": ("layout",),
+    "is_causal": ("causal",),
 }
 _ELSEWHERE = ("prediction_type", "tokenizer")  # which `conceptax convert` has flags for
+_SIZES = "prompts|height|width|size"  # words that are also what memory depends on
 
 
 def sentence(
@@ -72,7 +76,7 @@ def in_flags(message: str, flags: Collection[str], arguments: Sequence[str] = ()
     def assigned(match: re.Match[str]) -> str:
         name, value = match[1], match[2].strip("'")
         if flag := flag_of(name):
-            return f"{flag} {value}".strip()
+            return f"{flag}{'=' if value == 'None' or value[:1] == '(' else ' '}{value}".strip()
         if name not in _ELSEWHERE:
             return match[0]
         flag = f"--{name.replace('_', '-')} {value}".strip()
@@ -82,6 +86,9 @@ def in_flags(message: str, flags: Collection[str], arguments: Sequence[str] = ()
         return flag_of(match[0]) or match[0]
 
     message = message.replace("force=True (--force)", "--force")
+    message = message.replace("token layout", flag_of("token_layout") or "token layout")
+    if " of memory, and " in message:
+        message = re.sub(rf"(?<![-\w])({_SIZES})\b", named, message)
     message = re.sub(r"\s*Pass (components|architecture)=[^.]*\.", "", message)
     message = re.sub(r"(?<![\w./-])([a-z]\w*)=((?:[^\s,;]*[^\s,;:.])?)", assigned, message)
     message = re.sub(r"(?<![\w./'\"=-])[a-z]+(_[a-z0-9]+)+(?![\w./'\"=-])", named, message)

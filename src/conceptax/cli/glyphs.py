@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import string
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax.numpy as jnp
 import tyro
 
-import conceptax
-from conceptax.cli.runs import claim_run, new_folder
+from conceptax.cli.runs import new_folder
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.clip import CLIPModel
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -25,12 +23,11 @@ from conceptax.methods.glyphs.judge import (
     train_judge,
 )
 from conceptax.methods.glyphs.quality import measure_quality
-from conceptax.methods.glyphs.recipe import Recipe
 from conceptax.methods.memory import require_images
+from conceptax.reporting.glyphs import model_card, quality_table
 from conceptax.reporting.results import environment
+from conceptax.reporting.runs import claim_run
 from conceptax.text import write_json
-
-_CARD = Path(conceptax.__file__).parent / "assets" / "glyphs_card.md"  # of a built model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +59,8 @@ class Command:
 def run(command: Command) -> None:
     """Train what is not yet trained, then publish."""
     _check(command)
-    with new_folder(command.output, force=command.force, command=command) as folder:
-        settings = {"build": dataclasses.asdict(command.build)}
-        settings["judge"] = dataclasses.asdict(command.judge)
+    with new_folder(command) as folder:
+        settings = {name: dataclasses.asdict(getattr(command, name)) for name in ("build", "judge")}
         claim_run(command.workdir / "building.json", {"settings": settings})
         pipeline, clip = build(command.build, command.workdir)
         judge = _judge(command)
@@ -83,22 +79,14 @@ def _check(command: Command) -> None:
 
 
 def publish(
-    folder: Path,
-    pipeline: StableDiffusionPipeline,
-    clip: CLIPModel,
-    judge: Judge,
-    command: Command,
+    folder: Path, pipeline: StableDiffusionPipeline, clip: CLIPModel, judge: Judge, command: Command
 ) -> dict[str, Any]:
     """Write the models into an empty `folder`, measure them as written, and describe them."""
     save_pytorch(pipeline, folder, dtype=jnp.float16)
     save_pytorch(clip, folder / "clip", dtype=jnp.float16)
     save_judge(judge, folder / "judge", command.judge)
-    draw = functools.partial(
-        TextToImage.from_pipeline(load_pytorch(folder)),
-        num_inference_steps=25,
-        guidance_scale=5.0,
-        batch_size=16,
-    )
+    options = {"num_inference_steps": 25, "guidance_scale": 5.0, "batch_size": 16}
+    draw = functools.partial(TextToImage.from_pipeline(load_pytorch(folder)), **options)
     quality = measure_quality(draw, judge, images=command.measure, seed=command.build.seed)
     quality["judge"] = judge.measured
     record = {
@@ -120,44 +108,3 @@ def _judge(command: Command) -> Judge:
         judge.measured = measure_judge(judge)
         save_judge(judge, folder, command.judge)
     return load_judge(folder)
-
-
-def quality_table(quality: dict[str, Any]) -> str:
-    """The measured proportions as a Markdown table."""
-    lines = ["| prompts | images | digit | color | texture |", "|---|---|---|---|---|"]
-    for name, found in quality["sets"].items():
-        cells = [_percent(found[each]) for each in ("digit", "color", "texture")]
-        lines.append(f"| {name} | {found['digit']['of']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _percent(figure: dict[str, Any]) -> str:
-    low, high = 100 * figure["low"], 100 * figure["high"]
-    return f"{100 * figure['rate']:.1f} % ({low:.1f}–{high:.1f})"
-
-
-def model_card(build: BuildConfig, quality: dict[str, Any]) -> str:
-    """README.md of a built model."""
-    held_out = quality["sets"]["held-out wordings"]
-    kinds = "\n".join(
-        f"| {kind} | {value['of']} | {_percent(value)} |"
-        for kind, value in held_out["by_kind"].items()
-    )
-    trainings = "\n".join(
-        f"| {name} | {plan.steps:,} | {plan.batch_size} |"
-        for name, plan in ((f.name, getattr(build, f.name)) for f in dataclasses.fields(build))
-        if isinstance(plan, Recipe)
-    )
-    accuracy = {
-        each: f"{100 * quality['judge'][each]['accuracy']:.1f} %"
-        for each in ("digit", "color", "texture")
-        if each in quality["judge"]
-    }
-    return string.Template(_CARD.read_text(encoding="utf-8")).substitute(
-        seed=build.seed,
-        images=f"{build.images:,}",
-        trainings=trainings,
-        quality=quality_table(quality),
-        kinds=kinds,
-        accuracy=", ".join(f"{name} {value}" for name, value in accuracy.items()) or "not measured",
-    )

@@ -1,50 +1,74 @@
-"""Flags that several commands share."""
+"""Flags that several commands share, and what is true of flags."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
-Model = Annotated[
-    Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the bundled model)")
-]
-OptionalPath = Annotated[
-    Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(optional)")
-]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
-OptionalFloat = Annotated[
-    float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")
-]
+
+def shown(metavar: str, hint: str = "(optional)", help: str | None = None) -> Any:
+    """How the help shows a flag: its value, and what stands for it where it is not given."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, help=help)
 
 
+HUB = "also an id of the Hub"  # marks flags of models, parts of one, and what is added to one
+
+Model = Annotated[Path | None, shown("PATH", "(default: the bundled model)"), HUB]
+OptionalModel = Annotated[Path | None, shown("PATH"), HUB]
+OptionalPath = Annotated[Path | None, shown("PATH")]
+OptionalInt = Annotated[int | None, shown("INT")]
+OptionalFloat = Annotated[float | None, shown("FLOAT")]
+CheckpointDir = Annotated[
+    Path | None,
+    shown(
+        "PATH",
+        help="keep checkpoints here, and go on from the newest one. Without it they are kept "
+        "beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the "
+        "same command goes on where it was.",
+    ),
+]
 Mesh = Annotated[
     tuple[int, int] | None,
-    tyro.conf.arg(metavar="DATA FSDP", help_behavior_hint="(optional)"),
+    shown("DATA FSDP", help="devices that split the batch, and devices that split the parameters."),
 ]
 
 
-def device_mesh(sizes: tuple[int, int] | None) -> Any:
-    """The mesh of a `Mesh` option; without one, `training.train` decides."""
-    from conceptax.methods.training import make_mesh
+def concepts_in(given: Sequence[str]) -> list[str]:
+    """The concepts to erase that arguments name, each once; one ending in .txt is a file of them.
 
-    return None if sizes is None else make_mesh(*sizes)
+    Raises:
+      ConceptError: there is none, or a file cannot be read or holds none.
+    """
+    from conceptax.methods.text.phrases import ConceptError, read_phrases
+
+    concepts: list[str] = []
+    for each in given:
+        concepts += read_phrases(each) if each.endswith(".txt") else [each]
+    if not any(concept.strip() for concept in concepts):
+        raise ConceptError("no concept was given: name one with --concept, for example 'three'.")
+    return list(dict.fromkeys(concepts))
 
 
-def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
-    """The flags of a command: path of a setting in its dataclass -> how it is written."""
+def _fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Sequence[Any]]]:
+    """The fields of a dataclass, each with its plain type and what else its annotation says."""
     plain = get_origin(kind) or kind
     bound = dict(zip(getattr(plain, "__parameters__", ()), get_args(kind), strict=False))
     hints = get_type_hints(plain, include_extras=True)
-    found: dict[tuple[str, ...], str] = {}
     for field in dataclasses.fields(plain):
         hint, extras = hints[field.name], ()
         if get_origin(hint) is Annotated:
             hint, *extras = get_args(hint)
-        hint = bound.get(hint, hint)
+        yield field, bound.get(hint, hint), extras
+
+
+def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
+    """The flags of a command: path of a setting in its dataclass -> how it is written."""
+    found: dict[tuple[str, ...], str] = {}
+    for field, hint, extras in _fields(kind):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(get_origin(hint) or hint):
             nameless = any(getattr(extra, "name", None) == "" for extra in extras)
@@ -56,30 +80,8 @@ def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
     return found
 
 
-# Flags that name a model, a part of one, or what is added to one: also by an id of the Hub.
-MODELS = frozenset(
-    {
-        "model",
-        "source",
-        "original",
-        "edited",
-        "never_knew",
-        "classifier",
-        "clip",
-        "dino",
-        "blip",
-        "blip2",
-        "motion_adapter",
-        "open_clip",
-        "teacher",
-        "tokenizer",
-        "add",
-    }
-)
-
-
 def fetched(command: Any) -> Any:
-    """The command with ids of the Hub in `MODELS` replaced by where these models lie.
+    """The command with ids of the Hub in flags marked `HUB` replaced by where these models lie.
 
     Raises:
       CheckpointError: one cannot be had.
@@ -91,10 +93,10 @@ def fetched(command: Any) -> Any:
             return tuple(map(place, value))
         return local(value) if isinstance(value, Path) and hub_id(value) else value
 
-    names = {field.name for field in dataclasses.fields(command)} & MODELS
-    found = {name: place(value) for name in names if (value := getattr(command, name)) is not None}
-    changed = {name: value for name, value in found.items() if value != getattr(command, name)}
-    return dataclasses.replace(command, **changed) if changed else command
+    names = [field.name for field, _, extras in _fields(type(command)) if HUB in extras]
+    given = {name: getattr(command, name) for name in names}
+    found = {name: place(value) for name, value in given.items()}
+    return dataclasses.replace(command, **found) if found != given else command
 
 
 def check_numbers(command: Any, known: Mapping[tuple[str, ...], str]) -> None:
@@ -125,12 +127,10 @@ def check_paths(kind: Any, arguments: Sequence[str]) -> None:
     Raises:
       ValueError: names the flag.
     """
-    plain = get_origin(kind) or kind
-    hints = get_type_hints(plain)
     taken = {
         f"--{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(plain)
-        if Path in (hints[field.name], *get_args(hints[field.name]))
+        for field, hint, _ in _fields(kind)
+        if Path in (hint, *get_args(hint))
     }
     before = ""
     for each in arguments:

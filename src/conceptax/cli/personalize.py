@@ -1,8 +1,6 @@
 """`conceptax personalize`: teach a pipeline a subject from a few images."""
 
 import dataclasses
-import hashlib
-import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,24 +9,12 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 import conceptax
-from conceptax.cli.class_images import complete_class_images
-from conceptax.cli.loading import load_pipeline
-from conceptax.cli.options import Mesh, Model, OptionalPath, chosen, device_mesh
-from conceptax.cli.runs import NOT_KEPT, Kept, Run, kept_run, new_folder
-from conceptax.converters import (
-    save_changes,
-    save_custom_diffusion,
-    save_pytorch,
-    save_textual_inversion,
-)
+from conceptax.cli.options import CheckpointDir, Mesh, Model, OptionalPath, chosen
+from conceptax.cli.runs import kept_run, new_folder
 from conceptax.converters.files.output import CHECKPOINT_FILES
-from conceptax.converters.formats.personalized import CUSTOM_DIFFUSION, embedding_file
-from conceptax.flax_models.pipelines.new_tokens import embedding_rows
-from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
-from conceptax.flax_models.pipelines.tokenizers import token_ids
-from conceptax.methods.memory import flags, require_images
-from conceptax.methods.personalization import METHODS, method_of, personalize
-from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig
+from conceptax.converters.formats.personalized import embedding_file
+from conceptax.methods.memory import require_images
+from conceptax.methods.personalization import METHODS
 from conceptax.methods.subjects.images import (
     Concept,
     named_folders,
@@ -36,12 +22,15 @@ from conceptax.methods.subjects.images import (
     read_concepts,
     read_images,
 )
-from conceptax.methods.training import RULES
-
-RECORD = "personalizing.json"
+from conceptax.reporting.models import load_pipeline
+from conceptax.reporting.personalizing import (
+    RECORD,
+    Export,
+    complete_class_images,
+    personalize_into,
+)
 
 Config = TypeVar("Config")
-Export = Literal["pipeline", "weights"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,11 +61,7 @@ class Command(Generic[Config]):
       model: a folder of Stable Diffusion 1, 2 or XL.
       export: the pipeline and the small files, or the small files alone (weights).
       seed: of everything random in the run.
-      checkpoint_dir: keep checkpoints here, and go on from the newest one. Without it they are kept
-        beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the same
-        command goes on where it was.
       checkpoint_every: save after every n-th step, and when interrupted; 0 keeps none.
-      mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; parameters keep the dtype they are stored in.
       force: replace an earlier result at the output.
       settings: of the method.
@@ -96,7 +81,7 @@ class Command(Generic[Config]):
     model: Model = None
     export: Export = "pipeline"
     seed: int = 0
-    checkpoint_dir: OptionalPath = None
+    checkpoint_dir: CheckpointDir = None
     checkpoint_every: int = 100
     mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -113,45 +98,40 @@ def command_type(arguments: Sequence[str]) -> Any:
 
 def run(command: Command[Any]) -> None:
     """Load, learn, save; the output is claimed first."""
-    folders = class_folders(command)
-    subjects = [] if folders else gather(command)
+    folders = _class_folders(command)
+    subjects = [] if folders else _subjects(command)
     for token in (*command.token, *(subject.token for subject in subjects)):
         embedding_file(token)  # a token that cannot be a file's name is told now
-    mesh = device_mesh(command.mesh)
     method = METHODS[command.method]
     markers = (*CHECKPOINT_FILES, RECORD)
     named = [] if command.concepts is None else named_folders(command.concepts)
     with (
         kept_run(command, command.settings.steps) as kept,
-        new_folder(
-            command.output, force=command.force, command=command, markers=markers, sources=named
-        ) as folder,
+        new_folder(command, markers=markers, sources=named) as folder,
     ):
         source = command.model or conceptax.bundled_model()
         pipeline = load_pipeline(source, command.dtype, "personalizing")
         if folders:
             complete_class_images(pipeline, folders, command.class_count, command.seed)
-            subjects = gather(command)
+            subjects = _subjects(command)
         began = time.perf_counter()
-        with flags(("batch_size", "size")):
-            personalize_into(
-                folder,
-                pipeline,
-                subjects,
-                command.settings,
-                seed=command.seed,
-                source=str(command.model or "bundled"),
-                export=command.export,
-                dtype=command.dtype,
-                mesh=mesh,
-                kept=kept,
-            )
+        personalize_into(
+            folder,
+            pipeline,
+            subjects,
+            command.settings,
+            seed=command.seed,
+            source=str(command.model or "bundled"),
+            export=command.export,
+            dtype=command.dtype,
+            kept=kept,
+        )
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
     print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")
 
 
-def class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
+def _class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
     """Folders of class images that are to be completed, and what to draw into them.
 
     Raises:
@@ -176,7 +156,7 @@ def class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
     return folders
 
 
-def gather(command: Command[Any]) -> list[Concept]:
+def _subjects(command: Command[Any]) -> list[Concept]:
     """The concepts that the arguments describe.
 
     Raises:
@@ -212,80 +192,3 @@ def gather(command: Command[Any]) -> list[Concept]:
             initializer="".join(command.initializer),
         )
     ]
-
-
-def personalize_into(
-    folder: Path,
-    pipeline: StableDiffusionPipeline,
-    concepts: Sequence[Concept],
-    config: ClassDiffusionConfig,
-    *,
-    seed: int,
-    source: str,
-    export: Export = "pipeline",
-    dtype: str = "float32",
-    mesh: Any = None,
-    kept: Kept = NOT_KEPT,
-) -> StableDiffusionPipeline:
-    """Learn, write the result and its record into an empty `folder`, and return the pipeline.
-
-    Args:
-      folder: where to.
-      pipeline, concepts, seed: as for `conceptax.methods.personalization.personalize`.
-      config: settings of one of the methods; they say which.
-      source: what to call the model in the record.
-      export: what to write.
-      dtype: what the pipeline computes in.
-      mesh, kept: of the training loop.
-    """
-    one_encoder = len(pipeline.TOKENIZERS) == 1
-    if export != "pipeline" and not one_encoder:
-        raise ValueError(
-            "a token of SDXL has an embedding in each of two text encoders, for which there is no "
-            "file of its own here: leave --export at pipeline."
-        )
-    cross_attention = config.trained in ("crossattn", "crossattn_kv")
-    torch = importlib.util.find_spec("torch") is not None
-    record = {
-        "method": method_of(config).title,
-        "concepts": [_describe(concept) for concept in concepts],
-        "model": source,
-        "seed": seed,
-        "dtype": dtype,
-        "settings": dataclasses.asdict(config),
-    }
-    run = Run(folder, RECORD, record)
-    rules = RULES["StableDiffusionPipeline"]
-    with run.training(kept, mesh=mesh, rules=rules, length="steps") as options:
-        learnt = personalize(pipeline, concepts, config, seed=seed, **options)
-    if export == "pipeline":
-        save_pytorch(learnt, folder)
-    elif config.trained == "unet" or (cross_attention and not torch):
-        save_changes(learnt.unet, pipeline.unet, folder / "unet_changes.safetensors")
-    tokens = [concept.token for concept in concepts]
-    if one_encoder:
-        rows = embedding_rows(learnt, token_ids(learnt.tokenizer, tokens))
-        save_textual_inversion(dict(zip(tokens, rows, strict=True)), folder)
-    if cross_attention and torch:
-        save_custom_diffusion(learnt.unet, folder / CUSTOM_DIFFUSION, trained=config.trained)
-    elif cross_attention:
-        run.record["not_written"] = f"{CUSTOM_DIFFUSION}: it needs torch"
-    run.write(last="last_step")
-    return learnt
-
-
-def _describe(concept: Concept) -> dict[str, Any]:
-    """A concept in a record; the images by a digest, so that others are noticed."""
-    digest = hashlib.sha256()
-    for image in (*concept.images, *concept.class_images):
-        digest.update(repr(image.shape).encode() + image.tobytes())
-    return {
-        "token": concept.token,
-        "class_word": concept.word,
-        "prompt": concept.prompt,
-        "class_prompt": concept.class_prompt,
-        "initializer": concept.initializer,
-        "images": len(concept.images),
-        "class_images": len(concept.class_images),
-        "digest": digest.hexdigest()[:16],
-    }

@@ -1,49 +1,48 @@
-"""Runs of commands: results that appear only when complete, checkpoints, records of settings."""
+"""Outputs of commands, which appear only when complete, and the checkpoints of unfinished ones."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import conceptax
 from conceptax.cli.options import Model
 from conceptax.converters import OutputError, atomic_folder
-from conceptax.converters.errors import listing
 from conceptax.converters.files.output import CHECKPOINT_FILES, atomic_file
 from conceptax.interrupts import temporary
-from conceptax.reporting.results import environment
-from conceptax.text import read_text, write_json
+from conceptax.reporting.runs import Kept, checkpoints_in
 
 
 @contextlib.contextmanager
 def new_folder(
-    path: Path,
+    command: Any,
+    path: Path | None = None,
     *,
-    force: bool,
     markers: Sequence[str] = CHECKPOINT_FILES,
-    command: Any = None,
     sources: Iterable[Path] = (),
 ) -> Iterator[Path]:
-    """`converters.atomic_folder`, entered before the work starts.
+    """The folder that a command writes: `converters.atomic_folder`, entered before the work starts.
 
-    So an occupied or unwritable `path` is refused before minutes are spent, and messages name
-    `path` and not the temporary folder.
+    So an occupied or unwritable place is refused before minutes are spent, and messages name it and
+    not the temporary folder.
 
     Args:
-      path, force, markers: as for `atomic_folder`.
-      command: whose result it is; the files and folders it names are sources.
-      sources: more of them.
+      command: whose result it is, with `output` and `force`; what it names is read.
+      path: of the result, if not its output.
+      markers: as for `atomic_folder`.
+      sources: more that is read.
     """
-    read = [*sources_of(command), *sources]
+    path = Path(path or command.output)
+    read = [*_sources_of(command), *sources]
+    by = type(command).__module__.rsplit(".", 1)[-1].replace("_", " ")
+    force = getattr(command, "force", False)
     with atomic_folder(
-        path, force=force, markers=markers, sources=read, by=_name(command)
+        path, force=force, markers=markers, sources=read, by=f"conceptax {by}"
     ) as folder:
         try:
             yield folder
@@ -51,102 +50,86 @@ def new_folder(
             raise OutputError(str(error).replace(str(folder), str(path))) from error
 
 
-@contextlib.contextmanager
-def new_file(path: Path, *, force: bool, command: Any = None) -> Iterator[Path]:
-    """`converters.atomic_file`, entered before the work starts.
-
-    Args:
-      path, force: as for `atomic_file`.
-      command: whose result it is; the files and folders it names are sources.
-    """
-    with atomic_file(path, force=force, sources=sources_of(command)) as file:
-        yield file
+def new_file(command: Any, path: Path | None = None) -> AbstractContextManager[Path]:
+    """The file that a command writes, as `new_folder` for a folder."""
+    path = Path(path or command.output)
+    return atomic_file(path, force=command.force, sources=_sources_of(command))
 
 
-def sources_of(command: Any) -> list[Path]:
+def settings_of(command: Any, *left_out: str) -> dict[str, Any]:
+    """A command's flags as a record keeps them, in plain values, but for some."""
+    values = dataclasses.asdict(command)
+    kept = {name: value for name, value in values.items() if name not in left_out}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def teller() -> Callable[[str], None]:
+    """What tells the terminal, beside the output, what is being done."""
+    from rich.console import Console
+
+    progress = Console(stderr=True)
+    return lambda text: progress.print(f"{text} …", highlight=False, soft_wrap=True)
+
+
+def _sources_of(command: Any) -> list[Path]:
     """The files and folders that a command names, but for its result."""
-    if command is None:
-        return []
     found: list[Path] = []
     for field in dataclasses.fields(command):
         if field.name in ("output", "dest"):
             continue
         value = getattr(command, field.name)
-        if value is None and field.type == Model:  # the bundled one
+        if value is None and field.type == Model:
             value = conceptax.bundled_model()
         if dataclasses.is_dataclass(value):
-            found += sources_of(value)
+            found += _sources_of(value)
             continue
         for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and each.endswith((".txt", ".csv", ".json")):
+                each = Path(each)
             if isinstance(each, Path):
                 found.append(each)
-            elif isinstance(each, str) and each.endswith((".txt", ".csv", ".json")):
-                found.append(Path(each))
     return found
-
-
-def _name(command: Any) -> str:
-    if command is None:
-        return "conceptax"
-    module = type(command).__module__.rsplit(".", 1)[-1]
-    return f"conceptax {module.replace('_', ' ')}"
-
-
-@contextlib.contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A temporary folder for the time of the block, also where a signal ends the process."""
-    with tempfile.TemporaryDirectory() as name, temporary(Path(name)):
-        yield Path(name)
-
-
-class Kept(NamedTuple):
-    """Where a training keeps its checkpoints, and how often; nowhere where `directory` is None.
-
-    Attributes:
-      directory: of the checkpoints, and of the record and the log beside them.
-      every: steps between them.
-      options: more for `conceptax.methods.training.train`.
-    """
-
-    directory: Path | None = None
-    every: int = 0
-    options: Mapping[str, Any] = {}
 
 
 @contextlib.contextmanager
 def kept_run(command: Any, steps: int) -> Iterator[Kept]:
-    """The checkpoints of a command: in --checkpoint-dir, or beside the output until that is there.
+    """How a command's training is run: its checkpoints and, of --mesh, its devices.
 
+    The checkpoints are in --checkpoint-dir, or beside the output until that is there.
     Entered before the output is claimed, and left after that is in place. Those beside the output
     are few and small for a short run: one is kept, and the last step only of a run that is longer
     than --checkpoint-every.
 
     Args:
-      command: with output, checkpoint_dir, checkpoint_every.
+      command: with output, checkpoint_dir, checkpoint_every, mesh.
       steps: of the training; 0 for none.
 
     Raises:
       ValueError: --checkpoint-every is negative, or is 0 while there is a --checkpoint-dir.
     """
+    from conceptax.methods.training import make_mesh
+
     given, every = command.checkpoint_dir, command.checkpoint_every
     if every < 0 or (every == 0 and given is not None):
         raise ValueError(
             f"--checkpoint-every takes a number of steps, received {every}; 0 keeps no "
             "checkpoints, and goes without --checkpoint-dir."
         )
+    # Without a mesh, `training.train` decides.
+    devices = {"mesh": None if command.mesh is None else make_mesh(*command.mesh)}
     if given is not None or not (every and steps):
-        yield Kept(given, every)
+        yield Kept(given, every, devices)
         return
     output = Path(os.path.abspath(command.output.expanduser()))
     directory = output.with_name(f".{output.name or 'output'}.checkpoints")
     made = [place for place in (directory, *directory.parents) if not place.exists()]
 
     def worth_keeping() -> bool:
-        return directory not in made or bool(_checkpoints_in(directory))
+        return directory not in made or bool(checkpoints_in(directory))
 
     try:
         with temporary(directory, made[1:], worth_keeping):
-            yield Kept(directory, every, {"keep": 1, "save_last": steps > every})
+            yield Kept(directory, every, {"keep": 1, "save_last": steps > every} | devices)
     except BaseException:
         if not worth_keeping():
             _discard(directory)
@@ -157,189 +140,8 @@ def kept_run(command: Any, steps: int) -> Iterator[Kept]:
     _discard(directory)
 
 
-def _checkpoints_in(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(int(each.name) for each in directory.iterdir() if each.name.isdigit())
-
-
 def _discard(directory: Path) -> None:
     import jax
 
     if jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-NOT_KEPT = Kept()
-LOG = "training.jsonl"
-
-
-class Run:
-    """A result in the making: a folder, its record, and the log of the training in it.
-
-        run = Run(folder, "erasing.json", {"method": …, "settings": …})
-        with run.training(kept, mesh=mesh, rules=rules) as options:
-            trained = train(…, **options)
-        … save what was trained into the folder …
-        run.write(last="last_cycle")
-
-    Args:
-      folder: the empty folder of the result.
-      name: of the record.
-      record: what the run is; more is added as it comes about.
-    """
-
-    def __init__(self, folder: Path, name: str, record: Mapping[str, Any]) -> None:
-        self.folder, self.name, self.record = folder, name, dict(record)
-        self._log = ""  # also where another process writes it
-
-    @contextlib.contextmanager
-    def training(
-        self, kept: Kept, *, mesh: Any, rules: Any, length: str | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """Options of the loop that trains in the block; then its log and how long it took.
-
-        Args:
-          kept: where its checkpoints are, which are claimed for what the record holds by now.
-          mesh, rules: how it is spread over devices.
-          length: as for `claim_run`.
-        """
-        options: dict[str, Any] = {"mesh": mesh, "rules": rules}
-        with contextlib.ExitStack() as stack:
-            logs = kept.directory
-            if logs is None:
-                logs = stack.enter_context(scratch_folder())
-            else:
-                claim_run(logs / self.name, self.record, length=length)
-                options |= {"checkpoint_dir": logs, "checkpoint_every": kept.every, **kept.options}
-            log = logs / LOG
-            with self.timed():
-                yield options | {"metrics_path": log}
-            if log.exists():
-                self._log = log.read_text(encoding="utf-8")
-
-    @contextlib.contextmanager
-    def timed(self) -> Iterator[dict[str, Any]]:
-        """Note how long the block takes, which trains nothing: no options."""
-        began = time.perf_counter()
-        yield {}
-        self.record["seconds"] = round(time.perf_counter() - began, 1)
-
-    def write(self, *, last: str, **more: Any) -> None:
-        """Write the log, and the record with what it lacks and the environment.
-
-        Args:
-          last: what to call the last line of the log in the record.
-          more: for the record.
-        """
-        if self._log:
-            self.record[last] = json.loads(self._log.splitlines()[-1])
-            (self.folder / LOG).write_text(self._log, encoding="utf-8")
-        write_json(self.folder / self.name, self.record | more | environment())
-
-
-def claim_run(path: Path, record: Mapping[str, Any], *, length: str | None = None) -> None:
-    """Refuse checkpoints of another run; note this one's settings beside them.
-
-    Args:
-      path: the record beside the checkpoints, written here.
-      record: what the run is, its settings under "settings".
-      length: the setting that says how long it runs, where a run may go on for longer: nothing in
-        it depends on its end.
-
-    Raises:
-      ValueError: the record there differs, or is damaged, or the folder holds something else.
-      OSError: the folder cannot be made or written.
-    """
-    folder = path.parent
-    _check_kept(folder, path)
-    if path.exists():
-        try:
-            earlier = json.loads(read_text(path))
-            before, now = _flat(earlier), _flat(json.loads(json.dumps(record)))
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); choose another folder.") from error
-        before.setdefault("dtype", now.get("dtype"))  # earlier versions did not tell
-        differing = [
-            f"{_flag(name)} ({_short(before.get(name))} before, {_short(now.get(name))} now)"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name != f"settings.{length}"
-        ]
-        begun = [each for each in _content(folder, path) if each.suffix != ".jsonl"]
-        if differing and begun:
-            raise ValueError(
-                f"{folder} holds checkpoints of a run with other settings: "
-                f"{'; '.join(differing[:_SHOWN])}. A run goes on with the settings that it began "
-                f"with: take those, remove {folder} to begin anew, or choose another place for "
-                "the checkpoints."
-            )
-        if steps := _checkpoints_in(folder):
-            print(f"going on after step {steps[-1]}, from {folder}", file=sys.stderr)
-    import jax
-
-    if jax.process_index() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(work := path.with_name(f".{path.name}"), record)
-            work.replace(path)  # at once, since other processes read it
-        except OSError as error:
-            raise _not_kept(folder, error.strerror or str(error)) from error
-
-
-def _check_kept(folder: Path, path: Path) -> None:
-    """Refuse a place of checkpoints that is no folder, or somebody's own."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise _not_kept(folder, f"{there} is not a folder")
-    if not path.exists() and (content := _content(folder, path)):
-        found = listing(sorted(each.name for each in content), 3)
-        raise _not_kept(folder, f"it holds something else ({found}) and no {path.name}")
-
-
-def _content(folder: Path, record: Path) -> list[Path]:
-    """What a folder of checkpoints holds besides their record."""
-    own = (record.name, f".{record.name}")
-    return [each for each in folder.iterdir() if each.name not in own] if folder.is_dir() else []
-
-
-def _not_kept(folder: Path, why: str) -> Exception:
-    from conceptax.methods.training import CheckpointError
-
-    return CheckpointError(
-        f"checkpoints cannot be kept in {folder}: {why}. Choose another place for them."
-    )
-
-
-_SHOWN = 4  # settings that differ
-_FLAGS = {
-    "concepts": "--concept",
-    "retained_phrases": "--retain",
-    "words_beside_the_concept": "--retain",
-    "scenes": "the number of scenes",
-}
-
-
-def _flag(name: str) -> str:
-    """The flag that a value of a record came from."""
-    plain = name.removeprefix("settings.").removeprefix("build.")
-    if plain.startswith("concepts."):  # of subjects to learn, each with several flags
-        return plain
-    return _FLAGS.get(plain) or "--" + plain.replace("_", "-")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            value = dict(enumerate(value))
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import Model, OptionalInt, OptionalPath
+from conceptax.cli.options import Model, OptionalInt, OptionalModel, OptionalPath, shown
 from conceptax.reporting.videos import SUFFIXES, encoder, save_video
+from conceptax.text import write_json
 
-_SIZES = ("height", "width", "batch_size", "vae_tiling")  # what memory depends on
 _OF_VIDEOS = ("frames", "fps", "betas")
 
 
@@ -49,10 +49,7 @@ class Command:
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     prompts: OptionalPath = None
-    output: Annotated[
-        Path | None,
-        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: sample.png, videos: sample)"),
-    ] = None
+    output: Annotated[Path | None, shown("PATH", "(default: sample.png, videos: sample)")] = None
     model: Model = None
     negative_prompt: str = ""
     steps: int = 25
@@ -67,7 +64,7 @@ class Command:
     vae_tiling: bool = False
     height: OptionalInt = None
     width: OptionalInt = None
-    motion_adapter: OptionalPath = None
+    motion_adapter: OptionalModel = None
     frames: int = 16
     fps: int = 8
     betas: Literal["linear", "model"] = "linear"
@@ -78,20 +75,16 @@ class Command:
 def run(command: Command) -> None:
     """Draw, then write one file, or one folder with files of each image and `sample.json`."""
     from conceptax.cli.runs import new_file, new_folder
-    from conceptax.reporting.pictures import save_png, sheet
-    from conceptax.text import write_json
+    from conceptax.methods.memory import require_images
+    from conceptax.methods.text.phrases import read_phrases
 
     if command.prompts is not None:
-        from conceptax.methods.text.phrases import read_phrases
-
         read = read_phrases(command.prompts)
         command = dataclasses.replace(command, prompt=(*command.prompt, *read))
     if not command.prompt:
         raise ValueError("there is nothing to draw: pass at least one --prompt, or --prompts FILE.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
-    from conceptax.methods.memory import flags, require_images
-
     require_images(
         len(command.prompt) * command.count,
         "take a smaller --count, --height or --width",
@@ -99,38 +92,47 @@ def run(command: Command) -> None:
         width=command.width or 8,
     )
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
-    record = _record(command)
     video = command.motion_adapter is not None
     output = command.output or Path("sample" if video else "sample.png")
     _check_output(command, output, len(prompts))
     if output.suffix:
-        with new_file(output, force=command.force, command=command) as file:
-            with flags(_SIZES):
-                images = _draw(command, prompts)
-            if video:
-                save_video(images[0], file, command.fps)
-            else:
-                image = images[0] if len(images) == 1 else sheet(images, columns=_columns(command))
-                save_png(image, file, {"conceptax": json.dumps(record)})
+        with new_file(command, output) as file:
+            images = _draw(command, prompts)
+            # One row per prompt where each has several images.
+            columns = command.count if command.count > 1 and len(command.prompt) > 1 else None
+            _save(command, images, file, columns)
     else:
-        with new_folder(
-            output, force=command.force, command=command, markers=["sample.json"]
-        ) as folder:
-            with flags(_SIZES):
-                images = _draw(command, prompts)
+        with new_folder(command, output, markers=["sample.json"]) as folder:
+            images = _draw(command, prompts)
             files = {}
             for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-                stem = f"{number:04d}_{_slug(prompt)}"
                 for suffix in SUFFIXES if video else (".png",):
-                    files[f"{stem}{suffix}"] = prompt
-                    if video:
-                        save_video(image, folder / f"{stem}{suffix}", command.fps)
-                    else:
-                        save_png(image, folder / f"{stem}.png", {"conceptax": json.dumps(record)})
-            write_json(folder / "sample.json", record | {"files": files})
+                    name = f"{number:04d}_{_slug(prompt)}{suffix}"
+                    files[name] = prompt
+                    _save(command, image[None], folder / name)
+            write_json(folder / "sample.json", _record(command) | {"files": files})
     height, width = images.shape[-3:-1]
     what = f"videos of {command.frames} frames" if video else "images"
     print(f"{output}: {len(images)} {what} of {height}x{width} pixels")
+
+
+def _save(command: Command, images: Any, file: Path, columns: int | None = None) -> None:
+    """Write one video, or one picture of all images."""
+    from conceptax.reporting.pictures import save_png, sheet
+
+    if command.motion_adapter is not None:
+        save_video(images[0], file, command.fps)
+        return
+    image = images[0] if len(images) == 1 else sheet(images, columns=columns)
+    save_png(image, file, {"conceptax": json.dumps(_record(command))})
+
+
+def _record(command: Command) -> dict[str, Any]:
+    from conceptax.cli.runs import settings_of
+
+    of_videos = () if command.motion_adapter else ("motion_adapter", *_OF_VIDEOS)
+    record = settings_of(command, "output", "force", "prompts", *of_videos)
+    return record | {"model": record["model"] or "bundled"}
 
 
 def _check_output(command: Command, output: Path, count: int) -> None:
@@ -142,7 +144,9 @@ def _check_output(command: Command, output: Path, count: int) -> None:
                 f"--output takes a .png file or a folder without a suffix, received {output}"
                 + ("; videos need a --motion-adapter." if suffix in SUFFIXES else ".")
             )
-        if given := [f"--{name}" for name in _OF_VIDEOS if _is_set(command, name)]:
+        if given := [
+            f"--{name}" for name in _OF_VIDEOS if getattr(command, name) != getattr(Command, name)
+        ]:
             raise ValueError(
                 f"videos need a --motion-adapter: pass one, or leave out {', '.join(given)}."
             )
@@ -156,7 +160,7 @@ def _check_output(command: Command, output: Path, count: int) -> None:
         "--sampler": command.sampler not in (None, "ddim"),
         "--devices": command.devices is not None,
         "--vae-tiling": command.vae_tiling,
-        "--batch-size": _is_set(command, "batch_size"),
+        "--batch-size": command.batch_size != Command.batch_size,
     }
     if given := ", ".join(option for option, is_given in unfit.items() if is_given):
         raise ValueError(f"videos are drawn by DDIM, one by one, whole: leave out {given}.")
@@ -164,10 +168,6 @@ def _check_output(command: Command, output: Path, count: int) -> None:
         raise ValueError(f"--fps must be at least 1, received {command.fps}.")
     if suffix != ".gif":
         encoder()
-
-
-def _is_set(command: Command, name: str) -> bool:
-    return getattr(command, name) != getattr(Command, name)
 
 
 def _draw(command: Command, prompts: list[str]) -> Any:
@@ -178,6 +178,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     from conceptax.flax_models.unet_motion import MotionAdapter
     from conceptax.methods.diffusion.text_to_image import text_to_image
     from conceptax.methods.diffusion.text_to_video import text_to_video
+    from conceptax.reporting.instruments import load_as
 
     pipeline = load_pytorch(
         command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)
@@ -202,11 +203,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
             vae_tiling=command.vae_tiling,
             **options,
         )
-    adapter = load_pytorch(command.motion_adapter)
-    if not isinstance(adapter, MotionAdapter):
-        raise ValueError(
-            f"{command.motion_adapter} is a {type(adapter).__name__}, not a motion adapter."
-        )
+    adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
     betas = "linear" if command.betas == "linear" else None
     return text_to_video(
         pipeline, adapter, prompts, frames=command.frames, beta_schedule=betas, **options
@@ -224,22 +221,6 @@ def _mesh(devices: int | None) -> Any:
     elif not 1 <= devices <= jax.device_count():
         raise ValueError(f"--devices accepts 1 to {jax.device_count()} here, received {devices}.")
     return None if devices == 1 else make_mesh(devices)
-
-
-def _columns(command: Command) -> int | None:
-    """One row per prompt where each has several images."""
-    return command.count if command.count > 1 and len(command.prompt) > 1 else None
-
-
-def _record(command: Command) -> dict[str, Any]:
-    fields = dataclasses.asdict(command)
-    fields["model"] = str(command.model) if command.model else "bundled"
-    left_out = {"output", "force", "prompts"}
-    if command.motion_adapter is None:
-        left_out |= {"motion_adapter", *_OF_VIDEOS}
-    else:
-        fields["motion_adapter"] = str(command.motion_adapter)
-    return {name: value for name, value in fields.items() if name not in left_out}
 
 
 def _slug(prompt: str) -> str:

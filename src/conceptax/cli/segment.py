@@ -1,35 +1,25 @@
 """`conceptax segment run`, `evaluate`, `train` and `coco-stuff`: open-vocabulary segmentation."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import tyro
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from conceptax.cli.loading import load_segmentation_tokenizer, load_segmenter_model
-from conceptax.cli.options import OptionalInt, OptionalPath
-from conceptax.cli.runs import new_folder
+from conceptax.cli.options import HUB, OptionalInt, OptionalModel, OptionalPath
+from conceptax.cli.runs import new_folder, settings_of
 from conceptax.cli.segment_train import Train, train
-from conceptax.methods.segmentation.datasets import IGNORE, LAYOUTS, open_scenes
+from conceptax.methods.segmentation import coco_stuff
+from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
 from conceptax.methods.segmentation.evaluation import evaluate
-from conceptax.methods.segmentation.metrics import Segment
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.subjects.images import read_image
-from conceptax.reporting.overlay import class_colors, overlay
-from conceptax.reporting.pictures import save_png
-from conceptax.reporting.report import markdown_table
-from conceptax.reporting.results import environment
-from conceptax.reporting.segmentation import figures, tables
-from conceptax.text import write_json
-
-METRICS, LEGEND, PANOPTIC = "metrics.json", "legend.json", "panoptic.json"
-VOID = IGNORE[16]
+from conceptax.reporting.models import load_segmentation_tokenizer, load_segmenter_model
+from conceptax.reporting.results import METRICS, environment, write_tables
+from conceptax.reporting.segmentation import LEGEND, figures, segment_into, tables
 
 Form = Literal["semantic", "panoptic"]
 TokenOrder = Literal["reference", "raster"]
@@ -51,9 +41,9 @@ class _Looking:
       dtype: computation dtype.
     """
 
-    model: Path
+    model: Annotated[Path, HUB]
     vocabulary: str
-    tokenizer: OptionalPath = None
+    tokenizer: OptionalModel = None
     form: Form = "semantic"
     token_order: TokenOrder = "reference"
     short_side: int = 800
@@ -132,10 +122,8 @@ def run(command: Run | Evaluate | Train | CocoStuff) -> None:
     elif isinstance(command, Train):
         train(command)
     else:
-        from conceptax.methods.segmentation.coco_stuff import convert
-
-        with new_folder(command.output, force=False, command=command) as folder:
-            count = convert(command.source, folder)
+        with new_folder(command) as folder:
+            count = coco_stuff.convert(command.source, folder)
         print(f"{command.output}: {count} label maps")
 
 
@@ -151,9 +139,6 @@ def _segmenter(command: _Looking, vocabulary: Vocabulary) -> Segmenter:
     )
 
 
-# ---- run ----
-
-
 def _run(command: Run) -> None:
     vocabulary = Vocabulary.named(command.vocabulary)
     if not command.images:
@@ -161,100 +146,31 @@ def _run(command: Run) -> None:
     stems = [path.stem for path in command.images]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise ValueError(f"results are named like the images, but {', '.join(twice)} comes twice.")
-    things = _things(vocabulary, command.stuff)
-    colors = class_colors(len(vocabulary))
-    content: dict[str, Any] = {"images": [], "annotations": []}
-    pixels = np.zeros(len(vocabulary) + 1, np.int64)
-    with new_folder(
-        command.output, force=command.force, command=command, markers=[LEGEND]
-    ) as folder:
-        images = [read_image(path) for path in command.images]  # a damaged one is told first
-        segmenter = _segmenter(command, vocabulary)
-        for number, (path, image) in enumerate(zip(command.images, images, strict=True), 1):
-            seen = segmenter(image)
-            labels = seen.labels(least_score=command.least_score)
-            ids, segments = seen.panoptic(things, least_score=command.least_score)
-            pixels += np.bincount(labels.ravel(), minlength=len(pixels))
-            height, width = labels.shape
-            picture = overlay(image, labels, vocabulary.names, colors)
-            save_png(picture, folder / f"{path.stem}_overlay.png")
-            stored = np.where(labels == len(vocabulary), VOID, labels).astype(np.uint16)
-            save_png(Image.fromarray(stored), folder / f"{path.stem}_labels.png")
-            name = f"{path.stem}_panoptic.png"
-            save_png(_color_coded(ids), folder / name)
-            content["images"].append(
-                {"id": number, "file_name": path.name, "height": height, "width": width}
-            )
-            content["annotations"].append(
-                {"image_id": number, "file_name": name, "segments_info": _described(ids, segments)}
-            )
-        content["categories"] = [
-            {"id": k, "name": name, "isthing": int(k in things), "color": colors[k].tolist()}
-            for k, name in enumerate(vocabulary.names)
-        ]
-        content["info"] = {
-            "model": str(command.model),
-            "least_score": command.least_score,
-            **environment(),
-        }
-        write_json(folder / PANOPTIC, content)
-        classes = [
-            {
-                "label": k,
-                "names": list(names),
-                "color": colors[k].tolist(),
-                "pixels": int(pixels[k]),
-            }
-            for k, names in enumerate(vocabulary.classes)
-        ]
-        write_json(
-            folder / LEGEND,
-            {"void": {"label": VOID, "pixels": int(pixels[-1])}, "classes": classes},
+    stuff = {name.strip() for name in command.stuff.split(";") if name.strip()}
+    if unknown := ", ".join(sorted(stuff - set(vocabulary.rows))):
+        raise ValueError(f"--stuff names {unknown}, which the vocabulary does not have.")
+    things = {k for k, names in enumerate(vocabulary.classes) if not stuff & set(names)}
+    info = {"model": str(command.model), "least_score": command.least_score}
+    with new_folder(command, markers=[LEGEND]) as folder:
+        images = {path: read_image(path) for path in command.images}  # a damaged one is told first
+        pixels = segment_into(
+            folder,
+            _segmenter(command, vocabulary),
+            vocabulary,
+            images,
+            things=things,
+            least_score=command.least_score,
+            info=info | environment(),
         )
-    shares = sorted(
-        ((n / pixels.sum(), name) for n, name in zip(pixels, vocabulary.names, strict=False) if n),
-        reverse=True,
-    )
-    told = ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares[:8]) or "nothing"
+    shares = zip(pixels / pixels.sum(), vocabulary.names, strict=False)
+    shown = sorted((each for each in shares if each[0]), reverse=True)[:8]
+    told = ", ".join(f"{name} {100 * share:.1f} %" for share, name in shown) or "nothing"
     print(f"{command.output}: {told}; void {100 * pixels[-1] / pixels.sum():.1f} %")
-
-
-def _things(vocabulary: Vocabulary, stuff: str) -> frozenset[int]:
-    named = {name.strip() for name in stuff.split(";") if name.strip()}
-    if unknown := sorted(named - set(vocabulary.rows)):
-        raise ValueError(f"--stuff names {', '.join(unknown)}, which the vocabulary does not have.")
-    return frozenset(k for k, names in enumerate(vocabulary.classes) if not named & set(names))
-
-
-def _color_coded(ids: np.ndarray) -> np.ndarray:
-    return np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
-
-
-def _described(ids: np.ndarray, segments: dict[int, Segment]) -> list[dict[str, Any]]:
-    found = []
-    for number, segment in segments.items():
-        rows, columns = np.nonzero(ids == number)
-        left, top = int(columns.min()), int(rows.min())
-        found.append(
-            {
-                "id": number,
-                "category_id": segment.category,
-                "area": len(rows),
-                "iscrowd": 0,
-                "bbox": [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1],
-            }
-        )
-    return found
-
-
-# ---- evaluate ----
 
 
 def _evaluate(command: Evaluate) -> None:
     vocabulary = Vocabulary.named(command.vocabulary)
-    with new_folder(
-        command.output, force=command.force, command=command, markers=[METRICS]
-    ) as folder:
+    with new_folder(command, markers=[METRICS]) as folder:
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
@@ -267,18 +183,9 @@ def _evaluate(command: Evaluate) -> None:
         record = {
             **figures(quality, vocabulary),
             "scenes": len(scenes),
-            "settings": _settings(command),
+            "settings": settings_of(command, "output", "force", "text_cache"),
             **environment(),
         }
-        write_json(folder / METRICS, record)
-        markdown = "\n".join(map(markdown_table, tables(quality, len(scenes))))
-        (folder / "table.md").write_text(markdown, encoding="utf-8")
+        markdown = write_tables(folder, record, tables(quality, len(scenes)))
     print(markdown)
     print(f"{command.output}: {METRICS}, table.md")
-
-
-def _settings(command: Evaluate) -> dict[str, Any]:
-    settings = dataclasses.asdict(command)
-    for name in ("output", "force", "text_cache"):
-        del settings[name]
-    return json.loads(json.dumps(settings, default=str))

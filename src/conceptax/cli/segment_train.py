@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,13 +9,14 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from conceptax.cli.loading import (
-    load_open_clip_model,
-    load_segmentation_tokenizer,
-    load_segmenter_model,
+from conceptax.cli.options import (
+    CheckpointDir,
+    Mesh,
+    OptionalInt,
+    OptionalModel,
+    OptionalPath,
 )
-from conceptax.cli.options import Mesh, OptionalInt, OptionalPath, device_mesh
-from conceptax.cli.runs import Run, kept_run, new_folder
+from conceptax.cli.runs import kept_run, new_folder, settings_of
 from conceptax.converters import save_maft_plus, save_pytorch
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.files.weights import open_weights
@@ -31,8 +31,16 @@ from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
 from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.training import RULES
+from conceptax.reporting.models import (
+    load_open_clip_model,
+    load_segmentation_tokenizer,
+    load_segmenter_model,
+)
+from conceptax.reporting.runs import Run
 
 RECORD = "segmenting.json"
+# Flags about where and how a run is executed, not what it computes.
+_PLACES = ("output", "export", "text_cache", "checkpoint_dir", "checkpoint_every", "mesh", "force")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +77,7 @@ class Train:
       export: a folder with config.json, or one detectron2 file (pth needs torch) with the teacher.
       seed: of everything random in the run.
       text_cache: folder to keep the text embeddings of vocabularies in.
-      checkpoint_dir: keep checkpoints here, and go on from the newest one. Without it they are kept
-        beside the output, as .OUTPUT.checkpoints, until the output is there: after Ctrl-C the same
-        command goes on where it was.
       checkpoint_every: save after every n-th step, and when interrupted; 0 keeps none.
-      mesh: devices that split the batch, and devices that split the parameters.
       dtype: computation dtype; the pixel decoder and what is trained are always float32.
       force: replace an earlier result at the output.
       settings: of the training.
@@ -81,10 +85,10 @@ class Train:
 
     data: Path
     vocabulary: str
-    open_clip: OptionalPath = None
-    model: OptionalPath = None
-    teacher: OptionalPath = None
-    tokenizer: OptionalPath = None
+    open_clip: OptionalModel = None
+    model: OptionalModel = None
+    teacher: OptionalModel = None
+    tokenizer: OptionalModel = None
     layout: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(LAYOUTS)}}}")] = "folder"
     ignore: OptionalInt = None
     form: Literal["semantic", "panoptic"] = "semantic"
@@ -101,24 +105,12 @@ class Train:
     export: Literal["folder", "pth", "safetensors"] = "folder"
     seed: int = 0
     text_cache: OptionalPath = None
-    checkpoint_dir: OptionalPath = None
+    checkpoint_dir: CheckpointDir = None
     checkpoint_every: int = 1000
     mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     force: bool = False
     settings: Annotated[MaftPlusTraining, tyro.conf.arg(name="")] = MaftPlusTraining()  # noqa: RUF009
-
-
-# Where and how a run is executed, not what it computes.
-_ELSEWHERE = (
-    "output",
-    "export",
-    "text_cache",
-    "checkpoint_dir",
-    "checkpoint_every",
-    "mesh",
-    "force",
-)
 
 
 def train(command: Train) -> None:
@@ -127,116 +119,82 @@ def train(command: Train) -> None:
         raise ValueError("pass either --open-clip, to start around it, or --model, to go on.")
     if command.export == "pth" and importlib.util.find_spec("torch") is None:
         raise ValueError("--export pth needs torch; install conceptax[torch], or take safetensors.")
-    vocabulary = Vocabulary.named(command.vocabulary)
-    mesh = device_mesh(command.mesh)
-    markers = (*CHECKPOINT_FILES, RECORD)
+    vocabulary, settings = Vocabulary.named(command.vocabulary), command.settings
     with (
-        kept_run(command, command.settings.steps) as kept,
-        new_folder(command.output, force=command.force, command=command, markers=markers) as folder,
+        kept_run(command, settings.steps) as kept,
+        new_folder(command, markers=(*CHECKPOINT_FILES, RECORD)) as folder,
     ):
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
         model, original, tokenizer = _start(command)
-        small, name = (
-            (command.crop, "--crop")
-            if _jitters(command, scenes.panoptic)
-            else (min(command.short_side, command.long_side), "--short-side")
-        )
+        usual = "jitter" if scenes.panoptic else "resize"
+        if (command.augmentation or usual) == "jitter":
+            augmentation, side, flag = LargeScaleJitter(command.crop), command.crop, "--crop"
+        else:
+            augmentation = ResizeFlip(command.short_side, command.long_side)
+            side, flag = min(command.short_side, command.long_side), "--short-side"
         require_memory(
-            segmenter_bytes(model.config, command.batch_size, small, small),
-            f"training on {command.batch_size} scenes of {small} pixels",
-            f"take a smaller --batch-size or {name}",
+            segmenter_bytes(model.config, command.batch_size, side, side),
+            f"training on {command.batch_size} scenes of {side} pixels",
+            f"take a smaller --batch-size or {flag}",
             spread=True,
         )
         rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary, cache=command.text_cache)
         batches = scene_batches(
             scenes,
-            _augmentation(command, scenes.panoptic),
+            augmentation,
             command.batch_size,
             command.seed,
             room=command.targets,
             multiple=command.multiple,
         )
-        run = Run(folder, RECORD, _record(command, vocabulary, len(scenes)))
-        with run.training(kept, mesh=mesh, rules=RULES["MaftPlus"]) as options:
+        record = settings_of(command, *_PLACES, "settings", "vocabulary") | {
+            "vocabulary": [list(names) for names in vocabulary.classes],
+            "scenes": len(scenes),
+            "settings": settings_of(settings),
+        }
+        run = Run(folder, RECORD, record)
+        with run.training(kept, rules=RULES["MaftPlus"]) as options:
             trained = fit(
                 model,
                 rows,
                 vocabulary.synonyms(),
                 batches,
-                command.settings,
+                settings,
                 seed=command.seed,
                 teacher=original.visual.trunk,
                 **options,
             )
-        _save(command, folder, trained, original, tokenizer, len(vocabulary))
+        if command.export == "folder":
+            save_pytorch(trained, folder)
+        else:
+            file = folder / f"maft_plus.{command.export}"
+            save_maft_plus(trained, file, teacher=original, classes=len(vocabulary))
+        write_tokenizer(tokenizer, folder)
         run.write(last="last_step")
-    print(
-        f"{command.output}: {command.settings.steps} steps on {len(scenes)} scenes in "
-        f"{run.record['seconds']:.0f} s"
-    )
+    done = f"{settings.steps} steps on {len(scenes)} scenes"
+    print(f"{command.output}: {done} in {run.record['seconds']:.0f} s")
 
 
 def _start(command: Train) -> tuple[MaftPlus, OpenCLIP, Any]:
     """The model to train, the CLIP it is held to, and its tokenizer."""
+    form, token_order, dtype = command.form, command.token_order, command.dtype
     source = command.model or command.open_clip
     assert source is not None
     if command.open_clip is not None:
-        original = load_open_clip_model(command.open_clip, dtype=command.dtype)
+        original = load_open_clip_model(source, dtype=dtype)
         sizes = MaftPlusConfig.tiny if command.decoder == "tiny" else MaftPlusConfig.of
-        config = sizes(original.config, form=command.form, token_order=command.token_order)
-        model = MaftPlus.around(
-            original, config, dtype=jnp.dtype(command.dtype), rngs=nnx.Rngs(command.seed)
-        )
+        config = sizes(original.config, form=form, token_order=token_order)
+        rngs = nnx.Rngs(command.seed)
+        model = MaftPlus.around(original, config, dtype=jnp.dtype(dtype), rngs=rngs)
     else:
-        model = load_segmenter_model(
-            source, form=command.form, token_order=command.token_order, dtype=command.dtype
-        )
+        model = load_segmenter_model(source, form=form, token_order=token_order, dtype=dtype)
         original = model.backbone.clip_model
-        if source.is_file() and _holds_teacher(source):
-            original = load_open_clip_model(source, dtype=command.dtype, prefix=TEACHER)
+        keys = open_weights(source, wrappers=WRAPPERS) if source.is_file() else ()
+        if any(key.startswith(TEACHER) for key in keys):
+            original = load_open_clip_model(source, dtype=dtype, prefix=TEACHER)
     if command.teacher is not None:
-        original = load_open_clip_model(command.teacher, dtype=command.dtype)
+        original = load_open_clip_model(command.teacher, dtype=dtype)
     tokenizer = load_segmentation_tokenizer(source, command.tokenizer, model.backbone.clip_model)
     return model, original, tokenizer
-
-
-def _holds_teacher(path: Path) -> bool:
-    return any(key.startswith(TEACHER) for key in open_weights(path, wrappers=WRAPPERS))
-
-
-def _jitters(command: Train, panoptic: bool) -> bool:
-    return (command.augmentation or ("jitter" if panoptic else "resize")) == "jitter"
-
-
-def _augmentation(command: Train, panoptic: bool) -> ResizeFlip | LargeScaleJitter:
-    if _jitters(command, panoptic):
-        return LargeScaleJitter(command.crop)
-    return ResizeFlip(command.short_side, command.long_side)
-
-
-def _record(command: Train, vocabulary: Vocabulary, scenes: int) -> dict[str, Any]:
-    fields = {
-        field.name: getattr(command, field.name)
-        for field in dataclasses.fields(command)
-        if field.name not in (*_ELSEWHERE, "settings", "vocabulary")
-    }
-    record = {
-        **fields,
-        "vocabulary": vocabulary.classes,
-        "scenes": scenes,
-        "settings": dataclasses.asdict(command.settings),
-    }
-    return json.loads(json.dumps(record, default=str))
-
-
-def _save(
-    command: Train, folder: Path, model: MaftPlus, original: OpenCLIP, tokenizer: Any, classes: int
-) -> None:
-    if command.export == "folder":
-        save_pytorch(model, folder)
-    else:
-        file = folder / f"maft_plus.{command.export}"
-        save_maft_plus(model, file, teacher=original, classes=classes)
-    write_tokenizer(tokenizer, folder)

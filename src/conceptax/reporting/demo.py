@@ -6,10 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.table import Table as PrintedTable
 
 from conceptax.methods.glyphs.quality import FIGURES, Findings, digit_called
 from conceptax.reporting.pictures import Block, Row, before_after, png_bytes, sheet
-from conceptax.reporting.report import Gallery, Picture, Table, counted, html_report
+from conceptax.reporting.report import (
+    Gallery,
+    Picture,
+    Table,
+    counted,
+    html_report,
+    interval,
+    share,
+)
 
 CONCEPT = "three"
 ASKED = (
@@ -86,8 +95,8 @@ def demo_page(
     shown = {name: value for name, value in record.items() if name not in ("figures", "judge")}
     figures = record["figures"]
     rows = [
-        (figure_label(name), counted(figures["before"][name]), counted(figures["after"][name]))
-        for name in shown_figures(figures["before"])
+        (_label(name), counted(figures["before"][name]), counted(figures["after"][name]))
+        for name in _shown_figures(figures["before"])
     ]
     note = (
         f"{record['images_per_figure']} images per figure, {record['sampling']['steps']} steps "
@@ -114,18 +123,30 @@ def demo_page(
     )
 
 
+def demo_table(figures: Mapping[str, Any]) -> PrintedTable:
+    """The figures of a record, for the terminal."""
+    table = PrintedTable(title=f"“{CONCEPT}” erased by SAGE", title_justify="left")
+    table.add_column("images")
+    for name in ("before", "after", "after, 95 %"):
+        table.add_column(name, justify="right")
+    for name in _shown_figures(figures["before"]):
+        before, after = figures["before"][name], figures["after"][name]
+        table.add_row(_label(name), share(before), share(after), interval(after))
+    return table
+
+
 def _judge_accuracy(measured: dict[str, Any]) -> str:
     accuracy = measured.get("digit", {}).get("accuracy")
     return "" if accuracy is None else f" and names {100 * accuracy:.1f} % of its renders right"
 
 
-def shown_figures(figures: dict[str, Any]) -> list[str]:
+def _shown_figures(figures: dict[str, Any]) -> list[str]:
     """The figures in the order of the table: each synonym below their sum."""
     single = [name for name in figures if name.startswith("synonym ")]
     return ["plain", "synonyms", *single, *(n for n in FIGURES if n not in ("plain", "synonyms"))]
 
 
-def figure_label(name: str) -> str:
+def _label(name: str) -> str:
     """What a figure counts, for people."""
     if name.startswith("synonym "):
         return f"· “{name.removeprefix('synonym ')}”"

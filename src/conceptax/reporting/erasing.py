@@ -1,15 +1,103 @@
-"""What the record of an erasing says: for the terminal, and for reports."""
+"""Erasures as folders with a record: written, and what they say in the terminal and in reports."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
+from flax import nnx
+
+from conceptax.converters import save_changes, save_pytorch
 from conceptax.converters.files.weights import read_json
-from conceptax.methods.text.phrases import Retained
+from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from conceptax.methods.erasing import erase, method_of
+from conceptax.methods.text.phrases import Retained, edited_encoders, retained_phrases
+from conceptax.methods.training import RULES
 from conceptax.reporting.report import Number, Table
+from conceptax.reporting.runs import NOT_KEPT, Kept, Run
 
 RECORD = "erasing.json"
 _SHOWN = 12  # near phrases that are printed; all are recorded
+
+Export = Literal["pipeline", "text-encoder", "unet", "changes"]
+
+
+def erase_into(
+    folder: Path,
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: Any,
+    *,
+    seed: int,
+    source: str,
+    retain: Sequence[str] | Retained | None = None,
+    export: Export = "pipeline",
+    dtype: str = "float32",
+    kept: Kept = NOT_KEPT,
+) -> StableDiffusionPipeline:
+    """Erase, write the result and its record into an empty `folder`, and return the pipeline.
+
+    Args:
+      folder: where to.
+      pipeline, concepts, seed, retain: as for `conceptax.methods.erasing.erase`.
+      config: settings of one of the methods; they say which.
+      source: what to call the model in the record.
+      export: what to write.
+      dtype: what the pipeline computes in.
+      kept: how the training is run.
+    """
+    method = method_of(config)
+    edits = (method.edits,)
+    if method.edits == "text_encoder":
+        edits = edited_encoders(pipeline, config.edit)
+    if export not in ("pipeline", "changes") and len(edits) > 1:
+        raise ValueError(
+            f"{method.title} edits {' and '.join(edits)} here: --export takes pipeline or changes, "
+            "or --edit one of them."
+        )
+    retained = retained_phrases(pipeline, concepts, config, retain)
+    words = "the tokenizer's words" if retained.own else list(retained.kept)
+    record: dict[str, Any] = {
+        "method": method.title,
+        "concepts": list(concepts),
+        "model": source,
+        "seed": seed,
+        "dtype": dtype,
+        "settings": dataclasses.asdict(config),
+        "retained_phrases": words,
+    }
+    if not method.retains:
+        record["retained_phrases"] = "none: the method retains nothing"
+        record["words_beside_the_concept"] = words
+    run = Run(folder, RECORD, record)
+    rules = RULES["StableDiffusionPipeline"]
+    with run.training(kept, rules=rules) if method.trains else run.timed() as options:
+        edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
+    parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
+    edited = dataclasses.replace(edited, **parts)
+    if export == "changes":
+        changed = {
+            name: save_changes(
+                part, getattr(pipeline, name), folder / f"{name}_changes.safetensors"
+            )
+            for name, part in parts.items()
+        }
+        run.record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
+    else:
+        save_pytorch(edited if export == "pipeline" else parts[edits[0]], folder)
+    run.write(last="last_cycle", not_retained=[near._asdict() for near in retained.near])
+    return edited
+
+
+def _as_stored(edited: nnx.Module, original: nnx.Module) -> nnx.Module:
+    """The edited model with its parameters in the dtypes of the original."""
+    graphdef, state = nnx.split(original)
+    stored = nnx.to_pure_dict(state)
+    trained = nnx.to_pure_dict(nnx.state(edited))
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda new, old: new.astype(old.dtype), trained, stored)
+    )
 
 
 def describe_near(retained: Retained, cap: float) -> str:

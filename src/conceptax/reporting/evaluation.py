@@ -1,4 +1,4 @@
-"""An evaluation for people: its tables, and a page with every image that was counted."""
+"""Evaluations for people: their tables, and a page with every image that was counted."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -80,8 +80,9 @@ def _quality(metrics: Mapping[str, Any]) -> Table:
     return Table("Quality", ("", "original", "edited"), rows, note)
 
 
-def _mean(figure: Mapping[str, Any]) -> Number:
-    return Number(f"{figure['mean']:.2f}", f"{figure['low']:.2f}–{figure['high']:.2f}")
+def _mean(figure: Mapping[str, Any], digits: int = 2) -> Number:
+    mean, low, high = (f"{figure[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return Number(mean, f"{low}–{high}")
 
 
 def _budget_rows(attacks: Sequence[Mapping[str, Any]]) -> list[Sequence[str | Number]]:
@@ -149,3 +150,33 @@ def _gallery(figure: Counted) -> Gallery:
     )
     title = figure.title[:1].upper() + figure.title[1:]
     return Gallery(title, f"Every image that was counted. {frames}", pictures)
+
+
+def personalization_tables(record: Mapping[str, Any]) -> list[Table]:
+    """How well a personalized model draws its subject, and each prompt."""
+    models, settings = record["models"], record["settings"]
+    rows: list[Sequence[str | Number]] = []
+    for name, metrics in record["subjects"].items():
+        for metric, figure in metrics.items():
+            among = figure.get("references")
+            photographs = Number("–" if among is None else f"{among:.4f}")
+            rows.append((f"{metric}, {name}", _mean(figure, 4), photographs))
+    rows += [(metric, _mean(figure, 4), Number("–")) for metric, figure in record["text"].items()]
+    seed = f"; seed {settings['seed']}, {settings['steps']} steps" if "seed" in settings else ""
+    note = (
+        f"Mean cosines of {record['images']} images with their 95 % intervals, which are about the "
+        "images and not about other runs of the training. -I: with the photographs, whose "
+        "similarity among themselves is in the last column. -T, -ITC: with the prompt without its "
+        f"new tokens. Models: {', '.join(f'{k} {v}' for k, v in models.items())}{seed}. "
+        f"conceptax {record['versions'].get('conceptax', '?')}, jax {record['versions']['jax']}."
+    )
+    names = list(record["scores"])
+    by_prompt = [
+        (prompt, *(Number(f"{values[name]:.4f}") for name in names))
+        for prompt, values in record["prompts"].items()
+    ]
+    title = "Is it the subject, and is it what was asked for?"
+    return [
+        Table(title, ("metric", "images", "photographs"), rows, note),
+        Table("Each prompt", ("prompt", *names), by_prompt),
+    ]

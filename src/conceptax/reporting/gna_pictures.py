@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from conceptax.kernels.gna.problem import windows_of
 from conceptax.kernels.gna.simulator.search import ALL_WINDOWS, Choice, tabulate
 from conceptax.kernels.gna.tiles import Window, visits
+from conceptax.reporting.gna_tables import by
 
 SKIPPED, FREE, MASKED, QUERY = "#eceff2", "#2f81c7", "#f0883e", "#d1242f"
 CLASSES = ListedColormap([SKIPPED, FREE, MASKED])
@@ -40,7 +41,9 @@ def draw_search(
     figure = Figure(figsize=(max(4.6 * len(layout), 11), 9.6), layout="constrained", dpi=110)
     dilated = "" if set(np.atleast_1d(dilation)) == {1} else " (below: the first dilation group)"
     figure.suptitle(
-        f"Neighborhood attention on {_by(layout)} tokens{dilated}", fontsize=15, fontweight="bold"
+        f"Neighborhood attention on {by(layout, '×')} tokens{dilated}",
+        fontsize=15,
+        fontweight="bold",
     )
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     windows = [
@@ -48,33 +51,27 @@ def draw_search(
         for choice in shown
     ]
     for m, axes in enumerate(above.subplots(1, len(layout), squeeze=False)[0]):
-        mark = [
-            (window[m], label)
-            for window, label in zip(windows, ("fastest", "finest"), strict=False)
-        ]
-        _heat_map(axes, m, fastest.query_tile[m], fastest.key_tile[m], mark)
+        own = [window[m] for window in windows]
+        marks = list(zip(own, ("fastest", "finest"), strict=False))
+        _heat_map(axes, m, fastest.query_tile[m], fastest.key_tile[m], marks)
     parts = np.atleast_1d(below.subfigures(1, len(shown)))
     for part, choice, window in zip(parts, shown, windows, strict=True):
         kind = "fastest" if choice is fastest else "finest stride"
         part.suptitle(
-            f"{kind}: window {_by(choice.kernel_size)}, stride {_by(choice.stride)}\n"
-            f"tiles {_by(choice.query_tile)} by {_by(choice.key_tile)}, "
+            f"{kind}: window {by(choice.kernel_size, '×')}, stride {by(choice.stride, '×')}\n"
+            f"tiles {by(choice.query_tile, '×')} by {by(choice.key_tile, '×')}, "
             f"{100 * choice.sparsity:.1f} % sparse, {choice.tile_speedup:.2f} x of "
             f"{choice.flop_speedup:.2f} x",
             fontsize=10.5,
         )
         _tiles(part, choice, window)
-    figure.legend(
-        handles=[
-            Patch(color=FREE, label="key tile visited, no mask"),
-            Patch(color=MASKED, label="key tile visited, masked"),
-            Patch(color=SKIPPED, label="key tile skipped"),
-            Patch(facecolor="none", edgecolor=QUERY, linewidth=2, label="the query tile"),
-        ],
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-    )
+    handles = [
+        Patch(color=FREE, label="key tile visited, no mask"),
+        Patch(color=MASKED, label="key tile visited, masked"),
+        Patch(color=SKIPPED, label="key tile skipped"),
+        Patch(facecolor="none", edgecolor=QUERY, linewidth=2, label="the query tile"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, format="png")
 
 
@@ -89,48 +86,22 @@ def _heat_map(
     image = np.full((len(strides), len(sizes)), np.nan)
     image[row, column] = dense / table.visited
     top = np.nanmax(image)
-    mesh = axes.pcolormesh(
-        sizes,
-        strides,
-        image,
-        shading="nearest",
-        cmap="viridis",
-        rasterized=True,
-        norm=LogNorm(min(1.0, np.nanmin(image)), max(top, 1.01)),
-    )
+    norm = LogNorm(min(1.0, np.nanmin(image)), max(top, 1.01))
+    style = {"shading": "nearest", "cmap": "viridis", "rasterized": True}
+    mesh = axes.pcolormesh(sizes, strides, image, norm=norm, **style)
     bar = axes.figure.colorbar(mesh, ax=axes, label="speed-up (dense / visited tiles)")
     ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64, 128, 256) if tick <= top]
     bar.set_ticks(ticks, labels=[f"{tick} x" for tick in ticks])
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     clean = table.take(table.visited == table.free)
     clean = clean.take(np.unique(clean.kernel_size, return_index=True)[1])
-    axes.plot(
-        clean.kernel_size,
-        clean.stride,
-        ".",
-        color="white",
-        markersize=4,
-        label="finest without masks",
-    )
-    for (each, label), marker in zip(marks, "*o", strict=False):
-        axes.plot(
-            each.kernel_size,
-            each.stride,
-            marker,
-            markersize=15 if marker == "*" else 9,
-            markerfacecolor=QUERY,
-            markeredgecolor="white",
-            label=label,
-            linestyle="none",
-            clip_on=False,
-            zorder=5,
-        )
-    axes.set(
-        xlabel="window",
-        ylabel="stride",
-        title=f"dimension {m}: {window.length} tokens, tiles {query_tile} by {key_tile}",
-    )
-    axes.title.set_fontsize(10.5)
+    axes.plot(clean.kernel_size, clean.stride, ".w", markersize=4, label="finest without masks")
+    style = {"markerfacecolor": QUERY, "markeredgecolor": "white", "clip_on": False, "zorder": 5}
+    for (each, label), marker, size in zip(marks, "*o", (15, 9), strict=False):
+        axes.plot(each.kernel_size, each.stride, marker, markersize=size, label=label, **style)
+    axes.set(xlabel="window", ylabel="stride")
+    title = f"dimension {m}: {window.length} tokens, tiles {query_tile} by {key_tile}"
+    axes.set_title(title, fontsize=10.5)
     if window.length > ALL_WINDOWS:
         axes.set(xscale="log", yscale="log")
     axes.legend(loc="upper left", fontsize=9, facecolor="#c8ced4")
@@ -145,29 +116,23 @@ def _tiles(part: Any, choice: Choice, windows: Sequence[Window]) -> None:
     lengths = [window.group_lengths()[0] for window in windows]
     shape = [-(-length // tile) for length, tile in zip(lengths, choice.query_tile, strict=True)]
     middle = [size // 2 for size in shape]
-    classes = [
-        _classes(window, length, query, key)
-        for window, length, query, key in zip(
-            windows, lengths, choice.query_tile, choice.key_tile, strict=True
-        )
-    ]
+    each = zip(windows, lengths, choice.query_tile, choice.key_tile, strict=True)
+    classes = [_classes(*dimension) for dimension in each]
     if len(windows) == 1:
         # One dimension has room for all query tiles.
         axes = part.subplots()
         image = classes[0]
         size = (0, image.shape[1] * choice.key_tile[0], image.shape[0] * choice.query_tile[0], 0)
         axes.imshow(image, cmap=CLASSES, vmin=0, vmax=2, extent=size, interpolation="nearest")
-        corner = (0, middle[0] * choice.query_tile[0])
-        axes.add_patch(
-            Rectangle(corner, size[1], choice.query_tile[0], fill=False, color=QUERY, linewidth=1.5)
-        )
+        own, high = (0, middle[0] * choice.query_tile[0]), choice.query_tile[0]
+        axes.add_patch(Rectangle(own, size[1], high, fill=False, color=QUERY, linewidth=1.5))
         axes.set(xlabel="key", ylabel="query")
         return
     seen = [per_query[tile] for per_query, tile in zip(classes, middle, strict=True)]
     plane = _product(seen[-2], seen[-1])
     if len(windows) == 2:
         axes = part.subplots()
-        _plane(axes, plane, choice, middle, tuple(lengths))
+        _plane(axes, plane, choice, middle, lengths)
         axes.set(xlabel="dimension 1", ylabel="dimension 0")
         return
     # Three dimensions: slices along the first, those that are visited.
@@ -181,7 +146,7 @@ def _tiles(part: Any, choice: Choice, windows: Sequence[Window]) -> None:
         last = min(first + choice.key_tile[0], lengths[0]) - 1
         inside = own <= last and first < own + choice.query_tile[0]
         image = np.where(seen[0][tile] == 2, 2 * (plane > 0), plane)
-        _plane(axes, image, choice, middle[1:] if inside else [], tuple(lengths[1:]))
+        _plane(axes, image, choice, middle[1:] if inside else [], lengths[1:])
         axes.set_title(f"{first} to {last}" if last > first else f"{first}", fontsize=9, pad=2)
         axes.set(xticks=[], yticks=[])
     for axes in grid[len(shown) :]:
@@ -195,28 +160,17 @@ def _tiles(part: Any, choice: Choice, windows: Sequence[Window]) -> None:
 
 
 def _plane(
-    axes: Any,
-    image: Int[np.ndarray, "R C"],
-    choice: Choice,
-    query: Sequence[int],
-    lengths: tuple[int, ...],
+    axes: Any, image: Int[np.ndarray, "R C"], choice: Choice, query: Any, lengths: Sequence[int]
 ) -> None:
     """Key tiles of the last two dimensions, in tokens; `query` is the query tile if it is there."""
     (high, wide), (q_high, q_wide) = choice.key_tile[-2:], choice.query_tile[-2:]
     rows, columns = image.shape
-    axes.pcolormesh(
-        np.minimum(np.arange(columns + 1) * wide, lengths[1]),
-        np.minimum(np.arange(rows + 1) * high, lengths[0]),
-        image,
-        cmap=CLASSES,
-        vmin=0,
-        vmax=2,
-        edgecolors="white",
-        linewidth=0.4,
-    )
+    x = np.minimum(np.arange(columns + 1) * wide, lengths[1])
+    y = np.minimum(np.arange(rows + 1) * high, lengths[0])
+    axes.pcolormesh(x, y, image, cmap=CLASSES, vmin=0, vmax=2, edgecolors="white", linewidth=0.4)
     axes.set(xlim=(0, lengths[1]), ylim=(lengths[0], 0), aspect="equal")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     if len(query):
         corner = (query[1] * q_wide, query[0] * q_high)
         axes.add_patch(Rectangle(corner, q_wide, q_high, fill=False, color=QUERY, linewidth=2))
@@ -237,7 +191,3 @@ def _product(rows: Int[np.ndarray, " R"], columns: Int[np.ndarray, " C"]) -> Int
     """Classes of two dimensions together: a tile is free only if it is so in both."""
     seen = (rows[:, None] > 0) & (columns > 0)
     return np.where(seen, np.maximum(rows[:, None], columns), 0)
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return "×".join(map(str, sizes))

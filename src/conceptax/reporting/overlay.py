@@ -51,15 +51,8 @@ def overlay(
     draw = ImageDraw.Draw(canvas)
     font = label_font(max(9, round(max(labels.shape) / 40)))
     for label, (row, column) in _places(labels, len(names)):
-        draw.text(
-            (column, row),
-            names[label],
-            PAPER,
-            font,
-            anchor="mm",
-            stroke_width=2,
-            stroke_fill="#000000",
-        )
+        outline = {"stroke_width": 2, "stroke_fill": "#000000"}
+        draw.text((column, row), names[label], PAPER, font, "mm", **outline)
     return canvas
 
 

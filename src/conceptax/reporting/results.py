@@ -5,17 +5,29 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from conceptax.reporting.report import Table, markdown_table
+from conceptax.text import write_json
+
+METRICS = "metrics.json"
 _PACKAGES = ("conceptax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
 def write_records(path: Path, content: Mapping[str, Any]) -> None:
     """Write figures as JSON, one line a record, for files that are kept and compared."""
     path.write_text(_records(content, 2) + "\n", encoding="utf-8")
+
+
+def write_tables(folder: Path, record: Mapping[str, Any], tables: Iterable[Table]) -> str:
+    """Write what was measured: metrics.json, and table.md, whose text is returned."""
+    write_json(folder / METRICS, record)
+    markdown = "\n".join(map(markdown_table, tables))
+    (folder / "table.md").write_text(markdown, encoding="utf-8")
+    return markdown
 
 
 def _records(value: Any, depth: int, indent: str = "") -> str:

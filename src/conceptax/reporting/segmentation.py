@@ -1,13 +1,96 @@
-"""The quality of a segmentation model: as plain numbers, and as tables for people."""
+"""Segmentations as pictures and records, and a model's quality: as numbers, and as tables."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
 
+from conceptax.methods.segmentation.datasets import IGNORE
 from conceptax.methods.segmentation.evaluation import Quality
+from conceptax.methods.segmentation.metrics import Segment
+from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary
+from conceptax.reporting.overlay import class_colors, overlay
+from conceptax.reporting.pictures import save_png
 from conceptax.reporting.report import Number, Table
+from conceptax.text import write_json
+
+LEGEND, PANOPTIC = "legend.json", "panoptic.json"
+VOID = IGNORE[16]
+
+
+def segment_into(
+    folder: Path,
+    segmenter: Segmenter,
+    vocabulary: Vocabulary,
+    images: Mapping[Path, UInt8[np.ndarray, "H W 3"]],
+    *,
+    things: Collection[int],
+    least_score: float = 0.2,
+    info: Mapping[str, Any],
+) -> Int[np.ndarray, " C"]:
+    """Look at images, and write into an empty `folder` what `conceptax segment run` promises.
+
+    Args:
+      folder: where to.
+      segmenter: of the vocabulary.
+      vocabulary: K classes.
+      images: each by its file, whose names differ.
+      things: classes whose regions are told apart.
+      least_score: a region that no class claims with so much is void.
+      info: about the run, for panoptic.json.
+
+    Returns:
+      pixels of each class and, last, of none: C is K + 1.
+    """
+    colors, void = class_colors(len(vocabulary)), len(vocabulary)
+    pixels = np.zeros(void + 1, np.int64)
+    shown, annotations = [], []
+    for number, (file, image) in enumerate(images.items(), 1):
+        seen = segmenter(image)
+        labels = seen.labels(least_score=least_score)
+        ids, segments = seen.panoptic(things, least_score=least_score)
+        pixels += np.bincount(labels.ravel(), minlength=len(pixels))
+        height, width = labels.shape
+        name = f"{file.stem}_panoptic.png"
+        stored = np.where(labels == void, VOID, labels).astype(np.uint16)
+        coded = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+        picture = overlay(image, labels, vocabulary.names, colors)
+        save_png(picture, folder / f"{file.stem}_overlay.png")
+        save_png(Image.fromarray(stored), folder / f"{file.stem}_labels.png")
+        save_png(coded, folder / name)
+        shown.append({"id": number, "file_name": file.name, "height": height, "width": width})
+        told = _described(ids, segments)
+        annotations.append({"image_id": number, "file_name": name, "segments_info": told})
+    categories = [
+        {"id": k, "name": name, "isthing": int(k in things), "color": colors[k].tolist()}
+        for k, name in enumerate(vocabulary.names)
+    ]
+    content = {"images": shown, "annotations": annotations, "categories": categories}
+    write_json(folder / PANOPTIC, {**content, "info": info})
+    classes = [
+        {"label": k, "names": list(names), "color": colors[k].tolist(), "pixels": int(pixels[k])}
+        for k, names in enumerate(vocabulary.classes)
+    ]
+    legend = {"void": {"label": VOID, "pixels": int(pixels[-1])}, "classes": classes}
+    write_json(folder / LEGEND, legend)
+    return pixels
+
+
+def _described(ids: np.ndarray, segments: Mapping[int, Segment]) -> list[dict[str, Any]]:
+    """Segments in COCO's form."""
+    found = []
+    for number, segment in segments.items():
+        rows, columns = np.nonzero(ids == number)
+        left, top = int(columns.min()), int(rows.min())
+        box = [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1]
+        place = {"area": len(rows), "iscrowd": 0, "bbox": box}
+        found.append({"id": number, "category_id": segment.category, **place})
+    return found
 
 
 def figures(quality: Quality, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -47,11 +130,7 @@ def tables(quality: Quality, scenes: int) -> list[Table]:
     found = [Table("Classes of pixels", columns, rows, note)]
     if quality.panoptic:
         lines = [
-            (
-                name,
-                *(Number(f"{value:.2f}") for value in (p.pq, p.sq, p.rq)),
-                Number(f"{p.classes}"),
-            )
+            (name, *(Number(f"{v:.2f}") for v in (p.pq, p.sq, p.rq)), Number(f"{p.classes}"))
             for name, p in quality.panoptic.items()
         ]
         found.append(Table("Segments", ("", "PQ", "SQ", "RQ", "classes"), lines))

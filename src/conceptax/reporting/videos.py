@@ -50,31 +50,9 @@ def save_mp4(video: Video, file: Path, fps: int) -> None:
     _, height, width, _ = video.shape
     video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     size = f"{video.shape[2]}x{video.shape[1]}"
-    command = [
-        encoder(),
-        "-loglevel",
-        "error",
-        "-y",
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        size,
-        "-r",
-        str(fps),
-        "-i",
-        "-",
-        "-c:v",
-        "libx264",
-        "-crf",
-        "15",
-        "-pix_fmt",
-        "yuv420p",
-        "-f",
-        "mp4",
-        str(file),
-    ]
+    taken = f"-f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i -".split()
+    made = ["-c:v", "libx264", "-crf", "15", "-pix_fmt", "yuv420p", "-f", "mp4"]
+    command = [encoder(), "-loglevel", "error", "-y", *taken, *made, str(file)]
     # Not imageio-ffmpeg's own writer: it forks, which may block a process with JAX's threads.
     result = subprocess.run(command, input=video.tobytes(), capture_output=True, check=False)
     if result.returncode:

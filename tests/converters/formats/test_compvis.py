@@ -13,7 +13,6 @@ from opened_files import opened_files
 
 from conceptax import bundled_model
 from conceptax.cli import main
-from conceptax.cli.loading import load_pipeline
 from conceptax.converters import (
     CheckpointError,
     OutputError,
@@ -27,6 +26,7 @@ from conceptax.converters.formats.compvis_parts import read_single_file
 from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.methods.sampling import NoiseSchedule, alphas_cumprod, make_sampler
 from conceptax.methods.text.phrases import ConceptError
+from conceptax.reporting.models import load_pipeline
 
 MODELS = ("unet", "vae", "text_encoder")
 UNET = {

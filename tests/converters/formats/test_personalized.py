@@ -16,7 +16,6 @@ from personalizing_toy import CELLS, pictures, tiny_pipeline
 from PIL import Image
 
 from conceptax.cli import main
-from conceptax.cli.class_images import complete_class_images
 from conceptax.converters import (
     CheckpointError,
     OutputError,
@@ -38,6 +37,7 @@ from conceptax.methods.sampling import make_sampler
 from conceptax.methods.subjects.images import image_files, read_class_folders, read_image
 from conceptax.methods.text.new_tokens import initial_rows
 from conceptax.methods.text.phrases import concept_prompts, encode_phrases
+from conceptax.reporting.personalizing import complete_class_images
 
 PROMPT = "a <new1> seven on brick"
 STEPS = ["--steps", "2", "--learning-rate", "0.05"]

@@ -8,8 +8,6 @@ import pytest
 import xl_toy
 from flax import nnx
 
-from conceptax.cli.erase import erase_into
-from conceptax.cli.personalize import personalize_into
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.erasing import (
@@ -22,6 +20,8 @@ from conceptax.methods.erasing import (
 from conceptax.methods.erasing.sage import SageConfig
 from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig, personalize
 from conceptax.methods.text.phrases import edited_encoders
+from conceptax.reporting.erasing import erase_into
+from conceptax.reporting.personalizing import personalize_into
 
 _SMALL = {"contexts": 0, "vocabulary": 12, "templates": ("{}", "a {}"), "similarity_cap": 1.0}
 _RUN = {**_SMALL, "cycles": 1, "prompts": 2}

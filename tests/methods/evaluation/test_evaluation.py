@@ -15,7 +15,6 @@ import scipy.linalg
 from flax import nnx
 
 from conceptax.cli import main
-from conceptax.cli.loading import load_edited
 from conceptax.converters import (
     CheckpointError,
     load_changes,
@@ -50,6 +49,7 @@ from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.methods.text.phrases import TEMPLATES, ConceptError
 from conceptax.reporting.instruments import load_clip
+from conceptax.reporting.models import load_edited
 
 TOWER = {
     "hidden_size": 16,
@@ -436,8 +436,8 @@ def attacks(monkeypatch):
         name: types.SimpleNamespace(title=title, config=StubSettings, run=stub_attack)
         for name, title in (("relapse", "stub relapse"), ("other-one", "another stub"))
     }
-    for module in ("conceptax.methods.evaluation.figures", "conceptax.cli.evaluate"):
-        monkeypatch.setattr(f"{module}.known_attacks", lambda: registry)
+    for module in ("methods.evaluation.figures", "reporting.evaluating", "cli.evaluate"):
+        monkeypatch.setattr(f"conceptax.{module}.known_attacks", lambda: registry)
     return registry
 
 

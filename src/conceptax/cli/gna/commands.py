@@ -5,26 +5,21 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import OptionalFloat, OptionalInt, OptionalPath
+from conceptax.cli.options import OptionalFloat, OptionalInt, OptionalPath, shown
 
 Name = Literal["h100", "h200", "b200"]
-Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
-Tile = Annotated[
-    tuple[int, ...] | None,
-    tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(default: the GPU's)"),
-]
+_INTS = "INT [INT ...]"
+Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar=_INTS)]
+OptionalInts = Annotated[tuple[int, ...] | None, shown(_INTS)]
+Tile = Annotated[tuple[int, ...] | None, shown(_INTS, "(default: the GPU's)")]
+HalfTheLayout = Annotated[tuple[int, ...] | None, shown(_INTS, "(default: half the layout)")]
+EightOrTheWindow = Annotated[tuple[int, ...] | None, shown(_INTS, "(default: 8, or the window)")]
 Bools = Annotated[tuple[bool, ...], tyro.conf.arg(metavar="BOOL [BOOL ...]")]
-OptionalInts = Annotated[
-    tuple[int, ...] | None,
-    tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(optional)"),
-]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    tyro.conf.arg(metavar="DTYPE", help_behavior_hint="(default: by device)"),
+    Literal["float32", "bfloat16", "float16"] | None, shown("DTYPE", "(default: by device)")
 ]
 Implementation = Annotated[
-    Literal["xla", "triton", "cuda"] | None,
-    tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the preferred one)"),
+    Literal["xla", "triton", "cuda"] | None, shown("NAME", "(default: the preferred one)")
 ]
 
 
@@ -139,14 +134,8 @@ class Bench:
     """
 
     layout: Ints = (64, 64)
-    window: Annotated[
-        tuple[int, ...] | None,
-        tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(default: half the layout)"),
-    ] = None
-    stride: Annotated[
-        tuple[int, ...] | None,
-        tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint="(default: 8, or the window)"),
-    ] = None
+    window: HalfTheLayout = None
+    stride: EightOrTheWindow = None
     dilation: Ints = (1,)
     causal: Bools = (False,)
     batch: int = 1
@@ -160,11 +149,25 @@ class Bench:
     force: bool = False
 
 
-def by(sizes: Any) -> str:
-    """Sizes as a table shows them: 8x16."""
-    return "x".join(map(str, sizes))
+_PROBLEM = {
+    "kernel_size": "window",
+    "stride": "stride",
+    "dilation": "dilation",
+    "is_causal": "causal",
+    "query_tile": "query_tile",
+    "key_tile": "key_tile",
+}
 
 
-def each(values: tuple[Any, ...] | None) -> Any:
-    """One value stands for all dimensions."""
-    return values[0] if values is not None and len(values) == 1 else values
+def problem_of(command: Any, *names: str) -> dict[str, Any]:
+    """What a command's flags say of a problem, as arguments of `kernels.gna`; some or all of them.
+
+    One value stands for all dimensions.
+    """
+    known = {name: flag for name, flag in _PROBLEM.items() if hasattr(command, flag)}
+    given = {name: getattr(command, flag) for name, flag in known.items()}
+    return {
+        name: values[0] if values is not None and len(values) == 1 else values
+        for name, values in given.items()
+        if not names or name in names
+    }

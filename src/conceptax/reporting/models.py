@@ -1,4 +1,4 @@
-"""Models that commands are given as folders and files."""
+"""Models that people give as folders and files: pipelines, edited ones, MAFT+, OpenCLIP."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from conceptax.converters import load_maft_plus, load_open_clip, load_personaliz
 from conceptax.converters.errors import CheckpointError
 from conceptax.converters.formats.identify import resolved
 from conceptax.converters.formats.lora import holds_lora, merge_lora
+from conceptax.converters.formats.personalized import personalized_files
 from conceptax.converters.tensors import tensor_specs
 from conceptax.converters.tokenizer import read_tokenizer
 from conceptax.flax_models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -32,7 +33,7 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
     """A whole pipeline, computing in `dtype`.
 
     Raises:
-      ConceptError: the folder holds one component.
+      ConceptError: the folder holds one component, or lacks one; `purpose` is what needs it.
       CheckpointError: what is wrong with the folder.
     """
     pipeline = load_pytorch(path, dtype=jnp.dtype(dtype))
@@ -71,49 +72,59 @@ def load_edited(
     path = resolved(path)
     if (path / "model_index.json").is_file():
         return load_pipeline(path, dtype, "evaluating")
-    if path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob("*.safetensors"))
+    folder = path if path.is_dir() else path.parent
+    if path.exists() and not (folder / "config.json").is_file():
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise CheckpointError(
                 f"{path} holds no edited model: it takes a pipeline (model_index.json), a text "
                 "encoder or UNet (config.json), or safetensors files of changed tensors."
             )
-        return functools.reduce(_merged, files, original)
-    if path.is_file() and not (path.parent / "config.json").is_file():
-        return _merged(original, path)
+        return functools.reduce(merged, files, original)
     part = load_pytorch(path, dtype=jnp.dtype(dtype))
-    for name, kind in _PARTS.items():
-        if isinstance(part, kind):
-            return _with(original, name, part)
-    raise CheckpointError(
-        f"{path} is a {type(part).__name__}; an erasure edits the text encoder or the UNet."
-    )
-
-
-def _merged(pipeline: StableDiffusionPipeline, file: Path) -> StableDiffusionPipeline:
-    return (merge_lora if holds_lora(file) else load_personalized)(pipeline, file)
-
-
-def _with(original: StableDiffusionPipeline, name: str, part: Any) -> StableDiffusionPipeline:
+    name = next((name for name, kind in _PARTS.items() if isinstance(part, kind)), None)
+    if name is None:
+        raise CheckpointError(
+            f"{path} is a {type(part).__name__}; an erasure edits the text encoder or the UNet."
+        )
     if getattr(original, name, None) is None:
         raise CheckpointError(f"the original has no {name} that could be edited.")
-    shapes = [
+    edited, own = (
         {spec.key: spec.shape for spec in tensor_specs(model)}
         for model in (part, getattr(original, name))
-    ]
-    if shapes[0] != shapes[1]:
+    )
+    if edited != own:
         raise CheckpointError(f"the edited {name} has other sizes than the original's.")
     return dataclasses.replace(original, **{name: part})
 
 
+def merged(
+    pipeline: StableDiffusionPipeline, addition: Path, scale: float = 1.0
+) -> StableDiffusionPipeline:
+    """The pipeline with what was trained elsewhere, of any kind that `conceptax convert` adds.
+
+    Args:
+      pipeline: it stays as it is.
+      addition: a file or folder: a LoRA, embeddings of new tokens, weights of Custom Diffusion,
+        changed weights; or a LoRA and some of the others.
+      scale: how much of a LoRA.
+
+    Raises:
+      CheckpointError: what is wrong with the addition, or does not fit the pipeline.
+    """
+    if holds_lora(addition):
+        pipeline = merge_lora(pipeline, addition, scale)
+        if personalized_files(addition) in ([], [addition.expanduser()]):
+            return pipeline
+    return load_personalized(pipeline, addition)
+
+
 def load_segmenter_model(path: Path, *, form: str, token_order: str, dtype: str) -> MaftPlus:
-    """A MAFT+ model.
+    """A MAFT+ model, computing in `dtype`.
 
     Args:
       path: a folder that `conceptax segment train` wrote, or a detectron2 checkpoint.
-      form, token_order: of a checkpoint, as for `load_maft_plus`; a folder with config.json tells
-        them itself.
-      dtype: computation dtype.
+      form, token_order: of a checkpoint, as for `load_maft_plus`; a folder tells them itself.
 
     Raises:
       CheckpointError: what is wrong with it.
@@ -124,11 +135,10 @@ def load_segmenter_model(path: Path, *, form: str, token_order: str, dtype: str)
 
 
 def load_open_clip_model(path: Path, *, dtype: str, prefix: str = "") -> OpenCLIP:
-    """An OpenCLIP model with a ConvNeXt tower, from a folder or from a weight file.
+    """An OpenCLIP model with a ConvNeXt tower, computing in `dtype`.
 
     Args:
-      path: the folder or file.
-      dtype: computation dtype.
+      path: a folder, or a file of weights.
       prefix: what its keys begin with in a larger file.
 
     Raises:
