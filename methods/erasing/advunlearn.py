@@ -116,8 +116,8 @@ def attack(
 
     def objective(prefix: Array, latents: Array, times: Array) -> Array:
         states = now(inputs_embeds=with_prefix(embeddings, prefix), eos_positions=ends)
-        wanted = unet(latents, times, concept)
-        return prediction_loss(unet(latents, times, states.condition), wanted)
+        predicted = unet(latents, times, states.condition)
+        return prediction_loss(predicted, unet(latents, times, concept))
 
     optimizer = OPTIMIZERS[config.attack_optimizer](config.attack_rate)
 

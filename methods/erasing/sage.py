@@ -294,9 +294,9 @@ def erase_step(
     """
     del batch
     concept_key, prompt_key, update_key = jax.random.split(key, 3)
+    check_key = jax.random.fold_in(key, 3)
     names = ("tokens", "without", "free")
     which, (tokens, without, free) = draw_prompts(static, frozen, names, concept_key, prompt_key)
-    check_key = jax.random.fold_in(key, 3)
     attacked, metrics = self_check(
         static, state.params, frozen, which, tokens, without, free, check_key
     )
@@ -354,8 +354,9 @@ def _erase_loss(
     local_loss = prediction_loss(kept, target_local)
     rows = phrase_states(plain, config.global_states)[prompts + config.local_rows :]
     every = frozen["retained_states"]
-    related = (every,) if config.global_form == "cross" else (every[some], rows)
-    global_loss = global_retention_loss(rows, every[some], *related)
+    before_rows = every[some]
+    related = (every,) if config.global_form == "cross" else (before_rows, rows)
+    global_loss = global_retention_loss(rows, before_rows, *related)
     loss = erase + config.global_weight * global_loss + config.local_weight * local_loss
     return loss, {"loss": loss, "erase": erase, "global_": global_loss, "local": local_loss}
 
