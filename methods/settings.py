@@ -54,19 +54,16 @@ def check_settings(
       ValueError: names the setting, what it takes and what was received.
     """
     for name, value in least.items():
-        if not getattr(settings, name) >= value:
-            raise ValueError(
-                f"{name} must be at least {value}, received {getattr(settings, name)}."
-            )
+        if not (given := getattr(settings, name)) >= value:
+            raise ValueError(f"{name} must be at least {value}, received {given}.")
     for name in positive:
-        if not getattr(settings, name) > 0:
+        if not (given := getattr(settings, name)) > 0:
             raise ValueError(
-                f"{name} must be positive, received {getattr(settings, name)}: with none, nothing "
-                "changes."
+                f"{name} must be positive, received {given}: with none, nothing changes."
             )
     for name, values in _choices(type(settings)).items():
-        if getattr(settings, name) not in values:
-            raise ValueError(f"{name} accepts {values}, received {getattr(settings, name)!r}.")
+        if (given := getattr(settings, name)) not in values:
+            raise ValueError(f"{name} accepts {values}, received {given!r}.")
 
 
 def check_min_timestep(value: float) -> None:

@@ -2,11 +2,12 @@
 
     erase(pipeline, ["three"], EsdXConfig(), retain=None, seed=0) -> pipeline
 
-The settings say which method it is.  Each module here has the same `erase`;
-those that train also have `prepare` and a pure step for the training loop.
+The settings say which method it is.  Those that train have `prepare` and a pure step for the
+training loop.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from .. import settings
 from ..seeds import check_seed
 from ..text.phrases import Retained
-from . import advunlearn, esd, sage, uce, word
+from . import advunlearn, esd, sage, uce
 from .advunlearn import AdvUnlearnConfig
+from .common import trained
 from .esd import EsdUConfig, EsdXConfig
 from .uce import UceConfig
 from .word import WordConfig
@@ -39,25 +41,20 @@ class Method(settings.Method):
     retains: bool = True
 
 
+_esd = functools.partial(trained, esd.esd_step, esd.prepare)
+_advunlearn = functools.partial(trained, advunlearn.adversarial_step, advunlearn.prepare)
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "sage": Method("SAGE", sage.SageConfig, sage.erase, "text_encoder"),
-        "esd-x": Method("ESD-x", EsdXConfig, esd.erase, "unet", retains=False),
-        "esd-u": Method("ESD-u", EsdUConfig, esd.erase, "unet", retains=False),
+        "esd-x": Method("ESD-x", EsdXConfig, _esd, "unet", retains=False),
+        "esd-u": Method("ESD-u", EsdUConfig, _esd, "unet", retains=False),
         "uce": Method("UCE", UceConfig, uce.erase, "unet", trains=False),
-        "word": Method("word erasure", WordConfig, word.erase, "text_encoder"),
-        "advunlearn": Method("AdvUnlearn", AdvUnlearnConfig, advunlearn.erase, "text_encoder"),
+        "word": Method("word erasure", WordConfig, sage.erase, "text_encoder"),
+        "advunlearn": Method("AdvUnlearn", AdvUnlearnConfig, _advunlearn, "text_encoder"),
     }
 )
-
-
-def method_of(config: Any) -> Method:
-    """The method that some settings belong to.
-
-    Raises:
-      ValueError: they are of no method.
-    """
-    return settings.method_of(METHODS, config)
+# The method that some settings belong to; ValueError: they are of no method.
+method_of = functools.partial(settings.method_of, METHODS)
 
 
 def erase(

@@ -17,7 +17,7 @@ keeps its effect.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -28,25 +28,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import erase_target, prediction_loss
-from ..memory import require_unet_memory
-from ..sampling import NoiseSchedule
 from ..settings import check_settings
-from ..text.phrases import (
-    Retained,
-    conditions,
-    retained_phrases,
-    stacked_prompts,
-    text_length,
+from ..text.phrases import Retained, conditions
+from ..training import TrainState, apply_gradients, constrain_batch
+from .common import (
+    ErasingStatic,
+    Frozen,
+    TrainedSettings,
+    assembled,
+    draw_latents,
+    draw_prompts,
+    erasing_prompts,
+    latent_sources,
 )
-from ..training import (
-    TrainState,
-    apply_gradients,
-    constrain_batch,
-    cosine_adamw,
-    init_state,
-    split_trainable,
-)
-from .common import ErasingStatic, TrainedSettings, draw_latents, latent_sources, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,30 +103,17 @@ def esd_loss(
 
 
 def esd_step(
-    static: ErasingStatic,
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    batch: None,
-    key: PRNGKeyArray,
+    static: ErasingStatic, state: TrainState, frozen: Frozen, batch: None, key: PRNGKeyArray
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of the UNet, on prompts of one concept.
 
-    Args:
-      static, state, frozen: from `prepare`.
-      batch: None; an update needs no data.
-      key: this update's key.
-
-    Returns:
-      the new state and metrics: loss.
+    The metrics are the loss.
     """
     del batch
     config = static.config
     concept_key, prompt_key, latent_key = jax.random.split(key, 3)
-    states = tuple(frozen[name] for name in ("states", "anchor_states"))
-    concepts, prompts = jax.tree.leaves(states)[0].shape[:2]
-    which = jax.random.randint(concept_key, (), 0, concepts)
-    rows = jax.random.choice(prompt_key, prompts, (config.prompts,))
-    concept, anchor = constrain_batch(jax.tree.map(lambda leaf: leaf[which, rows], states))
+    names = ("states", "anchor_states")
+    _, (concept, anchor) = draw_prompts(static, frozen, names, concept_key, prompt_key)
     before = nnx.merge(static.unet, frozen["original"])
     current = nnx.merge(static.unet, jax.lax.stop_gradient(state.params), frozen["unet"])
     latents, times = constrain_batch(
@@ -158,9 +139,7 @@ def prepare(
     """Everything `esd_step` needs, computed once.
 
     Args:
-      pipeline: the model; its parts are read, never changed.
-      concepts: what to erase, one phrase each.
-      config: settings; their `trainable` makes it ESD-x or ESD-u.
+      pipeline, concepts, config: as for `erasing.erase`; `trainable` makes it ESD-x or ESD-u.
       retain: words that stand beside the concept in `contexts`; ESD itself retains nothing.
       seed: of those contexts.
 
@@ -168,58 +147,16 @@ def prepare(
       ConceptError: no or unusable concepts.
       ValueError: a pattern of parameters that matches nothing.
     """
-    words = retained_phrases(pipeline, concepts, config, retain).kept
-    length = text_length(pipeline)
-    require_unet_memory(
-        pipeline, config.prompts, f"a cycle of {config.prompts} prompts", "take fewer"
-    )
-    prompts = stacked_prompts(pipeline.tokenizer, concepts, words, config, length=length, seed=seed)
+    static, state, frozen = assembled(pipeline, config, untrained=config.untrained)
+    prompts, _ = erasing_prompts(pipeline, concepts, config, retain, seed)
 
     def states(rows: np.ndarray) -> Any:
-        flat = conditions(pipeline.prompt_encoder, rows.reshape(-1, length))
+        flat = conditions(pipeline.prompt_encoder, rows.reshape(-1, rows.shape[-1]))
         return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:2], *leaf.shape[1:]), flat)
 
-    unet, trained, rest = split_trainable(pipeline.unet, config.trainable, config.untrained)
-    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
-    optimizer = cosine_adamw(config.learning_rate, config.weight_decay, config.cycles)
-    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    static = ErasingStatic(
-        unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape
-    )
-    frozen = {
-        "unet": rest,
-        "original": nnx.to_pure_dict(nnx.state(pipeline.unet)),
+    texts = {
         "states": states(prompts.tokens),  # [C, T, L, D]
         "anchor_states": states(prompts.without),
         **latent_sources(pipeline, config),
     }
-    return static, init_state(trained, optimizer), jax.tree.map(jnp.asarray, frozen)
-
-
-def erase(
-    pipeline: StableDiffusionPipeline,
-    concepts: Sequence[str],
-    config: EsdXConfig | None = None,
-    *,
-    retain: Sequence[str] | Retained | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> StableDiffusionPipeline:
-    """Erase concepts and return the pipeline with the edited UNet in its place.
-
-    Args:
-      pipeline, concepts, config, retain: as for `prepare`; the pipeline itself stays as it is.
-      seed: of everything random in the run.
-      options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
-    """
-    static, state, frozen = trained(
-        esd_step,
-        prepare,
-        pipeline,
-        concepts,
-        config or EsdXConfig(),
-        retain=retain,
-        seed=seed,
-        **options,
-    )
-    return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))
+    return static, state, frozen | jax.tree.map(jnp.asarray, texts)

@@ -17,44 +17,41 @@ and one cycle is one pure step of `conceptax.methods.training.train`.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ...flax_models.clip import pooling_positions
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import erase_target, prediction_loss
-from ..memory import require_unet_memory
-from ..sampling import NoiseSchedule
 from ..settings import check_settings
 from ..text.phrases import (
     Retained,
     concept_states,
     embedding_scale,
     encode_phrases,
-    encoder_patterns,
-    framed_phrases,
     hidden_states,
     pooled_states,
-    retained_phrases,
-    stacked_prompts,
     text_length,
 )
-from ..training import (
-    TrainState,
-    apply_gradients,
-    constrain_batch,
-    cosine_adamw,
-    init_state,
-    split_trainable,
-)
+from ..training import TrainState, constrain_batch
 from ..vectors import cosine, unit
-from .common import EncoderSettings, EncoderStatic, draw_latents, latent_sources, trained
+from .common import (
+    OPTIMIZERS,
+    EncoderSettings,
+    EncoderStatic,
+    Frozen,
+    assembled,
+    draw_latents,
+    draw_prompts,
+    erasing_prompts,
+    latent_sources,
+    trained,
+    updated,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +108,9 @@ class SageConfig(EncoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(
-            self,
-            least={
-                "check_steps": 0,
-                "check_rate": 0,
-                "check_weight": 0,
-                "ddim_samples": 1,
-                "global_rows": 1,
-                "global_weight": 0,
-                "local_rows": 1,
-                "local_weight": 0,
-            },
-        )
+        least = {"check_steps": 0, "check_rate": 0, "check_weight": 0, "global_weight": 0}
+        counts = {"ddim_samples": 1, "global_rows": 1, "local_rows": 1, "local_weight": 0}
+        check_settings(self, least=least | counts)
         if self.check_radius is not None and not self.check_radius > 0:
             raise ValueError(f"check_radius must be positive or None, got {self.check_radius}.")
 
@@ -216,7 +203,7 @@ SageStatic = EncoderStatic  # its public name
 def self_check(
     static: SageStatic,
     params: Any,
-    frozen: Mapping[str, Any],
+    frozen: Frozen,
     which: Int[Array, ""] | int,
     tokens: Int[Array, "P L"],
     without: Int[Array, "P L"],
@@ -226,12 +213,10 @@ def self_check(
     """Walk from prompts of the concept to the edge of what T still takes for it.
 
     Args:
-      static: structures and settings.
+      static, frozen: as `prepare` makes them.
       params: the trained parameters of T.
-      frozen: as `prepare` makes it.
       which: number of the concept.
-      tokens: [P, L] prompts to start from.
-      without: [P, L] the same with the anchor in the concept's place.
+      tokens, without: [P, L] prompts to start from, with the concept and with the anchor.
       free: [P, L] positions whose embeddings may move.
       key: of a random start and of the latents of a guided check.
 
@@ -240,9 +225,7 @@ def self_check(
       to T0(c) after the attack, as T0 and as T see them.
     """
     config = static.config
-    now = nnx.merge(static.text, jax.lax.stop_gradient(params), frozen["text"])
-    before = nnx.merge(static.text, frozen["original"])
-    unet = nnx.merge(static.unet, frozen["unet"])
+    now, before, unet = static.models(jax.lax.stop_gradient(params), frozen)
     ends = pooling_positions(now.config, tokens)
     start = before.embed_tokens(tokens).astype(jnp.float32)
     unit = frozen["embedding_rms"]
@@ -278,11 +261,7 @@ def self_check(
             original, concept, *predictions, weight=config.check_weight
         ).sum()
 
-    optimizer = (
-        optax.adam(config.check_rate)
-        if config.check_optimizer == "adam"
-        else optax.sign_sgd(config.check_rate)
-    )
+    optimizer = OPTIMIZERS[config.check_optimizer](config.check_rate)
 
     def advance(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         embeddings, memory = carry
@@ -305,52 +284,30 @@ def self_check(
 
 
 def erase_step(
-    static: SageStatic,
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    batch: None,
-    key: PRNGKeyArray,
+    static: SageStatic, state: TrainState, frozen: Frozen, batch: None, key: PRNGKeyArray
 ) -> tuple[TrainState, dict[str, Array]]:
     """One SAGE cycle: one self-check, then `erase_updates` updates of the text encoder.
-
-    Args:
-      static, state, frozen: from `prepare`.
-      batch: None; a cycle needs no data.
-      key: this cycle's key.
 
     Returns:
       the new state and metrics: loss, erase, global_, local (of the last update), check_original
       and check_current (cosines to T0(c) after the attack).
     """
     del batch
-    config = static.config
     concept_key, prompt_key, update_key = jax.random.split(key, 3)
     check_key = jax.random.fold_in(key, 3)
-    which = jax.random.randint(concept_key, (), 0, frozen["tokens"].shape[0])
-    rows = jax.random.choice(prompt_key, frozen["tokens"].shape[1], (config.prompts,))
-    tokens, without, free = constrain_batch(
-        tuple(frozen[name][which, rows] for name in ("tokens", "without", "free"))
-    )
+    names = ("tokens", "without", "free")
+    which, (tokens, without, free) = draw_prompts(static, frozen, names, concept_key, prompt_key)
     attacked, metrics = self_check(
         static, state.params, frozen, which, tokens, without, free, check_key
     )
-
-    def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
-        loss_of = functools.partial(
-            _erase_loss, static, frozen, which, tokens, without, attacked, key
-        )
-        (_, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        return apply_gradients(state, gradients, static.optimizer), parts
-
-    keys = jax.random.split(update_key, config.erase_updates)
-    after, parts = jax.lax.scan(update, state, keys)
-    metrics |= jax.tree.map(lambda series: series[-1], parts)
-    return dataclasses.replace(after, step=state.step + 1), metrics
+    loss_of = functools.partial(_erase_loss, static, frozen, which, tokens, without, attacked)
+    after, parts = updated(static, state, loss_of, update_key)
+    return after, metrics | parts
 
 
 def _erase_loss(
     static: SageStatic,
-    frozen: Mapping[str, Any],
+    frozen: Frozen,
     which: Array,
     tokens: Array,
     without: Array,
@@ -361,9 +318,7 @@ def _erase_loss(
     """L_erase + lambda_g L_global + lambda_l L_local, and its parts."""
     config = static.config
     latent_key, local_key, global_key = jax.random.split(key, 3)
-    now = nnx.merge(static.text, params, frozen["text"])
-    before = nnx.merge(static.text, frozen["original"])
-    unet = nnx.merge(static.unet, frozen["unet"])
+    now, before, unet = static.models(params, frozen)
     ends = pooling_positions(now.config, tokens)
     retained = frozen["retained_tokens"]
     local = retained[jax.random.choice(local_key, retained.shape[0], (config.local_rows,))]
@@ -398,22 +353,16 @@ def _erase_loss(
     erase = prediction_loss(erased, jnp.concatenate([target, target]))
     local_loss = prediction_loss(kept, target_local)
     rows = phrase_states(plain, config.global_states)[prompts + config.local_rows :]
-    before_rows = frozen["retained_states"][some]
-    global_loss = (
-        global_retention_loss(rows, before_rows, frozen["retained_states"])
-        if config.global_form == "cross"
-        else global_retention_loss(rows, before_rows, before_rows, rows)
-    )
+    every = frozen["retained_states"]
+    before_rows = every[some]
+    related = (every,) if config.global_form == "cross" else (before_rows, rows)
+    global_loss = global_retention_loss(rows, before_rows, *related)
     loss = erase + config.global_weight * global_loss + config.local_weight * local_loss
     return loss, {"loss": loss, "erase": erase, "global_": global_loss, "local": local_loss}
 
 
 def _latents_of(
-    static: SageStatic,
-    frozen: Mapping[str, Any],
-    which: Array | int,
-    key: PRNGKeyArray,
-    prompts: int,
+    static: SageStatic, frozen: Frozen, which: Array | int, key: PRNGKeyArray, prompts: int
 ) -> tuple[Array, Array]:
     """Latents [P + R, h, w, c] and timesteps [P + R]: P for a concept, R for what is retained."""
     size = prompts + static.config.local_rows
@@ -436,12 +385,8 @@ def prepare(
     """Everything `erase_step` needs, computed once.
 
     Args:
-      pipeline: the model; its parts are read, never changed.
-      concepts: what to erase, one phrase each.
-      config: settings.
-      retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary. Those
-        closer to a concept than `config.similarity_cap` are set aside in either case: see
-        `phrases.retained_phrases`, whose result is taken too.
+      pipeline, concepts, config, retain: as for `erasing.erase`; a result of
+        `phrases.retained_phrases` is taken too.
       seed: of the cached trajectories and the templates around retained phrases.
 
     Raises:
@@ -449,35 +394,15 @@ def prepare(
       ValueError: a pattern of trainable parameters that matches nothing, or an encoder to edit that
         the model does not have.
     """
-    trainable = encoder_patterns(pipeline, config.trainable, config.edit)
-    tokenizer, encoder = pipeline.tokenizer, pipeline.prompt_encoder
-    length = text_length(pipeline)
-    words = retained_phrases(pipeline, concepts, config, retain).kept
-    require_unet_memory(
-        pipeline,
-        2 * config.prompts + config.local_rows,
-        f"a cycle of {config.prompts} prompts with local_rows {config.local_rows}",
-        "take fewer",
+    what, rows = f" with local_rows {config.local_rows}", config.prompts + config.local_rows
+    static, state, frozen = assembled(pipeline, config, rows=rows, what=what)
+    prompts, retained = erasing_prompts(
+        pipeline, concepts, config, retain, seed, frames=config.frames
     )
-    prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
-    framed = framed_phrases(words, prompts.templates, config.frames, seed)
-    retained = encode_phrases(tokenizer, framed, length)
-    anchor = encode_phrases(tokenizer, [config.anchor], length)
-
-    text, train, rest = split_trainable(encoder, trainable)
-    train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
-    unet, unet_params = nnx.split(pipeline.unet)
-    optimizer = cosine_adamw(
-        config.learning_rate, config.weight_decay, config.cycles * config.erase_updates
-    )
-    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    static = SageStatic(
-        unet, optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape, text
-    )
-    frozen = {
-        "text": rest,
-        "original": nnx.to_pure_dict(nnx.state(encoder)),
-        "unet": nnx.to_pure_dict(unet_params),
+    encoder = pipeline.prompt_encoder
+    anchor = encode_phrases(pipeline.tokenizer, [config.anchor], text_length(pipeline))
+    states = pooled_states if config.global_states == "pooled" else hidden_states
+    texts = {
         "tokens": prompts.tokens,  # [C, T, L]
         "without": prompts.without,
         "free": prompts.free | prompts.concept if config.free_concept else prompts.free,
@@ -485,49 +410,28 @@ def prepare(
         "anchor_pooled": pooled_states(encoder, anchor)[0],
         "embedding_rms": embedding_scale(encoder),
         "retained_tokens": retained,  # [N, L]
-        "retained_states": (
-            pooled_states(encoder, retained)
-            if config.global_states == "pooled"
-            else hidden_states(encoder, retained).reshape(len(retained), -1)
-        ),  # [N, D]
+        "retained_states": states(encoder, retained).reshape(len(retained), -1),  # [N, D]
         **latent_sources(
             pipeline, config, [*prompts.tokens, retained], samples=config.ddim_samples, seed=seed
         ),
     }
-    return static, init_state(train, optimizer), jax.tree.map(jnp.asarray, frozen)
+    return static, state, frozen | jax.tree.map(jnp.asarray, texts)
 
 
-def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Mapping[str, Any]) -> Any:
+def edited_text_encoder(static: SageStatic, state: TrainState, frozen: Frozen) -> Any:
     """The trained text encoder as a module, of SDXL both."""
-    return nnx.merge(static.text, state.params, frozen["text"])
+    return static.models(state.params, frozen)[0]
 
 
 def erase(
     pipeline: StableDiffusionPipeline,
     concepts: Sequence[str],
     config: SageConfig | None = None,
-    *,
-    retain: Sequence[str] | Retained | None = None,
-    seed: int = 0,
     **options: Any,
 ) -> StableDiffusionPipeline:
     """Erase concepts and return the pipeline with the edited text encoder in its place.
 
-    Only the text encoder differs; it can be plugged into any model that shares it.
-
-    Args:
-      pipeline, concepts, config, retain: as for `prepare`; the pipeline itself stays as it is.
-      seed: of everything random in the run.
-      options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
+    Only the text encoder differs; it can be plugged into any model that shares it. Arguments and
+    options (`retain`, `seed`, those of the training loop) are as for `erasing.erase`.
     """
-    static, state, frozen = trained(
-        erase_step,
-        prepare,
-        pipeline,
-        concepts,
-        config or SageConfig(),
-        retain=retain,
-        seed=seed,
-        **options,
-    )
-    return pipeline.with_prompt_encoder(edited_text_encoder(static, state, frozen))
+    return trained(erase_step, prepare, pipeline, concepts, config or SageConfig(), **options)

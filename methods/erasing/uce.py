@@ -28,18 +28,9 @@ from jaxtyping import Array, Float, Int
 from ...flax_models.clip import pooling_positions
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..settings import check_settings
-from ..text.phrases import (
-    PhraseSettings,
-    Retained,
-    TemplatedConcepts,
-    encode_phrases,
-    framed_phrases,
-    hidden_states,
-    retained_phrases,
-    stacked_prompts,
-    text_length,
-)
+from ..text.phrases import PhraseSettings, Retained, TemplatedConcepts, hidden_states
 from ..training import dotted, path_filter
+from .common import erasing_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +97,7 @@ def erase(
 ) -> StableDiffusionPipeline:
     """Erase concepts and return the pipeline with the edited UNet in its place.
 
-    Args:
-      pipeline: the model; it stays as it is.
-      concepts: what to erase, one phrase each.
-      config: settings.
-      retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary. Those
-        closer to a concept than `config.similarity_cap` are set aside in either case.
-      seed: of the templates around words.
-      options: of the training loop, for methods that have one; unused.
+    Arguments as of `erasing.erase`; options of the training loop are not used.
 
     Raises:
       ConceptError: no or unusable concepts, or nothing left to retain.
@@ -121,12 +105,11 @@ def erase(
     """
     del options
     config = config or UceConfig()
-    tokenizer, length = pipeline.tokenizer, text_length(pipeline)
-    words = retained_phrases(pipeline, concepts, config, retain).kept
-    prompts = stacked_prompts(tokenizer, concepts, words, config, length=length, seed=seed)
-    framed = framed_phrases(words, prompts.templates, config.frames, seed)
+    prompts, retained = erasing_prompts(
+        pipeline, concepts, config, retain, seed, frames=config.frames
+    )
     concept, anchor = paired_states(pipeline, prompts)
-    preserved = second_moment(pipeline, encode_phrases(tokenizer, framed, length))
+    preserved = second_moment(pipeline, retained)
     matrix = edit_matrix(
         concept,
         anchor,
@@ -166,15 +149,13 @@ def paired_states(
     end of the context, which the longer of the two prompts reaches first.
     """
     encoder, length = pipeline.prompt_encoder, prompts.tokens.shape[-1]
-    tokens, without = (rows.reshape(-1, length) for rows in (prompts.tokens, prompts.without))
-    concept, anchor = (np.asarray(hidden_states(encoder, rows)) for rows in (tokens, without))
-    longer = pooling_positions(encoder.config, jnp.asarray(tokens)) - pooling_positions(
-        encoder.config, jnp.asarray(without)
-    )
+    pair = [rows.reshape(-1, length) for rows in (prompts.tokens, prompts.without)]
+    concept, anchor = (np.asarray(hidden_states(encoder, rows)) for rows in pair)
+    end, without = (pooling_positions(encoder.config, jnp.asarray(rows)) for rows in pair)
     places = prompts.concept.reshape(-1, length)
     last = length - 1 - np.argmax(places[:, ::-1], axis=1)
     row, position = np.nonzero(np.arange(length) >= last[:, None])
-    other = position - np.asarray(longer)[row]
+    other = position - np.asarray(end - without)[row]
     inside = other < length  # an anchor longer than the concept
     return concept[row[inside], position[inside]], anchor[row[inside], other[inside]]
 

@@ -5,18 +5,15 @@ retention.  It shows what the self-check is for: other names of the concept stay
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..settings import fixed
-from ..text.phrases import Retained
 from . import sage
 
 
 @dataclasses.dataclass(frozen=True)
 class WordConfig(sage.SageConfig):
-    """All settings of a word erasure: those of SAGE but for the self-check's."""
+    """All settings of a word erasure, for `sage.erase`: those of SAGE but for the self-check's."""
 
     check: Literal["anchor", "recall"] = fixed("recall")
     check_steps: int = fixed(0)
@@ -27,17 +24,3 @@ class WordConfig(sage.SageConfig):
     check_start: Literal["prompt", "random"] = fixed("prompt")
     check_states: Literal["pooled", "tokens"] = fixed("pooled")
     free_concept: bool = fixed(False)
-
-
-def erase(
-    pipeline: StableDiffusionPipeline,
-    concepts: Sequence[str],
-    config: WordConfig | None = None,
-    *,
-    retain: Sequence[str] | Retained | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> StableDiffusionPipeline:
-    """Erase concepts by their words alone; arguments and result as of `sage.erase`."""
-    config = config or WordConfig()
-    return sage.erase(pipeline, concepts, config, retain=retain, seed=seed, **options)

@@ -5,9 +5,9 @@
 The settings say which method it is; all of them are one step, `class_diffusion`'s.
 """
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from .. import settings
 from ..settings import Method
@@ -23,16 +23,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "textual-inversion": Method("textual inversion", TextualInversionConfig),
     }
 )
-
-
-def method_of(config: Any) -> Method:
-    """The method that some settings belong to.
-
-    Raises:
-      ValueError: they are of no method.
-    """
-    return settings.method_of(METHODS, config)
-
+# The method that some settings belong to; ValueError: they are of no method.
+method_of = functools.partial(settings.method_of, METHODS)
 
 __all__ = [
     "METHODS",

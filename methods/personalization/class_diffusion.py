@@ -124,18 +124,9 @@ class ClassDiffusionConfig:
     center_crop: bool = False
 
     def __post_init__(self):
-        check_settings(
-            self,
-            least={
-                "steps": 1,
-                "batch_size": 1,
-                "accumulate": 1,
-                "weight_decay": 0,
-                "spl_weight": 0,
-                "prior_weight": 0,
-            },
-            positive=("learning_rate",),
-        )
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "weight_decay": 0}
+        weights = {"spl_weight": 0, "prior_weight": 0}
+        check_settings(self, least=least | weights, positive=("learning_rate",))
         if self.trained == "nothing" and not self.train_tokens:
             raise ValueError("nothing is left to train: trained='nothing' needs train_tokens.")
         if "{token}" not in self.prompt:
@@ -174,11 +165,7 @@ def spl_positions(
 ) -> Int[np.ndarray, " N"]:
     """Where the semantic preservation loss pools padded phrases: see the module's description.
 
-    Args:
-      tokens: [N, L] token ids.
-      lengths: tokens of each phrase, start and end included.
-      config: of the text encoder.
-      pooling: "eos" or "reference".
+    `lengths` are those of the phrases, start and end included; `pooling` is "eos" or "reference".
     """
     if pooling == "eos":
         return np.asarray(lengths) - 1
@@ -234,11 +221,8 @@ def personalize_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of the UNet's trained part and of the new tokens' embeddings.
 
-    Args:
-      static, state, frozen: from `prepare`. The trained parameters are {"unet": a part of the
-        UNet's, "rows": [N, C'], the trained columns}, either of which may be absent.
-      batch: as `subjects.batches` makes it.
-      key: this step's key.
+    The trained parameters are {"unet": a part of the UNet's, "rows": [N, C'], the trained columns},
+    either of which may be absent; the batch is as `subjects.batches` makes it.
 
     Returns:
       the new state and metrics: loss, reconstruction, spl (also where its weight is 0: it says how
@@ -246,7 +230,8 @@ def personalize_step(
     """
     latent_key, noise_key, time_key = jax.random.split(key, 3)
     own = batch["tokens"].shape[0]
-    batch, mask = _with_prior(batch), batch["mask"]
+    batch, mask, prior = dict(batch), batch["mask"], batch.get("prior") or {}
+    batch |= {name: jnp.concatenate([batch[name], prior[name]]) for name in prior}
     if static.vae is None:
         mean, std = batch["latent_mean"], batch["latent_std"]
     else:
@@ -268,11 +253,10 @@ def personalize_step(
         encoded = encode_with_rows(text, tokens, static.rows(params, frozen), frozen["ids"], ends)
         condition = jax.tree.map(lambda leaf: leaf[:size], encoded.condition)
         prediction = unet(noisy, times, condition).astype(jnp.float32)
+        pooled = encoded.pooled[size:].astype(jnp.float32)
         metrics = {
             "reconstruction": masked_reconstruction_loss(prediction[:own], target[:own], mask),
-            "spl": semantic_preservation_loss(
-                encoded.pooled[size:].astype(jnp.float32), frozen["class_pooled"]
-            ),
+            "spl": semantic_preservation_loss(pooled, frozen["class_pooled"]),
         }
         loss = metrics["reconstruction"] + static.spl_weight * metrics["spl"]
         if size > own:
@@ -282,14 +266,6 @@ def personalize_step(
 
     (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     return apply_gradients(state, gradients, static.optimizer), metrics
-
-
-def _with_prior(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with its class images behind the subjects'."""
-    prior = batch.get("prior")
-    if prior is None:
-        return dict(batch)
-    return {name: jnp.concatenate([batch[name], prior[name]]) for name in prior}
 
 
 # ---- from a pipeline to a run, and back ----
@@ -304,11 +280,7 @@ def prepare(
 ) -> tuple[PersonalisingStatic, TrainState, dict[str, Any], grain.IterDataset]:
     """Everything `personalize_step` needs, and the batches to give it.
 
-    Args:
-      pipeline: the model; its parts are read, never changed.
-      concepts: what to learn.
-      config: settings.
-      seed: of the batches.
+    Arguments as of `personalize`; the seed is that of the batches.
 
     Raises:
       TokenError: a token that exists, an initializer of several tokens, unequal counts.
@@ -316,17 +288,21 @@ def prepare(
       ValueError: a size that the model does not take.
     """
     size, cells = _sizes(pipeline, config)
-    _check_concepts(concepts, config)
+    if not concepts:
+        raise ConceptError("no concept was given: name at least one.")
+    without = [concept.token for concept in concepts if len(concept.class_images) == 0]
+    if config.prior_weight and without:
+        raise ConceptError(
+            f"prior preservation (prior_weight={config.prior_weight}) needs images of the class of "
+            f"{', '.join(without)}: give some, drawn by the model itself for example, or set "
+            "prior_weight to 0."
+        )
     seen = config.batch_size * (2 if config.prior_weight else 1)
-    require_memory(
-        max(
-            unet_bytes(pipeline.unet.config, seen, cells, cells, pipeline.unet.dtype),
-            vae_bytes(pipeline.vae.config, 1, size, size, pipeline.vae.dtype),
-        ),
-        f"training on {config.batch_size} images of {size}x{size} pixels at a time",
-        "take a smaller batch_size or size",
-        spread=True,
-    )
+    unet_needs = unet_bytes(pipeline.unet.config, seen, cells, cells, pipeline.unet.dtype)
+    vae_needs = vae_bytes(pipeline.vae.config, 1, size, size, pipeline.vae.dtype)
+    what = f"training on {config.batch_size} images of {size}x{size} pixels at a time"
+    remedy = "take a smaller batch_size or size"
+    require_memory(max(unet_needs, vae_needs), what, remedy, spread=True)
     rows = new_rows(pipeline, concepts, config)
     extended = add_tokens(pipeline, rows)
     tokenizer, length = extended.tokenizer, text_length(pipeline)
@@ -334,21 +310,13 @@ def prepare(
         concept.prompt or config.prompt.format(token=concept.token, word=concept.word)
         for concept in concepts
     ]
-    instances = collect(
-        tokenizer,
-        concepts,
-        prompts,
-        length,
-        size,
-        prefixes=PREFIXES if config.augment else PREFIXES[:1],
-        prior=config.prior_weight > 0,
-    )
+    prefixes, prior = PREFIXES if config.augment else PREFIXES[:1], config.prior_weight > 0
+    instances = collect(tokenizer, concepts, prompts, length, size, prefixes=prefixes, prior=prior)
     text, text_params = nnx.split(extended.prompt_encoder)
-    unet, trained, rest = (
-        split_trainable(pipeline.unet, TRAINED[config.trained])
-        if TRAINED[config.trained]
-        else _all_frozen(pipeline.unet)
-    )
+    unet, unet_params = nnx.split(pipeline.unet)
+    trained, rest = {}, nnx.to_pure_dict(unet_params)
+    if patterns := TRAINED[config.trained]:
+        unet, trained, rest = split_trainable(pipeline.unet, patterns)
     params: dict[str, Any] = {"unet": trained} if trained else {}
     start, columns = jnp.stack(list(rows.values())), _columns(pipeline, config.edit)
     if config.train_tokens:
@@ -372,16 +340,10 @@ def prepare(
     else:
         encode = functools.partial(_encode_images, vae, nnx.to_pure_dict(vae_params))
         example = cached(instances, size, cells, encode, **options)
-    static = PersonalisingStatic(
-        unet,
-        text,
-        vae if config.augment else None,
-        optimizer,
-        NoiseSchedule.from_config(pipeline.scheduler_config),
-        config.spl_weight,
-        config.prior_weight,
-        columns,
-    )
+    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
+    encoding = vae if config.augment else None
+    weights = config.spl_weight, config.prior_weight
+    static = PersonalisingStatic(unet, text, encoding, optimizer, schedule, *weights, columns)
     data = batches(example, len(instances.images), config.batch_size, seed)
     return static, init_state(params, optimizer), jax.tree.map(jnp.asarray, frozen), data
 
@@ -390,9 +352,8 @@ def _columns(pipeline: StableDiffusionPipeline, edit: Encoders) -> tuple[int, in
     """Where the embeddings of the edited encoders are, in rows of all encoders' side by side."""
     names = edited_encoders(pipeline, edit)
     widths = [tower.config.hidden_size for tower in pipeline.prompt_encoder.towers]
-    first = 0 if names[0] == "text_encoder" else widths[0]
-    last = sum(widths) if names[-1] != "text_encoder" else widths[0]
-    return first, last
+    first, last = (name == "text_encoder" for name in (names[0], names[-1]))
+    return 0 if first else widths[0], widths[0] if last else sum(widths)
 
 
 def new_rows(
@@ -401,26 +362,10 @@ def new_rows(
     """Token -> the embedding it starts from."""
     words = [concept.word for concept in concepts]
     defaults = default_initializers(pipeline.tokenizer, words, config.initialize)
-    return initial_rows(
-        pipeline,
-        [concept.token for concept in concepts],
-        [
-            concept.initializer or default
-            for concept, default in zip(concepts, defaults, strict=True)
-        ],
-    )
-
-
-def _check_concepts(concepts: Sequence[Concept], config: ClassDiffusionConfig) -> None:
-    if not concepts:
-        raise ConceptError("no concept was given: name at least one.")
-    without = [concept.token for concept in concepts if len(concept.class_images) == 0]
-    if config.prior_weight and without:
-        raise ConceptError(
-            f"prior preservation (prior_weight={config.prior_weight}) needs images of the class of "
-            f"{', '.join(without)}: give some, drawn by the model itself for example, or set "
-            "prior_weight to 0."
-        )
+    initializers = [
+        concept.initializer or word for concept, word in zip(concepts, defaults, strict=True)
+    ]
+    return initial_rows(pipeline, [concept.token for concept in concepts], initializers)
 
 
 def _sizes(pipeline: StableDiffusionPipeline, config: ClassDiffusionConfig) -> tuple[int, int]:
@@ -433,11 +378,6 @@ def _sizes(pipeline: StableDiffusionPipeline, config: ClassDiffusionConfig) -> t
     if size % multiple or size < multiple:
         raise ValueError(f"size must be a multiple of {multiple} for this model, received {size}.")
     return size, size // factor
-
-
-def _all_frozen(model: nnx.Module) -> tuple[nnx.GraphDef[Any], dict, dict]:
-    graphdef, state = nnx.split(model)
-    return graphdef, {}, nnx.to_pure_dict(state)
 
 
 def _phrases(
@@ -511,20 +451,16 @@ def personalize(
     part in place.
 
     Args:
-      pipeline, concepts, config: as for `prepare`; the pipeline itself stays as it is.
+      pipeline: the model; it stays as it is.
+      concepts: what to learn.
+      config: settings.
       seed: of everything random in the run.
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
     config = config or ClassDiffusionConfig()
     static, state, frozen, data = prepare(pipeline, concepts, config, seed=seed)
+    key, steps = seed_key(seed), config.steps
     state = train(
-        personalize_step,
-        static,
-        state,
-        frozen,
-        data,
-        key=seed_key(seed),
-        num_steps=config.steps,
-        **options,
+        personalize_step, static, state, frozen, data, key=key, num_steps=steps, **options
     )
     return personalized(pipeline, concepts, config, static, state, frozen)

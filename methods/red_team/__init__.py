@@ -2,12 +2,13 @@
 
     attack(original, edited, "three", TokenSearchConfig(), images=images, prompts=prompts, seed=0)
 
-The settings say which attack it is.  Each module here has the same call as `run`, and gives a list
-of `Attempt`: a model, what to ask it for, and what that cost.  Whether an attempt succeeds is for a
+The settings say which attack it is.  Each module here has the same `run`, and gives a list of
+`Attempt`: a model, what to ask it for, and what that cost.  Whether an attempt succeeds is for a
 judge of its images to say.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,7 @@ from jaxtyping import UInt8
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..settings import Method, method_of
 from . import concept_inversion, relapse, token_search
-from .common import Attempt
+from .common import Attempt, Target
 from .concept_inversion import ConceptInversionConfig
 from .relapse import RelapseConfig
 from .token_search import TokenSearchConfig
@@ -29,10 +30,26 @@ class Attack(Method):
     """One way to bring a concept back.
 
     Attributes:
-      run: its function, as this package's `attack`.
+      attempts: its function: a `Target`, settings, a seed and options -> what `run` returns.
     """
 
-    run: Callable[..., list[Attempt]]
+    attempts: Callable[..., list[Attempt]]
+
+    def run(
+        self,
+        original: StableDiffusionPipeline,
+        edited: StableDiffusionPipeline,
+        concept: str,
+        config: Any = None,
+        *,
+        images: UInt8[np.ndarray, "M H W 3"],
+        prompts: Sequence[str],
+        seed: int = 0,
+        **options: Any,
+    ) -> list[Attempt]:
+        """`attack` with this one; without settings, with its own."""
+        target = Target(original, edited, concept, images, prompts)
+        return self.attempts(target, config or self.config(), seed=seed, **options)
 
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType(
@@ -44,15 +61,8 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
         "relapse": Attack("relapse", RelapseConfig, relapse.run),
     }
 )
-
-
-def attack_of(config: Any) -> Attack:
-    """The attack that some settings belong to.
-
-    Raises:
-      ValueError: they are of no attack.
-    """
-    return method_of(ATTACKS, config)
+# The attack that some settings belong to; ValueError: they are of no attack.
+attack_of = functools.partial(method_of, ATTACKS)
 
 
 def attack(

@@ -26,7 +26,9 @@ from ..sampling import NoiseSchedule, encode_images, noised_latents
 from ..seeds import seed_key
 from ..settings import check_min_timestep, check_settings
 from ..text.phrases import ConceptError, phrase_ids
-from ..training import Checkpoints, TrainState, constrain_batch, train
+from ..training import Checkpoints, TrainState, constrain_batch, split_trainable, train
+
+Frozen = Mapping[str, Any]  # the arrays that a step reads and never changes
 
 _EXAMINED = 8  # batches over which final losses are averaged
 
@@ -46,6 +48,32 @@ class Attempt:
     prompts: tuple[str, ...] | Int[np.ndarray, "N L"]
     budget: Mapping[str, float]
     details: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """What is attacked and with what: the arguments of `red_team.attack`.
+
+    Raises:
+      ValueError: no images or no prompts.
+    """
+
+    original: StableDiffusionPipeline
+    edited: StableDiffusionPipeline
+    concept: str
+    images: UInt8[np.ndarray, "M H W 3"]
+    prompts: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not len(self.images) or not len(self.prompts):
+            raise ValueError(
+                "an attack needs images of the concept and prompts that ask for it; received "
+                f"{len(self.images)} images and {len(self.prompts)} prompts."
+            )
+
+    def of_images(self, tokens: Int[np.ndarray, "N L"]) -> Int[np.ndarray, "M L"]:
+        """Of the prompts' tokens, the rows that ask for each image."""
+        return tokens[np.arange(len(self.images)) % len(tokens)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,21 +124,32 @@ class AttackStatic:
     schedule: NoiseSchedule
 
 
-def image_latents(
-    original: StableDiffusionPipeline, images: UInt8[np.ndarray, "M H W 3"], prompts: Sequence[str]
-) -> Float[np.ndarray, "M h w Z"]:
-    """The images as the original's UNet sees them: the mean of the autoencoder's posterior.
+def assembled(
+    target: Target, config: AttackSettings, trains: Sequence[str] = ()
+) -> tuple[AttackStatic, dict[str, Any], dict[str, Any]]:
+    """What every attack starts from.
 
-    Raises:
-      ValueError: no images or no prompts.
+    Args:
+      target, config: of the attack.
+      trains: the parts of the edited model, "text_encoder" and "unet", that the attack trains.
+
+    Returns:
+      static; {part: float32 parameters} of what trains; and frozen, the other parameters of either
+      part and "latents" [M, h, w, Z]: the images as the original's UNet sees them, the mean of the
+      autoencoder's posterior.
     """
-    if not len(images) or not len(prompts):
-        raise ValueError(
-            "an attack needs images of the concept and prompts that ask for it; received "
-            f"{len(images)} images and {len(prompts)} prompts."
-        )
-    mean, _ = encode_images(original.vae, images)
-    return np.asarray(original.vae.scale(jnp.asarray(mean)))
+    edited, vae = target.edited, target.original.vae
+    mean, _ = encode_images(vae, target.images)
+    structures, trained = {}, {}
+    frozen: dict[str, Any] = {"latents": np.asarray(vae.scale(jnp.asarray(mean)))}
+    for name in ("text_encoder", "unet"):
+        structures[name], params = nnx.split(getattr(edited, name))
+        frozen[name] = nnx.to_pure_dict(params)
+        if name in trains:
+            _, params, frozen[name] = split_trainable(getattr(edited, name))
+            trained[name] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    schedule = NoiseSchedule.from_config(edited.scheduler_config)
+    return AttackStatic(**structures, config=config, schedule=schedule), trained, frozen
 
 
 def ordinary_tokens(tokenizer: Any) -> Int[np.ndarray, " V"]:
@@ -136,7 +175,7 @@ def restart_keys(key: PRNGKeyArray, restarts: int) -> Key[Array, " R"]:
 
 
 def draw_examples(
-    static: AttackStatic, frozen: Mapping[str, Any], key: PRNGKeyArray
+    static: AttackStatic, frozen: Frozen, key: PRNGKeyArray
 ) -> tuple[Int[Array, " B"], tuple[Array, Array, Array]]:
     """A batch to denoise: which images, and their noisy latents, times and targets."""
     config, count = static.config, static.schedule.num_train_timesteps
@@ -149,17 +188,13 @@ def draw_examples(
 
 def embedding_loss(
     static: AttackStatic,
-    frozen: Mapping[str, Any],
+    frozen: Frozen,
     embeddings: Float[Array, "B L C"],
     noised: tuple[Array, Array, Array],
 ) -> Float[Array, ""]:
     """How well the edited model denoises under B prompts given as token embeddings.
 
-    Args:
-      static: structures.
-      frozen: parameters, under "text_encoder" and "unet".
-      embeddings: the prompts.
-      noised: latents, times and targets, as of `draw_examples`.
+    `noised` are latents, times and targets, as of `draw_examples`.
     """
     latents, times, target = noised
     text_encoder = nnx.merge(static.text_encoder, frozen["text_encoder"])
@@ -179,7 +214,7 @@ def snapshots(
     step: Any,
     static: AttackStatic,
     state: TrainState,
-    frozen: Mapping[str, Any],
+    frozen: Frozen,
     *,
     seed: int,
     checkpoint_dir: str | Path | None = None,
@@ -190,11 +225,7 @@ def snapshots(
     Each stretch has a checkpoint folder of its own, so that an interrupted run, called again,
     passes by the snapshots that it has and gives the same ones.
 
-    Args:
-      step, static, state, frozen: as for `conceptax.methods.training.train`.
-      seed: of the run.
-      checkpoint_dir: folder of the checkpoints.
-      options: passed to `train`.
+    Arguments and options are those of `conceptax.methods.training.train`.
 
     Yields:
       the number of steps and the state after them.
@@ -206,14 +237,6 @@ def snapshots(
                 if kept.latest_step == until:
                     state = kept.restore(state)
         if until > int(state.step):
-            state = train(
-                step,
-                static,
-                state,
-                frozen,
-                key=seed_key(seed),
-                num_steps=until,
-                checkpoint_dir=folder,
-                **options,
-            )
+            run = {"key": seed_key(seed), "num_steps": until, "checkpoint_dir": folder}
+            state = train(step, static, state, frozen, **run, **options)
         yield until, state

@@ -18,18 +18,15 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ...flax_models.pipelines.new_tokens import add_tokens
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
-from ..sampling import NoiseSchedule
 from ..seeds import seed_key
 from ..settings import check_settings
 from ..text.phrases import TEMPLATES, ConceptError, encode_phrases, text_length
@@ -38,9 +35,11 @@ from .common import (
     AttackSettings,
     AttackStatic,
     Attempt,
+    Frozen,
+    Target,
+    assembled,
     draw_examples,
     embedding_loss,
-    image_latents,
     mean_losses,
     ordinary_tokens,
     restart_keys,
@@ -81,10 +80,7 @@ class ConceptInversionConfig(AttackSettings):
 
 
 def inversion_loss(
-    static: AttackStatic,
-    frozen: Mapping[str, Any],
-    embedding: Float[Array, " C"],
-    key: PRNGKeyArray,
+    static: AttackStatic, frozen: Frozen, embedding: Float[Array, " C"], key: PRNGKeyArray
 ) -> Float[Array, ""]:
     """The denoising loss of one embedding (in units of `frozen["unit"]`) on a batch of its own."""
     text_key, example_key = jax.random.split(key)
@@ -106,22 +102,12 @@ def project(
 
 
 def inversion_step(
-    static: AttackStatic,
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    batch: None,
-    key: PRNGKeyArray,
+    static: AttackStatic, state: TrainState, frozen: Frozen, batch: None, key: PRNGKeyArray
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of every restart's embedding.
 
-    Args:
-      static, state, frozen: from `prepare`; the parameters are the embeddings [R, C] in units of
-        `frozen["unit"]`.
-      batch: None; the images are among `frozen`.
-      key: this update's key.
-
-    Returns:
-      the new state and metrics: loss, and norm relative to the vocabulary's (means over restarts).
+    The parameters are the embeddings [R, C] in units of `frozen["unit"]`; the metrics are the loss,
+    and the norm relative to the vocabulary's (means over restarts).
     """
     del batch
     loss_of = jax.value_and_grad(functools.partial(inversion_loss, static, frozen))
@@ -138,27 +124,18 @@ def inversion_step(
 
 
 def prepare(
-    original: StableDiffusionPipeline,
-    edited: StableDiffusionPipeline,
-    config: ConceptInversionConfig,
-    *,
-    images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str],
-    seed: int = 0,
+    target: Target, config: ConceptInversionConfig, *, seed: int = 0
 ) -> tuple[AttackStatic, TrainState, dict[str, Any]]:
     """Everything `inversion_step` needs, computed once.
 
-    Args:
-      original, edited, config, images, prompts: as for `run`.
-      seed: of the words to start with.
+    The seed is of the words to start with.
 
     Raises:
       ConceptError: a start without tokens, or templates that do not fit.
-      ValueError: no images, or no prompts.
     """
-    tokenizer, encoder = edited.tokenizer, edited.text_encoder
-    latents = image_latents(original, images, prompts)
-    table = encoder.embeddings.token_embedding.embedding[...].astype(jnp.float32)
+    edited, tokenizer = target.edited, target.edited.tokenizer
+    static, _, frozen = assembled(target, config)
+    table = edited.text_encoder.embeddings.token_embedding.embedding[...].astype(jnp.float32)
     ordinary = ordinary_tokens(tokenizer)
     unit = jnp.sqrt(jnp.mean(table**2))
     if config.start is None:
@@ -174,19 +151,11 @@ def prepare(
 
     (name,) = free_names(tokenizer, 1)
     tokenizer = add_tokens(edited, {name: words[0]}).tokenizer
-    tokens = encode_phrases(
-        tokenizer, [each.format(name) for each in config.templates], text_length(edited)
-    )
+    texts = [each.format(name) for each in config.templates]
+    tokens = encode_phrases(tokenizer, texts, text_length(edited))
     place = tokens == tokenizer.convert_tokens_to_ids(name)
 
-    text_encoder, text_params = nnx.split(encoder)
-    unet, unet_params = nnx.split(edited.unet)
-    schedule = NoiseSchedule.from_config(edited.scheduler_config)
-    static = AttackStatic(text_encoder, unet, config, schedule)
-    frozen = {
-        "text_encoder": nnx.to_pure_dict(text_params),
-        "unet": nnx.to_pure_dict(unet_params),
-        "latents": latents,  # [M, h, w, c]
+    frozen |= {
         "template_embeddings": table[jnp.where(place, 0, tokens)],  # [T, L, C]
         "place": place,  # [T, L]
         "unit": unit,
@@ -226,27 +195,9 @@ def _examine(static: AttackStatic, frozen: Any, embeddings: Array, key: PRNGKeyA
 
 
 def run(
-    original: StableDiffusionPipeline,
-    edited: StableDiffusionPipeline,
-    concept: str,
-    config: ConceptInversionConfig | None = None,
-    *,
-    images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str],
-    seed: int = 0,
-    **options: Any,
+    target: Target, config: ConceptInversionConfig, *, seed: int = 0, **options: Any
 ) -> list[Attempt]:
-    """Learn words for the concept and put them into the prompts.
-
-    Args:
-      original: the model before erasing; its autoencoder encodes the images.
-      edited: the model to attack; it stays as it is.
-      concept: what was erased, as the prompts name it.
-      config: settings.
-      images: what the words are learnt from.
-      prompts: each names the concept.
-      seed: of everything random in the run.
-      options: passed to `conceptax.methods.training.train` (checkpoint_dir, progress, ...).
+    """Learn words for the concept and put them into the prompts, each of which names it.
 
     Returns:
       one attempt per snapshot. Its pipeline is the edited one with `restarts` more tokens; its
@@ -255,28 +206,17 @@ def run(
 
     Raises:
       ConceptError: prompts that do not name the concept, or a start without tokens.
-      ValueError: no images, or no prompts.
     """
-    config = config or ConceptInversionConfig()
-    names = free_names(edited.tokenizer, config.restarts)
-    renamed = renamed_prompts(prompts, concept, names)
-    static, state, frozen = prepare(
-        original, edited, config, images=images, prompts=prompts, seed=seed
-    )
+    names = free_names(target.edited.tokenizer, config.restarts)
+    renamed = renamed_prompts(target.prompts, target.concept, names)
+    static, state, frozen = prepare(target, config, seed=seed)
     attempts = []
     for steps, after in snapshots(inversion_step, static, state, frozen, seed=seed, **options):
         learnt = after.params["embeddings"]
         norms = np.asarray(jnp.linalg.norm(learnt, axis=-1) / frozen["norm"])
-        attempts.append(
-            Attempt(
-                add_tokens(edited, dict(zip(names, frozen["unit"] * learnt, strict=True))),
-                renamed,
-                {"steps": float(steps), "norm": float(norms.mean())},
-                {
-                    "tokens": tuple(names),
-                    "norms": tuple(norms.tolist()),
-                    "losses": tuple(_examine(static, frozen, learnt, seed_key(seed)).tolist()),
-                },
-            )
-        )
+        model = add_tokens(target.edited, dict(zip(names, frozen["unit"] * learnt, strict=True)))
+        losses = _examine(static, frozen, learnt, seed_key(seed))
+        numbers = {"norms": tuple(norms.tolist()), "losses": tuple(losses.tolist())}
+        budget = {"steps": float(steps), "norm": float(norms.mean())}
+        attempts.append(Attempt(model, renamed, budget, {"tokens": tuple(names), **numbers}))
     return attempts

@@ -7,34 +7,26 @@ is and what is new learning: run the attack on it as the edited model.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray, UInt8
+from jaxtyping import Array, PRNGKeyArray
 
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import prediction_loss
-from ..sampling import NoiseSchedule
 from ..settings import check_settings
 from ..text.phrases import encode_phrases, text_length
-from ..training import (
-    TrainState,
-    apply_gradients,
-    constant_adamw,
-    init_state,
-    split_trainable,
-)
+from ..training import TrainState, apply_gradients, constant_adamw, init_state
 from .common import (
     AttackSettings,
     AttackStatic,
     Attempt,
+    Frozen,
+    Target,
+    assembled,
     draw_examples,
-    image_latents,
     snapshots,
 )
 
@@ -62,21 +54,11 @@ class RelapseConfig(AttackSettings):
 
 
 def relapse_step(
-    static: AttackStatic,
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    batch: None,
-    key: PRNGKeyArray,
+    static: AttackStatic, state: TrainState, frozen: Frozen, batch: None, key: PRNGKeyArray
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of the trained parts.
 
-    Args:
-      static, state, frozen: from `prepare`; the parameters are {part: its parameters}.
-      batch: None; the images are among `frozen`.
-      key: this update's key.
-
-    Returns:
-      the new state and metrics: loss.
+    The parameters are {part: its parameters}; the metrics are the loss.
     """
     del batch
     rows, (latents, times, target) = draw_examples(static, frozen, key)
@@ -94,85 +76,42 @@ def _optimizer(config: RelapseConfig) -> optax.GradientTransformation:
     return constant_adamw(config.learning_rate, config.weight_decay, clip=False)
 
 
-def _part(static: AttackStatic, params: Any, frozen: Mapping[str, Any], name: str) -> Any:
+def _part(static: AttackStatic, params: Any, frozen: Frozen, name: str) -> Any:
     return nnx.merge(getattr(static, name), params.get(name, {}), frozen[name])
 
 
 def prepare(
-    original: StableDiffusionPipeline,
-    edited: StableDiffusionPipeline,
-    config: RelapseConfig,
-    *,
-    images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str],
+    target: Target, config: RelapseConfig
 ) -> tuple[AttackStatic, TrainState, dict[str, Any]]:
-    """Everything `relapse_step` needs, computed once; arguments as for `run`.
+    """Everything `relapse_step` needs, computed once.
 
     Raises:
       ConceptError: a prompt is too long.
-      ValueError: no images, or no prompts.
     """
-    latents = image_latents(original, images, prompts)
-    tokens = encode_phrases(edited.tokenizer, prompts, text_length(edited))
-    structures, trained = {}, {}
-    frozen: dict[str, Any] = {
-        "latents": latents,  # [M, h, w, c]
-        "prompts": tokens[np.arange(len(latents)) % len(tokens)],  # [M, L], that of each image
-    }
-    for name in _PARTS["both"]:
-        structures[name], params, rest = split_trainable(getattr(edited, name))
-        if name in _PARTS[config.part]:
-            trained[name] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-            frozen[name] = rest
-        else:
-            frozen[name] = nnx.to_pure_dict(nnx.state(getattr(edited, name)))
-    schedule = NoiseSchedule.from_config(edited.scheduler_config)
-    static = AttackStatic(**structures, config=config, schedule=schedule)
+    static, trained, frozen = assembled(target, config, _PARTS[config.part])
+    tokenizer, length = target.edited.tokenizer, text_length(target.edited)
+    tokens = encode_phrases(tokenizer, target.prompts, length)
+    frozen["prompts"] = target.of_images(tokens)  # [M, L]
     return static, init_state(trained, _optimizer(config)), jax.tree.map(jnp.asarray, frozen)
 
 
-def run(
-    original: StableDiffusionPipeline,
-    edited: StableDiffusionPipeline,
-    concept: str,
-    config: RelapseConfig | None = None,
-    *,
-    images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str],
-    seed: int = 0,
-    **options: Any,
-) -> list[Attempt]:
+def run(target: Target, config: RelapseConfig, *, seed: int = 0, **options: Any) -> list[Attempt]:
     """Train the edited model on with images of the concept.
 
-    Args:
-      original: the model before erasing; its autoencoder encodes the images.
-      edited: the model to attack; it stays as it is.
-      concept: what was erased; the images and prompts say it.
-      config: settings.
-      images: of the concept; image m shows what prompt m, counted round, asks for.
-      prompts: what to train on and ask for. To draw others, ask the attempts' pipelines for them.
-      seed: of everything random in the run.
-      options: passed to `conceptax.methods.training.train` (checkpoint_dir, progress, ...).
+    The prompts are what it is trained on and asked for; to draw others, ask the attempts'
+    pipelines for them.
 
     Returns:
       one attempt per snapshot, with a model of its own; its budget is "steps" and "images".
 
     Raises:
       ConceptError: a prompt is too long.
-      ValueError: no images, or no prompts.
     """
-    del concept
-    config = config or RelapseConfig()
-    static, state, frozen = prepare(original, edited, config, images=images, prompts=prompts)
+    static, state, frozen = prepare(target, config)
     attempts = []
     for steps, after in snapshots(relapse_step, static, state, frozen, seed=seed, **options):
         parts = {name: _part(static, after.params, frozen, name) for name in _PARTS[config.part]}
-        attempts.append(
-            Attempt(
-                dataclasses.replace(edited, **parts),
-                tuple(prompts),
-                {"steps": float(steps), "images": float(len(images))},
-                {"part": config.part},
-            )
-        )
+        model = dataclasses.replace(target.edited, **parts)
+        budget = {"steps": float(steps), "images": float(len(target.images))}
+        attempts.append(Attempt(model, tuple(target.prompts), budget, {"part": config.part}))
     return attempts

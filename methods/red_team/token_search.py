@@ -22,17 +22,16 @@ another way.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
-from ..sampling import NoiseSchedule
 from ..seeds import seed_key
 from ..settings import check_settings
 from ..text.phrases import ConceptError, encode_phrases, hidden_states, text_length, with_prefix
@@ -41,9 +40,11 @@ from .common import (
     AttackSettings,
     AttackStatic,
     Attempt,
+    Frozen,
+    Target,
+    assembled,
     draw_examples,
     embedding_loss,
-    image_latents,
     mean_losses,
     ordinary_tokens,
     restart_keys,
@@ -79,7 +80,7 @@ class TokenSearchConfig(AttackSettings):
 
 
 def search_examples(
-    static: AttackStatic, frozen: Mapping[str, Any], key: PRNGKeyArray
+    static: AttackStatic, frozen: Frozen, key: PRNGKeyArray
 ) -> tuple[Int[Array, "B L"], tuple[Array, Array, Array]]:
     """A batch: prompts, and noisy latents, times and the targets that `config.target` names."""
     rows, (latents, times, target) = draw_examples(static, frozen, key)
@@ -91,7 +92,7 @@ def search_examples(
 
 def prefix_loss(
     static: AttackStatic,
-    frozen: Mapping[str, Any],
+    frozen: Frozen,
     prefix: Float[Array, "K C"],
     prompts: Int[Array, "B L"],
     noised: tuple[Array, Array, Array],
@@ -120,8 +121,7 @@ def draw_exchanges(
     """Copies of the prefix with one token each exchanged for one of its `top` best substitutes.
 
     Args:
-      key: of the places and the substitutes.
-      prefix: where to start.
+      key, prefix: of the places and the substitutes, and where to start.
       scores: the gradient with respect to choices; the lowest promise most.
       allowed: which tokens may be used.
       top, count: substitutes per place, and copies.
@@ -135,7 +135,7 @@ def draw_exchanges(
 
 
 def _search(
-    static: AttackStatic, frozen: Mapping[str, Any], prefix: Int[Array, " K"], key: PRNGKeyArray
+    static: AttackStatic, frozen: Frozen, prefix: Int[Array, " K"], key: PRNGKeyArray
 ) -> tuple[Int[Array, " K"], dict[str, Array]]:
     """One exchange of one restart: the prefix afterwards; its loss and the gain on the batch."""
     config, table = static.config, _table(frozen)
@@ -143,14 +143,9 @@ def _search(
     prompts, noised = search_examples(static, frozen, example_key)
     loss_of = functools.partial(prefix_loss, static, frozen, prompts=prompts, noised=noised)
     before, gradient = jax.value_and_grad(loss_of)(table[prefix])
-    exchanges = draw_exchanges(
-        exchange_key,
-        prefix,
-        choice_gradient(table, gradient),
-        frozen["allowed"],
-        top=config.top,
-        count=config.candidates,
-    )
+    scores = choice_gradient(table, gradient)
+    limits = {"top": config.top, "count": config.candidates}
+    exchanges = draw_exchanges(exchange_key, prefix, scores, frozen["allowed"], **limits)
     losses = jax.lax.map(lambda each: loss_of(table[each]), exchanges)
     best = jnp.argmin(losses)
     better = losses[best] < before
@@ -159,22 +154,12 @@ def _search(
 
 
 def search_step(
-    static: AttackStatic,
-    state: TrainState,
-    frozen: Mapping[str, Any],
-    batch: None,
-    key: PRNGKeyArray,
+    static: AttackStatic, state: TrainState, frozen: Frozen, batch: None, key: PRNGKeyArray
 ) -> tuple[TrainState, dict[str, Array]]:
     """One exchange in every restart's prefix.
 
-    Args:
-      static, state, frozen: from `prepare`; the parameters are prefixes int32 [R, K].
-      batch: None; the images are among `frozen`.
-      key: this step's key.
-
-    Returns:
-      the new state and metrics: loss after the exchange, and by how much it fell (on the step's
-      batch, means over restarts).
+    The parameters are prefixes int32 [R, K]; the metrics are the loss after the exchange, and by
+    how much it fell (on the step's batch, means over restarts).
     """
     del batch
     search = jax.vmap(functools.partial(_search, static, frozen))
@@ -184,27 +169,19 @@ def search_step(
 
 
 def prepare(
-    original: StableDiffusionPipeline,
-    edited: StableDiffusionPipeline,
-    config: TokenSearchConfig,
-    *,
-    images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str],
-    seed: int = 0,
+    target: Target, config: TokenSearchConfig, *, seed: int = 0
 ) -> tuple[AttackStatic, TrainState, dict[str, Any]]:
     """Everything `search_step` needs, computed once.
 
-    Args:
-      original, edited, config, images, prompts: as for `run`.
-      seed: of the words to start with.
+    The seed is of the words to start with.
 
     Raises:
       ConceptError: a prompt with no room for the prefix, or no token left to use.
-      ValueError: no images, or no prompts.
     """
+    original, edited = target.original, target.edited
     tokenizer = edited.tokenizer
-    latents = image_latents(original, images, prompts)
-    tokens = prompts_with_room(edited, prompts, config.tokens)
+    static, _, frozen = assembled(target, config)
+    tokens = target.of_images(prompts_with_room(edited, target.prompts, config.tokens))
     banned = [token for word in config.forbidden for token in word_tokens(tokenizer, word)]
     candidates = np.setdiff1d(ordinary_tokens(tokenizer), banned)
     if len(candidates) < config.top:
@@ -217,18 +194,7 @@ def prepare(
     keys = restart_keys(seed_key(seed), config.restarts)
     start = jax.vmap(lambda key: jax.random.choice(key, candidates, (config.tokens,)))(keys)
 
-    text_encoder, text_params = nnx.split(edited.text_encoder)
-    unet, unet_params = nnx.split(edited.unet)
-    schedule = NoiseSchedule.from_config(edited.scheduler_config)
-    static = AttackStatic(text_encoder, unet, config, schedule)
-    tokens = tokens[np.arange(len(latents)) % len(tokens)]  # that of each image
-    frozen = {
-        "text_encoder": nnx.to_pure_dict(text_params),
-        "unet": nnx.to_pure_dict(unet_params),
-        "latents": latents,  # [M, h, w, c]
-        "prompts": tokens,  # [M, L]
-        "allowed": allowed,  # [V]
-    }
+    frozen |= {"prompts": tokens, "allowed": allowed}  # [M, L] and [V]
     if config.target == "original":
         frozen |= {
             "original_unet": nnx.to_pure_dict(nnx.state(original.unet)),
@@ -257,7 +223,7 @@ def prompts_with_room(
     return encode_phrases(pipeline.tokenizer, prompts, length)
 
 
-def _table(frozen: Mapping[str, Any]) -> Float[Array, "V C"]:
+def _table(frozen: Frozen) -> Float[Array, "V C"]:
     return frozen["text_encoder"]["embeddings"]["token_embedding"]["embedding"].astype(jnp.float32)
 
 
@@ -272,28 +238,11 @@ def _examine(static: AttackStatic, frozen: Any, prefixes: Array, key: PRNGKeyArr
 
 
 def run(
-    original: StableDiffusionPipeline,
-    edited: StableDiffusionPipeline,
-    concept: str,
-    config: TokenSearchConfig | None = None,
-    *,
-    images: UInt8[np.ndarray, "M H W 3"],
-    prompts: Sequence[str],
-    seed: int = 0,
-    **options: Any,
+    target: Target, config: TokenSearchConfig, *, seed: int = 0, **options: Any
 ) -> list[Attempt]:
     """Find prefixes that bring the concept back, and put them in front of the prompts.
 
-    Args:
-      original: the model before erasing; its autoencoder encodes the images, and `config.target`
-        may ask for its predictions.
-      edited: the model to attack; it stays as it is.
-      concept: what was erased; the images and prompts say it, and `config.forbidden` what may not.
-      config: settings.
-      images: of the concept; image m shows what prompt m, counted round, asks for.
-      prompts: what to ask for.
-      seed: of everything random in the run.
-      options: passed to `conceptax.methods.training.train` (checkpoint_dir, progress, ...).
+    The images and prompts say what the concept is, and `config.forbidden` what may not.
 
     Returns:
       one attempt per snapshot. Its prompts are token ids; its budget is "steps" and "tokens"; its
@@ -301,28 +250,18 @@ def run(
 
     Raises:
       ConceptError: a prompt with no room for the prefix, or too few tokens left to use.
-      ValueError: no images, or no prompts.
     """
-    del concept
-    config = config or TokenSearchConfig()
-    static, state, frozen = prepare(
-        original, edited, config, images=images, prompts=prompts, seed=seed
-    )
-    rows = prompts_with_room(edited, prompts, config.tokens)
+    static, state, frozen = prepare(target, config, seed=seed)
+    edited = target.edited
+    rows = prompts_with_room(edited, target.prompts, config.tokens)
     attempts = []
     for steps, after in snapshots(search_step, static, state, frozen, seed=seed, **options):
         prefixes = after.params["prefixes"]
         turns = prefixes[np.arange(len(rows)) % config.restarts]
         losses = _examine(static, frozen, prefixes, seed_key(seed))
-        attempts.append(
-            Attempt(
-                edited,
-                np.asarray(with_prefix(jnp.asarray(rows), turns)),
-                {"steps": float(steps), "tokens": float(config.tokens)},
-                {
-                    "prefixes": tuple(edited.tokenizer.decode(each) for each in prefixes.tolist()),
-                    "losses": tuple(losses.tolist()),
-                },
-            )
-        )
+        texts = tuple(edited.tokenizer.decode(each) for each in prefixes.tolist())
+        details = {"prefixes": texts, "losses": tuple(losses.tolist())}
+        budget = {"steps": float(steps), "tokens": float(config.tokens)}
+        found = np.asarray(with_prefix(jnp.asarray(rows), turns))
+        attempts.append(Attempt(edited, found, budget, details))
     return attempts

@@ -64,8 +64,7 @@ def collect(
 
     Args:
       tokenizer: one that knows the new tokens.
-      concepts: the subjects.
-      prompts: what each one's images show.
+      concepts, prompts: the subjects, and what each one's images show.
       length: tokens in a caption.
       size: pixels along a side of the class images.
       prefixes: what captions begin with.
@@ -73,22 +72,19 @@ def collect(
     """
     images = [image for concept in concepts for image in concept.images]
     owner = [n for n, concept in enumerate(concepts) for _ in concept.images]
-    captions = [
-        encode_phrases(tokenizer, [prefix + prompt for prefix in prefixes], length)
-        for prompt in prompts
-    ]
+    captions = np.stack(
+        [
+            encode_phrases(tokenizer, [each + prompt for each in prefixes], length)
+            for prompt in prompts
+        ]
+    )
     classes = [
         np.stack([square(image, size, crop=True) for image in concept.class_images])
         for concept in (concepts if prior else ())
     ]
     class_prompts = [concept.class_prompt or concept.word for concept in concepts]
-    return Instances(
-        images,
-        np.asarray(owner),
-        np.stack(captions),
-        classes,
-        encode_phrases(tokenizer, class_prompts, length),
-    )
+    class_captions = encode_phrases(tokenizer, class_prompts, length)
+    return Instances(images, np.asarray(owner), captions, classes, class_captions)
 
 
 def square(
@@ -120,8 +116,7 @@ def augment(
 
     Args:
       image: the whole picture.
-      size: pixels along a side of the result.
-      cells: latent cells along a side.
+      size, cells: pixels and latent cells along a side of the result.
       rng: source of the randomness.
       flip: mirror one time in two.
       crop: take the central square instead of squeezing the picture into one.
@@ -165,19 +160,14 @@ def augmented(
         pixels, mask, prefix = augment(
             instances.images[index], size, cells, rng, flip=flip, crop=crop
         )
-        batch = {
-            "pixels": pixels,
-            "mask": mask,
-            "tokens": instances.captions[owner, prefix],
-        }
+        tokens = instances.captions[owner, prefix]
+        batch: dict[str, Any] = {"pixels": pixels, "mask": mask, "tokens": tokens}
         if instances.class_images:
             others = instances.class_images[owner]
             chosen = others[rng.integers(len(others))]
-            mirrored = flip and rng.random() < 0.5
-            batch["prior"] = {
-                "pixels": to_unit(chosen[:, ::-1] if mirrored else chosen),
-                "tokens": instances.class_captions[owner],
-            }
+            shown = chosen[:, ::-1] if flip and rng.random() < 0.5 else chosen
+            tokens = instances.class_captions[owner]
+            batch["prior"] = {"pixels": to_unit(shown), "tokens": tokens}
         return batch
 
     return example
@@ -196,9 +186,8 @@ def cached(
         turns = [[to_unit(image) for image in images]]
         if flip:
             turns.append([image[:, ::-1] for image in turns[0]])
-        mean, std = (
-            np.stack(parts) for parts in zip(*(encode(np.stack(t)) for t in turns), strict=True)
-        )
+        encoded = [encode(np.stack(turn)) for turn in turns]
+        mean, std = (np.stack(parts) for parts in zip(*encoded, strict=True))
         return {"latent_mean": mean, "latent_std": std}  # [turns, N, h, w, Z]
 
     subjects = encode_all([square(image, size, crop=crop) for image in instances.images])
@@ -211,18 +200,13 @@ def cached(
 
     def example(index: int, rng: np.random.Generator) -> dict[str, Any]:
         owner = instances.owner[index]
-        batch = {
-            **pick(subjects, index, rng),
-            "mask": mask,
-            "tokens": instances.captions[owner, 0],
-        }
+        tokens = instances.captions[owner, 0]
+        batch: dict[str, Any] = pick(subjects, index, rng) | {"mask": mask, "tokens": tokens}
         if classes:
             others = classes[owner]
             chosen = int(rng.integers(others["latent_mean"].shape[1]))
-            batch["prior"] = {
-                **pick(others, chosen, rng),
-                "tokens": instances.class_captions[owner],
-            }
+            tokens = instances.class_captions[owner]
+            batch["prior"] = pick(others, chosen, rng) | {"tokens": tokens}
         return batch
 
     return example

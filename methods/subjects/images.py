@@ -82,7 +82,13 @@ def read_image(path: Path | str) -> UInt8[np.ndarray, "H W 3"]:
     """
     path = Path(path)
     if path.suffix.lower() in _HEIF:
-        _register_heif(path)
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError as error:
+            raise ImageError(
+                f"{path} is a HEIC image, and reading it needs pillow-heif: install "
+                "conceptax[heic], or convert it to JPEG."
+            ) from error
     try:
         with Image.open(path) as image:
             image.load()
@@ -103,21 +109,9 @@ def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
         gray = np.clip(np.asarray(image), 0, 65535) // 257
         return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=-1)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
-
-
-def _register_heif(path: Path) -> None:
-    try:
-        heif: Any = importlib.import_module("pillow_heif")
-    except ImportError as error:
-        raise ImageError(
-            f"{path} is a HEIC image, and reading it needs pillow-heif: install "
-            "conceptax[heic], or convert it to JPEG."
-        ) from error
-    heif.register_heif_opener()
 
 
 def image_files(folder: Path | str) -> list[Path]:
@@ -130,13 +124,12 @@ def image_files(folder: Path | str) -> list[Path]:
     if not folder.is_dir():
         raise ImageError(f"{folder} is not a folder of images.")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    images = [
-        name for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    ]
+    files = [folder / name for name in names if not name.startswith(".")]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         there = ", ".join(names[:8]) or "nothing"
         raise ImageError(f"{folder} holds no images ({', '.join(SUFFIXES)}); found {there}.")
-    return [folder / name for name in images]
+    return images
 
 
 def read_images(folder: Path | str) -> list[UInt8[np.ndarray, "H W 3"]]:
@@ -182,20 +175,20 @@ def read_concepts(
             )
     concepts = []
     for number, entry in enumerate(entries):
-        prompt = entry["instance_prompt"]
-        token = tokens[number] if tokens else _token_in(prompt, f"{path}: concept {number}")
-        class_folder = entry.get("class_data_dir")
-        concepts.append(
-            Concept(
-                token=token,
-                word=words[number] if words else class_word(entry["class_prompt"]),
-                images=_images(entry["instance_data_dir"], path),
-                prompt=prompt,
-                class_prompt=entry["class_prompt"],
-                class_images=_images(class_folder, path) if class_folder else (),
-                initializer=initializers[number] if initializers else "",
+        prompt, kind = entry["instance_prompt"], entry["class_prompt"]
+        named = sorted(set(re.findall(r"<[^<>\s]+>", prompt)))
+        if not tokens and len(named) != 1:
+            raise ConceptListError(
+                f"{path}: concept {number}: the instance prompt {prompt!r} must hold one new token "
+                f"such as '<new1>', found {named or 'none'}."
             )
+        images, class_images = (
+            _images(entry[key], path) if entry.get(key) else () for key in _KEYS[2:]
         )
+        token = tokens[number] if tokens else named[0]
+        word = words[number] if words else class_word(kind)
+        start = initializers[number] if initializers else ""
+        concepts.append(Concept(token, word, images, prompt, kind, class_images, start))
     return concepts
 
 
@@ -206,11 +199,8 @@ def read_class_folders(path: Path | str) -> list[tuple[Path, str]]:
       ConceptListError: a file of another layout.
     """
     path = Path(path)
-    return [
-        (_folder(entry["class_data_dir"], path), entry["class_prompt"])
-        for entry in _entries(path)
-        if entry.get("class_data_dir")
-    ]
+    entries = [entry for entry in _entries(path) if entry.get("class_data_dir")]
+    return [(_folder(entry["class_data_dir"], path), entry["class_prompt"]) for entry in entries]
 
 
 def named_folders(path: Path | str) -> list[Path]:
@@ -241,33 +231,19 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not entries:
         raise ConceptListError(f"{path} must hold a JSON list of concepts, at least one.")
     for number, entry in enumerate(entries):
-        _check_entry(path, number, entry)
+        here = f"{path}: concept {number}"
+        if not isinstance(entry, dict):
+            raise ConceptListError(f"{here} must be an object with {', '.join(_KEYS)}.")
+        missing = [key for key in _KEYS[:3] if not entry.get(key)]
+        unknown = sorted(entry.keys() - set(_KEYS))
+        wrong = [key for key in _KEYS if not isinstance(entry.get(key, ""), str | None)]
+        for what, keys in (("lacks", missing), ("has unknown", unknown), ("has no text in", wrong)):
+            if keys:
+                raise ConceptListError(
+                    f"{here} {what} {', '.join(keys)}; it takes {', '.join(_KEYS[:3])} and, for "
+                    f"prior preservation, {_KEYS[3]}."
+                )
     return entries
-
-
-def _check_entry(path: Path, number: int, entry: Any) -> None:
-    here = f"{path}: concept {number}"
-    if not isinstance(entry, dict):
-        raise ConceptListError(f"{here} must be an object with {', '.join(_KEYS)}.")
-    missing = [key for key in _KEYS[:3] if not entry.get(key)]
-    unknown = sorted(entry.keys() - set(_KEYS))
-    wrong = [key for key in _KEYS if not isinstance(entry.get(key, ""), str | None)]
-    for what, keys in (("lacks", missing), ("has unknown", unknown), ("has no text in", wrong)):
-        if keys:
-            raise ConceptListError(
-                f"{here} {what} {', '.join(keys)}; it takes {', '.join(_KEYS[:3])} and, for prior "
-                f"preservation, {_KEYS[3]}."
-            )
-
-
-def _token_in(prompt: str, where: str) -> str:
-    found = sorted(set(re.findall(r"<[^<>\s]+>", prompt)))
-    if len(found) != 1:
-        raise ConceptListError(
-            f"{where}: the instance prompt {prompt!r} must hold one new token such as '<new1>', "
-            f"found {found or 'none'}."
-        )
-    return found[0]
 
 
 def _images(given: str, path: Path) -> list[UInt8[np.ndarray, "H W 3"]]:

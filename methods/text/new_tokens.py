@@ -18,11 +18,8 @@ RARE_WORDS = ("ktn", "pll", "ucd")
 def default_initializers(tokenizer: Any, words: Sequence[str], kind: str) -> list[str]:
     """The word whose embedding each new token starts from.
 
-    Args:
-      tokenizer: of the model.
-      words: the concepts' class words.
-      kind: "rare" takes `RARE_WORDS` as far as they go, and the class word where the tokenizer does
-        not know them as one token; "class" takes the class words.
+    `kind` "rare" takes `RARE_WORDS` as far as they go, and the concept's class word where the
+    tokenizer does not know them as one token; "class" takes the class words.
     """
     rare = [
         word for word in RARE_WORDS if len(phrase_ids(tokenizer, [word], special=False)[0]) == 1

@@ -68,34 +68,22 @@ class ConceptError(ConceptaxError, ValueError):
     """A concept, template or phrase that cannot be used as text for this model."""
 
 
-class TemplatedConcept(NamedTuple):
-    """One concept in T templates.
+class TemplatedConcepts(NamedTuple):
+    """One concept in T templates, or C concepts in as many each.
 
     Attributes:
-      tokens: [T, L] prompts.
-      free: [T, L] true at the template's own tokens, false at the concept, specials and padding.
-      concept: [T, L] true at the concept's tokens.
-      without: [T, L] the templates with the anchor in the concept's place.
-      phrase: [L] the bare concept.
+      tokens: [*C, T, L] prompts.
+      without: [*C, T, L] the same with the anchor in the concept's place.
+      free: [*C, T, L] true at the template's own tokens, not at concept, specials and padding.
+      concept: [*C, T, L] true at the concept's tokens.
+      templates: all of them; those that do not fit around a concept are left out of the arrays.
     """
 
-    tokens: Int[np.ndarray, "T L"]
-    free: Bool[np.ndarray, "T L"]
-    concept: Bool[np.ndarray, "T L"]
-    without: Int[np.ndarray, "T L"]
-    phrase: Int[np.ndarray, " L"]
-
-
-def context_templates(words: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
-    """`count` templates that put random `words` around a concept, so that it is met in company."""
-    rng = np.random.default_rng(seed)
-    templates = []
-    for _ in range(count):
-        pattern = _CONTEXTS[rng.integers(len(_CONTEXTS))]
-        while "{w}" in pattern:
-            pattern = pattern.replace("{w}", words[int(rng.integers(len(words)))], 1)
-        templates.append(pattern)
-    return tuple(templates)
+    tokens: Int[np.ndarray, "*C T L"]
+    without: Int[np.ndarray, "*C T L"]
+    free: Bool[np.ndarray, "*C T L"]
+    concept: Bool[np.ndarray, "*C T L"]
+    templates: tuple[str, ...]
 
 
 def context_length(tokenizer: Any, max_positions: int) -> int:
@@ -106,10 +94,7 @@ def context_length(tokenizer: Any, max_positions: int) -> int:
 def phrase_ids(tokenizer: Any, phrases: Sequence[str], *, special: bool = True) -> list[list[int]]:
     """Token ids of phrases, unpadded and uncut; a word of several vectors stands for all of them.
 
-    Args:
-      tokenizer: of the model.
-      phrases: texts, as people write them.
-      special: with the tokens of start and end.
+    `special` is with the tokens of start and end.
     """
     phrases = expanded(tokenizer, phrases)
     return tokenizer(phrases, truncation=False, add_special_tokens=special)["input_ids"]
@@ -130,8 +115,31 @@ def encode_phrases(tokenizer: Any, phrases: Sequence[str], length: int) -> Int[n
                 f"the phrase {phrase!r} takes {len(row)} tokens with start and end; this text "
                 f"encoder reads {length}. Shorten it."
             )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = padding(tokenizer)
     return np.asarray([[*row, *[pad] * (length - len(row))] for row in ids], np.int32)
+
+
+def padding(tokenizer: Any) -> int:
+    """The token that prompts are padded with."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def concept_tokens(
+    tokenizer: Any, concept: str, length: int
+) -> tuple[str, Int[np.ndarray, " L"], list[int]]:
+    """A concept with single spaces, its token ids as a prompt, and those without start and end.
+
+    Raises:
+      ConceptError: an empty concept, or one that is too long for the context.
+    """
+    concept = " ".join(concept.split())
+    if not concept:
+        raise ConceptError("the concept is empty: name what to erase, for example 'three'.")
+    phrase = encode_phrases(tokenizer, [concept], length)[0]
+    (inner,) = phrase_ids(tokenizer, [concept], special=False)
+    if not inner:
+        raise ConceptError(f"the tokenizer knows no token of the concept {concept!r}.")
+    return concept, phrase, inner
 
 
 def concept_prompts(
@@ -140,55 +148,39 @@ def concept_prompts(
     length: int,
     templates: Sequence[str] = TEMPLATES,
     anchor: str = "",
-) -> TemplatedConcept:
+) -> TemplatedConcepts:
     """Put a concept, and the anchor, into templates and mark which tokens are whose.
 
     Raises:
       ConceptError: an empty concept, one that is too long for the context, or templates without
         exactly one "{}". Templates that do not fit around a long concept are left out.
     """
-    concept = " ".join(concept.split())
-    if not concept:
-        raise ConceptError("the concept is empty: name what to erase, for example 'three'.")
+    concept, _, inner = concept_tokens(tokenizer, concept, length)
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong or not templates:
         raise ConceptError(
             f"templates need exactly one '{{}}' each; received {wrong or templates}."
         )
-    phrase = encode_phrases(tokenizer, [concept], length)[0]
-    (inner,) = phrase_ids(tokenizer, [concept], special=False)
-    if not inner:
-        raise ConceptError(f"the tokenizer knows no token of the concept {concept!r}.")
-    rows, free, places, without = [], [], [], []
+    prompts, anchors, positions = [], [], np.arange(length)
+    free, places = [], []
     for template in templates:
         (ids,) = phrase_ids(tokenizer, [template.format(concept)])
-        start = _find(ids, inner)
+        starts = range(len(ids) - len(inner) + 1)
+        start = next((n for n in starts if ids[n : n + len(inner)] == inner), None)
         if len(ids) > length or start is None:
             continue
-        place = np.zeros(length, bool)
-        place[start : start + len(inner)] = True
-        words = np.zeros(length, bool)
-        words[1 : len(ids) - 1] = True  # between the start and the end token
-        rows.append(encode_phrases(tokenizer, [template.format(concept)], length)[0])
+        place = (start <= positions) & (positions < start + len(inner))
+        words = (positions > 0) & (positions < len(ids) - 1)  # between the start and the end token
+        prompts.append(template.format(concept))
+        anchors.append(" ".join(template.format(anchor).split()))
         places.append(place)
-        without.append(
-            encode_phrases(tokenizer, [" ".join(template.format(anchor).split())], length)[0]
-        )
         free.append(words & ~place)
-    if not rows:
+    if not prompts:
         raise ConceptError(
             f"no template fits around {concept!r} in a context of {length} tokens; shorten it."
         )
-    return TemplatedConcept(
-        np.stack(rows), np.stack(free), np.stack(places), np.stack(without), phrase
-    )
-
-
-def _find(ids: Sequence[int], part: Sequence[int]) -> int | None:
-    for start in range(len(ids) - len(part) + 1):
-        if list(ids[start : start + len(part)]) == list(part):
-            return start
-    return None
+    tokens, without = (encode_phrases(tokenizer, texts, length) for texts in (prompts, anchors))
+    return TemplatedConcepts(tokens, without, np.stack(free), np.stack(places), tuple(templates))
 
 
 def vocabulary_words(tokenizer: Any, limit: int) -> list[str]:
@@ -212,13 +204,12 @@ def read_phrases(path: str | Path) -> list[str]:
       ConceptError: the file cannot be read or holds no phrase.
     """
     try:
-        lines = read_text(path).splitlines()
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except OSError as error:
         raise ConceptError(f"cannot read the phrases in {path}: {error.strerror}.") from error
     except TextError as error:
         raise ConceptError(str(error)) from error
-    phrases = [line.strip() for line in lines]
-    phrases = [phrase for phrase in phrases if phrase and not phrase.startswith("#")]
+    phrases = [line for line in lines if line and not line.startswith("#")]
     if not phrases:
         raise ConceptError(f"{path} holds no phrases; write one a line.")
     return phrases
@@ -273,24 +264,6 @@ class PhraseSettings:
         check_settings(self, least={"contexts": 0, "vocabulary": 1})
         if not -1 <= self.similarity_cap <= 1:
             raise ValueError(f"similarity_cap is a cosine, received {self.similarity_cap}.")
-
-
-class TemplatedConcepts(NamedTuple):
-    """C concepts in T templates each, as `TemplatedConcept` but stacked.
-
-    Attributes:
-      tokens: [C, T, L] prompts.
-      without: [C, T, L] the same with the anchor in the concept's place.
-      free: [C, T, L] true at the template's own tokens.
-      concept: [C, T, L] true at the concept's tokens.
-      templates: the templates; the first T of them fit around every concept.
-    """
-
-    tokens: Int[np.ndarray, "C T L"]
-    without: Int[np.ndarray, "C T L"]
-    free: Bool[np.ndarray, "C T L"]
-    concept: Bool[np.ndarray, "C T L"]
-    templates: tuple[str, ...]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -383,8 +356,8 @@ def concept_states(
     if not concepts:
         raise ConceptError("no concept was given: name at least one, for example 'three'.")
     length = text_length(pipeline)
-    bare = [concept_prompts(pipeline.tokenizer, each, length, ("{}",)) for each in concepts]
-    return pooled_states(pipeline.prompt_encoder, np.stack([each.phrase for each in bare]))
+    rows = [concept_tokens(pipeline.tokenizer, concept, length)[1] for concept in concepts]
+    return pooled_states(pipeline.prompt_encoder, np.stack(rows))
 
 
 def retained_phrases(
@@ -409,9 +382,8 @@ def retained_phrases(
         return retain
     tokenizer, cap = pipeline.tokenizer, settings.similarity_cap
     pooled = concept_states(pipeline, concepts)
-    phrases = (
-        list(retain) if retain is not None else vocabulary_words(tokenizer, settings.vocabulary)
-    )
+    own = retain is None
+    phrases = vocabulary_words(tokenizer, settings.vocabulary) if own else list(retain)
     if not phrases:
         raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
     rows = encode_phrases(tokenizer, phrases, text_length(pipeline))
@@ -429,7 +401,7 @@ def retained_phrases(
             f"similarity_cap={cap}: raise it, or retain other phrases."
         )
     near.sort(key=lambda each: -each.similarity)
-    return Retained(tuple(kept), tuple(near), own=retain is None)
+    return Retained(tuple(kept), tuple(near), own)
 
 
 def stacked_prompts(
@@ -446,45 +418,24 @@ def stacked_prompts(
     Raises:
       ConceptError: no or unusable concepts, or an anchor that is a concept to the tokenizer.
     """
-    templates = settings.templates + context_templates(words, settings.contexts, seed)
-    each = [
-        concept_prompts(tokenizer, concept, length, templates, settings.anchor)
-        for concept in concepts
-    ]
-    for concept, prompts in zip(concepts, each, strict=True):
-        same = _plain(settings.anchor) == _plain(concept)
+    rng, templates, anchor = np.random.default_rng(seed), [*settings.templates], settings.anchor
+    for _ in range(settings.contexts):  # random words around it, so that it is met in company
+        pattern = _CONTEXTS[rng.integers(len(_CONTEXTS))]
+        while "{w}" in pattern:
+            pattern = pattern.replace("{w}", words[int(rng.integers(len(words)))], 1)
+        templates.append(pattern)
+    each = [concept_prompts(tokenizer, name, length, templates, anchor) for name in concepts]
+    for name, prompts in zip(concepts, each, strict=True):
+        same = anchor.casefold().split() == name.casefold().split()
         if same or np.array_equal(prompts.tokens, prompts.without):
             raise ConceptError(
-                f"the anchor {settings.anchor!r} is the concept {concept!r}: turning it into "
-                "itself erases nothing. Choose another anchor."
+                f"the anchor {anchor!r} is the concept {name!r}: turning it into itself erases "
+                "nothing. Choose another anchor."
             )
     least = min(len(prompts.tokens) for prompts in each)  # a long concept fits fewer templates
-
-    def stack(name: str) -> np.ndarray:
-        return np.stack([getattr(prompts, name)[:least] for prompts in each])
-
-    return TemplatedConcepts(
-        stack("tokens"), stack("without"), stack("free"), stack("concept"), templates
-    )
-
-
-def _plain(phrase: str) -> str:
-    return " ".join(phrase.split()).casefold()
-
-
-def framed_phrases(
-    words: Sequence[str], templates: Sequence[str], frames: int, seed: int
-) -> list[str]:
-    """The words, and each of them in `frames` random templates."""
-    rng = np.random.default_rng(seed)
-    return [
-        *words,
-        *(
-            templates[int(rng.integers(len(templates)))].format(word)
-            for _ in range(frames)
-            for word in words
-        ),
-    ]
+    arrays = zip(*(prompts[:4] for prompts in each), strict=True)
+    tokens, without, free, concept = (np.stack([p[:least] for p in parts]) for parts in arrays)
+    return TemplatedConcepts(tokens, without, free, concept, tuple(templates))
 
 
 def with_prefix(rows: Shaped[Array, "P L *S"], prefix: Shaped[Array, "P K *S"]) -> Array:

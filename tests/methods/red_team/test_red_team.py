@@ -25,7 +25,7 @@ from conceptax.methods.red_team import (
     relapse,
     token_search,
 )
-from conceptax.methods.red_team.common import ordinary_tokens, restart_keys
+from conceptax.methods.red_team.common import Target, ordinary_tokens, restart_keys
 from conceptax.methods.sampling import NoiseSchedule, alphas_cumprod, encode_images
 from conceptax.methods.text.phrases import ConceptError, encode_phrases, with_prefix
 from conceptax.methods.training import compile_step, leaf_paths, step_key
@@ -85,7 +85,7 @@ def changed_paths(before, after):
 
 
 def begin(original, edited, config, module):
-    return module.prepare(original, edited, config, images=IMAGES, prompts=PROMPTS)
+    return module.prepare(Target(original, edited, "three", IMAGES, PROMPTS), config)
 
 
 @pytest.fixture(scope="module")
