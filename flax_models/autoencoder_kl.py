@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from .configs import ModelConfig
 from .layers.attention import Attention
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .layers.resnet import (
     Downsample2D,
@@ -27,7 +26,7 @@ from .layers.resnet import (
     group_norm,
 )
 from .layers.tiling import tiled
-from .pretrained import Pretrained
+from .pretrained import RecomputingModel
 
 _EPSILON = 1e-6
 
@@ -232,18 +231,10 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(Pretrained, nnx.Module):
-    """Variational autoencoder between images and latents.
+class AutoencoderKL(RecomputingModel):
+    """Variational autoencoder between images and latents."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype.
-      param_dtype: dtype of the parameters.
-      remat: recompute each block's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-    """
-
+    config: AutoencoderKLConfig
     config_class = AutoencoderKLConfig
     pytorch_class = "AutoencoderKL"
     pytorch_library = "diffusers"
@@ -254,19 +245,8 @@ class AutoencoderKL(Pretrained, nnx.Module):
         "proj_attn": "to_out.0",
     }
 
-    def __init__(
-        self,
-        config: AutoencoderKLConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         latent = config.latent_channels
-        self.config = config
-        self.dtype = dtype
         self.encoder = Encoder(config, remat=remat, **init)
         self.decoder = Decoder(config, remat=remat, **init)
         if config.use_quant_conv:

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 from .layers.transformer import Transformer2DModel
-from .pretrained import Pretrained
+from .pretrained import RecomputingModel
 
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -319,34 +319,15 @@ class UpBlock(_Layers):
         return x
 
 
-class UNet2DConditionModel(Pretrained, nnx.Module):
-    """Text-conditioned UNet.
+class UNet2DConditionModel(RecomputingModel):
+    """Text-conditioned UNet."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-    """
-
+    config: UNet2DConditionConfig
     config_class = UNet2DConditionConfig
     pytorch_class = "UNet2DConditionModel"
     pytorch_library = "diffusers"
 
-    def __init__(
-        self,
-        config: UNet2DConditionConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
-        self.dtype = dtype
+    def _build(self, config: UNet2DConditionConfig, *, remat: Remat, **init):
         channels = config.block_out_channels
         time_features = 4 * channels[0]
         layers = config.per_block("layers_per_block")

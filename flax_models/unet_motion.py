@@ -21,10 +21,9 @@ from jaxtyping import Array, Float, Num
 from .abstract import OneKey
 from .configs import ModelConfig
 from .layers.embeddings import Dtype
-from .layers.remat import Remat
 from .layers.resnet import group_norm
 from .layers.transformer import BasicTransformerBlock
-from .pretrained import Pretrained
+from .pretrained import PretrainedModel
 from .unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 PerLevel = int | tuple[int, ...]
@@ -309,30 +308,15 @@ class MotionModules(nnx.Module):
         self.motion_modules = nnx.List([make(**init) for _ in range(count)])
 
 
-class MotionAdapter(Pretrained, nnx.Module):
-    """What is added to an image UNet; it is no model by itself.
+class MotionAdapter(PretrainedModel):
+    """What is added to an image UNet; it is no model by itself."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      rngs: source of the initial parameters.
-    """
-
+    config: MotionAdapterConfig
     config_class = MotionAdapterConfig
     pytorch_class = "MotionAdapter"
     pytorch_library = "diffusers"
 
-    def __init__(
-        self,
-        config: MotionAdapterConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
+    def _build(self, config: MotionAdapterConfig, **init):
         layers = config.per_block("motion_layers_per_block")
         levels = range(len(layers))
         self.down_blocks = nnx.List(
@@ -354,23 +338,13 @@ class MotionAdapter(Pretrained, nnx.Module):
 class UNetMotionModel(UNet2DConditionModel):
     """Text-conditioned UNet over videos.  Arguments as for `UNet2DConditionModel`."""
 
+    config: UNetMotionConfig
     config_class = UNetMotionConfig
     pytorch_class = "UNetMotionModel"
 
-    def __init__(
-        self,
-        config: UNetMotionConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        self.adapter_config = config.adapter
-        options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "rngs": rngs}
-        self.unet_config = config.unet
-        super().__init__(self.unet_config, **options)
-        self.config = config
+    def _build(self, config: UNetMotionConfig, **init):
+        self.adapter_config, self.unet_config = config.adapter, config.unet
+        super()._build(self.unet_config, **init)
 
     def _motion(self, level: int | None) -> Callable[..., nnx.Module] | None:
         if level is None and not self.adapter_config.use_motion_mid_block:
