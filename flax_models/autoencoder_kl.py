@@ -17,14 +17,7 @@ from .configs import ModelConfig
 from .layers.attention import Attention
 from .layers.checks import check_axes
 from .layers.remat import Remat, recomputed
-from .layers.resnet import (
-    Downsample2D,
-    ResnetBlock2D,
-    Upsample2D,
-    conv1x1,
-    conv3x3,
-    group_norm,
-)
+from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv1x1, conv3x3, group_norm
 from .layers.tiling import tiled
 from .pretrained import RecomputingModel
 
@@ -122,14 +115,7 @@ class EncoderBlock(nnx.Module):
     """`DownEncoderBlock2D`: resnets, then halving where it is not the last."""
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        *,
-        layers: int,
-        downsample: bool,
-        groups: int,
-        **init,
+        self, in_channels: int, channels: int, *, layers: int, downsample: bool, groups: int, **init
     ):
         inputs = (in_channels,) + (channels,) * (layers - 1)
         block = {"groups": groups, "epsilon": _EPSILON, **init}

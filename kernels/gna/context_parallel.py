@@ -57,12 +57,7 @@ def context_parallel_attention(
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     problem = describe(
-        whole(query),
-        whole(key),
-        whole(value),
-        additional_keys,
-        additional_values,
-        **settings,
+        whole(query), whole(key), whole(value), additional_keys, additional_values, **settings
     )
     window, own = problem.windows[0], query.shape[1]
     if own % window.dilation:

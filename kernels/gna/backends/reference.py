@@ -63,10 +63,7 @@ def forward(
     lse = jax.nn.logsumexp(scores, axis=-1)
     output = _einsum("bhrqk,bkhd->bqhrd", jnp.exp(scores - lse[..., None]), values)
     shape = (*query.shape[:-1], problem.value_dim)
-    return (
-        output.reshape(shape).astype(query.dtype),
-        jnp.moveaxis(lse, 3, 1).reshape(shape[:-1]),
-    )
+    return (output.reshape(shape).astype(query.dtype), jnp.moveaxis(lse, 3, 1).reshape(shape[:-1]))
 
 
 def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:

@@ -16,13 +16,7 @@ from jaxtyping import Array
 from ..platforms import default_platform
 from ..problem import Gradients, Problem, Residuals
 from ..varying import vary, varying_axes
-from .triton_blocks import (
-    Blocks,
-    blocks_of,
-    largest_dim,
-    padded,
-    tiling,
-)
+from .triton_blocks import Blocks, blocks_of, largest_dim, padded, tiling
 
 # Programs that keep any GPU busy; the additional keys alone may be too few.
 ENOUGH_PROGRAMS = 512

@@ -219,11 +219,7 @@ def _run(
 
 
 def _run_loop(
-    problem: Problem,
-    loop: Loop,
-    step: Callable[[_Step, Any], Any],
-    state: Any,
-    queries_first: bool,
+    problem: Problem, loop: Loop, step: Callable[[_Step, Any], Any], state: Any, queries_first: bool
 ) -> Any:
     count = len(loop.queries)
     scores = problem.repeats * math.prod(loop.tile) * math.prod(loop.box)
