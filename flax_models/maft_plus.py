@@ -23,12 +23,12 @@ from .layers.attention import MultiheadAttention
 from .layers.bilinear import resize
 from .layers.embeddings import Dtype
 from .layers.remat import Remat
+from .layers.transformer import layer_norm
 from .mask2former import (
     Mask2FormerConfig,
     MaskPrediction,
     MSDeformAttnPixelDecoder,
     MultiScaleMaskedTransformerDecoder,
-    layer_norm,
     mask_pool,
     normalize,
     sine_positions,

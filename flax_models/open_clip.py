@@ -20,6 +20,7 @@ from .convnext import ConvNeXt, ConvNeXtConfig, Mlp
 from .layers.attention import MultiheadAttention
 from .layers.checks import check_axes
 from .layers.remat import Remat
+from .layers.transformer import layer_norm
 from .pretrained import RecomputingModel
 
 # Of pixel values 0 to 255.
@@ -92,17 +93,13 @@ class _MLP(nnx.Module):
         return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=False))
 
 
-def _layer_norm(width: int, **init: Any) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, **init)
-
-
 class ResidualAttentionBlock(nnx.Module):
     """Pre-norm transformer layer, causal."""
 
     def __init__(self, config: OpenCLIPTextConfig, **init: Any):
-        self.ln_1 = _layer_norm(config.width, **init)
+        self.ln_1 = layer_norm(config.width, **init)
         self.attn = MultiheadAttention(config.width, config.heads, **init)
-        self.ln_2 = _layer_norm(config.width, **init)
+        self.ln_2 = layer_norm(config.width, **init)
         self.mlp = _MLP(config.width, **init)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
@@ -169,7 +166,7 @@ class OpenCLIP(RecomputingModel):
         )
         self.positional_embedding = normal((text.context_length, text.width), 0.01)
         self.transformer = Transformer(text, **init)
-        self.ln_final = _layer_norm(text.width, **init)
+        self.ln_final = layer_norm(text.width, **init)
         self.text_projection = normal((text.width, config.embed_dim), text.width**-0.5)
         self.logit_scale = nnx.Param(jnp.asarray(jnp.log(1 / 0.07), param_dtype))
 
