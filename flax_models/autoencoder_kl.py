@@ -16,18 +16,10 @@ from jaxtyping import Array, Float
 from .configs import ModelConfig
 from .layers.attention import Attention
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
-from .layers.resnet import (
-    Downsample2D,
-    ResnetBlock2D,
-    Upsample2D,
-    conv1x1,
-    conv3x3,
-    group_norm,
-)
+from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv1x1, conv3x3, group_norm
 from .layers.tiling import tiled
-from .pretrained import Pretrained
+from .pretrained import RecomputingModel
 
 _EPSILON = 1e-6
 
@@ -59,14 +51,8 @@ class AutoencoderKLConfig(ModelConfig):
     INERT: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
 
     def __post_init__(self):
-        self.require_positive(
-            "in_channels",
-            "out_channels",
-            "block_out_channels",
-            "layers_per_block",
-            "latent_channels",
-            "norm_num_groups",
-        )
+        self.require_positive("in_channels", "out_channels", "block_out_channels")
+        self.require_positive("layers_per_block", "latent_channels", "norm_num_groups")
         self.require_size("sample_size")
         depth = len(self.block_out_channels)
         for name, kind in (
@@ -119,49 +105,51 @@ class MidBlock(nnx.Module):
         return self.resnets[1](x)
 
 
-class EncoderBlock(nnx.Module):
-    """`DownEncoderBlock2D`: resnets, then halving where it is not the last."""
+class Block(nnx.Module):
+    """`DownEncoderBlock2D` or `UpDecoderBlock2D`: resnets, then halving or doubling, or neither."""
 
     def __init__(
         self,
         in_channels: int,
         channels: int,
-        *,
         layers: int,
-        downsample: bool,
         groups: int,
+        resample: str | None,
         **init,
     ):
         inputs = (in_channels,) + (channels,) * (layers - 1)
         block = {"groups": groups, "epsilon": _EPSILON, **init}
         self.resnets = nnx.List([ResnetBlock2D(c, channels, **block) for c in inputs])
-        if downsample:
+        if resample == "down":
             self.downsamplers = nnx.List([Downsample2D(channels, padding=0, **init)])
-
-    def __call__(self, x: Array) -> Array:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return self.downsamplers[0](x) if hasattr(self, "downsamplers") else x
-
-
-class DecoderBlock(nnx.Module):
-    """`UpDecoderBlock2D`: resnets, then doubling where it is not the last."""
-
-    def __init__(
-        self, in_channels: int, channels: int, *, layers: int, upsample: bool, groups: int, **init
-    ):
-        inputs = (in_channels,) + (channels,) * (layers - 1)
-        block = {"groups": groups, "epsilon": _EPSILON, **init}
-        self.resnets = nnx.List([ResnetBlock2D(c, channels, **block) for c in inputs])
-        if upsample:
+        elif resample == "up":
             self.upsamplers = nnx.List([Upsample2D(channels, **init)])
 
     def __call__(self, x: Array) -> Array:
         for resnet in self.resnets:
             x = resnet(x)
-        if hasattr(self, "upsamplers"):
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+        elif hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, (2 * x.shape[1], 2 * x.shape[2]))
         return x
+
+
+def _blocks(
+    config: AutoencoderKLConfig, channels: tuple[int, ...], layers: int, resample: str, **init
+) -> Any:
+    """One block per resolution; the last one keeps its size."""
+    shared = {"layers": layers, "groups": config.norm_num_groups, **init}
+    *others, last = zip((channels[0], *channels), channels, strict=False)
+    blocks = [Block(*pair, resample=resample, **shared) for pair in others]
+    return nnx.List([*blocks, Block(*last, resample=None, **shared)])
+
+
+def _run(coder: "Encoder | Decoder", blocks: tuple[nnx.Module, ...], x: Array) -> Array:
+    x = coder.conv_in(x)
+    for block in blocks:
+        x = recomputed(block.__call__, coder.remat)(x)
+    return coder.conv_out(jax.nn.silu(coder.conv_norm_out(x)))
 
 
 class Encoder(nnx.Module):
@@ -169,33 +157,16 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         channels, groups = config.block_out_channels, config.norm_num_groups
-        last = len(channels) - 1
+        attends = config.mid_block_add_attention
         self.remat = remat
         self.conv_in = conv3x3(config.in_channels, channels[0], **init)
-        self.down_blocks = nnx.List(
-            [
-                EncoderBlock(
-                    channels[max(level - 1, 0)],
-                    channels[level],
-                    groups=groups,
-                    layers=config.layers_per_block,
-                    downsample=level < last,
-                    **init,
-                )
-                for level in range(len(channels))
-            ]
-        )
-        self.mid_block = MidBlock(
-            channels[-1], groups, attends=config.mid_block_add_attention, **init
-        )
+        self.down_blocks = _blocks(config, channels, config.layers_per_block, "down", **init)
+        self.mid_block = MidBlock(channels[-1], groups, attends=attends, **init)
         self.conv_norm_out = group_norm(channels[-1], groups, _EPSILON, **init)
         self.conv_out = conv3x3(channels[-1], 2 * config.latent_channels, **init)
 
     def __call__(self, x: Array) -> Array:
-        x = self.conv_in(x)
-        for block in (*self.down_blocks, self.mid_block):
-            x = recomputed(block.__call__, self.remat)(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return _run(self, (*self.down_blocks, self.mid_block), x)
 
 
 class Decoder(nnx.Module):
@@ -203,47 +174,22 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
-        last = len(channels) - 1
+        attends = config.mid_block_add_attention
         self.remat = remat
         self.conv_in = conv3x3(config.latent_channels, channels[0], **init)
-        self.mid_block = MidBlock(
-            channels[0], groups, attends=config.mid_block_add_attention, **init
-        )
-        self.up_blocks = nnx.List(
-            [
-                DecoderBlock(
-                    channels[max(level - 1, 0)],
-                    channels[level],
-                    groups=groups,
-                    layers=config.layers_per_block + 1,
-                    upsample=level < last,
-                    **init,
-                )
-                for level in range(len(channels))
-            ]
-        )
+        self.mid_block = MidBlock(channels[0], groups, attends=attends, **init)
+        self.up_blocks = _blocks(config, channels, config.layers_per_block + 1, "up", **init)
         self.conv_norm_out = group_norm(channels[-1], groups, _EPSILON, **init)
         self.conv_out = conv3x3(channels[-1], config.out_channels, **init)
 
     def __call__(self, x: Array) -> Array:
-        x = self.conv_in(x)
-        for block in (self.mid_block, *self.up_blocks):
-            x = recomputed(block.__call__, self.remat)(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return _run(self, (self.mid_block, *self.up_blocks), x)
 
 
-class AutoencoderKL(Pretrained, nnx.Module):
-    """Variational autoencoder between images and latents.
+class AutoencoderKL(RecomputingModel):
+    """Variational autoencoder between images and latents."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype.
-      param_dtype: dtype of the parameters.
-      remat: recompute each block's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-    """
-
+    config: AutoencoderKLConfig
     config_class = AutoencoderKLConfig
     pytorch_class = "AutoencoderKL"
     pytorch_library = "diffusers"
@@ -254,19 +200,8 @@ class AutoencoderKL(Pretrained, nnx.Module):
         "proj_attn": "to_out.0",
     }
 
-    def __init__(
-        self,
-        config: AutoencoderKLConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
         latent = config.latent_channels
-        self.config = config
-        self.dtype = dtype
         self.encoder = Encoder(config, remat=remat, **init)
         self.decoder = Decoder(config, remat=remat, **init)
         if config.use_quant_conv:

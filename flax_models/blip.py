@@ -14,75 +14,45 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .clip import ACTIVATIONS
 from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype
-from .pretrained import Pretrained
+from .layers.encoder import ACTIVATIONS, MLP, EncoderConfig, layer_norm
+from .pretrained import PretrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(ModelConfig):
-    """What the towers of BLIP and BLIP-2 share."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-
-    STRICT: ClassVar[bool] = False
-
-    def __post_init__(self):
-        self.require_positive(
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        )
-        self.require(
-            self.hidden_act in ACTIVATIONS,
-            f"hidden_act accepts {sorted(ACTIVATIONS)}, received {self.hidden_act!r}.",
-        )
-        self.require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} does not divide into "
-            f"{self.num_attention_heads} heads.",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class BlipVisionConfig(TransformerConfig):
+class BlipVisionConfig(EncoderConfig):
     """Settings of the vision tower; the defaults are those of the base model."""
 
+    intermediate_size: int = 3072
     layer_norm_eps: float = 1e-5
     image_size: int = 384
     patch_size: int = 16
 
+    MODEL_TYPE: ClassVar[str | None] = "blip_vision_model"
+
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("image_size", "patch_size")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "blip_vision_model", **super().to_dict()}
+        self.require_positive("intermediate_size", "image_size", "patch_size")
 
 
 @dataclasses.dataclass(frozen=True)
-class BlipTextConfig(TransformerConfig):
+class BlipTextConfig(EncoderConfig):
     """Settings of the text tower; the defaults are those of the base model."""
 
+    intermediate_size: int = 3072
     num_attention_heads: int = 8
     vocab_size: int = 30524
     max_position_embeddings: int = 512
 
+    MODEL_TYPE: ClassVar[str | None] = "blip_text_model"
     FIXED: ClassVar[Mapping[str, Any]] = {"is_decoder": True}  # it has cross-attention
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("vocab_size", "max_position_embeddings")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "blip_text_model", **super().to_dict()}
+        self.require_positive("intermediate_size", "vocab_size", "max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,30 +63,13 @@ class BlipConfig(ModelConfig):
     vision_config: BlipVisionConfig = BlipVisionConfig()
     image_text_hidden_size: int = 256
 
+    MODEL_TYPE: ClassVar[str | None] = "blip"
     STRICT: ClassVar[bool] = False
 
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "BlipConfig":
-        towers = {
-            "text_config": BlipTextConfig.from_dict(raw.get("text_config") or {}),
-            "vision_config": BlipVisionConfig.from_dict(raw.get("vision_config") or {}),
-        }
-        return super().from_dict({**raw, **towers})
-
     def to_dict(self) -> dict[str, Any]:
-        towers = {
-            "text_config": self.text_config.to_dict()
-            | {"encoder_hidden_size": self.vision_config.hidden_size},
-            "vision_config": self.vision_config.to_dict(),
-        }
-        return {"model_type": "blip", **super().to_dict(), **towers}
-
-
-def layer_norm(config: TransformerConfig, **init) -> nnx.LayerNorm:
-    """A layer norm of the tower's width."""
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **init
-    )
+        raw = super().to_dict()
+        raw["text_config"]["encoder_hidden_size"] = self.vision_config.hidden_size
+        return raw
 
 
 def unit(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
@@ -165,25 +118,13 @@ class BlipVisionAttention(nnx.Module):
         return self.projection(attended.reshape(x.shape))
 
 
-class BlipMLP(nnx.Module):
-    """Two-layer perceptron."""
-
-    def __init__(self, config: TransformerConfig, **init):
-        self.activation = config.hidden_act
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **init)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **init)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
-
-
 class BlipVisionLayer(nnx.Module):
     """Pre-norm transformer layer."""
 
     def __init__(self, config: BlipVisionConfig, **init):
         self.self_attn = BlipVisionAttention(config, **init)
         self.layer_norm1 = layer_norm(config, **init)
-        self.mlp = BlipMLP(config, **init)
+        self.mlp = MLP(config, config.intermediate_size, **init)
         self.layer_norm2 = layer_norm(config, **init)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
@@ -245,19 +186,12 @@ class BlipTextLayer(nnx.Module):
     """Post-norm layer; where there is an image, it is attended to after the text."""
 
     def __init__(self, config: BlipTextConfig, image_features: int, **init):
-        width, heads, epsilon = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.layer_norm_eps,
-        )
-        options = {"inner": "self", "epsilon": epsilon, **init}
+        width, hidden = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
-        self.attention = BertAttention(width, heads, **options)
-        self.crossattention = BertAttention(
-            width, heads, context_features=image_features, **options
-        )
-        self.intermediate = Dense(width, config.intermediate_size, **init)
-        self.output = Output(config.intermediate_size, width, epsilon=epsilon, **init)
+        self.attention = BertAttention(config, "self", **init)
+        self.crossattention = BertAttention(config, "self", image_features, **init)
+        self.intermediate = Dense(width, hidden, **init)
+        self.output = Output(config, hidden, **init)
 
     def __call__(
         self, x: Float[Array, "B L C"], image: Float[Array, "B T E"] | None, mask: Mask | None
@@ -307,33 +241,18 @@ class BlipTextModel(nnx.Module):
 # ---- the model ----
 
 
-class BlipForImageTextRetrieval(Pretrained, nnx.Module):
-    """BLIP's contrastive and matching heads.
+class BlipForImageTextRetrieval(PretrainedModel):
+    """BLIP's contrastive and matching heads."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      rngs: source of the initial parameters.
-    """
-
+    config: BlipConfig
     config_class = BlipConfig
     pytorch_class = "BlipForImageTextRetrieval"
     pytorch_library = "transformers"
     pytorch_ignored = ("*embeddings.position_ids",)
 
-    def __init__(
-        self,
-        config: BlipConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: BlipConfig, **init):
         image, text = config.vision_config.hidden_size, config.text_config.hidden_size
         shared = config.image_text_hidden_size
-        self.config = config
         self.vision_model = BlipVisionModel(config.vision_config, **init)
         self.text_encoder = BlipTextModel(config.text_config, image, **init)
         self.vision_proj = nnx.Linear(image, shared, **init)

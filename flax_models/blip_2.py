@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .blip import BlipVisionConfig, BlipVisionModel, TransformerConfig, layer_norm, unit
-from .clip import ACTIVATIONS
+from .blip import BlipVisionConfig, BlipVisionModel, unit
 from .configs import ModelConfig
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype
-from .pretrained import Pretrained
+from .layers.encoder import ACTIVATIONS, EncoderConfig, layer_norm
+from .pretrained import PretrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,28 +36,26 @@ class Blip2VisionConfig(BlipVisionConfig):
     image_size: int = 224
     patch_size: int = 14
 
+    MODEL_TYPE: ClassVar[str | None] = "blip_2_vision_model"
     FIXED: ClassVar[Mapping[str, Any]] = {"qkv_bias": True}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "model_type": "blip_2_vision_model"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Blip2QFormerConfig(TransformerConfig):
+class Blip2QFormerConfig(EncoderConfig):
     """Settings of the Q-Former."""
 
+    intermediate_size: int = 3072
     vocab_size: int = 30522
     max_position_embeddings: int = 512
     cross_attention_frequency: int = 2
 
+    MODEL_TYPE: ClassVar[str | None] = "blip_2_qformer"
     FIXED: ClassVar[Mapping[str, Any]] = {"use_qformer_text_input": True}
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("vocab_size", "max_position_embeddings", "cross_attention_frequency")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "blip_2_qformer", **super().to_dict()}
+        self.require_positive("intermediate_size", "vocab_size")
+        self.require_positive("max_position_embeddings", "cross_attention_frequency")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,26 +67,16 @@ class Blip2Config(ModelConfig):
     num_query_tokens: int = 32
     image_text_hidden_size: int = 256
 
+    MODEL_TYPE: ClassVar[str | None] = "blip-2"
     STRICT: ClassVar[bool] = False
 
     def __post_init__(self):
         self.require_positive("num_query_tokens", "image_text_hidden_size")
 
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "Blip2Config":
-        towers = {
-            "vision_config": Blip2VisionConfig.from_dict(raw.get("vision_config") or {}),
-            "qformer_config": Blip2QFormerConfig.from_dict(raw.get("qformer_config") or {}),
-        }
-        return super().from_dict({**raw, **towers})
-
     def to_dict(self) -> dict[str, Any]:
-        towers = {
-            "vision_config": self.vision_config.to_dict(),
-            "qformer_config": self.qformer_config.to_dict()
-            | {"encoder_hidden_size": self.vision_config.hidden_size},
-        }
-        return {"model_type": "blip-2", **super().to_dict(), **towers}
+        raw = super().to_dict()
+        raw["qformer_config"]["encoder_hidden_size"] = self.vision_config.hidden_size
+        return raw
 
 
 class Blip2TextEmbeddings(nnx.Module):
@@ -113,24 +100,16 @@ class Blip2QFormerLayer(nnx.Module):
     a perceptron of its own."""
 
     def __init__(self, config: Blip2QFormerConfig, index: int, image_features: int, **init):
-        width, heads, epsilon = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.layer_norm_eps,
-        )
-        hidden = config.intermediate_size
-        options = {"inner": "attention", "epsilon": epsilon, **init}
+        width, hidden = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
         self.reads_image = index % config.cross_attention_frequency == 0
-        self.attention = BertAttention(width, heads, **options)
+        self.attention = BertAttention(config, "attention", **init)
         if self.reads_image:
-            self.crossattention = BertAttention(
-                width, heads, context_features=image_features, **options
-            )
+            self.crossattention = BertAttention(config, "attention", image_features, **init)
         self.intermediate = Dense(width, hidden, **init)
-        self.output = Output(hidden, width, epsilon=epsilon, **init)
+        self.output = Output(config, hidden, **init)
         self.intermediate_query = Dense(width, hidden, **init)
-        self.output_query = Output(hidden, width, epsilon=epsilon, **init)
+        self.output_query = Output(config, hidden, **init)
 
     def __call__(
         self,
@@ -185,36 +164,21 @@ class Blip2QFormerModel(nnx.Module):
         return self.encoder(self.layernorm(tokens), queries, image, mask)
 
 
-class Blip2ForImageTextRetrieval(Pretrained, nnx.Module):
-    """BLIP-2's contrastive and matching heads.
+class Blip2ForImageTextRetrieval(PretrainedModel):
+    """BLIP-2's contrastive and matching heads."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      rngs: source of the initial parameters.
-    """
-
+    config: Blip2Config
     config_class = Blip2Config
     pytorch_class = "Blip2ForImageTextRetrieval"
     pytorch_library = "transformers"
     pytorch_ignored = ("*embeddings.position_ids",)
 
-    def __init__(
-        self,
-        config: Blip2Config,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: Blip2Config, **init):
         width, shared = config.qformer_config.hidden_size, config.image_text_hidden_size
-        self.config = config
         self.vision_model = BlipVisionModel(config.vision_config, **init)
+        tokens = (1, config.num_query_tokens, width)
         self.query_tokens = nnx.Param(
-            0.02
-            * jax.random.normal(rngs.params(), (1, config.num_query_tokens, width), param_dtype)
+            0.02 * jax.random.normal(init["rngs"].params(), tokens, init["param_dtype"])
         )
         self.embeddings = Blip2TextEmbeddings(config.qformer_config, **init)
         self.qformer = Blip2QFormerModel(

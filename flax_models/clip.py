@@ -5,8 +5,7 @@ standard deviation.  Attribute paths are those of transformers' state dicts.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,43 +18,25 @@ from .configs import ModelConfig
 from .layers.attention import dot_product_attention
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype
+from .layers.encoder import MLP, EncoderConfig, layer_norm
 from .layers.remat import Remat, recomputed
-from .pretrained import Pretrained
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
+from .pretrained import Pretrained, RecomputingModel
 
 
 @dataclasses.dataclass(frozen=True)
-class _TowerConfig(ModelConfig):
+class _TowerConfig(EncoderConfig):
     """What the two towers share."""
 
-    hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 512
 
-    STRICT: ClassVar[bool] = False
     FIXED: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0}
 
     def __post_init__(self):
-        self.require_positive(
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        )
-        self.require(
-            self.hidden_act in ACTIVATIONS,
-            f"hidden_act accepts {sorted(ACTIVATIONS)}, received {self.hidden_act!r}.",
-        )
-        self.require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} does not divide into "
-            f"{self.num_attention_heads} heads.",
-        )
+        super().__post_init__()
+        self.require_positive("intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +53,11 @@ class CLIPTextConfig(_TowerConfig):
     eos_token_id: int = 49407
     pad_token_id: int | None = 1
 
+    MODEL_TYPE: ClassVar[str | None] = "clip_text_model"
+
     def __post_init__(self):
         super().__post_init__()
         self.require_positive("vocab_size", "max_position_embeddings")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "clip_text_model", **super().to_dict()}
 
     @classmethod
     def stable_diffusion_1_5(cls) -> "CLIPTextConfig":
@@ -121,6 +101,8 @@ class CLIPVisionConfig(_TowerConfig):
     patch_size: int = 32
     num_channels: int = 3
 
+    MODEL_TYPE: ClassVar[str | None] = "clip_vision_model"
+
     def __post_init__(self):
         super().__post_init__()
         self.require_positive("image_size", "patch_size", "num_channels")
@@ -128,9 +110,6 @@ class CLIPVisionConfig(_TowerConfig):
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.",
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "clip_vision_model", **super().to_dict()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,22 +121,8 @@ class CLIPConfig(ModelConfig):
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
 
+    MODEL_TYPE: ClassVar[str | None] = "clip"
     STRICT: ClassVar[bool] = False
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "CLIPConfig":
-        towers = {
-            "text_config": CLIPTextConfig.from_dict(raw.get("text_config") or {}),
-            "vision_config": CLIPVisionConfig.from_dict(raw.get("vision_config") or {}),
-        }
-        return super().from_dict({**raw, **towers})
-
-    def to_dict(self) -> dict[str, Any]:
-        towers = {
-            "text_config": self.text_config.to_dict(),
-            "vision_config": self.vision_config.to_dict(),
-        }
-        return {"model_type": "clip", **super().to_dict(), **towers}
 
 
 class CLIPTextOutput(NamedTuple):
@@ -186,12 +151,6 @@ class CLIPVisionOutput(NamedTuple):
     pooled: Float[Array, "B C"]
 
 
-def _layer_norm(config: _TowerConfig, **init) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **init
-    )
-
-
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention with biases; a text's is causal."""
 
@@ -215,26 +174,14 @@ class CLIPAttention(nnx.Module):
         return self.out_proj(attended.reshape(x.shape))
 
 
-class CLIPMLP(nnx.Module):
-    """Two-layer perceptron with the tower's activation."""
-
-    def __init__(self, config: _TowerConfig, **init):
-        self.activation = config.hidden_act
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **init)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **init)
-
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
-
-
 class CLIPEncoderLayer(nnx.Module):
     """Pre-norm transformer layer."""
 
     def __init__(self, config: _TowerConfig, **init):
         self.self_attn = CLIPAttention(config, **init)
-        self.layer_norm1 = _layer_norm(config, **init)
-        self.mlp = CLIPMLP(config, **init)
-        self.layer_norm2 = _layer_norm(config, **init)
+        self.layer_norm1 = layer_norm(config, **init)
+        self.mlp = MLP(config, config.intermediate_size, **init)
+        self.layer_norm2 = layer_norm(config, **init)
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         x = x + self.self_attn(self.layer_norm1(x), mask)
@@ -286,38 +233,20 @@ def pooling_positions(config: CLIPTextConfig, input_ids: Int[Array, "B L"]) -> I
     return jnp.argmax(input_ids == config.eos_token_id, axis=-1)
 
 
-class CLIPTextModel(Pretrained, nnx.Module):
-    """CLIP's text tower, the text encoder of Stable Diffusion.
+class CLIPTextModel(RecomputingModel):
+    """CLIP's text tower, the text encoder of Stable Diffusion."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-    """
-
+    config: CLIPTextConfig
     config_class = CLIPTextConfig
     pytorch_class = "CLIPTextModel"
     pytorch_library = "transformers"
     pytorch_prefix = "text_model."
     pytorch_ignored = ("*embeddings.position_ids",)
 
-    def __init__(
-        self,
-        config: CLIPTextConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
+    def _build(self, config: CLIPTextConfig, *, remat: Remat, **init):
         self.embeddings = CLIPTextEmbeddings(config, **init)
         self.encoder = CLIPEncoder(config, remat=remat, **init)
-        self.final_layer_norm = _layer_norm(config, **init)
+        self.final_layer_norm = layer_norm(config, **init)
 
     @property
     def towers(self) -> "tuple[CLIPTextModel, ...]":
@@ -446,30 +375,21 @@ class CLIPVisionEmbeddings(nnx.Module):
         return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
 
 
-class CLIPVisionModel(Pretrained, nnx.Module):
+class CLIPVisionModel(RecomputingModel):
     """CLIP's vision tower (ViT)."""
 
+    config: CLIPVisionConfig
     config_class = CLIPVisionConfig
     pytorch_class = "CLIPVisionModel"
     pytorch_library = "transformers"
     pytorch_prefix = "vision_model."
     pytorch_ignored = ("*embeddings.position_ids",)
 
-    def __init__(
-        self,
-        config: CLIPVisionConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
+    def _build(self, config: CLIPVisionConfig, *, remat: Remat, **init):
         self.embeddings = CLIPVisionEmbeddings(config, **init)
-        self.pre_layrnorm = _layer_norm(config, **init)  # sic: the published name
+        self.pre_layrnorm = layer_norm(config, **init)  # sic: the published name
         self.encoder = CLIPEncoder(config, remat=remat, **init)
-        self.post_layernorm = _layer_norm(config, **init)
+        self.post_layernorm = layer_norm(config, **init)
 
     def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> CLIPVisionOutput:
         """Encode images [B, image_size, image_size, 3], normalized for CLIP."""
@@ -483,25 +403,16 @@ class CLIPVisionModel(Pretrained, nnx.Module):
         return CLIPVisionOutput(x, self.post_layernorm(x[:, 0]))
 
 
-class CLIPModel(Pretrained, nnx.Module):
+class CLIPModel(RecomputingModel):
     """Both towers, projected into one space.  Arguments as for `CLIPTextModel`."""
 
+    config: CLIPConfig
     config_class = CLIPConfig
     pytorch_class = "CLIPModel"
     pytorch_library = "transformers"
     pytorch_ignored = ("*embeddings.position_ids",)
 
-    def __init__(
-        self,
-        config: CLIPConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
+    def _build(self, config: CLIPConfig, *, remat: Remat, **init):
         self.text_model = CLIPTextModel(config.text_config, remat=remat, **init)
         self.vision_model = CLIPVisionModel(config.vision_config, remat=remat, **init)
         self.text_projection = nnx.Linear(
@@ -510,7 +421,9 @@ class CLIPModel(Pretrained, nnx.Module):
         self.visual_projection = nnx.Linear(
             config.vision_config.hidden_size, config.projection_dim, use_bias=False, **init
         )
-        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, param_dtype))
+        self.logit_scale = nnx.Param(
+            jnp.asarray(config.logit_scale_init_value, init["param_dtype"])
+        )
 
     def get_text_features(
         self, input_ids: Int[Array, "B L"], attention_mask: Array | None = None

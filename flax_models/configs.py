@@ -6,24 +6,15 @@ with that value, and any other value is an error instead of a silent difference.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config", bound="ModelConfig")
 
 
 # What diffusers' `EMAModel` writes beside the settings of the model whose moving average it is.
-_MOVING_AVERAGE = frozenset(
-    {
-        "decay",
-        "inv_gamma",
-        "min_decay",
-        "optimization_step",
-        "power",
-        "update_after_step",
-        "use_ema_warmup",
-    }
-)
+_MOVING_AVERAGE = frozenset({"decay", "inv_gamma", "min_decay", "optimization_step", "power"})
+_MOVING_AVERAGE |= {"update_after_step", "use_ema_warmup"}
 
 
 def _freeze(value: Any) -> Any:
@@ -31,20 +22,24 @@ def _freeze(value: Any) -> Any:
 
 
 def _thaw(value: Any) -> Any:
+    if isinstance(value, ModelConfig):
+        return value.to_dict()
     return [_thaw(v) for v in value] if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Base of all configs.
+    """Base of all configs; a field whose type is a config is read and written as a nested object.
 
     Class attributes:
+      MODEL_TYPE: what transformers calls the kind of model; written, not read.
       FIXED: published settings this port supports with one value only (setting -> value).
       INERT: published settings that do not change the computation; they are accepted and dropped.
       STRICT: whether an unknown setting is an error (diffusers) or ignored (transformers, whose
         files carry dozens of text-generation settings that no encoder reads).
     """
 
+    MODEL_TYPE: ClassVar[str | None] = None
     FIXED: ClassVar[Mapping[str, Any]] = {}
     INERT: ClassVar[frozenset[str]] = frozenset()
     STRICT: ClassVar[bool] = True
@@ -57,14 +52,16 @@ class ModelConfig:
           ValueError: an unsupported or unknown setting, or a value of the wrong kind; the message
             names all of them.
         """
-        names = {f.name for f in dataclasses.fields(cls)}
-        known = {k: _freeze(v) for k, v in raw.items() if k in names}
-        for field in dataclasses.fields(cls):  # JSON writes 1.0 as 1
-            if isinstance(field.default, float) and type(known.get(field.name)) is int:
-                known[field.name] = float(known[field.name])
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        known = {k: _freeze(v) for k, v in raw.items() if k in fields}
+        for name, field in fields.items():
+            if isinstance(field.type, type) and issubclass(field.type, ModelConfig):
+                known[name] = field.type.from_dict(raw.get(name) or {})
+            elif isinstance(field.default, float) and type(known.get(name)) is int:
+                known[name] = float(known[name])  # JSON writes 1.0 as 1
         problems = []
         for key, value in sorted(raw.items()):
-            if key in names or key in cls.INERT | _MOVING_AVERAGE or key.startswith("_"):
+            if key in fields or key in cls.INERT | _MOVING_AVERAGE or key.startswith("_"):
                 continue
             if key in cls.FIXED:
                 if _freeze(value) != _freeze(cls.FIXED[key]):
@@ -82,13 +79,20 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings under their published names, ready for `json.dump`."""
-        own = {f.name: _thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {**{k: _thaw(v) for k, v in self.FIXED.items()}, **own}
+        named = {} if self.MODEL_TYPE is None else {"model_type": self.MODEL_TYPE}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: _thaw(value) for key, value in {**named, **self.FIXED, **own}.items()}
 
     def require(self, condition: bool, message: str) -> None:
         """Raise ValueError with the config's name unless `condition` holds."""
         if not condition:
             raise ValueError(f"{type(self).__name__}: {message}")
+
+    def require_one_of(self, name: str, accepted: Collection[Any]) -> None:
+        """Raise ValueError unless a field has one of these values."""
+        choices = " or ".join(map(repr, accepted))
+        value = getattr(self, name)
+        self.require(value in accepted, f"{name} accepts {choices}, received {value!r}.")
 
     def require_positive(self, *names: str) -> None:
         """Raise ValueError unless each named field is a positive integer (or a tuple of them)."""

@@ -14,24 +14,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from .clip import ACTIVATIONS
-from .configs import ModelConfig
 from .layers.bert import Dense, Projections
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype
+from .layers.encoder import MLP, EncoderConfig, layer_norm
 from .layers.remat import Remat, recomputed
-from .pretrained import Pretrained
+from .pretrained import RecomputingModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Dinov2Config(ModelConfig):
+class Dinov2Config(EncoderConfig):
     """Settings of `Dinov2Model`; the defaults are ViT-B/14's."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     mlp_ratio: int = 4
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     image_size: int = 518
     patch_size: int = 14
@@ -39,31 +33,12 @@ class Dinov2Config(ModelConfig):
     qkv_bias: bool = True
     use_mask_token: bool = True
 
-    STRICT: ClassVar[bool] = False
+    MODEL_TYPE: ClassVar[str | None] = "dinov2"
     FIXED: ClassVar[Mapping[str, Any]] = {"use_swiglu_ffn": False, "hidden_dropout_prob": 0.0}
 
     def __post_init__(self):
-        self.require_positive(
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "mlp_ratio",
-            "image_size",
-            "patch_size",
-            "num_channels",
-        )
-        self.require(
-            self.hidden_act in ACTIVATIONS,
-            f"hidden_act accepts {sorted(ACTIVATIONS)}, received {self.hidden_act!r}.",
-        )
-        self.require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} does not divide into "
-            f"{self.num_attention_heads} heads.",
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "dinov2", **super().to_dict()}
+        super().__post_init__()
+        self.require_positive("mlp_ratio", "image_size", "patch_size", "num_channels")
 
 
 class Dinov2Output(NamedTuple):
@@ -155,11 +130,8 @@ class Dinov2Attention(nnx.Module):
     """Multi-head self-attention."""
 
     def __init__(self, config: Dinov2Config, **init):
-        width = config.hidden_size
-        self.attention = Projections(
-            width, config.num_attention_heads, use_bias=config.qkv_bias, **init
-        )
-        self.output = Dense(width, width, **init)
+        self.attention = Projections(config, use_bias=config.qkv_bias, **init)
+        self.output = Dense(config.hidden_size, config.hidden_size, **init)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         return self.output(self.attention(x))
@@ -175,28 +147,15 @@ class Dinov2LayerScale(nnx.Module):
         return x * self.lambda1[...].astype(x.dtype)
 
 
-class Dinov2MLP(nnx.Module):
-    """Two-layer perceptron."""
-
-    def __init__(self, config: Dinov2Config, **init):
-        hidden = config.hidden_size * config.mlp_ratio
-        self.activation = config.hidden_act
-        self.fc1 = nnx.Linear(config.hidden_size, hidden, **init)
-        self.fc2 = nnx.Linear(hidden, config.hidden_size, **init)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
-
-
 class Dinov2Layer(nnx.Module):
     """Pre-norm transformer layer with layer scale."""
 
     def __init__(self, config: Dinov2Config, **init):
-        self.norm1 = _layer_norm(config, **init)
+        self.norm1 = layer_norm(config, **init)
         self.attention = Dinov2Attention(config, **init)
         self.layer_scale1 = Dinov2LayerScale(config.hidden_size, **init)
-        self.norm2 = _layer_norm(config, **init)
-        self.mlp = Dinov2MLP(config, **init)
+        self.norm2 = layer_norm(config, **init)
+        self.mlp = MLP(config, config.hidden_size * config.mlp_ratio, **init)
         self.layer_scale2 = Dinov2LayerScale(config.hidden_size, **init)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
@@ -219,42 +178,18 @@ class Dinov2Encoder(nnx.Module):
         return x
 
 
-def _layer_norm(config: Dinov2Config, **init) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **init
-    )
+class Dinov2Model(RecomputingModel):
+    """DINOv2's vision transformer."""
 
-
-class Dinov2Model(Pretrained, nnx.Module):
-    """DINOv2's vision transformer.
-
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-    """
-
+    config: Dinov2Config
     config_class = Dinov2Config
     pytorch_class = "Dinov2Model"
     pytorch_library = "transformers"
 
-    def __init__(
-        self,
-        config: Dinov2Config,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
+    def _build(self, config: Dinov2Config, *, remat: Remat, **init):
         self.embeddings = Dinov2Embeddings(config, **init)
         self.encoder = Dinov2Encoder(config, remat=remat, **init)
-        self.layernorm = _layer_norm(config, **init)
+        self.layernorm = layer_norm(config, **init)
 
     def __call__(
         self, pixel_values: Float[Array, "B H W 3"], masked: Bool[Array, "B P"] | None = None

@@ -21,9 +21,10 @@ from .layers.attention import GNA, Attention
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
 from .layers.remat import Remat, recomputed
-from .layers.transformer import Identity
+from .layers.transformer import FeedForward, layer_norm
 from .pretrained import Pretrained
 
+_PLAIN = {"use_bias": False, "use_scale": False}  # a norm without parameters
 _TIME_FEATURES = 256  # sinusoidal features of the timestep, for every size of model
 # What the class of the first published DiT folders, `Transformer2DModel`, could do beside.
 _TRANSFORMER_2D: Mapping[str, Any] = {
@@ -66,15 +67,8 @@ class DiTTransformer2DConfig(ModelConfig):
     INERT: ClassVar[frozenset[str]] = frozenset({"norm_num_groups", "upcast_attention"})
 
     def __post_init__(self):
-        self.require_positive(
-            "num_attention_heads",
-            "attention_head_dim",
-            "in_channels",
-            "num_layers",
-            "sample_size",
-            "patch_size",
-            "num_embeds_ada_norm",
-        )
+        self.require_positive("num_attention_heads", "attention_head_dim", "in_channels")
+        self.require_positive("num_layers", "sample_size", "patch_size", "num_embeds_ada_norm")
         if self.out_channels is not None:
             self.require_positive("out_channels")
         self.require(
@@ -169,17 +163,6 @@ class CombinedTimestepLabelEmbeddings(nnx.Module):
         return self.timestep_embedder(time) + self.class_embedder.embedding_table(class_labels)
 
 
-def _layer_norm(features: int, epsilon: float, *, affine: bool, **init) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        features,
-        epsilon=epsilon,
-        use_bias=affine,
-        use_scale=affine,
-        use_fast_variance=False,
-        **init,
-    )
-
-
 def _zero_linear(features: int, out_features: int, **init) -> nnx.Linear:
     return nnx.Linear(features, out_features, kernel_init=nnx.initializers.zeros, **init)
 
@@ -200,7 +183,7 @@ class AdaLayerNormZero(nnx.Module):
     def __init__(self, config: DiTTransformer2DConfig, **init):
         self.emb = CombinedTimestepLabelEmbeddings(config, **init)
         self.linear = _zero_linear(config.features, 6 * config.features, **init)
-        self.norm = _layer_norm(config.features, 1e-6, affine=False, **init)
+        self.norm = layer_norm(config.features, 1e-6, **_PLAIN, **init)
 
     def __call__(self, conditioning: Float[Array, "B D"]) -> list[Float[Array, "B D"]]:
         """Shift, scale and gate of the attention, then those of the perceptron."""
@@ -236,32 +219,15 @@ class GELU(nnx.Module):
         return jax.nn.gelu(self.proj(x), approximate=True)
 
 
-class FeedForward(nnx.Module):
-    """Perceptron four times as wide inside."""
-
-    def __init__(self, features: int, **init):
-        self.net = nnx.List(
-            [
-                GELU(features, 4 * features, **init),
-                Identity(),
-                nnx.Linear(4 * features, features, **init),
-            ]
-        )
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.net[2](self.net[0](x))
-
-
 class BasicTransformerBlock(nnx.Module):
     """Self-attention and perceptron, each normalized, modulated and gated by the condition."""
 
     def __init__(self, config: DiTTransformer2DConfig, neighborhood: GNA | None, **init):
         self.norm1 = AdaLayerNormZero(config, **init)
         self.attn1 = SelfAttention(config, neighborhood, **init)
-        self.norm3 = _layer_norm(
-            config.features, config.norm_eps, affine=config.norm_elementwise_affine, **init
-        )
-        self.ff = FeedForward(config.features, **init)
+        options = init if config.norm_elementwise_affine else _PLAIN | init
+        self.norm3 = layer_norm(config.features, config.norm_eps, **options)
+        self.ff = FeedForward(config.features, GELU, **init)
 
     def __call__(
         self, x: Float[Array, "B h w D"], time: Float[Array, "B T"], class_labels: Int[Array, " B"]
@@ -338,7 +304,7 @@ class DiTTransformer2DModel(Pretrained, nnx.Module):
                 for setting in _per_layer(attention, config.num_layers)
             ]
         )
-        self.norm_out = _layer_norm(features, 1e-6, affine=False, **init)
+        self.norm_out = layer_norm(features, 1e-6, **_PLAIN, **init)
         self.proj_out_1 = _zero_linear(features, 2 * features, **init)
         self.proj_out_2 = _zero_linear(
             features, config.patch_size**2 * (config.out_channels or config.in_channels), **init

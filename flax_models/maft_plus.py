@@ -23,19 +23,19 @@ from .layers.attention import MultiheadAttention
 from .layers.bilinear import resize
 from .layers.embeddings import Dtype
 from .layers.remat import Remat
+from .layers.transformer import layer_norm
 from .mask2former import (
     Mask2FormerConfig,
     MaskPrediction,
     MSDeformAttnPixelDecoder,
     MultiScaleMaskedTransformerDecoder,
-    layer_norm,
     mask_pool,
     normalize,
     sine_positions,
     torch_linear,
 )
 from .open_clip import OpenCLIP, OpenCLIPConfig
-from .pretrained import Pretrained
+from .pretrained import RecomputingModel
 
 FORMS = ("semantic", "panoptic")
 TOKEN_ORDERS = ("reference", "raster")
@@ -129,21 +129,6 @@ class MaftPlusConfig(ModelConfig):
             decoder_ffn=128,
             num_queries=16,
         )
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "MaftPlusConfig":
-        parts = {
-            "clip_config": OpenCLIPConfig.from_dict(raw.get("clip_config") or {}),
-            "decoder_config": Mask2FormerConfig.from_dict(raw.get("decoder_config") or {}),
-        }
-        return super().from_dict({**raw, **parts})
-
-    def to_dict(self) -> dict[str, Any]:
-        parts = {
-            "clip_config": self.clip_config.to_dict(),
-            "decoder_config": self.decoder_config.to_dict(),
-        }
-        return {**super().to_dict(), **parts}
 
 
 class _CrossAttention(nnx.Module):
@@ -248,34 +233,19 @@ class _SegmentationHead(nnx.Module):
         self.predictor = MultiScaleMaskedTransformerDecoder(config, **init)
 
 
-class MaftPlus(Pretrained, nnx.Module):
+class MaftPlus(RecomputingModel):
     """The whole model; the frozen teacher of its training is no part of it.
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; the pixel decoder is always float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each block of the image tower in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
+    The pixel decoder is always float32; `remat` is for the blocks of the image tower.
     """
 
+    config: MaftPlusConfig
     config_class = MaftPlusConfig
     pytorch_class = "MaftPlus"
     pytorch_library = "transformers"
 
-    def __init__(
-        self,
-        config: MaftPlusConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: MaftPlusConfig, *, remat: Remat, **init):
         dim = config.clip_config.embed_dim
-        self.config = config
         self.backbone = _Backbone(config.clip_config, remat=remat, **init)
         self.sem_seg_head = _SegmentationHead(config.decoder_config, **init)
         self.void_embedding = nnx.Embed(1, dim, embedding_init=nnx.initializers.normal(1.0), **init)

@@ -21,6 +21,7 @@ from .configs import ModelConfig
 from .layers.attention import MultiheadAttention
 from .layers.bilinear import Layout, resize, sample_levels
 from .layers.resnet import group_norm
+from .layers.transformer import layer_norm
 
 _LEVELS = 3  # maps that are attended to: strides 32, 16, 8
 _GROUPS = 32
@@ -93,11 +94,6 @@ def torch_linear(
     return nnx.Linear(
         inputs, outputs, kernel_init=kernel_init or uniform, bias_init=uniform, **init
     )
-
-
-def layer_norm(features: int, **init: Any) -> nnx.LayerNorm:
-    """Layer norm as both decoders have it."""
-    return nnx.LayerNorm(features, epsilon=1e-5, use_fast_variance=False, **init)
 
 
 # ---- pixel decoder ----

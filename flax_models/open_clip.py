@@ -19,9 +19,9 @@ from .configs import ModelConfig
 from .convnext import ConvNeXt, ConvNeXtConfig, Mlp
 from .layers.attention import MultiheadAttention
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype
 from .layers.remat import Remat
-from .pretrained import Pretrained
+from .layers.transformer import layer_norm
+from .pretrained import RecomputingModel
 
 # Of pixel values 0 to 255.
 IMAGE_MEAN = (122.7709383, 116.7460125, 104.09373615)
@@ -64,25 +64,7 @@ class OpenCLIPConfig(ModelConfig):
 
     def __post_init__(self):
         self.require_positive("embed_dim")
-        self.require(
-            self.projection in ("linear", "mlp"),
-            f"projection accepts 'linear' and 'mlp', received {self.projection!r}.",
-        )
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "OpenCLIPConfig":
-        towers = {
-            "text_config": OpenCLIPTextConfig.from_dict(raw.get("text_config") or {}),
-            "vision_config": ConvNeXtConfig.from_dict(raw.get("vision_config") or {}),
-        }
-        return super().from_dict({**raw, **towers})
-
-    def to_dict(self) -> dict[str, Any]:
-        towers = {
-            "text_config": self.text_config.to_dict(),
-            "vision_config": self.vision_config.to_dict(),
-        }
-        return {**super().to_dict(), **towers}
+        self.require_one_of("projection", ("linear", "mlp"))
 
     @classmethod
     def base(cls) -> "OpenCLIPConfig":
@@ -111,17 +93,13 @@ class _MLP(nnx.Module):
         return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=False))
 
 
-def _layer_norm(width: int, **init: Any) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, **init)
-
-
 class ResidualAttentionBlock(nnx.Module):
     """Pre-norm transformer layer, causal."""
 
     def __init__(self, config: OpenCLIPTextConfig, **init: Any):
-        self.ln_1 = _layer_norm(config.width, **init)
+        self.ln_1 = layer_norm(config.width, **init)
         self.attn = MultiheadAttention(config.width, config.heads, **init)
-        self.ln_2 = _layer_norm(config.width, **init)
+        self.ln_2 = layer_norm(config.width, **init)
         self.mlp = _MLP(config.width, **init)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
@@ -168,45 +146,27 @@ class VisionTower(nnx.Module):
         return self.head(self.trunk.head.norm(features))
 
 
-class OpenCLIP(Pretrained, nnx.Module):
-    """Both towers.
+class OpenCLIP(RecomputingModel):
+    """Both towers; `remat` is for the blocks of the image tower."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each block of the image tower in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-    """
-
+    config: OpenCLIPConfig
     config_class = OpenCLIPConfig
     pytorch_class = "OpenCLIP"
     pytorch_library = "transformers"
 
-    def __init__(
-        self,
-        config: OpenCLIPConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        text = config.text_config
+    def _build(self, config: OpenCLIPConfig, *, remat: Remat, **init):
+        text, rngs, param_dtype = config.text_config, init["rngs"], init["param_dtype"]
 
         def normal(shape: tuple[int, ...], std: float) -> nnx.Param[jax.Array]:
             return nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
 
-        self.config = config
         self.visual = VisionTower(config, remat=remat, **init)
         self.token_embedding = nnx.Embed(
             text.vocab_size, text.width, embedding_init=nnx.initializers.normal(0.02), **init
         )
         self.positional_embedding = normal((text.context_length, text.width), 0.01)
         self.transformer = Transformer(text, **init)
-        self.ln_final = _layer_norm(text.width, **init)
+        self.ln_final = layer_norm(text.width, **init)
         self.text_projection = normal((text.width, config.embed_dim), text.width**-0.5)
         self.logit_scale = nnx.Param(jnp.asarray(jnp.log(1 / 0.07), param_dtype))
 

@@ -1,10 +1,19 @@
-"""`from_pretrained` and `save_pretrained`, as users of diffusers and transformers know them."""
+"""`from_pretrained` and `save_pretrained`, as users of diffusers and transformers know them.
+
+`PretrainedModel` is a model that has them and is made of its config alone.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
 
 from ..errors import ConceptaxError
+from .layers.embeddings import Dtype
+from .layers.remat import Remat
 
 Model = TypeVar("Model")
 
@@ -68,3 +77,55 @@ class Pretrained:
         import conceptax
 
         return conceptax.save(self, path, **options)
+
+
+class PretrainedModel(Pretrained, nnx.Module):
+    """A model that its config describes.
+
+    Args:
+      config: architecture.
+      dtype: computation dtype; norms and softmax accumulate in float32.
+      param_dtype: dtype of the parameters.
+      rngs: source of the initial parameters.
+    """
+
+    config: Any
+    config_class: ClassVar[Any]
+    pytorch_class: ClassVar[str]
+    pytorch_library: ClassVar[str]
+    _build: Callable[..., None]  # makes the layers: config, then the options by name
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype = config, dtype
+        self._build(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+class RecomputingModel(PretrainedModel):
+    """A `PretrainedModel` that need not keep its activations for the backward pass.
+
+    Args:
+      config: as the others but `remat`, see `PretrainedModel`.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      remat: whether to recompute each layer's activations; or a policy of `layers.remat`.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype = config, dtype
+        self._build(config, remat=remat, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

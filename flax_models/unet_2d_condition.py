@@ -17,18 +17,41 @@ from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3, group_norm
 from .layers.transformer import Transformer2DModel
-from .pretrained import Pretrained
+from .pretrained import RecomputingModel
 
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
 @dataclasses.dataclass(frozen=True)
-class UNet2DConditionConfig(ModelConfig):
+class BlocksConfig(ModelConfig):
+    """Settings of which some may differ between resolutions."""
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+
+    def per_block(self, name: str) -> tuple[int, ...]:
+        """The value of a setting for each resolution, from the finest to the coarsest."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    def require_per_block(self, *names: str) -> None:
+        """Raise ValueError unless settings are positive, one for all resolutions or one each."""
+        self.require_positive("block_out_channels", *names)
+        depth = len(self.block_out_channels)
+        for name in names:
+            value = getattr(self, name)
+            self.require(
+                len(self.per_block(name)) == depth,
+                f"{name} needs one entry or {depth}, received {value}.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig(BlocksConfig):
     """Settings of `UNet2DConditionModel`; the defaults are Stable Diffusion 1.5's.
 
     `attention_head_dim` is, as in the published files, the *number of heads* per block.
@@ -43,7 +66,6 @@ class UNet2DConditionConfig(ModelConfig):
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
     downsample_padding: int = 1
     mid_block_scale_factor: float = 1.0
@@ -89,16 +111,8 @@ class UNet2DConditionConfig(ModelConfig):
     )
 
     def __post_init__(self):
-        self.require_positive(
-            "in_channels",
-            "out_channels",
-            "block_out_channels",
-            "layers_per_block",
-            "norm_num_groups",
-            "cross_attention_dim",
-            "transformer_layers_per_block",
-            "attention_head_dim",
-        )
+        self.require_positive("in_channels", "out_channels", "norm_num_groups")
+        self.require_positive("block_out_channels", "cross_attention_dim")
         self.require_size("sample_size")
         depth = len(self.block_out_channels)
         for name, accepted in (("down_block_types", _DOWN), ("up_block_types", _UP)):
@@ -106,24 +120,14 @@ class UNet2DConditionConfig(ModelConfig):
             self.require(len(types) == depth, f"{name} needs {depth} entries, received {types}.")
             unknown = sorted(set(types) - set(accepted))
             self.require(not unknown, f"{name} accepts {accepted}, received {unknown}.")
-        self.require(
-            self.mid_block_type in ("UNetMidBlock2DCrossAttn", None),
-            f"mid_block_type accepts 'UNetMidBlock2DCrossAttn', received {self.mid_block_type!r}.",
+        self.require_one_of("mid_block_type", ("UNetMidBlock2DCrossAttn", None))
+        self.require_per_block(
+            "layers_per_block", "transformer_layers_per_block", "attention_head_dim"
         )
-        for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-            value = getattr(self, name)
-            self.require(
-                isinstance(value, int) or len(value) == depth,
-                f"{name} needs one entry or {depth}, received {value}.",
-            )
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         self.require(not bad, f"channels {bad} do not divide into {self.norm_num_groups} groups.")
         self.require(self.downsample_padding in (0, 1), "downsample_padding must be 0 or 1.")
-        self.require(
-            self.addition_embed_type in (None, "text_time"),
-            f"addition_embed_type accepts None or 'text_time', received "
-            f"{self.addition_embed_type!r}.",
-        )
+        self.require_one_of("addition_embed_type", (None, "text_time"))
         if self.addition_embed_type == "text_time":
             self.require_positive(
                 "addition_time_embed_dim", "projection_class_embeddings_input_dim"
@@ -137,11 +141,6 @@ class UNet2DConditionConfig(ModelConfig):
             size = 128 if self.addition_embed_type == "text_time" else 64
         height, width = size if isinstance(size, tuple) else (size, size)
         return height, width
-
-    def per_block(self, name: str) -> tuple[int, ...]:
-        """The value of a setting for each resolution, from the finest to the coarsest."""
-        value = getattr(self, name)
-        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @classmethod
     def stable_diffusion_1_5(cls) -> "UNet2DConditionConfig":
@@ -192,40 +191,36 @@ class TextCondition(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class _Level:
     """What the layers of one resolution have in common."""
 
-    channels: int
+    config: UNet2DConditionConfig
+    level: int
     attends: bool
-    depth: int
-    heads: int
-    context_features: int
-    groups: int
-    epsilon: float
-    time_features: int
-    linear_projection: bool
     remat: Remat
     motion: Callable[..., nnx.Module] | None  # makes what mixes the frames of a video
 
-    def resnet(self, in_channels: int, *, output_scale: float = 1.0, **init) -> ResnetBlock2D:
+    @property
+    def channels(self) -> int:
+        return self.config.block_out_channels[self.level]
+
+    def resnet(self, in_channels: int, **init) -> ResnetBlock2D:
+        config = self.config
+        shared = {"groups": config.norm_num_groups, "epsilon": config.norm_eps}
+        time_features = 4 * config.block_out_channels[0]
         return ResnetBlock2D(
-            in_channels,
-            self.channels,
-            groups=self.groups,
-            epsilon=self.epsilon,
-            time_features=self.time_features,
-            output_scale=output_scale,
-            **init,
+            in_channels, self.channels, time_features=time_features, **shared, **init
         )
 
     def transformer(self, **init) -> Transformer2DModel:
+        config = self.config
         return Transformer2DModel(
             self.channels,
-            self.heads,
-            self.context_features,
-            layers=self.depth,
-            groups=self.groups,
-            linear_projection=self.linear_projection,
+            config.per_block("attention_head_dim")[self.level],
+            config.cross_attention_dim,
+            layers=config.per_block("transformer_layers_per_block")[self.level],
+            groups=config.norm_num_groups,
+            linear_projection=config.use_linear_projection,
             **init,
         )
 
@@ -234,13 +229,13 @@ class _Layers(nnx.Module):
     """Resnets, each followed by a transformer where the resolution attends to the text, and by a
     motion module where the images are frames."""
 
-    def __init__(self, in_channels: tuple[int, ...], shape: _Shape, **init):
-        self.remat = shape.remat
-        self.resnets = nnx.List([shape.resnet(c, **init) for c in in_channels])
-        if shape.attends:
-            self.attentions = nnx.List([shape.transformer(**init) for _ in in_channels])
-        if shape.motion is not None:
-            self.motion_modules = nnx.List([shape.motion(**init) for _ in in_channels])
+    def __init__(self, in_channels: list[int], level: _Level, **init):
+        self.remat = level.remat
+        self.resnets = nnx.List([level.resnet(c, **init) for c in in_channels])
+        if level.attends:
+            self.attentions = nnx.List([level.transformer(**init) for _ in in_channels])
+        if level.motion is not None:
+            self.motion_modules = nnx.List([level.motion(**init) for _ in in_channels])
 
     def layer(self, index: int, x: Array, time: Array, context: Array, frames: int) -> Array:
         def run(x: Array, time: Array, context: Array) -> Array:
@@ -257,12 +252,10 @@ class _Layers(nnx.Module):
 class DownBlock(_Layers):
     """`CrossAttnDownBlock2D` and `DownBlock2D`: returns the output and the skip connections."""
 
-    def __init__(
-        self, in_channels: int, shape: _Shape, *, layers: int, downsample: int | None, **init
-    ):
-        super().__init__((in_channels,) + (shape.channels,) * (layers - 1), shape, **init)
+    def __init__(self, in_channels: list[int], level: _Level, *, downsample: int | None, **init):
+        super().__init__(in_channels, level, **init)
         if downsample is not None:
-            self.downsamplers = nnx.List([Downsample2D(shape.channels, padding=downsample, **init)])
+            self.downsamplers = nnx.List([Downsample2D(level.channels, padding=downsample, **init)])
 
     def __call__(
         self, x: Array, time: Array, context: Array, frames: int
@@ -280,13 +273,13 @@ class DownBlock(_Layers):
 class MidBlock(nnx.Module):
     """`UNetMidBlock2DCrossAttn`: resnet, transformer, resnet at the coarsest resolution."""
 
-    def __init__(self, shape: _Shape, *, output_scale: float, **init):
-        self.remat = shape.remat
-        resnet = {"output_scale": output_scale, **init}
-        self.resnets = nnx.List([shape.resnet(shape.channels, **resnet) for _ in range(2)])
-        self.attentions = nnx.List([shape.transformer(**init)])
-        if shape.motion is not None:
-            self.motion_modules = nnx.List([shape.motion(**init)])
+    def __init__(self, level: _Level, **init):
+        self.remat = level.remat
+        resnet = {"output_scale": level.config.mid_block_scale_factor, **init}
+        self.resnets = nnx.List([level.resnet(level.channels, **resnet) for _ in range(2)])
+        self.attentions = nnx.List([level.transformer(**init)])
+        if level.motion is not None:
+            self.motion_modules = nnx.List([level.motion(**init)])
 
     def __call__(self, x: Array, time: Array, context: Array, frames: int) -> Array:
         def run(x: Array, time: Array, context: Array) -> Array:
@@ -301,10 +294,10 @@ class MidBlock(nnx.Module):
 class UpBlock(_Layers):
     """`CrossAttnUpBlock2D` and `UpBlock2D`: consumes skip connections from the end of the list."""
 
-    def __init__(self, in_channels: tuple[int, ...], shape: _Shape, *, upsample: bool, **init):
-        super().__init__(in_channels, shape, **init)
+    def __init__(self, in_channels: list[int], level: _Level, *, upsample: bool, **init):
+        super().__init__(in_channels, level, **init)
         if upsample:
-            self.upsamplers = nnx.List([Upsample2D(shape.channels, **init)])
+            self.upsamplers = nnx.List([Upsample2D(level.channels, **init)])
 
     def __call__(
         self, x: Array, skips: list[Array], time: Array, context: Array, frames: int
@@ -319,52 +312,18 @@ class UpBlock(_Layers):
         return x
 
 
-class UNet2DConditionModel(Pretrained, nnx.Module):
-    """Text-conditioned UNet.
+class UNet2DConditionModel(RecomputingModel):
+    """Text-conditioned UNet."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-    """
-
+    config: UNet2DConditionConfig
     config_class = UNet2DConditionConfig
     pytorch_class = "UNet2DConditionModel"
     pytorch_library = "diffusers"
 
-    def __init__(
-        self,
-        config: UNet2DConditionConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
-        self.dtype = dtype
+    def _build(self, config: UNet2DConditionConfig, *, remat: Remat, **init):
         channels = config.block_out_channels
         time_features = 4 * channels[0]
         layers = config.per_block("layers_per_block")
-
-        def shape(level: int, attends: bool) -> _Shape:
-            return _Shape(
-                channels=channels[level],
-                attends=attends,
-                depth=config.per_block("transformer_layers_per_block")[level],
-                heads=config.per_block("attention_head_dim")[level],
-                context_features=config.cross_attention_dim,
-                groups=config.norm_num_groups,
-                epsilon=config.norm_eps,
-                time_features=time_features,
-                linear_projection=config.use_linear_projection,
-                remat=remat,
-                motion=self._motion(level),
-            )
 
         self.conv_in = conv3x3(config.in_channels, channels[0], **init)
         self.time_embedding = TimestepEmbedding(channels[0], time_features, **init)
@@ -375,43 +334,25 @@ class UNet2DConditionModel(Pretrained, nnx.Module):
 
         last = len(channels) - 1
         widths = [channels[0]]  # channels of the skip connections, in the order they are made
-        down_blocks = []
-        for level, kind in enumerate(config.down_block_types):
-            downsample = config.downsample_padding if level < last else None
-            before = widths[-1]
-            widths += [channels[level]] * (layers[level] + (downsample is not None))
-            down_blocks.append(
-                DownBlock(
-                    before,
-                    shape(level, kind.startswith("CrossAttn")),
-                    layers=layers[level],
-                    downsample=downsample,
-                    **init,
-                )
-            )
-        self.down_blocks = nnx.List(down_blocks)
+        self.down_blocks = nnx.List()
+        for n, kind in enumerate(config.down_block_types):
+            level = _Level(config, n, kind.startswith("CrossAttn"), remat, self._motion(n))
+            inputs = [widths[-1]] + [channels[n]] * (layers[n] - 1)
+            downsample = config.downsample_padding if n < last else None
+            widths += [channels[n]] * (layers[n] + (downsample is not None))
+            self.down_blocks.append(DownBlock(inputs, level, downsample=downsample, **init))
 
         if config.mid_block_type is not None:
-            middle = dataclasses.replace(shape(last, True), motion=self._motion(None))
-            self.mid_block = MidBlock(middle, output_scale=config.mid_block_scale_factor, **init)
+            self.mid_block = MidBlock(_Level(config, last, True, remat, self._motion(None)), **init)
 
-        up_blocks = []
         current = channels[last]
-        for index, kind in enumerate(config.up_block_types):
-            level = last - index
-            inputs = []
-            for _ in range(layers[level] + 1):
-                inputs.append(current + widths.pop())
-                current = channels[level]
-            up_blocks.append(
-                UpBlock(
-                    tuple(inputs),
-                    shape(level, kind.startswith("CrossAttn")),
-                    upsample=level > 0,
-                    **init,
-                )
-            )
-        self.up_blocks = nnx.List(up_blocks)
+        self.up_blocks = nnx.List()
+        for n, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            level = _Level(config, n, kind.startswith("CrossAttn"), remat, self._motion(n))
+            before = [current] + [channels[n]] * layers[n]
+            inputs = [width + widths.pop() for width in before]
+            current = channels[n]
+            self.up_blocks.append(UpBlock(inputs, level, upsample=n > 0, **init))
 
         self.conv_norm_out = group_norm(
             channels[0], config.norm_num_groups, config.norm_eps, **init

@@ -16,25 +16,24 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Num
 
 from .abstract import OneKey
 from .configs import ModelConfig
 from .layers.embeddings import Dtype
-from .layers.remat import Remat
 from .layers.resnet import group_norm
 from .layers.transformer import BasicTransformerBlock
-from .pretrained import Pretrained
-from .unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from .pretrained import PretrainedModel
+from .unet_2d_condition import BlocksConfig, UNet2DConditionConfig, UNet2DConditionModel
 
 PerLevel = int | tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class MotionAdapterConfig(ModelConfig):
+class MotionAdapterConfig(BlocksConfig):
     """Settings of `MotionAdapter`; the defaults are those for Stable Diffusion 1.5."""
 
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     motion_layers_per_block: PerLevel = 2
     motion_transformer_layers_per_block: PerLevel = 1
     motion_transformer_layers_per_mid_block: int | tuple[int] = 1
@@ -49,25 +48,13 @@ class MotionAdapterConfig(ModelConfig):
     }
 
     def __post_init__(self):
-        self.require_positive(
-            "block_out_channels",
+        self.require_positive("motion_transformer_layers_per_mid_block")
+        self.require_positive("motion_norm_num_groups", "motion_max_seq_length")
+        self.require_per_block(
             "motion_layers_per_block",
             "motion_transformer_layers_per_block",
-            "motion_transformer_layers_per_mid_block",
             "motion_num_attention_heads",
-            "motion_norm_num_groups",
-            "motion_max_seq_length",
         )
-        for name in (
-            "motion_layers_per_block",
-            "motion_transformer_layers_per_block",
-            "motion_num_attention_heads",
-        ):
-            self.require(
-                isinstance(value := getattr(self, name), int)
-                or len(value) == len(self.block_out_channels),
-                f"{name} needs one entry or {len(self.block_out_channels)}, received {value}.",
-            )
         for channels, heads in zip(
             self.block_out_channels, self.per_block("motion_num_attention_heads"), strict=True
         ):
@@ -76,11 +63,6 @@ class MotionAdapterConfig(ModelConfig):
                 f"{channels} channels do not divide into {heads} heads and "
                 f"{self.motion_norm_num_groups} groups.",
             )
-
-    def per_block(self, name: str) -> tuple[int, ...]:
-        """The value of a setting for each resolution, from the finest to the coarsest."""
-        value = getattr(self, name)
-        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     def module(self, level: int | None) -> Callable[..., "AnimateDiffTransformer3D"]:
         """What makes the motion modules of a resolution, or of the middle (None)."""
@@ -190,22 +172,17 @@ class UNetMotionConfig(ModelConfig):
         Raises:
           ValueError: it does not, or the UNet is of a kind that diffusers gives no motion.
         """
-        for name, theirs in (
-            ("block_out_channels", adapter.block_out_channels),
-            ("norm_num_groups", adapter.motion_norm_num_groups),
+        layers = unet.per_block("layers_per_block"), adapter.per_block("motion_layers_per_block")
+        for what, ours, theirs in (
+            ("block_out_channels", unet.block_out_channels, adapter.block_out_channels),
+            ("norm_num_groups", unet.norm_num_groups, adapter.motion_norm_num_groups),
+            ("layers per block", *layers),
         ):
             unet.require(
-                (ours := getattr(unet, name)) == theirs,
-                f"the UNet has {name} {ours} and the motion adapter {theirs}: it is made for "
+                ours == theirs,
+                f"the UNet has {what} {ours} and the motion adapter {theirs}: it is made for "
                 "another model.",
             )
-        layers = unet.per_block("layers_per_block")
-        theirs = adapter.per_block("motion_layers_per_block")
-        unet.require(
-            layers == theirs,
-            f"the UNet has {layers} layers per block and the motion adapter {theirs}: it is made "
-            "for another model.",
-        )
         unet.require(
             unet.mid_block_type is not None
             and unet.flip_sin_to_cos
@@ -309,30 +286,15 @@ class MotionModules(nnx.Module):
         self.motion_modules = nnx.List([make(**init) for _ in range(count)])
 
 
-class MotionAdapter(Pretrained, nnx.Module):
-    """What is added to an image UNet; it is no model by itself.
+class MotionAdapter(PretrainedModel):
+    """What is added to an image UNet; it is no model by itself."""
 
-    Args:
-      config: architecture.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      rngs: source of the initial parameters.
-    """
-
+    config: MotionAdapterConfig
     config_class = MotionAdapterConfig
     pytorch_class = "MotionAdapter"
     pytorch_library = "diffusers"
 
-    def __init__(
-        self,
-        config: MotionAdapterConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
+    def _build(self, config: MotionAdapterConfig, **init):
         layers = config.per_block("motion_layers_per_block")
         levels = range(len(layers))
         self.down_blocks = nnx.List(
@@ -354,23 +316,13 @@ class MotionAdapter(Pretrained, nnx.Module):
 class UNetMotionModel(UNet2DConditionModel):
     """Text-conditioned UNet over videos.  Arguments as for `UNet2DConditionModel`."""
 
+    config: UNetMotionConfig
     config_class = UNetMotionConfig
     pytorch_class = "UNetMotionModel"
 
-    def __init__(
-        self,
-        config: UNetMotionConfig,
-        *,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        self.adapter_config = config.adapter
-        options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "rngs": rngs}
-        self.unet_config = config.unet
-        super().__init__(self.unet_config, **options)
-        self.config = config
+    def _build(self, config: UNetMotionConfig, **init):
+        self.adapter_config, self.unet_config = config.adapter, config.unet
+        super()._build(self.unet_config, **init)
 
     def _motion(self, level: int | None) -> Callable[..., nnx.Module] | None:
         if level is None and not self.adapter_config.use_motion_mid_block:
@@ -419,8 +371,7 @@ def with_motion(unet: UNet2DConditionModel, adapter: MotionAdapter) -> UNetMotio
     keys = OneKey()
     model = nnx.eval_shape(lambda: UNetMotionModel(config, dtype=unet.dtype, rngs=keys))
     graphdef, _ = nnx.split(model)
-    parts = (nnx.to_pure_dict(nnx.split(part)[1]) for part in (unet, adapter))
-    return nnx.merge(graphdef, _union(*parts))
+    return nnx.merge(graphdef, unflatten_dict(_leaves(unet) | _leaves(adapter)))
 
 
 def motion_adapter(model: UNetMotionModel) -> MotionAdapter:
@@ -428,22 +379,10 @@ def motion_adapter(model: UNetMotionModel) -> MotionAdapter:
     config = model.config.adapter
     keys = OneKey()
     abstract = nnx.eval_shape(lambda: MotionAdapter(config, dtype=model.dtype, rngs=keys))
-    graphdef, wanted = nnx.split(abstract)
-    state = nnx.to_pure_dict(nnx.split(model)[1])
-    return nnx.merge(graphdef, _restriction(state, nnx.to_pure_dict(wanted)))
+    leaves = _leaves(model)
+    own = {path: leaves[path] for path in _leaves(abstract)}
+    return nnx.merge(nnx.split(abstract)[0], unflatten_dict(own))
 
 
-def _union(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Two nested dicts as one; they share no leaf."""
-    merged = dict(first)
-    for key, value in second.items():
-        merged[key] = _union(first[key], value) if key in first else value
-    return merged
-
-
-def _restriction(state: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The leaves of a nested dict that another one has too."""
-    return {
-        key: _restriction(state[key], value) if isinstance(value, Mapping) else state[key]
-        for key, value in wanted.items()
-    }
+def _leaves(model: nnx.Module) -> dict[tuple[Any, ...], Any]:
+    return flatten_dict(nnx.to_pure_dict(nnx.split(model)[1]))

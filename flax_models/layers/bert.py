@@ -5,6 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from .attention import dot_product_attention
+from .encoder import EncoderConfig, layer_norm
 
 Mask = Bool[Array, "B K"]
 
@@ -14,15 +15,15 @@ class Projections(nnx.Module):
 
     def __init__(
         self,
-        features: int,
-        heads: int,
+        config: EncoderConfig,
         *,
         context_features: int | None = None,
         use_bias: bool = True,
         **init,
     ):
+        features = config.hidden_size
         context_features = context_features or features
-        self.heads = heads
+        self.heads = config.num_attention_heads
         self.query = nnx.Linear(features, features, use_bias=use_bias, **init)
         self.key = nnx.Linear(context_features, features, use_bias=use_bias, **init)
         self.value = nnx.Linear(context_features, features, use_bias=use_bias, **init)
@@ -56,11 +57,9 @@ class Dense(nnx.Module):
 class Output(nnx.Module):
     """Project, add what came before, normalize."""
 
-    def __init__(self, features: int, out_features: int, *, epsilon: float, **init):
-        self.dense = nnx.Linear(features, out_features, **init)
-        self.LayerNorm = nnx.LayerNorm(
-            out_features, epsilon=epsilon, use_fast_variance=False, **init
-        )
+    def __init__(self, config: EncoderConfig, features: int, **init):
+        self.dense = nnx.Linear(features, config.hidden_size, **init)
+        self.LayerNorm = layer_norm(config, **init)
 
     def __call__(
         self, x: Float[Array, "B L C"], before: Float[Array, "B L D"]
@@ -72,20 +71,11 @@ class BertAttention(nnx.Module):
     """Attention with its residual; `inner` is the name that its projections bear on disk."""
 
     def __init__(
-        self,
-        features: int,
-        heads: int,
-        *,
-        inner: str,
-        epsilon: float,
-        context_features: int | None = None,
-        **init,
+        self, config: EncoderConfig, inner: str, context_features: int | None = None, **init
     ):
         self.inner = inner
-        setattr(
-            self, inner, Projections(features, heads, context_features=context_features, **init)
-        )
-        self.output = Output(features, features, epsilon=epsilon, **init)
+        setattr(self, inner, Projections(config, context_features=context_features, **init))
+        self.output = Output(config, config.hidden_size, **init)
 
     def __call__(
         self,

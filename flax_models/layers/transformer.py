@@ -1,5 +1,7 @@
 """Spatial transformer of the UNet: self-attention, cross-attention and a gated perceptron."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,11 @@ from jaxtyping import Array, Float
 
 from .attention import Attention
 from .resnet import conv1x1, group_norm
+
+
+def layer_norm(features: int, epsilon: float = 1e-5, **init) -> nnx.LayerNorm:
+    """Layer normalization with torch's two-pass variance."""
+    return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, **init)
 
 
 class Identity(nnx.Module):
@@ -25,18 +32,14 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU perceptron four times as wide inside."""
+    """Perceptron four times as wide inside, behind a layer with an activation."""
 
-    def __init__(self, features: int, **init):
-        self.net = nnx.List(
-            [
-                GEGLU(features, 4 * features, **init),
-                Identity(),
-                nnx.Linear(4 * features, features, **init),
-            ]
-        )
+    def __init__(self, features: int, activated: Callable[..., nnx.Module] = GEGLU, **init):
+        first = activated(features, 4 * features, **init)
+        last = nnx.Linear(4 * features, features, **init)
+        self.net = nnx.List([first, Identity(), last])
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         return self.net[2](self.net[0](x))
 
 
@@ -44,12 +47,11 @@ class BasicTransformerBlock(nnx.Module):
     """Pre-norm block: self-attention, cross-attention to the text, feed-forward."""
 
     def __init__(self, features: int, heads: int, context_features: int, **init):
-        norm = {"epsilon": 1e-5, "use_fast_variance": False, **init}
-        self.norm1 = nnx.LayerNorm(features, **norm)
+        self.norm1 = layer_norm(features, **init)
         self.attn1 = Attention(features, heads, **init)
-        self.norm2 = nnx.LayerNorm(features, **norm)
+        self.norm2 = layer_norm(features, **init)
         self.attn2 = Attention(features, heads, context_features=context_features, **init)
-        self.norm3 = nnx.LayerNorm(features, **norm)
+        self.norm3 = layer_norm(features, **init)
         self.ff = FeedForward(features, **init)
 
     def __call__(

@@ -4,8 +4,8 @@ A backend is a module with three functions:
 
   unsupported(problem, platform) -> str | None         why it cannot do a problem, or None; what is
                                                        not at hand is said by `NEEDS`
-  forward(problem, q, k, v, ak, av) -> (output, lse)   ak, av: additional keys and values, or None
-  backward(problem, residuals, d_output, delta) -> Gradients
+  forward(problem, operands) -> (output, lse)
+  backward(problem, residuals, d_output, delta) -> Operands, the gradients
 
 and, where something must be built before its first call,
 
@@ -31,9 +31,9 @@ from . import cuda
 from .backends import reference, triton, xla
 from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
-from .problem import Number, PerDimension, Problem, Residuals, Size, describe, windows_of
+from .problem import Number, Operands, PerDimension, Problem, Residuals, Size, describe, windows_of
 from .tiles import Window
-from .varying import vary, varying_axes
+from .varying import vary_alike
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -214,10 +214,8 @@ def neighborhood_attention(
     layout = (problem.batch, *problem.layout)
     operands = [with_whole_tokens(x) for x in (query, key, value)]
     operands = [x.reshape(*layout, *x.shape[-2:]) for x in operands]
-    operands += [additional_keys, additional_values]
-    axes = varying_axes(*operands)
-    operands = (None if x is None else vary(x, axes) for x in operands)
-    output, lse = attend(problem, implementation, *operands)
+    operands = vary_alike(Operands._make((*operands, additional_keys, additional_values)))
+    output, lse = attend(problem, implementation, operands)
     output = output.reshape(*query.shape[:-1], problem.value_dim)
     output = sharded_as(output, query, query.ndim - 1)
     if not return_lse:
@@ -315,17 +313,16 @@ def joint_neighborhood_attention(
     return of_image.reshape(*image[0].shape[:-1], -1), of_text
 
 
-def _attend(problem: Problem, implementation: str, *operands: Array | None) -> tuple[Array, Array]:
+def _attend(problem: Problem, implementation: str, operands: Operands) -> tuple[Array, Array]:
     run = _foldable(BACKENDS[implementation].forward, problem, FORWARD)
-    query = operands[0]
-    assert query is not None
-    output, lse = (sharded_as(x, query, query.ndim - 1) for x in run(*operands))
+    query = operands.query
+    output, lse = (sharded_as(x, query, query.ndim - 1) for x in run(operands))
     return output, lse
 
 
-def _attend_forward(problem: Problem, implementation: str, *operands: Array | None) -> Any:
-    output, lse = _attend(problem, implementation, *operands)
-    return (output, lse), Residuals._make((*operands, output, lse))
+def _attend_forward(problem: Problem, implementation: str, operands: Operands) -> Any:
+    output, lse = _attend(problem, implementation, operands)
+    return (output, lse), Residuals(operands, output, lse)
 
 
 def _attend_backward(
@@ -338,10 +335,7 @@ def _attend_backward(
     delta = product.sum(-1) - d_lse
     run = _foldable(BACKENDS[implementation].backward, problem, BACKWARD)
     gradients = run(residuals, d_output, delta)
-    return tuple(
-        None if x is None else sharded_as(gradient, x, x.ndim)
-        for gradient, x in zip(gradients, residuals, strict=False)
-    )
+    return (jax.tree.map(lambda g, x: sharded_as(g, x, x.ndim), gradients, residuals.operands),)
 
 
 _differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
@@ -350,18 +344,9 @@ _differentiable.defvjp(_attend_forward, _attend_backward)
 
 # One function for all calls, so that a problem is traced and compiled once, also outside of `jit`.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def attend(
-    problem: Problem,
-    implementation: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None,
-    additional_values: Array | None,
-) -> tuple[Array, Array]:
+def attend(problem: Problem, implementation: str, operands: Operands) -> tuple[Array, Array]:
     """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
-    operands = (query, key, value, additional_keys, additional_values)
-    return _differentiable(problem, implementation, *operands)
+    return _differentiable(problem, implementation, operands)
 
 
 def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .api import attend, select
-from .problem import Settings, describe
+from .problem import Operands, Settings, describe
 from .tiles import Window, key_rows
-from .varying import vary, varying_axes
+from .varying import vary_alike
 
 
 def context_parallel_attention(
@@ -57,12 +57,7 @@ def context_parallel_attention(
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     problem = describe(
-        whole(query),
-        whole(key),
-        whole(value),
-        additional_keys,
-        additional_values,
-        **settings,
+        whole(query), whole(key), whole(value), additional_keys, additional_values, **settings
     )
     window, own = problem.windows[0], query.shape[1]
     if own % window.dilation:
@@ -74,10 +69,8 @@ def context_parallel_attention(
     if shards > 1:
         problem = dataclasses.replace(problem, shards=shards, axis_name=axis_name)
         key, value = (exchange(x, problem.windows[0], axis_name) for x in (key, value))
-    operands = (query, key, value, additional_keys, additional_values)
-    axes = varying_axes(*operands)
-    operands = (None if x is None else vary(x, axes) for x in operands)
-    output, lse = attend(problem, select(problem, implementation), *operands)
+    operands = Operands(query, key, value, additional_keys, additional_values)
+    output, lse = attend(problem, select(problem, implementation), vary_alike(operands))
     return (output, lse) if return_lse else output
 
 

@@ -25,19 +25,16 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from .problem import Gradients, Problem, Residuals, Size
+from .problem import Operands, Problem, Residuals, Size
 
 # Axes of the operands and results: batch, tokens, query heads, key heads, dims, additional keys.
 _QUERY, _KEY, _VALUE = "b x h d", "b x g d", "b x g e"
 _ADDITIONAL = ("b a g d", "b a g e")
 _OUTPUT, _LSE = "b x h e", "b x h"
-_OPERANDS = (_QUERY, _KEY, _VALUE, *_ADDITIONAL)
+_OPERANDS = Operands._make((_QUERY, _KEY, _VALUE, *_ADDITIONAL))
 
-FORWARD = (_OPERANDS, (_OUTPUT, _LSE))
-BACKWARD = (
-    (Residuals._make((*_OPERANDS, _OUTPUT, _LSE)), _OUTPUT, _LSE),
-    Gradients._make(_OPERANDS),
-)
+FORWARD = ((_OPERANDS,), (_OUTPUT, _LSE))
+BACKWARD = ((Residuals._make((_OPERANDS, _OUTPUT, _LSE)), _OUTPUT, _LSE), _OPERANDS)
 
 Axes = tuple[str, ...]
 

@@ -42,26 +42,22 @@ class Settings(TypedDict, total=False):
     scale: Number | None
 
 
-class Residuals(NamedTuple):
-    """What the forward pass leaves for the backward pass; the probabilities are computed again."""
+class Operands(NamedTuple):
+    """What is attended with, or the gradients of it, in its shapes and dtype."""
 
     query: Array  # [B, *X, Hq, D]
     key: Array  # [B, *X, Hkv, D]
     value: Array  # [B, *X, Hkv, Dv]
     additional_keys: Array | None  # [B, A, Hkv, D]
     additional_values: Array | None  # [B, A, Hkv, Dv]
+
+
+class Residuals(NamedTuple):
+    """What the forward pass leaves for the backward pass; the probabilities are computed again."""
+
+    operands: Operands
     output: Array  # [B, *X, Hq, Dv]
     lse: Array  # [B, *X, Hq], float32
-
-
-class Gradients(NamedTuple):
-    """Cotangents of the inputs, in their shapes and dtypes."""
-
-    query: Array
-    key: Array
-    value: Array
-    additional_keys: Array | None
-    additional_values: Array | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,19 +135,16 @@ def describe(
     Raises:
       ValueError: naming the argument, what was received and what is accepted.
     """
-    for name, x in (
-        ("query", query),
-        ("key", key),
-        ("value", value),
-        ("additional_keys", additional_keys),
-        ("additional_values", additional_values),
-    ):
-        if x is not None and not all(isinstance(size, (int, np.integer)) for size in x.shape[1:]):
+    operands = {"query": query, "key": key, "value": value}
+    given = {"additional_keys": additional_keys, "additional_values": additional_values}
+    additional = {name: x for name, x in given.items() if x is not None}
+    for name, x in (operands | additional).items():
+        if not all(isinstance(size, (int, np.integer)) for size in x.shape[1:]):
             raise ValueError(
                 f"only the batch may be symbolic, {name}'s other sizes must be numbers; received "
                 f"shape {x.shape}."
             )
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    for name, x in operands.items():
         if not 4 <= x.ndim <= 6:
             raise ValueError(
                 f"{name} must be [batch, *layout, heads, head_dim] with a layout of 1 to 3 "
@@ -181,10 +174,23 @@ def describe(
             "the number of query heads must be a multiple of the number of key heads; received "
             f"{heads} and {kv_heads}."
         )
-    operands = {"query": query, "key": key, "value": value}
-    operands |= _check_additional(
-        key.shape[0], kv_heads, head_dim, value_dim, additional_keys, additional_values
-    )
+    if len(additional) == 1:
+        (only,), (missing,) = additional, given.keys() - additional
+        raise ValueError(
+            "additional_keys and additional_values come together; received "
+            f"{only} without {missing}."
+        )
+    for (name, x), dim in zip(additional.items(), (head_dim, value_dim), strict=False):
+        keys = additional["additional_keys"]
+        tokens = keys.shape[1] if keys.ndim == 4 else "additional"
+        shape = (key.shape[0], tokens, kv_heads, dim)
+        if x.ndim != 4 or x.shape != shape or 0 in x.shape:
+            raise ValueError(
+                f"{name} must be [batch, additional, kv_heads, head_dim], here "
+                f"[{', '.join(map(str, shape))}] with at least 1 token, the same for keys and "
+                f"values; received shape {x.shape}."
+            )
+    operands |= additional
     dtypes = {name: jnp.dtype(x.dtype).name for name, x in operands.items()}
     if len(set(dtypes.values())) > 1 or dtypes["query"] not in DTYPES:
         raise ValueError(
@@ -208,33 +214,6 @@ def describe(
         additional=0 if additional_keys is None else additional_keys.shape[1],
         scale=float(scale),
     )
-
-
-def _check_additional(
-    batch: Size,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    keys: Operand | None,
-    values: Operand | None,
-) -> dict[str, Operand]:
-    if keys is None and values is None:
-        return {}
-    if keys is None or values is None:
-        given, missing = ("values", "keys") if keys is None else ("keys", "values")
-        raise ValueError(
-            f"additional_keys and additional_values come together; received additional_{given} "
-            f"without additional_{missing}."
-        )
-    for name, x, dim in (("keys", keys, head_dim), ("values", values, value_dim)):
-        shape = (batch, keys.shape[1] if keys.ndim == 4 else "additional", kv_heads, dim)
-        if x.ndim != 4 or x.shape != shape or 0 in x.shape:
-            raise ValueError(
-                f"additional_{name} must be [batch, additional, kv_heads, head_dim], here "
-                f"[{', '.join(map(str, shape))}] with at least 1 token, the same for keys and "
-                f"values; received shape {x.shape}."
-            )
-    return {"additional_keys": keys, "additional_values": values}
 
 
 def windows_of(

@@ -84,25 +84,16 @@ class Visits:
 
 
 def visits(
-    window: Window,
-    length: int,
-    query_tile: int,
-    key_tile: int,
-    tiles: int | None = None,
-    *,
-    dynamic: bool = False,
+    window: Window, length: int, query_tile: int, key_tile: int, *, dynamic: bool = False
 ) -> Visits:
     """Tiles met along one dimension of a group of `length` tokens, its end padded to whole tiles.
 
-    `tiles` is the number of query tiles, where other groups have more tokens than this one: query
-    tiles past the end behave as the last query. `dynamic` key tiles start at the first key that a
-    query tile sees, and are counted from there, instead of lying on a grid.
+    `dynamic` key tiles start at the first key that a query tile sees, and are counted from there,
+    instead of lying on a grid.
     """
-    tiles = -(-length // query_tile) if tiles is None else tiles
-    k, s, causal = window.kernel_size, window.stride, window.is_causal
-    return tile_visits(
-        np.arange(tiles), length, k, s, causal, query_tile, key_tile, dynamic=dynamic
-    )
+    tiles = np.arange(-(-length // query_tile))
+    seen = window.kernel_size, window.stride, window.is_causal
+    return tile_visits(tiles, length, *seen, query_tile, key_tile, dynamic=dynamic)
 
 
 def bounds(
@@ -133,7 +124,10 @@ def tile_visits(
     *,
     dynamic: bool = False,
 ) -> Visits:
-    """`visits` for query tiles `tiles` of many windows at once: all arguments broadcast."""
+    """`visits` for query tiles `tiles` of many windows at once: all arguments broadcast.
+
+    Query tiles past the end behave as the last query.
+    """
     firsts = tiles * query_tile
     first = bounds(firsts, length, kernel_size, stride, causal)
     last = bounds(firsts + query_tile - 1, length, kernel_size, stride, causal)

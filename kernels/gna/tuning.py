@@ -13,7 +13,7 @@ from jaxtyping import Array
 from .api import attend
 from .backends import triton
 from .backends.triton_blocks import TUNED, Blocks, tuning_key
-from .problem import Problem, Residuals
+from .problem import Operands, Problem, Residuals
 
 CANDIDATES = tuple(
     Blocks(own, seen, warps, stages)
@@ -75,13 +75,13 @@ def _random_operands(problem: Problem) -> tuple[Residuals, Array, Array]:
         more_keys = draw(problem.additional, kv_heads, problem.head_dim)
         more_values = draw(problem.additional, kv_heads, problem.value_dim)
     lse = jnp.full(query.shape[:-1], 10.0, jnp.float32)
-    residuals = Residuals(query, key, value, more_keys, more_values, d_output, lse)
-    return residuals, d_output, jnp.zeros_like(lse)
+    operands = Operands(query, key, value, more_keys, more_values)
+    return Residuals(operands, d_output, lse), d_output, jnp.zeros_like(lse)
 
 
 def _milliseconds(problem: Problem, kernel: str, operands: Any, repeats: int) -> float:
     if kernel == "forward":
-        run, operands = triton.forward, operands[0][:5]
+        run, operands = triton.forward, (operands[0].operands,)
     else:
         run = triton.backward
     run = jax.jit(functools.partial(run, problem))

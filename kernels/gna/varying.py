@@ -4,17 +4,24 @@ Its checks want the state of a loop to vary over the same axes before and after 
 cotangent over those of its primal.
 """
 
+from typing import Any
+
 import jax
 from jaxtyping import Array
 
 
-def varying_axes(*arrays: Array | None) -> tuple[str, ...]:
+def varying_axes(*arrays: Array) -> tuple[str, ...]:
     """The mesh axes that any of the arrays vary over; none outside `shard_map`."""
     axes: set[str] = set()
     for x in arrays:
-        if x is not None:
-            axes |= set(jax.typeof(x).manual_axis_type.varying)
+        axes |= set(jax.typeof(x).manual_axis_type.varying)
     return tuple(sorted(axes))
+
+
+def vary_alike(tree: Any) -> Any:
+    """Arrays, each taken to vary over the axes of any of them."""
+    axes = varying_axes(*jax.tree.leaves(tree))
+    return jax.tree.map(lambda x: vary(x, axes), tree)
 
 
 def vary(x: Array, axes: tuple[str, ...]) -> Array:

@@ -51,6 +51,7 @@ RUNS = {
         "flax_models.blip",
         "flax_models.blip_2",
         "flax_models.layers.bert",
+        "flax_models.layers.encoder",
     ),
     "flax_models/test_models.py": (
         "flax_models",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..problem import Gradients, Problem, Residuals
+from ..problem import Operands, Problem, Residuals
 from ..tiles import Window
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -49,27 +49,18 @@ def _scores(
     return jnp.where(seen, scores, -jnp.inf)
 
 
-def forward(
-    problem: Problem,
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None,
-    additional_values: Array | None,
-) -> tuple[Array, Array]:
+def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
+    query, key, value, additional_keys, additional_values = operands
     values = _keys(problem, value, additional_values)
     scores = _scores(problem, query, _keys(problem, key, additional_keys))
     lse = jax.nn.logsumexp(scores, axis=-1)
     output = _einsum("bhrqk,bkhd->bqhrd", jnp.exp(scores - lse[..., None]), values)
     shape = (*query.shape[:-1], problem.value_dim)
-    return (
-        output.reshape(shape).astype(query.dtype),
-        jnp.moveaxis(lse, 3, 1).reshape(shape[:-1]),
-    )
+    return (output.reshape(shape).astype(query.dtype), jnp.moveaxis(lse, 3, 1).reshape(shape[:-1]))
 
 
-def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
+def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Operands:
     """Gradients of the inputs.
 
     Args:
@@ -79,7 +70,7 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
       delta: sum of d_output * output over Dv, minus the cotangent of the log-sum-exp; [B, *X, Hq],
         float32.
     """
-    query, key, value, additional_keys, additional_values, _, lse = residuals
+    (query, key, value, additional_keys, additional_values), _, lse = residuals
     keys = _keys(problem, key, additional_keys)
     values = _keys(problem, value, additional_values)
 
@@ -102,7 +93,7 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 
     d_key, d_additional_keys = split(d_keys, key, additional_keys)
     d_value, d_additional_values = split(d_values, value, additional_values)
-    return Gradients(
+    return Operands(
         d_query.reshape(query.shape).astype(query.dtype),
         d_key,
         d_value,

@@ -14,15 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..platforms import default_platform
-from ..problem import Gradients, Problem, Residuals
+from ..problem import Operands, Problem, Residuals
 from ..varying import vary, varying_axes
-from .triton_blocks import (
-    Blocks,
-    blocks_of,
-    largest_dim,
-    padded,
-    tiling,
-)
+from .triton_blocks import Blocks, blocks_of, largest_dim, padded, tiling
 
 # Programs that keep any GPU busy; the additional keys alone may be too few.
 ENOUGH_PROGRAMS = 512
@@ -57,23 +51,13 @@ def missing(platform: str) -> str | None:
     return None
 
 
-def forward(
-    problem: Problem,
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None,
-    additional_values: Array | None,
-) -> tuple[Array, Array]:
+def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
-    additional = (
-        key if additional_keys is None else additional_keys,
-        value if additional_values is None else additional_values,
-    )
+    query = operands.query
     output, lse = call(
         "forward",
         launch(problem, "forward"),
-        (query, key, value, *additional),
+        _without_gaps(operands),
         [
             jax.ShapeDtypeStruct((*query.shape[:-1], problem.value_dim), query.dtype),
             jax.ShapeDtypeStruct((problem.batch, problem.heads, *problem.layout), jnp.float32),
@@ -82,16 +66,13 @@ def forward(
     return output, jnp.moveaxis(lse, 1, -1)
 
 
-def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
+def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Operands:
     """Gradients of the inputs; see `reference.backward`."""
-    query, key, value, additional_keys, additional_values, _, lse = residuals
+    operands, _, lse = residuals
+    query, key, value, *additional = _without_gaps(operands)
     lse, delta = (jnp.moveaxis(x, -1, 1) for x in (lse * math.log2(math.e), delta))
     d_output = d_output.astype(query.dtype)
     cotangents = (d_output, lse, delta)
-    additional = (
-        key if additional_keys is None else additional_keys,
-        value if additional_values is None else additional_values,
-    )
     (d_query,) = call(
         "backward_query",
         launch(problem, "backward_query"),
@@ -104,8 +85,8 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
         (query, key, value, *cotangents),
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
     )
-    if additional_keys is None or additional_values is None:
-        return Gradients(d_query, d_key, d_value, None, None)
+    if not problem.additional:
+        return Operands(d_query, d_key, d_value, None, None)
     how, parts = launch_additional(problem)
     partial = call(
         "backward_additional",
@@ -114,7 +95,14 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
         [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32) for x in additional],
     )
     d_additional = (x.sum(0).astype(query.dtype) for x in partial)
-    return Gradients(d_query, d_key, d_value, *d_additional)
+    return Operands(d_query, d_key, d_value, *d_additional)
+
+
+def _without_gaps(operands: Operands) -> tuple[Array, ...]:
+    """Keys and values stand for additional ones that there are not: kernels do not read them."""
+    query, key, value, more_keys, more_values = operands
+    more_keys = key if more_keys is None else more_keys
+    return query, key, value, more_keys, value if more_values is None else more_values
 
 
 # Launching

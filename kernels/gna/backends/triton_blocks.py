@@ -21,81 +21,34 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# (bytes of an element, head dimension) of the columns of the tables below; the largest dimension of
-# a problem is rounded up to one of them.
+# Columns of the tables below, (bytes of an element, head dimension); the largest dimension of a
+# problem is rounded up to one of them. Rows are kernels, and a cell is own/seen/warps/stages.
 COLUMNS = ((2, 64), (2, 128), (2, 256), (4, 64), (4, 128))
 
 Table = dict[str, tuple[Blocks, ...]]
 
-HOPPER: Table = {  # 227 KiB of shared memory
-    "forward": (
-        Blocks(128, 128, 8, 3),
-        Blocks(128, 128, 8, 3),
-        Blocks(128, 64, 8, 2),
-        Blocks(64, 64, 8, 2),
-        Blocks(64, 32, 8, 2),
-    ),
-    "backward_query": (
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 64, 8, 3),
-        Blocks(64, 32, 8, 2),
-        Blocks(64, 32, 4, 2),
-        Blocks(32, 32, 4, 2),
-    ),
-    "backward_keys": (
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 64, 8, 2),
-        Blocks(64, 32, 8, 2),
-        Blocks(64, 32, 8, 2),
-        Blocks(32, 32, 8, 2),
-    ),
-}
-A100: Table = {  # 163 KiB
-    "forward": (
-        Blocks(128, 64, 4, 3),
-        Blocks(128, 64, 8, 3),
-        Blocks(64, 64, 8, 2),
-        Blocks(64, 32, 8, 2),
-        Blocks(32, 32, 8, 2),
-    ),
-    "backward_query": (
-        Blocks(128, 64, 8, 2),
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 32, 8, 2),
-        Blocks(64, 32, 8, 2),
-        Blocks(32, 32, 4, 2),
-    ),
-    "backward_keys": (
-        Blocks(128, 64, 8, 2),
-        Blocks(64, 64, 8, 2),
-        Blocks(64, 32, 8, 2),
-        Blocks(64, 32, 8, 1),
-        Blocks(32, 16, 4, 2),
-    ),
-}
-OTHERS: Table = {  # 99 KiB
-    "forward": (
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 32, 4, 2),
-        Blocks(64, 32, 8, 1),
-        Blocks(32, 32, 8, 1),
-    ),
-    "backward_query": (
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 64, 4, 2),
-        Blocks(64, 16, 4, 2),
-        Blocks(64, 32, 8, 1),
-        Blocks(32, 32, 4, 2),
-    ),
-    "backward_keys": (
-        Blocks(64, 64, 8, 2),
-        Blocks(64, 32, 4, 2),
-        Blocks(32, 16, 4, 2),
-        Blocks(64, 32, 8, 1),
-        Blocks(32, 16, 4, 2),
-    ),
-}
+
+def _table(text: str) -> Table:
+    rows = (line.split() for line in text.strip().splitlines())
+    return {name: tuple(Blocks(*map(int, x.split("/"))) for x in cells) for name, *cells in rows}
+
+
+# 227 KiB of shared memory, 163 KiB and 99 KiB.
+HOPPER = _table("""
+    forward         128/128/8/3  128/128/8/3   128/64/8/2    64/64/8/2    64/32/8/2
+    backward_query   128/64/8/3   128/64/8/3    64/32/8/2    64/32/4/2    32/32/4/2
+    backward_keys    128/64/8/3   128/64/8/2    64/32/8/2    64/32/8/2    32/32/8/2
+""")
+A100 = _table("""
+    forward          128/64/4/3   128/64/8/3    64/64/8/2    64/32/8/2    32/32/8/2
+    backward_query   128/64/8/2    64/64/4/2    64/32/8/2    64/32/8/2    32/32/4/2
+    backward_keys    128/64/8/2    64/64/8/2    64/32/8/2    64/32/8/1    32/16/4/2
+""")
+OTHERS = _table("""
+    forward           64/64/4/2    64/64/4/2    64/32/4/2    64/32/8/1    32/32/8/1
+    backward_query    64/64/4/2    64/64/4/2    64/16/4/2    64/32/8/1    32/32/4/2
+    backward_keys     64/64/8/2    64/32/4/2    32/16/4/2    64/32/8/1    32/16/4/2
+""")
 # By compute capability: the last that is not above the GPU's. Own tokens of "backward_keys" are
 # keys, of the others queries. Chosen for what fits and does not spill; `tune` measures.
 TABLES = {0: OTHERS, 80: A100, 86: OTHERS, 90: HOPPER, 120: OTHERS}

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..platforms import default_platform
-from ..problem import Gradients, Problem, Residuals, Size
+from ..problem import Operands, Problem, Residuals, Size
 from ..varying import vary, varying_axes
 from .boxes import Loop, Plan, plan
 
@@ -64,20 +64,12 @@ class _Step(NamedTuple):
     seen: Bool[Array, "Q 1 K"] | Bool[Array, "K Q 1"] | None
 
 
-def forward(
-    problem: Problem,
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None,
-    additional_values: Array | None,
-) -> tuple[Array, Array]:
+def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
-    work = plan_of(problem)
+    work, query = plan_of(problem), operands.query
     queries = _grouped(problem, work.dilation, work.queries, query)
-    sources = _sources(problem, work, key, value, additional_keys, additional_values)
     # With one step per tile its result is final; otherwise results are merged in float32.
-    once = additional_keys is None and all(
+    once = operands.additional_keys is None and all(
         len(np.unique(loop.queries, axis=0)) == len(loop.queries) for loop in work.loops
     )
     shape = (*queries.shape[:-1], problem.value_dim)
@@ -102,22 +94,23 @@ def forward(
             part_lse = jnp.logaddexp(old_lse, part_lse)
         return _write(output, at.queries, part), _write(lse, at.queries, part_lse)
 
-    for source in sources:
-        call = functools.partial(step, source)
-        output, lse = _run(problem, source, call, (output, lse), queries_first=True)
+    for source in _sources(problem, work, operands):
+        for loop in source.loops:
+            call = functools.partial(step, source)
+            output, lse = _run(problem, loop, call, (output, lse), queries_first=True)
     return (
         _ungrouped(problem, work.query_layout, output).astype(query.dtype),
         _ungrouped(problem, work.query_layout, lse)[..., 0],
     )
 
 
-def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
+def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Operands:
     """Gradients of the inputs; see `reference.backward`.
 
     One pass: a step adds to the gradients of its tile of queries and of its box of keys.
     """
-    query, key, value, additional_keys, additional_values, _, lse = residuals
-    work = plan_of(problem)
+    operands, _, lse = residuals
+    work, query = plan_of(problem), operands.query
     queries, d_outputs, lses, deltas = (
         _grouped(problem, work.dilation, work.queries, x)
         for x in (query, d_output, lse[..., None], delta[..., None])
@@ -142,14 +135,15 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 
     d_query = _full(queries.shape, 0.0, jnp.float32, query)
     gradients = []
-    for source in _sources(problem, work, key, value, additional_keys, additional_values):
-        zeros = (_full(x.shape, 0.0, jnp.float32, query) for x in (source.key, source.value))
-        call = functools.partial(step, source)
-        d_query, *d_keys = _run(problem, source, call, (d_query, *zeros), queries_first=False)
+    for source in _sources(problem, work, operands):
+        d_keys = [_full(x.shape, 0.0, jnp.float32, query) for x in (source.key, source.value)]
+        for loop in source.loops:
+            call = functools.partial(step, source)
+            d_query, *d_keys = _run(problem, loop, call, (d_query, *d_keys), queries_first=False)
         gradients += [_ungrouped(problem, source.layout, x) for x in d_keys]
     gradients.insert(0, _ungrouped(problem, work.query_layout, d_query))
     cast = (x.astype(query.dtype) for x in gradients)
-    return Gradients(*cast, *(None,) * (5 - len(gradients)))
+    return Operands(*cast, *(None,) * (5 - len(gradients)))
 
 
 # Layouts
@@ -164,14 +158,13 @@ def _budget() -> int:
     return BUDGET.get(default_platform(), DEFAULT_BUDGET)
 
 
-def _sources(
-    problem: Problem, work: Plan, key: Array, value: Array, *additional: Array | None
-) -> list[_Source]:
-    keys, values = (_grouped(problem, work.dilation, work.keys, x) for x in (key, value))
+def _sources(problem: Problem, work: Plan, operands: Operands) -> list[_Source]:
+    own, more = operands[1:3], operands[3:]
+    keys, values = (_grouped(problem, work.dilation, work.keys, x) for x in own)
     sources = [_Source(keys, values, work.key_layout, work.loops)]
     if work.additional:
         row = (problem.additional,)
-        keys, values = (_grouped(problem, (1,), row, x) for x in additional if x is not None)
+        keys, values = (_grouped(problem, (1,), row, x) for x in more if x is not None)
         sources.append(_Source(keys, values, row, work.additional))
     return sources
 
@@ -206,25 +199,13 @@ def _ungrouped(
 
 def _run(
     problem: Problem,
-    source: _Source,
+    loop: Loop,
     step: Callable[[_Step, Any], Any],
-    state: Any,
+    state: tuple[Array, ...],
     *,
     queries_first: bool,
 ) -> Any:
-    """All steps over one source of keys; the state passes through them."""
-    for loop in source.loops:
-        state = _run_loop(problem, loop, step, state, queries_first)
-    return state
-
-
-def _run_loop(
-    problem: Problem,
-    loop: Loop,
-    step: Callable[[_Step, Any], Any],
-    state: Any,
-    queries_first: bool,
-) -> Any:
+    """All steps of a loop; the state passes through them."""
     count = len(loop.queries)
     scores = problem.repeats * math.prod(loop.tile) * math.prod(loop.box)
     heads, entries = _lanes(problem, max(1, _budget() // (2 * scores)))

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..platforms import default_platform
-from ..problem import Gradients, Problem, Residuals
+from ..problem import Operands, Problem, Residuals
 from ..tiles import Costs, Window, cheapest, cut, sizes_up_to
 from ..varying import vary, varying_axes
 from . import build
@@ -56,31 +56,24 @@ def unsupported(problem: Problem, platform: str) -> str | None:
     return None
 
 
-def forward(
-    problem: Problem,
-    query: Array,
-    key: Array,
-    value: Array,
-    additional_keys: Array | None,
-    additional_values: Array | None,
-) -> tuple[Array, Array]:
+def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
-    operands = _operands(query, key, value, additional_keys, additional_values)
+    query = operands.query
     shape = (*query.shape[:-1], problem.value_dim)
     results = [
         jax.ShapeDtypeStruct(shape, query.dtype),
         jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
     ]
-    output, lse = _call(FORWARD, problem, results, operands)
+    output, lse = _call(FORWARD, problem, results, _without_gaps(operands))
     return output, lse
 
 
-def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Gradients:
+def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Operands:
     """Gradients of the inputs; see `reference.backward`."""
-    operands = _operands(*residuals[:5])
+    operands = _without_gaps(residuals.operands)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
     gradients = _call(BACKWARD, problem, results, [*operands, residuals.lse, d_output, delta])
-    return Gradients(*gradients[:3], *(gradients[3:] if problem.additional else (None, None)))
+    return Operands(*gradients[:3], *(gradients[3:] if problem.additional else (None, None)))
 
 
 def _call(
@@ -114,15 +107,12 @@ def prepare_what_is_built() -> None:
             prepare("cpu")
 
 
-def _operands(query: Array, key: Array, value: Array, *additional: Array | None) -> list[Array]:
+def _without_gaps(operands: Operands) -> list[Array]:
     """The call always takes additional keys and values, maybe none of them."""
+    query, key, value, *additional = operands
     given = zip((key, value), additional, strict=True)
-    return [
-        query,
-        key,
-        value,
-        *(x[:, :0].reshape(x.shape[0], 0, *x.shape[-2:]) if a is None else a for x, a in given),
-    ]
+    more = (x[:, :0].reshape(len(x), 0, *x.shape[-2:]) if a is None else a for x, a in given)
+    return [query, key, value, *more]
 
 
 def _attributes(problem: Problem) -> dict[str, Any]:

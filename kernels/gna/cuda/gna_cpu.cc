@@ -54,39 +54,33 @@ struct Rows {
   const Memory data;
 };
 
-// Calls visit(packed, offset) for the packed rows of one run, or of all additional keys (run == the
-// number of runs); offset is where the row's numbers begin in [B, tokens, Hkv, dim] or [B, A, ...].
-template <typename Visit>
-void visit_run(const Plan& plan, int64_t lane, size_t run, int dim, const Visit& visit) {
+// Calls visit(row, numbers) in parallel for all rows of `rows`, of its first copy, and their `dim`
+// numbers among those of the layout [B, tokens, Hkv, dim] or the additional ones [B, A, Hkv, dim].
+template <typename T, typename Visit>
+bool visit_rows(ffi::ThreadPool& pool, const Plan& plan, const Rows& rows, T* own, T* additional,
+                const Visit& visit) {
   const Problem& p = plan.problem;
-  const int64_t batch = lane / p.kv_heads, head = lane % p.kv_heads;
-  if (run == plan.runs.size()) {
-    for (int64_t a = 0; a < p.additional; ++a) {
-      visit(p.tokens + a, ((batch * p.additional + a) * p.kv_heads + head) * dim);
+  const int64_t runs = plan.runs.size() + 1;  // the last one is that of the additional keys
+  return parallel(pool, int64_t{p.batch} * p.kv_heads * runs, [&](Counter& counter) {
+    for (int64_t i; counter.next(i);) {
+      const int64_t lane = i / runs, run = i % runs;
+      const int64_t batch = lane / p.kv_heads, head = lane % p.kv_heads;
+      const bool more = run + 1 == runs;
+      const Run r = more ? Run{p.tokens, 0, 1, p.additional} : plan.runs[run];
+      T* numbers = more ? additional : own;
+      float* first = rows.of(lane * rows.copies) + int64_t{r.packed} * rows.width;
+      for (int64_t n = 0; n < r.count; ++n) {
+        const int64_t token = batch * (more ? p.additional : p.tokens) + r.token + n * r.step;
+        visit(first + n * rows.width, numbers + (token * p.kv_heads + head) * rows.dim);
+      }
     }
-    return;
-  }
-  const Run& r = plan.runs[run];
-  for (int64_t i = 0; i < r.count; ++i) {
-    const int64_t token = r.token + i * r.step;
-    visit(r.packed + i, ((batch * p.tokens + token) * p.kv_heads + head) * dim);
-  }
+  });
 }
 
 template <typename T>
 bool pack(ffi::ThreadPool& pool, const Plan& plan, const T* from, const T* additional, Rows& to) {
-  const int64_t runs = plan.runs.size() + 1;
-  const int64_t lanes = plan.problem.batch * plan.problem.kv_heads;
-  return parallel(pool, lanes * runs, [&](Counter& counter) {
-    for (int64_t i; counter.next(i);) {
-      const size_t run = i % runs;
-      const T* source = run + 1 == static_cast<size_t>(runs) ? additional : from;
-      float* rows = to.of(i / runs);
-      visit_run(plan, i / runs, run, to.dim, [&](int64_t packed, int64_t offset) {
-        float* row = rows + packed * to.width;
-        for (int d = 0; d < to.dim; ++d) row[d] = to_float(source[offset + d]);
-      });
-    }
+  return visit_rows(pool, plan, to, from, additional, [&](float* row, const T* source) {
+    for (int d = 0; d < to.dim; ++d) row[d] = to_float(source[d]);
   });
 }
 
@@ -94,21 +88,12 @@ bool pack(ffi::ThreadPool& pool, const Plan& plan, const T* from, const T* addit
 template <typename T>
 bool unpack(ffi::ThreadPool& pool, const Plan& plan, const Rows& from, float factor, T* to,
             T* additional) {
-  const int64_t runs = plan.runs.size() + 1;
-  const int64_t lanes = plan.problem.batch * plan.problem.kv_heads;
-  return parallel(pool, lanes * runs, [&](Counter& counter) {
-    for (int64_t i; counter.next(i);) {
-      const size_t run = i % runs;
-      T* target = run + 1 == static_cast<size_t>(runs) ? additional : to;
-      visit_run(plan, i / runs, run, from.dim, [&](int64_t packed, int64_t offset) {
-        const int64_t copy = int64_t{from.keys} * from.width;
-        float* row = from.of(i / runs * from.copies) + packed * from.width;
-        for (int c = 1; c < from.copies; ++c) {
-          for (int d = 0; d < from.dim; ++d) row[d] += row[c * copy + d];
-        }
-        for (int d = 0; d < from.dim; ++d) from_float(row[d] * factor, target[offset + d]);
-      });
+  const int64_t copy = int64_t{from.keys} * from.width;
+  return visit_rows(pool, plan, from, to, additional, [&](float* row, T* target) {
+    for (int c = 1; c < from.copies; ++c) {
+      for (int d = 0; d < from.dim; ++d) row[d] += row[c * copy + d];
     }
+    for (int d = 0; d < from.dim; ++d) from_float(row[d] * factor, target[d]);
   });
 }
 

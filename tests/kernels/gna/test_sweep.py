@@ -20,7 +20,7 @@ from conceptax.kernels import gna
 from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.backends import boxes, triton, xla
 from conceptax.kernels.gna.cuda import build
-from conceptax.kernels.gna.problem import Residuals
+from conceptax.kernels.gna.problem import Operands, Residuals
 
 # Per backend in the full sweep.
 MANY = 500
@@ -176,9 +176,10 @@ def interpreted(tmp_path_factory):
             patch.setattr(triton, "blocks_here", lambda *_: blocks)
             patch.setattr(triton, "ENOUGH_PROGRAMS", 4)
             patch.setattr(triton, "call", call)
-            output, lse = triton.forward(problem, *inputs)
+            given = Operands(*inputs)
+            output, lse = triton.forward(problem, given)
             delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_lse
-            gradients = triton.backward(problem, Residuals(*inputs, output, lse), d_output, delta)
+            gradients = triton.backward(problem, Residuals(given, output, lse), d_output, delta)
         return output, lse, *gradients
 
     with gna_machines.interpreter(tmp_path_factory.mktemp("interpreter")) as interpreter:

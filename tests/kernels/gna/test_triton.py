@@ -16,7 +16,7 @@ from conceptax.kernels.gna import backends, tuning
 from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.backends import triton as backend
 from conceptax.kernels.gna.backends.triton_blocks import TUNED, padded, tiling
-from conceptax.kernels.gna.problem import Residuals
+from conceptax.kernels.gna.problem import Operands, Residuals
 from conceptax.kernels.gna.tiles import Window
 
 CASES = {
@@ -73,10 +73,11 @@ def problem_of(name, dtype=jnp.float32):
 
 def with_gradients(problem, inputs, cotangents):
     """Output, log-sum-exp and gradients."""
-    output, lse = backend.forward(problem, *inputs)
+    given = Operands(*inputs)
+    output, lse = backend.forward(problem, given)
     d_output, d_lse = cotangents
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_lse
-    gradients = backend.backward(problem, Residuals(*inputs, output, lse), d_output, delta)
+    gradients = backend.backward(problem, Residuals(given, output, lse), d_output, delta)
     return [output, lse, *(g for g in gradients if g is not None)]
 
 
@@ -174,7 +175,7 @@ def test_lowers_for_a_gpu_that_is_not_here(kernels, monkeypatch):
     monkeypatch.setattr(backend, "blocks_here", lambda *_: backend.Blocks(64, 64, 4, 2))
 
     def loss(*inputs):
-        output, lse = attend(problem, "triton", *inputs)
+        output, lse = attend(problem, "triton", Operands(*inputs))
         return output.astype(jnp.float32).sum() + lse.sum()
 
     def lowered(step, inputs):
@@ -242,7 +243,7 @@ def test_tuning_keeps_the_fastest(monkeypatch):
     settings = {key: value for key, value in case.items() if key != "layout"}
 
     def milliseconds(problem, kernel, operands, repeats):
-        assert gna.describe(*operands[0][:5], **settings) == problem
+        assert gna.describe(*operands[0].operands, **settings) == problem
         blocks = backend.blocks_here(problem, kernel)
         if blocks.own == 128:
             raise RuntimeError("out of shared memory")
