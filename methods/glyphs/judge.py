@@ -231,7 +231,8 @@ def measure_judge(
     found = judge(images)
     right = {name: found[name] == labels[name] for name in ATTRIBUTES}
     count = len(images)
-    measured = {"split": split, "handwritten_samples": count // renders, "images": count}
+    samples = count // renders
+    measured: dict[str, Any] = {"split": split, "handwritten_samples": samples, "images": count}
     for name in ATTRIBUTES:
         accuracy, low, high = rate(int(right[name].sum()), count)
         measured[name] = {"accuracy": accuracy, "low": low, "high": high}

@@ -175,7 +175,7 @@ def train(
             stack.enter_context(jax.set_mesh(mesh))
         if not is_first_process():
             metrics_path, tensorboard_dir, progress = None, None, False
-        files = {"metrics_path": metrics_path, "tensorboard_dir": tensorboard_dir}
+        files: dict[str, Any] = {"metrics_path": metrics_path, "tensorboard_dir": tensorboard_dir}
         reporter = Reporter(first, num_steps, **files, log_every=log_every, progress=progress)
         stack.enter_context(reporter)
         received: list[int] = []
