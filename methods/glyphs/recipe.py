@@ -68,7 +68,7 @@ SCHEDULER: Mapping[str, Any] = {
 
 def clip_config(tokenizer: Any) -> CLIPConfig:
     """The small CLIP of a tokenizer: both towers four layers of width 96."""
-    layers = {"num_hidden_layers": 4, "num_attention_heads": 4}
+    layers: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4}
     size: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 384, "projection_dim": 64}
     text = CLIPTextConfig(
         **size,
