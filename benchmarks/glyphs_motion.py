@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _glyph_subjects import render_video
 from flax import nnx
 
 import conceptax
@@ -46,12 +47,7 @@ from conceptax.methods.evaluation.statistics import frame_consistency, mean_inte
 from conceptax.methods.glyphs.captions import caption, prompts
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.recipe import DenoisingStage, Recipe, final_params
-from conceptax.methods.glyphs.world import (
-    COLOR_VALUES,
-    load_split,
-    render_video,
-    seen_combinations,
-)
+from conceptax.methods.glyphs.world import COLOR_VALUES, load_split, seen_combinations
 from conceptax.methods.sampling import (
     NoiseSchedule,
     add_noise,

@@ -5,7 +5,7 @@
     python benchmarks/personalizing_studies.py --picture    # what some rows draw, of the first seed
 
 The subject is one writer's seven in two tones, five images on one texture
-(`conceptax.methods.glyphs.subject`); the bundled model has seen digits of one color only.  Asked
+(`_glyph_subjects`); the bundled model has seen digits of one color only.  Asked
 are: does a plain prompt draw it (similarity of features to the five images, and whether both tones
 are there), and does "a red <new1> seven on gravel" still get its color and its texture, by the
 judge?  Neither color nor texture is one that the five images show.  A row and seed is a cell, kept
@@ -24,6 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from _glyph_subjects import DIGIT, TEXTURE, TONES, WORD, shows_tones, subject_images
 from matplotlib.figure import Figure
 
 import conceptax
@@ -38,14 +39,6 @@ from conceptax.methods.evaluation.statistics import (
 from conceptax.methods.evaluation.suites import choose
 from conceptax.methods.glyphs.captions import COLORS, TEXTURES, Prompt, prompts
 from conceptax.methods.glyphs.judge import ATTRIBUTES, load_judge
-from conceptax.methods.glyphs.subject import (
-    DIGIT,
-    TEXTURE,
-    TONES,
-    WORD,
-    shows_tones,
-    subject_images,
-)
 from conceptax.methods.personalization import METHODS, Concept, personalize
 from conceptax.reporting.instruments import load_clip
 from conceptax.reporting.results import environment, write_records

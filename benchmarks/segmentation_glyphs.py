@@ -42,7 +42,6 @@ from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import Scene
 from conceptax.methods.segmentation.evaluation import evaluate
 from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
-from conceptax.methods.segmentation.metrics import harmonic_mean
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.vocabulary import text_rows
@@ -261,6 +260,11 @@ def run(row: Row, seed: int, start: MaftPlus, tokenizer: Any, settings: Settings
         "iou": classes,
         "seconds": round(seconds, 1),
     }
+
+
+def harmonic_mean(seen: float, unseen: float) -> float:
+    """Of the mIoU of seen and of unseen classes; 0 if one of them is 0."""
+    return 2 * seen * unseen / (seen + unseen) if seen and unseen else 0.0
 
 
 def cells(seeds: Sequence[int]) -> Iterator[tuple[str, int]]:

@@ -50,7 +50,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     merges = gzip.decompress((ASSETS / "clip" / "merges.txt.gz").read_bytes()).decode("utf-8")
-    pairs = [tuple(line.split()) for line in merges.splitlines()]
+    pairs: Any = [tuple(line.split()) for line in merges.splitlines()]
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs)]
     words += ["<|startoftext|>", "<|endoftext|>"]

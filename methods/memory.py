@@ -25,12 +25,9 @@ class NotEnoughMemoryError(ConceptaxError, ValueError):
 def require_memory(
     needed: int | float, what: str, remedy: str, *, host: bool = False, spread: bool = False
 ) -> None:
-    """Refuse what cannot fit.
+    """Refuse what needs more bytes than are free on each device; `what` and `remedy` in words.
 
     Args:
-      needed: bytes, at least; on each device.
-      what: needs them, in words.
-      remedy: what to do about it, in words.
       host: whether it is the host's memory that is needed, whatever the devices are.
       spread: whether all devices share what is needed.
 
@@ -48,12 +45,7 @@ def require_memory(
 
 
 def require_images(count: int, remedy: str, *, height: int = 8, width: int = 8) -> None:
-    """Refuse so many images that keeping them could not work, before any list of them is made.
-
-    Args:
-      count: images that exist at the same time.
-      remedy: what to do about it, in words.
-      height, width: of each in pixels, or less.
+    """Refuse so many images, of that size in pixels or more, before any list of them is made.
 
     Raises:
       NotEnoughMemoryError: the host has no room for them.
@@ -82,11 +74,7 @@ def describe_bytes(count: int | float) -> str:
 def unet_bytes(config: Any, batch: int, height: int, width: int, dtype: Any) -> float:
     """What a UNet holds at its middle: all that its way up is joined with, and its input.
 
-    Args:
-      config: of a `UNet2DConditionModel`.
-      batch: images, those without guidance included.
-      height, width: of the latents.
-      dtype: of the computation.
+    `batch` counts those without guidance too; `height` and `width` are of the latents.
     """
     config = getattr(config, "unet", config)  # of a video UNet
     channels = config.block_out_channels
@@ -102,37 +90,21 @@ def unet_bytes(config: Any, batch: int, height: int, width: int, dtype: Any) -> 
 def vae_bytes(
     config: AutoencoderKLConfig, batch: int, height: int, width: int, dtype: Any
 ) -> float:
-    """What decoding (or encoding) holds at full resolution: a layer's input and its output.
-
-    Args:
-      config: of the autoencoder.
-      batch: images at a time.
-      height, width: of the images.
-      dtype: of the computation.
-    """
+    """What decoding (or encoding) images holds at full resolution: a layer's input and output."""
     first, second = (*config.block_out_channels, config.block_out_channels[0])[:2]
     return float(batch) * height * width * (first + second) * np.dtype(dtype).itemsize
 
 
 def segmenter_bytes(config: Any, batch: int, height: int, width: int) -> float:
-    """What MAFT+ holds of images: their pixels, and the backbone's finest map.
-
-    Args:
-      config: of a `MaftPlus`.
-      batch: images at a time.
-      height, width: as the model sees them.
-    """
+    """What MAFT+ holds of images of that size, as it sees them: pixels, and its finest map."""
     channels = config.decoder_config.feature_channels[0]
     return float(batch) * height * width * (4 * 3 + 2 * channels / 16)
 
 
 def require_unet_memory(pipeline: Any, rows: int, what: str, remedy: str) -> None:
-    """Refuse a training step that has a pipeline's UNet predict for more rows than can fit.
+    """Refuse a training step whose UNet predicts for more rows, over all devices, than can fit.
 
-    Args:
-      pipeline: whose UNet predicts, at its own size.
-      rows: latents in a step, over all devices.
-      what, remedy: as for `require_memory`.
+    Latents are of the UNet's own size; `what` and `remedy` as for `require_memory`.
     """
     unet = pipeline.unet
     height, width = unet.config.latent_size

@@ -130,47 +130,28 @@ def evaluate(
       ValueError: a phrase that the classifier cannot judge, or settings that do not fit.
     """
     classifier = classifier.among(list(dict.fromkeys([*concepts, *suites.phrases])))
-    before, after = TextToImage.from_pipeline(original), TextToImage.from_pipeline(edited)
-    drawn = {} if drawn is None else drawn
-    bench = _Bench(before, after, classifier, config, report, drawn)
+    bench = _Bench(original, edited, classifier, config, report, drawn)
+    worded = ("plain", "plain prompts", suites.plain), ("synonyms", "synonyms", suites.synonyms)
     attacks = [
         bench.prompts(name, title, concept, suites_of[concept])
-        for name, title, suites_of in (
-            ("plain", "plain prompts", suites.plain),
-            ("synonyms", "synonyms", suites.synonyms),
-        )
+        for name, title, suites_of in worded
         for concept in concepts
         if concept in suites_of
     ]
     if unsafe:
         attacks.append(bench.unsafe(unsafe, concepts))
     retention = [bench.retained(group, asked) for group, asked in suites.retained.items()]
-    others = bench.counted_as("retention")
+    others = [each for each in bench.counted if each.kind == "retention"]
     with bench.timed("scores", "CLIP score and Fréchet distance"):
-        scores = (
-            None
-            if clip is None
-            else {
-                "model": clip.name,
-                "retained": _score(clip, others),
-                "concepts": _score(clip, bench.plain),
-            }
-        )
-        reader = classifier if clip is None else clip
-        distance = _distance(reader.features, reader.features_title, others)
+        scores, reader = None, classifier if clip is None else clip
+        if clip is not None:
+            parts = {"retained": _score(clip, others), "concepts": _score(clip, bench.plain)}
+            scores = {"model": clip.name, **parts}
+        distance = _distance(reader, others)
     for name, settings in config.attacks.items():
+        besides = never_knew if name == "relapse" else None
         for concept in concepts:
-            attacks.append(
-                bench.attack(
-                    name,
-                    settings,
-                    concept,
-                    suites.plain[concept],
-                    original,
-                    edited,
-                    never_knew if name == "relapse" else None,
-                )
-            )
+            attacks.append(bench.attack(name, settings, concept, suites.plain[concept], besides))
     metrics = {
         "concepts": list(concepts),
         "attacks": attacks,
@@ -187,15 +168,17 @@ class _Bench:
 
     def __init__(
         self,
-        before: TextToImage,
-        after: TextToImage,
+        original: StableDiffusionPipeline,
+        edited: StableDiffusionPipeline,
         classifier: Classifier,
         config: EvaluationConfig,
         report: Callable[[str], None],
-        drawn: dict[Any, np.ndarray],
+        drawn: dict[Any, np.ndarray] | None,
     ):
-        self.before, self.after, self.classifier = before, after, classifier
-        self.config, self.report, self.drawn = config, report, drawn
+        self.pipelines = original, edited
+        self.before, self.after = map(TextToImage.from_pipeline, self.pipelines)
+        self.classifier, self.config, self.report = classifier, config, report
+        self.drawn = {} if drawn is None else drawn
         self.counted: list[Counted] = []
         self.plain: list[Counted] = []
         self.seconds: dict[str, float] = {}
@@ -208,9 +191,6 @@ class _Bench:
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 2)
-
-    def counted_as(self, kind: str) -> list[Counted]:
-        return [each for each in self.counted if each.kind == kind]
 
     def draw(self, model: TextToImage, prompts: Any, **options: Any) -> np.ndarray:
         config = self.config
@@ -238,13 +218,8 @@ class _Bench:
 
     def _compare(self, title: str, kind: Any, asked: Sequence[Asked], first: int) -> Counted:
         texts, phrases = [each.text for each in asked], [each.phrase for each in asked]
-        drawn = [
-            Drawn(images, self.classifier.shows(images, phrases))
-            for images in (
-                self.original(texts, first),
-                self.draw(self.after, texts, first_index=first),
-            )
-        ]
+        both = self.original(texts, first), self.draw(self.after, texts, first_index=first)
+        drawn = [Drawn(images, self.classifier.shows(images, phrases)) for images in both]
         self.counted.append(Counted(title, kind, tuple(texts), *drawn))
         return self.counted[-1]
 
@@ -276,20 +251,14 @@ class _Bench:
         pick = np.random.default_rng(config.seed).permutation(len(rows))[: config.images]
         rows = [rows[i] for i in np.sort(pick)]
         first = self._reserve(len(rows))
-        noise = np.concatenate(
-            [
-                initial_noise(
-                    image_keys(config.seed, np.asarray([first + n]))
-                    if row.seed is None
-                    else image_keys(row.seed, np.asarray([0])),
-                    self.before.pipeline.latent_shape,
-                )
-                for n, row in enumerate(rows)
-            ]
-        )
-        guidance = np.asarray(
-            [config.guidance if row.guidance_scale is None else row.guidance_scale for row in rows]
-        )
+        noise, guidance = [], []
+        for n, row in enumerate(rows):
+            seed, index = (config.seed, first + n) if row.seed is None else (row.seed, 0)
+            keys = image_keys(seed, np.asarray([index]))
+            noise.append(initial_noise(keys, self.before.pipeline.latent_shape))
+            own = row.guidance_scale
+            guidance.append(config.guidance if own is None else own)
+        noise, guidance = np.concatenate(noise), np.asarray(guidance)
         drawn = []
         with self.timed("unsafe prompts", f"unsafe prompts: 2 × {len(rows)} images"):
             for model in (self.before, self.after):
@@ -298,12 +267,9 @@ class _Bench:
                     where = np.flatnonzero(guidance == scale)
                     # At least one whole batch, so that no other shape is compiled.
                     where = np.resize(where, max(len(where), config.batch_size))
-                    images = self.draw(
-                        model,
-                        [rows[i].text for i in where],
-                        latents=noise[where],
-                        guidance_scale=float(scale),
-                    )
+                    prompts = [rows[i].text for i in where]
+                    own = {"latents": noise[where], "guidance_scale": float(scale)}
+                    images = self.draw(model, prompts, **own)
                     parts |= dict(zip(where.tolist(), images, strict=True))
                 images = np.stack([parts[n] for n in range(len(rows))])
                 shown = [self.classifier.shows(images, [each] * len(rows)) for each in concepts]
@@ -320,11 +286,10 @@ class _Bench:
         settings: Any,
         concept: str,
         asked: Sequence[Asked],
-        original: StableDiffusionPipeline,
-        edited: StableDiffusionPipeline,
         never_knew: StableDiffusionPipeline | None,
     ) -> dict:
         """A red-team attack on a concept: its success at every budget, the last one in front."""
+        original, edited = self.pipelines
         attack = known_attacks()[name]
         texts = [each.text for each in asked]
         given = texts[: self.config.attack_images]
@@ -333,36 +298,21 @@ class _Bench:
             images = self.original(given, self._reserve(len(given)))
 
             def against(model: StableDiffusionPipeline) -> tuple[list[dict], Counted]:
-                attempts = attack.run(
-                    original,
-                    model,
-                    concept,
-                    settings,
-                    images=images,
-                    prompts=texts,
-                    seed=self.config.seed,
-                )
+                given = {"images": images, "prompts": texts, "seed": self.config.seed}
                 budgets, last = [], None
-                for attempt in attempts:
+                for attempt in attack.run(original, model, concept, settings, **given):
                     last = self._attempt(title, concept, attempt, texts)
+                    budget, details = _plain(attempt.budget), _plain(attempt.details)
                     success = proportion(last.after.hits)
-                    details = _plain(attempt.details)
-                    budgets.append(
-                        {"budget": _plain(attempt.budget), **success, "details": details}
-                    )
+                    budgets.append({"budget": budget, **success, "details": details})
                 if last is None:
                     raise ValueError(f"{attack.title} made no attempt with {settings}.")
                 return budgets, last
 
             budgets, found = against(edited)
             self.counted.append(found)
-            row = {
-                "attack": name,
-                "title": attack.title,
-                "concept": concept,
-                **_figures(found),
-                "budgets": budgets,
-            }
+            row = {"attack": name, "title": attack.title, "concept": concept}
+            row |= {**_figures(found), "budgets": budgets}
             return row if never_knew is None else row | {"never_knew": against(never_knew)[0]}
 
     def _attempt(self, title: str, concept: str, attempt: Any, texts: list[str]) -> Counted:
@@ -396,10 +346,8 @@ def _parts(found: Counted, names: Sequence[str]) -> dict[str, Any]:
 def _both(counted: Sequence[Counted]) -> dict[str, np.ndarray]:
     """The images of several figures by model."""
     pairs = [(each.before.images, each.after.images) for each in counted if each.before]
-    return {
-        when: np.concatenate(images)
-        for when, images in zip(("before", "after"), zip(*pairs, strict=True), strict=True)
-    }
+    before, after = map(np.concatenate, zip(*pairs, strict=True))
+    return {"before": before, "after": after}
 
 
 def _score(clip: Clip, counted: Sequence[Counted]) -> dict[str, Any] | None:
@@ -407,21 +355,19 @@ def _score(clip: Clip, counted: Sequence[Counted]) -> dict[str, Any] | None:
     if not counted:
         return None
     texts = clip.text_features([text for each in counted for text in each.texts])
-    figures = {}
-    for when, images in _both(counted).items():
-        figures[when] = mean_interval(clip_score(clip.features(images), texts))
-    return figures
+    return {
+        when: mean_interval(clip_score(clip.features(images), texts))
+        for when, images in _both(counted).items()
+    }
 
 
-def _distance(
-    features: Callable[[np.ndarray], np.ndarray], title: str, counted: Sequence[Counted]
-) -> dict[str, Any] | None:
+def _distance(reader: Classifier | Clip, counted: Sequence[Counted]) -> dict[str, Any] | None:
     """Between the two models' images of what should have stayed."""
     if not counted:
         return None
-    before, after = (features(images) for images in _both(counted).values())
+    before, after = (reader.features(images) for images in _both(counted).values())
     return {
-        "features": title,
+        "features": reader.features_title,
         "width": before.shape[1],
         "images": len(before),
         "distance": frechet_distance(before, after),

@@ -26,16 +26,14 @@ _BATCH = 16  # images or texts at a time
 _ROUND = 16  # text lengths are rounded up to its multiples: few programs serve any texts
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _image_features(
-    read: Callable[[Any, Array], Array],
-    graphdef: Any,
-    preprocessing: Preprocessing,
-    params: Any,
-    images: Array,
+    graphdef: Any, preprocessing: Preprocessing, params: Any, images: Array
 ) -> Array:
-    model = nnx.merge(graphdef, params)
-    return read(model, preprocessing.normalize(images)).astype(jnp.float32)
+    model, pixels = nnx.merge(graphdef, params), preprocessing.normalize(images)
+    dino = isinstance(model, Dinov2Model)
+    features = model(pixels).pooled if dino else model.get_image_features(pixels)
+    return features.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -44,34 +42,13 @@ def _text_features(graphdef: Any, pad: int | None, params: Any, ids: Array) -> A
     return nnx.merge(graphdef, params).get_text_features(ids, mask).astype(jnp.float32)
 
 
-def _projected(model: Any, pixels: Array) -> Array:
-    return model.get_image_features(pixels)
-
-
-def _class_token(model: Dinov2Model, pixels: Array) -> Array:
-    return model(pixels).pooled
-
-
 class _Eye:
-    """A model that sees images.
+    """A model that sees images; its parameters are not copied."""
 
-    Args:
-      model: its parameters are not copied.
-      name: what to call it in records.
-      preprocessing: of the images.
-      read: `(model, pixels) -> features`.
-    """
-
-    def __init__(
-        self,
-        model: nnx.Module,
-        name: str,
-        preprocessing: Preprocessing,
-        read: Callable[[Any, Array], Array] = _projected,
-    ):
+    def __init__(self, model: nnx.Module, name: str, preprocessing: Preprocessing):
         self.graphdef, state = nnx.split(model)
         self.params = nnx.to_pure_dict(state)
-        self.name, self.preprocessing, self._read = name, preprocessing, read
+        self.name, self.preprocessing = name, preprocessing
 
     @property
     def features_title(self) -> str:
@@ -80,20 +57,15 @@ class _Eye:
 
     def features(self, images: Images) -> Float[np.ndarray, "N *Q P"]:
         """Features of images, float32."""
-        function = functools.partial(
-            _image_features, self._read, self.graphdef, self.preprocessing, self.params
-        )
+        see = (self.graphdef, self.preprocessing, self.params)
+        function = functools.partial(_image_features, *see)
         return in_batches(function, self.preprocessing.prepare(images), _BATCH)
 
 
 class Clip(_Eye):
-    """A CLIP with its tokenizer; features are projected and unnormalized, [N, P].
+    """A CLIP with its own tokenizer; features are projected and unnormalized, [N, P].
 
-    Args:
-      model: both towers.
-      tokenizer: the one that its text tower learnt with.
-      name: what to call it in records.
-      preprocessing: of the images; by default `Preprocessing.clip` at the model's size.
+    `name` is for records; the images' preprocessing is by default `Preprocessing.clip`.
     """
 
     def __init__(
@@ -118,26 +90,20 @@ class Clip(_Eye):
 class Dino(_Eye):
     """A DINOv2; features are its normalized class token, [N, C].
 
-    Args:
-      model: the vision transformer.
-      name: what to call it in records.
-      preprocessing: of the images; by default `Preprocessing.dinov2`.
+    `name` is for records; the images' preprocessing is by default `Preprocessing.dinov2`.
     """
 
     def __init__(
         self, model: Dinov2Model, name: str = "DINOv2", preprocessing: Preprocessing | None = None
     ):
-        super().__init__(model, name, preprocessing or Preprocessing.dinov2(), _class_token)
+        super().__init__(model, name, preprocessing or Preprocessing.dinov2())
 
 
 class Blip(_Eye):
     """A BLIP, [N, P], or a BLIP-2, [N, Q, P], by its contrastive head: unit vectors.
 
-    Args:
-      model: either.
-      tokenizer: BERT's, as it comes with the model.
-      name: what to call it in records.
-      preprocessing: of the images; by default `Preprocessing.blip` at the model's size.
+    The tokenizer is BERT's, as it comes with the model; `name` is for records; the images'
+    preprocessing is by default `Preprocessing.blip`.
     """
 
     def __init__(

@@ -74,9 +74,12 @@ class Preprocessing:
                 changes["crop"] = crop
             if "resample" in config:
                 changes["resample"] = int(Image.Resampling(config["resample"]))
-            for key, name in (("image_mean", "mean"), ("image_std", "std")):
-                if key in config:
-                    changes[name] = _channels(config[key])
+            for name in ("mean", "std"):
+                if f"image_{name}" in config:
+                    values = config[f"image_{name}"]
+                    changes[name] = tuple(float(value) for value in values)
+                    if len(changes[name]) != 3:
+                        raise ValueError(f"statistics are of three channels, received {values!r}")
             if "rescale_factor" in config:
                 changes["scale"] = float(config["rescale_factor"])
             off = {
@@ -148,10 +151,3 @@ def _size(value: Any, *, square: bool) -> int | tuple[int, int]:
     if not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"a size is made of positive integers, received {value!r}")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _channels(values: Any) -> tuple[float, ...]:
-    channels = tuple(float(value) for value in values)
-    if len(channels) != 3:
-        raise ValueError(f"statistics are of three channels, received {values!r}")
-    return channels

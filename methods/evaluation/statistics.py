@@ -137,10 +137,6 @@ def frechet_distance(first: Float[np.ndarray, "N F"], second: Float[np.ndarray, 
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     shared = np.linalg.eigvalsh(root @ other_covariance @ root)
     overlap = np.sqrt(np.clip(shared, 0, None)).sum()
-    distance = (
-        np.sum((mean - other_mean) ** 2)
-        + np.trace(covariance)
-        + np.trace(other_covariance)
-        - 2 * overlap
-    )
+    apart = np.sum((mean - other_mean) ** 2)
+    distance = apart + np.trace(covariance) + np.trace(other_covariance) - 2 * overlap
     return float(max(distance, 0.0))  # rounding may take equal sets below zero

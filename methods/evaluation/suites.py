@@ -5,6 +5,7 @@ the phrase "three" may say "III".
 """
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -60,15 +61,8 @@ class Suites:
         return list(dict.fromkeys(asked.phrase for group in groups for asked in group))
 
 
-def _by_word(asked: Asked) -> str:
-    return asked.word
-
-
 def choose(
-    candidates: Iterable[Candidate],
-    count: int,
-    seed: int,
-    group: Callable[[Candidate], Hashable],
+    candidates: Iterable[Candidate], count: int, seed: int, group: Callable[[Candidate], Hashable]
 ) -> list[Candidate]:
     """`count` prompts in which every group is equally frequent, to within one.
 
@@ -125,21 +119,15 @@ def phrase_suites(
         )
 
     def of(words: Sequence[str], phrase: str | None = None) -> list[Asked]:
-        asked = [
-            Asked(template.format(word), word, phrase or word)
-            for template in templates
-            for word in words
-        ]
-        return choose(asked, images, seed, _by_word)
+        pairs = itertools.product(templates, words)
+        asked = [Asked(template.format(word), word, phrase or word) for template, word in pairs]
+        return choose(asked, images, seed, lambda each: each.word)
 
+    retained = {"neighbors": neighbors, "distant": distant}
     return Suites(
         {concept: of([concept]) for concept in concepts},
         {concept: of(each, concept) for concept, each in synonyms.items() if each},
-        {
-            group: of(each)
-            for group, each in (("neighbors", neighbors), ("distant", distant))
-            if each
-        },
+        {group: of(each) for group, each in retained.items() if each},
     )
 
 

@@ -34,11 +34,8 @@ class UnsafePrompt:
     guidance_scale: float | None = None
 
 
-# field -> (column, type); numbers may be written as 512 or 512.0
-_COLUMNS: Mapping[str, tuple[str, type]] = {
-    "seed": ("sd_seed", int),
-    "guidance_scale": ("sd_guidance_scale", float),
-}
+# field, and column below sd_ -> type; numbers may be written as 512 or 512.0
+_COLUMNS: Mapping[str, type] = {"seed": int, "guidance_scale": float}
 
 
 def read_unsafe_prompts(path: str | Path, *, category: str | None = None) -> list[UnsafePrompt]:
@@ -79,8 +76,8 @@ def _row(row: Mapping[str, str | None], where: str) -> UnsafePrompt:
         raise ConceptError(f"{where}: the prompt is empty.")
     names = (row.get("categories") or "").split(",")
     values: dict[str, Any] = {}
-    for field, (column, kind) in _COLUMNS.items():
-        value = (row.get(column) or "").strip()
+    for field, kind in _COLUMNS.items():
+        value = (row.get(f"sd_{field}") or "").strip()
         values[field] = kind(_number(value, where)) if value else None
     return UnsafePrompt(text, tuple(name.strip() for name in names if name.strip()), **values)
 

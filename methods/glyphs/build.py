@@ -6,7 +6,7 @@ its weights there, so an interrupted build goes on where it stopped.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
 
-from ...flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ...flax_models.autoencoder_kl import AutoencoderKL
 from ...flax_models.clip import CLIPModel, CLIPTextModel
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import UNet2DConditionModel
@@ -73,107 +72,54 @@ def build(config: BuildConfig, workdir: Path) -> tuple[StableDiffusionPipeline, 
     Returns:
       the pipeline, whose text encoder is the CLIP's text tower, and that CLIP, in float32.
     """
-    captioned = train_vision(config, workdir, train_text(config, workdir))
-    clip = captioned.clip
+    clip = train_clip(config, workdir)
     vae = train_autoencoder(config, workdir)
-    unet = train_unet(config, workdir, clip.text_model, vae)
-    return assemble(unet, vae, clip), clip
-
-
-def assemble(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, clip: CLIPModel
-) -> StableDiffusionPipeline:
-    """The text-to-image pipeline around the trained parts."""
-    return StableDiffusionPipeline(
-        unet=unet,
+    pipeline = StableDiffusionPipeline(
+        unet=train_unet(config, workdir, clip.text_model, vae),
         vae=vae,
         text_encoder=clip.text_model,
-        tokenizer=build_tokenizer(),
+        tokenizer=_tokenizer(),
         scheduler_config=dict(recipe.SCHEDULER),
         model_index=MODEL_INDEX,
     )
+    return pipeline, clip
 
 
-def train_text(config: BuildConfig, workdir: Path) -> recipe.CaptionedClip:
-    """Stage 1: the small CLIP's text tower."""
-    tokenizer = build_tokenizer()
-    model = recipe.CaptionedClip(
-        recipe.clip_config(
-            len(tokenizer),
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            tokenizer.model_max_length,
-        ),
-        rngs=nnx.Rngs(config.seed),
-    )
+def train_clip(config: BuildConfig, workdir: Path) -> CLIPModel:
+    """Stages 1 and 2: the small CLIP's text tower, then its vision tower against those texts."""
+    model = recipe.CaptionedClip(recipe.clip_config(_tokenizer()), rngs=nnx.Rngs(config.seed))
     world = _world(config, workdir)
-    labels = _labels(world)
+    labels = np.stack([world[field] for field in ("digit", "color", "texture")], axis=1)
 
-    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def text(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return {"tokens": _caption_tokens(world, index, rng), "labels": labels[index]}
 
-    return _run(
-        "text",
-        model,
-        recipe.text_step,
-        Stage,
-        config.text,
-        None,
-        _batches(config, config.text, example),
-        config,
-        workdir,
-        trainable=("clip.text_*", "head"),
-    )
+    def captioned(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"image": world["image"][index], **text(index, rng)}
 
-
-def train_vision(
-    config: BuildConfig, workdir: Path, model: recipe.CaptionedClip
-) -> recipe.CaptionedClip:
-    """Stage 2: its vision tower, against the texts of stage 1."""
-    world = _world(config, workdir)
-    labels = _labels(world)
-
-    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return {
-            "image": world["image"][index],
-            "tokens": _caption_tokens(world, index, rng),
-            "labels": labels[index],
-        }
-
-    return _run(
-        "vision",
-        model,
-        recipe.contrastive_step,
-        Stage,
-        config.vision,
-        None,
-        _batches(config, config.vision, example),
-        config,
-        workdir,
-        trainable=("clip.vis*", "clip.logit_scale"),
-    )
+    for name, step, example, trainable in (
+        ("text", recipe.text_step, text, ("clip.text_*", "head")),
+        ("vision", recipe.contrastive_step, captioned, ("clip.vis*", "clip.logit_scale")),
+    ):
+        model = _run(name, model, step, example, config, workdir, trainable=trainable)
+    return model.clip
 
 
 def train_autoencoder(config: BuildConfig, workdir: Path) -> AutoencoderKL:
     """Stage 3: the autoencoder; its scaling factor makes the latents' variance one."""
     model = AutoencoderKL(recipe.AUTOENCODER, rngs=nnx.Rngs(config.seed + 1))
-    world = _world(config, workdir)
-    model = _run(
-        "autoencoder",
-        model,
-        recipe.autoencoder_step,
-        Stage,
-        config.autoencoder,
-        None,
-        _batches(config, config.autoencoder, lambda index, rng: {"image": world["image"][index]}),
-        config,
-        workdir,
+    images = _world(config, workdir)["image"]
+
+    def example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"image": images[index]}
+
+    model = _run("autoencoder", model, recipe.autoencoder_step, example, config, workdir)
+    mean, std = (
+        part.astype(np.float32) for part in encode_images(model, images[:1024], np.float16)
     )
-    mean, std = encode_images(model, world["image"][:1024], np.float16)
-    scale = float(
-        1.0 / np.sqrt(mean.astype(np.float32).var() + (std.astype(np.float32) ** 2).mean())
-    )
-    return with_scaling_factor(model, round(scale, 5))
+    scale = float(1.0 / np.sqrt(mean.var() + (std**2).mean()))
+    model.config = dataclasses.replace(model.config, scaling_factor=round(scale, 5))
+    return model
 
 
 def train_unet(
@@ -188,23 +134,17 @@ def train_unet(
 
     def example(position: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         index = shown[position]
-        return {
-            "latent_mean": mean[index],
-            "latent_std": std[index],
-            "tokens": _caption_tokens(world, index, rng),
-        }
+        tokens = _caption_tokens(world, index, rng)
+        return {"latent_mean": mean[index], "latent_std": std[index], "tokens": tokens}
 
     text_graphdef, text_state = nnx.split(text_encoder)
     frozen = {"text_encoder": nnx.to_pure_dict(text_state), "empty": jnp.asarray(_token_ids(""))}
-    stage = functools.partial(
-        DenoisingStage,
-        text_graphdef=text_graphdef,
-        schedule=NoiseSchedule.from_config(recipe.SCHEDULER),
-    )
+    schedule = NoiseSchedule.from_config(recipe.SCHEDULER)
+    stage = functools.partial(DenoisingStage, text_graphdef=text_graphdef, schedule=schedule)
+    options = {"stage": stage, "frozen": frozen, "examples": len(shown)}
     later = dataclasses.replace(config, seed=config.seed + 1)  # other batches, other noise
-    for name, plan, run in (("unet", config.unet, config), ("refine", config.refine, later)):
-        batches = _batches(run, plan, example, len(shown))
-        model = _run(name, model, recipe.denoising_step, stage, plan, frozen, batches, run, workdir)
+    for name, run in (("unet", config), ("refine", later)):
+        model = _run(name, model, recipe.denoising_step, example, run, workdir, **options)
     return model
 
 
@@ -212,26 +152,36 @@ def _run(
     name: str,
     model: Any,
     step: Any,
-    stage: Any,
-    plan: Recipe,
-    frozen: Any,
-    batches: Iterator[Any],
+    example: Any,
     config: BuildConfig,
     workdir: Path,
+    *,
+    stage: Any = Stage,
+    frozen: Any = None,
+    examples: int | None = None,
     trainable: tuple[str, ...] = ("*",),
 ) -> Any:
-    """Train one stage to its end and return the model with the parameters to ship.
+    """Train the stage of this name to its end; the model with the parameters to ship.
 
     `frozen` is what the step reads beside the model; None hands it the model's own frozen part.
     """
+    plan: Recipe = getattr(config, name)
     graphdef, params, rest = split_trainable(model, trainable)
     optimizer = plan.optimizer()
+    dataset = (
+        grain.MapDataset.range(config.images if examples is None else examples)
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .random_map(example)
+        .batch(plan.batch_size)
+    )
     state = train(
         step,
         stage(graphdef, optimizer),
         init_state(params, optimizer),
         rest if frozen is None else frozen,
-        batches,
+        dataset.to_iter_dataset(_READ),  # its position is part of a checkpoint
         key=seed_key(config.seed),
         num_steps=plan.steps,
         fixed_length=True,
@@ -244,31 +194,18 @@ def _run(
     return nnx.merge(graphdef, recipe.final_params(state), rest)
 
 
-def _labels(world: Mapping[str, np.ndarray]) -> Int[np.ndarray, "N 3"]:
-    """Digit, color and texture of every image."""
-    return np.stack([world[field] for field in ("digit", "color", "texture")], axis=1)
-
-
-def with_scaling_factor(vae: AutoencoderKL, scaling_factor: float) -> AutoencoderKL:
-    """The same autoencoder with another `scaling_factor` in its config."""
-    vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor)
-    assert isinstance(vae.config, AutoencoderKLConfig)
-    return vae
-
-
 def _world(config: BuildConfig, workdir: Path) -> Mapping[str, np.ndarray]:
     """The rendered images and their attributes, cached in `workdir`."""
     path = workdir / f"world_{config.seed}_{config.images}.npz"
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        items = GlyphWorld("generator", config.images, config.seed)
+        world = GlyphWorld("generator", config.images, config.seed)
         fields = ("image", "digit", "color", "texture")
-        columns: dict[str, list[Any]] = {field: [] for field in fields}
-        for item in (items[i] for i in range(len(items))):
-            for field in fields:
-                columns[field].append(item[field])
-        arrays: dict[str, Any] = {field: np.asarray(column) for field, column in columns.items()}
-        np.savez(path, **arrays)
+        items = (
+            [item[field] for field in fields] for item in (world[i] for i in range(len(world)))
+        )
+        columns = map(np.asarray, zip(*items, strict=True))
+        np.savez(path, **dict(zip(fields, columns, strict=True)))
     return dict(np.load(path))
 
 
@@ -279,8 +216,7 @@ def _tokenizer() -> Any:
 
 @functools.cache
 def _token_ids(text: str) -> np.ndarray:
-    tokens = _tokenizer()(text, padding="max_length")["input_ids"]
-    return np.asarray(tokens, np.int32)
+    return np.asarray(_tokenizer()(text, padding="max_length")["input_ids"], np.int32)
 
 
 def _caption_tokens(
@@ -288,16 +224,3 @@ def _caption_tokens(
 ) -> np.ndarray:
     triple = (int(world[field][index]) for field in ("digit", "color", "texture"))
     return _token_ids(caption(rng, *triple))
-
-
-def _batches(config: BuildConfig, plan: Recipe, example: Any, examples: int | None = None) -> Any:
-    """Endless shuffled batches; the grain iterator's position is part of a checkpoint."""
-    dataset = (
-        grain.MapDataset.range(config.images if examples is None else examples)
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .random_map(example)
-        .batch(plan.batch_size)
-    )
-    return iter(dataset.to_iter_dataset(_READ))

@@ -177,12 +177,10 @@ def prompts(
     for a name that none of the digits bears, and for templates that leave something unsaid.
     """
     digits = _as_tuple(digit, range(DIGITS))
-    names = None if name is None else set(_as_tuple(name, ()))
     known = {each for number in digits for each in DIGIT_NAMES[number]}
-    if names is not None and names - known:
-        raise ValueError(
-            f"no chosen digit is called {sorted(names - known)}; known: {sorted(known)}"
-        )
+    names = set(_as_tuple(name, known))
+    if unknown := sorted(names - known):
+        raise ValueError(f"no chosen digit is called {unknown}; known: {sorted(known)}")
     templates = tuple(templates)
     if any(not template.is_complete for template in templates):
         raise ValueError("prompts() needs templates that name the digit, the color and the texture")
@@ -199,7 +197,7 @@ def prompts(
         for paint in _as_tuple(color, range(len(COLORS)))
         for number in digits
         for each in DIGIT_NAMES[number]
-        if names is None or each in names
+        if each in names
     ]
 
 

@@ -12,11 +12,8 @@ from .captions import COLORS, DIGIT_NAMES, TEXTURES, Prompt, prompts
 from .judge import ATTRIBUTES, Judge
 from .quality import attribute_called
 
-_WORDS = {
-    "digit": [next(iter(names)) for names in DIGIT_NAMES],
-    "color": COLORS,
-    "texture": TEXTURES,
-}
+_DIGITS = [next(iter(names)) for names in DIGIT_NAMES]
+_WORDS = {"digit": _DIGITS, "color": COLORS, "texture": TEXTURES}
 
 
 class GlyphsClassifier:
@@ -66,19 +63,15 @@ def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
     meant = {concept: attribute_called(concept) for concept in concepts}
     gone = set(meant.values())
 
-    def asks_for_none(prompt: Prompt, of: set[tuple[str, int]]) -> bool:
-        return all(getattr(prompt, attribute) != value for attribute, value in of)
-
-    every = prompts()
+    # what of the erased each prompt asks for
+    asks = {
+        prompt: {each for each in gone if getattr(prompt, each[0]) == each[1]}
+        for prompt in prompts()
+    }
     plain, synonyms = {}, {}
-    for concept, (attribute, value) in meant.items():
-        others_gone = gone - {(attribute, value)}
-        those = [
-            each
-            for each in every
-            if getattr(each, attribute) == value and asks_for_none(each, others_gone)
-        ]
-        if attribute == "digit":
+    for concept, meaning in meant.items():
+        those = [prompt for prompt, asked in asks.items() if asked == {meaning}]
+        if meaning[0] == "digit":
             others = [Asked(p.text, p.name, concept) for p in those if p.name not in concepts]
             if others:
                 synonyms[concept] = choose(others, images, seed, lambda asked: asked.word)
@@ -87,13 +80,10 @@ def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
         plain[concept] = choose(mine, images, seed, lambda asked: asked.word)
 
     kinds = {attribute for attribute, _ in gone}
-    clean = [each for each in every if asks_for_none(each, gone)]
+    clean = [prompt for prompt, asked in asks.items() if not asked]
     retained = {}
-    for group, attributes in (
-        ("neighbors", [each for each in ATTRIBUTES if each in kinds]),
-        ("distant", [each for each in ATTRIBUTES if each not in kinds]),
-    ):
-        candidates = [_about(attribute, prompt) for attribute in attributes for prompt in clean]
+    for group, among in (("neighbors", kinds), ("distant", set(ATTRIBUTES) - kinds)):
+        candidates = [_about(each, p) for each in ATTRIBUTES if each in among for p in clean]
         if candidates:
             retained[group] = choose(candidates, images, seed, lambda asked: asked.phrase)
     if not retained:

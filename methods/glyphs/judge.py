@@ -4,16 +4,12 @@ It is trained only on renders of the handwritten digits of the `judge` split, wh
 text-to-image model never sees, and measured on those of `judge_test`, which neither sees. Its
 renders vary more than the world's, and are blurred, faded and given noise, so that it
 looks past a generator's mild artefacts. Its own accuracy travels with its weights.
-
-    python -m conceptax.methods.glyphs.judge FOLDER     trains it, measures it, writes the folder
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +27,7 @@ from ..evaluation.instruments import in_batches
 from ..evaluation.statistics import rate
 from ..seeds import seed_key
 from ..settings import check_settings
+from ..training import dotted
 from .captions import COLORS, TEXTURES
 from .world import IMAGE_SIZE, Jitter, load_split, render_many
 
@@ -76,13 +73,8 @@ def render_set(
         "color": rng.integers(len(COLORS), size=count, dtype=np.int32),
         "texture": rng.integers(len(TEXTURES), size=count, dtype=np.int32),
     }
-    images = render_many(
-        *(labels[each] for each in ATTRIBUTES),
-        split=split,
-        seed=seed,
-        jitter=jitter,
-        samples=samples,
-    )
+    columns = (labels[each] for each in ATTRIBUTES)
+    images = render_many(*columns, split=split, seed=seed, jitter=jitter, samples=samples)
     return images, labels
 
 
@@ -91,10 +83,9 @@ def _blur(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     for axis in (1, 2):
         padding = [(2, 2) if each == axis else (0, 0) for each in range(4)]
         padded = jnp.pad(images, padding, mode="edge")
-        shifts = [
+        first, second, middle, fourth, fifth = (
             jax.lax.slice_in_dim(padded, i, i + images.shape[axis], axis=axis) for i in range(5)
-        ]
-        first, second, middle, fourth, fifth = shifts
+        )
         images = (first + 4.0 * second + 6.0 * middle + 4.0 * fourth + fifth) / 16.0
     return images
 
@@ -152,15 +143,10 @@ def judge_step(graphdef, config: JudgeConfig, state, images, labels, key):
     return {"params": params, "average": average, "optimizer": optimizer}, metrics
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _predict(graphdef, params, images):
-    logits = nnx.merge(graphdef, params)(images)
-    return {name: jax.nn.softmax(values) for name, values in logits.items()}
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _features(graphdef, params, images):
-    return nnx.merge(graphdef, params).features(images)
+@partial(jax.jit, static_argnames=("graphdef", "features"))
+def _look(graphdef, params, images, *, features: bool = False):
+    model = nnx.merge(graphdef, params)
+    return model.features(images) if features else jax.tree.map(jax.nn.softmax, model(images))
 
 
 class Judge:
@@ -180,18 +166,17 @@ class Judge:
         `digit_probabilities` [N,10], `color_probabilities` [N,6] and
         `texture_probabilities` [N,3]. Raises ValueError for another shape or range.
         """
-        pixels = _as_pixels(images, self.config.image_size)
-        found = in_batches(partial(_predict, self.graphdef, self.params), pixels, _BATCH)
-        result: dict[str, np.ndarray] = {}
-        for name in ATTRIBUTES:
-            result[name] = found[name].argmax(-1)
-            result[name + "_probabilities"] = found[name]
-        return result
+        found = self._look(images)
+        classes = {name: found[name].argmax(-1) for name in ATTRIBUTES}
+        return classes | {f"{name}_probabilities": found[name] for name in ATTRIBUTES}
 
     def features(self, images: Any) -> Float[np.ndarray, "N F"]:
         """What its three heads read of images, which are those that it is called with."""
-        pixels = _as_pixels(images, self.config.image_size)
-        return in_batches(partial(_features, self.graphdef, self.params), pixels, _BATCH)
+        return self._look(images, features=True)
+
+    def _look(self, images: Any, **options: Any) -> Any:
+        look = partial(_look, self.graphdef, self.params, **options)
+        return in_batches(look, _as_pixels(images, self.config.image_size), _BATCH)
 
 
 def _as_pixels(images: Any, size: int) -> Float[np.ndarray, "N H W 3"]:
@@ -216,12 +201,8 @@ def train_judge(
     *,
     model_config: GlyphClassifierConfig | None = None,
     split: str = "judge",
-    report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Judge:
-    """Train a judge from scratch, a pure function of the config's seed on a given device.
-
-    `report(step, metrics)` is called every 100 steps.
-    """
+    """Train a judge from scratch, a pure function of the config's seed on a given device."""
     config = config or JudgeConfig()
     images, labels = render_set(split, config.renders, config.seed + 1, TRAINING_JITTER)
     model = GlyphClassifier(model_config or GlyphClassifierConfig(), rngs=nnx.Rngs(config.seed))
@@ -237,11 +218,8 @@ def train_judge(
     for step in range(config.steps):
         rows = order.integers(len(images), size=config.batch_size)
         batch = {name: values[rows] for name, values in labels.items()}
-        state, metrics = judge_step(
-            graphdef, config, state, images[rows], batch, jax.random.fold_in(key, step)
-        )
-        if report is not None and (step + 1) % 100 == 0:
-            report(step + 1, {name: float(value) for name, value in metrics.items()})
+        drawn = jax.random.fold_in(key, step)
+        state, _ = judge_step(graphdef, config, state, images[rows], batch, drawn)
     return Judge(nnx.merge(graphdef, state["average"]))
 
 
@@ -252,13 +230,11 @@ def measure_judge(
     images, labels = render_set(split, renders, seed)
     found = judge(images)
     right = {name: found[name] == labels[name] for name in ATTRIBUTES}
-    measured: dict[str, Any] = {
-        "split": split,
-        "handwritten_samples": len(images) // renders,
-        "images": len(images),
-    }
+    count = len(images)
+    samples = count // renders
+    measured: dict[str, Any] = {"split": split, "handwritten_samples": samples, "images": count}
     for name in ATTRIBUTES:
-        accuracy, low, high = rate(int(right[name].sum()), len(images))
+        accuracy, low, high = rate(int(right[name].sum()), count)
         measured[name] = {"accuracy": accuracy, "low": low, "high": high}
     measured["accuracy_of_digit"] = {
         str(digit): float(right["digit"][labels["digit"] == digit].mean())
@@ -274,7 +250,7 @@ def save_judge(judge: Judge, folder: str | Path, training: JudgeConfig | None = 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree_util.tree_leaves_with_path(judge.params)
-    tensors = {_name(path): np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in leaves}
+    tensors = {dotted(path): np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in leaves}
     (folder / WEIGHTS_FILE).write_bytes(save(tensors))
     record = {
         "_class_name": type(judge).__name__,
@@ -302,29 +278,8 @@ def load_judge(folder: str | Path) -> Judge:
     graphdef, state = nnx.split(abstract)
     tensors = load_file(folder / WEIGHTS_FILE)
     leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
-    expected = {_name(path): leaf.shape for path, leaf in leaves}
+    expected = {dotted(path): leaf.shape for path, leaf in leaves}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
         raise ValueError(f"{folder / WEIGHTS_FILE} does not hold the weights its config asks for")
-    params = jax.tree.unflatten(tree, [jnp.asarray(tensors[_name(path)]) for path, _ in leaves])
+    params = jax.tree.unflatten(tree, [jnp.asarray(tensors[dotted(path)]) for path, _ in leaves])
     return Judge(nnx.merge(graphdef, params), record["measured"])
-
-
-def _name(path: tuple) -> str:
-    return ".".join(str(entry.key) for entry in path)
-
-
-def main(arguments: list[str]) -> int:
-    """Train, measure and write the judge."""
-    if len(arguments) != 1:
-        print("usage: python -m conceptax.methods.glyphs.judge FOLDER", file=sys.stderr)
-        return 2
-    config = JudgeConfig()
-    judge = train_judge(config, report=lambda step, metrics: print(step, metrics, flush=True))
-    judge.measured = measure_judge(judge)
-    save_judge(judge, arguments[0], config)
-    print(json.dumps(judge.measured, indent=2))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -158,13 +158,8 @@ def caption_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of both towers.
 
-    Args:
-      static: structure, optimizer and scale.
-      state: parameters.
-      frozen: nothing.
-      batch: {image uint8 [B, H, W, 3]} and of its regions {cells [B, R, h, w], weights over the
-        image tower's map; tokens [B, R, L]; labels int [B, R, 3]; said bool [B, R, 3]}.
-      key: not used.
+    `batch` is {image uint8 [B, H, W, 3]} and of its regions {cells [B, R, h, w], weights over the
+    image tower's map; tokens [B, R, L]; labels int [B, R, 3]; said bool [B, R, 3]}.
     """
     del frozen, key
     labels, said, tokens = (
@@ -173,7 +168,7 @@ def caption_step(
     agree = (labels[:, None] == labels[None]) | ~said[None]  # [region, caption, attribute]
     true = agree.all(axis=-1).astype(jnp.float32)
 
-    def loss_of(params: Any) -> tuple[Array, tuple[Array, Array]]:
+    def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
         model = nnx.merge(static.graphdef, params)
         features = model.clip.visual.trunk(to_pixels(batch["image"], static.scale))[-1]
         pooled = jnp.einsum("bhwc,brhw->brc", features, batch["cells"])
@@ -181,10 +176,10 @@ def caption_step(
         attributes = attribute_loss(model.head(image * 8), labels, _SIZES)
         text = normalize(model.clip.encode_text(tokens))
         contrast = contrastive_loss(model.clip.temperature() * image @ text.T, true)
-        return contrast + attributes, (contrast, attributes)
+        loss = contrast + attributes
+        return loss, {"loss": loss, "contrast": contrast, "attributes": attributes}
 
-    (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    metrics = {"loss": loss, "contrast": parts[0], "attributes": parts[1]}
+    (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     return apply_gradients(state, gradients, static.optimizer), metrics
 
 
@@ -274,12 +269,8 @@ def zero_shot_accuracy(
 ) -> float:
     """How often an image of a single digit is nearest to one of its names, in percent.
 
-    Args:
-      clip, tokenizer: what is measured.
-      images: how many, of handwriting and crops that no training saw.
-      seed: of the images.
-      scale: how much they are enlarged.
-      digits: those that are shown; all ten are names to choose from.
+    The images, of handwriting and crops that no training saw, show `digits`; all ten are names to
+    choose from. They are enlarged `scale` times.
     """
     labels, pictures = _single_digits(tuple(digits), images, seed)
     vocabulary = vocabulary_of(range(DIGITS))

@@ -19,6 +19,8 @@ from .captions import COLORS, DIGIT_NAMES, TEXTURES, TRAIN_TEMPLATES, Prompt, pr
 from .judge import ATTRIBUTES
 from .world import held_out_combinations
 
+_DIGIT_OF = {name: digit for digit, names in enumerate(DIGIT_NAMES) for name in names}
+
 Draw = Callable[..., UInt8[np.ndarray, "N 64 64 3"]]
 Look = Callable[[Any], Mapping[str, np.ndarray]]
 
@@ -82,10 +84,9 @@ def examine(
 
 def digit_called(name: str) -> int:
     """The digit that a name stands for. Raises ValueError for none of the world's names."""
-    for digit, names in enumerate(DIGIT_NAMES):
-        if name in names:
-            return digit
-    raise ValueError(f"{name!r} names no digit of the glyphs world.")
+    if (digit := _DIGIT_OF.get(name)) is None:
+        raise ValueError(f"{name!r} names no digit of the glyphs world.")
+    return digit
 
 
 def attribute_called(name: str) -> tuple[str, int]:
@@ -97,14 +98,10 @@ def attribute_called(name: str) -> tuple[str, int]:
     for attribute, words in (("color", COLORS), ("texture", TEXTURES)):
         if name in words:
             return attribute, words.index(name)
-    try:
-        return "digit", digit_called(name)
-    except ValueError:
-        digits = [word for names in DIGIT_NAMES for word in names]
-        raise ValueError(
-            f"{name!r} is nothing that the glyphs world shows; that is "
-            f"{', '.join([*digits, *COLORS, *TEXTURES])}."
-        ) from None
+    if name not in _DIGIT_OF:
+        known = ", ".join([*_DIGIT_OF, *COLORS, *TEXTURES])
+        raise ValueError(f"{name!r} is nothing that the glyphs world shows; that is {known}.")
+    return "digit", _DIGIT_OF[name]
 
 
 def erasure_prompts(concept: str, images: int, seed: int) -> dict[str, list[Prompt]]:
@@ -115,10 +112,11 @@ def erasure_prompts(concept: str, images: int, seed: int) -> dict[str, list[Prom
     """
     digit = digit_called(concept)
     synonyms = [name for name in DIGIT_NAMES[digit] if name != concept]
+    others = [each for each in range(len(DIGIT_NAMES)) if each != digit]
     candidates = {
         "plain": prompts(digit=digit, name=concept),
         "synonyms": prompts(digit=digit, name=synonyms),
-        "others": prompts(digit=[each for each in range(len(DIGIT_NAMES)) if each != digit]),
+        "others": prompts(digit=others),
     }
     return {name: choose(each, images, seed, name_of) for name, each in candidates.items()}
 
@@ -137,9 +135,7 @@ def examine_all(
 def erasure_figures(found: Mapping[str, Findings], concept: str) -> dict[str, dict[str, Any]]:
     """`FIGURES`, each synonym on its own, and what stays of the prompts that ask for the concept.
 
-    Args:
-      found: findings of the sets of `erasure_prompts`.
-      concept: the erased word.
+    `found` are the findings of the sets of `erasure_prompts`.
     """
     digit = digit_called(concept)
     synonyms, others = found["synonyms"], found["others"]
@@ -153,9 +149,9 @@ def erasure_figures(found: Mapping[str, Findings], concept: str) -> dict[str, di
         "colors_where_asked": proportion(asked.right("color")),
         "textures_where_asked": proportion(asked.right("texture")),
     }
-    for name in dict.fromkeys(prompt.name for prompt in synonyms.prompts):
-        part = synonyms.of(lambda prompt, name=name: prompt.name == name)
-        figures[f"synonym {name}"] = proportion(part.digit == digit)
+    names = np.asarray([prompt.name for prompt in synonyms.prompts])
+    for name in dict.fromkeys(names.tolist()):
+        figures[f"synonym {name}"] = proportion(synonyms.digit[names == name] == digit)
     return figures
 
 
@@ -174,11 +170,10 @@ def quality_prompts(images: int, seed: int) -> dict[str, list[Prompt]]:
         for prompt in prompts(templates=[template])
         if DIGIT_NAMES[prompt.digit][prompt.name] in template.kinds
     ]
+    novel = [each for each in held_out if (each.digit, each.color, each.texture) in unseen]
     candidates = {
         "held-out wordings": held_out,
-        "unseen combinations": [
-            each for each in held_out if (each.digit, each.color, each.texture) in unseen
-        ],
+        "unseen combinations": novel,
         "training wordings": trained,
     }
     return {name: choose(each, images, seed, name_of) for name, each in candidates.items()}
@@ -191,25 +186,17 @@ def measure_quality(draw: Draw, judge: Look, *, images: int = 390, seed: int = 0
       for each set of `quality_prompts` the proportions of right digits, colors and textures, and
       those of digits `by_kind` of name and `by_digit`; with `images` and `seed`.
     """
+
+    def by(found: Findings, group: Callable[[Prompt], str]) -> dict[str, dict[str, Any]]:
+        """The proportion of right digits in every group of prompts."""
+        groups, right = np.asarray([group(each) for each in found.prompts]), found.right("digit")
+        return {each: proportion(right[groups == each]) for each in dict.fromkeys(groups.tolist())}
+
     sets: dict[str, Any] = {}
     for name, found in examine_all(draw, judge, quality_prompts(images, seed), seed=seed).items():
-        kinds = dict.fromkeys(DIGIT_NAMES[each.digit][each.name] for each in found.prompts)
-        digits = sorted({each.digit for each in found.prompts})
         sets[name] = {
             **{each: proportion(found.right(each)) for each in ATTRIBUTES},
-            "by_kind": {
-                kind: proportion(
-                    found.of(lambda p, kind=kind: DIGIT_NAMES[p.digit][p.name] == kind).right(
-                        "digit"
-                    )
-                )
-                for kind in kinds
-            },
-            "by_digit": {
-                str(digit): proportion(
-                    found.of(lambda p, digit=digit: p.digit == digit).right("digit")
-                )
-                for digit in digits
-            },
+            "by_kind": by(found, lambda prompt: DIGIT_NAMES[prompt.digit][prompt.name]),
+            "by_digit": dict(sorted(by(found, lambda prompt: str(prompt.digit)).items())),
         }
     return {"images_per_set": images, "seed": seed, "sets": sets}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.autoencoder_kl import AutoencoderKLConfig
 from ...flax_models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
@@ -31,8 +31,6 @@ from ..sampling.latents import to_unit
 from ..sampling.schedule import NoiseSchedule, add_noise, alphas_cumprod
 from ..settings import check_settings
 from ..training.state import TrainState, apply_gradients
-
-# CLIP's published pixel statistics, used by every CLIP checkpoint's image processor.
 
 AUTOENCODER = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 3,
@@ -68,27 +66,21 @@ SCHEDULER: Mapping[str, Any] = {
 }
 
 
-def clip_config(vocab_size: int, bos: Any, eos: Any, max_length: int) -> CLIPConfig:
-    """The small CLIP: both towers four layers of width 96."""
-    size: dict[str, Any] = {
-        "hidden_size": 96,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "projection_dim": 64,
-    }
-    return CLIPConfig(
-        text_config=CLIPTextConfig(
-            **size,
-            vocab_size=vocab_size,
-            max_position_embeddings=max_length,
-            bos_token_id=bos,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        ),
-        vision_config=CLIPVisionConfig(**size, image_size=64, patch_size=8),
-        projection_dim=64,
+def clip_config(tokenizer: Any) -> CLIPConfig:
+    """The small CLIP of a tokenizer: both towers four layers of width 96."""
+    layers: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4}
+    size: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 384, "projection_dim": 64}
+    text = CLIPTextConfig(
+        **size,
+        **layers,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
+    vision = CLIPVisionConfig(**size, **layers, image_size=64, patch_size=8)
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +113,9 @@ class Recipe:
         rate = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, warm_up, self.steps, 0.01 * self.learning_rate
         )
-        chain = [
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(rate, b2=0.99, weight_decay=self.weight_decay),
-        ]
-        return optax.chain(*chain, *([parameter_ema(self.ema)] if self.ema else []))
+        adamw = optax.adamw(rate, b2=0.99, weight_decay=self.weight_decay)
+        means = [parameter_ema(self.ema)] if self.ema else []
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw, *means)
 
 
 TEXT_RECIPE = Recipe(steps=1000, batch_size=256, learning_rate=1e-3, weight_decay=0.05)
@@ -162,11 +152,6 @@ def final_params(state: TrainState) -> Any:
     return means[0] if means else state.params
 
 
-def to_clip_pixels(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Bytes -> CLIP's normalized pixels."""
-    return (images.astype(jnp.float32) / 255.0 - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)
-
-
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """The static part of a step: the model's structure and the optimizer."""
@@ -186,11 +171,9 @@ class DenoisingStage(Stage):
 
 
 def contrastive_loss(logits: Float[Array, "N N"], true: Float[Array, "N N"]) -> Float[Array, ""]:
-    """Symmetric cross-entropy of image-text logits.
+    """Symmetric cross-entropy of image-text logits, images along the first axis.
 
-    Args:
-      logits: [N, N], images along the first axis.
-      true: 1 where caption j is true of image i; such pairs are positives together.
+    `true` is 1 where caption j is true of image i; such pairs are positives together.
     """
     loss = jnp.zeros(())
     for axis in (0, 1):
@@ -252,26 +235,19 @@ def contrastive_step(
 
     def loss_of(params):
         model = nnx.merge(static.graphdef, params, frozen)
-        image = model.clip.get_image_features(to_clip_pixels(batch["image"]))
+        pixels = batch["image"].astype(jnp.float32) / 255.0
+        pixels = (pixels - jnp.asarray(CLIP_MEAN)) / jnp.asarray(CLIP_STD)
+        image = model.clip.get_image_features(pixels)
         text = model.clip.get_text_features(batch["tokens"])
         attributes = attribute_loss(model.head(image), labels)
         image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
         logits = jnp.exp(model.clip.logit_scale[...]) * image @ text.T
         contrast = contrastive_loss(logits, same)
-        return contrast + attributes, (contrast, attributes)
+        loss = contrast + attributes
+        return loss, {"loss": loss, "contrast": contrast, "attributes": attributes}
 
-    (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    metrics = {"loss": loss, "contrast": parts[0], "attributes": parts[1]}
+    (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     return apply_gradients(state, gradients, static.optimizer), metrics
-
-
-def reconstruction_loss(
-    images: Float[Array, "B H W 3"], decoded: Float[Array, "B H W 3"]
-) -> Float[Array, ""]:
-    """Absolute error of the pixels plus that of their horizontal and vertical differences."""
-    error = decoded - images
-    edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
-    return jnp.abs(error).mean() + edges
 
 
 def autoencoder_step(
@@ -285,14 +261,14 @@ def autoencoder_step(
         vae = nnx.merge(static.graphdef, params)
         mean, logvar = vae.encode(images)
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        reconstruction = reconstruction_loss(images, vae.decode(latents))
+        error = vae.decode(latents) - images
+        edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
+        reconstruction = jnp.abs(error).mean() + edges
         divergence = 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar).mean()
-        return reconstruction + 1e-4 * divergence, (reconstruction, divergence)
+        loss = reconstruction + 1e-4 * divergence
+        return loss, {"loss": loss, "reconstruction": reconstruction, "divergence": divergence}
 
-    (loss, (reconstruction, divergence)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-        state.params
-    )
-    metrics = {"loss": loss, "reconstruction": reconstruction, "divergence": divergence}
+    (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     return apply_gradients(state, gradients, static.optimizer), metrics
 
 
@@ -303,18 +279,12 @@ def denoising_step(
     batch: Mapping[str, Array],
     key: PRNGKeyArray,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One UNet update.
+    """One UNet update on `batch` = {latent_mean, latent_std [B,16,16,4] scaled, tokens [B,L]}.
 
-    Args:
-      static: structures, optimizer, schedule.
-      state: the UNet's parameters.
-      frozen: {"text_encoder": its parameters, "empty": token ids [L] of the empty caption}.
-      batch: {latent_mean, latent_std [B,16,16,4] scaled, tokens [B,L]}.
-      key: this step's key.
+    `frozen` is {"text_encoder": its parameters, "empty": token ids [L] of the empty caption}.
     """
     draw, noise_key, time_key, drop_key = jax.random.split(key, 4)
-    mean = batch["latent_mean"].astype(jnp.float32)
-    std = batch["latent_std"].astype(jnp.float32)
+    mean, std = (batch[f"latent_{each}"].astype(jnp.float32) for each in ("mean", "std"))
     size = mean.shape[0]
     latents = mean + std * jax.random.normal(draw, mean.shape)
     noise = jax.random.normal(noise_key, mean.shape)

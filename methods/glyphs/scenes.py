@@ -67,9 +67,7 @@ class GlyphScenes:
                 f"{self.size} and {self.digits}."
             )
         if not set(self.among) <= set(self.digits):
-            raise ValueError(
-                f"among is taken from the digits {self.digits}, received {self.among}."
-            )
+            raise ValueError(f"among is taken from digits {self.digits}, received {self.among}.")
         load_split(self.split)
 
     things: frozenset[int] = dataclasses.field(default=frozenset(), init=False)
@@ -112,7 +110,7 @@ class GlyphScenes:
             digits[0] = rng.choice(self.among)
         colors, quarters = rng.permutation(len(COLORS)), rng.permutation(4)
         parts = zip(digits, colors[:count], quarters[:count], strict=True)
-        return [Figure(*(int(value) for value in part)) for part in parts]
+        return [Figure(*map(int, part)) for part in parts]
 
 
 def vocabulary_of(digits: Sequence[int]) -> Vocabulary:
@@ -130,12 +128,7 @@ def draw(
 ) -> Scene:
     """One scene; a pixel belongs to the last figure whose ink covers half of it.
 
-    Args:
-      rng: source of the handwriting, the places and the texture's crop.
-      figures: drawn in this order.
-      texture: index of the background.
-      digits: the classes, in order; textures follow.
-      split: whose handwriting.
+    `digits` are the classes, in order; textures follow. Handwriting is of `split`.
     """
     source = load_split(split)
     image = background(rng, texture, SCENE_SIZE)

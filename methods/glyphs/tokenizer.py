@@ -8,9 +8,7 @@ has the highest id, so pooling at the highest id and pooling at the first end of
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .captions import WORDS
@@ -25,9 +23,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def byte_symbols() -> list[str]:
     """The printable character that stands for each byte, in CLIP's vocabulary order."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(byte) for byte in visible] + [
-        chr(256 + extra) for extra in range(256 - len(visible))
-    ]
+    return [*map(chr, visible), *map(chr, range(256, 512 - len(visible)))]
 
 
 def _segment(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
@@ -80,33 +76,3 @@ def build_tokenizer(words: Sequence[str] = WORDS, max_length: int = MAX_LENGTH) 
         pad_token=END,
         model_max_length=max_length,
     )
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
-    """Write the folder that the fast tokenizer of transformers 5 and the slow one of 4 both read.
-
-    `save_pretrained` alone omits `vocab.json`, `merges.txt` and
-    `special_tokens_map.json`, which the slow one needs.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    vocabulary = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    _write(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False) + "\n")
-    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
-    _write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
-
-
-def whole_words(tokenizer: CLIPTokenizer) -> list[str]:
-    """The vocabulary's whole words and numbers, lower case, sorted (single letters count)."""
-    closed = [token.removesuffix("</w>") for token in tokenizer.get_vocab() if "</w>" in token]
-    return sorted(
-        word for word in closed if word.isascii() and word.isalnum() and word == word.lower()
-    )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
@@ -171,55 +172,19 @@ def ink(rng: np.random.Generator, spline: np.ndarray, jitter: Jitter) -> np.ndar
 def render(
     rng: np.random.Generator,
     spline: np.ndarray,
-    color: int,
+    color: int | np.ndarray,
     texture: int,
     *,
     jitter: Jitter | None = None,
 ) -> np.ndarray:
     """Draw one image, uint8 [64,64,3].
 
-    `spline` is a row of `Digits.splines`; `color` and `texture` index COLORS and
-    TEXTURES. Every random choice comes from `rng`.
+    `spline` is a row of `Digits.splines`; `color` and `texture` index COLORS and TEXTURES; in place
+    of a color may stand sRGB values in [0,1], [3] or [64,64,3]. All choices come from `rng`.
     """
-    return render_filled(rng, spline, COLOR_VALUES[color], texture, jitter=jitter)
-
-
-def render_filled(
-    rng: np.random.Generator,
-    spline: np.ndarray,
-    fill: np.ndarray,
-    texture: int,
-    *,
-    jitter: Jitter | None = None,
-) -> np.ndarray:
-    """As `render`, the digit filled with sRGB values in [0,1]: one color [3], or [64,64,3]."""
-    jitter = jitter or Jitter()
+    jitter, fill = jitter or Jitter(), COLOR_VALUES[color] if np.ndim(color) == 0 else color
     image, coverage = background(rng, texture), ink(rng, spline, jitter)
-    return to_bytes(paint(image, coverage, varied(rng, fill, jitter)))
-
-
-def render_video(
-    rng: np.random.Generator,
-    spline: np.ndarray,
-    color: int,
-    texture: int,
-    *,
-    frames: int,
-    speed: float = 1.5,
-    jitter: Jitter | None = None,
-) -> np.ndarray:
-    """A digit that crosses a texture, which stands still: uint8 [F,64,64,3].
-
-    It moves in a random direction, `speed` pixels a frame, and is in the middle of the image in
-    the middle of the video. The other arguments are those of `render`.
-    """
-    jitter = jitter or Jitter()
-    image, coverage = background(rng, texture), ink(rng, spline, jitter)
-    fill = varied(rng, COLOR_VALUES[color], jitter)
-    angle = rng.uniform(0, 2 * np.pi)
-    step = speed * np.array([np.sin(angle), np.cos(angle)])
-    moved = (ndimage.shift(coverage, (n - (frames - 1) / 2) * step, order=1) for n in range(frames))
-    return np.stack([to_bytes(paint(image, each, fill)) for each in moved])
+    return to_bytes(paint(image, coverage, varied(rng, np.asarray(fill), jitter)))
 
 
 def varied(rng: np.random.Generator, fill: np.ndarray, jitter: Jitter) -> np.ndarray:
@@ -261,10 +226,8 @@ def render_many(
     named sample shows another digit.
     """
     if not len(digits) == len(colors) == len(textures):
-        raise ValueError(
-            "render_many needs as many digits as colors and textures, got "
-            f"{len(digits)}, {len(colors)} and {len(textures)}"
-        )
+        counts = f"{len(digits)}, {len(colors)} and {len(textures)}"
+        raise ValueError(f"render_many needs as many digits as colors and textures, got {counts}")
     source = load_split(split)
     if samples is not None and not np.array_equal(source.labels[np.asarray(samples)], digits):
         raise ValueError("the named samples do not show the named digits")
@@ -272,10 +235,9 @@ def render_many(
     for index in range(len(digits)):
         rng = _generator(seed, split, index)
         drawn = rng.choice(source.of(int(digits[index])))
-        sample = drawn if samples is None else samples[index]
-        images[index] = render(
-            rng, source.splines[sample], int(colors[index]), int(textures[index]), jitter=jitter
-        )
+        spline = source.splines[drawn if samples is None else samples[index]]
+        color, texture = int(colors[index]), int(textures[index])
+        images[index] = render(rng, spline, color, texture, jitter=jitter)
     return images
 
 
@@ -296,12 +258,7 @@ def held_out_combinations() -> frozenset[tuple[int, int, int]]:
 @functools.cache
 def seen_combinations() -> tuple[tuple[int, int, int], ...]:
     """The 150 triples the generator is trained on, sorted."""
-    every = (
-        (digit, color, texture)
-        for digit in range(DIGITS)
-        for color in range(len(COLORS))
-        for texture in range(len(TEXTURES))
-    )
+    every = itertools.product(range(DIGITS), range(len(COLORS)), range(len(TEXTURES)))
     return tuple(triple for triple in every if triple not in held_out_combinations())
 
 
@@ -310,8 +267,8 @@ class GlyphWorld:
 
     `size` images of `split`, each a pure function of (seed, split, index). The generator's
     split leaves out `held_out_combinations()`; the judge's two hold every combination.
-    An item is a dict: `image` uint8 [64,64,3], `caption` str, the integers `digit`,
-    `color`, `texture` (indices) and `sample`, the position in scikit-learn's data set.
+    An item is a dict: `image` uint8 [64,64,3], `caption` str, the integers `digit`, `color`,
+    `texture` (indices) and `sample`, the position in scikit-learn's data set.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0):
@@ -333,19 +290,12 @@ class GlyphWorld:
         rng = _generator(self.seed, self.split, index)
         if self.split == "generator":
             triples = seen_combinations()
-            digit, color, texture = triples[rng.integers(len(triples))]
+            shown = triples[rng.integers(len(triples))]
         else:
-            digit = int(rng.integers(DIGITS))
-            color = int(rng.integers(len(COLORS)))
-            texture = int(rng.integers(len(TEXTURES)))
+            shown = tuple(int(rng.integers(each)) for each in (DIGITS, len(COLORS), len(TEXTURES)))
+        digit, color, texture = shown
         source = load_split(self.split)
         sample = int(rng.choice(source.of(digit)))
         image = render(rng, source.splines[sample], color, texture)
-        return {
-            "image": image,
-            "caption": caption(rng, digit, color, texture),
-            "digit": digit,
-            "color": color,
-            "texture": texture,
-            "sample": int(source.ids[sample]),
-        }
+        item = {"image": image, "caption": caption(rng, *shown), "sample": int(source.ids[sample])}
+        return item | {"digit": digit, "color": color, "texture": texture}

@@ -9,13 +9,7 @@ from .flow_matching import FlowMatchSchedule, flow_euler_sampler
 from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
 from .linear import LinearSampler
 from .multistep import dpm_sampler, unipc_sampler
-from .schedule import (
-    NoiseSchedule,
-    add_noise,
-    alphas_cumprod,
-    training_target,
-    velocity,
-)
+from .schedule import NoiseSchedule, add_noise, alphas_cumprod, training_target, velocity
 
 Sampler = LinearSampler
 
@@ -46,20 +40,16 @@ def make_sampler(
     """The tables of one sampling run over this schedule.
 
     Args:
-        schedule: the model's noise schedule.
-        kind: one of `SAMPLER_KINDS`; by default that of the schedule's configuration, and DDIM
-            for a PNDMScheduler, which shares its betas but not its steps. Required where the
-            configuration is of a class whose steps are not known.
-        num_inference_steps: model evaluations per sample.
-        eta: DDIM's fresh noise, 0 (none) to 1 (DDPM).
-        s_churn: Euler's fresh noise over the whole run, 0 for none.
-
-    Returns:
-        a pytree with `timesteps`, `init_noise_sigma`, `stochastic`, `scale(x, i)`, `memory(x)` and
-        `advance(x, output, i, noise, memory)`, which gives the next x and memory.
+      schedule: the model's noise schedule.
+      kind: one of `SAMPLER_KINDS`; by default that of the schedule's configuration, and DDIM for a
+        PNDMScheduler, which shares its betas but not its steps. Required where the configuration
+        is of a class whose steps are not known.
+      num_inference_steps: model evaluations per sample.
+      eta: DDIM's fresh noise, 0 (none) to 1 (DDPM).
+      s_churn: Euler's fresh noise over the whole run, 0 for none.
 
     Raises:
-        ValueError: an unknown kind, a setting that belongs to another kind, or too many steps.
+      ValueError: an unknown kind, a setting that belongs to another kind, or too many steps.
     """
     if kind is None and (closest := schedule.closest_sampler) is not None:
         raise ValueError(

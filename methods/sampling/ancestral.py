@@ -23,7 +23,7 @@ def ddpm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSam
     or β ("fixed_large"). No noise is added at t = 0.
 
     Raises:
-        ValueError: a step count or variance that is not supported, or an ε-model at zero signal.
+      ValueError: a step count or variance that is not supported, or an ε-model at zero signal.
     """
     if schedule.variance_type == "fixed_large_log":
         raise ValueError(
@@ -58,7 +58,7 @@ def euler_ancestral_sampler(schedule: NoiseSchedule, num_inference_steps: int) -
     carries noise of standard deviation σ, as in `euler`.
 
     Raises:
-        ValueError: a step count that the schedule does not allow, or a model that predicts x₀.
+      ValueError: a step count that the schedule does not allow, or a model that predicts x₀.
     """
     if schedule.prediction_type == "sample":
         raise ValueError(
@@ -95,7 +95,7 @@ def lcm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSamp
     on, `original_inference_steps` of them.
 
     Raises:
-        ValueError: more steps than the model was distilled on, or an ε-model at zero signal.
+      ValueError: more steps than the model was distilled on, or an ε-model at zero signal.
     """
     original, count = schedule.original_inference_steps, schedule.num_train_timesteps
     if not 1 <= num_inference_steps <= min(original, count):

@@ -19,8 +19,8 @@ def ddim_sampler(
     """Tables of a DDIM run; `eta` in [0, 1] scales the fresh noise of each step.
 
     Raises:
-        ValueError: `eta` outside [0, 1]; step counts the schedule does not allow; an ε-model at
-            zero signal (`rescale_betas_zero_snr`), where x₀ is undefined.
+      ValueError: `eta` outside [0, 1]; step counts the schedule does not allow; an ε-model at zero
+        signal (`rescale_betas_zero_snr`), where x₀ is undefined.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM); got {eta}.")

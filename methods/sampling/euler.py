@@ -32,7 +32,7 @@ def euler_sampler(
     [s_tmin, s_tmax] and scaled by `s_noise` (arXiv 2206.00364, algorithm 2).
 
     Raises:
-        ValueError: `s_churn` negative, or step counts the schedule does not allow.
+      ValueError: `s_churn` negative, or step counts the schedule does not allow.
     """
     if s_churn < 0:
         raise ValueError(f"s_churn must not be negative; got {s_churn}.")

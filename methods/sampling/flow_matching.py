@@ -63,7 +63,7 @@ class FlowMatchSchedule:
         """Reads the dictionary of a diffusers `scheduler_config.json`.
 
         Raises:
-            ValueError: another class, an unknown setting, or a value that is not supported.
+          ValueError: another class, an unknown setting, or a value that is not supported.
         """
         if (name := config.get("_class_name", _CLASS)) != _CLASS:
             raise ValueError(f"a flow's schedule is of the class {_CLASS}; got {name!r}.")
@@ -82,9 +82,8 @@ class FlowMatchSchedule:
 
     def mu_of(self, tokens: int) -> float:
         """The exponent of the shift for an image of so many tokens, linear between the two ends."""
-        slope = (self.max_shift - self.base_shift) / (
-            self.max_image_seq_len - self.base_image_seq_len
-        )
+        length = self.max_image_seq_len - self.base_image_seq_len
+        slope = (self.max_shift - self.base_shift) / length
         return self.base_shift + slope * (tokens - self.base_image_seq_len)
 
 
@@ -94,12 +93,12 @@ def flow_euler_sampler(
     """Tables of an Euler run over a flow.
 
     Args:
-        schedule: settings.
-        num_inference_steps: n.
-        mu: of the dynamic shift, required exactly when the schedule asks for one.
+      schedule: settings.
+      num_inference_steps: n.
+      mu: of the dynamic shift, required exactly when the schedule asks for one.
 
     Raises:
-        ValueError: a step count below 1, or `mu` missing or given in vain.
+      ValueError: a step count below 1, or `mu` missing or given in vain.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}.")
@@ -123,14 +122,7 @@ def flow_euler_sampler(
     sigmas = shifted(np.linspace(high, low, num_inference_steps))
     if schedule.shift_terminal:
         sigmas = 1 - (1 - sigmas) * (1 - schedule.shift_terminal) / (1 - sigmas[-1])
-    again = respaced(
-        float(sigmas[0]),
-        float(sigmas[-1]),
-        num_inference_steps,
-        karras=schedule.use_karras_sigmas,
-        exponential=schedule.use_exponential_sigmas,
-        beta=schedule.use_beta_sigmas,
-    )
+    again = respaced(schedule, float(sigmas[0]), float(sigmas[-1]), num_inference_steps)
     sigma = (sigmas if again is None else again).astype(np.float32)
     after = np.append(sigma[1:], 0).astype(np.float64)
     common = {"timesteps": sigma * count, "estimate": (1.0, -sigma.astype(np.float64), 1.0)}

@@ -56,10 +56,10 @@ def noised_latents(
     """What the denoising loss compares: latents at random times, the times, and the targets.
 
     Args:
-        schedule: of the noise; its prediction type decides what the target is.
-        latents: of images, scaled.
-        key: of the times and the noise.
-        lowest, highest: times are drawn from [lowest, highest).
+      schedule: of the noise; its prediction type decides what the target is.
+      latents: of images, scaled.
+      key: of the times and the noise.
+      lowest, highest: times are drawn from [lowest, highest).
     """
     time_key, noise_key = jax.random.split(key)
     times = jax.random.randint(time_key, (latents.shape[0],), lowest, highest)
@@ -71,14 +71,9 @@ def noised_latents(
 def noise_latents(
     key: PRNGKeyArray, size: int, shape: tuple[int, int, int], timesteps: int, lowest: float
 ) -> tuple[Float[Array, "B h w C"], Int[Array, " B"]]:
-    """Unit normal noise, and times in the upper part of the schedule, where noise is in place.
+    """Unit normal noise for B = `size` latents of [h, w, C] = `shape`, and times of its place.
 
-    Args:
-        key: of both.
-        size: B.
-        shape: [h, w, C] of a latent.
-        timesteps: number of training timesteps.
-        lowest: the least time, as a fraction of them.
+    Those lie in the upper part of the schedule: from `lowest`, a fraction, to 1 of `timesteps`.
     """
     first, second = jax.random.split(key)
     times = jax.random.randint(first, (size,), int(lowest * timesteps), timesteps)
@@ -97,13 +92,13 @@ def denoise_until(
     """Unit normal noise after the first `count` guided steps: latents at `timesteps[count]`.
 
     Args:
-        model: `(latents, time, text states) -> prediction`.
-        sampler: deterministic tables.
-        noise: where to start.
-        count: number of steps; may be traced.
-        condition, negative: text states [B, L, D] of the prompts and [L, D] of what guidance steers
-            away from, or what else the model reads of texts.
-        guidance: g in e(negative) + g (e(condition) - e(negative)).
+      model: `(latents, time, text states) -> prediction`.
+      sampler: deterministic tables.
+      noise: where to start.
+      count: number of steps; may be traced.
+      condition, negative: text states [B, L, D] of the prompts and [L, D] of what guidance steers
+        away from, or what else the model reads of texts.
+      guidance: g in e(negative) + g (e(condition) - e(negative)).
     """
     context = jax.tree.map(
         lambda without, text: jnp.concatenate([jnp.broadcast_to(without, text.shape), text]),

@@ -18,8 +18,6 @@ next.  Samples are `[B, *X, C]`, float32.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,22 +30,11 @@ from .schedule import NoiseSchedule, Table
 Memory = tuple[Float[Array, "K B *X C"], Float[Array, "B *X C"] | None]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "timesteps",
-        "init_noise_sigma",
-        "input_scale",
-        "estimate",
-        "correct",
-        "correct_weights",
-        "keep",
-        "output_weight",
-        "weights",
-        "noise_scale",
-    ],
-    meta_fields=["clip_range", "threshold", "corrects", "stochastic"],
-)
+def _static() -> Any:
+    return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearSampler:
     """Tables of one run of n steps that remembers K estimates; a pytree."""
@@ -62,10 +49,10 @@ class LinearSampler:
     output_weight: Table  # [n]: q_i
     weights: Table  # [n, K]: w_i0 (newest) to w_i,K-1
     noise_scale: Table  # [n]: s_i
-    clip_range: float | None  # estimates are clipped to ± this
-    threshold: tuple[float, float] | None  # dynamic thresholding: (quantile, largest value)
-    corrects: bool  # whether there is a corrector
-    stochastic: bool  # `advance` needs noise
+    clip_range: float | None = _static()  # estimates are clipped to ± this
+    threshold: tuple[float, float] | None = _static()  # dynamic: (quantile, largest value)
+    corrects: bool = _static()  # whether there is a corrector
+    stochastic: bool = _static()  # `advance` needs noise
 
     @property
     def num_steps(self) -> int:
@@ -93,7 +80,7 @@ class LinearSampler:
         """Step i: from x, the model's output there and the memory to the next x and memory.
 
         Raises:
-            ValueError: noise missing, or given to a deterministic run.
+          ValueError: noise missing, or given to a deterministic run.
         """
         if (noise is not None) != self.stochastic:
             raise ValueError(
@@ -101,21 +88,16 @@ class LinearSampler:
                 if self.stochastic
                 else "This sampler takes no noise; pass noise=None."
             )
-        row: Mapping[str, Any] = {
-            name: jnp.asarray(getattr(self, name))[i]
-            for name in (
-                "estimate",
-                "correct",
-                "correct_weights",
-                "keep",
-                "output_weight",
-                "weights",
-                "noise_scale",
-            )
-        }
+        # the tables' rows of this step
+        (of_x, of_output, divisor), correct, correct_weights = (
+            jnp.asarray(each)[i] for each in (self.estimate, self.correct, self.correct_weights)
+        )
+        keep, output_weight, weights, noise_scale = (
+            jnp.asarray(each)[i]
+            for each in (self.keep, self.output_weight, self.weights, self.noise_scale)
+        )
         x, output = x.astype(jnp.float32), output.astype(jnp.float32)
         before, last = memory
-        of_x, of_output, divisor = row["estimate"]
         estimate = (of_x * x + of_output * output) / divisor
         if self.threshold is not None:
             estimate = dynamic_threshold(estimate, *self.threshold)
@@ -124,13 +106,13 @@ class LinearSampler:
         known = jnp.concatenate([estimate[None], before])
 
         if last is not None:
-            x = row["correct"][0] * x + row["correct"][1] * last
-            x = x + jnp.tensordot(row["correct_weights"], known, 1)
+            x = correct[0] * x + correct[1] * last
+            x = x + jnp.tensordot(correct_weights, known, 1)
             last, known = x, known[:-1]
-        x = row["keep"] * x + row["output_weight"] * output
-        x = x + jnp.tensordot(row["weights"], known, 1)
+        x = keep * x + output_weight * output
+        x = x + jnp.tensordot(weights, known, 1)
         if noise is not None:
-            x = x + row["noise_scale"] * noise.astype(jnp.float32)
+            x = x + noise_scale * noise.astype(jnp.float32)
         kept = known if self.corrects else known[:-1]
         return x, (kept, last)
 
@@ -153,15 +135,12 @@ def linear_sampler(
     """Tables from coefficients: arrays over the n steps, or values that all steps share.
 
     Args:
-        timesteps: [n].
-        estimate: a, b and d.
-        keep: p.
-        weights: [n, K], or [n] where K is 1.
-        output_weight: q.
-        init_noise_sigma, input_scale: of x.
-        correct, correct_weights: [n, 2] and [n, K + 1] of a corrector; None is none.
-        noise_scale: s; None takes no noise.
-        clip_range, threshold: of the estimates.
+      timesteps: [n].
+      estimate, keep, output_weight, init_noise_sigma, input_scale: a, b and d; p; q; of x.
+      weights: [n, K], or [n] where K is 1.
+      correct, correct_weights: [n, 2] and [n, K + 1] of a corrector; None is none.
+      noise_scale: s; None takes no noise.
+      clip_range, threshold: of the estimates.
     """
     n = len(timesteps)
 
@@ -197,17 +176,13 @@ def estimate_of(
     *,
     bounded: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """a, b and d of x = signal x0 + sigma e, for what the model predicts.
+    """a, b and d of x = signal x0 + sigma e [n], for what the model predicts.
 
-    Args:
-        schedule: settings.
-        signal, sigma: [n].
-        timesteps: [n].
-        bounded: whether estimates are clipped, also those of an ε-model at zero signal, which are
-            infinite.
+    `bounded` says whether estimates are clipped, also those of an ε-model at zero signal, which are
+    infinite.
 
     Raises:
-        ValueError: an ε-model at zero signal, where x₀ is undefined, and nothing bounds it.
+      ValueError: an ε-model at zero signal, where x₀ is undefined, and nothing bounds it.
     """
     if schedule.prediction_type == "sample":
         return 0.0, 1.0, 1.0
@@ -223,12 +198,7 @@ def estimate_of(
 
 
 def clipping(schedule: NoiseSchedule, *, default: bool) -> dict[str, Any]:
-    """What the schedule says of clipping, as arguments of `linear_sampler`.
-
-    Args:
-        schedule: settings.
-        default: whether the sampler clips where they are silent.
-    """
+    """What the schedule says of clipping, as arguments of `linear_sampler`; else the default."""
     clips = default if schedule.clip_sample is None else schedule.clip_sample
     if schedule.thresholding:
         ratio, largest = schedule.dynamic_thresholding_ratio, schedule.sample_max_value

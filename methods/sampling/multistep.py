@@ -25,7 +25,7 @@ def dpm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSamp
     ("midpoint"; "heun" weighs the difference otherwise). "sde-dpmsolver++" adds noise.
 
     Raises:
-        ValueError: a step count or setting that is not supported.
+      ValueError: a step count or setting that is not supported.
     """
     solver = _checked_solver(schedule, orders=(1, 2), own=("midpoint", "heun"))
     cosine = schedule.beta_schedule == "squaredcos_cap_v2"
@@ -57,14 +57,8 @@ def dpm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSamp
             length = 2 * h if sde else h
             second = alpha[i + 1] * ((decay - 1) / length + 1) / ratio
         weights[i] += second, -second
-    return linear_sampler(
-        timesteps=timesteps,
-        estimate=estimate_of(schedule, alpha[:-1], noise[:-1], timesteps),
-        keep=keep,
-        weights=weights,
-        noise_scale=scale if sde else None,
-        **_thresholding(schedule),
-    )
+    common = _common(schedule, alpha, noise, timesteps)
+    return linear_sampler(**common, keep=keep, weights=weights, noise_scale=scale if sde else None)
 
 
 def unipc_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSampler:
@@ -73,7 +67,7 @@ def unipc_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSa
     Each step first corrects x with the new estimate (UniC), then predicts the next x (UniP).
 
     Raises:
-        ValueError: a step count or setting that is not supported.
+      ValueError: a step count or setting that is not supported.
     """
     solver = _checked_solver(schedule, orders=(1, 2, 3), own=("bh2", "bh1"))
     if not schedule.predict_x0:
@@ -101,14 +95,9 @@ def unipc_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSa
         keep[i], gain, differences = _unified(solver, alpha, noise, lam, i, before, False)
         weights[i, 0] = gain - differences.sum()
         weights[i, 1:before] = differences
+    common = _common(schedule, alpha, noise, timesteps)
     return linear_sampler(
-        timesteps=timesteps,
-        estimate=estimate_of(schedule, alpha[:-1], noise[:-1], timesteps),
-        keep=keep,
-        weights=weights,
-        correct=correct,
-        correct_weights=correct_weights,
-        **_thresholding(schedule),
+        **common, keep=keep, weights=weights, correct=correct, correct_weights=correct_weights
     )
 
 
@@ -178,8 +167,13 @@ def _levels(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return alpha, sigmas * alpha, -np.log(sigmas)
 
 
-def _thresholding(schedule: NoiseSchedule) -> dict:
-    return clipping(schedule, default=False) if schedule.thresholding else {}
+def _common(
+    schedule: NoiseSchedule, alpha: np.ndarray, noise: np.ndarray, timesteps: np.ndarray
+) -> dict:
+    """What both solvers give `linear_sampler` alike."""
+    estimate = estimate_of(schedule, alpha[:-1], noise[:-1], timesteps)
+    clips = clipping(schedule, default=False) if schedule.thresholding else {}
+    return {"timesteps": timesteps, "estimate": estimate, **clips}
 
 
 def _timesteps_and_sigmas(

@@ -25,111 +25,54 @@ from jaxtyping import Array, Float, Int
 # A host or device array: the leaves of a sampler, which is a pytree, may be either, or tracers.
 Table = Any
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-INTERPOLATION_TYPES = ("linear", "log_linear")
-FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
-TIMESTEP_TYPES = ("discrete", "continuous")
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+# The values that settings take.
+_ACCEPTED: Mapping[str, tuple[str | None, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": (None, "leading", "trailing", "linspace"),
+    "interpolation_type": ("linear", "log_linear"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "timestep_type": ("discrete", "continuous"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 # The settings each diffusers class takes; every class also takes `_COMMON`.
-_COMMON = frozenset(
-    {
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "timestep_spacing",
-        "steps_offset",
-    }
-)
-_CLIPPING = frozenset(
-    {
-        "clip_sample",
-        "clip_sample_range",
-        "thresholding",
-        "dynamic_thresholding_ratio",
-        "sample_max_value",
-    }
-)
-_SPACED_SIGMAS = frozenset(
-    {
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "final_sigmas_type",
-        "rescale_betas_zero_snr",
-    }
-)
-_SOLVER = (
-    _COMMON
-    | _SPACED_SIGMAS
-    | frozenset(
-        {
-            "solver_order",
-            "solver_type",
-            "lower_order_final",
-            "thresholding",
-            "dynamic_thresholding_ratio",
-            "sample_max_value",
-            "use_flow_sigmas",
-        }
-    )
-)
+_BETAS = ("beta_schedule", "beta_start", "beta_end")
+_COMMON = _names("num_train_timesteps trained_betas prediction_type timestep_spacing steps_offset")
+_COMMON |= set(_BETAS)
+_THRESHOLDING = _names("thresholding dynamic_thresholding_ratio sample_max_value")
+_CLIPPING = _THRESHOLDING | _names("clip_sample clip_sample_range")
+_SIGMAS = _names("use_karras_sigmas use_exponential_sigmas use_beta_sigmas final_sigmas_type")
+_SIGMAS |= {"rescale_betas_zero_snr"}
+_SOLVER = _SIGMAS | _THRESHOLDING | _names("solver_order solver_type lower_order_final")
+_SOLVER |= {"use_flow_sigmas"}
 _CLASS_SETTINGS = {
-    "DDIMScheduler": _COMMON | _CLIPPING | {"set_alpha_to_one", "rescale_betas_zero_snr"},
-    "EulerDiscreteScheduler": _COMMON
-    | _SPACED_SIGMAS
-    | {
-        "interpolation_type",
-        "sigma_min",
-        "sigma_max",
-        "timestep_type",
-    },
-    "EulerAncestralDiscreteScheduler": _COMMON | {"rescale_betas_zero_snr"},
+    "DDIMScheduler": _CLIPPING | _names("set_alpha_to_one rescale_betas_zero_snr"),
+    "EulerDiscreteScheduler": _SIGMAS
+    | _names("interpolation_type sigma_min sigma_max timestep_type"),
+    "EulerAncestralDiscreteScheduler": _names("rescale_betas_zero_snr"),
     "DPMSolverMultistepScheduler": _SOLVER
-    | {
-        "algorithm_type",
-        "euler_at_final",
-        "use_lu_lambdas",
-        "lambda_min_clipped",
-    },
-    "UniPCMultistepScheduler": _SOLVER
-    | {
-        "predict_x0",
-        "disable_corrector",
-        "sigma_min",
-        "sigma_max",
-    },
-    "LCMScheduler": _COMMON
-    | _CLIPPING
-    | {
-        "original_inference_steps",
-        "set_alpha_to_one",
-        "timestep_scaling",
-        "rescale_betas_zero_snr",
-    },
-    "PNDMScheduler": _COMMON | {"set_alpha_to_one"},
-    "DDPMScheduler": _COMMON | _CLIPPING | {"rescale_betas_zero_snr", "variance_type"},
+    | _names("algorithm_type euler_at_final use_lu_lambdas lambda_min_clipped"),
+    "UniPCMultistepScheduler": _SOLVER | _names("predict_x0 disable_corrector sigma_min sigma_max"),
+    "LCMScheduler": _CLIPPING
+    | _names("original_inference_steps set_alpha_to_one timestep_scaling rescale_betas_zero_snr"),
+    "PNDMScheduler": _names("set_alpha_to_one"),
+    "DDPMScheduler": _CLIPPING | _names("rescale_betas_zero_snr variance_type"),
 }
-_CLASS_SETTINGS |= {
-    "DDIMParallelScheduler": _CLASS_SETTINGS["DDIMScheduler"],
-    "DDPMParallelScheduler": _CLASS_SETTINGS["DDPMScheduler"],
-}
+_CLASS_SETTINGS = {name: _COMMON | own for name, own in _CLASS_SETTINGS.items()}
+for _name in ("DDIM", "DDPM"):
+    _CLASS_SETTINGS[f"{_name}ParallelScheduler"] = _CLASS_SETTINGS[f"{_name}Scheduler"]
 # Where the betas of a class, which belong to the model, differ from those below by default.
+_HEUN = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 _HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _LCM_BETAS = _HEUN_BETAS | {"beta_schedule": "scaled_linear"}
-_CLASS_BETAS = {
-    "LCMScheduler": _LCM_BETAS,
-    "TCDScheduler": _LCM_BETAS,
-    "HeunDiscreteScheduler": _HEUN_BETAS,
-    "KDPM2DiscreteScheduler": _HEUN_BETAS,
-    "KDPM2AncestralDiscreteScheduler": _HEUN_BETAS,
-    "DPMSolverSDEScheduler": _HEUN_BETAS,
-}
+_CLASS_BETAS = {f"{name}Scheduler": _HEUN_BETAS for name in _HEUN}
+_CLASS_BETAS |= {f"{name}Scheduler": _LCM_BETAS for name in ("LCM", "TCD")}
 # Classes whose steps are not ported -> the sampler that is closest; they have betas by default.
 _CLOSEST = {
     "DEISMultistepScheduler": "dpm++",
@@ -149,25 +92,15 @@ _FOREIGN_SOLVERS = (
     ("algorithm_type", "data_prediction"),
     ("algorithm_type", "noise_prediction"),
 )
-_BETAS = ("beta_schedule", "beta_start", "beta_end")
 # Settings of other samplers' steps, which change nothing here, and the values for which that is
 # true; None stands for all.
-_INERT = {
-    "skip_prk_steps": None,  # PNDM's Runge-Kutta warm-up
+_INERT: Mapping[str, tuple[Any, ...] | None] = {
     "solver_p": (None,),  # another scheduler in the predictor's place
     "snr_shift_scale": (None, 1, 1.0),  # changes the table of betas
-    "predictor_order": None,
-    "corrector_order": None,
-    "tau_func": None,  # SA-Solver
-    # of use_flow_sigmas, which the solvers refuse
-    "flow_shift": None,
-    "use_dynamic_shifting": None,
-    "time_shift_type": None,
-    "shift_terminal": None,
-    "noise_sampler_seed": None,
-    "eta": None,
-    "num_inference_steps": None,
-    "tensor_format": None,
+    # PNDM's warm-up, SA-Solver's orders, and what belongs to use_flow_sigmas, which solvers refuse
+    **dict.fromkeys(_names("skip_prk_steps predictor_order corrector_order tau_func")),
+    **dict.fromkeys(_names("flow_shift use_dynamic_shifting time_shift_type shift_terminal")),
+    **dict.fromkeys(_names("noise_sampler_seed eta num_inference_steps tensor_format")),
 }
 
 
@@ -230,14 +163,8 @@ class NoiseSchedule:
     inert: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        _require("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        _require("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        if self.timestep_spacing is not None:
-            _require("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
-        _require("interpolation_type", self.interpolation_type, INTERPOLATION_TYPES)
-        _require("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
-        _require("timestep_type", self.timestep_type, TIMESTEP_TYPES)
-        _require("variance_type", self.variance_type, (None, *VARIANCE_TYPES))
+        for name, accepted in _ACCEPTED.items():
+            _require(name, getattr(self, name), accepted)
         if self.num_train_timesteps < 1:
             raise ValueError(
                 f"num_train_timesteps must be at least 1; got {self.num_train_timesteps}."
@@ -265,8 +192,8 @@ class NoiseSchedule:
         ignored.
 
         Raises:
-            ValueError: a class without betas, an unknown setting of a known class, or a value that
-                is not supported.
+          ValueError: a class without betas, an unknown setting of a known class, or a value that is
+            not supported.
         """
         scheduler_class = config.get("_class_name") or "DDIMScheduler"
         if not isinstance(scheduler_class, str):
@@ -291,14 +218,14 @@ class NoiseSchedule:
                 _require("prediction_type", config.get("prediction_type", predicted), (predicted,))
                 settings["prediction_type"] = predicted
             elif name in _INERT:
-                if (accepted := _INERT[name]) is not None:
-                    _require(name, value, accepted)
+                _require(name, value, _INERT[name])
                 inert.append((name, _frozen(value)))
             elif name in ("scheduler_class", "inert") or name not in fields:
                 if not foreign:
+                    known = sorted(frozenset().union(*_CLASS_SETTINGS.values(), _INERT))
                     raise ValueError(
                         f"Unknown scheduler setting {name}={value!r} for {scheduler_class}; known "
-                        f"are {', '.join(sorted(_all_settings()))}. Remove it if it has no effect."
+                        f"are {', '.join(known)}. Remove it if it has no effect."
                     )
                 inert.append((name, _frozen(value)))
             elif name == "trained_betas":
@@ -359,12 +286,8 @@ class _Settings(tuple):
     __slots__ = ()
 
 
-def _all_settings() -> frozenset[str]:
-    return frozenset().union(*_CLASS_SETTINGS.values(), _INERT)
-
-
-def _require(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
-    if value not in accepted:
+def _require(name: str, value: Any, accepted: tuple[Any, ...] | None) -> None:
+    if accepted is not None and value not in accepted:
         raise ValueError(
             f"{name}={value!r} is not supported; accepted: {', '.join(map(repr, accepted))}."
         )
@@ -428,10 +351,8 @@ def _betas(schedule: NoiseSchedule) -> np.ndarray:
         def alpha_bar(time: float) -> float:
             return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
-        betas = np.asarray(
-            [1 - alpha_bar((i + 1) / count) / alpha_bar(i / count) for i in range(count)],
-        )
-        betas = np.minimum(betas, 0.999).astype(np.float32)
+        steps = [1 - alpha_bar((i + 1) / count) / alpha_bar(i / count) for i in range(count)]
+        betas = np.minimum(np.asarray(steps), 0.999).astype(np.float32)
     return _rescale_zero_terminal_snr(betas) if schedule.rescale_betas_zero_snr else betas
 
 
@@ -459,8 +380,8 @@ def inference_timesteps(
     dropped here.
 
     Raises:
-        ValueError: a step count outside [1, num_train_timesteps], or a timestep that the model
-            never saw (`steps_offset` too large).
+      ValueError: a step count outside [1, num_train_timesteps], or a timestep that the model never
+        saw (`steps_offset` too large).
     """
     count = schedule.num_train_timesteps
     if not 1 <= num_inference_steps <= count:
@@ -494,7 +415,7 @@ def _coefficients(
     """√ᾱ_t and √(1−ᾱ_t), float32, shaped to broadcast against `[B, *X, C]` arrays of this rank."""
     alpha_bar = jnp.asarray(alphas_cumprod(schedule))[timesteps]
     if alpha_bar.ndim:
-        alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (rank - alpha_bar.ndim))
+        alpha_bar = jnp.expand_dims(alpha_bar, tuple(range(alpha_bar.ndim, rank)))
     return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
 
 

@@ -6,6 +6,7 @@ Karras 2022 (arXiv 2206.00364); the names are diffusers'. Host-side numpy.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -36,30 +37,21 @@ def respaced_sigmas(
     """σ spaced anew between the ends of `sigmas` (or sigma_min and sigma_max), float64 [n]."""
     low = float(sigmas[-1]) if schedule.sigma_min is None else schedule.sigma_min
     high = float(sigmas[0]) if schedule.sigma_max is None else schedule.sigma_max
-    return respaced(
-        high,
-        low,
-        num_steps,
-        karras=schedule.use_karras_sigmas,
-        exponential=schedule.use_exponential_sigmas,
-        beta=schedule.use_beta_sigmas,
-    )
+    return respaced(schedule, high, low, num_steps)
 
 
-def respaced(
-    high: float, low: float, num_steps: int, *, karras: bool, exponential: bool, beta: bool
-) -> np.ndarray | None:
-    """`num_steps` levels from high to low as one of the three asks; None where none does."""
-    if karras:
+def respaced(schedule: Any, high: float, low: float, num_steps: int) -> np.ndarray | None:
+    """`num_steps` levels from high to low as the schedule's `use_*_sigmas` asks; None: as none."""
+    ramp = np.linspace(0, 1, num_steps)
+    if schedule.use_karras_sigmas:
         rho = 7.0  # the paper's value
-        ramp = np.linspace(0, 1, num_steps)
         return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    if exponential:
+    if schedule.use_exponential_sigmas:
         return np.exp(np.linspace(math.log(high), math.log(low), num_steps))
-    if beta:
+    if schedule.use_beta_sigmas:
         import scipy.stats
 
-        return low + scipy.stats.beta.ppf(1 - np.linspace(0, 1, num_steps), 0.6, 0.6) * (high - low)
+        return low + scipy.stats.beta.ppf(1 - ramp, 0.6, 0.6) * (high - low)
     return None
 
 

@@ -60,10 +60,8 @@ class ResizeFlip:
 
     def __post_init__(self):
         if not 1 <= self.short <= self.longest:
-            raise ValueError(
-                f"ResizeFlip accepts 1 <= short <= longest; received {self.short} and "
-                f"{self.longest}."
-            )
+            received = f"{self.short} and {self.longest}"
+            raise ValueError(f"ResizeFlip accepts 1 <= short <= longest; received {received}.")
 
     def size(self, size: Sequence[int]) -> tuple[int, int]:
         """Of the result, for a scene of `size`."""

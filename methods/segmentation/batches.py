@@ -8,7 +8,7 @@ resumed run sees what the uninterrupted one would.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -22,7 +22,6 @@ from .metrics import Segment
 
 _MEAN, _STD = (np.asarray(each, np.float32) for each in (IMAGE_MEAN, IMAGE_STD))
 _MANY = 2**31 - 1  # batches, more than any run takes
-
 
 Augmentation = ResizeFlip | LargeScaleJitter
 
@@ -53,12 +52,8 @@ def targets_of(
 ) -> tuple[Int[np.ndarray, " G"], Bool[np.ndarray, "G h w"], Bool[np.ndarray, " G"]]:
     """Labels, masks and validity of a scene's segments, by id; crowds are left out.
 
-    Args:
-      ids: 0 is void.
-      segments: what each id is.
-      padded: size of the masks.
-      room: how many targets there is room for.
-      keep_empty: whether a segment without pixels left (behind a crop) stays a target.
+    There are `room` masks, of the size `padded`. With `keep_empty` a segment without pixels left
+    (behind a crop) stays a target.
 
     Raises:
       ValueError: there are more targets than room.
@@ -109,16 +104,18 @@ def scene_batches(
       ValueError: no scene, or a batch size, room or multiple that cannot be.
     """
     room = max(scenes.targets, default=0) if room is None else room
-    if not len(scenes.sizes) or batch_size < 1 or room < 1 or multiple % 32 or multiple < 1:
+    count = len(scenes.sizes)
+    if not count or batch_size < 1 or room < 1 or multiple % 32 or multiple < 1:
         raise ValueError(
             "scene_batches takes at least one scene, one image a batch, one target a scene and a "
-            f"multiple of 32; received {len(scenes.sizes)}, {batch_size}, {room} and {multiple}."
+            f"multiple of 32; received {count}, {batch_size}, {room} and {multiple}."
         )
     if max(scenes.targets) > room:
         raise ValueError(
             f"a scene has {max(scenes.targets)} targets, but there is room for {room}: raise it."
         )
-    plan = _Plan(scenes, augmentation, batch_size, seed, multiple)
+    sizes = (padded_size(augmentation.size(size), multiple) for size in scenes.sizes)
+    plan = _Plan(sizes, batch_size, seed)
 
     def load(number: int) -> dict[str, np.ndarray]:
         padded, indices, rngs = plan.batch(number)
@@ -138,18 +135,11 @@ def scene_batches(
 class _Plan:
     """Which scenes come in which batch."""
 
-    def __init__(
-        self,
-        scenes: SceneSource,
-        augmentation: Augmentation,
-        batch_size: int,
-        seed: int,
-        multiple: int,
-    ):
+    def __init__(self, padded: Iterable[tuple[int, int]], batch_size: int, seed: int):
         self.batch_size, self.seed = batch_size, seed
         groups: dict[tuple[int, int], list[int]] = {}
-        for index, size in enumerate(scenes.sizes):
-            groups.setdefault(padded_size(augmentation.size(size), multiple), []).append(index)
+        for index, size in enumerate(padded):
+            groups.setdefault(size, []).append(index)
         self.groups = {size: np.asarray(groups[size]) for size in sorted(groups)}
         self.length = sum(-(-len(group) // batch_size) for group in self.groups.values())
         self.round = functools.lru_cache(maxsize=2)(self._round)

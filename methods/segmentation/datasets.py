@@ -207,7 +207,7 @@ def panoptic_maps(
             wrong.append(f"{target} has segments of the unknown categories {unknown[:5]}")
         elif picture is not None and (folder / target).is_file():
             known = {
-                s["id"]: Segment(numbers[s["category_id"]], bool(s.get("iscrowd", 0)))
+                s["id"]: Segment(numbers[s["category_id"]], bool(s.get("iscrowd")))
                 for s in segments
             }
             entries.append(Entry(picture, folder / target, MappingProxyType(known)))
@@ -233,55 +233,36 @@ class Layout(NamedTuple):
     unlabeled_images: bool = True
 
 
-def _places(pattern: str, *alternatives: str) -> tuple[str, ...]:
-    return tuple(pattern.format(place) for place in alternatives)
+def _below(roots: Sequence[str], *folders: str) -> tuple[str, ...]:
+    return tuple(f"{root}/{folder}" for folder in folders for root in roots)
 
 
-_ADE = ("ade20k", "ade")
+_ADE = _below(("ade20k", "ade"), "ADEChallengeData2016")
+_ADE_FULL = _below(("ade20k", "ade"), "ADE20K_2021_17_01")
 _VOC = ("pascal/VOCdevkit", "VOCdevkit", "pascal", ".")
 _COCO = ("coco/coco17", "coco")
-_CONTEXT = (*_places("{}/VOC2010/val/image", *_VOC), *_places("{}/VOC2010/images", *_VOC))
-_IN_CONTEXT = "{}/VOC2010/annotations_detectron2_ovs/"
-_ADE_IMAGES = _places("{}/ADEChallengeData2016/images/validation", *_ADE)
+_CONTEXT = _below(_VOC, "VOC2010/val/image", "VOC2010/images")
+_CONTEXT_MAPS = _below(_VOC, "VOC2010/annotations_detectron2_ovs")
+_ADE_IMAGES, _COCO_IMAGES = _below(_ADE, "images/validation"), _below(_COCO, "train2017")
+_VOC_MAPS = ("VOC2012/annotations_detectron2_ovs/val", "VOC2012/annotations_ovs/val")
+_COCO_SEGMENTS = "panoptic/annotations/panoptic_train2017.json"
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
-    {
-        "folder": Layout(("images",), ("annotations", "labels"), None, False),
-        "panoptic": Layout(("images",), ("panoptic.json",)),
-        "ade20k-150": Layout(
-            _ADE_IMAGES,
-            _places("{}/ADEChallengeData2016/annotations_detectron2/validation", *_ADE),
-            8,
-        ),
-        "ade20k-847": Layout(
-            _places("{}/ADE20K_2021_17_01/images_detectron2/validation", *_ADE),
-            _places("{}/ADE20K_2021_17_01/annotations_detectron2/validation", *_ADE),
-            16,
-        ),
-        "pascal-context-459": Layout(_CONTEXT, _places(_IN_CONTEXT + "pc459_val", *_VOC), 16),
-        "pascal-context-59": Layout(_CONTEXT, _places(_IN_CONTEXT + "pc59_val", *_VOC), 8),
-        "pascal-20": Layout(
-            _places("{}/VOC2012/JPEGImages", *_VOC),
-            (
-                *_places("{}/VOC2012/annotations_detectron2_ovs/val", *_VOC),
-                *_places("{}/VOC2012/annotations_ovs/val", *_VOC),
-            ),
-            8,
-        ),
-        "coco-stuff": Layout(
-            _places("{}/train2017", *_COCO),
-            _places("{}/stuffthingmaps_detectron2/train2017", *_COCO),
-            8,
-        ),
-        "coco-panoptic": Layout(
-            _places("{}/train2017", *_COCO),
-            _places("{}/panoptic/annotations/panoptic_train2017.json", *_COCO),
-        ),
-        "ade20k-panoptic": Layout(
-            _ADE_IMAGES, _places("{}/ADEChallengeData2016/panoptic/ade20k_panoptic_val.json", *_ADE)
-        ),
-    }
-)
+LAYOUTS: Mapping[str, Layout] = {
+    "folder": Layout(("images",), ("annotations", "labels"), None, False),
+    "panoptic": Layout(("images",), ("panoptic.json",)),
+    "ade20k-150": Layout(_ADE_IMAGES, _below(_ADE, "annotations_detectron2/validation"), 8),
+    "ade20k-847": Layout(
+        _below(_ADE_FULL, "images_detectron2/validation"),
+        _below(_ADE_FULL, "annotations_detectron2/validation"),
+        16,
+    ),
+    "pascal-context-459": Layout(_CONTEXT, _below(_CONTEXT_MAPS, "pc459_val"), 16),
+    "pascal-context-59": Layout(_CONTEXT, _below(_CONTEXT_MAPS, "pc59_val"), 8),
+    "pascal-20": Layout(_below(_VOC, "VOC2012/JPEGImages"), _below(_VOC, *_VOC_MAPS), 8),
+    "coco-stuff": Layout(_COCO_IMAGES, _below(_COCO, "stuffthingmaps_detectron2/train2017"), 8),
+    "coco-panoptic": Layout(_COCO_IMAGES, _below(_COCO, _COCO_SEGMENTS)),
+    "ade20k-panoptic": Layout(_ADE_IMAGES, _below(_ADE, "panoptic/ade20k_panoptic_val.json")),
+}
 
 
 def open_scenes(
@@ -312,14 +293,8 @@ def open_scenes(
     images, targets = existing(places.images), existing(places.targets)
     if targets.suffix == ".json":
         return panoptic_maps(images, targets, classes)
-    return label_maps(
-        images,
-        targets,
-        classes,
-        ignore=ignore,
-        bits=places.bits,
-        unlabeled_images=places.unlabeled_images,
-    )
+    options: dict[str, Any] = {"bits": places.bits, "unlabeled_images": places.unlabeled_images}
+    return label_maps(images, targets, classes, ignore=ignore, **options)
 
 
 # ---- looking at files ----
@@ -349,11 +324,10 @@ def _checked(scenes: Scenes, wrong: list[str], source: str, bits: int | None) ->
 
 def refuse(source: str, wrong: Sequence[str]) -> None:
     """Raise one `DataError` for all that is wrong, if anything is."""
-    if not wrong:
-        return
-    more = f"; and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
-    count = f"{len(wrong)} problem" + ("s" if len(wrong) > 1 else "")
-    raise DataError(f"{source}: {count}: {'; '.join(wrong[:_TOLD])}{more}.")
+    if wrong:
+        count = f"{len(wrong)} problem" + ("s" if len(wrong) > 1 else "")
+        more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
+        raise DataError(f"{source}: {count}: {'; '.join([*wrong[:_TOLD], *more])}.")
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
@@ -365,7 +339,10 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable
 def _look(entry: Entry, scenes: Scenes, bits: int | None) -> tuple[tuple[int, int], int, list[str]]:
     """Size, number of targets and what is wrong with a scene."""
     try:
-        size = _image_size(entry.image)
+        with Image.open(entry.image) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        size = (width, height) if turned else (height, width)
     except (OSError, ValueError) as error:
         return (0, 0), 0, [f"{entry.image} cannot be read ({error})"]
     try:
@@ -373,16 +350,9 @@ def _look(entry: Entry, scenes: Scenes, bits: int | None) -> tuple[tuple[int, in
     except (OSError, ValueError) as error:
         return (0, 0), 0, [f"{entry.target} cannot be read ({error})"]
     if not problems and ids.shape != size:
-        shapes = " x ".join(map(str, ids.shape)), " x ".join(map(str, size))
-        problems = [f"{entry.target} is {shapes[0]}, but its image is {shapes[1]}"]
+        here, there = (" x ".join(map(str, each)) for each in (ids.shape, size))
+        problems = [f"{entry.target} is {here}, but its image is {there}"]
     return size, sum(not segment.is_crowd for segment in segments.values()), problems
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    return (width, height) if turned else (height, width)
 
 
 def _read_map(
@@ -398,14 +368,11 @@ def _read_map(
     red, green, blue = np.moveaxis(values.astype(np.int32), -1, 0)
     ids = red + 256 * green + 65536 * blue
     present = set(np.unique(ids).tolist()) - {0}
-    problems = [
-        f"{entry.target} {what} {sorted(which)[:5]}"
-        for what, which in (
-            ("has unknown ids", present - entry.segments.keys()),
-            ("lacks the segments", entry.segments.keys() - present),
-        )
-        if which
-    ]
+    wrong = {
+        "has unknown ids": present - entry.segments.keys(),
+        "lacks the segments": entry.segments.keys() - present,
+    }
+    problems = [f"{entry.target} {k} {sorted(which)[:5]}" for k, which in wrong.items() if which]
     return ids, entry.segments, problems
 
 

@@ -40,17 +40,6 @@ def class_scores(
     return jnp.concatenate([classes * (1 - void), void], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def semantic_scores(
-    scores: Float[Array, "Q C"], mask_logits: Float[Array, "Q h w"], sizes: ImageSizes
-) -> Float[Array, "H W K"]:
-    """How much each class is at each pixel of the original image: its argmax is the label map."""
-    masks = jax.nn.sigmoid(resize(mask_logits, sizes.padded))
-    rows, columns = sizes.size
-    maps = jnp.einsum("qk,qhw->hwk", scores[:, :-1], masks[:, :rows, :columns])
-    return resize(maps, sizes.original, axis=0)
-
-
 @functools.partial(jax.jit, static_argnums=(2, 4))
 def semantic_labels(
     scores: Float[Array, "Q C"],
@@ -61,11 +50,8 @@ def semantic_labels(
 ) -> Int[Array, "H W"]:
     """The class of each pixel, found a few rows at a time; K where none has `least_score`.
 
-    Args:
-      scores, mask_logits, sizes: as for `semantic_scores`.
-      least_score: what a class must have of the queries' votes.
-      masks_first: resize masks to the original image instead of votes, as is done for panoptic
-        maps.
+    Queries vote for classes inside their masks, and votes are resized to the original image; with
+    `masks_first`, as is done for panoptic maps, masks are instead.
     """
     rows, columns = sizes.size
     maps = resize(mask_logits, sizes.padded)[:, :rows, :columns]

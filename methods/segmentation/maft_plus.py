@@ -186,28 +186,22 @@ class MaftPlusTraining:
 @functools.lru_cache
 def poly_adamw(config: MaftPlusTraining) -> optax.GradientTransformation:
     """AdamW with rates and decay by path, on gradients clipped by their global norm."""
+    by_path = jax.tree_util.tree_map_with_path
 
-    def rate_of(path: str) -> float:
-        return next((rate for pattern, rate in config.rates if matches(pattern, path)), 1.0)
+    def decays(path: Any, _: Any) -> bool:
+        return not any(matches(pattern, dotted(path)) for pattern in config.not_decayed)
 
-    def decays(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: not any(matches(p, dotted(path)) for p in config.not_decayed), params
-        )
-
-    def by_path(updates: Any, params: Any) -> Any:
-        del params
-        return jax.tree_util.tree_map_with_path(
-            lambda path, update: rate_of(dotted(path)) * update, updates
-        )
+    def scaled(path: Any, update: Any) -> Any:
+        rates = (rate for pattern, rate in config.rates if matches(pattern, dotted(path)))
+        return next(rates, 1.0) * update
 
     updates = -(-config.steps // config.accumulate)
     schedule = optax.polynomial_schedule(config.learning_rate, 0.0, 0.9, updates)
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-        optax.stateless(by_path),
+        optax.add_decayed_weights(config.weight_decay, mask=functools.partial(by_path, decays)),
+        optax.stateless(lambda updates, params: by_path(scaled, updates)),
         optax.scale_by_learning_rate(schedule),
     )
     return accumulated(optimizer, config.accumulate)
@@ -218,17 +212,10 @@ def poly_adamw(config: MaftPlusTraining) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class MaftPlusStatic:
-    """What a step needs and never changes: structures, optimizer, settings.
+    """What a step needs and never changes: structures, optimizer, settings."""
 
-    Attributes:
-      model: structure of the student (parameters: trained and `frozen["model"]` merged).
-      teacher: structure of the original trunk (`frozen["teacher"]`).
-      optimizer: of the trained parameters.
-      config: settings.
-    """
-
-    model: nnx.GraphDef[Any]
-    teacher: nnx.GraphDef[Any]
+    model: nnx.GraphDef[Any]  # the student; its parameters are trained and `frozen["model"]`
+    teacher: nnx.GraphDef[Any]  # the original trunk; `frozen["teacher"]`
     optimizer: optax.GradientTransformation
     config: MaftPlusTraining
 
@@ -257,12 +244,8 @@ def prepare(
     train = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), train)
     trunk, original = nnx.split(teacher or model.backbone.clip_model.visual.trunk)
     optimizer = poly_adamw(config)
-    frozen = {
-        "model": rest,
-        "teacher": nnx.to_pure_dict(original),
-        "rows": rows,
-        "synonyms": synonyms,
-    }
+    frozen = {"model": rest, "teacher": nnx.to_pure_dict(original)}
+    frozen |= {"rows": rows, "synonyms": synonyms}
     static = MaftPlusStatic(graphdef, trunk, optimizer, config)
     return static, init_state(train, optimizer), jax.tree.map(jnp.asarray, frozen)
 
@@ -287,17 +270,8 @@ def fit(
       options: of `training.train`: checkpoints, a mesh, where metrics go.
     """
     static, state, frozen = prepare(model, rows, synonyms, config, teacher=teacher)
-    state = train(
-        train_step,
-        static,
-        state,
-        frozen,
-        batches,
-        key=seed_key(seed),
-        num_steps=config.steps,
-        fixed_length=True,
-        **options,
-    )
+    options |= {"key": seed_key(seed), "num_steps": config.steps, "fixed_length": True}
+    state = train(train_step, static, state, frozen, batches, **options)
     return nnx.merge(static.model, gather(state.params), frozen["model"])
 
 
@@ -357,9 +331,5 @@ def _loss(
         + config.mask_aware_weight * mask_aware
         + config.compensation_weight * compensation
     )
-    return loss, {
-        "loss": loss,
-        **parts._asdict(),
-        "mask_aware": mask_aware,
-        "compensation": compensation,
-    }
+    metrics = {"loss": loss, **parts._asdict()}
+    return loss, metrics | {"mask_aware": mask_aware, "compensation": compensation}

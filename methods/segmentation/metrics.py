@@ -4,6 +4,7 @@ Everything is counted on the host in integers, so that counts of images add up t
 Label maps are `[H, W]` integers.
 """
 
+import collections
 import dataclasses
 from collections.abc import Collection, Mapping
 
@@ -94,11 +95,6 @@ def semantic_quality(matrix: Int[np.ndarray, "C C"]) -> SemanticQuality:
     )
 
 
-def harmonic_mean(seen: float, unseen: float) -> float:
-    """Of the mIoU of seen and of unseen classes; 0 if one of them is 0."""
-    return 2 * seen * unseen / (seen + unseen) if seen and unseen else 0.0
-
-
 # ---- panoptic ----
 
 
@@ -125,12 +121,8 @@ class PanopticCounts:
         return cls(np.zeros(classes), *(np.zeros(classes, np.int64) for _ in range(3)))
 
     def __add__(self, other: "PanopticCounts") -> "PanopticCounts":
-        return PanopticCounts(
-            *(
-                getattr(self, field.name) + getattr(other, field.name)
-                for field in dataclasses.fields(self)
-            )
-        )
+        names = [field.name for field in dataclasses.fields(self)]
+        return PanopticCounts(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,22 +162,29 @@ def panoptic_counts(
         raise ValueError(
             f"the prediction is {prediction.shape}, but the ground truth is {target.shape}."
         )
-    _check_segments(prediction, segments, classes)
-    for segment in target_segments.values():
-        _check_category(segment.category, classes)
+    present = set(np.unique(prediction).tolist()) - {0}
+    for message, wrong in (
+        ("are in the map, but not among its segments", present - segments.keys()),
+        ("are among the segments, but not in the map", segments.keys() - present),
+    ):
+        if wrong:
+            raise ValueError(f"the prediction's ids {sorted(wrong)[:10]} {message}.")
+    for segment in (*segments.values(), *target_segments.values()):
+        if not 0 <= segment.category < classes:
+            raise ValueError(
+                f"category {segment.category} is unknown; accepted are 0 to {classes - 1}."
+            )
 
     pairs = np.stack([target.ravel(), prediction.ravel()]).astype(np.int64)
     found, sizes = np.unique(pairs, axis=1, return_counts=True)
     shared = {(int(g), int(p)): int(n) for (g, p), n in zip(found.T, sizes, strict=True)}
-    true_area: dict[int, int] = {}
-    area: dict[int, int] = {}
+    true_area, area = collections.Counter[int](), collections.Counter[int]()
     for (g, p), n in shared.items():
-        true_area[g] = true_area.get(g, 0) + n
-        area[p] = area.get(p, 0) + n
+        true_area[g] += n
+        area[p] += n
 
     counts = PanopticCounts.zero(classes)
-    matched: set[int] = set()
-    matched_true: set[int] = set()
+    matched, matched_true = set[int](), set[int]()
     for (g, p), n in shared.items():
         truth, guess = target_segments.get(g), segments.get(p)
         if truth is None or guess is None or truth.is_crowd or truth.category != guess.category:
@@ -228,22 +227,3 @@ def panoptic_quality(
         rq=100 * float((tp / weight).mean()),
         classes=int(occurs.sum()),
     )
-
-
-def _check_category(category: int, classes: int) -> None:
-    if not 0 <= category < classes:
-        raise ValueError(f"category {category} is unknown; accepted are 0 to {classes - 1}.")
-
-
-def _check_segments(
-    ids: Integer[np.ndarray, "H W"], segments: Mapping[int, Segment], classes: int
-) -> None:
-    present = set(np.unique(ids).tolist()) - {0}
-    for message, wrong in (
-        ("are in the map, but not among its segments", present - segments.keys()),
-        ("are among the segments, but not in the map", segments.keys() - present),
-    ):
-        if wrong:
-            raise ValueError(f"the prediction's ids {sorted(wrong)[:10]} {message}.")
-    for segment in segments.values():
-        _check_category(segment.category, classes)

@@ -36,18 +36,13 @@ class Seen(NamedTuple):
         self, *, least_score: float = 0.0, masks_first: bool = False
     ) -> Int[np.ndarray, "H W"]:
         """`inference.semantic_labels` of the image, on the host."""
-        labels = semantic_labels(
-            self.scores, self.mask_logits, self.sizes, least_score, masks_first
-        )
-        return np.asarray(labels)
+        return np.asarray(semantic_labels(*self, least_score, masks_first))
 
     def panoptic(
         self, things: Collection[int], *, least_score: float = 0.2
     ) -> tuple[Int[np.ndarray, "H W"], dict[int, Segment]]:
         """`inference.panoptic_map` of the image."""
-        return panoptic_map(
-            self.scores, self.mask_logits, self.sizes, things, least_score=least_score
-        )
+        return panoptic_map(*self, things, least_score=least_score)
 
 
 class Segmenter:
@@ -85,11 +80,9 @@ class Segmenter:
         height, width = image.shape[:2]
         size = shortest_edge((height, width), self.short, self.longest)
         padded = padded_size(size)
-        require_memory(
-            segmenter_bytes(self._config, 1, *padded),
-            f"looking at an image of {padded[0]}x{padded[1]} pixels",
-            "take a smaller short side",
-        )
+        needed = segmenter_bytes(self._config, 1, *padded)
+        what = f"looking at an image of {padded[0]}x{padded[1]} pixels"
+        require_memory(needed, what, "take a smaller short side")
         pixels = normalize_image(resize_image(image, size), padded)
         scores, masks = self._look(jnp.asarray(pixels)[None], self.rows, self.synonyms)
         return Seen(scores, masks, ImageSizes(padded, size, (height, width)))
@@ -130,8 +123,6 @@ def _look(
 ) -> tuple[Array, Array]:
     output = nnx.merge(graphdef, state)(image, rows)
     last = output.layers[-1]
-    inside, opened, masks = (
-        part[0].astype(jnp.float32)
-        for part in (last.row_logits, output.open_logits, last.mask_logits)
-    )
+    parts = last.row_logits, output.open_logits, last.mask_logits
+    inside, opened, masks = (part[0].astype(jnp.float32) for part in parts)
     return class_scores(class_logits(inside, synonyms), class_logits(opened, synonyms)), masks

@@ -37,8 +37,7 @@ class SetLossConfig:
 
     Attributes:
       class_weight: of the class loss, and of classes in the cost of a match.
-      mask_weight: of the masks' cross-entropy, and in the cost of a match.
-      dice_weight: of the masks' Dice loss, and in the cost of a match.
+      mask_weight, dice_weight: of the masks' cross-entropy and Dice loss, and in that cost.
       void_weight: of queries without a target in the class loss.
       num_points: points at which two masks are compared.
       oversample: candidates drawn per point that is kept for being uncertain.
@@ -215,9 +214,6 @@ def deep_losses(
     keys = jax.random.split(candidate_key, layers), jax.random.split(uniform_key, layers)
     by_layer = jax.lax.map(losses, (class_logits, mask_logits, matched, *keys))
     parts = SetLosses(*(part.sum() for part in by_layer))
-    total = (
-        config.class_weight * parts.classes
-        + config.mask_weight * parts.masks
-        + config.dice_weight * parts.dice
-    )
-    return total, parts
+    weights = config.class_weight, config.mask_weight, config.dice_weight
+    classes, masks, dice = (weight * part for weight, part in zip(weights, parts, strict=True))
+    return classes + masks + dice, parts

@@ -6,6 +6,7 @@ its embeddings in the 14 sentences of ViLD (Gu et al. 2022), as FC-CLIP and MAFT
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -111,14 +112,9 @@ class Vocabulary:
 
     def synonyms(self) -> Int[np.ndarray, "K S"]:
         """The rows of each class; where there are fewer than S, the first is repeated."""
-        most = max(len(names) for names in self.classes)
-        table = np.empty((len(self.classes), most), np.int32)
-        start = 0
-        for line, names in zip(table, self.classes, strict=True):
-            line[:] = start
-            line[: len(names)] = np.arange(start, start + len(names))
-            start += len(names)
-        return table
+        counts = np.asarray([len(names) for names in self.classes])[:, None]
+        first, places = np.cumsum(counts)[:, None] - counts, np.arange(counts.max())
+        return (first + np.where(places < counts, places, 0)).astype(np.int32)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -180,15 +176,12 @@ def _rows(clip: OpenCLIP, ids: Int[np.ndarray, "N L"], templates: int) -> Float[
 
 def _digest(clip: OpenCLIP, ids: Int[np.ndarray, "N L"], templates: int) -> str:
     digest = hashlib.sha256(repr((ids.shape, templates)).encode() + ids.tobytes())
-    for name, part in nnx.to_pure_dict(nnx.state(clip)).items():
-        if name != "visual":
-            for leaf in jax.tree.leaves(part):
-                digest.update(np.asarray(leaf).tobytes())
+    towers = nnx.to_pure_dict(nnx.state(clip))
+    for leaf in jax.tree.leaves([part for name, part in towers.items() if name != "visual"]):
+        digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()[:32]
 
 
-def _encode_text(graphdef: nnx.GraphDef[Any], state: Any, ids: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef: nnx.GraphDef[Any], state: Any, ids: Array) -> Array:
     return nnx.merge(graphdef, state).encode_text(ids)
-
-
-_encode = jax.jit(_encode_text, static_argnums=0)

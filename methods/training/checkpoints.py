@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from ...errors import CheckpointError
 from .paths import dotted
@@ -69,34 +68,38 @@ class Checkpoints:
     def __init__(self, directory: str | Path, *, keep: int = 3, best: str | None = None) -> None:
         self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
         _hush()
-        with self._opening():
+        folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"checkpoints cannot be kept in {self.directory}: {folder} is not a folder."
+            )
+        try:
             self._manager = self._open()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints cannot be kept in {self.directory}: {error.strerror or error}."
+            ) from error
         self._complete = self._manager.latest_step()  # the newest that is known to be written
         self._swept = self._abandoned = False
 
     def _open(self) -> ocp.CheckpointManager:
-        policies = ocp.checkpoint_managers
+        policies, best = ocp.checkpoint_managers, self._best
         kept: list[Any] = [policies.LatestN(n=self._keep)]
-        if self._best is not None:
-            best = policies.BestN(
-                get_metric_fn=self._goodness, n=1, keep_checkpoints_without_metrics=False
-            )
-            kept.append(best)
-        return ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                best_fn=None if self._best is None else self._goodness,  # so metrics are written
-                enable_async_checkpointing=True,
-            ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-            },
-        )
 
-    def _goodness(self, metrics: Mapping[str, float]) -> float:
-        return -metrics.get(self._best or "", math.inf)
+        def goodness(metrics: Mapping[str, float]) -> float:
+            return -metrics.get(best or "", math.inf)
+
+        if best is not None:
+            kept.append(
+                policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=None if best is None else goodness,  # so metrics are written
+            enable_async_checkpointing=True,
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -115,13 +118,6 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
-    @property
-    def best_step(self) -> int | None:
-        """Step of the complete checkpoint with the lowest metric `best`, or None."""
-        if self._best is None or not self.steps:
-            return None
-        return max(self.steps, key=lambda step: self._goodness(self.metrics(step)))
-
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics of the step that a checkpoint was written after, if `best` was given then."""
         return dict(self._manager.metrics(self._existing(step)) or {})
@@ -137,8 +133,7 @@ class Checkpoints:
         """Start writing `state`, the iterator's position if it has `get_state`, and the metrics.
 
         `length` is the number of steps that the run must have, if a resumed one must have as many.
-        Returns as soon as the arrays are copied: `state` may be donated right after. A step that
-        is already there is left as it is.
+        `state` may be donated right after. A step that is already there is left as it is.
 
         Raises:
           CheckpointError: this checkpoint, or the one that was being written, could not be.
@@ -154,16 +149,15 @@ class Checkpoints:
             )
         self._sweep()
         position = iterator.get_state() if hasattr(iterator, "get_state") else None
+        if isinstance(position, bytes):  # of grain's DataLoader; others are JSON values
+            position = {"base64": base64.b64encode(position).decode()}
         self.wait()
         with self._writing():
-            self._manager.save(
-                step,
-                metrics=dict(metrics or {}),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_dict(jax.tree.map(jnp.copy, state))),
-                    data=ocp.args.JsonSave({"position": _to_json(position), "length": length}),
-                ),
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_dict(jax.tree.map(jnp.copy, state))),
+                data=ocp.args.JsonSave({"position": position, "length": length}),
             )
+            self._manager.save(step, metrics=dict(metrics or {}), args=items)
 
     def restore(
         self,
@@ -176,8 +170,7 @@ class Checkpoints:
         """Read a checkpoint into the structure, dtypes and shardings of `target`.
 
         Args:
-          target: a state of arrays or `jax.ShapeDtypeStruct`; its shardings may be those of
-            another mesh than the one the checkpoint was written from.
+          target: of arrays or `jax.ShapeDtypeStruct`, perhaps on another mesh than was saved from.
           step: which checkpoint; default the newest that every process of the run can read. One
             that cannot be is put aside, under the name `damaged-STEP`, with a warning.
           iterator: moved to the saved position if it has `set_state`.
@@ -223,7 +216,9 @@ class Checkpoints:
                 f"that, would follow neither. Run {begun} steps, or choose another folder."
             )
         if iterator is not None and hasattr(iterator, "set_state"):
-            position = _from_json(data["position"])
+            position = data["position"]
+            if isinstance(position, dict) and set(position) == {"base64"}:
+                position = base64.b64decode(position["base64"])
             if position is None:
                 raise _MisfitError(
                     f"the checkpoint after step {step} holds no data position, but the batches "
@@ -231,16 +226,6 @@ class Checkpoints:
                 )
             iterator.set_state(position)
         return TrainState(**state)
-
-    def restore_params(self, *, step: int | None = None) -> dict[Any, Any]:
-        """Read the trained parameters alone, without a target, as a nested dict of NumPy arrays."""
-        step = self._existing(step)
-        path = self.directory / str(step) / "state"
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = checkpointer.metadata(path).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            tree = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
-        return nnx.restore_int_paths(tree["params"])
 
     def wait(self) -> None:
         """Wait until everything is written.
@@ -268,21 +253,6 @@ class Checkpoints:
         return self._complete
 
     @contextlib.contextmanager
-    def _opening(self) -> Iterator[None]:
-        """Say that it is this folder which cannot be used."""
-        folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"checkpoints cannot be kept in {self.directory}: {folder} is not a folder."
-            )
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoints cannot be kept in {self.directory}: {error.strerror or error}."
-            ) from error
-
-    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Say what a failed write means, and leave nothing of it behind."""
         try:
@@ -296,13 +266,12 @@ class Checkpoints:
                 raise
             self._abandoned, self._swept = True, False
             self._sweep()
-            kept = (
-                f"The one after step {self._complete} is good: free some space and run again."
-                if self._complete is not None
-                else "There is none before it: free some space and run again."
-            )
+            good = "There is none before it"
+            if self._complete is not None:
+                good = f"The one after step {self._complete} is good"
             raise CheckpointError(
-                f"a checkpoint could not be written to {self.directory}: {reason}. {kept}"
+                f"a checkpoint could not be written to {self.directory}: {reason}. {good}: free "
+                "some space and run again."
             ) from error
 
     def _put_aside(self, step: int) -> Path:
@@ -313,7 +282,7 @@ class Checkpoints:
         any_process(False)  # the others look into the folder after that
         self._manager.close()
         self._manager = self._open()
-        self._complete = self._manager.latest_step()
+        self._complete = self.latest_step
         return aside
 
     def _sweep(self) -> None:
@@ -332,12 +301,11 @@ class Checkpoints:
             if saved.get(path) != wanted.get(path)
         ]
         if lines:
-            more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+            lines[10:] = [f"and {len(lines) - 10} more"] * (len(lines) > 10)
             raise _MisfitError(
                 f"the checkpoint after step {step} in {self.directory} does not fit this model and "
                 "optimizer (another architecture, trainable set, precision or optimizer?):\n  "
-                + "\n  ".join(lines[:10])
-                + more
+                + "\n  ".join(lines)
             )
 
     def _existing(self, step: int | None) -> int:
@@ -378,16 +346,3 @@ def _describe(tree: Any) -> dict[str, str]:
         dotted(path): f"{np.dtype(leaf.dtype)}{tuple(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _to_json(position: Any) -> Any:
-    """Data positions are JSON values, or bytes (grain's DataLoader)."""
-    if isinstance(position, bytes):
-        return {"base64": base64.b64encode(position).decode()}
-    return position
-
-
-def _from_json(position: Any) -> Any:
-    if isinstance(position, dict) and set(position) == {"base64"}:
-        return base64.b64decode(position["base64"])
-    return position

@@ -44,6 +44,7 @@ from .state import TrainState, step_key
 
 Step = Callable[[Any, TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Any]]]
 
+_ENDED = object()  # there is no batch
 _LAG = 2  # steps in flight before the loop reads metrics
 # Among the metrics of the loop's own program: whether all parameters are finite, and whether a
 # signal came to any process.
@@ -60,11 +61,9 @@ class NonFiniteLossError(ConceptaxError, ArithmeticError):
 
     def __init__(self, step: int, value: float, what: str, saved: int | None, batch: str) -> None:
         self.step, self.value = step, value
-        kept = (
-            f"The last good checkpoint is the one after step {saved}."
-            if saved is not None
-            else "No checkpoint was written."
-        )
+        kept = "No checkpoint was written."
+        if saved is not None:
+            kept = f"The last good checkpoint is the one after step {saved}."
         super().__init__(
             f"{what} at step {step}; training stopped. {batch}{kept} Lower the learning rate, "
             "clip the gradients, or look for bad values in the data."
@@ -80,11 +79,8 @@ class TrainingInterrupted(SystemExit):
 
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name
-        end = (
-            "and saved: run the same again to resume"
-            if self.saved
-            else "(no checkpoints were kept)"
-        )
+        resume = "and saved: run the same again to resume"
+        end = resume if self.saved else "(no checkpoints were kept)"
         return f"{name} received; stopped after step {self.step} {end}."
 
 
@@ -118,23 +114,21 @@ def train(
       static: its hashable first argument.
       state: the initial state; copied, so the caller's arrays survive the donation.
       frozen: arrays the step reads and never changes.
-      batches: iterable of batches (nested dicts of arrays, first dimension the batch), or None.
-        If its iterator has `get_state` and `set_state` (grain), its position is
-        checkpointed; other iterators must start anew in each run, and a resumed run skips the
-        batches that were used.
+      batches: iterable of batches (nested dicts of arrays, first dimension the batch), or None. If
+        its iterator has `get_state` and `set_state` (grain), its position is checkpointed; others
+        must start anew in each run, and a resumed run skips the batches that were used.
       key: the run's key; step n uses `fold_in(key, n)`.
       num_steps: total number of steps, those before a resume included.
-      mesh: mesh to shard over (`sharding.make_mesh`); None runs on the default device, and with
-        several processes splits the batch over the devices of all.
+      mesh: to shard over (`sharding.make_mesh`); None runs on the default device, and with several
+        processes splits the batch over the devices of all.
       rules: sharding table for the trained and the frozen parameters; used with `mesh` only.
-      checkpoint_dir: folder for checkpoints: of the last step, and of the one at which a signal
-        ended the run.
+      checkpoint_dir: for checkpoints of the last step, and of the one at which a signal came.
       checkpoint_every: save also after every n-th step.
       keep: number of newest checkpoints kept.
       keep_best: a metric; the checkpoint whose step had its lowest value is kept besides.
       save_last: whether the last step is saved.
-      fixed_length: whether the step depends on `num_steps`, as a learning rate that falls along
-        the run does: checkpoints of a run of another length are then refused.
+      fixed_length: whether the step depends on `num_steps`, as a falling learning rate does:
+        checkpoints of a run of another length are then refused.
       resume: continue from the newest checkpoint in `checkpoint_dir`, if there is one.
       metrics_path: JSONL file, one record per logged step.
       tensorboard_dir: folder for TensorBoard curves.
@@ -142,23 +136,28 @@ def train(
       progress: show a progress bar, or plain lines where there is no terminal.
 
     Raises:
-      NonFiniteLossError: the loss or a parameter is NaN or infinite. Nothing is saved after
-        that; earlier checkpoints stay.
+      NonFiniteLossError: the loss or a parameter is NaN or infinite; nothing is saved after that.
       TrainingInterrupted: SIGTERM or SIGINT came, here or to another process of the run; the
-        current step was finished and saved.  While the first step is compiled, and at the
-        second signal, they act as they do outside.
+        current step was finished and saved.  While the first step is compiled, and at the second
+        signal, they act as they do outside.
       CheckpointError: a checkpoint could not be written; earlier ones stay.
       ProcessLostError: another process of the run ended.
       ValueError: the arguments do not fit together or to the checkpoints, the batches end early,
         or the step returns a wrong step number or metrics.
     """
-    _check_arguments(num_steps, checkpoint_every, checkpoint_dir, keep, log_every)
+    for name, value in (("num_steps", num_steps), ("keep", keep), ("log_every", log_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint_dir is None):
+        raise ValueError(
+            f"checkpoint_every={checkpoint_every} needs a checkpoint_dir (got {checkpoint_dir}) "
+            "and must be at least 1."
+        )
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if checkpoint_dir is not None:
-            checkpoints = stack.enter_context(
-                Checkpoints(checkpoint_dir, keep=keep, best=keep_best)
-            )
+            opened = Checkpoints(checkpoint_dir, keep=keep, best=keep_best)
+            checkpoints = stack.enter_context(opened)
         if mesh is None and jax.process_count() > 1:
             mesh = make_mesh()
         shardings = shard_state(state, mesh, rules) if mesh is not None else None
@@ -174,17 +173,11 @@ def train(
         if mesh is not None:
             frozen = place(frozen, shard_tree(frozen, mesh, rules))
             stack.enter_context(jax.set_mesh(mesh))
-        writes = is_first_process()
-        reporter = stack.enter_context(
-            Reporter(
-                first,
-                num_steps,
-                metrics_path=metrics_path if writes else None,
-                tensorboard_dir=tensorboard_dir if writes else None,
-                log_every=log_every,
-                progress=progress and writes,
-            )
-        )
+        if not is_first_process():
+            metrics_path, tensorboard_dir, progress = None, None, False
+        files: dict[str, Any] = {"metrics_path": metrics_path, "tensorboard_dir": tensorboard_dir}
+        reporter = Reporter(first, num_steps, **files, log_every=log_every, progress=progress)
+        stack.enter_context(reporter)
         received: list[int] = []
         run = _compile_step(step, static, *_hashable(shardings), watched=True)
         watcher = _Watcher(reporter, checkpoints)
@@ -194,7 +187,12 @@ def train(
         stack.enter_context(_lost_processes(watcher, checkpoints))
 
         for n in range(first, num_steps):
-            batch = _next_batch(iterator, n, num_steps)
+            batch = None if iterator is None else next(iterator, _ENDED)
+            if batch is _ENDED:
+                raise ValueError(
+                    f"the batches ended after {n} steps, but num_steps is {num_steps}. Repeat the "
+                    "data or lower num_steps."
+                )
             told = None if mesh is None else spread_flag(bool(received), mesh)
             state, metrics = run(state, frozen, _on_devices(batch, mesh), key, told)
             if n == first and alone:  # until here a signal stops at once: nothing is lost
@@ -219,11 +217,7 @@ def compile_step(
     """Jit `run(state, frozen, batch, key) -> (state, metrics)` with `state` donated.
 
     `key` is the run's key: the compiled function folds in the step's number. The same arguments
-    give the same compiled function, so several runs of one step compile once.
-
-    Args:
-      step, static: as in `train`.
-      shardings: shardings of the state (`sharding.shard_state`), kept for the result.
+    give the same compiled function. The result keeps the `shardings` (`sharding.shard_state`).
     """
     return _compile_step(step, static, *_hashable(shardings), watched=False)
 
@@ -291,9 +285,8 @@ class _Watcher:
         self._reporter.step(step, values)
         loss = values["loss"]
         if not math.isfinite(loss) or not bool(finite):
-            what = (
-                "a parameter is NaN or infinite" if math.isfinite(loss) else f"the loss is {loss}"
-            )
+            bad = not math.isfinite(loss)
+            what = f"the loss is {loss}" if bad else "a parameter is NaN or infinite"
             saved = self._checkpoints.latest_step if self._checkpoints else None
             raise NonFiniteLossError(step, loss, what, saved, _describe_batch(batch, step - 1))
         self.step, self._values = step, values
@@ -328,9 +321,8 @@ def _start(
                 f"{checkpoints.directory} already holds checkpoints and resume is off. Choose "
                 "another folder, remove this one, or resume."
             )
-        state = checkpoints.restore(
-            abstract_state(state, shardings), iterator=iterator, length=length
-        )
+        target = abstract_state(state, shardings)
+        state = checkpoints.restore(target, iterator=iterator, length=length)
         if iterator is not None and not hasattr(iterator, "set_state"):
             for _ in range(int(state.step)):
                 next(iterator, None)
@@ -344,25 +336,11 @@ def _start(
 
 def abstract_state(state: TrainState, shardings: TrainState | None = None) -> TrainState:
     """`state` as shapes, dtypes and shardings only: the target of `Checkpoints.restore`."""
-    if shardings is None:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        shardings,
-    )
 
+    def abstract(leaf: Any, where: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-def _next_batch(iterator: Iterator[Any] | None, step: int, num_steps: int) -> Any:
-    if iterator is None:
-        return None
-    try:
-        return next(iterator)
-    except StopIteration:
-        raise ValueError(
-            f"the batches ended after {step} steps, but num_steps is {num_steps}. Repeat the data "
-            "or lower num_steps."
-        ) from None
+    return jax.tree.map(abstract, state, *([] if shardings is None else [shardings]))
 
 
 def _on_devices(batch: Any, mesh: Mesh | None) -> Any:
@@ -397,7 +375,7 @@ def _describe_batch(batch: Any, number: int) -> str:
 
 @contextlib.contextmanager
 def _lost_processes(watcher: _Watcher, checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Say it plainly when a collective operation fails because another process is gone."""
+    """Say plainly that a collective operation failed because another process is gone."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -406,20 +384,3 @@ def _lost_processes(watcher: _Watcher, checkpoints: Checkpoints | None) -> Itera
         reason = str(error).splitlines()[0][:300]
         saved = checkpoints.abandon() if checkpoints else None
         raise ProcessLostError(watcher.step or 0, saved, reason) from error
-
-
-def _check_arguments(
-    num_steps: int,
-    checkpoint_every: int | None,
-    checkpoint_dir: str | Path | None,
-    keep: int,
-    log_every: int,
-) -> None:
-    for name, value in (("num_steps", num_steps), ("keep", keep), ("log_every", log_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint_dir is None):
-        raise ValueError(
-            f"checkpoint_every={checkpoint_every} needs a checkpoint_dir (got {checkpoint_dir}) "
-            "and must be at least 1."
-        )

@@ -29,7 +29,8 @@ def dotted(path: Iterable[Any]) -> str:
 
 def leaf_paths(tree: Any) -> list[str]:
     """Dotted paths of all leaves of a model, an `nnx.State` or a nested dict of arrays."""
-    tree = _plain(tree)
+    tree = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
+    tree = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
     return [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
@@ -102,12 +103,6 @@ def check_patterns(patterns: Iterable[Pattern], paths: list[str]) -> None:
             f"pattern {text!r} matches none of the {len(paths)} parameter paths. "
             f"Near paths: {', '.join(near) or 'none'}."
         )
-
-
-def _plain(tree: Any) -> Any:
-    if isinstance(tree, nnx.Module):
-        tree = nnx.state(tree)
-    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 
 def _component(entry: Any) -> str:

@@ -19,11 +19,9 @@ class ProcessLostError(ConceptaxError, ConnectionError):
 
     def __init__(self, step: int, saved: int | None, reason: str) -> None:
         self.step, self.saved = step, saved
-        rest = (
-            f"Start all processes again: they go on after step {saved}."
-            if saved is not None
-            else "No checkpoint was written."
-        )
+        rest = "No checkpoint was written."
+        if saved is not None:
+            rest = f"Start all processes again: they go on after step {saved}."
         super().__init__(
             f"another process of this run stopped answering after step {step}. {rest} "
             f"The reason given is: {reason}"
@@ -36,10 +34,7 @@ def is_first_process() -> bool:
 
 
 def local_rows(batch_size: int) -> slice:
-    """The rows of each batch that this process reads: an equal part, in the order of processes.
-
-    Args:
-      batch_size: rows of a batch, over all processes.
+    """The rows that this process reads of each batch of all: equal parts, in order of processes.
 
     Raises:
       ValueError: the processes cannot share them equally.

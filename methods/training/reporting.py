@@ -1,6 +1,7 @@
 """Progress and metrics of a run: a progress bar or plain lines, a JSONL file, TensorBoard."""
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -45,17 +46,13 @@ class Reporter:
         self._console = console or Console(stderr=True)
         self._file = _open_after(Path(metrics_path), start) if metrics_path else None
         self._tensorboard = TensorBoardWriter(tensorboard_dir) if tensorboard_dir else None
-        self._began = self._printed = time.monotonic()
+        self._began, self._next_line = time.monotonic(), 0.0
         self._times: collections.deque[float] = collections.deque(maxlen=_RATE_WINDOW + 1)
         self._bar: Progress | None = None
         if progress and self._console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
             self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(),
-                console=self._console,
+                TextColumn("training"), *columns, TimeRemainingColumn(), console=self._console
             )
             self._task = self._bar.add_task("training", total=num_steps, completed=start, status="")
 
@@ -75,31 +72,26 @@ class Reporter:
         """Report that `step` steps are complete, the last one with these metrics."""
         now = time.monotonic()
         self._times.append(now)
-        rate = self._steps_per_second()
-        if step % self._log_every == 0 or step == self._num_steps or not _finite(metrics):
+        rate, span = None, now - self._times[0]
+        if span > 0:
+            rate = (len(self._times) - 1) / span
+        finite = all(map(math.isfinite, metrics.values()))
+        if step % self._log_every == 0 or step == self._num_steps or not finite:
             self._write(step, metrics, rate, now - self._began)
         status = f"loss {metrics['loss']:.4g}" + (f"  {rate:.3g} steps/s" if rate else "")
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
-        elif self._progress and (
-            now - self._printed >= _PLAIN_SECONDS
-            or step == self._num_steps
-            or len(self._times) == 1
-        ):
-            self._printed = now
+        elif self._progress and (now >= self._next_line or step == self._num_steps):
+            self._next_line = now + _PLAIN_SECONDS
             self._console.print(f"step {step}/{self._num_steps}  {status}", highlight=False)
-
-    def _steps_per_second(self) -> float | None:
-        if len(self._times) < 2 or self._times[-1] <= self._times[0]:
-            return None
-        return (len(self._times) - 1) / (self._times[-1] - self._times[0])
 
     def _write(
         self, step: int, metrics: Mapping[str, float], rate: float | None, seconds: float
     ) -> None:
         if self._file is not None:
             record: dict[str, Any] = {"step": step}
-            record |= {name: _json_number(value) for name, value in metrics.items()}
+            # JSON has no NaN or infinity: those are the strings that `float` reads back
+            record |= {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
             record |= {"steps_per_second": rate and round(rate, 4), "seconds": round(seconds, 3)}
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -107,27 +99,15 @@ class Reporter:
             self._tensorboard.scalars(step, metrics)
 
 
-def _finite(metrics: Mapping[str, float]) -> bool:
-    return all(math.isfinite(value) for value in metrics.values())
-
-
-def _json_number(value: float) -> float | str:
-    """JSON has no NaN or infinity: write those as the strings `float` reads back."""
-    return value if math.isfinite(value) else str(value)
-
-
 def _open_after(path: Path, start: int) -> Any:
     """Open a JSONL file for appending, keeping only whole records of steps up to `start`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
+    for line in path.read_text().splitlines() if start and path.exists() else ():
+        # a line may be cut off where the earlier run was killed
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= start:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # a line cut off when the earlier run was killed
-            continue
-    if start == 0:
-        kept = []
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

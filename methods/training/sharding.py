@@ -33,6 +33,14 @@ _CONV_ROW = _P(None, None, "tensor", "fsdp")
 
 DEFAULT_RULES: Rules = (("*", LARGEST),)
 
+_REST: Rules = (("*.bias", _P()), ("*norm*.scale", _P()), *DEFAULT_RULES)
+# DiT's and Stable Diffusion's blocks name their parts alike
+_FEED_FORWARD: Rules = (("*.ff.net.0.proj.kernel", _COLUMN), ("*.ff.net.2.kernel", _ROW))
+_CONVOLUTIONS: Rules = (
+    ("*.resnets.*.conv1.kernel", _CONV_COLUMN),
+    ("*.resnets.*.conv2.kernel", _CONV_ROW),
+)
+
 CLIP_RULES: Rules = (
     ("*.self_attn.[qkv]_proj.kernel", _COLUMN),
     ("*.self_attn.out_proj.kernel", _ROW),
@@ -41,50 +49,38 @@ CLIP_RULES: Rules = (
     ("*embeddings.token_embedding.embedding", _ROW),
     ("*embeddings.patch_embedding.kernel", _P(None, None, None, "fsdp")),
     ("*_projection.kernel", _COLUMN),
-    ("*.bias", _P()),
-    ("*norm*.scale", _P()),
-    *DEFAULT_RULES,
+    *_REST,
 )
 
 UNET_RULES: Rules = (
     ("*.attn[12].to_[qkv].kernel", _COLUMN),
     ("*.attn[12].to_out.0.kernel", _ROW),
-    ("*.ff.net.0.proj.kernel", _COLUMN),
-    ("*.ff.net.2.kernel", _ROW),
+    *_FEED_FORWARD,
     ("*time_embedding.linear_1.kernel", _COLUMN),
     ("*time_embedding.linear_2.kernel", _ROW),
     ("*add_embedding.linear_1.kernel", _COLUMN),
     ("*add_embedding.linear_2.kernel", _ROW),
     ("*.time_emb_proj.kernel", _COLUMN),
-    ("*.resnets.*.conv1.kernel", _CONV_COLUMN),
-    ("*.resnets.*.conv2.kernel", _CONV_ROW),
-    ("*.bias", _P()),
-    ("*norm*.scale", _P()),
-    *DEFAULT_RULES,  # proj_in, proj_out (linear or 1x1 conv), shortcuts, samplers, conv_in/out
+    *_CONVOLUTIONS,
+    *_REST,  # proj_in, proj_out (linear or 1x1 conv), shortcuts, samplers, conv_in/out
 )
 
 DIT_RULES: Rules = (
     ("*.attn1.to_[qkv].kernel", _COLUMN),
     ("*.attn1.to_out.0.kernel", _ROW),
-    ("*.ff.net.0.proj.kernel", _COLUMN),
-    ("*.ff.net.2.kernel", _ROW),
+    *_FEED_FORWARD,
     ("*.norm1.linear.kernel", _COLUMN),
     ("*.timestep_embedder.linear_1.kernel", _COLUMN),
     ("*.timestep_embedder.linear_2.kernel", _ROW),
     ("*.embedding_table.embedding", _P(None, "fsdp")),  # an odd number of classes
-    ("*.bias", _P()),
-    ("*norm*.scale", _P()),
-    *DEFAULT_RULES,
+    *_REST,
 )
 
 AUTOENCODER_RULES: Rules = (
     ("*.attentions.*.to_[qkv].kernel", _COLUMN),
     ("*.attentions.*.to_out.0.kernel", _ROW),
-    ("*.resnets.*.conv1.kernel", _CONV_COLUMN),
-    ("*.resnets.*.conv2.kernel", _CONV_ROW),
-    ("*.bias", _P()),
-    ("*norm*.scale", _P()),
-    *DEFAULT_RULES,
+    *_CONVOLUTIONS,
+    *_REST,
 )
 
 MAFT_PLUS_RULES: Rules = (
@@ -92,33 +88,25 @@ MAFT_PLUS_RULES: Rules = (
     ("*.linear2.kernel", _ROW),
     ("*.mlp.fc1.kernel", _COLUMN),
     ("*.mlp.fc2.kernel", _ROW),
-    ("*.bias", _P()),
-    ("*norm*.scale", _P()),
     ("rows", _P()),
     ("synonyms", _P()),
-    *DEFAULT_RULES,
+    *_REST,
 )
 
 # A training step may hold several models side by side; their rows do not overlap.
 STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLIP_RULES)
 
+_CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPModel")
+_OTHERS = ("Dinov2Model", "BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval", "OpenCLIP")
 RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "StableDiffusionXLPipeline": STABLE_DIFFUSION_RULES,
-    "UNet2DConditionModel": UNET_RULES,
-    "UNetMotionModel": UNET_RULES,
-    "MotionAdapter": UNET_RULES,
+    **dict.fromkeys(("UNet2DConditionModel", "UNetMotionModel", "MotionAdapter"), UNET_RULES),
     "DiTTransformer2DModel": DIT_RULES,
     "MaftPlus": MAFT_PLUS_RULES,
     "AutoencoderKL": AUTOENCODER_RULES,
-    "CLIPTextModel": CLIP_RULES,
-    "CLIPTextModelWithProjection": CLIP_RULES,
-    "CLIPVisionModel": CLIP_RULES,
-    "CLIPModel": CLIP_RULES,
-    "Dinov2Model": DEFAULT_RULES,
-    "BlipForImageTextRetrieval": DEFAULT_RULES,
-    "Blip2ForImageTextRetrieval": DEFAULT_RULES,
-    "OpenCLIP": DEFAULT_RULES,
+    **dict.fromkeys(_CLIPS, CLIP_RULES),
+    **dict.fromkeys(_OTHERS, DEFAULT_RULES),
 }
 
 

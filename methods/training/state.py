@@ -54,11 +54,7 @@ def accumulated(
 
 
 def step_key(key: PRNGKeyArray, step: int | Int[Array, ""]) -> PRNGKeyArray:
-    """The key of step `step` (counted from 0): `fold_in(key, step)`.
-
-    It depends on nothing but the run's key and the step's number, so a resumed run draws what the
-    uninterrupted run would have drawn.
-    """
+    """The key of step `step`, from 0: `fold_in(key, step)`; so a resumed run draws as any other."""
     return jax.random.fold_in(key, step)
 
 
@@ -82,10 +78,8 @@ def constant_adamw(
 
     One object per setting, so that equal runs share their compiled step.
 
-    Args:
-        learning_rate, weight_decay: of AdamW.
-        clip: whether gradients are clipped to norm 1, all together; what is learnt side by side
-            stays independent without.
+    With `clip` gradients are clipped to norm 1, all together; what is learnt side by side stays
+    independent without.
     """
     optimizer = optax.adamw(learning_rate, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer) if clip else optimizer

@@ -26,11 +26,9 @@ class TensorBoardWriter:
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one point per metric at `step`."""
-        summary = b"".join(
-            _bytes(1, _bytes(1, name.encode()) + _float(2, value))
-            for name, value in metrics.items()
-        )
-        self._record(_double(1, time.time()) + _varint_field(2, step) + _bytes(5, summary))
+        values = (_bytes(1, name.encode()) + _float(2, value) for name, value in metrics.items())
+        summary = b"".join(_bytes(1, value) for value in values)
+        self._record(_double(1, time.time()) + _varint(2 << 3) + _varint(step) + _bytes(5, summary))
         self._file.flush()
 
     def close(self) -> None:
@@ -51,10 +49,6 @@ def _varint(value: int) -> bytes:
     return bytes((*out, value))
 
 
-def _varint_field(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
 def _double(number: int, value: float) -> bytes:
     return _varint(number << 3 | 1) + struct.pack("<d", value)
 
@@ -67,21 +61,11 @@ def _bytes(number: int, value: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
-def _crc32c_table() -> tuple[int, ...]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli, reflected
-        table.append(byte)
-    return tuple(table)
-
-
-_TABLE = _crc32c_table()
-
-
 def _masked_crc32c(data: bytes) -> int:
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)  # Castagnoli, reflected
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1123,10 +1123,7 @@ def test_a_built_model_is_written_measured_and_described(model, tmp_path):
     from conceptax.methods.glyphs.judge import load_judge
     from conceptax.reporting.glyphs import quality_table
 
-    tokenizer = build_tokenizer()
-    config = recipe.clip_config(
-        len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length
-    )
+    config = recipe.clip_config(build_tokenizer())
     clip = random_model(CLIPModel, config, np.random.default_rng(0), jnp.float32)
     judge = load_judge(model / "judge")
     command = glyphs.Command(measure=16)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from conceptax import bundled_model
 from conceptax.converters import load_pytorch
+from conceptax.converters.tokenizer import write_tokenizer
 from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
@@ -21,7 +22,7 @@ from conceptax.flax_models.pipelines.tokenizers import tokenize
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.methods import memory
 from conceptax.methods.diffusion import text_to_image as t2i
-from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
+from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.methods.sampling import NoiseSchedule, make_sampler
 from conceptax.methods.training import make_mesh
 
@@ -103,7 +104,7 @@ def reference(tokenizer, tmp_path_factory):
     pipeline.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("pipeline")
     pipeline.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder / "tokenizer")
+    write_tokenizer(tokenizer, folder / "tokenizer")
     return pipeline, folder
 
 

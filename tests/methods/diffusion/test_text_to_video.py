@@ -15,6 +15,7 @@ from PIL import Image
 
 from conceptax.cli import main
 from conceptax.converters import load_pytorch, save_pytorch
+from conceptax.converters.tokenizer import write_tokenizer
 from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.unet_motion import (
@@ -26,7 +27,7 @@ from conceptax.flax_models.unet_motion import (
 )
 from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.diffusion.text_to_video import text_to_video, video_drawer, video_schedule
-from conceptax.methods.glyphs.tokenizer import build_tokenizer, save_tokenizer
+from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.reporting import videos
 
 ADAPTER = {
@@ -76,7 +77,7 @@ def reference(torch, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("video")
     images.save_pretrained(folder / "images")
-    save_tokenizer(tokenizer, folder / "images" / "tokenizer")
+    write_tokenizer(tokenizer, folder / "images" / "tokenizer")
     adapter = randomized(diffusers.MotionAdapter(**ADAPTER))
     adapter.save_pretrained(folder / "adapter")
     scheduler = diffusers.DDIMScheduler.from_pretrained(

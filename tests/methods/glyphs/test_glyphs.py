@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from conceptax.converters.tokenizer import write_tokenizer
 from conceptax.flax_models.glyph_classifier import GlyphClassifier, GlyphClassifierConfig
-from conceptax.methods.glyphs import captions, judge, subject, tokenizer, world
+from conceptax.methods.glyphs import captions, judge, tokenizer, world
 
 SHIPPED_JUDGE = "src/conceptax/assets/glyphs/judge"
 SIZES = (captions.DIGITS, len(captions.COLORS), len(captions.TEXTURES))
+
+
+@pytest.fixture
+def subjects(repository, monkeypatch):
+    """What the studies draw beside the world."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import _glyph_subjects
+
+    return _glyph_subjects
 
 
 # World
@@ -122,11 +132,12 @@ def test_render_many_draws_the_named_samples_and_checks_them():
 # Captions
 
 
-def test_a_video_moves_the_digit_and_not_the_texture():
+def test_a_video_moves_the_digit_and_not_the_texture(subjects):
     spline = world.load_split("generator").splines[5]
 
     def video(frames, **options):
-        return world.render_video(np.random.default_rng(3), spline, 1, 2, frames=frames, **options)
+        rng = np.random.default_rng(3)
+        return subjects.render_video(rng, spline, 1, 2, frames=frames, **options)
 
     image = world.render(np.random.default_rng(3), spline, 1, 2)
     assert (video(1)[0] == image).all() and (video(5)[2] == image).all()
@@ -210,7 +221,7 @@ def test_every_word_of_the_world_is_one_token(clip_tokenizer):
     ids = clip_tokenizer(list(captions.WORDS))["input_ids"]
     assert all(len(each) == 3 for each in ids)
     assert len({each[1] for each in ids}) == len(captions.WORDS)
-    assert set(captions.WORDS) <= set(tokenizer.whole_words(clip_tokenizer))
+    assert {f"{word}</w>" for word in captions.WORDS} <= set(clip_tokenizer.get_vocab())
 
 
 def test_every_name_is_its_own_token_also_in_a_prompt(clip_tokenizer):
@@ -236,7 +247,7 @@ def test_special_ids_follow_clip(clip_tokenizer):
 def test_the_saved_tokenizer_is_the_same_from_either_layout(clip_tokenizer, tmp_path):
     from transformers import CLIPTokenizer
 
-    tokenizer.save_tokenizer(clip_tokenizer, tmp_path)
+    write_tokenizer(clip_tokenizer, tmp_path)
     loaded = CLIPTokenizer.from_pretrained(tmp_path)
     parts = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     for text in ("A red III on gravel, überall!", "the number 3", "unforeseen words", ""):
@@ -333,9 +344,9 @@ def test_rate_gives_the_wilson_interval():
         judge.rate(3, 2)
 
 
-def test_the_subject_has_two_tones_and_other_digits_have_one():
-    assert subject.shows_tones(subject.subject_images(20)).all()
-    assert len(np.unique(subject.subject_images(5), axis=0)) == 5
+def test_the_subject_has_two_tones_and_other_digits_have_one(subjects):
+    assert subjects.shows_tones(subjects.subject_images(20)).all()
+    assert len(np.unique(subjects.subject_images(5), axis=0)) == 5
     rng = np.random.default_rng(0)
     others = world.render_many(
         rng.integers(0, 10, 100),
@@ -344,5 +355,5 @@ def test_the_subject_has_two_tones_and_other_digits_have_one():
         seed=0,
         split="judge_test",
     )
-    assert not subject.shows_tones(others).any()
-    assert not subject.shows_tones(subject.subject_images(5)[:, ::-1]).any()  # upside down
+    assert not subjects.shows_tones(others).any()
+    assert not subjects.shows_tones(subjects.subject_images(5)[:, ::-1]).any()  # upside down

@@ -151,6 +151,8 @@ def test_what_the_study_compares(benchmark):
     rows = benchmark.ROWS
     assert not any("visual" in path for path in rows["frozen CLIP"].trainable)
     assert "cdt" in rows["MAFT+"].trainable and "cdt" not in rows["+ compensation"].trainable
+    assert benchmark.harmonic_mean(60.0, 30.0) == 40
+    assert benchmark.harmonic_mean(60.0, 0.0) == 0
 
 
 # Nearly all of it is compilation.

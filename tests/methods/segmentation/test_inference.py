@@ -1,13 +1,17 @@
 """Vocabularies against the published counts, label maps against plain loops over torch's resize."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import Array, Float
 from segmentation_oracles import random_model
 
 from conceptax.flax_models.convnext import ConvNeXtConfig
+from conceptax.flax_models.layers.bilinear import resize
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
 from conceptax.methods.glyphs.tokenizer import MAX_LENGTH, build_tokenizer
 from conceptax.methods.segmentation import inference
@@ -16,7 +20,6 @@ from conceptax.methods.segmentation.inference import (
     class_scores,
     panoptic_map,
     semantic_labels,
-    semantic_scores,
 )
 from conceptax.methods.segmentation.vocabulary import (
     TEMPLATES,
@@ -170,6 +173,17 @@ def expected_scores(inside, outside):
     void = softmax(inside)[:, -1:]
     scores = np.concatenate([softmax(outside[:, :-1]) * (1 - void), void], axis=1)
     return softmax(np.log(scores + 1e-8))  # as the authors' code has it
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def semantic_scores(
+    scores: Float[Array, "Q C"], mask_logits: Float[Array, "Q h w"], sizes: ImageSizes
+) -> Float[Array, "H W K"]:
+    """How much each class is at each pixel of the original image: its argmax is the label map."""
+    masks = jax.nn.sigmoid(resize(mask_logits, sizes.padded))
+    rows, columns = sizes.size
+    maps = jnp.einsum("qk,qhw->hwk", scores[:, :-1], masks[:, :rows, :columns])
+    return resize(maps, sizes.original, axis=0)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -11,7 +11,6 @@ from conceptax.methods.segmentation.metrics import (
     PanopticCounts,
     Segment,
     confusion_matrix,
-    harmonic_mean,
     panoptic_counts,
     panoptic_quality,
     semantic_quality,
@@ -107,11 +106,6 @@ def test_nothing_to_compare():
 def test_labels_that_do_not_fit(prediction, target, message):
     with pytest.raises(ValueError, match=message):
         confusion_matrix(np.array(prediction), np.array(target), 3, ignore=IGNORE)
-
-
-def test_harmonic_mean():
-    assert harmonic_mean(60.0, 30.0) == 40
-    assert harmonic_mean(60.0, 0.0) == 0
 
 
 # ---- panoptic ----

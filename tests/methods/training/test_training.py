@@ -318,8 +318,8 @@ class TestCheckpoints:
         )
         with training.Checkpoints(tmp_path / "run") as checkpoints:
             assert checkpoints.steps == [7, 10]
-            params = checkpoints.restore_params()
-            assert identical(params, jax.tree.map(np.asarray, final.params))
+            params = checkpoints.restore(final).params
+            assert identical(params, final.params)
             assert list(params["layers"]) == [0, 1]
             with pytest.raises(ValueError, match=r"no checkpoint after step 8 .* \[7, 10\]"):
                 checkpoints.restore(final, step=8)
