@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import architectures
+from .architectures import class_in
 from .errors import CheckpointError, OutputError, listing
 from .files.weights import read_json
 
@@ -60,12 +61,6 @@ def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
 def is_part(name: str, entry: Any) -> bool:
     """Whether an entry of a `model_index.json`, [library, class], names a part that exists."""
     return class_in(entry) is not None and not name.startswith("_")
-
-
-def class_in(entry: Any) -> str | None:
-    """The class in such an entry; None where it names none."""
-    pair = isinstance(entry, list | tuple) and len(entry) == 2
-    return entry[1] if pair and isinstance(entry[1], str) else None
 
 
 def is_plain(name: str) -> bool:
