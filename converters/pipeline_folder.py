@@ -45,16 +45,22 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
+def check_vocabulary(folder: Path, tokenizer: Any, rows: int, encoder: str = "") -> None:
     """Refuse a tokenizer that knows more tokens than its text encoder embeds.
+
+    Args:
+      folder: of the tokenizer, or of both.
+      tokenizer: what was read from there.
+      rows: of the encoder.
+      encoder: such as " in model.safetensors", where the encoder lies elsewhere.
 
     Raises:
       CheckpointError: it does.
     """
     if len(tokenizer) > rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder embeds "
-            f"only {rows}. Use the tokenizer that belongs to it."
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder"
+            f"{encoder} embeds only {rows}. Use the tokenizer that belongs to it."
         )
 
 

@@ -210,7 +210,7 @@ def _tokenizer(path: Path, folder: Path | str | None, rows: int | None) -> Any:
     folder = beside if folder is None else Path(folder).expanduser()
     tokenizer = read_tokenizer(folder)
     if rows is not None:
-        check_vocabulary(folder, tokenizer, rows)
+        check_vocabulary(folder, tokenizer, rows, f" in {path}")
     return tokenizer
 
 
