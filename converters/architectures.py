@@ -1,6 +1,7 @@
 """Registry of architectures: which model class reads which published class name."""
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,18 +38,10 @@ _PARTS = {
 
 _FLAX = "Flax"  # how diffusers up to 0.39 and transformers 4 began their names
 # Settings of diffusers' and maxdiffusion's Flax models that say how, not what, they compute.
-_FLAX_SETTINGS = {
-    "use_memory_efficient_attention",
-    "split_head_dim",
-    "dtype",
-    "weights_dtype",
-    "precision",
-    "attention_kernel",
-    "flash_min_seq_length",
-    "flash_block_sizes",
-    "mesh",
-    "mesh_axes",
-}
+_FLAX_SETTINGS = re.compile(
+    r"use_memory_efficient_attention|split_head_dim|(weights_)?dtype|precision|attention_kernel"
+    r"|flash_min_seq_length|flash_block_sizes|mesh(_axes)?"
+)
 
 
 def without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,13 +52,19 @@ def without_flax(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(config)
     name = plain.get("_class_name")
     if isinstance(name, str) and name.startswith(_FLAX):
-        plain = {k: v for k, v in plain.items() if k not in _FLAX_SETTINGS}
+        plain = {k: v for k, v in plain.items() if not _FLAX_SETTINGS.fullmatch(k)}
         plain["_class_name"] = name.removeprefix(_FLAX)
     for key, value in plain.items():  # [library, class] in an index
         names = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if names and (key == "architectures" or len(value) == 2):
             plain[key] = [each.removeprefix(_FLAX) for each in value]
     return plain
+
+
+def class_in(entry: Any) -> str | None:
+    """The class in an index's entry, [library, class]; None where it names none."""
+    pair = isinstance(entry, list | tuple) and len(entry) == 2
+    return entry[1] if pair and isinstance(entry[1], str) else None
 
 
 def class_of_pipeline(index: Mapping[str, Any], source: str) -> Any:
@@ -86,11 +85,7 @@ def class_of_pipeline(index: Mapping[str, Any], source: str) -> Any:
         raise CheckpointError(
             f"{source} has {name!r} as its _class_name, which is not the name of a pipeline."
         )
-    classes = {
-        key: entry[1]
-        for key, entry in index.items()
-        if isinstance(entry, list) and len(entry) == 2 and not key.startswith("_")
-    }
+    classes = {key: class_in(entry) for key, entry in index.items() if not key.startswith("_")}
     wanted = "StableDiffusionPipeline"
     if classes.get("text_encoder_2") is not None:
         wanted = "StableDiffusionXLPipeline"

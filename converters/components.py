@@ -1,7 +1,8 @@
 """Build one model from its published settings and its stored tensors."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
@@ -10,7 +11,6 @@ from ..flax_models.pretrained import Published
 from .errors import CheckpointError
 from .files.safetensors_file import StoredTensor
 from .parameters import OneKey, fill, parameter_dtype
-from .tensors import match, tensor_specs
 
 _LAYERS = 1024  # of one setting
 
@@ -68,8 +68,8 @@ def build(
     file: str,
     dtype: Any,
     param_dtype: Any,
-    place: Callable,
-    model_options: Mapping[str, Any],
+    model_options: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Any:
     """A model with the values of stored tensors, one at a time.
 
@@ -77,23 +77,14 @@ def build(
       model_class, raw, source: as for `abstract`.
       stored: the tensors, by PyTorch's names.
       file: what to call them in messages.
-      dtype, param_dtype, place, model_options: as `load_pytorch` has them.
+      dtype, param_dtype, model_options: as `load_pytorch` has them.
+      options: `sharding` and `prefix`, as for `fill`.
 
     Raises:
       CheckpointError: settings of no model, or tensors that do not fit it.
     """
-    model: Any = abstract(
-        model_class,
-        raw,
-        source=source,
-        dtype=dtype,
-        param_dtype=parameter_dtype(stored, param_dtype),
-        **model_options,
-    )
-    specs = tensor_specs(model)
-    tensors = match(
-        specs, stored, source=file, model_class=model_class, double=param_dtype is not None
-    )
-    fill(model, specs, tensors, source=file, param_dtype=param_dtype, place=place)
+    kinds = {"dtype": dtype, "param_dtype": parameter_dtype(stored, param_dtype)}
+    model: Any = abstract(model_class, raw, source=source, **kinds, **model_options)
+    fill(model, stored, source=file, param_dtype=param_dtype, **options)
     model.published_config = Published(json.dumps(raw))
     return model

@@ -11,22 +11,15 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .errors import CheckpointError, listing
+from .architectures import class_in
+from .errors import CheckpointError, first_line, listing
+from .files.weight_names import ADDITIONS, WeightName, weight_name
 
 _ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<file>(/[^/@]+)*)(?:@(?P<revision>.+))?"
 )
-_WEIGHTS = re.compile(r"(?P<stem>.+?)\.(?P<type>safetensors|bin|msgpack)")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")  # before the variant or, in later names, behind it
-_INDEX = re.compile(
-    r"(?P<stem>.+?)\.(?P<type>safetensors|bin|msgpack)\.index(?:\.(?P<variant>[\w-]+))?\.json"
-)
-# Stems of weights that diffusers and transformers load; what else lies beside them is not needed.
-_STEMS = ("diffusion_pytorch_model", "diffusion_flax_model", "model", "pytorch_model", "flax_model")
-_ADDITIONS = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
-_TYPES = ("safetensors", "bin", "msgpack")  # best first
 _SETTINGS = (".json", ".txt", ".model", ".jinja")
 _NO_FILE = "-"  # a pattern that no file's name matches
 
@@ -86,42 +79,37 @@ def _fetched(
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub_errors
 
-    root: str | None = None
-    reason = ""
+    repo, file, revision = wanted
+    refusals = {
+        hub_errors.RevisionNotFoundError: f"{repo} on the Hub has no revision {revision!r}.",
+        hub_errors.GatedRepoError: f"{repo} on the Hub is gated: accept its terms on its page, and "
+        "log in with `hf auth login` or set HF_TOKEN.",
+        hub_errors.RepositoryNotFoundError: f"{path} is no file or folder here, and no model of "
+        "that name is on the Hub. Check the path; a private model needs `hf auth login` or "
+        "HF_TOKEN.",
+    }
+    root, reason = None, ""
     if not constants.HF_HUB_OFFLINE:
         try:
-            info = HfApi().model_info(wanted.repo, revision=wanted.revision)
+            info = HfApi().model_info(repo, revision=revision)
             files = [each.rfilename for each in info.siblings or ()]
-            inside = "/".join(part for part in (subfolder, wanted.file) if part)
-            chosen = _needed(wanted, files, inside, variant, components)
-            root = snapshot_download(
-                wanted.repo, revision=wanted.revision, allow_patterns=[_escaped(f) for f in chosen]
-            )
-        except hub_errors.RevisionNotFoundError as error:
-            raise CheckpointError(
-                f"{wanted.repo} on the Hub has no revision {wanted.revision!r}."
-            ) from error
-        except hub_errors.GatedRepoError as error:
-            raise CheckpointError(
-                f"{wanted.repo} on the Hub is gated: accept its terms on its page, and log in with "
-                "`hf auth login` or set HF_TOKEN."
-            ) from error
-        except hub_errors.RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"{path} is no file or folder here, and no model of that name is on the Hub. Check "
-                "the path; a private model needs `hf auth login` or HF_TOKEN."
-            ) from error
+            inside = "/".join(part for part in (subfolder, file) if part)
+            chosen = [  # as patterns, each of which only its name matches
+                re.sub(r"([*?\[])", r"[\1]", name)
+                for name in _needed(wanted, files, inside, variant, components)
+            ]
+            root = snapshot_download(repo, revision=revision, allow_patterns=chosen)
         except CheckpointError:
             raise
         except Exception as error:  # of several HTTP libraries, by version: what is cached will do
-            reason = f" ({_first_line(error)})"
+            told = [text for kind, text in refusals.items() if isinstance(error, kind)]
+            if told:
+                raise CheckpointError(told[0]) from error
+            reason = f" ({first_line(error)})"
     if root is None:
         try:
             root = snapshot_download(
-                wanted.repo,
-                revision=wanted.revision,
-                local_files_only=True,
-                allow_patterns=[_NO_FILE],
+                repo, revision=revision, local_files_only=True, allow_patterns=[_NO_FILE]
             )
         except Exception as error:
             offline = "the Hub is not asked (offline)" if not reason else "the Hub did not answer"
@@ -129,10 +117,10 @@ def _fetched(
                 f"{path} is no file or folder here, its cache holds no model of that name, and "
                 f"{offline}{reason}. Check the path, or fetch it once while online."
             ) from error
-    place = Path(root, *PurePosixPath(subfolder or "").parts, *PurePosixPath(wanted.file).parts)
+    place = Path(root, *PurePosixPath(subfolder or "").parts, *PurePosixPath(file).parts)
     if not place.exists():
         raise CheckpointError(
-            f"{path}: {subfolder or wanted.file} is not in what the cache holds of {wanted.repo}."
+            f"{path}: {subfolder or file} is not in what the cache holds of {repo}."
         )
     return place if place.is_file() else _single(place)
 
@@ -163,14 +151,11 @@ def _needed(
         return [start + file for file in _component(wanted, here, variant)]
     from huggingface_hub import hf_hub_download
 
-    index = json.loads(
-        Path(
-            hf_hub_download(wanted.repo, f"{start}model_index.json", revision=wanted.revision)
-        ).read_text("utf-8")
-    )
-    parts = {name for name, entry in index.items() if _is_part(entry)}
+    index = hf_hub_download(wanted.repo, f"{start}model_index.json", revision=wanted.revision)
+    entries = json.loads(Path(index).read_text("utf-8"))
+    parts = {name for name, entry in entries.items() if class_in(entry) is not None}
     full = parts if components is None else parts & set(components)
-    chosen = [file for file in here if "/" not in file and file.endswith(_SETTINGS)]
+    chosen = _settings(here)
     for part in sorted(parts):
         own = [f.removeprefix(f"{part}/") for f in here if f.startswith(f"{part}/")]
         kept = _component(wanted, own, variant) if part in full else _settings(own)
@@ -178,50 +163,24 @@ def _needed(
     return [start + file for file in chosen]
 
 
-def _is_part(entry: Any) -> bool:
-    """Whether an entry of a model_index.json names a part: [library, class]."""
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
-
-
 def _settings(names: Iterable[str]) -> list[str]:
-    return [n for n in names if "/" not in n and n.endswith(_SETTINGS) and not _INDEX.fullmatch(n)]
+    return [n for n in names if "/" not in n and n.endswith(_SETTINGS) and weight_name(n) is None]
 
 
 def _component(wanted: HubId, names: Sequence[str], variant: str | None) -> list[str]:
     """The settings of a folder and one set of its weights."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[WeightName, list[str]] = {}
     for name in names:
-        index, weights = _INDEX.fullmatch(name), _WEIGHTS.fullmatch(_SHARD.sub("", name))
-        if "/" in name or not (index or weights):
-            continue
-        found = index or weights
-        assert found is not None
-        stem, kind = found["stem"], ""
-        if index and index["variant"]:
-            kind = index["variant"]
-        elif stem not in (*_STEMS, *_ADDITIONS) and "." in stem:
-            stem, _, kind = stem.rpartition(".")
-        groups.setdefault((stem, kind, found["type"]), []).append(name)
-    known = {key: group for key, group in groups.items() if key[0] in (*_STEMS, *_ADDITIONS)}
-    if not known and not groups:
+        if "/" not in name and (weights := weight_name(name)):
+            whole = weights._replace(index=False, shard=False)
+            groups.setdefault(whole, []).append(name)
+    known = {key: of for key, of in groups.items() if key.libraries or key.stem in ADDITIONS}
+    if not groups:
         return _settings(names)
     if not known and len(groups) > 1 and "config.json" not in names:
         raise CheckpointError(
             f"{wanted.repo} holds several files of weights ({listing(sorted(names))}): name one, "
             f"such as {wanted.repo}/{min(groups.values())[0]}."
         )
-
-    def rank(key: tuple[str, str, str]) -> tuple[bool, bool, int]:
-        return key[1] != (variant or ""), key[1] != "", _TYPES.index(key[2])
-
-    best = min(known or groups, key=rank)
-    return _settings(names) + (known or groups)[best]
-
-
-def _escaped(name: str) -> str:
-    """A pattern that only this name matches."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    best = min(known or groups, key=lambda weights: weights.rank(variant=variant))
+    return _settings(names) + groups[best]

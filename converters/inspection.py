@@ -2,23 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from . import architectures
+from .architectures import class_in
 from .components import abstract
 from .errors import CheckpointError, listing
-from .files.safetensors_file import (
-    FLOAT_NAMES,
-    FLOAT_TYPES,
-    ITEM_SIZES,
-    PARAMETER_TYPES,
-    StoredTensor,
-)
-from .files.weights import WeightFile, find_weights, open_weights, variant_of
+from .files.safetensors_file import FLOAT_TYPES, ITEM_SIZES, PARAMETER_TYPES, StoredTensor
+from .files.weight_names import weight_name
+from .files.weights import WeightFile, find_weights, open_weights
 from .formats.compvis import open_single_file
 from .formats.compvis_parts import read_single_file
 from .formats.identify import (
@@ -33,18 +30,21 @@ from .formats.identify import (
 )
 from .formats.lora import check_lora, lora_file
 from .formats.personalized import read_personalization
-from .formats.segmentation import Plan, plan_of
+from .formats.segmentation import plan_of
+from .parameters import CONVERT
 from .pipeline_folder import (
     carried_parts,
     check_vocabulary,
-    class_in,
     is_part,
     pipeline_components,
     read_index,
     read_scheduler,
 )
-from .tensors import CONVERT, compare, tensor_specs
+from .tensors import compare, tensor_specs
 from .tokenizer import read_tokenizer
+
+_FLOAT = {"dtype": jnp.float32, "param_dtype": jnp.float32}  # shapes are the same in every type
+Problems = dict[str, list[str]]
 
 
 class Part(NamedTuple):
@@ -111,25 +111,34 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
 
 def _inspect(path: Path | str) -> Inspection:
     found = identify(path)
-    path, stored = found.path, found.stored
+    path, stored, file = found.path, found.stored, found.file
     if found.kind == PIPELINE:
         return _pipeline(path)
     if found.kind == PERSONALIZATION:
         return _personalization(path)._replace(advice=found.advice)
-    if found.kind == SEGMENTATION:
-        assert found.file is not None
-        plan = plan_of(found.file)
-        assert plan is not None
-        return _plan(plan, str(path))
+    if found.kind == SEGMENTATION and file is not None:
+        return _segmentation(file)
     if found.kind == LORA:
-        return _lora(lora_file(path), stored)._replace(advice=found.advice)
-    if found.kind == SINGLE:
-        assert found.file is not None
-        return _single(found.file)
+        path = lora_file(path)
+        problems = _refusal(lambda: check_lora(path))
+        tensors = open_weights(path) if stored is None else stored
+        part = _part("", "LoRA", tensors.values(), problems)
+        return Inspection("LoRA", [part], {}, {}, found.advice)
+    if found.kind == SINGLE and file is not None:
+        return _single(file)
     if found.kind == WEIGHTS:
         part = _part("", "no config.json beside it tells", (stored or {}).values(), {})
         return Inspection("weight file", [part], {}, {"no model": [found.advice]})
     return Inspection("component", [_component(path, "", None, stored)], {}, {})
+
+
+def _refusal(read: Callable[[], Any], kind: str = "not supported here") -> Problems:
+    """What `read` refuses, as a problem of that kind."""
+    try:
+        read()
+    except CheckpointError as error:
+        return {kind: [str(error)]}
+    return {}
 
 
 def _pipeline(path: Path) -> Inspection:
@@ -140,41 +149,42 @@ def _pipeline(path: Path) -> Inspection:
         pipeline = architectures.class_of_pipeline(index, str(path))
     except CheckpointError as error:
         return Inspection(kind, [], {}, {"not supported here": [str(error)]})
-    parts, problems, tokenizers = [], dict[str, list[str]](), {}
     known = pipeline_components(pipeline)
-    missing = [name for name in known if not (path / name).is_dir()]
-    if missing:
-        problems["missing"] = sorted(missing)
-    for name in sorted(pipeline.MODELS):
-        if name not in missing:
-            published = class_in(index.get(name))
-            parts.append(_component(path / name, name, published, None))
-    unreadable = []
-    for name in pipeline.TOKENIZERS:
-        try:
-            if name not in missing:
-                tokenizers[name] = read_tokenizer(path / name)
-                encoder = name.replace("tokenizer", "text_encoder")
-                if encoder not in missing and (rows := _vocabulary(path / encoder)):
-                    check_vocabulary(path, tokenizers[name], rows)
-        except CheckpointError as error:
-            unreadable.append(str(error))
-    try:
+    missing = sorted(name for name in known if not (path / name).is_dir())
+    parts = [
+        _component(path / name, name, class_in(index.get(name)), None)
+        for name in sorted(pipeline.MODELS)
+        if name not in missing
+    ]
+    carried: dict[str, Path] = {}
+
+    def check_tokenizer(name: str) -> None:
+        tokenizer, encoder = read_tokenizer(path / name), name.replace("tokenizer", "text_encoder")
+        if encoder not in missing and (rows := _vocabulary(path / encoder)):
+            check_vocabulary(path, tokenizer, rows)
+
+    def check_rest() -> None:
         if "scheduler" not in missing:
             read_scheduler(path, index)
-        carried = carried_parts(path.resolve(), index, known)
-    except CheckpointError as error:
-        unreadable.append(str(error))
-        carried = {}
-    if unreadable:
-        problems["not readable"] = unreadable
+        carried.update(carried_parts(path.resolve(), index, known))
+
+    checks = [partial(check_tokenizer, name) for name in pipeline.TOKENIZERS if name not in missing]
+    refusals = [_refusal(check, "") for check in (*checks, check_rest)]
+    problems = {
+        "missing": missing,
+        "not readable": [text for refusal in refusals for (text,) in refusal.values()],
+    }
     others = {name for name, entry in index.items() if name not in known and is_part(name, entry)}
     absent = sorted(name for name in others if not (path / name).is_dir() and "/" not in name)
-    unused = sorted((others | set(carried)) - set(absent))
-    leftovers = {"parts that are not loaded": unused} if unused else {}
-    if absent:
-        leftovers["parts that are named and not there"] = absent
-    return Inspection(kind, parts, leftovers, problems)
+    leftovers = {
+        "parts that are not loaded": sorted((others | set(carried)) - set(absent)),
+        "parts that are named and not there": absent,
+    }
+    return Inspection(kind, parts, _told(leftovers), _told(problems))
+
+
+def _told(lists: Problems) -> Problems:
+    return {kind: names for kind, names in lists.items() if names}
 
 
 def _vocabulary(folder: Path) -> int | None:
@@ -193,48 +203,34 @@ def _single(source: WeightFile) -> Inspection:
     for name, part in file.parts.items():
         problems = _compare(part.class_name, part.raw, part.tensors, str(path))
         parts.append(_part(name, part.class_name, part.tensors.values(), problems))
-    problems = {"unexpected": file.unknown} if file.unknown else {}
-    return Inspection(file.kind, parts, file.leftovers, problems)
+    return Inspection(file.kind, parts, file.leftovers, _told({"unexpected": file.unknown}))
 
 
-def _plan(plan: Plan, source: str) -> Inspection:
+def _segmentation(file: WeightFile) -> Inspection:
     """A file of OpenCLIP or MAFT+, which may hold more than the model: a teacher, an optimizer."""
+    plan = plan_of(file)
+    assert plan is not None
     name = getattr(plan.model_class, "__name__", "")
     try:
-        _, specs = plan.specs(dtype=jnp.float32, param_dtype=jnp.float32)
+        _, specs = plan.specs(**_FLOAT)
         used = plan.wanted(specs)
-        problems = compare(specs, used, model_class=plan.model_class, double=True).problems
+        problems = compare(specs, used, plan.model_class, double=True).problems
     except (ValueError, TypeError) as error:
-        used, problems = {}, {"not supported here": [f"{source}: {error}"]}
-    unused = sorted(set(plan.stored) - set(used))
-    leftovers = {"tensors that are not loaded": unused} if unused else {}
+        used, problems = {}, {"not supported here": [f"{file.path}: {error}"]}
+    leftovers = _told({"tensors that are not loaded": sorted(set(plan.stored) - set(used))})
     part = _part("", name, used.values(), problems)
     return Inspection(f"single file of {name}", [part], leftovers, {})
 
 
-def _lora(path: Path, stored: Mapping[str, StoredTensor] | None) -> Inspection:
-    """A LoRA, or a relative of it that cannot be merged."""
-    problems = {}
-    try:
-        check_lora(path)
-    except CheckpointError as error:
-        problems = {"not supported here": [str(error)]}
-    tensors = (open_weights(path) if stored is None else stored).values()
-    return Inspection("LoRA", [_part("", "LoRA", tensors, problems)], {}, {})
-
-
 def _personalization(path: Path) -> Inspection:
     """New tokens and cross-attention weights: a few megabytes, which are read."""
-    found = read_personalization(path)
-    named = {"new tokens": found.rows, "UNet": found.unet}
+    rows, unet, _ = read_personalization(path)
     parts = [
-        _part(
-            name,
-            f"{len(arrays)} tensors" if name == "UNet" else ", ".join(sorted(arrays)),
-            [StoredTensor(FLOAT_NAMES[a.dtype], a.shape, lambda a=a: a) for a in arrays.values()],
-            {},
+        _part(name, told, map(StoredTensor.of, arrays.values()), {})
+        for name, told, arrays in (
+            ("new tokens", ", ".join(sorted(rows)), rows),
+            ("UNet", f"{len(unet)} tensors", unet),
         )
-        for name, arrays in named.items()
         if arrays
     ]
     return Inspection("personalization", parts, {}, {})
@@ -251,7 +247,8 @@ def _component(
         model_class = architectures.model_class(architecture, source)
         if stored is None:
             file = find_weights(folder, model_class.pytorch_library)
-            variant = variant_of(file.name)
+            called = weight_name(file.name)
+            variant = called.variant if called else ""
             stored = open_weights(file)
         problems = _compare(architecture, raw, stored, source)
     except CheckpointError as error:
@@ -265,19 +262,17 @@ def _compare(
     raw: Mapping[str, Any],
     stored: Mapping[str, StoredTensor],
     source: str,
-) -> dict[str, list[str]]:
+) -> Problems:
     try:
         model_class = architectures.model_class(architecture, source)
-        model = abstract(
-            model_class, raw, source=source, dtype=jnp.float32, param_dtype=jnp.float32
-        )
+        model = abstract(model_class, raw, source=source, **_FLOAT)
     except CheckpointError as error:
         return {"not supported here": [str(error)]}
-    return compare(tensor_specs(model), stored, model_class=model_class, double=True).problems
+    return compare(tensor_specs(model), stored, model_class, double=True).problems
 
 
 def _part(
-    name: str, architecture: str, tensors: Iterable[StoredTensor], problems: dict[str, list[str]]
+    name: str, architecture: str, tensors: Iterable[StoredTensor], problems: Problems
 ) -> Part:
     dtypes: Counter[str] = Counter()
     nbytes = 0

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,9 +12,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
-from .errors import CheckpointError, OutputError, listing
-from .files.safetensors_file import FLOAT_NAMES, PARAMETER_TYPES, PendingTensor, StoredTensor
-from .tensors import Path, TensorSpec, is_finite, variables
+from .errors import CheckpointError, OutputError, TypeToConvert, counted, listing
+from .files.safetensors_file import (
+    FLOAT_NAMES,
+    FLOAT_TYPES,
+    PARAMETER_TYPES,
+    PendingTensor,
+    StoredTensor,
+)
+from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, variables
 
 # "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
 ShardingRule = (
@@ -22,29 +28,53 @@ ShardingRule = (
 )
 
 
+CONVERT = (
+    "Convert such weights: conceptax convert SOURCE DEST --dtype float32 (param_dtype= in Python)."
+)
+
+
 def fill(
-    model: nnx.Module,
-    specs: list[TensorSpec],
-    tensors: Mapping[str, StoredTensor],
+    model: Any,
+    stored: Mapping[str, StoredTensor],
     *,
     source: str,
-    param_dtype: Any,
-    place: Callable,
+    specs: Sequence[TensorSpec] | None = None,
+    param_dtype: Any = None,
+    sharding: ShardingRule = None,
+    prefix: Path = (),
 ) -> None:
-    """Give an abstract model its parameters, one at a time, the largest first."""
+    """Give an abstract model its parameters, one at a time, the largest first: all, or none.
+
+    Args:
+      model: of shapes only; it is changed.
+      stored: the tensors, by PyTorch's names.
+      source: what to call them in messages.
+      specs: of the parameters to fill; default: all.
+      param_dtype, sharding: as for `load_pytorch`.
+      prefix: of the path that a sharding rule is asked about.
+
+    Raises:
+      CheckpointError: names every tensor that is missing, unexpected, of another shape or type, or
+        not finite.
+    """
+    specs, double = tensor_specs(model) if specs is None else specs, param_dtype is not None
+    found, problems = compare(specs, stored, type(model), double=double)
+    if problems:
+        kind, advice = CheckpointError, "Check that config.json and the weights belong together."
+        others = FLOAT_TYPES.keys() - PARAMETER_TYPES.keys()
+        if not double and any(tensor.dtype in others for tensor in found.values()):
+            kind, advice = TypeToConvert, CONVERT
+        raise kind(f"{source} does not fit {type(model).__name__}: {counted(problems)}. {advice}")
     slots = variables(model)
-    broken = []
-    placed = []
+    broken, placed = [], []
     for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
-        tensor = tensors[spec.key]
-        values, dtype = tensor.read(), tensor.dtype
-        finite = is_finite(values, dtype)
-        if finite and param_dtype is not None and values.dtype != param_dtype:
-            values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
-        if not finite:
+        values, dtype = found[spec.key].read(), found[spec.key].dtype
+        if not is_finite(values, dtype):
             broken.append(spec.key)
+        elif param_dtype is not None and values.dtype != param_dtype:
+            values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
         if not broken:
-            array = place(spec.path, spec.to_nnx(values))
+            array = _put((*prefix, *spec.path), spec.to_nnx(values), sharding)
             slots[spec.path].set_value(array)
             placed.append(array)
     if broken:
@@ -54,6 +84,36 @@ def fill(
             "another one."
         )
     jax.block_until_ready(placed)  # a transfer may still be reading the mapped file
+
+
+def replaced(model: Any, tensors: Iterable[tuple[TensorSpec, np.ndarray]]) -> Any:
+    """A copy of a model with some tensors, in PyTorch's layout, of its own dtypes and shardings."""
+    copy = nnx.clone(model)
+    slots = variables(copy)
+    for spec, values in tensors:
+        old = slots[spec.path].get_value()
+        new = spec.to_nnx(values).astype(old.dtype, order="C")
+        slots[spec.path].set_value(jax.device_put(new, getattr(old, "sharding", None)))
+    return copy
+
+
+def changed(
+    edited: Any, original: Any, name: str = "model"
+) -> Iterator[tuple[TensorSpec, np.ndarray, np.ndarray]]:
+    """Each parameter in which a model differs from its original, with both values in NNX's layout.
+
+    Raises:
+      ValueError: the models differ in their parameters' names or shapes.
+    """
+    specs = tensor_specs(edited)
+    shapes = {spec.path: spec.shape for spec in specs}
+    if original is None or shapes != {s.path: s.shape for s in tensor_specs(original)}:
+        raise ValueError(f"the edited {name} and the original are not of one architecture.")
+    new, old = variables(edited), variables(original)
+    for spec in specs:
+        after, before = (on_host(slots[spec.path].get_value()) for slots in (new, old))
+        if not np.array_equal(after, before):
+            yield spec, after, before
 
 
 def parameter_dtype(stored: Mapping[str, StoredTensor], param_dtype: Any) -> np.dtype:
@@ -72,13 +132,11 @@ def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
     return converted
 
 
-def put(path: Path, view: np.ndarray, *, rule: ShardingRule, prefix: Path = ()) -> Any:
+def _put(path: Path, view: np.ndarray, rule: ShardingRule) -> Any:
     """Put a view of a mapped file onto its devices; nothing there shares its memory."""
     if isinstance(rule, str):
         return view
-    sharding = (
-        rule if isinstance(rule, Sharding) or rule is None else rule((*prefix, *path), view.shape)
-    )
+    sharding = rule(path, view.shape) if callable(rule) else rule
     if sharding is None:
         return jax.device_put(_detached(view))
     return jax.make_array_from_callback(
@@ -98,7 +156,7 @@ def _detached(view: np.ndarray) -> np.ndarray:
     return own
 
 
-def pending(model: Any, specs: list[TensorSpec], dtype: np.dtype | None) -> list[PendingTensor]:
+def pending(model: Any, specs: Iterable[TensorSpec], dtype: np.dtype | None) -> list[PendingTensor]:
     """The tensors of some of a model's parameters, under their names on disk."""
     slots = variables(model)
     prefix = getattr(model, "pytorch_prefix", "")
@@ -124,12 +182,21 @@ def _export(spec: TensorSpec, array: Any, dtype: np.dtype) -> np.ndarray:
         values = spec.to_torch(on_host(array))
         if not values.flags.c_contiguous:
             values = np.ascontiguousarray(values)
-    if not is_finite(values, FLOAT_NAMES[values.dtype]):
-        raise OutputError(
-            f"{spec.key} holds NaN or infinite values, so nothing was written. The training has "
-            "diverged; go back to an earlier state."
-        )
+    check_finite(values, spec.key)
     return values if values.dtype == dtype else _convert(values, dtype, spec.key)
+
+
+def check_finite(values: np.ndarray, name: str) -> None:
+    """Refuse to write values that no file of weights keeps; `OutputError`."""
+    if values.dtype not in FLOAT_NAMES:
+        raise OutputError(
+            f"{name} is {values.dtype}, which is not stored as a weight. Convert it to float32."
+        )
+    if not is_finite(np.ascontiguousarray(values), FLOAT_NAMES[values.dtype]):
+        raise OutputError(
+            f"{name} holds NaN or infinite values, so nothing was written. The training has "
+            "diverged: lower its learning rate, or go back to an earlier state."
+        )
 
 
 def _host() -> jax.Device:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import architectures
+from .architectures import class_in
 from .errors import CheckpointError, OutputError, listing
 from .files.weights import read_json
 
@@ -44,28 +45,28 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
+def check_vocabulary(folder: Path, tokenizer: Any, rows: int, encoder: str = "") -> None:
     """Refuse a tokenizer that knows more tokens than its text encoder embeds.
+
+    Args:
+      folder: of the tokenizer, or of both.
+      tokenizer: what was read from there.
+      rows: of the encoder.
+      encoder: such as " in model.safetensors", where the encoder lies elsewhere.
 
     Raises:
       CheckpointError: it does.
     """
     if len(tokenizer) > rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder embeds "
-            f"only {rows}. Use the tokenizer that belongs to it."
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder"
+            f"{encoder} embeds only {rows}. Use the tokenizer that belongs to it."
         )
 
 
 def is_part(name: str, entry: Any) -> bool:
     """Whether an entry of a `model_index.json`, [library, class], names a part that exists."""
     return class_in(entry) is not None and not name.startswith("_")
-
-
-def class_in(entry: Any) -> str | None:
-    """The class in such an entry; None where it names none."""
-    pair = isinstance(entry, list | tuple) and len(entry) == 2
-    return entry[1] if pair and isinstance(entry[1], str) else None
 
 
 def is_plain(name: str) -> bool:

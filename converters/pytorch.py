@@ -5,10 +5,9 @@ and one folder per component.  Weights travel one tensor at a time, so the peak 
 model itself plus about one tensor, in both directions.
 """
 
-import functools
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -18,6 +17,7 @@ from flax import nnx
 
 from ..text import write_json
 from . import architectures
+from .architectures import class_in
 from .components import build
 from .errors import CheckpointError, OutputError, listing
 from .files.output import atomic_folder
@@ -28,7 +28,8 @@ from .files.safetensors_file import (
     file_order,
     write_safetensors,
 )
-from .files.weights import STEMS, find_weights, holds_variant, open_weights
+from .files.weight_names import STEMS
+from .files.weights import find_weights, holds_variant, open_weights
 from .formats.compvis import load_single_file
 from .formats.identify import (
     COMPONENT,
@@ -41,18 +42,17 @@ from .formats.identify import (
     resolved,
 )
 from .formats.segmentation import loader_of
-from .parameters import ShardingRule, fill, on_host, pending, put
+from .parameters import ShardingRule, changed, fill, pending
 from .pipeline_folder import (
     carried_parts,
     check_vocabulary,
-    class_in,
     copy_carried,
     is_part,
     pipeline_components,
     read_index,
     read_scheduler,
 )
-from .tensors import match, tensor_specs, variables
+from .tensors import tensor_specs
 from .tokenizer import read_tokenizer, write_tokenizer
 
 _OF_SINGLE_FILES = {"tokenizer", "prediction_type"}  # options for what such files do not tell
@@ -122,52 +122,36 @@ def load_pytorch(
         raise ValueError(
             f"{path} is no single file, for which {given[0]}= is: a folder tells that itself."
         )
+    types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding}
     if found.kind == SINGLE:
         if unknown := sorted(set(model_options) - _OF_SINGLE_FILES):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
-        return load_single_file(
-            found.file or path,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            sharding=sharding,
-            components=components,
-            **model_options,
-        )
+        return load_single_file(found.file or path, components=components, **types, **model_options)
     if found.kind == SEGMENTATION and components is None:
         assert found.file is not None
         loader = loader_of(found.file)
         assert loader is not None
         if unknown := sorted(set(model_options) - set(inspect.signature(loader).parameters)):
             raise ValueError(f"{path} is for {loader.__name__}, which takes no {listing(unknown)}.")
-        return loader(
-            found.file, dtype=dtype, param_dtype=param_dtype, sharding=sharding, **model_options
-        )
-    place = functools.partial(put, rule=sharding)
-    options = {
-        "dtype": dtype,
-        "param_dtype": param_dtype,
-        "model_options": model_options,
-        "variant": variant,
-    }
+        return loader(found.file, **types, **model_options)
     if found.kind == PIPELINE:
-        if architecture is not None:
-            raise ValueError(f"{path} is a pipeline: architecture= is for a component folder.")
-        if model_options:
-            names = ", ".join(f"{name}=" for name in model_options)
+        given = ["architecture"] * (architecture is not None) or list(model_options)
+        if given:
+            names = ", ".join(f"{name}=" for name in given)
             raise ValueError(f"{path} is a pipeline: {names} is for a component folder.")
-        return _load_pipeline(path, components, place=place, **options)
+        return _load_pipeline(path, components, variant, types)
     if components is not None:
         raise ValueError(f"{path} is no pipeline folder: components= does not apply to it.")
-    return _load_component(path, architecture, place=place, stored=found.stored, **options)
+    return _load_component(
+        path, architecture, variant, found.stored, model_options=model_options, **types
+    )
 
 
 def _load_pipeline(
     path: FilePath,
     components: Collection[str] | None,
-    *,
-    place: Callable,
     variant: str | None,
-    **options,
+    types: Mapping[str, Any],
 ) -> Any:
     index = read_index(path)
     kind = architectures.class_of_pipeline(index, str(path))
@@ -182,13 +166,9 @@ def _load_pipeline(
     if variant and not having:
         raise CheckpointError(f"{path}: none of {listing(models)} has the variant {variant!r}.")
     for name in models:
-        parts[name] = _load_component(
-            path / name,
-            class_in(index.get(name)),
-            variant=variant if name in having else None,
-            place=functools.partial(place, prefix=(name,)),
-            **options,
-        )
+        own = variant if name in having else None
+        published = class_in(index.get(name))
+        parts[name] = _load_component(path / name, published, own, prefix=(name,), **types)
     for name in kind.TOKENIZERS:
         if name in wanted:
             parts[name] = read_tokenizer(path / name)
@@ -203,21 +183,20 @@ def _load_pipeline(
 def _load_component(
     path: FilePath,
     architecture: Any,
-    *,
-    dtype: Any,
-    param_dtype: Any,
-    place: Callable,
-    model_options: Mapping[str, Any],
     variant: str | None,
     stored: Mapping[str, StoredTensor] | None = None,
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> nnx.Module:
+    """A component's folder, or its weight file; `options` are those of `build`."""
+    model_options = model_options or {}
     folder = path.parent if path.is_file() else path
     raw, source = read_config(folder)
+    model_class = architecture
     if architecture is None or isinstance(architecture, str):
         name = architecture or architectures.published_name(raw)
         model_class = architectures.model_class(name, source)
-    else:
-        model_class = architecture
     accepted = set(inspect.signature(model_class.__init__).parameters) - {"self", "config", "rngs"}
     if unknown := sorted(set(model_options) - accepted):
         raise ValueError(
@@ -225,19 +204,9 @@ def _load_component(
             f"{', '.join(sorted(accepted))}."
         )
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library, variant)
-    if stored is None:
-        stored = open_weights(file)
-    return build(
-        model_class,
-        raw,
-        stored,
-        source=source,
-        file=str(file),
-        dtype=dtype,
-        param_dtype=param_dtype,
-        place=place,
-        model_options=model_options,
-    )
+    stored = open_weights(file) if stored is None else stored
+    options |= {"source": source, "file": str(file), "model_options": model_options}
+    return build(model_class, raw, stored, **options)
 
 
 def save_pytorch(
@@ -307,21 +276,10 @@ def save_changes(
       ValueError: the models differ in their parameters' names or shapes.
       OutputError: no tensor differs, or a parameter is NaN or infinite.
     """
-    specs, before, after = tensor_specs(edited), variables(original), variables(edited)
-    if {spec.path: spec.shape for spec in specs} != {
-        spec.path: spec.shape for spec in tensor_specs(original)
-    }:
-        raise ValueError("the edited model and the original are not of one architecture.")
-    changed = [
-        spec
-        for spec in specs
-        if not np.array_equal(
-            on_host(after[spec.path].get_value()), on_host(before[spec.path].get_value())
-        )
-    ]
-    if not changed:
+    specs = [spec for spec, _, _ in changed(edited, original)]
+    if not specs:
         raise OutputError("the edited model equals the original: there is no change to write.")
-    tensors = pending(edited, changed, None if dtype is None else np.dtype(dtype))
+    tensors = pending(edited, specs, None if dtype is None else np.dtype(dtype))
     write_safetensors(FilePath(path), tensors, {"format": "pt"})
     return sorted(tensor.key for tensor in tensors)
 
@@ -345,17 +303,14 @@ def load_changes(path: FilePath | str, original: nnx.Module) -> nnx.Module:
     specs = [
         spec for spec in tensor_specs(original) if spec.key in stored or prefix + spec.key in stored
     ]
-    model_class = type(original)
     if not specs:
         raise CheckpointError(
-            f"{path} holds no tensor of a {model_class.__name__} (found "
+            f"{path} holds no tensor of a {type(original).__name__} (found "
             f"{listing(sorted(stored)) or 'nothing'})."
         )
-    tensors = match(specs, stored, source=str(path), model_class=model_class, double=False)
     graphdef, state = nnx.split(original)
     model = nnx.merge(graphdef, nnx.to_pure_dict(state))
-    place = functools.partial(put, rule=None)
-    fill(model, specs, tensors, source=str(path), param_dtype=None, place=place)
+    fill(model, stored, source=str(path), specs=specs)
     return model
 
 

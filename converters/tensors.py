@@ -7,13 +7,12 @@ list of `TensorSpec`, made by walking the model.
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
-from .errors import CheckpointError, TypeToConvert, listing
 from .files.safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, StoredTensor
 
 _SAME = lambda rank: tuple(range(rank))  # noqa: E731
@@ -25,15 +24,13 @@ _SPATIAL_FIRST = lambda rank: (*range(2, rank), 1, 0)  # noqa: E731
 # modules (raw `nnx.Param` attributes) keep name and layout.
 LEAVES = {
     (nnx.Linear, "kernel"): ("weight", _REVERSED),
-    (nnx.Linear, "bias"): ("bias", _SAME),
     (nnx.Conv, "kernel"): ("weight", _SPATIAL_FIRST),
-    (nnx.Conv, "bias"): ("bias", _SAME),
-    (nnx.LayerNorm, "scale"): ("weight", _SAME),
-    (nnx.LayerNorm, "bias"): ("bias", _SAME),
-    (nnx.GroupNorm, "scale"): ("weight", _SAME),
-    (nnx.GroupNorm, "bias"): ("bias", _SAME),
-    (nnx.RMSNorm, "scale"): ("weight", _SAME),
     (nnx.Embed, "embedding"): ("weight", _SAME),
+    **{(norm, "scale"): ("weight", _SAME) for norm in (nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm)},
+    **{
+        (layer, "bias"): ("bias", _SAME)
+        for layer in (nnx.Linear, nnx.Conv, nnx.LayerNorm, nnx.GroupNorm)
+    },
 }
 
 Path = tuple[Any, ...]  # attribute names and list indices
@@ -99,15 +96,6 @@ def tensor_specs(model: nnx.Module) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: spec.key)
 
 
-def _rename(key: str, renames: Mapping[str, str]) -> str:
-    return ".".join(renames.get(part, part) for part in key.split("."))
-
-
-CONVERT = (
-    "Convert such weights: conceptax convert SOURCE DEST --dtype float32 (param_dtype= in Python)."
-)
-
-
 class Comparison(NamedTuple):
     """What a checkpoint has of a model.
 
@@ -121,7 +109,11 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    specs: list[TensorSpec], stored: Mapping[str, StoredTensor], *, model_class: Any, double: bool
+    specs: Sequence[TensorSpec],
+    stored: Mapping[str, StoredTensor],
+    model_class: Any,
+    *,
+    double: bool,
 ) -> Comparison:
     """Pair every parameter with its tensor, by names, shapes and types alone.
 
@@ -129,20 +121,21 @@ def compare(
       specs: the model's specification.
       stored: what the checkpoint holds.
       model_class: declares `pytorch_prefix`, `pytorch_renames`, `pytorch_ignored`, all optional.
-      double: whether types that no parameter keeps, float64 and those of 8 bits, are accepted,
-        to be converted.
+      double: whether types that no parameter keeps (float64, those of 8 bits) may be converted.
     """
     prefix = getattr(model_class, "pytorch_prefix", "")
     renames = getattr(model_class, "pytorch_renames", {})
     ignored = getattr(model_class, "pytorch_ignored", ())
+    accepted = FLOAT_TYPES if double else PARAMETER_TYPES
     expected = {spec.key: spec for spec in specs}
 
     found: dict[str, StoredTensor] = {}
     names: dict[str, str] = {}  # key -> its name on disk
-    unexpected, repeated = [], []
+    unexpected, repeated, misshaped, mistyped = [], [], [], []
     for name, tensor in stored.items():
         bare = name.removeprefix(prefix)
-        key = next((k for k in (name, bare, _rename(bare, renames)) if k in expected), None)
+        renamed = ".".join(renames.get(part, part) for part in bare.split("."))
+        key = next((key for key in (name, bare, renamed) if key in expected), None)
         if key is None:
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
                 unexpected.append(name)
@@ -150,18 +143,10 @@ def compare(
             repeated.append(f"{names[key]} and {name}")
         else:
             found[key], names[key] = tensor, name
-
-    accepted = FLOAT_TYPES if double else PARAMETER_TYPES
-    misshaped = [
-        f"{names[key]} {list(tensor.shape)} instead of {list(expected[key].shape)}"
-        for key, tensor in found.items()
-        if tensor.shape != expected[key].shape
-    ]
-    mistyped = [
-        f"{names[key]} ({tensor.dtype})"
-        for key, tensor in found.items()
-        if tensor.dtype not in accepted
-    ]
+            if tensor.shape != (shape := expected[key].shape):
+                misshaped.append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
+            if tensor.dtype not in accepted:
+                mistyped.append(f"{name} ({tensor.dtype})")
     problems = {
         "missing": [prefix + key for key in expected if key not in found],
         "unexpected": unexpected,
@@ -170,39 +155,6 @@ def compare(
         f"of the wrong type (accepted: {', '.join(accepted)})": mistyped,
     }
     return Comparison(found, {kind: sorted(names) for kind, names in problems.items() if names})
-
-
-def match(
-    specs: list[TensorSpec],
-    stored: Mapping[str, StoredTensor],
-    *,
-    source: str,
-    model_class: Any,
-    double: bool,
-) -> dict[str, StoredTensor]:
-    """Pair every parameter with its tensor: totally, or not at all.
-
-    Args:
-      source: the checkpoint's name in messages.
-      specs, stored, model_class, double: as for `compare`.
-
-    Returns:
-      key -> stored tensor, with exactly the keys of `specs`.
-
-    Raises:
-      CheckpointError: names everything missing, unexpected, mis-shaped and mis-typed.
-    """
-    found, problems = compare(specs, stored, model_class=model_class, double=double)
-    if problems:
-        told = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items()]
-        advice = "Check that config.json and the weights belong together."
-        kind = CheckpointError
-        others = FLOAT_TYPES.keys() - PARAMETER_TYPES.keys()
-        if not double and any(tensor.dtype in others for tensor in found.values()):
-            kind = TypeToConvert
-            advice = CONVERT
-        raise kind(f"{source} does not fit {model_class.__name__}: {'; '.join(told)}. {advice}")
-    return found
 
 
 _INFINITY = {  # the least bits that are no number

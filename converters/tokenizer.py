@@ -7,7 +7,7 @@ from typing import Any
 
 from ..bundled import ASSETS
 from ..text import write_json
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 
 _FILES = {"CLIPTokenizer": "vocab.json and merges.txt", "BertTokenizer": "vocab.txt"}
 
@@ -29,10 +29,9 @@ def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many types, some from Rust
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         name = kind.removesuffix("Tokenizer")
         raise CheckpointError(
-            f"{folder} is not a {name} tokenizer: {reason[:200]} Download it again."
+            f"{folder} is not a {name} tokenizer: {first_line(error)} Download it again."
         ) from error
 
 

@@ -10,14 +10,24 @@ which wrote `down_blocks.0` as `down_blocks_0`, and kernels [in, out] or [h, w, 
 """
 
 import math
+import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import CheckpointError
-from .safetensors_file import FLOAT_TYPES, ITEM_SIZES, Content, StoredTensor, mapped
+from .safetensors_file import (
+    FLOAT_TYPES,
+    ITEM_SIZES,
+    NUMPY_NAMES,
+    Content,
+    StoredTensor,
+    is_shape,
+    mapped,
+)
 
 _DEPTH = 32
 _VALUES = 100_000  # SDXL's UNet has a fifth
@@ -25,32 +35,29 @@ _TEXT = 1 << 16
 _RANK = 32
 _ARRAY, _SCALAR = 1, 3  # extension codes of flax.serialization
 _CHUNKED = "__msgpack_chunked_array__"
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "uint32": "U32",
-    "bool": "BOOL",
-}
-# Lists of modules, whose members Flax numbers with an underscore.
-_LISTS = (
-    "down_blocks",
-    "up_blocks",
-    "attentions",
-    "resnets",
-    "downsamplers",
-    "upsamplers",
-    "transformer_blocks",
-    "to_out",
-    "net",
-    "motion_modules",
-    "layers",
+# Members of lists of modules, which Flax numbers with an underscore.
+_MEMBER = re.compile(
+    r"((?:down|up|transformer)_blocks|attentions|resnets|(?:down|up)samplers|to_out|net"
+    r"|motion_modules|layers)_(\d+)"
+)
+_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+# Kinds of values: first and last of their first bytes, what they are, and how many bytes hold the
+# size or number behind the first byte, twice as many behind each next one; 0: it is in the byte.
+_KINDS = (
+    (0x00, 0x7F, "number", 0),
+    (0x80, 0x8F, "map", 0),
+    (0x90, 0x9F, "list", 0),
+    (0xA0, 0xBF, "text", 0),
+    (0xC4, 0xC6, "bytes", 1),
+    (0xC7, 0xC9, "extension", 1),
+    (0xCA, 0xCB, "float", 4),
+    (0xCC, 0xCF, "number", 1),
+    (0xD0, 0xD3, "signed", 1),
+    (0xD4, 0xD8, "short extension", 0),
+    (0xD9, 0xDB, "text", 1),
+    (0xDC, 0xDD, "list", 2),
+    (0xDE, 0xDF, "map", 2),
+    (0xE0, 0xFF, "negative", 0),
 )
 
 
@@ -76,7 +83,7 @@ def open_flax(path: Path, content: Content | None = None) -> dict[str, StoredTen
     if not len(data):
         raise CheckpointError(f"{path} is truncated: it is empty. Download or copy it again.")
     reader = _Reader(path, data.data)
-    tree = reader.value(0, len(data), 0)
+    tree = reader.value(len(data))
     if reader.at != len(data):
         raise CheckpointError(f"{path} has {len(data) - reader.at} bytes behind its end.")
     if not isinstance(tree, dict):
@@ -86,32 +93,30 @@ def open_flax(path: Path, content: Content | None = None) -> dict[str, StoredTen
     if isinstance(tree.get("params"), dict):  # a training state
         tree = tree["params"]
     tensors: dict[str, StoredTensor] = {}
-    _collect(path, data, tree, (), tensors)
+    for place, array in _arrays(path, tree):
+        key, tensor = _in_pytorch(place, data, array)
+        if key in tensors:
+            raise CheckpointError(f"{path} names {key[:200]} more than once.")
+        tensors[key] = tensor
     return tensors
 
 
-def _collect(
-    path: Path,
-    data: np.ndarray,
-    tree: dict[str, Any],
-    parents: tuple[str, ...],
-    tensors: dict[str, StoredTensor],
-) -> None:
+def _arrays(
+    path: Path, tree: dict[str, Any], parents: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], _Array]]:
+    """The leaves of a tree, each with the names that lead to it."""
     for name, value in tree.items():
         here = (*parents, name)
         if isinstance(value, dict) and value.get(_CHUNKED) is True:
             value = _joined(path, here, value)
         if isinstance(value, dict):
-            _collect(path, data, value, here, tensors)
-            continue
-        if not isinstance(value, _Array):
+            yield from _arrays(path, value, here)
+        elif isinstance(value, _Array):
+            yield here, value
+        else:
             raise CheckpointError(
                 f"{path}: {'/'.join(here)[:200]} is {type(value).__name__}, expected an array."
             )
-        key, tensor = _in_pytorch(here, _stored(data, value))
-        if key in tensors:
-            raise CheckpointError(f"{path} names {key[:200]} more than once.")
-        tensors[key] = tensor
 
 
 def _joined(path: Path, here: tuple[str, ...], value: dict[str, Any]) -> _Array:
@@ -125,11 +130,10 @@ def _joined(path: Path, here: tuple[str, ...], value: dict[str, Any]) -> _Array:
 
     shape, chunks = items("shape"), items("chunks")
     arrays = [chunk for chunk in chunks if isinstance(chunk, _Array)]
-    sizes = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
     if (
         not arrays
         or len(arrays) != len(chunks)
-        or not sizes
+        or not is_shape(shape)
         or len(shape) > _RANK
         or len({array.dtype for array in arrays}) > 1
         or sum(math.prod(array.shape) for array in arrays) != math.prod(shape)
@@ -139,43 +143,31 @@ def _joined(path: Path, here: tuple[str, ...], value: dict[str, Any]) -> _Array:
     return _Array(arrays[0].dtype, tuple(shape), spans)
 
 
-def _stored(data: np.ndarray, array: _Array) -> StoredTensor:
-    def read() -> np.ndarray:
-        kind = FLOAT_TYPES[array.dtype]
-        whole = np.concatenate([data[start:stop] for start, stop in array.spans])
-        return whole.view(kind).reshape(array.shape)
-
-    return StoredTensor(array.dtype, array.shape, read)
-
-
-def _in_pytorch(path: tuple[str, ...], tensor: StoredTensor) -> tuple[str, StoredTensor]:
+def _in_pytorch(path: tuple[str, ...], data: np.ndarray, array: _Array) -> tuple[str, StoredTensor]:
     """A parameter's name and layout in PyTorch."""
     if path[-1] == "value" and len(path) > 1:  # boxed with its logical axes, as maxdiffusion does
         path = path[:-1]
-    parts: list[str] = []
-    for part in path[:-1]:
-        stem, _, number = part.rpartition("_")
-        parts += [stem, number] if stem in _LISTS and number.isdecimal() else [part]
-    leaf = path[-1]
-    if leaf == "kernel" and len(tensor.shape) in (2, 4):
-        axes = (1, 0) if len(tensor.shape) == 2 else (3, 2, 0, 1)
-        shape = tuple(tensor.shape[axis] for axis in axes)
-        old = tensor.read
-        tensor = StoredTensor(
-            tensor.dtype, shape, lambda: np.ascontiguousarray(old().transpose(axes))
-        )
+    parents, leaf = path[:-1], path[-1]
+    rank = len(array.shape)
+    axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(rank) if leaf == "kernel" else None
+
+    def read() -> np.ndarray:
+        whole = np.concatenate([data[start:stop] for start, stop in array.spans])
+        values = whole.view(FLOAT_TYPES[array.dtype]).reshape(array.shape)
+        return values if axes is None else np.ascontiguousarray(values.transpose(axes))
+
     leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-    return ".".join([*parts, leaf]), tensor
+    names = [_MEMBER.sub(r"\1.\2", part) if _MEMBER.fullmatch(part) else part for part in parents]
+    shape = tuple(array.shape[axis] for axis in axes or range(rank))
+    return ".".join([*names, leaf]), StoredTensor(array.dtype, shape, read)
 
 
 class _Reader:
     """One pass over a file; every length is checked before it is believed."""
 
     def __init__(self, path: Path, data: memoryview):
-        self.path = path
-        self.data = data
-        self.at = 0
-        self.values = 0
+        self.path, self.data = path, data
+        self.at = self.values = 0
 
     def fail(self, problem: str) -> CheckpointError:
         return CheckpointError(
@@ -192,66 +184,58 @@ class _Reader:
     def number(self, size: int, end: int, *, signed: bool = False) -> int:
         return int.from_bytes(self.take(size, end), "big", signed=signed)
 
-    def value(self, start: int, end: int, depth: int) -> Any:
-        """The value at `start`, which ends before `end`; moves behind it."""
-        self.at = start
+    def value(self, end: int, depth: int = 0) -> Any:
+        """The value here, which ends before `end`; moves behind it."""
         self.values += 1
         if depth > _DEPTH:
             raise self.fail(f"nested deeper than {_DEPTH}")
         if self.values > _VALUES:
             raise self.fail(f"more than {_VALUES} values")
-        kind = self.take(1, end)[0]
-        if kind <= 0x7F or kind >= 0xE0:
-            return kind if kind <= 0x7F else kind - 0x100
-        if kind <= 0x8F:
-            return self.read_map(kind & 0xF, end, depth)
-        if kind <= 0x9F:
-            return self.read_list(kind & 0xF, end, depth)
-        if kind in (0xDE, 0xDF):
-            return self.read_map(self.number(2 << (kind - 0xDE), end), end, depth)
-        if kind in (0xDC, 0xDD):
-            return self.read_list(self.number(2 << (kind - 0xDC), end), end, depth)
-        if kind <= 0xBF:
-            return self.read_text(kind & 0x1F, end)
-        if 0xD9 <= kind <= 0xDB:
-            return self.read_text(self.number(1 << (kind - 0xD9), end), end)
-        if kind in (0xC0, 0xC2, 0xC3):
-            return {0xC0: None, 0xC2: False, 0xC3: True}[kind]
-        if 0xC4 <= kind <= 0xC6:
-            return self.read_bytes(self.number(1 << (kind - 0xC4), end), end)
-        if 0xCC <= kind <= 0xCF:
-            return self.number(1 << (kind - 0xCC), end)
-        if 0xD0 <= kind <= 0xD3:
-            return self.number(1 << (kind - 0xD0), end, signed=True)
-        if kind in (0xCA, 0xCB):
-            return struct.unpack(
-                ">f" if kind == 0xCA else ">d", self.take(4 << (kind - 0xCA), end)
-            )[0]
-        if 0xC7 <= kind <= 0xC9:
-            return self.read_extension(self.number(1 << (kind - 0xC7), end), end, depth)
-        if 0xD4 <= kind <= 0xD8:
-            return self.read_extension(1 << (kind - 0xD4), end, depth)
-        raise self.fail(f"an unknown type {kind:#x}")
+        first = self.number(1, end)
+        if first in _CONSTANTS:
+            return _CONSTANTS[first]
+        for start, last, what, width in _KINDS:
+            if start <= first <= last:
+                return self.of_kind(what, first - start, width << (first - start), end, depth)
+        raise self.fail(f"an unknown type {first:#x}")
 
-    def announced(self, count: int, each: int, end: int) -> int:
+    def of_kind(self, what: str, inside: int, width: int, end: int, depth: int) -> Any:
+        """A value of a kind, given the number inside its first byte and how many bytes follow."""
+        if what == "float":
+            return struct.unpack(">f" if width == 4 else ">d", self.take(width, end))[0]
+        size = self.number(width, end, signed=what == "signed") if width else inside
+        match what:
+            case "number" | "signed":
+                return size
+            case "negative":
+                return size - 32
+            case "map":
+                return self.read_map(size, end, depth)
+            case "list":
+                self.announced(size, 1, end)
+                return [self.value(end, depth + 1) for _ in range(size)]
+            case "text":
+                return self.read_text(size, end)
+            case "bytes":  # where they are
+                self.take(size, end)
+                return range(self.at - size, self.at)
+        return self.read_extension(size if what == "extension" else 1 << size, end, depth)
+
+    def announced(self, count: int, each: int, end: int) -> None:
         if count * each > end - self.at:
             raise self.fail(f"truncated, {count} entries are announced")
-        return count
 
     def read_map(self, count: int, end: int, depth: int) -> dict[str, Any]:
+        self.announced(count, 2, end)
         content: dict[str, Any] = {}
-        for _ in range(self.announced(count, 2, end)):
-            key = self.value(self.at, end, depth + 1)
+        for _ in range(count):
+            key = self.value(end, depth + 1)
             if not isinstance(key, str):
                 raise self.fail(f"a key that is {type(key).__name__}")
             if key in content:
                 raise self.fail(f"the key {key[:80]!r} for the second time")
-            content[key] = self.value(self.at, end, depth + 1)
+            content[key] = self.value(end, depth + 1)
         return content
-
-    def read_list(self, count: int, end: int, depth: int) -> list[Any]:
-        count = self.announced(count, 1, end)
-        return [self.value(self.at, end, depth + 1) for _ in range(count)]
 
     def read_text(self, size: int, end: int) -> str:
         if size > _TEXT:
@@ -261,31 +245,25 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.fail("text that is not UTF-8") from None
 
-    def read_bytes(self, size: int, end: int) -> range:
-        """Where raw bytes are."""
-        self.take(size, end)
-        return range(self.at - size, self.at)
-
     def read_extension(self, size: int, end: int, depth: int) -> _Array:
         code = self.number(1, end, signed=True)
-        start, stop = self.at, self.at + size
+        stop = self.at + size
         if stop > end:
             raise self.fail(f"truncated, {size} bytes are announced")
         if code not in (_ARRAY, _SCALAR):
             raise self.fail(f"an extension of the unknown code {code}")
-        content = self.value(start, stop, depth + 1)
-        if self.at != stop or not isinstance(content, list) or len(content) != 3:
-            raise self.fail("an array that is not (shape, type, bytes)")
-        shape, dtype, span = content
-        if not (
-            isinstance(shape, list)
-            and len(shape) <= _RANK
-            and isinstance(dtype, str)
-            and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
-            and isinstance(span, range)
+        content = self.value(stop, depth + 1)
+        parts = content if isinstance(content, list) and len(content) == 3 else ("", 0, 0)
+        shape, dtype, span = parts
+        if (
+            self.at != stop
+            or not is_shape(shape)
+            or len(shape) > _RANK
+            or not isinstance(dtype, str)
+            or not isinstance(span, range)
         ):
             raise self.fail("an array that is not (shape, type, bytes)")
-        name = _DTYPES.get(dtype, dtype[:40])
+        name = NUMPY_NAMES.get(dtype, dtype[:40])
         if name in ITEM_SIZES and math.prod(shape) * ITEM_SIZES[name] != len(span):
             raise self.fail(f"{len(span)} bytes for {dtype} of shape {shape}"[:200])
         return _Array(name, tuple(shape), ((span.start, span.stop),))

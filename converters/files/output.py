@@ -6,6 +6,7 @@ without it, or with files that are not in it, is somebody's own and is never rep
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ except ImportError:  # no such locks on this system: leftovers are then never re
     fcntl: Any = None
 
 RECORD = "conceptax.json"
+_REPLACE = "Choose another output path, or replace it with force=True (--force)."
 CHECKPOINT_FILES = ("config.json", "model_index.json")
 
 
@@ -64,16 +66,14 @@ def atomic_folder(
       OutputError: `path` exists and may not be replaced, or the file system refuses (unwritable,
         full). Nothing is left on disk.
     """
-    path = _absolute(path)
-
-    def check() -> None:
-        _check_folder(path, force, markers)
+    path = Path(os.path.abspath(Path(path).expanduser()))
 
     def finish(work: Path) -> None:
         _write_records(work, by)
         _swap_in(work, path)
 
-    with _claimed(path, sources, os.mkdir, check, finish) as work:
+    check = functools.partial(_check_folder, path, force, markers)
+    with _claimed(path, sources, Path.mkdir, check, finish) as work:
         yield work
 
 
@@ -91,20 +91,19 @@ def atomic_file(
     Raises:
       OutputError: `path` exists and may not be replaced, or the file system refuses.
     """
-    path = _absolute(path)
+    path = Path(os.path.abspath(Path(path).expanduser()))
 
     def check() -> None:
         if path.is_dir():
-            raise OutputError(
-                f"{path} is a folder that already exists. Choose another output path."
-            )
-        if (path.exists() or path.is_symlink()) and not force:
-            raise OutputError(
-                f"{path} already exists. Choose another output path, or replace it with force=True "
-                "(--force)."
-            )
+            problem = "is a folder that already exists. Choose another output path."
+        elif (path.exists() or path.is_symlink()) and not force:
+            problem = f"already exists. {_REPLACE}"
+        else:
+            return
+        raise OutputError(f"{path} {problem}")
 
-    with _claimed(path, sources, _new_file, check, lambda work: os.replace(work, path)) as work:
+    make = functools.partial(Path.touch, exist_ok=False)
+    with _claimed(path, sources, make, check, lambda work: work.replace(path)) as work:
         yield work
 
 
@@ -140,10 +139,6 @@ def refuse_overlap(path: Path, sources: Iterable[Path | str]) -> None:
         )
 
 
-def _absolute(path: Path | str) -> Path:
-    return Path(os.path.abspath(Path(path).expanduser()))
-
-
 def _lineage(path: Path) -> list[Path]:
     """The real path and all folders above it."""
     real = Path(os.path.realpath(path))
@@ -175,43 +170,42 @@ def _claimed(
             yield work
         return
     made: list[Path] = []
-    work, lock = None, None
-    try:
-        _refuse_home(path)
-        refuse_overlap(path, sources)
-        _sweep(path)
-        check()
-        made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
-        root = made[-1].parent if made else path.parent
-        if not root.is_dir():
-            raise OutputError(f"{root} is not a folder, so {path} cannot be made in it.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        name = _temporary(path).format(token=secrets.token_hex(4), kind="partial")
-        make(path.with_name(name))
-        work = path.with_name(name)
-        with contextlib.suppress(OSError):
-            lock = _locked(work)
-        with temporary(work, made):
-            yield work
-        with whole():
-            check()  # again: what is there may have changed meanwhile
-            finish(work)
-    except BaseException as error:
-        if work is not None:
-            _remove(work)
-        for folder in made:
+    work = None
+    with contextlib.ExitStack() as locks:
+        try:
+            _refuse_home(path)
+            refuse_overlap(path, sources)
+            _sweep(path)
+            check()
+            made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+            root = made[-1].parent if made else path.parent
+            if not root.is_dir():
+                raise OutputError(f"{root} is not a folder, so {path} cannot be made in it.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = _temporary(path, secrets.token_hex(4), "partial")
+            make(new)
+            work = new
             with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError) and _is_about(error, path):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise OutputError(
-                f"{path} could not be written: {error.strerror or error}. Nothing was left behind; "
-                + ("free some space first." if full else "choose another output path.")
-            ) from error
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
+                locks.callback(os.close, _locked(work))
+            with temporary(work, made):
+                yield work
+            with whole():
+                check()  # again: what is there may have changed meanwhile
+                finish(work)
+        except BaseException as error:
+            if work is not None:
+                _remove(work)
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if isinstance(error, OSError) and _is_about(error, path):
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                advice = "free some space first." if full else "choose another output path."
+                raise OutputError(
+                    f"{path} could not be written: {error.strerror or error}. Nothing was left "
+                    f"behind; {advice}"
+                ) from error
+            raise
 
 
 def _is_about(error: OSError, path: Path) -> bool:
@@ -234,13 +228,12 @@ def _is_about(error: OSError, path: Path) -> bool:
 _SHOWN = 40  # characters of a name
 
 
-def _temporary(path: Path) -> str:
-    """Pattern of the names that a result of this host has before it is complete."""
+def _temporary(path: Path, token: str, kind: str) -> Path:
+    """What a result of this host is called before it is complete, beside its place."""
     tag = hashlib.blake2s(f"{platform.node()}/{path.name}".encode(), digest_size=4).hexdigest()
-    name = path.name[:_SHOWN].replace("{", "{{").replace("}", "}}")
     # A folder may be named like a file: the suffix tells writers of files what to write.
     suffix = path.suffix if re.fullmatch(r"\.\w{1,16}", path.suffix) else ""
-    return f".{name}.{tag}-{{token}}.{{kind}}" + suffix
+    return path.with_name(f".{path.name[:_SHOWN]}.{tag}-{token}.{kind}{suffix}")
 
 
 def _sweep(path: Path) -> None:
@@ -251,8 +244,8 @@ def _sweep(path: Path) -> None:
     """
     if not path.parent.is_dir():
         return
-    pattern = _temporary(path).format(token="TOKEN", kind="KIND")
-    pattern = re.escape(pattern).replace("TOKEN", "[0-9a-f]{8}").replace("KIND", "(partial|old)")
+    pattern = re.escape(_temporary(path, "TOKEN", "KIND").name)
+    pattern = pattern.replace("TOKEN", "[0-9a-f]{8}").replace("KIND", "(partial|old)")
     for name in os.listdir(path.parent):
         if (found := re.fullmatch(pattern, name)) is None:
             continue
@@ -301,34 +294,22 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _new_file(path: Path) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-
-
 # ---- what may be replaced ----
 
 
 def _refuse_home(path: Path) -> None:
     """Refuse places that are no result's: the working folder, the home folder, those above them."""
-    places: list[tuple[str, Path]] = []
-    with contextlib.suppress(OSError):
-        places.append(("the working folder", Path.cwd()))
-    with contextlib.suppress(RuntimeError):
-        places.append(("the home folder", Path.home()))
-    real = Path(os.path.realpath(path))
-    for what, place in places:
-        above = _lineage(place)
-        if any(_same(real, folder) for folder in above):
-            holds = "is" if _same(real, above[0]) else "contains"
-            raise OutputError(
-                f"{path} {holds} {what}, which is not replaced. Name a folder in it, such as "
-                f"{real / 'output'}."
-            )
-    if os.path.ismount(real):
-        raise OutputError(
-            f"{path} is where a file system is mounted, which cannot be replaced. Name a folder in "
-            f"it, such as {real / 'output'}."
-        )
+    real, problem = Path(os.path.realpath(path)), ""
+    for what, place in (("the working folder", Path.cwd), ("the home folder", Path.home)):
+        with contextlib.suppress(OSError, RuntimeError):
+            above = _lineage(place())
+            if any(_same(real, folder) for folder in above):
+                holds = "is" if _same(real, above[0]) else "contains"
+                problem = problem or f"{holds} {what}, which is not replaced"
+    if not problem and os.path.ismount(real):
+        problem = "is where a file system is mounted, which cannot be replaced"
+    if problem:
+        raise OutputError(f"{path} {problem}. Name a folder in it, such as {real / 'output'}.")
 
 
 def _check_folder(path: Path, force: bool, markers: Sequence[str]) -> None:
@@ -337,10 +318,7 @@ def _check_folder(path: Path, force: bool, markers: Sequence[str]) -> None:
     if not path.exists() or not any(path.iterdir()):
         return
     if not force:
-        raise OutputError(
-            f"{path} already exists and is not empty. Choose another output path, or replace it "
-            "with force=True (--force)."
-        )
+        raise OutputError(f"{path} already exists and is not empty. {_REPLACE}")
     ours = _recorded(path)
     lacking = RECORD if ours is None else " or ".join(markers)
     if ours is None or not any((path / name).is_file() for name in markers):
@@ -382,11 +360,10 @@ def _swap_in(work: Path, path: Path) -> None:
     if not path.exists():
         work.rename(path)
         return
-    old = path.with_name(_temporary(path).format(token=secrets.token_hex(4), kind="old"))
-    lock = None
-    with contextlib.suppress(OSError):
-        lock = _locked(path)
-    try:
+    old = _temporary(path, secrets.token_hex(4), "old")
+    with contextlib.ExitStack() as locks:
+        with contextlib.suppress(OSError):
+            locks.callback(os.close, _locked(path))
         path.rename(old)
         try:
             work.rename(path)
@@ -394,6 +371,3 @@ def _swap_in(work: Path, path: Path) -> None:
             old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if lock is not None:
-            os.close(lock)

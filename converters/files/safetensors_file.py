@@ -13,9 +13,9 @@ import dataclasses
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import ml_dtypes
@@ -41,18 +41,13 @@ FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 _INTEGERS = {
     f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)
 }
+# NumPy's names, which are torch's and Flax's too, -> those of the format.
+NUMPY_NAMES = {dtype.name: name for name, dtype in (FLOAT_TYPES | _INTEGERS).items()} | {
+    "bool": "BOOL"
+}
 # Bytes per element of everything else a file may hold; a type not listed is not checked further.
-ITEM_SIZES = {
-    **{name: dtype.itemsize for name, dtype in FLOAT_TYPES.items()},
+ITEM_SIZES = {name: dtype.itemsize for name, dtype in (FLOAT_TYPES | _INTEGERS).items()} | {
     "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "I16": 2,
-    "U16": 2,
-    "I32": 4,
-    "U32": 4,
-    "I64": 8,
-    "U64": 8,
     "C64": 8,
 }
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
@@ -69,6 +64,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
+    @classmethod
+    def of(cls, values: np.ndarray) -> "StoredTensor":
+        """Floating-point values in memory, as if they were in a file."""
+        return cls(FLOAT_NAMES[values.dtype], values.shape, lambda: values)
+
+    def then(self, shape: tuple[int, ...], change: Callable[[Any], np.ndarray]) -> "StoredTensor":
+        """The tensor of that shape which `change` makes of the values once they are read."""
+        return StoredTensor(self.dtype, shape, lambda: change(self.read()))
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PendingTensor:
@@ -78,6 +82,17 @@ class PendingTensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     produce: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, key: str, values: np.ndarray) -> "PendingTensor":
+        """Values that are there already."""
+        return cls(key, values.dtype, values.shape, lambda: values)
+
+    def then(
+        self, key: str, shape: tuple[int, ...], change: Callable[[Any], np.ndarray]
+    ) -> "PendingTensor":
+        """The tensor of another name and shape which `change` makes of the values."""
+        return PendingTensor(key, self.dtype, shape, lambda: change(self.produce()))
 
     @property
     def nbytes(self) -> int:
@@ -110,8 +125,9 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return parsed
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def is_shape(value: Any) -> TypeGuard[list[int]]:
+    """Whether an untrusted value is a list of counts."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _check_entry(path: Path, key: str, entry: Any, data_size: int) -> tuple[int, int]:
@@ -120,18 +136,9 @@ def _check_entry(path: Path, key: str, entry: Any, data_size: int) -> tuple[int,
     if not isinstance(entry, dict):
         raise CheckpointError(f"{damaged} is not an object. {_AGAIN}")
     dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
-    if not (
-        isinstance(dtype, str)
-        and isinstance(shape, list)
-        and all(map(_is_count, shape))
-        and isinstance(offsets, list)
-        and len(offsets) == 2
-        and all(map(_is_count, offsets))
-    ):
-        raise CheckpointError(
-            f"{damaged} needs a dtype, a shape and two data_offsets, received {entry}"[:400]
-            + f". {_AGAIN}"
-        )
+    if not (isinstance(dtype, str) and is_shape(shape) and is_shape(offsets) and len(offsets) == 2):
+        told = f"{damaged} needs a dtype, a shape and two data_offsets, received {entry}"
+        raise CheckpointError(f"{told[:400]}. {_AGAIN}")
     start, stop = offsets
     if stop > data_size:
         raise CheckpointError(
@@ -165,23 +172,19 @@ def mapped(path: Path) -> Content:
 def _header(path: Path, content: Content) -> tuple[dict[str, Any], np.ndarray]:
     """The parsed header, and the bytes behind it."""
     data = np.frombuffer(content, np.uint8)
-    size = len(data)
+    size, length = len(data), int.from_bytes(data[:8].tobytes(), "little")
+    problem = ""
     if size < 8:
-        raise CheckpointError(
-            f"{path} is truncated: a safetensors file has at least 8 bytes, this has {size}. "
-            f"{_AGAIN}"
+        problem = f"truncated: a safetensors file has at least 8 bytes, this has {size}"
+    elif length > _MAX_HEADER or data[8:9].tobytes() not in (b"{", b""):
+        problem = (
+            "not a safetensors file: it does not start with a header of at most "
+            f"{_MAX_HEADER} bytes"
         )
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > _MAX_HEADER or data[8:9].tobytes() not in (b"{", b""):
-        raise CheckpointError(
-            f"{path} is not a safetensors file: it does not start with a header of at most "
-            f"{_MAX_HEADER} bytes. {_AGAIN}"
-        )
-    if 8 + length > size:
-        raise CheckpointError(
-            f"{path} is truncated: its header takes {length} bytes, but the file has only {size}. "
-            f"{_AGAIN}"
-        )
+    elif 8 + length > size:
+        problem = f"truncated: its header takes {length} bytes, but the file has only {size}"
+    if problem:
+        raise CheckpointError(f"{path} is {problem}. {_AGAIN}")
     header = parse_json(data[8 : 8 + length].tobytes(), f"{path}: the header")
     return header, data[8 + length :]
 
@@ -198,9 +201,8 @@ def read_metadata(path: Path, content: Content) -> dict[str, str]:
       CheckpointError: not a safetensors file.
     """
     metadata = _header(path, content)[0].get("__metadata__")
-    if not isinstance(metadata, dict):
-        return {}
-    return {name: text for name, text in metadata.items() if isinstance(text, str)}
+    entries = metadata.items() if isinstance(metadata, dict) else ()
+    return {name: text for name, text in entries if isinstance(text, str)}
 
 
 def open_safetensors(path: Path, content: Content | None = None) -> dict[str, StoredTensor]:
@@ -232,18 +234,18 @@ def open_safetensors(path: Path, content: Content | None = None) -> dict[str, St
             f"{path} has {len(data) - end} bytes that belong to no tensor. {_AGAIN}"
         )
 
-    def stored(entry: Mapping[str, Any], start: int, stop: int) -> StoredTensor:
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        kind = FLOAT_TYPES.get(dtype, _INTEGERS.get(dtype))
-
+    def stored(dtype: str, shape: list[int], values: np.ndarray) -> StoredTensor:
         def read() -> np.ndarray:
-            if kind is None:
+            if dtype not in FLOAT_TYPES | _INTEGERS:
                 raise CheckpointError(f"{path} holds {dtype}, which is not read here.")
-            return data[start:stop].view(kind).reshape(shape)
+            return values.view((FLOAT_TYPES | _INTEGERS)[dtype]).reshape(shape)
 
-        return StoredTensor(dtype, shape, read)
+        return StoredTensor(dtype, tuple(shape), read)
 
-    return {key: stored(header[key], *span) for key, span in ranges.items()}
+    return {
+        key: stored(header[key]["dtype"], header[key]["shape"], data[start:stop])
+        for key, (start, stop) in ranges.items()
+    }
 
 
 def file_order(tensors: Iterable[PendingTensor]) -> list[PendingTensor]:
@@ -252,7 +254,7 @@ def file_order(tensors: Iterable[PendingTensor]) -> list[PendingTensor]:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[PendingTensor], metadata: Mapping[str, str]
+    path: Path, tensors: Iterable[PendingTensor], metadata: Mapping[str, str]
 ) -> None:
     """Write a file tensor by tensor; the bytes depend on the content alone.
 
@@ -261,13 +263,12 @@ def write_safetensors(
     Raises:
       OSError: what the file system reports; the file is then incomplete.
     """
+    ordered, offset = file_order(tensors), 0
     if jax.process_index() > 0:
-        for tensor in file_order(tensors):
+        for tensor in ordered:
             tensor.produce()
         return
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    ordered = file_order(tensors)
     for tensor in ordered:
         header[tensor.key] = {
             "dtype": FLOAT_NAMES[tensor.dtype],
@@ -281,10 +282,9 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             values = tensor.produce()
-            if values.shape != tensor.shape or values.dtype != tensor.dtype:
-                raise AssertionError(
-                    f"{tensor.key}: {values.dtype}{values.shape} was not announced"
-                )
+            received = f"{values.dtype}{values.shape}"
+            if received != f"{tensor.dtype}{tensor.shape}":
+                raise AssertionError(f"{tensor.key}: {received} was not announced")
             data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
             for start in range(0, len(data), _PIECE):
                 file.write(data[start : start + _PIECE])

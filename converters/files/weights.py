@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ...text import TextError, decode
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError, OutputError, first_line, listing
 from .msgpack_file import open_flax
 from .safetensors_file import (
     FLOAT_TYPES,
+    NUMPY_NAMES,
     Content,
     StoredTensor,
     begins_as_safetensors,
@@ -27,23 +28,10 @@ from .safetensors_file import (
     parse_json,
     read_metadata,
 )
+from .weight_names import STEMS, weight_name
 
 _MAX_JSON = 64 << 20
-# Library -> name of the weight files it writes, or wrote: safetensors, pickle, Flax.
-STEMS = {
-    "diffusers": ("diffusion_pytorch_model", "diffusion_pytorch_model", "diffusion_flax_model"),
-    "transformers": ("model", "pytorch_model", "flax_model"),
-}
 _ORBAX = {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}
-_NAME = re.compile(
-    r"(?P<stem>[a-z_]+)(?:\.(?P<variant>(?!.*-\d+-of-)[\w-]+))?\.(?P<form>safetensors|bin|msgpack)"
-    r"(?:\.index(?:\.(?P<later>[\w-]+))?\.json)?",
-    re.IGNORECASE,
-)
-_FORMS = {"safetensors": 0, "bin": 1, "msgpack": 2}  # place among the stems of a library
-# Variants in the order in which they are taken where the plain file is absent; others follow.
-_VARIANTS = ("", "fp32", "fp16", "bf16", "ema")
-_NOT_AVERAGED = "non_ema"  # the last, since a model is used with its moving average
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,66 +90,38 @@ def find_weights(folder: Path, library: str, variant: str | None = None) -> Path
       CheckpointError: there is none; the message lists what is there.
     """
     found = [
-        (place, entry.name)
+        (name.rank(library), entry.name)
         for entry in folder.iterdir()
-        if (place := _place(entry.name, library)) is not None
+        if (name := weight_name(entry.name)) is not None
+        and name.libraries
+        and not name.shard
         and entry.is_file()
-        and variant in (None, variant_of(entry.name))
+        and variant in (None, name.variant)
     ]
     if found:
         return folder / min(found)[1]
     there = visible(folder)
+    safe, pickled, flax = STEMS[library]
     if variant is not None:
-        raise CheckpointError(
-            f"{folder} holds no weights of the variant {variant!r} (found {listing(there)})."
+        problem = f"holds no weights of the variant {variant!r} (found {listing(there)})."
+    elif is_orbax(there):
+        problem = (
+            "is an Orbax checkpoint. Restore it with Orbax and write its parameters with "
+            f"flax.serialization.to_bytes into {flax}.msgpack, which is read here."
         )
-    if is_orbax(there):
-        raise CheckpointError(
-            f"{folder} is an Orbax checkpoint. Restore it with Orbax and write its parameters with "
-            f"flax.serialization.to_bytes into {STEMS[library][2]}.msgpack, which is read here."
+    else:
+        problem = (
+            f"holds no weights: expected {safe}.safetensors, that with .index.json, or "
+            f"{pickled}.bin, found {listing(there) or 'nothing'}. "
+            "Check that the download is complete."
         )
-    raise CheckpointError(
-        f"{folder} holds no weights: expected {STEMS[library][0]}.safetensors, that with "
-        f".index.json, or {STEMS[library][1]}.bin, found {listing(there) or 'nothing'}. "
-        "Check that the download is complete."
-    )
+    raise CheckpointError(f"{folder} {problem}")
 
 
 def holds_variant(folder: Path, variant: str) -> bool:
     """Whether a component folder has weights of a variant."""
-    return folder.is_dir() and any(
-        variant_of(entry.name) == variant and _NAME.fullmatch(entry.name)
-        for entry in folder.iterdir()
-    )
-
-
-def variant_of(file: str) -> str:
-    """The variant in the name of a weight file, such as "fp16"; empty for the plain one."""
-    name = _NAME.fullmatch(file)
-    return ((name["variant"] or name["later"] or "") if name else "").lower()
-
-
-def _place(file: str, library: str) -> tuple[Any, ...] | None:
-    """What the files of a folder are sorted by; None for names that are not of weights."""
-    name = _NAME.fullmatch(file)
-    if name is None:
-        return None
-    form = name["form"].lower()
-    owners = [owner for owner in STEMS if name["stem"].lower() == STEMS[owner][_FORMS[form]]]
-    if not owners:
-        return None
-    variant = variant_of(file)
-    known = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
-    flax = form == "msgpack"
-    return (
-        flax,
-        variant == _NOT_AVERAGED,
-        known,
-        variant,
-        _FORMS[form],
-        library not in owners,
-        file.lower().endswith(".json"),
-    )
+    names = [weight_name(file) for file in visible(folder)] if folder.is_dir() else []
+    return any(name is not None and name.variant == variant for name in names)
 
 
 class WeightFile:
@@ -269,33 +229,28 @@ SAFETENSORS, PICKLE = "a safetensors file", "a PyTorch pickle"
 _AGAIN = "Download the file itself again."
 _MODEL = "Pass a model's folder or weight file."
 # What a file that is called weights may begin with instead -> what it is, and what to do.
-_OTHERS = (
-    (
-        rb"version https://git-lfs",
-        "a pointer of Git LFS, not the file itself. Fetch it with git lfs pull.",
-    ),
-    (
-        rb"(?i)\s*<(!doctype html|html|\?xml|head)",
-        f"a web page, as a failed download leaves it. {_AGAIN}",
-    ),
-    (
-        rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*",
-        f"a picture, no model. {_MODEL}",
-    ),
-    (rb"GGUF", "a GGUF file, which is not read here. Use the model's safetensors file."),
-    (rb"\x89HDF", "an HDF5 file, which is not read here. Use the model's safetensors file."),
-    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar", "an archive. Unpack it first."),
-    (rb"\s*\{", "a file of settings (JSON), no weights. Pass the folder that it is in."),
-    (rb"\x00{512}", f"full of zeros, as an unfinished download leaves it. {_AGAIN}"),
-)
+_OTHERS = {
+    rb"version https://git-lfs": "a pointer of Git LFS, not the file itself. Fetch it with git lfs "
+    "pull.",
+    rb"(?i)\s*<(!doctype html|html|\?xml|head)": "a web page, as a failed download leaves it. "
+    + _AGAIN,
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*": "a picture, no model. "
+    + _MODEL,
+    rb"GGUF": "a GGUF file, which is not read here. Use the model's safetensors file.",
+    rb"\x89HDF": "an HDF5 file, which is not read here. Use the model's safetensors file.",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive. Unpack it first.",
+    rb"\s*\{": "a file of settings (JSON), no weights. Pass the folder that it is in.",
+    rb"\x00{512}": f"full of zeros, as an unfinished download leaves it. {_AGAIN}",
+}
 
 
 def _other(start: bytes) -> str:
     """What else a file is that begins so, and what to do; "" where it may be weights."""
     if not start:
         return "empty, truncated by an interrupted download. Download or copy it again."
-    if found := next((what for form, what in _OTHERS if re.match(form, start, re.DOTALL)), ""):
-        return found
+    for form, what in _OTHERS.items():
+        if re.match(form, start, re.DOTALL):
+            return what
     text = start.decode("utf-8", "ignore")
     if len(text.encode()) >= len(start) - 3 and all(c.isprintable() or c.isspace() for c in text):
         return f"a text, no model. {_MODEL}"
@@ -334,16 +289,16 @@ class _Inert:
 
 
 class Parameters:
-    """Stands for a `torch.nn.ParameterDict`, such as the first textual inversions hold: what is in
-    it is a plain attribute.
-    """
+    """Stands for a `torch.nn.ParameterDict`: what is in it is a plain attribute."""
 
 
-# Training code's classes that are keys of dicts in published checkpoints, such as `sd-v1-4.ckpt`.
-_NAMED_CLASSES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-)
+# Training code's classes that are keys of dicts in published checkpoints, such as `sd-v1-4.ckpt`,
+# and one that the first textual inversions hold.
+_CLASSES: Any = [
+    (_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (_Inert, "pytorch_lightning.callbacks.early_stopping.EarlyStopping"),
+    (Parameters, "torch.nn.modules.container.ParameterDict"),
+]
 
 
 def _refuse_compression(file: WeightFile) -> None:
@@ -384,16 +339,14 @@ def _load_pickle(file: WeightFile) -> dict[Any, Any]:
             f"{path} is a PyTorch pickle, and reading it needs torch. Install conceptax[torch], or "
             "use the checkpoint's .safetensors files."
         ) from error
-    classes: list[Any] = [(_Inert, name) for name in _NAMED_CLASSES]
-    classes.append((Parameters, "torch.nn.modules.container.ParameterDict"))
     archive = file.start.startswith(b"PK")
     if archive:
         _refuse_compression(file)
     try:
-        with torch.serialization.safe_globals(classes):
+        with torch.serialization.safe_globals(_CLASSES):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # torch raises many types for damaged and for unsafe files
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         if named := re.search(r"GLOBAL `?([\w.]{1,100})", str(error)):
             reason = f"it names {named[1]}, which could run a program and is not loaded."
         raise CheckpointError(
@@ -424,37 +377,45 @@ def tensor_values(tensor: Any) -> np.ndarray:
         )
     tensor = tensor.detach().resolve_neg().contiguous()
     # NumPy knows none of these, so the bits travel as integers.
-    name = _TORCH_TYPES.get(str(tensor.dtype).removeprefix("torch."), "")
-    if name.startswith(("BF", "F8")):
+    if (name := _type_of(tensor)).startswith(("BF", "F8")):
         bits = torch.int16 if name == "BF16" else torch.uint8
         return tensor.view(bits).numpy().view(FLOAT_TYPES[name])
     return tensor.numpy()
 
 
-_TORCH_TYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+def save_pickle(path: Path, state: Mapping[str, Any]) -> None:
+    """Write float arrays, in dicts that may be nested, with `torch.save`.
+
+    Raises:
+      OutputError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise OutputError(
+            f"writing {path} needs torch: install conceptax[torch], or write .safetensors."
+        ) from error
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: convert(each) for key, each in value.items()}
+        own = np.array(value, order="C")
+        if own.dtype == FLOAT_TYPES["BF16"]:  # which NumPy does not know
+            return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(own)
+
+    torch.save(convert(state), path)
 
 
-def _unwrapped(state: Mapping[Any, Any], wrappers: Sequence[str]) -> Mapping[Any, Any]:
-    """What lies under one of the names, or under several of them, one in the other."""
-    for _ in wrappers:
-        inner = next((state[name] for name in wrappers if isinstance(state.get(name), dict)), None)
-        if inner is None:
-            break
-        state = inner
-    return state
+def _type_of(tensor: Any) -> str:
+    """The type's name in safetensors' format, or torch's own."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return NUMPY_NAMES.get(name, name)
+
+
+def stored_tensor(tensor: Any) -> StoredTensor:
+    """A dense tensor of torch's as what is read from it, as from other files."""
+    return StoredTensor(_type_of(tensor), tuple(tensor.shape), lambda: tensor_values(tensor))
 
 
 def _is_alpha(key: Any, value: Any) -> bool:
@@ -468,18 +429,17 @@ def _of_pickle(file: WeightFile, wrappers: Sequence[str]) -> dict[str, StoredTen
     path, state = file.path, file.pickle
     import torch
 
-    if wrappers:
-        inner = _unwrapped(state, wrappers)
-        state = {
-            key: value
-            for key, value in inner.items()
-            if isinstance(value, torch.Tensor) or _is_alpha(key, value)
-        }
-
-    def stored(key: Any, value: Any) -> StoredTensor:
+    for _ in wrappers:  # one may lie in the other
+        inner = (state[name] for name in wrappers if isinstance(state.get(name), dict))
+        state = next(inner, state)
+    tensors = {}
+    for key, value in state.items():
+        alpha = _is_alpha(key, value)
+        if wrappers and not (alpha or isinstance(value, torch.Tensor)):
+            continue
         if not isinstance(key, str):
             raise CheckpointError(f"{path} has a key that is a {type(key).__name__}, no name.")
-        if _is_alpha(key, value):
+        if alpha:
             value = torch.tensor(float(value))
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
         if not dense or value.is_meta or value.is_quantized:
@@ -487,9 +447,5 @@ def _of_pickle(file: WeightFile, wrappers: Sequence[str]) -> dict[str, StoredTen
                 f"{path}: {key[:80]!r} is a {type(value).__name__}, expected a dense tensor. "
                 "Use the file with the model's weights only."
             )
-        dtype = str(value.dtype).removeprefix("torch.")
-        dtype = _TORCH_TYPES.get(dtype, dtype)
-
-        return StoredTensor(dtype, tuple(value.shape), lambda: tensor_values(value))
-
-    return {key: stored(key, value) for key, value in state.items()}
+        tensors[key] = stored_tensor(value)
+    return tensors

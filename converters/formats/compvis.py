@@ -7,7 +7,6 @@ these, with their prefixes or without, are read too; all three families are writ
 
 import copy
 import dataclasses
-import functools
 import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +28,8 @@ from ..files.safetensors_file import (
     write_safetensors,
 )
 from ..files.weights import WeightFile, open_weights, opened
-from ..parameters import ShardingRule, pending, put
+from ..parameters import ShardingRule, pending
+from ..pipeline_folder import check_vocabulary, pipeline_components
 from ..tensors import tensor_specs
 from ..tokenizer import CLIP_TOKENS, clip_tokenizer, read_tokenizer
 from .compvis_names import (
@@ -56,10 +56,8 @@ from .compvis_parts import (
 )
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
-_NOT_READ = (".json", ".msgpack")
 _PREDICTIONS = ("epsilon", "v_prediction")
 _INPAINTING = 9  # channels: latents, those of the masked image, and the mask
-_PIPELINES = {"SDXL": "StableDiffusionXLPipeline"}
 
 
 # ---- in ----
@@ -74,7 +72,7 @@ def open_single_file(path: Path | WeightFile) -> Stored | None:
       CheckpointError: damaged or unsafe files.
     """
     file = opened(path)
-    if file.path.suffix.lower() in _NOT_READ:
+    if file.path.suffix.lower() in (".json", ".msgpack"):
         return None
     stored = open_weights(file, wrappers=WRAPPERS)
     if is_bare_text(stored) and (file.path.parent / "config.json").is_file():
@@ -127,11 +125,12 @@ def load_single_file(
             f" {stranger(open_weights(source, wrappers=WRAPPERS))}".rstrip()
         )
     file = read_single_file(stored, str(path), source.metadata)
-    kind = architectures.pipeline_class(_PIPELINES.get(file.family, "StableDiffusionPipeline"))
+    xl = "XL" * (file.family == "SDXL")
+    kind = architectures.pipeline_class(f"StableDiffusion{xl}Pipeline")
     index = {"_class_name": kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
         index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
-    accepted = (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
+    accepted = pipeline_components(kind)
     if components is not None and not set(components) <= set(accepted):
         raise ValueError(f"components accepts {accepted}, received {sorted(components)}.")
     if file.unknown:
@@ -144,26 +143,17 @@ def load_single_file(
     else:
         wanted = set(components)
     parts: dict[str, Any] = dict.fromkeys(accepted[:-1])
-    for name in kind.MODELS:
-        if name not in wanted:
-            continue
+    types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding}
+    for name in (name for name in kind.MODELS if name in wanted):
         if name not in file.parts:
             raise CheckpointError(
                 f"{path} holds no {name} (found {listing(sorted(file.parts))}): leave it out of "
                 "components, or take it from another file."
             )
-        part = file.parts[name]
-        parts[name] = build(
-            architectures.model_class(part.class_name, str(path)),
-            part.raw,
-            part.tensors,
-            source=f"{path} ({name})",
-            file=f"{path} ({name})",
-            dtype=dtype,
-            param_dtype=param_dtype,
-            model_options={},
-            place=functools.partial(put, rule=sharding, prefix=(name,)),
-        )
+        class_name, raw, tensors = file.parts[name]
+        model_class = architectures.model_class(class_name, str(path))
+        told = {"source": f"{path} ({name})", "file": f"{path} ({name})"}
+        parts[name] = build(model_class, raw, tensors, prefix=(name,), **told, **types)
     if wanted & set(kind.TOKENIZERS):
         first = _tokenizer(path, tokenizer, file)
         second = copy.deepcopy(first)
@@ -181,11 +171,8 @@ def _wanted(
     path: Path, file: SingleFile, accepted: Sequence[str], tokenizer: Any, prediction_type: Any
 ) -> set[str]:
     """What to load where nobody says: what is there, and what belongs to that."""
-    lacking = [
-        name
-        for name in accepted
-        if name not in file.parts and name != "scheduler" and not name.startswith("tokenizer")
-    ]
+    others = ("scheduler", "tokenizer", "tokenizer_2")
+    lacking = [name for name in accepted if name not in (*file.parts, *others)]
     wanted = set(accepted) - set(lacking)
     texts = [name for name in file.parts if name.startswith("text_encoder")]
     if tokenizer is not None and not texts:
@@ -213,8 +200,9 @@ def _wanted(
 
 def _tokenizer(path: Path, folder: Path | str | None, file: SingleFile) -> Any:
     text, beside = file.parts.get("text_encoder"), path.parent / "tokenizer"
+    rows = None if text is None else text.raw["vocab_size"]
     if folder is None and not beside.is_dir():
-        if text is not None and text.raw["vocab_size"] == CLIP_TOKENS:
+        if rows == CLIP_TOKENS:
             return clip_tokenizer("!") if file.family == "SD 2" else clip_tokenizer()
         warnings.warn(
             f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer=, "
@@ -224,11 +212,8 @@ def _tokenizer(path: Path, folder: Path | str | None, file: SingleFile) -> Any:
         return None
     folder = beside if folder is None else Path(folder).expanduser()
     tokenizer = read_tokenizer(folder)
-    if text is not None and len(tokenizer) > text.raw["vocab_size"]:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the text encoder in "
-            f"{path} embeds only {text.raw['vocab_size']}. Use the one that belongs to it."
-        )
+    if rows is not None:
+        check_vocabulary(folder, tokenizer, rows, f" in {path}")
     return tokenizer
 
 
@@ -268,22 +253,13 @@ def _scheduler(
         told["prediction_type"] = "v_prediction"
     if "_class_name" in told:
         return told
-    config = {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "prediction_type": "epsilon",
-    }
+    shared = {k: v for k, v in _ASSUMED.items() if v is not None}
+    own: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False}
+    kind = "DDIMScheduler"
     if family == "SDXL":
-        for name in ("clip_sample", "set_alpha_to_one"):
-            del config[name]
-        config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
-    return config | told
+        own, kind = {"timestep_spacing": "leading"}, "EulerDiscreteScheduler"
+    own |= {"steps_offset": 1, "prediction_type": "epsilon"}
+    return {"_class_name": kind, **shared, **own, **told}
 
 
 # ---- out ----
@@ -323,14 +299,20 @@ def save_single_file(
         if (model := getattr(pipeline, component)) is not None:
             tensors += _text(model, encoder, kind)
     markers, metadata = _scheduler_out(pipeline)
-    tensors += markers
+    tensors += [PendingTensor.of(name, np.zeros(0, np.float32)) for name in markers]
     if pipeline.carried:
         warnings.warn(
             f"a single file has no place for {listing(sorted(pipeline.carried))}, which is left "
             "out of it; programs add their own, or check no image. A folder keeps it.",
             stacklevel=2,
         )
-    metadata |= _header(pipeline, family)
+    metadata["modelspec.architecture"] = _ARCHITECTURES[family]
+    sizes = getattr(getattr(pipeline.unet, "config", None), "sample_size", None)
+    if sizes is not None:
+        levels = 4 if pipeline.vae is None else len(pipeline.vae.config.block_out_channels)
+        height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
+        pixels = f"{width << (levels - 1)}x{height << (levels - 1)}"
+        metadata["modelspec.resolution"] = pixels
     _require_told(pipeline, family, tensors, metadata)
     with atomic_file(path, force=force) as partial:
         write_safetensors(partial, tensors, {"format": "pt", **metadata})
@@ -351,19 +333,6 @@ _ARCHITECTURES = {
     "SD 2": "stable-diffusion-v2",
     "SDXL": "stable-diffusion-xl-v1-base",
 }
-
-
-def _header(pipeline: Any, family: str) -> dict[str, str]:
-    """What the header tells of the models."""
-    told = {"modelspec.architecture": _ARCHITECTURES[family]}
-    sizes = getattr(getattr(pipeline.unet, "config", None), "sample_size", None)
-    if sizes is not None:
-        levels = 4 if pipeline.vae is None else len(pipeline.vae.config.block_out_channels)
-        height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
-        told["modelspec.resolution"] = f"{width << (levels - 1)}x{height << (levels - 1)}"
-    return told
-
-
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
 # readers of single files take for granted.
 _DEFAULTS = {
@@ -373,12 +342,7 @@ _DEFAULTS = {
     "beta_schedule": "linear",
     "trained_betas": None,
 }
-_ASSUMED = {
-    **_DEFAULTS,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
+_ASSUMED = {**_DEFAULTS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _LINEAR = {**_ASSUMED, "beta_schedule": "linear"}
 _CLASS_DEFAULTS = {
     "LCMScheduler": _ASSUMED,
@@ -389,7 +353,7 @@ _CLASS_DEFAULTS = {
 _MODELS_OWN = ("prediction_type", "rescale_betas_zero_snr")
 
 
-def _scheduler_out(pipeline: Any) -> tuple[list[PendingTensor], dict[str, str]]:
+def _scheduler_out(pipeline: Any) -> tuple[list[str], dict[str, str]]:
     """The marker keys and the header's entries that tell a pipeline's noise schedule.
 
     Raises:
@@ -405,71 +369,60 @@ def _scheduler_out(pipeline: Any) -> tuple[list[PendingTensor], dict[str, str]]:
         differing.append(f"prediction_type={prediction}")
     elif zero and prediction == "epsilon":  # readers ask for the marker of it where velocities are
         differing.append("rescale_betas_zero_snr=True with prediction_type=epsilon")
-    if differing:
-        raise OutputError(
-            f"a single file cannot tell {listing(differing)} of the scheduler, and readers would "
-            "assume otherwise. Write a folder."
-        )
-    names = [
-        name
-        for name, told in zip(MARKERS, (prediction == "v_prediction", zero), strict=True)
-        if told
-    ]
-    empty = np.zeros(0, np.float32)
-    markers = [PendingTensor(name, empty.dtype, empty.shape, lambda: empty) for name in names]
+    _require_none(differing, " of the scheduler")
+    told = (prediction == "v_prediction", zero)
     try:
         text = json.dumps({"_class_name": "DDIMScheduler", **config})
     except TypeError as error:
         raise OutputError(f"the scheduler's settings cannot be written: {error}.") from error
     spec = "v" if prediction == "v_prediction" else prediction
-    return markers, {"modelspec.prediction_type": spec, _OWN_SCHEDULER: text}
+    return [name for name, true in zip(MARKERS, told, strict=True) if true], {
+        "modelspec.prediction_type": spec,
+        _OWN_SCHEDULER: text,
+    }
+
+
+def _require_none(differing: Sequence[str], of: str = "") -> None:
+    """Refuse settings that the file cannot tell."""
+    if differing:
+        raise OutputError(
+            f"a single file cannot tell {listing(differing)}{of}, and readers would assume "
+            "otherwise. Write a folder."
+        )
 
 
 def _require_told(
     pipeline: Any, family: str, tensors: Sequence[PendingTensor], metadata: Mapping[str, str]
 ) -> None:
     """Refuse models whose settings are not those that a reader of the file finds in it."""
-    shapes = {
-        each.key: StoredTensor(FLOAT_NAMES[each.dtype], each.shape, each.produce)
-        for each in tensors
-    }
+    shapes = {t.key: StoredTensor(FLOAT_NAMES[t.dtype], t.shape, t.produce) for t in tensors}
+    differing = []
     try:
         file = read_single_file(shapes, "a single file", metadata)
         if file.family != family and file.parts:
             raise CheckpointError(f"Readers would take it for {file.family}, and it is {family}.")
-        told = {}
         for name, part in file.parts.items():
-            told[name] = type(getattr(pipeline, name).config).from_dict(part.raw)
+            config = getattr(pipeline, name).config
+            reading = type(config).from_dict(part.raw)
+            for field in (field.name for field in dataclasses.fields(config)):
+                here, there = _meaning(config, field), _meaning(reading, field)
+                if here != there and not _same(name, field, config):
+                    differing.append(f"{field}={getattr(config, field)}")
     except ValueError as error:
         raise OutputError(
             f"a single file cannot hold this model: {error} Write a folder."
         ) from error
-    differing = []
-    for name, reading in told.items():
-        config = getattr(pipeline, name).config
-        for field in dataclasses.fields(config):
-            here, there = _meaning(config, field.name), _meaning(reading, field.name)
-            if here != there and not _same(name, field.name, config):
-                differing.append(f"{field.name}={getattr(config, field.name)}")
-    if file.unknown:
-        differing.append(f"the layers {listing(file.unknown)}")
-    if lost := file.leftovers:
-        differing.append(f"the layers {listing([key for keys in lost.values() for key in keys])}")
-    if differing:
-        raise OutputError(
-            f"a single file cannot tell {listing(differing)}, and readers would assume otherwise. "
-            "Write a folder."
-        )
+    lost = [key for keys in file.leftovers.values() for key in keys]
+    differing += [f"the layers {listing(keys)}" for keys in (file.unknown, lost) if keys]
+    _require_none(differing)
 
 
 def _meaning(config: Any, name: str) -> Any:
     """A setting, for each resolution where it is one for all or one for each."""
     per_level = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block")
-    return (
-        config.per_block(name)
-        if hasattr(config, "per_block") and name in per_level
-        else (getattr(config, name))
-    )
+    if hasattr(config, "per_block") and name in per_level:
+        return config.per_block(name)
+    return getattr(config, name)
 
 
 def _same(component: str, name: str, config: Any) -> bool:
@@ -492,45 +445,39 @@ def _named(model: Any, prefix: str, names: Names, dtype: np.dtype | None) -> lis
         old = renamed(each.key, back)
         if old is None:
             raise OutputError(f"{each.key} has no place in a single file. Write a folder.")
-        shape = each.shape
-        if ".attn_1." in old and len(shape) == 2:
-            shape = (*shape, 1, 1)
-        produce = functools.partial(_reshape, each, shape)
-        tensors.append(PendingTensor(prefix + old, each.dtype, shape, produce))
+        pixel = (1, 1) if ".attn_1." in old and len(each.shape) == 2 else ()
+        tensors.append(_reshaped(each, prefix + old, (*each.shape, *pixel)))
     return tensors
 
 
+def _reshaped(tensor: PendingTensor, key: str, shape: tuple[int, ...]) -> PendingTensor:
+    return tensor.then(key, shape, lambda values: values.reshape(shape))
+
+
 def _text(model: Any, encoder: TextEncoder, dtype: np.dtype | None) -> list[PendingTensor]:
-    config = model.config
     tensors = pending(model, tensor_specs(model), dtype)
     if not encoder.open_clip:
         return [dataclasses.replace(each, key=encoder.prefix + each.key) for each in tensors]
-    back = {new: old for old, new in open_clip_names(config.num_hidden_layers).items()}
+    back = {new: old for old, new in open_clip_names(model.config.num_hidden_layers).items()}
     named, projections = [], dict[str, dict[str, PendingTensor]]()
     for each in tensors:
         key = each.key.removeprefix("text_model.")
         if place := split_projection(key):
             projections.setdefault(place[0], {})[place[1]] = each
             continue
+        new = f"{encoder.prefix}{renamed(key, back)}"
         if key == "text_projection.weight":
-            transpose = functools.partial(_transpose, each)
-            each = dataclasses.replace(each, shape=each.shape[::-1], produce=transpose)
-        named.append(dataclasses.replace(each, key=f"{encoder.prefix}{renamed(key, back)}"))
-    for key, parts in projections.items():
-        three = [parts[name] for name in PROJECTIONS]
-        shape = (3 * three[0].shape[0], *three[0].shape[1:])
-        produce = functools.partial(_join, three)
-        named.append(PendingTensor(encoder.prefix + key, three[0].dtype, shape, produce))
-    return named
+            named.append(each.then(new, each.shape[::-1], lambda v: np.ascontiguousarray(v.T)))
+        else:
+            named.append(dataclasses.replace(each, key=new))
+    return named + [
+        _joined(encoder.prefix + key, [parts[name] for name in PROJECTIONS])
+        for key, parts in projections.items()
+    ]
 
 
-def _join(tensors: Sequence[PendingTensor]) -> np.ndarray:
-    return np.concatenate([each.produce() for each in tensors])
-
-
-def _transpose(tensor: PendingTensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.produce().T)
-
-
-def _reshape(tensor: PendingTensor, shape: tuple[int, ...]) -> np.ndarray:
-    return tensor.produce().reshape(shape)
+def _joined(key: str, tensors: Sequence[PendingTensor]) -> PendingTensor:
+    first = tensors[0]
+    shape = (len(tensors) * first.shape[0], *first.shape[1:])
+    produce = lambda: np.concatenate([each.produce() for each in tensors])  # noqa: E731
+    return PendingTensor(key, first.dtype, shape, produce)

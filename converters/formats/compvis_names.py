@@ -23,12 +23,8 @@ _UNET_RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_VAE_RESNET = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "nin_shortcut": "conv_shortcut",
+_VAE_RESNET = {n: n for n in ("norm1", "conv1", "norm2", "conv2")} | {
+    "nin_shortcut": "conv_shortcut"
 }
 _VAE_ATTENTION = {
     "norm": "group_norm",
@@ -37,6 +33,11 @@ _VAE_ATTENTION = {
     "v": "to_v",
     "proj_out": "to_out.0",
 }
+_VAE_MIDDLE = (
+    ("block_1", "resnets.0", _VAE_RESNET),
+    ("attn_1", "attentions.0", _VAE_ATTENTION),
+    ("block_2", "resnets.1", _VAE_RESNET),
+)
 _OPEN_CLIP = {
     "token_embedding": "embeddings.token_embedding",
     "ln_final": "final_layer_norm",
@@ -70,6 +71,15 @@ class TextEncoder(NamedTuple):
     hidden_act: str = "quick_gelu"
     unread: int | None = None
 
+    @property
+    def last_layer(self) -> re.Pattern[str] | None:
+        """What the keys of that layer match, behind the prefix."""
+        if self.unread is None:
+            return None
+        return re.compile(
+            rf"(transformer\.resblocks|(text_model\.)?encoder\.layers)\.{self.unread}\."
+        )
+
 
 # By family; of two for one component the first is written.
 TEXT_ENCODERS = {
@@ -102,47 +112,21 @@ MARKERS = {
     "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
 }
 
-# What single files hold beside the models: harmless, and not loaded.
+# What single files hold beside the models, harmless and not loaded -> a pattern of the keys.
 LEFTOVERS = {
-    "moving averages (EMA)": ("model_ema.*", "first_stage_model.model_ema.*"),
-    "the noise schedule": (
-        "betas",
-        "alphas_cumprod*",
-        "sqrt_*",
-        "log_one_minus_alphas_cumprod",
-        "posterior_*",
-        "logvar",
-        "lvlb_weights",
-        "scale_factor",
-        "denoiser.*",
-        "model_sampling.*",
-        "model.model_sampling.*",
-        "sigmas",
-        "log_sigmas",
-    ),
-    "the training's state": (
-        "global_step",
-        "optimizer_states*",
-        "optimizer.*",
-        "lr_schedulers*",
-        "embedding_manager.*",
-    ),
-    "the autoencoder's training loss": ("first_stage_model.loss.*", "loss.*"),
-    "positions of tokens, which are counted": ("*.position_ids",),
-    "CLIP's contrastive head": (
-        "cond_stage_model.logit_scale",
-        "cond_stage_model.text_projection*",
-        "cond_stage_model.*.logit_scale",
-        "cond_stage_model.*.text_projection*",
-        "cond_stage_model.model.visual.*",
-        "cond_stage_model.*.attn_mask",
-        "cond_stage_model.transformer.vision_model.*",
-        "cond_stage_model.transformer.visual_projection.*",
-        "conditioner.embedders.*.logit_scale",
-        "conditioner.embedders.*.attn_mask",
-        "conditioner.embedders.0.*text_projection*",
-        "conditioner.embedders.1.model.visual.*",
-    ),
+    "moving averages (EMA)": r"(first_stage_model\.)?model_ema\..*",
+    "the noise schedule": r"betas|alphas_cumprod.*|sqrt_.*|log_one_minus_alphas_cumprod"
+    r"|posterior_.*|logvar|lvlb_weights|scale_factor|denoiser\..*|(model\.)?model_sampling\..*"
+    r"|(log_)?sigmas",
+    "the training's state": r"global_step|(optimizer_states|lr_schedulers).*"
+    r"|(optimizer|embedding_manager)\..*",
+    "the autoencoder's training loss": r"(first_stage_model\.)?loss\..*",
+    "positions of tokens, which are counted": r".*\.position_ids",
+    "CLIP's contrastive head": r"cond_stage_model\.(.*\.)?(logit_scale|text_projection.*)"
+    r"|cond_stage_model\.(model\.visual\..*|.*\.attn_mask)"
+    r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
+    r"|conditioner\.embedders\.(.*\.(logit_scale|attn_mask)|0\..*text_projection.*)"
+    r"|conditioner\.embedders\.1\.model\.visual\..*",
 }
 
 # What no model here computes -> the beginnings of keys that tell it.
@@ -185,10 +169,17 @@ def unet_names(layers: Iterable[int], attends: Iterable[bool]) -> Names:
         **_joined("middle_block.0", "mid_block.resnets.0", _UNET_RESNET),
         **_joined("middle_block.2", "mid_block.resnets.1", _UNET_RESNET),
     }
+
+    def add(place: int, way: tuple[str, str], level: int, layer: int, attend: bool) -> None:
+        old, new = f"{way[0]}_blocks.{place}", f"{way[1]}_blocks.{level}"
+        names.update(_joined(f"{old}.0", f"{new}.resnets.{layer}", _UNET_RESNET))
+        if attend:
+            names[f"{old}.1"] = f"{new}.attentions.{layer}"
+
     place = 1
     for level, (count, attend) in enumerate(levels):
         for layer in range(count):
-            names |= _layer(f"input_blocks.{place}", f"down_blocks.{level}", layer, attend)
+            add(place, ("input", "down"), level, layer, attend)
             place += 1
         if level < len(levels) - 1:
             names[f"input_blocks.{place}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
@@ -196,17 +187,12 @@ def unet_names(layers: Iterable[int], attends: Iterable[bool]) -> Names:
     place = 0
     for block, (count, attend) in enumerate(reversed(levels)):
         for layer in range(count + 1):
-            names |= _layer(f"output_blocks.{place}", f"up_blocks.{block}", layer, attend)
+            add(place, ("output", "up"), block, layer, attend)
             place += 1
         if block < len(levels) - 1:
             after = f"output_blocks.{place - 1}.{1 + attend}.conv"
             names[after] = f"up_blocks.{block}.upsamplers.0.conv"
     return names
-
-
-def _layer(old: str, new: str, layer: int, attends: bool) -> Names:
-    names = _joined(f"{old}.0", f"{new}.resnets.{layer}", _UNET_RESNET)
-    return names | ({f"{old}.1": f"{new}.attentions.{layer}"} if attends else {})
 
 
 def vae_names(levels: int, layers: int) -> Names:
@@ -216,24 +202,18 @@ def vae_names(levels: int, layers: int) -> Names:
       levels: resolutions.
       layers: resnets of each on the way down; there is one more on the way up.
     """
-    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for half in ("encoder", "decoder"):
-        middle = {
-            **_joined("mid.block_1", "mid_block.resnets.0", _VAE_RESNET),
-            **_joined("mid.attn_1", "mid_block.attentions.0", _VAE_ATTENTION),
-            **_joined("mid.block_2", "mid_block.resnets.1", _VAE_RESNET),
-        }
-        ends = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
-        names |= _joined(half, half, ends | middle)
-    for level in range(levels):
-        down, up = f"encoder.down.{level}", f"decoder.up.{level}"
-        new_down, new_up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
-        for layer in range(layers):
-            names |= _joined(f"{down}.block.{layer}", f"{new_down}.resnets.{layer}", _VAE_RESNET)
-        for layer in range(layers + 1):
-            names |= _joined(f"{up}.block.{layer}", f"{new_up}.resnets.{layer}", _VAE_RESNET)
-        names[f"{down}.downsample.conv"] = f"{new_down}.downsamplers.0.conv"
-        names[f"{up}.upsample.conv"] = f"{new_up}.upsamplers.0.conv"
+    names = {name: name for name in ("quant_conv", "post_quant_conv")}
+    ends = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+    for half, way, count in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
+        names |= _joined(half, half, ends)
+        for old, new, table in _VAE_MIDDLE:
+            names |= _joined(f"{half}.mid.{old}", f"{half}.mid_block.{new}", table)
+        for level in range(levels):
+            block = level if way == "down" else levels - 1 - level
+            old, new = f"{half}.{way}.{level}", f"{half}.{way}_blocks.{block}"
+            for layer in range(count):
+                names |= _joined(f"{old}.block.{layer}", f"{new}.resnets.{layer}", _VAE_RESNET)
+            names[f"{old}.{way}sample.conv"] = f"{new}.{way}samplers.0.conv"
     return names
 
 

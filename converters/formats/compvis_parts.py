@@ -4,9 +4,10 @@ What shapes do not tell is as published: heads of 64 features where projections 
 heads, and 32 groups.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Mapping
-from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,8 @@ _CHANNELS = {
     7: "the x4 upscaler",
     8: "an InstructPix2Pix or Zero123 model",
 }
-_PROJECTION = ("text_projection.weight",)  # beside a text tower, not in it
+_PROJECTION = "text_projection.weight"  # beside a text tower, not in it
+_MODELS = {UNET: "unet", VAE: "vae"}
 _CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -163,28 +165,25 @@ def stranger(keys: Collection[str]) -> str:
     inside = {key.split(".")[0] for key in keys}
     if {"unet", "vae"} & inside:
         return "Its names are those of a diffusers folder, which has a file for each model."
-    name = next(
-        (
-            name
-            for name, parts in (
-                ("UNet", {"down_blocks", "up_blocks", "conv_in"}),
-                ("VAE", {"encoder", "decoder"}),
-                ("CLIP", {"text_model", "vision_model"}),
+    for name, parts in _PUBLISHED.items():
+        if parts <= inside:
+            return (
+                f"It is a {name} under the names of diffusers and transformers, which needs its "
+                "config.json: put that beside it, or pass the folder that it comes from."
             )
-            if parts <= inside
-        ),
-        "",
-    )
-    if not name:
-        return ""
-    return (
-        f"It is a {name} under the names of diffusers and transformers, which needs its "
-        "config.json: put that beside it, or pass the folder that it comes from."
-    )
+    return ""
+
+
+# What the keys of a model in a folder begin with.
+_PUBLISHED = {
+    "UNet": {"down_blocks", "up_blocks", "conv_in"},
+    "VAE": {"encoder", "decoder"},
+    "CLIP": {"text_model", "vision_model"},
+}
 
 
 def read_single_file(
-    stored: Stored, source: str, metadata: Mapping[str, str] | None = None
+    stored: Stored, source: str, metadata: Mapping[str, str] = MappingProxyType({})
 ) -> SingleFile:
     """Take a single file apart by names and shapes, and what its header tells beside them.
 
@@ -196,7 +195,6 @@ def read_single_file(
     Raises:
       CheckpointError: a tensor that tells a size is missing, or a model of another kind.
     """
-    metadata = metadata or {}
     names = _canonical(stored)
     back = {name: key for key, name in names.items()}
     if len(back) != len(names):
@@ -206,24 +204,20 @@ def read_single_file(
         raise CheckpointError(f"{source} is {stranger_here}; SD 1, SD 2 and SDXL are read.")
     told = _family(tensors) or _architecture(metadata)
     family = told or "SD 1"
-    known: dict[str, tuple[str, TextEncoder | None]] = {UNET: ("unet", None), VAE: ("vae", None)}
-    known |= {each.prefix: (each.component, each) for each in TEXT_ENCODERS[family]}
-    groups: dict[str, Stored] = {prefix: {} for prefix in known}
+    encoders = {each.prefix: each for each in TEXT_ENCODERS[family]}
+    groups: dict[str, Stored] = {prefix: {} for prefix in (UNET, VAE, *encoders)}
     leftovers: dict[str, list[str]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        kind = next(
-            (
-                kind
-                for kind, patterns in LEFTOVERS.items()
-                if any(fnmatchcase(key, pattern) for pattern in patterns)
-            ),
-            None,
-        )
-        prefix = next((prefix for prefix in known if key.startswith(prefix)), None)
         if key.removeprefix(UNET) in MARKERS:
             continue
+        kind = next((k for k, form in LEFTOVERS.items() if re.fullmatch(form, key, re.S)), None)
+        prefix = next((prefix for prefix in groups if key.startswith(prefix)), None)
+        last = prefix in encoders and encoders[prefix].last_layer
         if kind is not None and not _wanted(key):
+            leftovers.setdefault(kind, []).append(back[key])
+        elif last and last.match(key, len(prefix or "")):
+            kind = "the last layer of the text encoder, which nothing reads"
             leftovers.setdefault(kind, []).append(back[key])
         elif prefix is not None:
             groups[prefix][key.removeprefix(prefix)] = tensor
@@ -231,30 +225,17 @@ def read_single_file(
             unknown.append(back[key])
 
     parts: dict[str, Part] = {}
-    for prefix, tensors_here in groups.items():
-        if not tensors_here:
+    for prefix, group in groups.items():
+        if not group:
             continue
-        component, encoder = known[prefix]
-        if encoder is not None and encoder.unread is not None:
-            last = (
-                f"transformer.resblocks.{encoder.unread}.",
-                f"text_model.encoder.layers.{encoder.unread}.",
-                f"encoder.layers.{encoder.unread}.",
-            )
-            unread = [key for key in tensors_here if key.startswith(last)]
-            tensors_here = {k: t for k, t in tensors_here.items() if k not in unread}
-            if unread:
-                leftovers["the last layer of the text encoder, which nothing reads"] = [
-                    back[prefix + key] for key in unread
-                ]
+        component = _MODELS.get(prefix) or encoders[prefix].component
         try:
-            if component == "unet":
-                raw, found, odd = _unet(tensors_here)
-            elif component == "vae":
-                raw, found, odd = _vae(tensors_here, family)
+            if prefix == UNET:
+                raw, found, odd = _unet(group)
+            elif prefix == VAE:
+                raw, found, odd = _vae(group, family)
             else:
-                assert encoder is not None
-                raw, found, odd = _text(tensors_here, encoder)
+                raw, found, odd = _text(group, encoders[prefix])
         except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(
                 f"{source}: the sizes of its {component} cannot be told ({error} is missing or "
@@ -286,37 +267,24 @@ def _other_model(tensors: Stored) -> str:
         return f"{_CHANNELS[first[1]]} ({first[1]} channels in)"
     if UNET + "label_emb.0.0.weight" in shapes:
         other = {1024: "Stable Diffusion 2 unCLIP", 1280: "SDXL's refiner"}
-        return other.get(_context(tensors), "")
+        return other.get(_width(shapes, UNET, "attn2.to_k.weight"), "")
     return ""
 
 
-def _context(tensors: Stored) -> int:
-    """Width of what a UNet attends to, or 0."""
-    return next(
-        (
-            tensor.shape[-1]
-            for key, tensor in tensors.items()
-            if key.startswith(UNET) and key.endswith("attn2.to_k.weight") and tensor.shape
-        ),
-        0,
-    )
+def _width(shapes: Shapes, beginning: str, end: str) -> int:
+    """The last size of the first tensor whose name begins and ends so, or 0."""
+    named = (shapes[key] for key in shapes if key.startswith(beginning) and key.endswith(end))
+    return next((shape[-1] for shape in named if shape), 0)
 
 
 def _family(tensors: Stored) -> str:
     """The family by prefixes and sizes, or "" where there is but an autoencoder."""
     shapes = _shapes(tensors)
-    context = _context(tensors)
+    context = _width(shapes, UNET, "attn2.to_k.weight")
     xl = UNET + "label_emb.0.0.weight" in shapes or context == 2048
     if xl or any(key.startswith("conditioner.") for key in shapes):
         return "SDXL"
-    text = next(
-        (
-            shape[-1]
-            for key, shape in shapes.items()
-            if key.startswith("cond_stage_model.") and key.endswith(_TOKENS) and shape
-        ),
-        0,
-    )
+    text = _width(shapes, "cond_stage_model.", _TOKENS)
     open_clip = any(key.startswith("cond_stage_model.model.transformer.") for key in shapes)
     # SD 1's projections are convolutions.
     linear = len(shapes.get(UNET + "middle_block.1.proj_in.weight", ())) == 2
@@ -402,7 +370,7 @@ def _schedule(tensors: Stored, source: str) -> dict[str, Any]:
     return {}
 
 
-def heads(width: int) -> int:
+def _heads(width: int) -> int:
     """Attention heads of 64 features."""
     return max(width // _HEAD, 1)
 
@@ -421,20 +389,9 @@ def _count(shapes: Shapes, form: str) -> int:
 
 def _apply(tensors: Stored, names: Names) -> tuple[Stored, list[str]]:
     """The tensors under their new names, and the keys that have none."""
-    found, odd = {}, []
-    for key, tensor in tensors.items():
-        new = renamed(key, names)
-        if new is None:
-            odd.append(key)
-        else:
-            found[new] = tensor
-    return found, odd
-
-
-def _unet(tensors: Stored) -> tuple[dict[str, Any], Stored, list[str]]:
-    raw = unet_config(_shapes(tensors))
-    found, odd = _apply(tensors, unet_names_of(raw))
-    return raw, found, odd
+    new = {key: renamed(key, names) for key in tensors}
+    found = {name: tensors[key] for key, name in new.items() if name is not None}
+    return found, [key for key, name in new.items() if name is None]
 
 
 def unet_names_of(raw: Mapping[str, Any]) -> Names:
@@ -447,15 +404,11 @@ def unet_names_of(raw: Mapping[str, Any]) -> Names:
     )
 
 
-def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """The settings of a UNet, under their published names, from its shapes in a single file.
-
-    Raises:
-      KeyError, IndexError, ValueError: a tensor that tells a size is missing.
-    """
+def _unet(tensors: Stored) -> tuple[dict[str, Any], Stored, list[str]]:
+    """The settings of a UNet, under their published names, its tensors, and keys of no place."""
+    shapes = _shapes(tensors)
     levels: list[list[tuple[int, int]]] = [[]]  # channels and transformer depth of each resnet
-    place = 1
-    while True:
+    for place in itertools.count(1):
         block = f"input_blocks.{place}"
         if f"{block}.0.op.weight" in shapes:
             levels.append([])
@@ -464,16 +417,14 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
             levels[-1].append((shapes[f"{block}.0.in_layers.2.weight"][0], depth))
         else:
             break
-        place += 1
     if not all(levels):
-        raise ValueError(f"input_blocks.{place}")
-    middle = _count(shapes, "middle_block.1.transformer_blocks.{}.norm1.weight")
+        raise ValueError(block)
     channels = [level[0][0] for level in levels]
     attends = [level[0][1] > 0 for level in levels]
     layers = [len(level) for level in levels]
     depths = [max(level[0][1], 1) for level in levels]
-    depths[-1] = middle or depths[-1]
-    linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
+    depths[-1] = _count(shapes, _MIDDLE + "transformer_blocks.{}.norm1.weight") or depths[-1]
+    linear = len(shapes[f"{_MIDDLE}proj_in.weight"]) == 2
     raw = {
         "_class_name": _CLASSES["unet"],
         "sample_size": 64,
@@ -483,9 +434,9 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         "up_block_types": [("CrossAttn" if a else "") + "UpBlock2D" for a in reversed(attends)],
         "block_out_channels": channels,
         "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
-        "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        "cross_attention_dim": shapes[f"{_MIDDLE}transformer_blocks.0.attn2.to_k.weight"][1],
         "transformer_layers_per_block": 1 if set(depths) == {1} else depths,
-        "attention_head_dim": [heads(c) for c in channels] if linear else 8,
+        "attention_head_dim": [_heads(c) for c in channels] if linear else 8,
         "use_linear_projection": linear,
     }
     if (vector := shapes.get("label_emb.0.0.weight")) is not None:  # SDXL's sizes and crops
@@ -495,33 +446,10 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
             "projection_class_embeddings_input_dim": vector[1],
             "sample_size": 128,
         }
-    return raw
+    return raw, *_apply(tensors, unet_names_of(raw))
 
 
-def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
-    """The settings of an autoencoder, as `unet_config` has those of a UNet."""
-    levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
-    layers = _count(shapes, "encoder.down.0.block.{}.conv1.weight")
-    lacking = {
-        setting: False for setting, key in _OPTIONAL.items() if f"{key}.weight" not in shapes
-    }
-    return {
-        "_class_name": _CLASSES["vae"],
-        "sample_size": 1024 if family == "SDXL" else 512,
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "block_out_channels": [
-            shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)
-        ],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": layers,
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "scaling_factor": 0.13025 if family == "SDXL" else 0.18215,
-        **lacking,
-    }
-
-
+_MIDDLE = "middle_block.1."
 _OPTIONAL = {
     "use_quant_conv": "quant_conv",
     "use_post_quant_conv": "post_quant_conv",
@@ -530,9 +458,24 @@ _OPTIONAL = {
 
 
 def _vae(tensors: Stored, family: str) -> tuple[dict[str, Any], Stored, list[str]]:
-    raw = vae_config(_shapes(tensors), family)
-    names = vae_names(len(raw["block_out_channels"]), raw["layers_per_block"])
-    found, odd = _apply(tensors, names)
+    """Of an autoencoder what `_unet` tells of a UNet."""
+    shapes = _shapes(tensors)
+    levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
+    channels = [shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] for n in range(levels)]
+    raw = {
+        "_class_name": _CLASSES["vae"],
+        "sample_size": 1024 if family == "SDXL" else 512,
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": _count(shapes, "encoder.down.0.block.{}.conv1.weight"),
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "scaling_factor": 0.13025 if family == "SDXL" else 0.18215,
+    }
+    raw |= {name: False for name, key in _OPTIONAL.items() if f"{key}.weight" not in shapes}
+    found, odd = _apply(tensors, vae_names(levels, raw["layers_per_block"]))
     for key, tensor in found.items():
         if ".attentions." in key and tensor.shape[2:] in ((1,), (1, 1)):
             found[key] = _reshaped(tensor, tensor.shape[:2])  # convolutions of one pixel
@@ -540,6 +483,7 @@ def _vae(tensors: Stored, family: str) -> tuple[dict[str, Any], Stored, list[str
 
 
 def _text(tensors: Stored, encoder: TextEncoder) -> tuple[dict[str, Any], Stored, list[str]]:
+    """Of a text encoder what `_unet` tells of a UNet."""
     odd: list[str] = []
     if encoder.open_clip:
         layers = _count(_shapes(tensors), "transformer.resblocks.{}.ln_1.weight")
@@ -549,17 +493,13 @@ def _text(tensors: Stored, encoder: TextEncoder) -> tuple[dict[str, Any], Stored
             if place := fused(key):
                 for part, name in enumerate(PROJECTIONS):
                     found[f"{place[0]}.{name}.{place[1]}"] = _third(tensor, part)
-        if "text_projection.weight" in found:
-            found["text_projection.weight"] = _transposed(found["text_projection.weight"])
+        if (width := found.get(_PROJECTION)) is not None:
+            found[_PROJECTION] = width.then(width.shape[::-1], lambda v: np.ascontiguousarray(v.T))
     else:
         found = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
-    if encoder.component == "text_encoder":
-        found = {key: tensor for key, tensor in found.items() if key not in _PROJECTION}
+    second = encoder.component == "text_encoder_2"
     shapes = _shapes(found)
-    if encoder.component == "text_encoder_2":
-        inside = {f"text_model.{key}": found[key] for key in found if key not in _PROJECTION}
-        found = inside | {key: found[key] for key in found if key in _PROJECTION}
-    vocabulary, width = shapes["embeddings.token_embedding.weight"]
+    vocabulary, width = shapes[_TOKENS]
     raw = {
         "architectures": [_CLASSES[encoder.component]],
         "model_type": "clip_text_model",
@@ -567,25 +507,22 @@ def _text(tensors: Stored, encoder: TextEncoder) -> tuple[dict[str, Any], Stored
         "hidden_size": width,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
         "num_hidden_layers": _count(shapes, "encoder.layers.{}.layer_norm1.weight"),
-        "num_attention_heads": heads(width),
+        "num_attention_heads": _heads(width),
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "hidden_act": encoder.hidden_act,
-        "projection_dim": shapes.get("text_projection.weight", (width,))[0],
+        "projection_dim": shapes.get(_PROJECTION, (width,))[0] if second else width,
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
     }
+    projection = {_PROJECTION: found.pop(_PROJECTION)} if _PROJECTION in found else {}
+    if second:
+        found = {f"text_model.{key}": tensor for key, tensor in found.items()} | projection
     return raw, found, odd
 
 
 def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
-    return StoredTensor(tensor.dtype, shape, lambda: tensor.read().reshape(shape))
-
-
-def _transposed(tensor: StoredTensor) -> StoredTensor:
-    return StoredTensor(
-        tensor.dtype, tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T)
-    )
+    return tensor.then(shape, lambda values: values.reshape(shape))
 
 
 def _third(tensor: StoredTensor, part: int) -> StoredTensor:
@@ -593,6 +530,4 @@ def _third(tensor: StoredTensor, part: int) -> StoredTensor:
     if rows % 3:
         raise ValueError(f"in_proj {list(tensor.shape)}")
     rows //= 3
-    return StoredTensor(
-        tensor.dtype, (rows, *rest), lambda: tensor.read()[part * rows : (part + 1) * rows]
-    )
+    return tensor.then((rows, *rest), lambda values: values[part * rows : (part + 1) * rows])

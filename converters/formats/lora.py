@@ -17,15 +17,13 @@ the file's header (diffusers) or in `adapter_config.json` (PEFT); without any of
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 
-from ..errors import CheckpointError, OutputError, listing
+from ..errors import CheckpointError, OutputError, counted, listing
 from ..files.output import atomic_file
 from ..files.safetensors_file import (
     FLOAT_NAMES,
@@ -36,16 +34,15 @@ from ..files.safetensors_file import (
 )
 from ..files.weights import WeightFile, open_weights, opened, read_json
 from ..hub import local
-from ..parameters import on_host
+from ..parameters import changed, on_host, replaced
 from ..tensors import TensorSpec, is_finite, tensor_specs, variables
 from .compvis_names import renamed
 from .compvis_parts import unet_names_of
 
-FILES = (
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
+FILES = tuple(
+    f"{stem}.{form}"
+    for stem in ("pytorch_lora_weights", "adapter_model")
+    for form in ("safetensors", "bin")
 )
 _KEY = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<new>A|B|down|mid|up)(?:(?:\.[^.]+)?\.weight)?"
@@ -81,19 +78,9 @@ _TEXT_2023 = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": 
 _HEADER = "lora_adapter_metadata"  # where diffusers notes PEFT's settings
 _CONFIG = "adapter_config.json"  # where PEFT does
 # PEFT's settings that make of a LoRA something else; what is not named here serves training alone.
-_REFUSED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "megatron_config",
-    "arrow_config",
-    "alora_invocation_tokens",
+_REFUSED = re.compile(
+    r"use_(dora|qalora|bdlora)|lora_bias|fan_in_fan_out|modules_to_save|layer_replication"
+    r"|trainable_token_indices|target_parameters|(megatron|arrow)_config|alora_invocation_tokens"
 )
 _OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that change it
 _PEFT_ALPHA = 8  # PEFT's own, where its settings name none
@@ -200,27 +187,23 @@ def merge_lora(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
     Raises:
       CheckpointError: as for `load_lora`, or a change of another shape than the weight.
     """
-    merged = {}
-    for name, pairs in load_lora(path, pipeline).items():
-        model = nnx.clone(getattr(pipeline, name))
-        specs = _weights(model)
-        slots = variables(model)
+
+    def sums(model: Any, name: str, pairs: dict[str, Pair]) -> Iterator[tuple[TensorSpec, Any]]:
+        specs, slots = _weights(model), variables(model)
         for module, pair in pairs.items():
-            spec = specs[module]
-            change = difference(*pair)
-            flat = change.shape[:2] == spec.shape[:2] and change.size == np.prod(spec.shape)
-            if not flat:
+            spec, change = specs[module], difference(*pair)
+            if change.shape[:2] != spec.shape[:2] or change.size != np.prod(spec.shape):
                 raise CheckpointError(
                     f"{path}: {name}.{module} changes a weight of shape {list(change.shape)}, this "
                     f"model's has {list(spec.shape)}. It was made for another model."
                 )
-            slot = slots[spec.path]
-            old = slot.get_value()
-            new = spec.to_torch(on_host(old)).astype(np.float32)
-            new += np.float32(scale) * change.reshape(spec.shape)
-            new = spec.to_nnx(new).astype(old.dtype, order="C")
-            slot.set_value(jax.device_put(new, getattr(old, "sharding", None)))
-        merged[name] = model
+            old = spec.to_torch(on_host(slots[spec.path].get_value())).astype(np.float32)
+            yield spec, old + np.float32(scale) * change.reshape(spec.shape)
+
+    merged = {}
+    for name, pairs in load_lora(path, pipeline).items():
+        model = getattr(pipeline, name)
+        merged[name] = replaced(model, sums(model, name, pairs))
     return dataclasses.replace(pipeline, **merged)
 
 
@@ -237,12 +220,12 @@ def lora_file(path: Path | str) -> Path:
       CheckpointError: there is none.
     """
     path = local(path)
-    if path.is_dir():
-        found = next((path / name for name in FILES if (path / name).is_file()), None)
-        if found is None:
-            raise CheckpointError(f"{path} holds none of {', '.join(FILES)}. Pass the file.")
-        return found
-    return path
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in FILES if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path} holds none of {', '.join(FILES)}. Pass the file.")
+    return found
 
 
 def _relative(key: str) -> str | None:
@@ -268,10 +251,8 @@ def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], d
             raise CheckpointError(f"{path} has {key} under two names.")
         parts[place][kind] = tensor
     if strange or not parts:
-        told = [f"{len(names)} {kind}: {listing(sorted(names))}" for kind, names in strange.items()]
-        raise CheckpointError(
-            f"{path} is no LoRA that can be read: {'; '.join(told) or 'it is empty'}."
-        )
+        told = counted(strange) or "it is empty"
+        raise CheckpointError(f"{path} is no LoRA that can be read: {told}.")
     for place, tensors in parts.items():
         if lost := [f"lora_{kind}" for kind in "AB" if kind not in tensors]:
             module = ".".join(filter(None, place))
@@ -374,7 +355,7 @@ def _noted(file: WeightFile) -> dict[str, Noted]:
 
 def _supported(settings: Noted, source: str, where: str = "") -> Noted:
     """PEFT's settings, if the LoRA is one that W + alpha/r B A describes."""
-    odd = [name for name in _REFUSED if settings.get(name)]
+    odd = [name for name, value in settings.items() if value and _REFUSED.fullmatch(name)]
     if settings.get("bias") not in (None, "none"):
         odd.append(f"bias={settings['bias']!r}")
     start = settings.get("init_lora_weights")
@@ -505,7 +486,10 @@ def save_lora(
     for component, after, before in _components(edited, original):
         prefix = f"{component}." + getattr(after, "pytorch_prefix", "")
         weights = {spec.key for spec in _weights(after).values()}
-        for spec, change in _changes(after, before, component):
+        for spec, new, old in changed(after, before, component):
+            change = spec.to_torch(new).astype(np.float32) - spec.to_torch(old)
+            if not np.isfinite(change).all():
+                raise OutputError(f"{component}.{spec.key} holds NaN or infinite values.")
             if spec.key not in weights:
                 summary.left_out.append(prefix + spec.key)
                 continue
@@ -517,8 +501,7 @@ def save_lora(
                 values = values.astype(kind)
                 if not is_finite(values, FLOAT_NAMES[kind]):
                     raise OutputError(f"{module} does not fit into {kind.name}. Use float32.")
-                key = f"{module}.{name}.weight"
-                tensors.append(PendingTensor(key, kind, values.shape, lambda values=values: values))
+                tensors.append(PendingTensor.of(f"{module}.{name}.weight", values))
     if not tensors:
         told = f" but for {listing(summary.left_out)}" if summary.left_out else ""
         raise OutputError(f"the edited model equals the original{told}: a LoRA would be empty.")
@@ -528,32 +511,15 @@ def save_lora(
 
 
 def _components(edited: Any, original: Any) -> list[tuple[str, Any, Any]]:
-    names = ("unet", "text_encoder", "text_encoder_2")
     if hasattr(edited, "unet"):
+        models = {name: getattr(edited, name, None) for name in _COMPONENTS}
         return [
-            (name, getattr(edited, name), getattr(original, name, None))
-            for name in names
-            if getattr(edited, name, None) is not None
+            (name, model, getattr(original, name, None))
+            for name, model in models.items()
+            if model is not None
         ]
     name = "text_encoder" if hasattr(edited, "final_layer_norm") else "unet"
     return [(name, edited, getattr(original, name, original))]
-
-
-def _changes(after: Any, before: Any, name: str) -> Any:
-    """Each tensor that differs, with the difference in float32 and PyTorch's layout."""
-    specs, new = tensor_specs(after), variables(after)
-    old = {} if before is None else variables(before)
-    if before is None or {s.key: s.shape for s in specs} != {
-        s.key: s.shape for s in tensor_specs(before)
-    }:
-        raise ValueError(f"the edited {name} and the original's are not of one architecture.")
-    for spec in specs:
-        one, other = (on_host(slots[spec.path].get_value()) for slots in (new, old))
-        if not np.array_equal(one, other):
-            change = spec.to_torch(one).astype(np.float32) - spec.to_torch(other)
-            if not np.isfinite(change).all():
-                raise OutputError(f"{name}.{spec.key} holds NaN or infinite values.")
-            yield spec, change
 
 
 def _truncated(

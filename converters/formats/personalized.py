@@ -18,26 +18,28 @@ file decides, not its suffix.
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import CheckpointError, OutputError, listing
-from ..files.safetensors_file import (
-    FLOAT_NAMES,
-    FLOAT_TYPES,
-    PendingTensor,
-    StoredTensor,
-    write_safetensors,
+from ..errors import CheckpointError, OutputError, counted, listing
+from ..files.safetensors_file import FLOAT_TYPES, PendingTensor, StoredTensor, write_safetensors
+from ..files.weights import (
+    BARE,
+    SAFETENSORS,
+    Parameters,
+    WeightFile,
+    opened,
+    save_pickle,
+    stored_tensor,
 )
-from ..files.weights import BARE, SAFETENSORS, Parameters, WeightFile, opened, tensor_values
 from ..hub import local
-from ..tensors import TensorSpec, is_finite, tensor_specs, variables
+from ..parameters import check_finite, pending, replaced
+from ..tensors import compare, is_finite, tensor_specs
 from .compvis_names import renamed
 from .compvis_parts import is_single_file, unet_names_of
 from .lora import is_lora
@@ -45,10 +47,7 @@ from .lora import is_lora
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.bin"
 _PART = "_custom_diffusion"
 # What each `trained` part of the cross-attention holds.
-_TRAINED = {
-    "crossattn_kv": ("*.attn2.to_k.*", "*.attn2.to_v.*"),
-    "crossattn": ("*.attn2.*",),
-}
+_TRAINED = {"crossattn_kv": ("*.attn2.to_k.*", "*.attn2.to_v.*"), "crossattn": ("*.attn2.*",)}
 # What such files are called in a folder.
 _PATTERNS = (
     CUSTOM_DIFFUSION,
@@ -62,12 +61,7 @@ _PATTERNS = (
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 _TEXT = "text_model."
 # What files of SDXL call the embeddings for its two text encoders -> their usual name.
-_CLIPS = {
-    "clip_l": "clip_l",
-    "text_encoders_0": "clip_l",
-    "clip_g": "clip_g",
-    "text_encoders_1": "clip_g",
-}
+_CLIPS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 _FIRST, _SECOND = "learned_embeds", "learned_embeds_2"  # or, of diffusers, a file for each encoder
 # Keys of a UNet and of a text encoder, by diffusers', transformers' and CompVis's names.
 _CHANGED = re.compile(
@@ -78,11 +72,8 @@ _CHANGED = re.compile(
     r"(?P<text>(?:encoder\.layers|embeddings|final_layer_norm|text_projection)\..+)"
 )
 _COUNTED = "*.position_ids"  # older transformers stored them; they are no weights
-_INVERSION, _CROSS, _WEIGHTS = (
-    "a textual inversion",
-    "weights of Custom Diffusion",
-    "changed weights of a model",
-)
+_INVERSION, _CROSS = "a textual inversion", "weights of Custom Diffusion"
+_WEIGHTS = "changed weights of a model"
 Array = Any
 
 
@@ -118,10 +109,9 @@ def save_textual_inversion(rows: Mapping[str, Array], folder: Path | str) -> lis
     """
     files = []
     for token, row in rows.items():
-        path = Path(folder) / embedding_file(token)
-        values = _finite(np.asarray(row), token)
-        pending = PendingTensor(token, values.dtype, values.shape, lambda values=values: values)
-        write_safetensors(path, [pending], {"format": "pt"})
+        path, values = Path(folder) / embedding_file(token), np.asarray(row)
+        check_finite(values, token)
+        write_safetensors(path, [PendingTensor.of(token, values)], {"format": "pt"})
         files.append(path)
     return files
 
@@ -151,42 +141,21 @@ def save_custom_diffusion(unet: nnx.Module, path: Path | str, *, trained: str) -
     """
     if trained not in _TRAINED:
         raise ValueError(f"trained accepts {sorted(_TRAINED)}, received {trained!r}.")
-    try:
-        import torch
-    except ImportError as error:
-        raise OutputError(f"writing {path} needs torch: install conceptax[torch].") from error
-    slots = variables(unet)
-    state: dict[str, Any] = {}
-    for spec in tensor_specs(unet):
-        if ".attn1.to_q." in spec.key:  # diffusers counts the processors
-            state[spec.key.partition(".to_q.")[0] + ".processor"] = {}
-        if any(fnmatch.fnmatchcase(spec.key, pattern) for pattern in _TRAINED[trained]):
-            values = spec.to_torch(np.asarray(slots[spec.path].get_value()))
-            values = np.array(_finite(values, spec.key), order="C")  # torch wants its own
-            if FLOAT_NAMES[values.dtype] == "BF16":  # torch's bfloat16 is unknown to NumPy
-                tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-            else:
-                tensor = torch.from_numpy(values)
-            state[_processor_key(spec.key)] = tensor
-    torch.save(state, path)
+    specs = tensor_specs(unet)
+    state: dict[str, Any] = {
+        spec.key.partition(".to_q.")[0] + ".processor": {}  # diffusers counts the processors
+        for spec in specs
+        if ".attn1.to_q." in spec.key
+    }
+    for each in pending(unet, [s for s in specs if _any_of(s.key, _TRAINED[trained])], None):
+        before, _, after = each.key.partition(".attn2.")
+        layer, _, leaf = after.partition(".")
+        state[f"{before}.attn2.processor.{layer}{_PART}.{leaf}"] = each.produce()
+    save_pickle(Path(path), state)
 
 
-def _finite(values: np.ndarray, name: str) -> np.ndarray:
-    if values.dtype not in FLOAT_NAMES:
-        raise OutputError(f"{name} is {values.dtype}, which is not stored as a weight.")
-    if not is_finite(np.ascontiguousarray(values), FLOAT_NAMES[values.dtype]):
-        raise OutputError(
-            f"{name} holds NaN or infinite values, so nothing was written. The training has "
-            "diverged; lower its learning rate."
-        )
-    return values
-
-
-def _processor_key(key: str) -> str:
-    """...attn2.to_k.weight -> ...attn2.processor.to_k_custom_diffusion.weight"""
-    before, _, after = key.partition(".attn2.")
-    layer, _, leaf = after.partition(".")
-    return f"{before}.attn2.processor.{layer}{_PART}.{leaf}"
+def _any_of(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 # ---- in ----
@@ -205,8 +174,7 @@ def personalized_files(path: Path | str) -> list[Path]:
     return sorted(
         file
         for file in path.iterdir()
-        if file.suffix.lower() in _SUFFIXES
-        and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _PATTERNS)
+        if file.suffix.lower() in _SUFFIXES and _any_of(file.name, _PATTERNS)
     )
 
 
@@ -310,8 +278,7 @@ def _open(file: WeightFile) -> dict[str, Any]:
             return value
         if value.layout != torch.strided or value.is_meta:
             raise CheckpointError(f"{path} holds a tensor that is not dense.")
-        kind = str(value.dtype).removeprefix("torch.")
-        return StoredTensor(kind, tuple(value.shape), lambda: tensor_values(value))
+        return stored_tensor(value)
 
     found = convert(content)
     inner = found.get("state_dict")
@@ -324,7 +291,7 @@ def _kind(content: Mapping[str, Any]) -> str | None:
         return _CROSS
     if any(_PART in key for key in content):
         return _CROSS
-    if {"string_to_param", "emb_params", *_CLIPS} & content.keys():
+    if {"string_to_param", "emb_params", *_CLIPS, *_CLIPS.values()} & content.keys():
         return _INVERSION
     if content and all(_CHANGED.fullmatch(key) for key in content):
         return _WEIGHTS
@@ -346,20 +313,20 @@ def _interpret(content: Mapping[str, Any], path: Path) -> Personalization:
         return Personalization({}, {}, _changes(content, path))
     if kind != _CROSS:
         raise CheckpointError(f"{path} {_what(content)}")
+    tokens: Mapping[str, Any] = {}
     if not any(_PART in key for key in content):  # delta.bin
         if other := sorted(content.keys() - {"unet", "modifier_token"}):
             raise CheckpointError(f"{path} holds {listing(other)} too, which is not supported.")
-        tokens, unet = (content.get(name) or {} for name in ("modifier_token", "unet"))
-        unet = {key.replace(".processor.", "."): value for key, value in unet.items()}
-        return Personalization(
-            _rows(tokens, path) if tokens else {}, _tensors(unet, path) if unet else {}
-        )
+        both = (content.get(name) for name in ("modifier_token", "unet"))
+        tokens, content = (each if isinstance(each, dict) else {} for each in both)
     unet = {
         key.replace(".processor.", ".").replace(_PART, ""): value
         for key, value in content.items()
-        if not (isinstance(value, dict) and not value)  # a self-attention
+        if value != {}  # a self-attention
     }
-    return Personalization({}, _tensors(unet, path))
+    return Personalization(
+        _rows(tokens, path) if tokens else {}, _tensors(unet, path) if unet or not tokens else {}
+    )
 
 
 def _what(content: Mapping[str, Any]) -> str:
@@ -466,14 +433,14 @@ def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
     """The values of floating-point tensors, checked."""
     values = {}
     for key, stored in content.items():
-        value = np.array(stored.read()) if _is_float(stored) else stored
-        if not isinstance(value, np.ndarray) or value.dtype not in FLOAT_NAMES:
+        if not _is_float(stored):
             kind = stored.dtype if isinstance(stored, StoredTensor) else type(stored).__name__
             raise CheckpointError(
                 f"{path}: {key[:80]!r} is {kind}, expected a tensor of floating-point numbers. "
                 f"Known are textual inversions, {CUSTOM_DIFFUSION}, delta.bin and changed weights."
             )
-        if value.size and not is_finite(np.ascontiguousarray(value), FLOAT_NAMES[value.dtype]):
+        value = np.array(stored.read())
+        if not is_finite(np.ascontiguousarray(value), stored.dtype):
             raise CheckpointError(f"{path}: {key!r} holds NaN or infinite values.")
         values[key] = value
     if not values:
@@ -482,12 +449,11 @@ def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
 
 
 def _is_float(stored: Any) -> bool:
-    kinds = (*FLOAT_TYPES, "float64", "float32", "float16", "bfloat16")
-    return isinstance(stored, StoredTensor) and stored.dtype in kinds
+    return isinstance(stored, StoredTensor) and stored.dtype in FLOAT_TYPES
 
 
 def _with_tensors(
-    model: Any, tensors: Mapping[str, np.ndarray], told: str, needed: Sequence[str] = ()
+    model: Any, tensors: Mapping[str, np.ndarray], told: str, needed: Iterable[str] = ()
 ) -> Any:
     """A model with some tensors replaced.
 
@@ -497,23 +463,8 @@ def _with_tensors(
       told: what an error begins with.
       needed: patterns of the keys that must be there.
     """
-    specs: dict[str, TensorSpec] = {spec.key: spec for spec in tensor_specs(model)}
-    wanted = {key for key in specs if any(fnmatch.fnmatchcase(key, each) for each in needed)}
-    problems = {
-        "missing": sorted(wanted - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - specs.keys()),
-        "of the wrong shape": [
-            f"{key} {list(value.shape)} instead of {list(specs[key].shape)}"
-            for key, value in sorted(tensors.items())
-            if key in specs and value.shape != specs[key].shape
-        ],
-    }
-    lines = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
-    if lines:
-        raise CheckpointError(f"{told}: {'; '.join(lines)}. It was made for another model.")
-    model = nnx.clone(model)
-    slots = variables(model)
-    for key, value in tensors.items():
-        slot = slots[specs[key].path]
-        slot.set_value(jnp.asarray(specs[key].to_nnx(value), slot.get_value().dtype))
-    return model
+    specs = [s for s in tensor_specs(model) if s.key in tensors or _any_of(s.key, needed)]
+    stored = {key: StoredTensor.of(value) for key, value in tensors.items()}
+    if problems := compare(specs, stored, None, double=True).problems:
+        raise CheckpointError(f"{told}: {counted(problems)}. It was made for another model.")
+    return replaced(model, ((spec, tensors[spec.key]) for spec in specs))

@@ -5,9 +5,10 @@ may be `.pth`, `.bin` or `.pt` (read with torch, nothing in it is executed) or `
 Models that are loaded here can be kept as folders with `save_pytorch`.
 """
 
-import functools
+import contextlib
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError
 from ..files.output import atomic_file
 from ..files.safetensors_file import PendingTensor, StoredTensor, write_safetensors
-from ..files.weights import WeightFile, open_weights, opened
-from ..parameters import OneKey, ShardingRule, fill, parameter_dtype, pending, put
-from ..tensors import TensorSpec, match, tensor_specs
+from ..files.weights import WeightFile, open_weights, opened, save_pickle
+from ..parameters import OneKey, ShardingRule, fill, parameter_dtype, pending
+from ..tensors import TensorSpec, tensor_specs
 
 STUDENT, TEACHER = "backbone.clip_model.", "backbone_t.clip_model."
 WRAPPERS = ("model", "state_dict")  # detectron2; open_clip while it trains
@@ -49,6 +50,11 @@ class Plan(NamedTuple):
     stored: Mapping[str, StoredTensor]
     without: str = ""
 
+    @property
+    def shapes(self) -> Shapes:
+        """Of all that is stored."""
+        return {key: tensor.shape for key, tensor in self.stored.items()}
+
     def specs(self, **options: Any) -> tuple[nnx.Module, list[TensorSpec]]:
         """The model in shapes only, and the tensors that it takes from the file."""
         rngs = OneKey()
@@ -61,6 +67,14 @@ class Plan(NamedTuple):
         keys = {spec.key for spec in specs}
         return {key: tensor for key, tensor in self.stored.items() if key in keys}
 
+    def load(self, source: str, *, dtype: Any, param_dtype: Any, sharding: ShardingRule) -> Any:
+        """Build a model and fill it; tensors that it has no place for are passed over."""
+        init_dtype = parameter_dtype(self.stored, param_dtype)
+        model, specs = self.specs(dtype=dtype, param_dtype=init_dtype)
+        options = {"source": source, "param_dtype": param_dtype, "sharding": sharding}
+        fill(model, self.wanted(specs), specs=specs, **options)
+        return model
+
 
 def loader_of(file: WeightFile) -> Callable[..., Any] | None:
     """Which of the loaders below takes a weight file without a `config.json`; None for any other.
@@ -71,11 +85,7 @@ def loader_of(file: WeightFile) -> Callable[..., Any] | None:
     path = file.path
     if (path.parent / "config.json").is_file() or path.suffix not in _SUFFIXES:
         return None
-    return _loader(open_weights(file, wrappers=WRAPPERS))
-
-
-def _loader(keys: Iterable[str]) -> Callable[..., Any] | None:
-    keys = [key.removeprefix("module.") for key in keys]
+    keys = [key.removeprefix("module.") for key in open_weights(file, wrappers=WRAPPERS)]
     if any(key.startswith(STUDENT + _TOWER) for key in keys):
         return load_maft_plus
     return load_open_clip if any(key.startswith(_TOWER) for key in keys) else None
@@ -96,12 +106,13 @@ def plan_of(file: WeightFile) -> Plan | None:
 def _plan_open_clip(file: WeightFile, prefix: str = "", config: Any = None) -> Plan:
     from ...flax_models.open_clip import OpenCLIP
 
-    stored = open_weights(file, wrappers=WRAPPERS)
-    stored = {key.removeprefix("module."): tensor for key, tensor in stored.items()}
-    stored = {
-        k.removeprefix(prefix): tensor for k, tensor in stored.items() if k.startswith(prefix)
-    }
-    return Plan(OpenCLIP, config or clip_config(_shapes(stored), source=str(file.path)), stored)
+    stored = {}
+    for name, tensor in open_weights(file, wrappers=WRAPPERS).items():
+        key = name.removeprefix("module.")
+        if key.startswith(prefix):
+            stored[key.removeprefix(prefix)] = tensor
+    plan = Plan(OpenCLIP, config, stored)
+    return plan._replace(config=config or clip_config(plan.shapes, source=str(file.path)))
 
 
 def _plan_maft_plus(
@@ -110,15 +121,13 @@ def _plan_maft_plus(
     from ...flax_models.maft_plus import MaftPlus
 
     stored = open_weights(file, wrappers=WRAPPERS)
-    has_transfer = any(key.startswith(_TRANSFER) for key in stored)
+    plan = Plan(MaftPlus, config, stored)
+    if not any(key.startswith(_TRANSFER) for key in stored):
+        plan, form = plan._replace(without=_TRANSFER), "panoptic"
     if config is None:
-        config = maft_plus_config(
-            _shapes(stored),
-            form=form if has_transfer else "panoptic",
-            token_order=token_order,
-            source=str(file.path),
-        )
-    return Plan(MaftPlus, config, stored, without="" if has_transfer else _TRANSFER)
+        told = {"form": form, "token_order": token_order, "source": str(file.path)}
+        plan = plan._replace(config=maft_plus_config(plan.shapes, **told))
+    return plan
 
 
 def load_open_clip(
@@ -148,8 +157,8 @@ def load_open_clip(
       CheckpointError: the file is absent, damaged, or of another architecture.
     """
     file = _existing(path)
-    plan = _plan_open_clip(file, prefix, config)
-    return _load(plan, str(file.path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding}
+    return _plan_open_clip(file, prefix, config).load(str(file.path), **types)
 
 
 def load_maft_plus(
@@ -187,7 +196,8 @@ def load_maft_plus(
 
     file = _existing(path)
     plan = _plan_maft_plus(file, form, token_order, config)
-    model = _load(plan, str(file.path), dtype=dtype, param_dtype=param_dtype, sharding=sharding)
+    types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding}
+    model = plan.load(str(file.path), **types)
     if plan.without:
         config = plan.config
         model.cdt = ContentDependentTransfer(
@@ -232,16 +242,16 @@ def save_maft_plus(
         raise ValueError(f"save_maft_plus writes .pth and .safetensors, received {path.name!r}.")
     tensors = pending(model, tensor_specs(model), None)
     if teacher is not None:
-        tensors += [
-            PendingTensor(TEACHER + tensor.key, tensor.dtype, tensor.shape, tensor.produce)
-            for tensor in pending(teacher, tensor_specs(teacher), None)
-        ]
+        for each in pending(teacher, tensor_specs(teacher), None):
+            tensors.append(dataclasses.replace(each, key=TEACHER + each.key))
     if classes is not None:
         weights = np.append(np.ones(classes, np.float32), np.float32(_VOID_WEIGHT))
-        tensors.append(PendingTensor(_CRITERION, weights.dtype, weights.shape, lambda: weights))
-    write = _write_pickle if path.suffix == ".pth" else write_safetensors
+        tensors.append(PendingTensor.of(_CRITERION, weights))
     with atomic_file(path, force=force) as partial:
-        write(partial, tensors, {"format": "pt"})
+        if path.suffix == ".pth":
+            save_pickle(partial, {"model": {each.key: each.produce() for each in tensors}})
+        else:
+            write_safetensors(partial, tensors, {"format": "pt"})
     return path
 
 
@@ -249,44 +259,6 @@ def _existing(path: Path | str | WeightFile) -> WeightFile:
     if not isinstance(path, WeightFile) and not Path(path).expanduser().is_file():
         raise CheckpointError(f"{path} is not a file. Pass a checkpoint's weight file.")
     return opened(path)
-
-
-def _shapes(stored: Mapping[str, StoredTensor]) -> Shapes:
-    return {key: tensor.shape for key, tensor in stored.items()}
-
-
-def _load(plan: Plan, source: str, *, dtype: Any, param_dtype: Any, sharding: ShardingRule) -> Any:
-    """Build a model and fill it; tensors that it has no place for are passed over."""
-    init_dtype = parameter_dtype(plan.stored, param_dtype)
-    model, specs = plan.specs(dtype=dtype, param_dtype=init_dtype)
-    tensors = match(
-        specs,
-        plan.wanted(specs),
-        source=source,
-        model_class=plan.model_class,
-        double=param_dtype is not None,
-    )
-    place = functools.partial(put, rule=sharding)
-    fill(model, specs, tensors, source=source, param_dtype=param_dtype, place=place)
-    return model
-
-
-def _write_pickle(path: Path, tensors: list[PendingTensor], metadata: Mapping[str, str]) -> None:
-    del metadata
-    try:
-        import torch
-    except ImportError as error:
-        raise OutputError(
-            "Writing a .pth file needs torch. Install conceptax[torch], or write .safetensors."
-        ) from error
-
-    def as_torch(tensor: PendingTensor) -> Any:
-        values = tensor.produce()
-        if values.dtype.name == "bfloat16":  # which NumPy does not know
-            return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
-        return torch.from_numpy(np.array(values))
-
-    torch.save({"model": {tensor.key: as_torch(tensor) for tensor in tensors}}, path)
 
 
 # ---- sizes from shapes ----
@@ -301,6 +273,15 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return len(numbers)
 
 
+@contextlib.contextmanager
+def _told(source: str, what: str, advice: str) -> Iterator[None]:
+    """Errors of reading sizes from shapes, as one of the checkpoint."""
+    try:
+        yield
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{source} {what} ({error}). Pass {advice}, or a config.") from error
+
+
 def clip_config(shapes: Shapes, *, source: str) -> Any:
     """The `OpenCLIPConfig` of tensors with these shapes.
 
@@ -310,7 +291,8 @@ def clip_config(shapes: Shapes, *, source: str) -> Any:
     from ...flax_models.convnext import ConvNeXtConfig
     from ...flax_models.open_clip import OpenCLIPConfig, OpenCLIPTextConfig
 
-    try:
+    what = "holds no OpenCLIP model with a ConvNeXt tower"
+    with _told(source, what, "the weights of convnext_base_w_320 or convnext_large_d_320"):
         stages = [f"visual.trunk.stages.{n}.blocks." for n in range(4)]
         depths = tuple(_count(shapes, re.escape(stage) + r"(\d+)\.") for stage in stages)
         dims = tuple(shapes[f"{stage}0.norm.weight"][0] for stage in stages)
@@ -324,11 +306,6 @@ def clip_config(shapes: Shapes, *, source: str) -> Any:
         )
         projection = "linear" if "visual.head.proj.weight" in shapes else "mlp"
         return OpenCLIPConfig(text, ConvNeXtConfig(depths, dims), embed_dim, projection)
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} holds no OpenCLIP model with a ConvNeXt tower ({error}). Pass the weights "
-            "of convnext_base_w_320 or convnext_large_d_320, or a config."
-        ) from error
 
 
 def maft_plus_config(
@@ -341,18 +318,17 @@ def maft_plus_config(
     """
     from ...flax_models.maft_plus import MaftPlusConfig
 
-    clip = clip_config(
-        {k.removeprefix(STUDENT): shape for k, shape in shapes.items() if k.startswith(STUDENT)},
-        source=source,
-    )
-    pixel, predictor = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
-    encoder = f"{pixel}transformer.encoder.layers."
-    heads = 8
-    try:
+    clip = {k.removeprefix(STUDENT): shape for k, shape in shapes.items() if k.startswith(STUDENT)}
+    clip_part = clip_config(clip, source=source)
+    predictor = "sem_seg_head.predictor."
+    encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers."
+    decoder, heads = f"{predictor}transformer_ffn_layers.", 8
+    what, advice = "is no checkpoint of MAFT+ or FC-CLIP", "a detectron2 file such as maftp_b.pth"
+    with _told(source, what, advice):
         weights = shapes[f"{encoder}0.self_attn.attention_weights.weight"]
         queries, width = shapes[f"{predictor}query_feat.weight"]
         return MaftPlusConfig.of(
-            clip,
+            clip_part,
             form=form,
             token_order=token_order,
             hidden_dim=width,
@@ -360,14 +336,7 @@ def maft_plus_config(
             num_points=weights[0] // (3 * heads),
             encoder_layers=_count(shapes, re.escape(encoder) + r"(\d+)\."),
             encoder_ffn=shapes[f"{encoder}0.linear1.weight"][0],
-            decoder_layers=_count(
-                shapes, re.escape(predictor) + r"transformer_ffn_layers\.(\d+)\."
-            ),
-            decoder_ffn=shapes[f"{predictor}transformer_ffn_layers.0.linear1.weight"][0],
+            decoder_layers=_count(shapes, re.escape(decoder) + r"(\d+)\."),
+            decoder_ffn=shapes[f"{decoder}0.linear1.weight"][0],
             num_queries=queries,
         )
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} is no checkpoint of MAFT+ or FC-CLIP ({error}). Pass a detectron2 file such "
-            "as maftp_b.pth, or a config."
-        ) from error
