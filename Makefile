@@ -35,8 +35,9 @@ endef
 # NATTEN, whose Flex backend runs on a CPU; apart, so that other tests do not find it.
 NATTEN := .cache/natten-0.21.7
 
-# Test files go whole to a worker, so that fixtures that compile are shared.
-PYTEST := pytest -n 2 --dist loadfile --durations=20
+# Test files go whole to a worker, so that fixtures that compile are shared; in the order of
+# tests/conftest.py, the longest first (xdist's own order goes by the number of tests).
+PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 help:
 	@echo "make install     create $(VENV) and install conceptax"

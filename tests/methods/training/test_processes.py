@@ -74,7 +74,7 @@ def _start(stack, folder, *arguments, launcher="jax"):
                 "WORLD_SIZE": "2",
                 "RANK": index,
             }
-        flags = "--xla_force_host_platform_device_count=4"
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
         process = subprocess.Popen(
             [sys.executable, processes_toy.__file__, str(folder), *arguments],
             env={**os.environ, "XLA_FLAGS": flags, **variables},
