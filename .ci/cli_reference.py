@@ -9,8 +9,8 @@ from mkdocs.structure.files import File, Files
 _INTRODUCTION = """\
 # Commands
 
-`conceptax COMMAND --help` says the same in the terminal. For a model that a command loads, a folder,
-a single file or an id of the Hugging Face Hub does, `org/name[@revision]`; `--offline` takes it from the
+`conceptax COMMAND --help` says the same in the terminal. For a model that a command loads a folder,
+a file or an id of the Hugging Face Hub does, `org/name[@revision]`; `--offline` takes it from the
 cache. `--debug`, anywhere among the words, shows the traceback of an error.
 """
 
@@ -47,7 +47,7 @@ def _section(name: str) -> Iterator[str]:
     for paragraph in told.split("Attributes:")[0].split("\n\n"):
         if text := " ".join(paragraph.split()):
             yield f"{_escaped(text)}\n"
-    if examples := COMMANDS[name].examples:
+    if examples := getattr(COMMANDS[name], "examples", ()):
         yield "\n".join(["```sh", *examples, "```\n"])
     yield from _table([flag for flag in described(kind) if flag.group == ""])
     methods = _methods(name)
@@ -59,7 +59,8 @@ def _section(name: str) -> Iterator[str]:
     if not methods:
         groups = dict.fromkeys(flag.group for flag in described(kind) if flag.group)
         for group in groups:
-            yield f"### {name}: settings of `{group}`\n"
+            of = group.replace("_", " ")
+            yield f"### {name}: {of if 'settings' in of else f'settings of {of}'}\n"
             yield from _table([flag for flag in described(kind) if flag.group == group])
 
 
@@ -87,12 +88,13 @@ def _table(flags: Sequence[Any]) -> Iterator[str]:
         if default is None:  # words of a hint are prose
             prose = " " in flag.stands and not set("'{_.*") & set(flag.stands)
             default = _escaped(flag.stands) if prose else _code(flag.stands)
-        yield f"| {_code(f'{flag.name} {value}'.strip())} | {text} | {default} |"
+        spelled = _code(f"{flag.name} {value}".strip())
+        yield f'| <span class="flag">{spelled}</span> | {text} | {default} |'
     yield ""
 
 
 def _code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|")
+    return f"`{text}`"
 
 
 def _escaped(text: str) -> str:
