@@ -64,6 +64,17 @@ def test_the_tutorial_runs(name, repository, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
+@pytest.mark.slow
+def test_the_readme_runs_and_runs_again(repository, tmp_path):
+    code = program((repository / "README.md").read_text(encoding="utf-8"))
+    assert "erase_step" in code
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+
+
 def test_every_tutorial_is_tested(repository):
     pages = {path.stem for path in (repository / "docs" / "tutorials").glob("*.md")}
     assert pages == set(TUTORIALS)
