@@ -35,16 +35,18 @@ class Work(NamedTuple):
     equations: int
 
 
-def work(function: Callable[..., Any], *args: Any, static_argnums: Any = (), **kwargs: Any) -> Work:
+def work(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
     """What a function does with such arguments; it is traced, not run.
 
     Args:
-      function: traceable by jax, jitted or not.
+      function: a jitted one, also with some of its arguments bound, whose trace is kept for the
+        call itself; or any that jax can trace.
       args, kwargs: arrays, or `jax.ShapeDtypeStruct` in their place.
-      static_argnums: as for `jax.jit`.
     """
-    closed = jax.make_jaxpr(function, static_argnums=static_argnums)(*args, **kwargs)
-    return _work(closed.jaxpr)
+    bound = functools.partial(function, *args, **kwargs)  # of another partial, one partial
+    if hasattr(bound.func, "trace"):
+        return _work(bound.func.trace(*bound.args, **bound.keywords).jaxpr.jaxpr)
+    return _work(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
 def run_seconds(flops: float) -> float:

@@ -1,9 +1,12 @@
 """Work counted in jaxprs, beside what can be counted by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from conceptax.kernels.memory import compiler_options
 from conceptax.methods.estimate import about, compile_seconds, matmul_rate, run_seconds, work
 
 
@@ -45,6 +48,22 @@ def test_loops_count_as_often_as_they_go_around():
     assert either.flops == 50
     backward = work(jax.grad(lambda x, a: jnp.sum(steps(x, a))), shape(5), shape(5, 5))
     assert backward.flops == 2 * 9 * 50  # forward, and back to x alone
+
+
+def test_a_jitted_function_keeps_its_trace_and_its_options():
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options())
+    def power(times, x):
+        traced.append(times)
+        for _ in range(times):
+            x = x @ x
+        return x
+
+    bound = functools.partial(power, 3)
+    assert work(bound, jnp.ones((4, 4))).flops == 3 * 2 * 4**3
+    bound(jnp.ones((4, 4)))
+    assert traced == [3]
 
 
 def test_a_device_has_a_rate():
