@@ -368,7 +368,7 @@ def test_a_model_without_tokenizer(model, data, tmp_path, capsys):
 
 
 def test_overlay():
-    colors = class_colors(200)
+    colors = class_colors([f"class {n}" for n in range(200)])
     assert len(np.unique(colors, axis=0)) == 200
     image = np.full((60, 80, 3), 100, np.uint8)
     labels = np.full((60, 80), 1)
