@@ -88,7 +88,7 @@ SMALL = Settings(
 
 def clip_of(work: Path, settings: Settings) -> tuple[OpenCLIP, Any]:
     """The pretrained CLIP and its tokenizer, from the work folder where they are there."""
-    lengths = "-".join(str(lesson.steps) for lesson in settings.pretraining)
+    lengths = "-".join(str(lesson.steps) for lesson in vars(settings.pretraining).values())
     folder = work / f"clip-{lengths}-{settings.scale}"
     if not (folder / "tokenizer.json").exists():
         clip, tokenizer = pretrain(

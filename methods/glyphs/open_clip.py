@@ -45,8 +45,15 @@ _STRIDE = 32  # of the last map
 _SIZES = (DIGITS + 1, len(COLORS) + 1, len(TEXTURES))
 
 
-class Lessons(NamedTuple):
-    """How long each lesson is; a later one begins anew, with the parameters of the one before."""
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """How long each lesson is; a later one begins anew, with the parameters of the one before.
+
+    Attributes:
+      digits: single ones, each a whole image.
+      quarters: of scenes.
+      cells: some of a quarter's, drawn at random.
+    """
 
     digits: Recipe
     quarters: Recipe

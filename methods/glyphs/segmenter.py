@@ -8,6 +8,7 @@ training.  Everything follows from the seed.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Tuning:
             *(("cdt",) if self.transfer else ()),
         )
 
+
+_EXAMPLES = (4, 9, 16, 12)  # each with several digits, and among them every texture
 
 FROZEN = Tuning(False)
 MAFT_PLUS = Tuning(True, compensation=True, transfer=True)
@@ -213,6 +216,13 @@ def tune(
 def unseen_scenes(count: int) -> DrawnOnce:
     """Scenes in handwriting that no training saw, an unseen digit in each."""
     return DrawnOnce(count, among=UNSEEN, split="judge_test", seed=1000)
+
+
+def example_scenes() -> Iterator[tuple[str, Scene]]:
+    """Names and contents of four scenes to look at, in handwriting that no training saw."""
+    scenes = GlyphScenes(max(_EXAMPLES) + 1, split="judge_test", seed=2000)
+    for number, index in enumerate(_EXAMPLES, 1):
+        yield f"scene_{number}", scenes[index]
 
 
 def usage_of(recipe: SegmenterRecipe) -> Usage:

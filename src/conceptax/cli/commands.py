@@ -45,6 +45,7 @@ COMMANDS = {
     ),
     "inspect": Declared("say what a checkpoint is, without loading it"),
     "glyphs train": Declared("build the bundled model from scratch"),
+    "glyphs segmenter": Declared("build the bundled segmenter from scratch"),
     "gna simulate": Declared("predict what a neighborhood attention saves, without a GPU"),
     "gna search": Declared("find the windows and strides that save most, and draw them"),
     "gna bench": Declared("measure a neighborhood attention here, beside what is predicted"),

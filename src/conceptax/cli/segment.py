@@ -76,7 +76,7 @@ class Run(_Looking):
       force: replace an earlier result.
     """
 
-    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], shown("PATH", "")] = ()
     output: Path = Path("segmented")
     stuff: Annotated[str | None, shown("STR", "(default: the model's own)")] = None
     least_score: float = 0.2
