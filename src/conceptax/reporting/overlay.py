@@ -1,6 +1,7 @@
 """Label maps as pictures: an image tinted by class, or with each segment outlined and named."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -221,32 +222,31 @@ def _with_legend(
     names: Sequence[str],
     colors: UInt8[np.ndarray, "K 3"],
 ) -> Image.Image:
-    """The picture with the classes in it at its right, the largest first, and their shares."""
-    shares: dict[int, float] = {}
+    """The picture with the classes in it at its right, the largest first; how many, if several."""
+    areas: dict[int, int] = {}
+    sizes = np.bincount(ids.ravel(), minlength=max(segments, default=0) + 1)
     for number, category in segments.items():
-        shares[category] = shares.get(category, 0.0) + float((ids == number).mean())
-    lines = [
-        (colors[category], names[category], share)
-        for category, share in sorted(shares.items(), key=lambda each: -each[1])
-    ]
-    if (void := 1 - sum(shares.values())) > 1e-6:
-        lines.append((None, "nothing", void))
+        areas[category] = areas.get(category, 0) + int(sizes[number])
+    counts = Counter(segments.values())
+    classes = sorted(areas, key=lambda category: -areas[category])
     size = max(13, round(max(picture.size) / 40))
     font, step = label_font(size), round(1.7 * size)
     room = max(1, picture.height // step - 1)
-    texts = [f"{name}  {100 * share:.1f} %" for _, name, share in lines]
-    if len(lines) > room:
-        lines, texts = lines[: room - 1], [*texts[: room - 1], f"and {len(lines) - room + 1} more"]
+    shown = classes if len(classes) <= room else classes[: room - 1]
+    texts = [names[k] if counts[k] == 1 else f"{names[k]} × {counts[k]}" for k in shown]
+    if len(shown) < len(classes):
+        texts.append(f"and {len(classes) - len(shown)} more")
+    if not classes:
+        texts.append("nothing")
     wide = 3 * size + round(max(map(font.getlength, texts)))
     canvas = Image.new("RGB", (picture.width + wide, picture.height), PAPER)
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
     for n, text in enumerate(texts):
         left, top = picture.width + size, size // 2 + n * step
-        color = lines[n][0] if n < len(lines) else None
-        if color is not None:
+        if n < len(shown):
             square = (left, top, left + size, top + size)
-            draw.rectangle(square, tuple(color.tolist()), INK)
-        ink = QUIET if color is None else INK
+            draw.rectangle(square, tuple(colors[shown[n]].tolist()), INK)
+        ink = INK if n < len(shown) else QUIET
         draw.text((left + 1.5 * size, top + size / 2), text, ink, font, "lm")
     return canvas

@@ -108,4 +108,5 @@ def test_a_build(tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(a, b)
     capsys.readouterr()
     assert main([*command, "--output", "three", "--seed", "1"]) == 1
-    assert "building.json" in capsys.readouterr().err or not (tmp_path / "three").exists()
+    assert "checkpoints of a run with other settings: --seed (0 before" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
