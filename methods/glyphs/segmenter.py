@@ -260,6 +260,6 @@ def measure_segmenter(
     return {
         "seen": float(np.nanmean(trained)),
         "unseen": float(np.nanmean(found.iou[list(UNSEEN)])),
-        "pacc": found.pacc,
+        "pacc": float(found.pacc),
         "iou": dict(zip(tests.vocabulary.names, found.iou.tolist(), strict=True)),
     }
