@@ -125,7 +125,7 @@ def build_segmenter(
     workdir: Path | None = None,
     progress: bool = True,
 ) -> tuple[MaftPlus, Any]:
-    """Train the segmenter from scratch: three quarters of an hour on two cores.
+    """Train the segmenter from scratch: about an hour on two cores.
 
     Args:
       recipe: lengths and sizes; by default those of the bundled segmenter.

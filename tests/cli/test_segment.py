@@ -12,11 +12,12 @@ from flax import nnx
 from PIL import Image
 from segmentation_oracles import random_model
 
+import conceptax
 from conceptax.bundled import ASSETS, bundled_segmenter
 from conceptax.cli import main
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, save_pytorch
 from conceptax.converters.formats.segmentation import TEACHER
-from conceptax.converters.tokenizer import write_tokenizer
+from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
 from conceptax.flax_models.convnext import ConvNeXtConfig
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
@@ -29,8 +30,9 @@ from conceptax.methods.segmentation.evaluation import true_labels
 from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.metrics import confusion_matrix, semantic_quality
 from conceptax.methods.segmentation.set_losses import SetLossConfig
-from conceptax.methods.segmentation.usage import Usage, write_usage
+from conceptax.methods.segmentation.usage import Usage, read_usage, write_usage
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
+from conceptax.methods.subjects.images import image_files, read_image
 from conceptax.methods.training import RULES, make_mesh
 from conceptax.reporting.models import load_open_clip_model
 from conceptax.reporting.overlay import class_colors, overlay, segments_picture
@@ -198,6 +200,35 @@ def test_run_without_arguments(own, tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(one, other)
     content = json.loads((tmp_path / "said/panoptic.json").read_text())
     assert [each["isthing"] for each in content["categories"]] == [1, 1, 1]
+
+
+def test_from_python_as_by_the_command(own, tmp_path):
+    """`conceptax.segment`, told what the folder states."""
+    assert main(["segment", "run", "--model", str(own), "--output", str(tmp_path / "run")]) == 0
+    usage, files = read_usage(own), image_files(own / "examples")
+    assert usage.vocabulary is not None
+    found = conceptax.segment(
+        conceptax.load(own),
+        [read_image(file) for file in files],
+        usage.vocabulary,
+        tokenizer=read_tokenizer(own / "tokenizer"),
+        templates=usage.templates,
+        short=usage.short_side,
+        longest=usage.long_side,
+    )
+    for file, seen in zip(files, found, strict=True):
+        labels = seen.labels(least_score=0.2)
+        stored = np.asarray(Image.open(tmp_path / f"run/{file.stem}_labels.png"))
+        np.testing.assert_array_equal(np.where(labels == 3, 65535, labels), stored)
+
+
+def test_evaluate_with_what_the_folder_states(own, data, tmp_path):
+    places = ["--data", str(data), "--model", str(own)]
+    for name, more in (("own", []), ("said", ["--vocabulary", WORDS, *SEEN])):
+        assert main(["segment", "evaluate", *places, *more, "--output", str(tmp_path / name)]) == 0
+    one, other = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("own", "said"))
+    assert one["iou"] == other["iou"]
+    assert one["settings"]["model"] == str(own) and one["settings"]["short_side"] == 64
 
 
 def test_folders_of_images(model, data, tmp_path, capsys):

@@ -73,7 +73,7 @@ class Command:
 class Segmenter:
     """Build the bundled segmenter from scratch: a tiny CLIP, decoders on it, then both together.
 
-    Everything follows from the seed; it takes three quarters of an hour on two cores. An
+    Everything follows from the seed; it takes about an hour on two cores. An
     interrupted build goes on where it stopped. The result is a folder that `segment run` takes:
     MAFT+, tokenizer/, segmenter.json, examples/ to look at, and quality.json.
 
