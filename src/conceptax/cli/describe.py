@@ -5,8 +5,8 @@ import difflib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType, UnionType
 
 import tyro
 
@@ -114,9 +114,7 @@ def _value(hint: Any) -> tuple[tuple[str, ...], str]:
 
 def _told(default: Any) -> str:
     if isinstance(default, tuple):
-        return (
-            " ".join(f"'{each}'" if " " in str(each) else str(each) for each in default) or "none"
-        )
+        return " ".join(f"'{each}'" if " " in str(each) else str(each) for each in default) or "none"
     return {"": "''", None: "optional"}.get(default, str(default))
 
 
