@@ -95,8 +95,8 @@ COMMANDS = {
     "segment run": Declared(
         "find the classes of any vocabulary in images",
         (
-            'conceptax segment run --model maftp_b.pth --vocabulary "cat; sofa" kitchen.jpg',
-            "conceptax segment run --model trained --vocabulary classes.txt *.jpg --output found",
+            "conceptax segment run",
+            'conceptax segment run --model maftp_b.pth --vocabulary "cat; sofa" photos',
             "conceptax segment run --model maftp_pano.pth --form panoptic "
             '--vocabulary "dog; grass" --stuff grass dog.jpg',
         ),
@@ -179,6 +179,15 @@ COMMANDS = {
             "conceptax demo --model glyphs",
         ),
         ("--output", "--workdir", "--measure", "--seed", "--force"),
+    ),
+    "glyphs segmenter": Declared(
+        "build the bundled segmenter from scratch",
+        (
+            "conceptax glyphs segmenter",
+            "conceptax glyphs segmenter --output segmenter --workdir segmenter-work",
+            "conceptax segment run --model segmenter",
+        ),
+        ("--output", "--workdir", "--seed", "--force"),
     ),
     "gna simulate": Declared(
         "predict what a neighborhood attention saves, without a GPU",
