@@ -54,11 +54,13 @@ def concepts_in(given: Sequence[str]) -> list[str]:
 
 
 def annotated_fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Sequence[Any]]]:
-    """The fields of a dataclass, each with its plain type and what else its annotation says."""
+    """The settable fields of a dataclass: each, its plain type, what else its annotation says."""
     plain = get_origin(kind) or kind
     bound = dict(zip(getattr(plain, "__parameters__", ()), get_args(kind), strict=False))
     hints = get_type_hints(plain, include_extras=True)
     for field in dataclasses.fields(plain):
+        if not field.init:
+            continue
         hint, extras = hints[field.name], ()
         if get_origin(hint) is Annotated:
             hint, *extras = get_args(hint)

@@ -1,6 +1,7 @@
 """`conceptax personalize`: teach a pipeline a subject from a few images."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import tyro
 
 import conceptax
 from conceptax.cli.options import CheckpointDir, Mesh, Model, OptionalPath, chosen
-from conceptax.cli.runs import kept_run, new_folder
+from conceptax.cli.runs import kept_run, new_folder, teller
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.formats.personalized import embedding_file
 from conceptax.methods.memory import require_images
@@ -89,11 +90,15 @@ class Command(Generic[Config]):
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
 
+def types() -> dict[str, Any]:
+    """The command with the settings of each method."""
+    return {name: Command[method.config] for name, method in METHODS.items()}
+
+
 def command_type(arguments: Sequence[str]) -> Any:
-    """The command with the settings of the method that the arguments name."""
-    name = chosen(arguments, "--method", "class-diffusion")
-    method = METHODS.get(name, METHODS["class-diffusion"])  # the parser tells an unknown name
-    return Command[method.config]
+    """That of the method which the arguments name; ClassDiffusion without one."""
+    name, known = chosen(arguments, "--method", "class-diffusion"), types()
+    return known.get(name, known["class-diffusion"])  # the parser tells an unknown name
 
 
 def run(command: Command[Any]) -> None:
@@ -110,6 +115,7 @@ def run(command: Command[Any]) -> None:
         new_folder(command, markers=markers, sources=named) as folder,
     ):
         source = command.model or conceptax.bundled_model()
+        teller()(f"loading {command.model or 'the bundled model'}")
         pipeline = load_pipeline(source, command.dtype, "personalizing")
         if folders:
             complete_class_images(pipeline, folders, command.class_count, command.seed)
@@ -129,6 +135,9 @@ def run(command: Command[Any]) -> None:
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
     print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")
+    if command.export == "pipeline":
+        prompt = shlex.quote(f"a photo of a {subjects[0].token} {subjects[0].word}")
+        print(f"next: conceptax sample --model {command.output} --prompt {prompt}")
 
 
 def _class_folders(command: Command[Any]) -> list[tuple[Path, str]]:

@@ -52,8 +52,8 @@ class Command:
     output: Annotated[Path | None, shown("PATH", "(default: sample.png, videos: sample)")] = None
     model: Model = None
     negative_prompt: str = ""
-    steps: int = 25
-    guidance: float = 5.0
+    steps: int = 50
+    guidance: float = 7.5
     sampler: Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm"] | None = (
         None
     )
@@ -174,15 +174,18 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     import jax.numpy as jnp
 
     import conceptax
+    from conceptax.cli.confirm import announcing, counting
+    from conceptax.cli.runs import teller
     from conceptax.converters import load_pytorch
     from conceptax.flax_models.unet_motion import MotionAdapter
     from conceptax.methods.diffusion.text_to_image import text_to_image
     from conceptax.methods.diffusion.text_to_video import text_to_video
     from conceptax.reporting.instruments import load_as
 
-    pipeline = load_pytorch(
-        command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)
-    )
+    source = command.model or conceptax.bundled_model()
+    tell = teller()
+    tell(f"loading {command.model or 'the bundled model'}")
+    pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(f"{command.model} is no pipeline: sampling needs all its components.")
     options: dict[str, Any] = {
@@ -192,7 +195,12 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         "negative_prompt": command.negative_prompt or None,
         "height": command.height,
         "width": command.width,
+        "on_estimate": announcing("drawing"),
+        "on_progress": counting("images" if command.motion_adapter is None else "videos"),
     }
+    scheduler = pipeline.scheduler_config.get("_class_name")
+    if scheduler == "PNDMScheduler" and command.sampler is None:
+        tell("the model's scheduler is PNDM, which is not here: drawing with ddim (--sampler)")
     if command.motion_adapter is None:
         return text_to_image(
             pipeline,
