@@ -47,7 +47,7 @@ def _section(name: str) -> Iterator[str]:
     for paragraph in told.split("Attributes:")[0].split("\n\n"):
         if text := " ".join(paragraph.split()):
             yield f"{_escaped(text)}\n"
-    if examples := getattr(COMMANDS[name], "examples", ()):
+    if examples := COMMANDS[name].examples:
         yield "\n".join(["```sh", *examples, "```\n"])
     yield from _table([flag for flag in described(kind) if flag.group == ""])
     methods = _methods(name)
