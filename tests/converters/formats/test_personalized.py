@@ -130,7 +130,7 @@ def ours(learnt, latents):
     """Our picture of the subject, in [0, 1]."""
     draw = TextToImage.from_pipeline(load_pytorch(learnt))
     tables = make_sampler(draw.schedule, num_inference_steps=3)
-    ids, negative = (tokenize(draw.tokenizer, [text]) for text in (PROMPT, ""))
+    ids, negative = (tokenize(draw.pipeline.tokenizer, [text]) for text in (PROMPT, ""))
     with jax.default_matmul_precision("highest"):
         image = jitted_generate(
             draw.static, draw.params, ids, negative[0], jnp.asarray(latents), tables, 7.5
@@ -614,7 +614,7 @@ def test_files_that_do_not_fit_are_explained(work, learnt, tmp_path, torch):
         (tensors | {key: nan}, "NaN"),
         ({"<a>": torch.zeros(2, 3, 4)}, "no textual inversion"),
         ({"<a>": "text"}, "is str, expected a tensor"),
-        ({"<a>": torch.zeros(3, dtype=torch.int64)}, "is int64"),
+        ({"<a>": torch.zeros(3, dtype=torch.int64)}, "is I64, expected"),
         ({}, "holds no tensors"),
         ([1], "must hold a dict"),
     ):
