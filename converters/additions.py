@@ -138,10 +138,18 @@ def _with_component(pipeline: Any, found: Identity) -> Any:
     if other := [
         f"{setting} {theirs.get(setting)!r} instead of {value!r}"
         for setting, value in ours.items()
-        if setting not in _FREE and theirs.get(setting) != value
+        if setting not in _FREE and not _alike(theirs.get(setting), value)
     ]:
         raise CheckpointError(f"{told}: {listing(other)}. It was made for another model.")
     return dataclasses.replace(pipeline, **{name: model})
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two settings say the same, of which one may be a number for all levels of a model."""
+    if isinstance(one, list) == isinstance(other, list):
+        return one == other
+    several, single = (one, other) if isinstance(one, list) else (other, one)
+    return all(each == single for each in several)
 
 
 def _with_single(pipeline: Any, file: WeightFile) -> Any:

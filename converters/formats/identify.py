@@ -61,11 +61,13 @@ def resolved(
 ) -> Path:
     """The path itself; of a model of the Hub, by its id or its folder in the cache, its files.
 
+    In the cache, that is the version "main", or, where none is noted, the newest one.
+
     Args:
       path, subfolder, variant, components: as for `hub.local`.
 
     Raises:
-      CheckpointError: there is nothing, or a cache with several versions none of which is "main".
+      CheckpointError: there is nothing, or a cache whose version "main" is not there.
     """
     path = local(path, subfolder=subfolder, variant=variant, components=components)
     if not path.exists():
@@ -82,8 +84,8 @@ def resolved(
     there = [name for name in visible(snapshots) if (snapshots / name).is_dir()]
     if named in there:
         return snapshots / named
-    if len(there) == 1 and not named:
-        return snapshots / there[0]
+    if there and not named:  # fetched by their commits: the newest
+        return max((snapshots / name for name in there), key=lambda place: place.stat().st_mtime)
     raise CheckpointError(
         f"{path} is a folder of the Hub's cache whose version {named or 'main'!r} is not there "
         f"(found {listing(there) or 'none'}). Pass one of the folders in {snapshots}, or download "

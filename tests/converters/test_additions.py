@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import xl_toy
+from clip_toy import clip_pipeline
 from flax import nnx
 from personalizing_toy import tiny_pipeline
 from PIL import Image
@@ -20,6 +21,7 @@ from conceptax.converters import (
     save_changes,
     save_lora,
     save_pytorch,
+    save_single_file,
     save_textual_inversion,
 )
 from conceptax.converters.additions import is_whole
@@ -146,6 +148,25 @@ def test_the_encoders_of_xl_are_told_apart(tmp_path):
         (other,) = {"text_encoder", "text_encoder_2"} - {name}
         assert getattr(merged, other) is getattr(pipeline, other)
     assert is_whole(tmp_path / "xl") and not is_whole(tmp_path / "text_encoder")
+
+
+def test_single_files_of_a_part(tmp_path):
+    pipeline = clip_pipeline("SD 1")
+    names = ("vae", "unet", "text_encoder")
+    for name in names:
+        alone = dict.fromkeys(names) | {name: edited(getattr(pipeline, name))}
+        file = tmp_path / f"{name}.safetensors"
+        save_single_file(dataclasses.replace(pipeline, **alone), file)
+        merged = merge_parts(pipeline, file)
+        assert not is_whole(file)
+        for other in names:
+            assert same(getattr(merged, other), alone[other] or getattr(pipeline, other))
+    save_single_file(pipeline, file := tmp_path / "whole.safetensors")
+    assert is_whole(file)
+    with pytest.raises(CheckpointError, match="is a whole model: use it in place of another one"):
+        merge_parts(pipeline, file)
+    with pytest.raises(CheckpointError, match=r"fit this pipeline's vae: .* It was made for anoth"):
+        merge_parts(tiny_pipeline(), tmp_path / "vae.safetensors")
 
 
 # ---- commands ----

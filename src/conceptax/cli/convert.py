@@ -41,7 +41,7 @@ class Command:
       dtype: dtype to store; by default each tensor's own. Weights in float64 or 8 bits need one.
       shard_size: split larger weights over several files, in a folder.
       tokenizer: folder of the tokenizer, for a single file, which has none; by default a folder of
-        that name beside it.
+        that name beside it, or CLIP's own.
       prediction_type: what the UNet of a single file predicts; by default what its marker keys or
         header say, else "epsilon" for 1.x and XL and velocities for 2.x, whose base models (512
         pixels) need "epsilon".

@@ -39,8 +39,9 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
         )
     if pipeline.tokenizer is None:
         raise ConceptError(
-            f"{path} is a single file without a tokenizer: put the folder 'tokenizer' of a Stable "
-            "Diffusion folder beside it, or make a folder of it with conceptax convert --tokenizer."
+            f"{path} is a single file without a tokenizer, and its tokens are not CLIP's: put the "
+            "folder 'tokenizer' that belongs to it beside it, or make a folder of it with conceptax "
+            "convert --tokenizer."
         )
     return pipeline
 
