@@ -192,13 +192,14 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     from conceptax.methods.diffusion.text_to_image import text_to_image
     from conceptax.methods.diffusion.text_to_video import text_to_video
     from conceptax.reporting.instruments import load_as
-    from conceptax.reporting.models import with_additions
+    from conceptax.reporting.models import require_whole, with_additions
 
     pipeline = load_pytorch(
         command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)
     )
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(f"{command.model} is no pipeline: sampling needs all its components.")
+    require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
     pipeline = with_additions(pipeline, command.add, command.add_scale)
     options: dict[str, Any] = {
         "seed": command.seed,

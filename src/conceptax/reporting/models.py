@@ -32,6 +32,16 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
             f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
             "folder with model_index.json."
         )
+    require_whole(pipeline, path, purpose)
+    return pipeline
+
+
+def require_whole(pipeline: StableDiffusionPipeline, path: Path, purpose: str) -> None:
+    """Refuse a pipeline from a folder or file that lacks something.
+
+    Raises:
+      ConceptError: it does; `purpose` is what needs it.
+    """
     if lacking := [name for name in pipeline.MODELS if getattr(pipeline, name) is None]:
         raise ConceptError(
             f"{path} holds no {' and no '.join(lacking)}, and {purpose} needs the whole pipeline: "
@@ -40,10 +50,9 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
     if pipeline.tokenizer is None:
         raise ConceptError(
             f"{path} is a single file without a tokenizer, and its tokens are not CLIP's: put the "
-            "folder 'tokenizer' that belongs to it beside it, or make a folder of it with conceptax "
-            "convert --tokenizer."
+            "folder 'tokenizer' that belongs to it beside it, or make a folder of both with "
+            "conceptax convert --tokenizer."
         )
-    return pipeline
 
 
 def load_edited(

@@ -37,7 +37,7 @@ from conceptax.methods.sampling import make_sampler
 from conceptax.methods.subjects.images import image_files, read_class_folders, read_image
 from conceptax.methods.text.new_tokens import initial_rows
 from conceptax.methods.text.phrases import concept_prompts, encode_phrases
-from conceptax.reporting.personalizing import complete_class_images
+from conceptax.reporting.personalizing import class_image_folder, complete_class_images
 
 PROMPT = "a <new1> seven on brick"
 STEPS = ["--steps", "2", "--learning-rate", "0.05"]
@@ -269,13 +269,16 @@ def test_command_explains_what_is_wrong(work, tmp_path, capsys):
         "--class-word",
         "seven",
     )
-    refused(
-        capsys, "needs images of the class", *one, "--token", "<n>", "--method", "custom-diffusion"
-    )
+    custom = [*one, "--method", "custom-diffusion"]
+    refused(capsys, "needs images of the class", *custom, "--token", "<n>", "--class-count", 0)
+    refused(capsys, "already has the token 'seven'", *custom, "--token", "seven")
+    refused(capsys, "must not be negative", *custom, "--token", "<n>", "--class-count", -1)
+    unused = [*one, "--token", "<n>", "--class-count", 2]
+    refused(capsys, "nothing takes without prior preservation", *unused)
     listed = [*base, "--concepts", work / "concepts.json"]
     refused(capsys, "holds 2 concepts, but 1 tokens", *listed, "--token", "<n>")
     refused(capsys, "class_data_dir", *listed, "--class-images", work / "others")
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_class_images_that_lack_are_drawn(work, tmp_path):
@@ -310,35 +313,57 @@ def test_class_images_that_lack_are_drawn(work, tmp_path):
     assert read_class_folders(file) == [(folder, "seven")]
 
 
-def test_command_draws_class_images(work, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth"])
+def test_command_draws_class_images(work, tmp_path, capsys, monkeypatch, method):
+    """As many as the method takes, with the flags that suffice for ClassDiffusion; only once."""
+    monkeypatch.setattr("conceptax.cli.personalize.CLASS_IMAGES", 3)
     arguments = [
         "personalize",
         "--method",
-        "custom-diffusion",
+        method,
         "--model",
         work / "base",
+        "--images",
+        work / "photos",
         "--token",
         "<new1>",
         "--class-word",
         "seven",
-        "--images",
-        work / "photos",
-        "--export",
-        "weights",
-        "--batch-size",
-        "2",
-        *STEPS,
-        "--class-count",
-        "2",
         "--output",
         tmp_path / "out",
     ]
-    refused(capsys, "name it with --class-images", *arguments)
-    assert run(*arguments, "--class-images", tmp_path / "class") == 0
-    assert len(image_files(tmp_path / "class")) == 2
-    record = json.loads((tmp_path / "out" / "personalizing.json").read_text())
-    assert record["concepts"][0]["class_images"] == 2
-    assert "prior" in record["last_step"]
+    light = ["--export", "weights", "--batch-size", "2", *STEPS, "--force"]
+
+    def counted():
+        record = json.loads((tmp_path / "out" / "personalizing.json").read_text())
+        assert "prior" in record["last_step"]
+        return record["concepts"][0]["class_images"]
+
+    assert run(*arguments, *light) == 0 and counted() == 3
+    (kept,) = (tmp_path / "out.class_images").iterdir()
+    drawing = f"drawing 3 class images of 'seven' into {kept}; another run takes them again with"
+    assert drawing in capsys.readouterr().out
+    files = image_files(kept)
+    before = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == 3 and kept.name.startswith("seven-")
+    if method == "dreambooth":
+        return
+    assert run(*arguments, *light) == 0 and counted() == 3
+    assert f"taking 3 class images of 'seven' from {kept}" in capsys.readouterr().out
+    assert run(*arguments, *light, "--class-count", 2) == 0 and counted() == 2
+    assert run(*arguments, *light, "--class-images", kept) == 0 and counted() == 3
+    assert [file.stat().st_mtime_ns for file in image_files(kept)] == before
+    named = ["--class-images", tmp_path / "class", "--class-count", 1]
+    assert run(*arguments, *light, *named) == 0 and counted() == 1
+    assert image_files(tmp_path / "class")[0].read_bytes() == files[0].read_bytes()
+    assert list((tmp_path / "out.class_images").iterdir()) == [kept]
+
+
+def test_each_model_prompt_and_seed_has_its_class_images(tmp_path):
+    given = [("a", "dog", 0), ("b", "dog", 0), ("a", "cat", 0), ("a", "dog", 1)]
+    folders = [class_image_folder(tmp_path / "out", *each) for each in given]
+    assert len(set(folders)) == 4 and {f.parent for f in folders} == {tmp_path / "out.class_images"}
+    assert class_image_folder(tmp_path / "out", *given[0]) == folders[0]
 
 
 # ---- diffusers ----
