@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -215,3 +216,25 @@ def test_commands_take_parts(base, folder, tmp_path, capsys):
         (["--model", folder / "unet", "--add", parts[0]], "is no pipeline: sampling needs"),
     ):
         refused(capsys, text, *drawing, tmp_path / "x.png", *arguments)
+
+
+def test_parts_may_be_ids_of_the_hub(base, tmp_path, monkeypatch):
+    from conceptax.cli import convert, evaluate_personalization, sample
+    from conceptax.cli.options import fetched
+
+    unet = edited(base.unet)
+    part = save_pytorch(unet, tmp_path / "unet")
+
+    def local(path, **options):
+        return part if str(path) == "org/part" else Path(path)
+
+    for module in ("hub", "formats.identify"):
+        monkeypatch.setattr(f"conceptax.converters.{module}.local", local)
+    assert same(merge_parts(base, "org/part").unet, unet)
+    add = (Path("org/part"), tmp_path)
+    for command in (
+        sample.Command(add=add),
+        convert.Command(tmp_path, tmp_path / "out", add=add),
+        evaluate_personalization.Command(add=add),
+    ):
+        assert fetched(command).add == (part, tmp_path)
