@@ -146,7 +146,7 @@ def _file(path: Path) -> Identity:
         return Identity(COMPONENT, path, file, stored)
     what = stranger(stored) or (
         "No config.json beside it tells of which model. Put it beside the config.json it belongs "
-        "to; a file of changed tensors goes with the model that it changes (load_changes)."
+        "to; a file of changed tensors is added to the model that it changes (--add, merge_parts)."
     )
     advice = f"{path} is no model that can be read alone. {what}"
     return Identity(WEIGHTS, path, file, stored, advice)
@@ -154,16 +154,17 @@ def _file(path: Path) -> Identity:
 
 def _lora(path: Path, stored: Mapping[str, StoredTensor] | None = None) -> Identity:
     advice = (
-        f"{path} is a LoRA, which is no model but changes one. Merge it into that: conceptax "
-        f"convert MODEL DEST --add {path} (merge_lora)."
+        f"{path} is a LoRA, which is no model but changes one. Add it to that: conceptax sample "
+        f"and conceptax convert take --add {path} beside the model (merge_parts)."
     )
     return Identity(LORA, path, None, stored, advice)
 
 
 def _personalization(path: Path, kind: str | None) -> Identity:
     advice = (
-        f"{path} is {kind or 'changed weights'}, which is no model but adds to one. Merge it into "
-        f"that: conceptax convert MODEL DEST --add {path} (load_personalized)."
+        f"{path} is {kind or 'changed weights'}, which is no model but adds to one. Add it to "
+        f"that: conceptax sample and conceptax convert take --add {path} beside the model "
+        "(merge_parts)."
     )
     return Identity(PERSONALIZATION, path, advice=advice)
 

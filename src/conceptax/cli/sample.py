@@ -198,7 +198,10 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)
     )
     if not hasattr(pipeline, "scheduler_config"):
-        raise ValueError(f"{command.model} is no pipeline: sampling needs all its components.")
+        raise ValueError(
+            f"{command.model} is no pipeline: sampling needs all its components. Name the model "
+            f"that it is a part of with --model, and add it to that with --add {command.model}."
+        )
     require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
     pipeline = with_additions(pipeline, command.add, command.add_scale)
     options: dict[str, Any] = {

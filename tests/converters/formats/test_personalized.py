@@ -359,6 +359,17 @@ def test_command_draws_class_images(work, tmp_path, capsys, monkeypatch, method)
     assert list((tmp_path / "out.class_images").iterdir()) == [kept]
 
 
+def test_of_several_subjects_those_without_class_images_have_them_drawn(work, tmp_path, capsys):
+    arguments = ["personalize", "--method", "custom-diffusion", "--model", work / "base"]
+    arguments += ["--concepts", work / "concepts.json", "--class-count", 2]
+    arguments += ["--export", "weights", *STEPS, "--output", tmp_path / "out"]
+    assert run(*arguments) == 0
+    record = json.loads((tmp_path / "out" / "personalizing.json").read_text())
+    assert [each["class_images"] for each in record["concepts"]] == [2, 2]
+    (kept,) = (tmp_path / "out.class_images").iterdir()
+    assert kept.name.startswith("three-") and "of 'seven'" not in capsys.readouterr().out
+
+
 def test_each_model_prompt_and_seed_has_its_class_images(tmp_path):
     given = [("a", "dog", 0), ("b", "dog", 0), ("a", "cat", 0), ("a", "dog", 1)]
     folders = [class_image_folder(tmp_path / "out", *each) for each in given]
