@@ -12,7 +12,6 @@ from there.  A cell's figures are kept as JSON under --results, the CLIP and the
 
 import argparse
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,31 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.files.weights import read_json
 from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
-from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
+from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
-from conceptax.methods.glyphs.open_clip import (
-    RECIPE,
-    TEMPLATES,
-    Lessons,
-    pretrain,
-    zero_shot_accuracy,
-)
+from conceptax.methods.glyphs.open_clip import Lessons, pretrain, zero_shot_accuracy
 from conceptax.methods.glyphs.recipe import Recipe
-from conceptax.methods.glyphs.scenes import SCENE_SIZE, SEEN, UNSEEN, GlyphScenes
-from conceptax.methods.segmentation.augmentation import ResizeFlip, resize_image
-from conceptax.methods.segmentation.batches import scene_batches
-from conceptax.methods.segmentation.datasets import Scene
-from conceptax.methods.segmentation.evaluation import evaluate
-from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
-from conceptax.methods.segmentation.segmenter import Segmenter
-from conceptax.methods.segmentation.set_losses import SetLossConfig
-from conceptax.methods.segmentation.vocabulary import text_rows
+from conceptax.methods.glyphs.scenes import SCENE_SIZE, UNSEEN
+from conceptax.methods.glyphs.segmenter import (
+    FROZEN,
+    MAFT_PLUS,
+    SegmenterRecipe,
+    Tuning,
+    measure_segmenter,
+    new_decoders,
+    segmenter_of,
+    tune,
+    unseen_scenes,
+)
+from conceptax.methods.segmentation.augmentation import resize_image
 from conceptax.reporting.overlay import class_colors, overlay
 from conceptax.reporting.report import Number, Table, markdown_table
 from conceptax.reporting.results import environment, write_records
@@ -53,76 +49,27 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "segmentation"
 SEEDS = (0, 1, 2)
 
-_DECODERS = ("sem_seg_head", "void_embedding")
-_TRUNK = tuple(f"backbone.clip_model.visual.trunk.{part}" for part in ("stem", "stages"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What trains besides the decoders, and whether compensation holds it back."""
-
-    image_tower: bool
-    compensation: bool = False
-    transfer: bool = False
-
-    @property
-    def trainable(self) -> tuple[str, ...]:
-        """Patterns of parameters."""
-        return (
-            *_DECODERS,
-            *(_TRUNK if self.image_tower else ()),
-            *(("cdt",) if self.transfer else ()),
-        )
-
-
 # The transfer starts as the identity, and stays it where it does not train.
-ROWS: Mapping[str, Row] = {
-    "frozen CLIP": Row(False),
-    "fine-tuned CLIP": Row(True),
-    "+ compensation": Row(True, compensation=True),
-    "+ transfer": Row(True, transfer=True),
-    "MAFT+": Row(True, compensation=True, transfer=True),
+ROWS: Mapping[str, Tuning] = {
+    "frozen CLIP": FROZEN,
+    "fine-tuned CLIP": Tuning(True),
+    "+ compensation": Tuning(True, compensation=True),
+    "+ transfer": Tuning(True, transfer=True),
+    "MAFT+": MAFT_PLUS,
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How long and how large everything is.
+class Settings(SegmenterRecipe):
+    """The recipe of the bundled segmenter, and what is measured.
 
     Attributes:
-      pretraining: of the CLIP.
-      scale: how much images are enlarged; a digit is then 42 * scale pixels high.
-      scenes, tests: how many there are to train on and to test on.
+      tests: scenes to test on.
       zero_shot: images of single digits that are classified.
-      batch_size, learning_rate: of the segmentation.
-      tower_rate, transfer_rate: factors of the learning rate in the image tower and the transfer.
-      compensation: weight of the loss.
-      decoder_steps: of the decoders on the frozen CLIP.
-      steps: of each row from there.
-      points: at which masks are compared.
-      width, decoder_layers: of the decoders.
     """
 
-    pretraining: Lessons = RECIPE
-    scale: int = 2
-    scenes: int = 400
     tests: int = 100
     zero_shot: int = 600
-    batch_size: int = 4
-    learning_rate: float = 2e-3
-    tower_rate: float = 0.3
-    transfer_rate: float = 0.01
-    compensation: float = 0.1
-    decoder_steps: int = 1500
-    steps: int = 80
-    points: int = 1024
-    width: int = 32
-    decoder_layers: int = 3
-
-    @property
-    def side(self) -> int:
-        """Pixels along the side of what the model sees."""
-        return self.scale * SCENE_SIZE
 
 
 SMALL = Settings(
@@ -141,7 +88,7 @@ SMALL = Settings(
 
 def clip_of(work: Path, settings: Settings) -> tuple[OpenCLIP, Any]:
     """The pretrained CLIP and its tokenizer, from the work folder where they are there."""
-    lengths = "-".join(str(lesson.steps) for lesson in settings.pretraining)
+    lengths = "-".join(str(lesson.steps) for lesson in vars(settings.pretraining).values())
     folder = work / f"clip-{lengths}-{settings.scale}"
     if not (folder / "tokenizer.json").exists():
         clip, tokenizer = pretrain(
@@ -157,70 +104,21 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-@dataclasses.dataclass(frozen=True)
-class DrawnOnce(GlyphScenes):
-    """Scenes that are kept: drawing one takes as long as training on it."""
-
-    @functools.cache  # noqa: B019  (all of them are wanted to the end)
-    def __getitem__(self, index: int) -> Scene:
-        return super().__getitem__(index)
-
-
-def trained(
-    model: MaftPlus, tokenizer: Any, row: Row, seed: int, steps: int, settings: Settings
-) -> MaftPlus:
-    """The model after some steps on scenes of the digits 0 to 6."""
-    scenes = DrawnOnce(settings.scenes, digits=SEEN, seed=seed)
-    rates = (("backbone", settings.tower_rate), ("cdt", settings.transfer_rate), ("*", 1.0))
-    training = MaftPlusTraining(
-        steps=steps,
-        learning_rate=settings.learning_rate,
-        rates=rates,
-        trainable=row.trainable,
-        compensation_weight=settings.compensation if row.compensation else 0.0,
-        set_losses=SetLossConfig(num_points=settings.points),
-    )
-    names = scenes.vocabulary
-    rows = text_rows(model.backbone.clip_model, tokenizer, names, templates=TEMPLATES)
-    augmentation = ResizeFlip(settings.side, settings.side, flip=False)
-    batches = scene_batches(scenes, augmentation, settings.batch_size, seed)
-    return fit(model, rows, names.synonyms(), batches, training, seed=seed, progress=False)
-
-
 def start_of(work: Path, seed: int, settings: Settings) -> tuple[MaftPlus, Any]:
     """A seed's decoders, trained around the frozen CLIP, and the tokenizer."""
     folder = work / f"decoders-{settings.decoder_steps}-{settings.width}-{seed}"
     clip, tokenizer = clip_of(work, settings)
     if not folder.exists():
-        config = MaftPlusConfig.tiny(clip.config, form="panoptic", token_order="raster")
-        decoders = dataclasses.replace(
-            config.decoder_config,
-            hidden_dim=settings.width,
-            decoder_layers=settings.decoder_layers,
-        )
-        config = dataclasses.replace(config, decoder_config=decoders)
-        model = MaftPlus.around(clip, config, rngs=nnx.Rngs(seed))
-        frozen = ROWS["frozen CLIP"]
-        model = trained(model, tokenizer, frozen, seed, settings.decoder_steps, settings)
+        model = new_decoders(clip, settings, seed)
+        steps = settings.decoder_steps
+        model = tune(model, tokenizer, FROZEN, settings, seed=seed, steps=steps, progress=False)
         save_pytorch(model, folder)
     return load_pytorch(folder), tokenizer
 
 
-def tests_of(count: int) -> DrawnOnce:
-    """Scenes in handwriting that no training saw, an unseen digit in each."""
-    return DrawnOnce(count, among=UNSEEN, split="judge_test", seed=1000)
-
-
-def segmenter_of(
-    model: MaftPlus, clip: OpenCLIP, tokenizer: Any, tests: GlyphScenes, settings: Settings
-) -> Segmenter:
-    """The model with the original CLIP's text rows."""
-    names = tests.vocabulary
-    rows = text_rows(clip, tokenizer, names, templates=TEMPLATES)
-    return Segmenter(model, rows, names.synonyms(), short=settings.side, longest=settings.side)
-
-
-def run(row: Row, seed: int, start: MaftPlus, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+def run(
+    row: Tuning, seed: int, start: MaftPlus, tokenizer: Any, settings: Settings
+) -> dict[str, Any]:
     """A cell's figures, in percent.
 
     Args:
@@ -231,14 +129,11 @@ def run(row: Row, seed: int, start: MaftPlus, tokenizer: Any, settings: Settings
       settings: lengths and sizes.
     """
     began = time.perf_counter()
-    model = trained(start, tokenizer, row, seed, settings.steps, settings)
+    steps = settings.steps
+    model = tune(start, tokenizer, row, settings, seed=seed, steps=steps, progress=False)
     seconds = time.perf_counter() - began
     clip = start.backbone.clip_model
-    tests = tests_of(settings.tests)
-    quality = evaluate(segmenter_of(model, clip, tokenizer, tests, settings), tests)
-    iou = quality.semantic.iou
-    unseen = float(np.nanmean(iou[list(UNSEEN)]))
-    seen = float(np.nanmean(np.delete(iou, UNSEEN)))
+    quality = measure_segmenter(model, tokenizer, settings, scenes=settings.tests)
     accuracy = {
         when: zero_shot_accuracy(
             each, tokenizer, images=settings.zero_shot, scale=settings.scale, digits=digits
@@ -250,14 +145,13 @@ def run(row: Row, seed: int, start: MaftPlus, tokenizer: Any, settings: Settings
             ("zero_shot_unseen", model.backbone.clip_model, UNSEEN),
         )
     }
-    classes = dict(zip(tests.vocabulary.names, iou.tolist(), strict=True))
     return {
-        "seen": seen,
-        "unseen": unseen,
-        "harmonic": harmonic_mean(seen, unseen),
-        "pacc": quality.semantic.pacc,
+        "seen": quality["seen"],
+        "unseen": quality["unseen"],
+        "harmonic": harmonic_mean(quality["seen"], quality["unseen"]),
+        "pacc": quality["pacc"],
         **accuracy,
-        "iou": classes,
+        "iou": quality["iou"],
         "seconds": round(seconds, 1),
     }
 
@@ -312,12 +206,12 @@ def study(
 def picture(work: Path, settings: Settings, count: int = 5) -> Image.Image:
     """Test scenes above what the first seed's decoders and the frozen CLIP find in them."""
     model, tokenizer = start_of(work, SEEDS[0], settings)
-    tests, side = tests_of(count), (2 * SCENE_SIZE,) * 2
-    segmenter = segmenter_of(model, model.backbone.clip_model, tokenizer, tests, settings)
+    tests, side = unseen_scenes(count), (2 * SCENE_SIZE,) * 2
+    segmenter = segmenter_of(model, tokenizer, tests.vocabulary, settings)
     names = tests.vocabulary.names
     columns = []
     for image in (resize_image(tests[index].image, side) for index in range(count)):
-        tinted = overlay(image, segmenter(image).labels(), names, class_colors(len(names)))
+        tinted = overlay(image, segmenter(image).labels(), names, class_colors(names))
         columns.append(np.concatenate([image, tinted]))
     return Image.fromarray(np.concatenate(columns, axis=1))
 

@@ -104,7 +104,8 @@ def first_of(data: Path, count: int, work: Path) -> SceneSource:
 
 def picture(segmenter: Segmenter, scenes: SceneSource) -> Image.Image:
     """The first scene: the truth above, what was found below."""
-    scene, names, colors = scenes[0], Vocabulary.parse(WORDS).names, class_colors(IGNORE)
+    scene, names = scenes[0], Vocabulary.parse(WORDS).names
+    colors = class_colors(names)
     maps = true_labels(scene, IGNORE), segmenter(scene.image).labels()
     parts = [np.asarray(overlay(scene.image, labels, names, colors)) for labels in maps]
     return Image.fromarray(np.concatenate(parts))

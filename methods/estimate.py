@@ -19,6 +19,9 @@ import jax.numpy as jnp
 _EFFICIENCY = 0.55
 _COMPILED_PER_SECOND = 350.0  # equations, by XLA for a CPU
 
+# Told before a program is compiled: about how long that takes, and then the whole run, in seconds.
+OnEstimate = Callable[[float, float], None]
+
 
 class Work(NamedTuple):
     """What a program consists of.
@@ -32,21 +35,23 @@ class Work(NamedTuple):
     equations: int
 
 
-def work(function: Callable[..., Any], *args: Any, static_argnums: Any = (), **kwargs: Any) -> Work:
+def work(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
     """What a function does with such arguments; it is traced, not run.
 
     Args:
-      function: traceable by jax, jitted or not.
+      function: a jitted one, also with some of its arguments bound, whose trace is kept for the
+        call itself; or any that jax can trace.
       args, kwargs: arrays, or `jax.ShapeDtypeStruct` in their place.
-      static_argnums: as for `jax.jit`.
     """
-    closed = jax.make_jaxpr(function, static_argnums=static_argnums)(*args, **kwargs)
-    return _work(closed.jaxpr)
+    bound = functools.partial(function, *args, **kwargs)  # of another partial, one partial
+    if hasattr(bound.func, "trace"):
+        return _work(bound.func.trace(*bound.args, **bound.keywords).jaxpr.jaxpr)
+    return _work(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
-def seconds(flops: float, dtype: Any = jnp.float32) -> float:
+def run_seconds(flops: float) -> float:
     """About how long so many operations take on the default device."""
-    return flops / (_EFFICIENCY * matmul_rate(jnp.dtype(dtype).name))
+    return flops / (_EFFICIENCY * matmul_rate())
 
 
 def compile_seconds(equations: int) -> float:
@@ -55,9 +60,12 @@ def compile_seconds(equations: int) -> float:
 
 
 @functools.cache
-def matmul_rate(dtype: str = "float32") -> float:
-    """Floating-point operations per second of a matrix product here; measured once."""
-    side = 1024 if jax.default_backend() == "cpu" else 8192
+def matmul_rate() -> float:
+    """Floating-point operations per second of a matrix product here; measured once.
+
+    In float32 on a CPU, which widens smaller numbers, and in bfloat16 elsewhere.
+    """
+    side, dtype = (1024, jnp.float32) if jax.default_backend() == "cpu" else (8192, jnp.bfloat16)
     matrix = jnp.ones((side, side), dtype)
     product = jax.jit(jnp.matmul)
     product(matrix, matrix).block_until_ready()

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from ...flax_models.pipelines.guidance import Predictor, classifier_free
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import TextCondition
+from ..estimate import OnEstimate, compile_seconds, run_seconds, work
 from ..memory import available_memory, require_memory, unet_bytes, vae_bytes
 from ..sampling import NoiseSchedule, Sampler, make_sampler
 from ..seeds import seed_key
@@ -297,6 +298,7 @@ class TextToImage:
         width: int | None = None,
         latents: Float[Array, "N *F h w C"] | np.ndarray | None = None,
         first_index: int = 0,
+        on_estimate: OnEstimate | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> UInt8[np.ndarray, "N *F H W 3"]:
         """One image per prompt, uint8 [N, H, W, 3], or one video, [N, F, H, W, 3].
@@ -321,6 +323,7 @@ class TextToImage:
             UNet's own.
           latents: unit normal noise, [N, h, w, C] or [N, F, h, w, C], in place of the seed's.
           first_index: number of the first image.
+          on_estimate: called with about how long compiling and drawing will take, before either.
           on_progress: called with (images done, images in all) after each batch.
 
         Raises:
@@ -361,24 +364,22 @@ class TextToImage:
             zeros = negative_prompt is None and self.pipeline.force_zeros_for_empty_prompt
             negative = np.zeros(0, np.int32) if zeros else self._token_ids([negative_prompt or ""])
 
-        draw = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
+        program = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
+        draw = functools.partial(
+            program, self.static, sizes=None if sizes is None else np.asarray(sizes, np.float32)
+        )
         images = []
         for start in range(0, total, batch_size):
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             keys = image_keys(seed, rows + first_index)
             noise = initial_noise(keys, shape) if latents is None else jnp.asarray(latents)[rows]
-            batch = draw(
-                self.static,
-                self.params,
-                ids[rows],
-                negative,
-                noise,
-                tables,
-                float(guidance_scale),
-                keys=keys if tables.stochastic else None,
-                sizes=None if sizes is None else np.asarray(sizes, np.float32),
-            )
-            batch = np.asarray(batch)[: total - start]
+            drawn = (self.params, ids[rows], negative, noise, tables, float(guidance_scale))
+            fresh = keys if tables.stochastic else None
+            if on_estimate is not None and not images:
+                found = work(draw, *drawn, keys=fresh)
+                batches = -(-total // batch_size)
+                on_estimate(compile_seconds(found.equations), run_seconds(found.flops) * batches)
+            batch = np.asarray(draw(*drawn, keys=fresh))[: total - start]
             if not np.isfinite(batch).all():
                 raise FloatingPointError(
                     f"The model produced NaN or infinite pixels in images {start} to "

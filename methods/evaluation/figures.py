@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.text_to_image import TextToImage, image_keys, initial_noise
+from ..estimate import about
 from ..red_team import ATTACKS
 from ..settings import check_settings
 from .classifiers import Classifier
@@ -130,8 +131,13 @@ def evaluate(
       ValueError: a phrase that the classifier cannot judge, or settings that do not fit.
     """
     classifier = classifier.among(list(dict.fromkeys([*concepts, *suites.phrases])))
-    bench = _Bench(original, edited, classifier, config, report, drawn)
     worded = ("plain", "plain prompts", suites.plain), ("synonyms", "synonyms", suites.synonyms)
+    asked = [each[concept] for *_, each in worded for concept in concepts if concept in each]
+    sets = [*map(len, asked), *map(len, suites.retained.values())]
+    if unsafe:
+        sets.append(min(len(unsafe), config.images))
+    bench = _Bench(original, edited, classifier, config, report, drawn)
+    bench.planned = len(sets) + 1 + len(config.attacks) * len(concepts), 2 * sum(sets)
     attacks = [
         bench.prompts(name, title, concept, suites_of[concept])
         for name, title, suites_of in worded
@@ -182,12 +188,19 @@ class _Bench:
         self.counted: list[Counted] = []
         self.plain: list[Counted] = []
         self.seconds: dict[str, float] = {}
+        self.planned: tuple[int, int] = 0, 0  # figures, and images of those in front of the attacks
+        self._images = 0  # of them that were counted
         self._first = 0  # number of the next image: each figure starts from noise of its own
         self._starts: dict[str, int] = {}  # concept -> number of its first plain image
 
     @contextlib.contextmanager
     def timed(self, name: str, text: str) -> Iterator[None]:
-        self.report(text)
+        figures, images = self.planned
+        told = f"{len(self.seconds) + 1} of {figures}: {text}"
+        if 0 < self._images < images:
+            left = sum(self.seconds.values()) / self._images * (images - self._images)
+            told += f"; {about(left)} left" + (" before the attacks" if self.config.attacks else "")
+        self.report(told)
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 2)
@@ -221,6 +234,7 @@ class _Bench:
         both = self.original(texts, first), self.draw(self.after, texts, first_index=first)
         drawn = [Drawn(images, self.classifier.shows(images, phrases)) for images in both]
         self.counted.append(Counted(title, kind, tuple(texts), *drawn))
+        self._images += 2 * len(asked)
         return self.counted[-1]
 
     # ---- figures ----

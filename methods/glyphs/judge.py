@@ -43,9 +43,18 @@ _BATCH = 64  # images judged at once; shorter batches are filled up, so one comp
 class JudgeConfig:
     """How the judge is trained.
 
-    Each handwritten sample is drawn `renders` times, in random colors and textures; AdamW runs
-    `steps` batches over them with a cosine learning rate after a short warm-up. The judge is the
-    moving average of the weights with factor `average` per step.
+    AdamW runs over drawings of handwritten samples with a cosine learning rate after a short
+    warm-up; the judge is the moving average of its weights.
+
+    Attributes:
+      seed: of everything random.
+      steps: batches.
+      batch_size: images in each.
+      renders: how often each handwritten sample is drawn, in random colors and textures.
+      learning_rate: the highest.
+      weight_decay: AdamW's.
+      label_smoothing: probability that is spread over the other classes.
+      average: factor of the moving average per step.
     """
 
     seed: int = 0

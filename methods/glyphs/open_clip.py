@@ -45,8 +45,15 @@ _STRIDE = 32  # of the last map
 _SIZES = (DIGITS + 1, len(COLORS) + 1, len(TEXTURES))
 
 
-class Lessons(NamedTuple):
-    """How long each lesson is; a later one begins anew, with the parameters of the one before."""
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """How long each lesson is; a later one begins anew, with the parameters of the one before.
+
+    Attributes:
+      digits: single ones, each a whole image.
+      quarters: of scenes.
+      cells: some of a quarter's, drawn at random.
+    """
 
     digits: Recipe
     quarters: Recipe
@@ -191,6 +198,7 @@ def pretrain(
     images: int = 6000,
     scenes: int = 3000,
     metrics_dir: Path | None = None,
+    checkpoint_dir: Path | None = None,
     progress: bool = True,
 ) -> tuple[OpenCLIP, Any]:
     """A CLIP that knows all ten digits, and its tokenizer.
@@ -201,6 +209,7 @@ def pretrain(
       scale: how much images are enlarged.
       images, scenes: how many there are at most; each gets other captions whenever it is seen.
       metrics_dir: folder for a JSONL file of each lesson's losses.
+      checkpoint_dir: folder for checkpoints of each lesson, from which an interrupted one goes on.
       progress: show how far a lesson is.
     """
     tokenizer = build_tokenizer()
@@ -241,6 +250,10 @@ def pretrain(
             batches,
             key=seed_key(seed),
             num_steps=recipe.steps,
+            checkpoint_dir=checkpoint_dir and (checkpoint_dir / name).absolute(),
+            checkpoint_every=250 if checkpoint_dir else None,
+            keep=1,
+            fixed_length=True,
             progress=progress,
             metrics_path=metrics_dir and metrics_dir / f"{name}.jsonl",
         )

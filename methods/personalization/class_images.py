@@ -30,6 +30,7 @@ def draw_class_images(
     first: int = 0,
     steps: int = 50,
     guidance: float = 6.0,
+    **options: Any,
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Images of a class, uint8, by DDIM with eta 1, as Custom Diffusion's code draws them.
 
@@ -40,6 +41,7 @@ def draw_class_images(
       seed: of the noise; image n draws from (seed, n).
       first: number of the first image, so that a part of them can be drawn.
       steps, guidance: of sampling.
+      options: more of calling a `TextToImage`.
     """
     return text_to_image(
         pipeline,
@@ -50,6 +52,7 @@ def draw_class_images(
         eta=1.0,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        **options,
     )
 
 

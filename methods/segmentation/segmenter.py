@@ -16,7 +16,7 @@ from .augmentation import resize_image, shortest_edge
 from .batches import normalize_image, padded_size
 from .inference import ImageSizes, class_scores, panoptic_map, semantic_labels
 from .metrics import Segment
-from .vocabulary import Vocabulary, text_rows
+from .vocabulary import TEMPLATES, Vocabulary, text_rows
 
 
 class Seen(NamedTuple):
@@ -94,6 +94,7 @@ def segment(
     vocabulary: Vocabulary | str,
     *,
     tokenizer: Any,
+    templates: Sequence[str] = TEMPLATES,
     short: int = 800,
     longest: int = 1333,
 ) -> list[Seen]:
@@ -104,6 +105,7 @@ def segment(
       images: of any sizes.
       vocabulary: classes, or text such as "cat; sofa, couch; wall".
       tokenizer: CLIP's, as `conceptax.converters.tokenizer.read_tokenizer` gives it.
+      templates: sentences with `{}` for a name.
       short, longest: as for `Segmenter`.
 
     Returns:
@@ -112,7 +114,7 @@ def segment(
     """
     if isinstance(vocabulary, str):
         vocabulary = Vocabulary.named(vocabulary)
-    rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary)
+    rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary, templates=templates)
     look = Segmenter(model, rows, vocabulary.synonyms(), short=short, longest=longest)
     return [look(image) for image in images]
 

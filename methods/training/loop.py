@@ -35,6 +35,7 @@ from jaxtyping import PRNGKeyArray
 from ...errors import ConceptaxError
 from ...interrupts import noting
 from ...kernels.memory import compiler_options
+from ..estimate import OnEstimate, compile_seconds, run_seconds, work
 from .checkpoints import Checkpoints
 from .paths import dotted
 from .processes import ProcessLostError, is_first_process, place, spread_flag
@@ -106,6 +107,7 @@ def train(
     tensorboard_dir: str | Path | None = None,
     log_every: int = 1,
     progress: bool = True,
+    on_estimate: OnEstimate | None = None,
 ) -> TrainState:
     """Run `step` until `num_steps` steps are complete and return the final state.
 
@@ -134,6 +136,7 @@ def train(
       tensorboard_dir: folder for TensorBoard curves.
       log_every: log every n-th step.
       progress: show a progress bar, or plain lines where there is no terminal.
+      on_estimate: called with about how long compiling and all steps will take, before either.
 
     Raises:
       NonFiniteLossError: the loss or a parameter is NaN or infinite; nothing is saved after that.
@@ -194,7 +197,15 @@ def train(
                     "data or lower num_steps."
                 )
             told = None if mesh is None else spread_flag(bool(received), mesh)
-            state, metrics = run(state, frozen, _on_devices(batch, mesh), key, told)
+            placed = _on_devices(batch, mesh)
+            if n == first and on_estimate is not None and is_first_process():
+                found = work(run, state, frozen, placed, key, told)
+                devices = 1 if mesh is None else mesh.size
+                seconds = run_seconds(found.flops) * (num_steps - first) / devices
+                on_estimate(compile_seconds(found.equations), seconds)
+            if n == first:
+                reporter.start()
+            state, metrics = run(state, frozen, placed, key, told)
             if n == first and alone:  # until here a signal stops at once: nothing is lost
                 stack.enter_context(noting(received))
             watcher.started(n + 1, state.step, metrics, batch)

@@ -57,9 +57,12 @@ class Reporter:
             self._task = self._bar.add_task("training", total=num_steps, completed=start, status="")
 
     def __enter__(self) -> "Reporter":
+        return self
+
+    def start(self) -> None:
+        """Show the bar, from now on."""
         if self._bar is not None:
             self._bar.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         for resource in (self._file, self._tensorboard):

@@ -18,7 +18,7 @@ from .moved import MovedModules
 TYPE_CHECKING = False  # which type checkers take for True; importing typing takes longer than this
 if TYPE_CHECKING:
     from . import converters, flax_models, kernels, methods
-    from .bundled import bundled_model
+    from .bundled import bundled_model, bundled_segmenter
     from .converters import load_pytorch as load
     from .converters import merge_parts
     from .converters import save_pytorch as save
@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 # Public name -> module, and the name there if it is another one.
 _LAZY = {
     "bundled_model": ("bundled",),
+    "bundled_segmenter": ("bundled",),
     "load": ("converters", "load_pytorch"),
     "merge_parts": ("converters",),
     "save": ("converters", "save_pytorch"),
@@ -61,6 +62,7 @@ __all__ = [
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "bundled_model",
+    "bundled_segmenter",
     "converters",
     "erase",
     "evaluate",

@@ -183,15 +183,6 @@ def test_doctor_tells_what_is_here(capsys):
     assert re.search(r"host +\d+ cores, .* of memory free", out)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_its_options(name, capsys):
-    assert main([*name.split(), "--help"]) == 0
-    out = capsys.readouterr().out
-    assert f"usage: conceptax {name}" in out
-    # Every option is followed by words, not by its default alone.
-    assert "│ (default" not in out.replace("  ", ""), out
-
-
 def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
     """JAX, which no command has imported by then, reads it from the environment."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
@@ -205,9 +196,8 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
 
 def test_wrong_words_are_told(capsys):
     refused(capsys, ["erode"], "there is no command 'erode'", status=2)
-    refused(capsys, ["glyphs"], "'glyphs' needs a second word", status=2)
     assert main(["erase", "--nonsense"]) == 2
-    assert "nonsense" in capsys.readouterr().err
+    assert "there is no --nonsense; " in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert main([]) == 0
 
@@ -396,8 +386,8 @@ def flags_of(name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_are_those_that_help_lists(name, capsys):
-    assert main([*name.split(), "--help"]) == 0
-    listed = set(re.findall(r"^(?:│ |  )(--[a-z][\w.-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert main([*name.split(), "--help-all"]) == 0
+    listed = set(re.findall(r"^  (--[a-z][\w.-]+)", capsys.readouterr().out, re.MULTILINE))
     assert set(flags(command_types(name)[0]).values()) == listed
 
 
@@ -418,7 +408,7 @@ def strings(tree):
 def test_messages_mention_flags_that_exist(repository):
     """A command's module those of its commands, or of a command that it names; others any."""
     own = {name: flags_of(name) for name in COMMANDS}
-    always = {"--debug", "--version", "--help", "--offline"}
+    always = {"--debug", "--version", "--help", "--help-all", "--offline", "--yes"}
     every = always.union(*own.values())
     found = 0
     for room in ("src/conceptax/cli", "src/conceptax/reporting", "methods", "converters"):
@@ -694,7 +684,7 @@ def test_erase_checkpoints_belong_to_one_run(model, tmp_path, capsys):
     longer = [*base, "--concept", "three", "--output", str(tmp_path / "b"), "--cycles", "3"]
     refused(capsys, longer, "--cycles (2 before, 3 now)")
     assert main([*base, "--concept", "three", "--output", str(tmp_path / "b")]) == 0
-    assert "going on after step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     assert len((tmp_path / "b" / "training.jsonl").read_text().splitlines()) == 2
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "run"]
 
@@ -722,7 +712,7 @@ def test_an_interrupted_run_goes_on_without_being_told(
     assert os.listdir(tmp_path) == [".out.checkpoints"]
     refused(capsys, [*command, "--anchor", "seven"], '--anchor ("" before, "seven" now)')
     assert main(command) == 0
-    assert "going on after step 1" in capsys.readouterr().err
+    assert "resuming from step 1" in capsys.readouterr().err
     expected, found = tensors_of(erased), tensors_of(out)
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
     assert os.listdir(tmp_path) == ["out"]
@@ -773,7 +763,7 @@ def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
 
 def test_each_method_has_settings_of_its_own(capsys):
     def shown(*arguments):
-        assert main(["erase", *arguments, "--help"]) == 0
+        assert main(["erase", *arguments, "--help-all"]) == 0
         return capsys.readouterr().out
 
     sage, word = shown(), shown("--method", "word")
@@ -783,10 +773,10 @@ def test_each_method_has_settings_of_its_own(capsys):
     assert "--untrained" in shown("--method", "esd-u")
     assert "--attack-steps" in shown("--method", "advunlearn")
     for name in METHODS:
-        text = shown("--method", name)
-        assert "--anchor" in text and "│ (default" not in text.replace("  ", "")
+        assert "--anchor" in shown("--method", name)
     assert main(["erase", "--concept", "three", "--method", "uce", "--cycles", "3"]) == 2
-    assert "--cycles" in capsys.readouterr().err
+    told = "--cycles is a setting of sage, esd-x, esd-u, word and advunlearn, not of the method"
+    assert told in capsys.readouterr().err
     assert main(["erase", "--concept", "three", "--method", "magic"]) == 2
     assert "magic" in capsys.readouterr().err
 

@@ -12,24 +12,30 @@ from flax import nnx
 from PIL import Image
 from segmentation_oracles import random_model
 
+import conceptax
+from conceptax.bundled import ASSETS, bundled_segmenter
 from conceptax.cli import main
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, save_pytorch
 from conceptax.converters.formats.segmentation import TEACHER
-from conceptax.converters.tokenizer import write_tokenizer
+from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
 from conceptax.flax_models.convnext import ConvNeXtConfig
 from conceptax.flax_models.maft_plus import MaftPlus, MaftPlusConfig
 from conceptax.flax_models.open_clip import OpenCLIP, OpenCLIPConfig, OpenCLIPTextConfig
+from conceptax.methods.glyphs.segmenter import SegmenterRecipe, example_scenes, usage_of
 from conceptax.methods.glyphs.tokenizer import MAX_LENGTH, build_tokenizer
 from conceptax.methods.segmentation.augmentation import ResizeFlip
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import open_scenes
+from conceptax.methods.segmentation.evaluation import true_labels
 from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.metrics import confusion_matrix, semantic_quality
 from conceptax.methods.segmentation.set_losses import SetLossConfig
+from conceptax.methods.segmentation.usage import Usage, read_usage, write_usage
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
+from conceptax.methods.subjects.images import image_files, read_image
 from conceptax.methods.training import RULES, make_mesh
 from conceptax.reporting.models import load_open_clip_model
-from conceptax.reporting.overlay import class_colors, overlay
+from conceptax.reporting.overlay import class_colors, overlay, segments_picture
 
 WORDS = "three, trio; brick; grass"
 SEEN = ["--short-side", "64", "--long-side", "96"]
@@ -48,6 +54,11 @@ TRAINED = [
     "16",
 ]
 CONFIG = MaftPlusTraining(steps=3, learning_rate=1e-3, set_losses=SetLossConfig(num_points=16))
+
+BUNDLED = pytest.mark.skipif(
+    not (ASSETS / "glyph_segmenter" / "config.json").is_file(),
+    reason="the bundled segmenter is not built yet (conceptax glyphs segmenter)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +124,164 @@ def test_run(found):
             counts += np.bincount(np.asarray(image).ravel(), minlength=3)
         with Image.open(found / f"{n}_overlay.png") as image:
             assert image.mode == "RGB" and image.size == (60, 50)
+        with Image.open(found / f"{n}_segments.png") as image:
+            assert image.mode == "RGB" and image.height == 9 * 50 and image.width > 9 * 60
     assert [each["pixels"] for each in legend["classes"]] == counts.tolist()
     assert legend["void"] == {"label": 65535, "pixels": 0}
+
+
+def test_colors_follow_from_names():
+    names = ["wall", "sky", "cat", "dog", "sofa", "tree"]
+    colors = dict(zip(names, class_colors(names).tolist(), strict=True))
+    for order in (names[::-1], names[3:] + names[:3]):
+        assert class_colors(order).tolist() == [colors[name] for name in order]
+    assert sum(class_colors([name])[0].tolist() == colors[name] for name in names) >= 3
+    twins = class_colors(["wall", "wall"])
+    assert (twins[0] != twins[1]).any()
+    assert len(class_colors([])) == 0
+
+
+def test_a_picture_of_segments():
+    """Enlarged, each segment outlined in its class's color, a legend at its right."""
+    colors = class_colors(["wall", "cat"])
+    image, ids = np.full((60, 80, 3), 100, np.uint8), np.zeros((60, 80), np.int32)
+    ids[10:50, 5:35], ids[10:50, 45:75] = 1, 2  # two cats, and what is nothing around them
+    picture = np.asarray(segments_picture(image, ids, {1: 1, 2: 1}, ("wall", "cat"), colors))
+    height, width = 6 * 60, 6 * 80
+    assert picture.shape[0] == height and picture.shape[1] > width
+    np.testing.assert_array_equal(picture[5, 5], [100, 100, 100])
+    for left in (5, 45):  # the outline: black, then the color
+        row = picture[180, 6 * left : 6 * left + 3].tolist()
+        assert row == [[0, 0, 0], colors[1].tolist(), colors[1].tolist()]
+    legend = picture[:, width:]
+    assert (legend == colors[1]).all(axis=-1).any() and not (legend == colors[0]).all(axis=-1).any()
+    large = segments_picture(
+        np.zeros((10, 900, 3), np.uint8), ids[:10, :1].repeat(900, 1), {}, (), colors
+    )
+    assert large.height == 10 and large.width > 900
+
+
+@pytest.fixture(scope="module")
+def own(model, data, tmp_path_factory):
+    """A folder as the bundled segmenter's: it states how it is used, and has examples."""
+    folder = tmp_path_factory.mktemp("own") / "own"
+    save_pytorch(load_pytorch(model), folder)
+    shutil.copytree(data / "images", folder / "examples")
+    write_tokenizer(build_tokenizer(), folder / "tokenizer")
+    usage = Usage(Vocabulary.parse(WORDS), ("brick", "grass"), ("a {}",), 64, 96)
+    write_usage(usage, folder)
+    return folder
+
+
+def test_run_without_arguments(own, tmp_path, monkeypatch, capsys):
+    """The bundled segmenter, its vocabulary, its examples."""
+    monkeypatch.setattr("conceptax.cli.segment.bundled_segmenter", lambda: own)
+    monkeypatch.chdir(tmp_path)
+    assert main(["segment", "run"]) == 0
+    written = {path.name for path in (tmp_path / "segmented").iterdir()}
+    kinds = ("labels", "overlay", "panoptic", "segments")
+    pictures = {f"{n}_{kind}.png" for n in range(3) for kind in kinds}
+    assert written == {*pictures, "legend.json", "panoptic.json", "conceptax.json"}
+    told = capsys.readouterr().out
+    assert [line.split(": ")[0] for line in told.splitlines()] == [
+        *("0.png", "1.png", "2.png"),
+        "segmented",
+    ]
+    assert told.count("; void") == 3 and "of 3 images NAME_segments.png to look at" in told
+    legend = json.loads((tmp_path / "segmented/legend.json").read_text())
+    assert [each["names"][0] for each in legend["classes"]] == ["three", "brick", "grass"]
+    content = json.loads((tmp_path / "segmented/panoptic.json").read_text())
+    assert [each["isthing"] for each in content["categories"]] == [1, 0, 0]
+    assert content["info"]["model"] == str(own)
+    said = ["--model", str(own), "--vocabulary", WORDS, "--stuff", "", "--output", "said"]
+    assert main(["segment", "run", *said, "--short-side", "64", "--long-side", "96"]) == 0
+    for n in range(3):  # what was said is what is stated
+        one, other = (Image.open(f"{name}/{n}_labels.png") for name in ("segmented", "said"))
+        np.testing.assert_array_equal(one, other)
+    content = json.loads((tmp_path / "said/panoptic.json").read_text())
+    assert [each["isthing"] for each in content["categories"]] == [1, 1, 1]
+
+
+def test_from_python_as_by_the_command(own, tmp_path):
+    """`conceptax.segment`, told what the folder states."""
+    assert main(["segment", "run", "--model", str(own), "--output", str(tmp_path / "run")]) == 0
+    usage, files = read_usage(own), image_files(own / "examples")
+    assert usage.vocabulary is not None
+    found = conceptax.segment(
+        conceptax.load(own),
+        [read_image(file) for file in files],
+        usage.vocabulary,
+        tokenizer=read_tokenizer(own / "tokenizer"),
+        templates=usage.templates,
+        short=usage.short_side,
+        longest=usage.long_side,
+    )
+    for file, seen in zip(files, found, strict=True):
+        labels = seen.labels(least_score=0.2)
+        stored = np.asarray(Image.open(tmp_path / f"run/{file.stem}_labels.png"))
+        np.testing.assert_array_equal(np.where(labels == 3, 65535, labels), stored)
+
+
+def test_evaluate_with_what_the_folder_states(own, data, tmp_path):
+    places = ["--data", str(data), "--model", str(own)]
+    for name, more in (("own", []), ("said", ["--vocabulary", WORDS, *SEEN])):
+        assert main(["segment", "evaluate", *places, *more, "--output", str(tmp_path / name)]) == 0
+    one, other = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("own", "said"))
+    assert one["iou"] == other["iou"]
+    assert one["settings"]["model"] == str(own) and one["settings"]["short_side"] == 64
+
+
+def test_folders_of_images(model, data, tmp_path, capsys):
+    """By name, without what lies deeper; a folder and a file of one name do not go together."""
+    folder, deeper = tmp_path / "photos", tmp_path / "photos" / "deeper"
+    deeper.mkdir(parents=True)
+    for name, number in (("b.png", 0), ("a.png", 1), ("deeper/c.png", 2)):
+        shutil.copy(data / f"images/{number}.png", folder / name)
+    (folder / "notes.txt").write_text("none")
+    arguments = ["--model", str(model), "--vocabulary", WORDS, *SEEN]
+    image, output = str(data / "images/2.png"), tmp_path / "found"
+    here = [*arguments, "--output", str(output)]
+    assert main(["segment", "run", str(folder), image, *here]) == 0
+    content = json.loads((output / "panoptic.json").read_text())
+    assert [each["file_name"] for each in content["images"]] == ["a.png", "b.png", "2.png"]
+    capsys.readouterr()
+    for place, message in (
+        ([tmp_path], f"{tmp_path} holds no images"),
+        ([folder, folder / "a.png"], "a comes twice"),
+        ([tmp_path / "absent"], "absent cannot be read as an image"),
+    ):
+        here = [*arguments, "--output", str(tmp_path / "refused")]
+        assert main(["segment", "run", *map(str, place), *here]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def test_other_models_need_a_vocabulary(model, data, tmp_path, capsys):
+    image, output = str(data / "images/0.png"), str(tmp_path / "output")
+    assert main(["segment", "run", image, "--model", str(model), "--output", output]) == 1
+    told = capsys.readouterr().err
+    assert f"{model} has no vocabulary of its own: name the classes to find" in told
+    assert "--vocabulary 'cat; sofa, couch; wall'" in told and not (tmp_path / "output").exists()
+
+
+@BUNDLED
+def test_the_bundled_segmenter(tmp_path, monkeypatch):
+    """It finds in its examples what they show, in handwriting that it never saw."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["segment", "run"]) == 0
+    names = usage_of(SegmenterRecipe()).vocabulary.names
+    right = []
+    for name, scene in example_scenes():
+        with Image.open(bundled_segmenter() / "examples" / f"{name}.png") as image:
+            np.testing.assert_array_equal(image, scene.image)
+        with Image.open(tmp_path / f"segmented/{name}_labels.png") as image:
+            labels = np.asarray(image).astype(int)
+        truth = true_labels(scene, len(names))
+        right.append((labels == truth).mean())
+        assert labels[truth >= 10].min() == truth.max()  # the texture
+    assert np.mean(right) > 0.93
+    record = json.loads((bundled_segmenter() / "quality.json").read_text())
+    assert record["quality"]["pacc"] > 93 and record["scenes"] == 100
 
 
 def test_void(model, data, tmp_path, capsys):
@@ -122,7 +289,7 @@ def test_void(model, data, tmp_path, capsys):
     output = tmp_path / "void"
     image = str(data / "images/0.png")
     assert main(["segment", "run", image, *arguments, "--output", str(output)]) == 0
-    assert "nothing; void 100.0 %" in capsys.readouterr().out
+    assert "0.png: nothing; void 100.0 %" in capsys.readouterr().out
     assert (np.asarray(Image.open(output / "0_labels.png")) == 65535).all()
     np.testing.assert_array_equal(Image.open(output / "0_overlay.png"), Image.open(image))
     content = json.loads((output / "panoptic.json").read_text())
@@ -368,7 +535,7 @@ def test_a_model_without_tokenizer(model, data, tmp_path, capsys):
 
 
 def test_overlay():
-    colors = class_colors(200)
+    colors = class_colors([f"class {n}" for n in range(200)])
     assert len(np.unique(colors, axis=0)) == 200
     image = np.full((60, 80, 3), 100, np.uint8)
     labels = np.full((60, 80), 1)

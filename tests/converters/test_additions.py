@@ -181,7 +181,8 @@ def refused(capsys, text, *arguments):
     capsys.readouterr()
     assert run(*arguments) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and text in err, err
+    told = [line for line in err.splitlines() if not line.endswith("…")]  # but for what it does
+    assert len(told) == 1 and text in told[0], err
 
 
 def test_commands_take_parts(base, folder, tmp_path, capsys):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from conceptax.bundled import ASSETS
+
 TUTORIALS = ("convert", "erase", "gna_in_a_dit", "many_hosts", "personalize", "segment")
 FAST = ("convert", "gna_in_a_dit")
 BLOCK = re.compile(r"(?:<!-- in tests: (.*?) -->\n)?```(python|sh)\n(.*?)```", re.DOTALL)
@@ -55,6 +57,8 @@ def test_changes_in_notes():
     [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TUTORIALS],
 )
 def test_the_tutorial_runs(name, repository, tmp_path):
+    if name == "segment" and not (ASSETS / "glyph_segmenter" / "config.json").is_file():
+        pytest.skip("the bundled segmenter is not built yet (conceptax glyphs segmenter)")
     page = (repository / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
     code = program(page)
     assert code.count("conceptax") > 2
@@ -62,6 +66,17 @@ def test_the_tutorial_runs(name, repository, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_readme_runs_and_runs_again(repository, tmp_path):
+    code = program((repository / "README.md").read_text(encoding="utf-8"))
+    assert "erase_step" in code
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 def test_every_tutorial_is_tested(repository):

@@ -5,13 +5,13 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import conceptax
 from conceptax.interrupts import Stopper, arm
 
-from .commands import COMMANDS, load, named
+from .commands import COMMANDS, load, meant, named
 from .failures import in_flags, readable, sentence
 from .processes import join_processes
 from .streams import prepare_streams, print_error, reader_left, silence
@@ -24,9 +24,10 @@ Erase, learn and locate visual concepts in JAX.
 commands:
 {}
 
-`conceptax COMMAND --help` lists the options of a command. For a model an id of the
-Hugging Face Hub does too: org/name[@revision]; --offline takes it from the cache.
---debug shows the traceback of any error; --version shows the version."""
+`conceptax COMMAND --help` shows examples and the options that most people use, --help-all
+every one. For a model an id of the Hugging Face Hub does too: org/name[@revision];
+--offline takes it from the cache. --yes answers questions, --debug shows the traceback of
+any error, --version the version. `conceptax completion bash` completes in the shell."""
 _READER_LEFT = 128 + signal.SIGPIPE  # as if it had ended by that signal, in silence
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 a failure that is told in one sentence on stderr, 2 a wrong command line,
     128 + n the end by signal n.  With `--debug` a failure keeps its traceback; with `--offline` the
-    Hub is not asked, and models of it come from its cache.
+    Hub is not asked, and models of it come from its cache; with `--yes` no question is asked.
 
     Args:
       argv: the arguments; None takes those of this process, which then is the command's own.
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or bool(os.environ.get("CONCEPTAX_DEBUG"))
     if "--offline" in arguments:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    arguments = [each for each in arguments if each not in ("--debug", "--offline")]
+    if "--yes" in arguments:
+        os.environ["CONCEPTAX_YES"] = "1"
+    arguments = [each for each in arguments if each not in ("--debug", "--offline", "--yes")]
     name = named(arguments)
     label = f"conceptax {name}" if name else "conceptax"
     if argv is not None:
@@ -96,15 +99,21 @@ def _command(name: str | None, arguments: Sequence[str], flags: dict[tuple[str, 
 def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str]) -> int:
     import tyro
 
+    from .describe import help_text, unknown_flag
     from .options import check_numbers, check_paths, fetched, flags
 
     module, kind = load(name, arguments)
     known |= flags(kind)
+    if asked := {"-h", "--help", "--help-all"} & set(arguments):
+        print(help_text(name, kind, everything="--help-all" in asked))
+        return 0
+    if wrong := unknown_flag(name, kind, arguments, getattr(module, "types", dict)()):
+        return _wrong(name, wrong)
     check_paths(kind, arguments)
     try:
         options: Any = {"args": arguments, "config": (tyro.conf.FlagCreatePairsOff,)}
         command = tyro.cli(kind, prog=f"conceptax {name}", **options)
-    except SystemExit as stop:  # help was shown, or the command line was wrong
+    except SystemExit as stop:  # the command line was wrong
         return int(stop.code or 0)
     join_processes()
     arm()  # jax takes SIGTERM where there are several processes
@@ -114,17 +123,37 @@ def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str])
 
 
 def _overview(arguments: Sequence[str]) -> int:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:{width}}  {each.what}" for name, each in COMMANDS.items())
+    """Answer what is no command: a call for help, a group of commands, another word."""
     first = next(iter(arguments), "--help")
-    if first in ("-h", "--help") or {"-h", "--help"} & set(arguments[1:2]):
-        print(_OVERVIEW.format(lines))
+    if first in ("-h", "--help", "--help-all"):
+        print(_OVERVIEW.format(_table(COMMANDS)))
         return 0
-    if any(command.split()[0] == first for command in COMMANDS):
-        wrong = f"{first!r} needs a second word"
-    else:
-        wrong = f"there is no command {first!r}"
-    print(f"conceptax: error: {wrong}; choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
+    group = [name for name in COMMANDS if name.split()[0] == first]
+    if group and len(arguments) > 1 and arguments[1] not in ("-h", "--help", "--help-all"):
+        words = [name.split()[1] for name in group]
+        return _wrong(
+            first, f"there is no {arguments[1]!r}{meant(arguments[1], words)}; {_of(words)}"
+        )
+    if group:
+        print(f"usage: conceptax {first} COMMAND [OPTIONS]\n\ncommands:\n{_table(group)}\n")
+        print(f"`conceptax {group[0]} --help` shows examples and options.")
+        return 0
+    words = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    return _wrong("", f"there is no command {first!r}{meant(first, words)}; {_of(words)}")
+
+
+def _table(names: Collection[str]) -> str:
+    width = max(map(len, names))
+    return "\n".join(f"  {name:{width}}  {COMMANDS[name].what}" for name in names)
+
+
+def _of(words: Sequence[str]) -> str:
+    return f"choose one of: {', '.join(words)}."
+
+
+def _wrong(name: str, sentence: str) -> int:
+    label = f"conceptax {name}".strip()
+    print_error(f"{label}: error: {sentence}")
     return 2
 
 

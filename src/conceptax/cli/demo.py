@@ -18,6 +18,7 @@ from conceptax.cli.runs import new_folder, teller
 from conceptax.converters import load_pytorch
 from conceptax.methods.diffusion.text_to_image import TextToImage
 from conceptax.methods.erasing.sage import SageConfig
+from conceptax.methods.estimate import about
 from conceptax.methods.glyphs.judge import load_judge
 from conceptax.methods.glyphs.quality import erasure_figures, erasure_prompts, examine_all
 from conceptax.methods.memory import require_images
@@ -25,6 +26,7 @@ from conceptax.reporting.demo import ASKED, CONCEPT, KEPT, Look, demo_grid, demo
 from conceptax.reporting.erasing import erase_into, erasing_record, near_tables
 from conceptax.reporting.pictures import png_bytes, save_png
 from conceptax.reporting.results import METRICS, environment
+from conceptax.reporting.runs import Kept
 from conceptax.text import write_json
 
 _PER_PROMPT = 2  # images of each prompt in the grid
@@ -89,12 +91,23 @@ def run(command: Command) -> None:
         count = 3 * command.images
         with stage("before", f"drawing {count} images with the original model"):
             before = look(original)
+
+        def told(compiling: float, running: float) -> None:
+            tell(f"{about(compiling + running + seconds['before'])} left in all")
+
         with stage("erase", f"erasing {CONCEPT!r} from the text encoder"):
             (erased := folder / "erased").mkdir()
             edited = erase_into(
-                erased, pipeline, [CONCEPT], command.sage, seed=command.seed, source=model
+                erased,
+                pipeline,
+                [CONCEPT],
+                command.sage,
+                seed=command.seed,
+                source=model,
+                kept=Kept(options={"on_estimate": told}),
             )
-        with stage("after", f"drawing {count} images with the edited model"):
+        time_left = about(seconds["before"])
+        with stage("after", f"drawing {count} images with the edited model, {time_left}"):
             after = look(TextToImage.from_pipeline(edited))
         seconds["total"] = round(sum(seconds.values()), 1)
         sampler = "the model's own"

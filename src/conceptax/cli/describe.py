@@ -1,16 +1,16 @@
 """What the flags of a command are: for its help, completion, corrections and the reference page."""
 
 import dataclasses
-import difflib
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
 from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import tyro
 
-from conceptax.cli.commands import COMMANDS
+from conceptax.cli.commands import COMMANDS, meant
 from conceptax.cli.options import annotated_fields
 
 _WIDTH = 88
@@ -70,7 +70,11 @@ def _described(kind: Any, prefix: str, group: str, defaults: Any) -> Iterator[Fl
         text = (shown and shown.help) or texts.get(field.name, "")
         choices, value = _value(hint)
         value = (shown and shown.metavar) or value
+        if tyro.conf.UseAppendAction in extras:
+            value = value.removesuffix(" ...")
         positional = tyro.conf.Positional in extras
+        if positional:
+            value = field.name.upper() + (" ..." if value.endswith("...") else "")
         if hint is bool:
             value, off = "", default is True
             name = f"no-{name}" if off else name
@@ -114,7 +118,9 @@ def _value(hint: Any) -> tuple[tuple[str, ...], str]:
 
 def _told(default: Any) -> str:
     if isinstance(default, tuple):
-        return " ".join(f"'{each}'" if " " in str(each) else str(each) for each in default) or "none"
+        return (
+            " ".join(f"'{each}'" if " " in str(each) else str(each) for each in default) or "none"
+        )
     return {"": "''", None: "optional"}.get(default, str(default))
 
 
@@ -131,20 +137,31 @@ def help_text(name: str, kind: Any, *, everything: bool = False) -> str:
     """
     declared, flags = COMMANDS[name], described(kind)
     chosen = [each for each in flags if everything or _used(each, declared.main)]
-    paragraphs = (kind.__doc__ or "").split("Attributes:")[0].split("\n\n")
+    plain = get_origin(kind) or kind
+    paragraphs = (plain.__doc__ or "").split("Attributes:")[0].split("\n\n")
     said = [" ".join(each.split()) for each in paragraphs if each.strip()]
     needed = [each.spelled for each in flags if not each.stands]
     lines = [f"usage: conceptax {' '.join((name, *needed))} [OPTIONS]", ""]
     for paragraph in said if everything else said[:1]:
         lines += [*textwrap.wrap(paragraph, _WIDTH), ""]
     if declared.examples:
-        lines += ["examples:", *(f"  {each}" for each in declared.examples), ""]
+        lines += ["examples:", *(_wrapped(each) for each in declared.examples), ""]
     for group in dict.fromkeys(each.group for each in chosen):
         lines += [f"{_title(group)}:"]
-        lines += _table([each for each in chosen if each.group == group]) + [""]
+        lines += [*_table([each for each in chosen if each.group == group]), ""]
     if len(chosen) < len(flags):
         lines += [f"`conceptax {name} --help-all` lists all {len(flags)} options."]
     return "\n".join(lines).rstrip()
+
+
+def _wrapped(example: str) -> str:
+    """A call on lines that a shell reads as one, each beginning with a flag."""
+    lines = ["  "]
+    for part in re.split(r" (?=--)", example):
+        if len(lines[-1]) + len(part) > _WIDTH:
+            lines.append("     ")
+        lines[-1] += f" {part}" if lines[-1].strip() or len(lines) > 1 else part
+    return " \\\n".join(lines)
 
 
 def _used(flag: Flag, main: Sequence[str]) -> bool:
@@ -152,13 +169,16 @@ def _used(flag: Flag, main: Sequence[str]) -> bool:
 
 
 def _title(group: str) -> str:
-    return {"": "options", "settings": "settings of the method"}.get(group, f"settings: {group}")
+    titles = {"": "options", "settings": "settings of the method", "sage": "settings of SAGE"}
+    return titles.get(group, f"settings: {group.replace('_', ' ')}")
 
 
 def _table(flags: Sequence[Flag]) -> list[str]:
     indent, lines = 26, []
     for flag in flags:
-        stands = "" if flag.stands in ("", "off", "optional") else f" (default: {flag.stands})"
+        stands = {"": " (required)", "off": "", "optional": ""}.get(
+            flag.stands, f" (default: {flag.stands})"
+        )
         left = f"  {flag.spelled or flag.value}"
         body = textwrap.wrap(f"{flag.text}{stands}", _WIDTH - indent) or [""]
         if len(left) > indent - 2:
@@ -195,12 +215,6 @@ def unknown_flag(name: str, kind: Any, arguments: Sequence[str], others: Mapping
 
 def _names(kind: Any) -> set[str]:
     return {each.name for each in described(kind)}
-
-
-def meant(word: str, known: Sequence[str] | set[str]) -> str:
-    """What a misspelled word was meant to be, as the end of a sentence; "" where nothing is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=2)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def listed(names: Sequence[str]) -> str:

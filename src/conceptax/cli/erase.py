@@ -1,6 +1,7 @@
 """`conceptax erase`: edit a pipeline so that concepts are gone, by one of several methods."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from conceptax.cli.options import (
     chosen,
     concepts_in,
 )
-from conceptax.cli.runs import kept_run, new_folder
+from conceptax.cli.runs import kept_run, new_folder, teller
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.methods.erasing import METHODS, Method
 from conceptax.methods.text.phrases import read_phrases, retained_phrases
@@ -71,10 +72,15 @@ class Command(Generic[Config]):
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
 
+def types() -> dict[str, Any]:
+    """The command with the settings of each method."""
+    return {name: Command[method.config] for name, method in METHODS.items()}
+
+
 def command_type(arguments: Sequence[str]) -> Any:
-    """The command with the settings of the method that the arguments name; SAGE without one."""
-    method = METHODS.get(chosen(arguments, "--method", "sage"), METHODS["sage"])
-    return Command[method.config]  # the parser tells an unknown name
+    """That of the method which the arguments name; SAGE without one."""
+    known = types()
+    return known.get(chosen(arguments, "--method", "sage"), known["sage"])  # the parser tells
 
 
 def run(command: Command[Any]) -> None:
@@ -88,6 +94,7 @@ def run(command: Command[Any]) -> None:
         new_folder(command, markers=(*CHECKPOINT_FILES, RECORD)) as folder,
     ):
         source = command.model or conceptax.bundled_model()
+        teller()(f"loading {command.model or 'the bundled model'}")
         pipeline = load_pipeline(source, command.dtype, "erasing")
         began = time.perf_counter()
         retained = retained_phrases(pipeline, concepts, settings, retain)
@@ -107,6 +114,9 @@ def run(command: Command[Any]) -> None:
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
+    original = "" if command.model is None else f" --original {command.model}"
+    asked = " ".join(f"--concept {shlex.quote(concept)}" for concept in command.concept)
+    print(f"next: conceptax evaluate{original} --edited {command.output} {asked}")
 
 
 def _check_options(command: Command[Any], method: Method) -> None:

@@ -54,12 +54,14 @@ def concepts_in(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(concepts))
 
 
-def _fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Sequence[Any]]]:
-    """The fields of a dataclass, each with its plain type and what else its annotation says."""
+def annotated_fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Sequence[Any]]]:
+    """The settable fields of a dataclass: each, its plain type, what else its annotation says."""
     plain = get_origin(kind) or kind
     bound = dict(zip(getattr(plain, "__parameters__", ()), get_args(kind), strict=False))
     hints = get_type_hints(plain, include_extras=True)
     for field in dataclasses.fields(plain):
+        if not field.init:
+            continue
         hint, extras = hints[field.name], ()
         if get_origin(hint) is Annotated:
             hint, *extras = get_args(hint)
@@ -69,7 +71,7 @@ def _fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Sequence[A
 def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
     """The flags of a command: path of a setting in its dataclass -> how it is written."""
     found: dict[tuple[str, ...], str] = {}
-    for field, hint, extras in _fields(kind):
+    for field, hint, extras in annotated_fields(kind):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(get_origin(hint) or hint):
             nameless = any(getattr(extra, "name", None) == "" for extra in extras)
@@ -94,7 +96,7 @@ def fetched(command: Any) -> Any:
             return tuple(map(place, value))
         return local(value) if isinstance(value, Path) and hub_id(value) else value
 
-    names = [field.name for field, _, extras in _fields(type(command)) if HUB in extras]
+    names = [field.name for field, _, extras in annotated_fields(type(command)) if HUB in extras]
     given = {name: getattr(command, name) for name in names}
     found = {name: place(value) for name, value in given.items()}
     return dataclasses.replace(command, **found) if found != given else command
@@ -130,7 +132,7 @@ def check_paths(kind: Any, arguments: Sequence[str]) -> None:
     """
     taken = {
         f"--{field.name.replace('_', '-')}"
-        for field, hint, _ in _fields(kind)
+        for field, hint, _ in annotated_fields(kind)
         if Path in (hint, *get_args(hint))
     }
     before = ""

@@ -1,6 +1,7 @@
 """`conceptax personalize`: teach a pipeline a subject from a few images."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 import conceptax
+from conceptax.cli.confirm import announcing, counting
 from conceptax.cli.options import (
     CheckpointDir,
     Mesh,
@@ -17,7 +19,7 @@ from conceptax.cli.options import (
     OptionalPath,
     chosen,
 )
-from conceptax.cli.runs import kept_run, new_folder
+from conceptax.cli.runs import kept_run, new_folder, teller
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.formats.personalized import embedding_file
 from conceptax.methods.memory import require_images
@@ -101,11 +103,15 @@ class Command(Generic[Config]):
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
 
+def types() -> dict[str, Any]:
+    """The command with the settings of each method."""
+    return {name: Command[method.config] for name, method in METHODS.items()}
+
+
 def command_type(arguments: Sequence[str]) -> Any:
-    """The command with the settings of the method that the arguments name."""
-    name = chosen(arguments, "--method", "class-diffusion")
-    method = METHODS.get(name, METHODS["class-diffusion"])  # the parser tells an unknown name
-    return Command[method.config]
+    """That of the method which the arguments name; ClassDiffusion without one."""
+    name, known = chosen(arguments, "--method", "class-diffusion"), types()
+    return known.get(name, known["class-diffusion"])  # the parser tells an unknown name
 
 
 def run(command: Command[Any]) -> None:
@@ -122,10 +128,10 @@ def run(command: Command[Any]) -> None:
         new_folder(command, markers=markers, sources=named) as folder,
     ):
         source = command.model or conceptax.bundled_model()
+        teller()(f"loading {command.model or 'the bundled model'}")
         pipeline = load_pipeline(source, command.dtype, "personalizing")
         if folders:
-            count = command.class_count or 0
-            complete_class_images(pipeline, folders, count, command.seed, report=print)
+            _complete(pipeline, folders, command.class_count or 0, command.seed)
             subjects = _subjects(command)
         subjects = _with_class_images(command, pipeline, subjects)
         began = time.perf_counter()
@@ -143,6 +149,9 @@ def run(command: Command[Any]) -> None:
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)
     seconds = time.perf_counter() - began
     print(f"{command.output}: learnt {names} with {method.title} in {seconds:.0f} s")
+    if command.export == "pipeline":
+        prompt = shlex.quote(f"a photo of a {subjects[0].token} {subjects[0].word}")
+        print(f"next: conceptax sample --model {command.output} --prompt {prompt}")
 
 
 def _class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
@@ -195,16 +204,25 @@ def _with_class_images(command: Command[Any], pipeline: Any, subjects: list[Conc
         if any(subject is each for each in lacking):
             prompt = subject.class_prompt or subject.word
             folder = class_image_folder(command.output, source, prompt, seed)
-            if not complete_class_images(pipeline, [(folder, prompt)], count, seed, report=_tell):
-                print(f"taking {count} class images of {prompt!r} from {folder}")
+            if not _complete(pipeline, [(folder, prompt)], count, seed):
+                teller()(f"taking {count} class images of {prompt!r} from {folder}")
             images = read_images(folder)[:count]
             subject = dataclasses.replace(subject, class_images=images)
         completed.append(subject)
     return completed
 
 
-def _tell(text: str) -> None:
-    print(f"{text}; another run takes them again with --class-images, --class-count draws fewer")
+def _complete(pipeline: Any, folders: Sequence[tuple[Path, str]], count: int, seed: int) -> int:
+    """Complete folders of class images, and tell of it; how many were drawn."""
+    return complete_class_images(
+        pipeline,
+        folders,
+        count,
+        seed,
+        report=teller(),
+        on_estimate=announcing("drawing them"),
+        on_progress=counting("class images"),
+    )
 
 
 def _subjects(command: Command[Any]) -> list[Concept]:

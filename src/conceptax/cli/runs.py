@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import conceptax
+from conceptax.cli.confirm import announcing
 from conceptax.cli.options import Model
 from conceptax.converters import OutputError, atomic_folder
 from conceptax.converters.files.output import CHECKPOINT_FILES, atomic_file
@@ -116,7 +117,8 @@ def kept_run(command: Any, steps: int) -> Iterator[Kept]:
             "checkpoints, and goes without --checkpoint-dir."
         )
     # Without a mesh, `training.train` decides.
-    devices = {"mesh": None if command.mesh is None else make_mesh(*command.mesh)}
+    devices: dict[str, Any] = {"mesh": None if command.mesh is None else make_mesh(*command.mesh)}
+    devices["on_estimate"] = announcing("training")
     if given is not None or not (every and steps):
         yield Kept(given, every, devices)
         return

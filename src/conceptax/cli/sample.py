@@ -64,8 +64,8 @@ class Command:
     add: Additions = ()
     add_scale: float = 1.0
     negative_prompt: str = ""
-    steps: int = 25
-    guidance: float = 5.0
+    steps: int = 50
+    guidance: float = 7.5
     sampler: Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm"] | None = (
         None
     )
@@ -187,6 +187,8 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     import jax.numpy as jnp
 
     import conceptax
+    from conceptax.cli.confirm import announcing, counting
+    from conceptax.cli.runs import teller
     from conceptax.converters import load_pytorch
     from conceptax.flax_models.unet_motion import MotionAdapter
     from conceptax.methods.diffusion.text_to_image import text_to_image
@@ -194,9 +196,10 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     from conceptax.reporting.instruments import load_as
     from conceptax.reporting.models import require_whole, with_additions
 
-    pipeline = load_pytorch(
-        command.model or conceptax.bundled_model(), dtype=jnp.dtype(command.dtype)
-    )
+    source = command.model or conceptax.bundled_model()
+    tell = teller()
+    tell(f"loading {command.model or 'the bundled model'}")
+    pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(
             f"{command.model} is no pipeline: sampling needs all its components. Name the model "
@@ -211,7 +214,12 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         "negative_prompt": command.negative_prompt or None,
         "height": command.height,
         "width": command.width,
+        "on_estimate": announcing("drawing"),
+        "on_progress": counting("images" if command.motion_adapter is None else "videos"),
     }
+    scheduler = pipeline.scheduler_config.get("_class_name")
+    if scheduler == "PNDMScheduler" and command.sampler is None:
+        tell("the model's scheduler is PNDM, which is not here: drawing with ddim (--sampler)")
     if command.motion_adapter is None:
         return text_to_image(
             pipeline,

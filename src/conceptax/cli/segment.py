@@ -2,24 +2,27 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from conceptax.cli.options import HUB, OptionalInt, OptionalModel, OptionalPath
+from conceptax.bundled import EXAMPLES, bundled_segmenter
+from conceptax.cli.options import HUB, OptionalInt, OptionalModel, OptionalPath, shown
 from conceptax.cli.runs import new_folder, settings_of
 from conceptax.cli.segment_train import Train, train
 from conceptax.methods.segmentation import coco_stuff
 from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
 from conceptax.methods.segmentation.evaluation import evaluate
 from conceptax.methods.segmentation.segmenter import Segmenter
+from conceptax.methods.segmentation.usage import Usage, read_usage
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
-from conceptax.methods.subjects.images import read_image
+from conceptax.methods.subjects.images import image_files, read_image
 from conceptax.reporting.models import load_segmentation_tokenizer, load_segmenter_model
 from conceptax.reporting.results import METRICS, environment, write_tables
-from conceptax.reporting.segmentation import LEGEND, figures, segment_into, tables
+from conceptax.reporting.segmentation import LEGEND, PANOPTIC, figures, segment_into, tables
 
 Form = Literal["semantic", "panoptic"]
 TokenOrder = Literal["reference", "raster"]
@@ -31,7 +34,8 @@ class _Looking:
 
     Attributes:
       model: a MAFT+ folder, or a checkpoint of MAFT+ or FC-CLIP (.pth, .bin, .safetensors).
-      vocabulary: classes separated by ; and synonyms by , or a .txt file of lines id:name,synonym.
+      vocabulary: classes separated by ; and synonyms by , or a .txt file of lines id:name,synonym;
+        a model whose folder states none needs it.
       tokenizer: a CLIP tokenizer's folder; by default the model's own.
       form: what a checkpoint was trained for, which its file does not tell.
       token_order: as a checkpoint was trained; the published ones are "reference".
@@ -41,13 +45,13 @@ class _Looking:
       dtype: computation dtype.
     """
 
-    model: Annotated[Path, HUB]
-    vocabulary: str
+    model: Annotated[Path | None, shown("PATH", "(default: the bundled segmenter)"), HUB] = None
+    vocabulary: Annotated[str | None, shown("STR", "(default: the model's own)")] = None
     tokenizer: OptionalModel = None
     form: Form = "semantic"
     token_order: TokenOrder = "reference"
-    short_side: int = 800
-    long_side: int = 1333
+    short_side: Annotated[int | None, shown("INT", "(default: the model's own, or 800)")] = None
+    long_side: Annotated[int | None, shown("INT", "(default: the model's own, or 1333)")] = None
     text_cache: OptionalPath = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -56,12 +60,15 @@ class _Looking:
 class Run(_Looking):
     """Find the classes of a vocabulary in images of any size.
 
-    For each image NAME: NAME_overlay.png, the image tinted by class; NAME_labels.png, 16 bits, the
-    number of each pixel's class, 65535 where there is none; NAME_panoptic.png, segment ids in
-    COCO's form. legend.json says what the numbers are, panoptic.json what the segments are.
+    Without arguments: the digits in the bundled example scenes, by the bundled segmenter.
+    For each image NAME: NAME_segments.png, each segment outlined and named, to look at;
+    NAME_overlay.png, the image tinted by class; NAME_labels.png, 16 bits, the number of each
+    pixel's class, 65535 where there is none; NAME_panoptic.png, segment ids in COCO's form.
+    legend.json says what the numbers are, panoptic.json what the segments are.
 
     Attributes:
-      images: what to look at.
+      images: what to look at: images, and folders of images, whose own folders are not entered; by
+        default the examples that come with the model.
       output: the folder to write.
       stuff: classes, named as in the vocabulary and separated by ; whose regions are one segment;
         those of all others are told apart.
@@ -69,9 +76,9 @@ class Run(_Looking):
       force: replace an earlier result.
     """
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], shown("PATH", "")] = ()
     output: Path = Path("segmented")
-    stuff: str = ""
+    stuff: Annotated[str | None, shown("STR", "(default: the model's own)")] = None
     least_score: float = 0.2
     force: bool = False
 
@@ -127,54 +134,111 @@ def run(command: Run | Evaluate | Train | CocoStuff) -> None:
         print(f"{command.output}: {count} label maps")
 
 
-def _segmenter(command: _Looking, vocabulary: Vocabulary) -> Segmenter:
+Looking = TypeVar("Looking", Run, Evaluate)
+
+
+def _settled(command: Looking) -> tuple[Looking, Usage, Vocabulary]:
+    """The command with its model and sizes, how the model is used, and the classes to find."""
+    model = command.model or bundled_segmenter()
+    usage = read_usage(model)
+    if command.vocabulary is not None:
+        vocabulary = Vocabulary.named(command.vocabulary)
+    elif usage.vocabulary is not None:
+        vocabulary = usage.vocabulary
+    else:
+        raise ValueError(
+            f"{model} has no vocabulary of its own: name the classes to find, such as "
+            "--vocabulary 'cat; sofa, couch; wall'."
+        )
+    short, long = command.short_side, command.long_side
+    settled = dataclasses.replace(
+        command,
+        model=model,
+        short_side=usage.short_side if short is None else short,
+        long_side=usage.long_side if long is None else long,
+    )
+    return settled, usage, vocabulary
+
+
+def _segmenter(command: _Looking, usage: Usage, vocabulary: Vocabulary) -> Segmenter:
+    path, short, long = command.model, command.short_side, command.long_side
+    assert path is not None and short is not None and long is not None
     model = load_segmenter_model(
-        command.model, form=command.form, token_order=command.token_order, dtype=command.dtype
+        path, form=command.form, token_order=command.token_order, dtype=command.dtype
     )
     clip = model.backbone.clip_model
-    tokenizer = load_segmentation_tokenizer(command.model, command.tokenizer, clip)
-    rows = text_rows(clip, tokenizer, vocabulary, cache=command.text_cache)
-    return Segmenter(
-        model, rows, vocabulary.synonyms(), short=command.short_side, longest=command.long_side
+    tokenizer = load_segmentation_tokenizer(path, command.tokenizer, clip)
+    rows = text_rows(
+        clip, tokenizer, vocabulary, templates=usage.templates, cache=command.text_cache
     )
+    return Segmenter(model, rows, vocabulary.synonyms(), short=short, longest=long)
+
+
+def _images(command: Run) -> list[Path]:
+    """The files to look at, those of a folder by name."""
+    assert command.model is not None
+    given, examples = command.images, command.model / EXAMPLES
+    if not given and not examples.is_dir():
+        raise ValueError("there is nothing to look at: pass at least one image.")
+    files: list[Path] = []
+    for path in given or (examples,):
+        files += image_files(path) if path.is_dir() else [path]
+    stems = [path.stem for path in files]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"results are named like the images, but {', '.join(twice)} comes twice.")
+    return files
+
+
+def _things(command: Run, usage: Usage, vocabulary: Vocabulary) -> set[int]:
+    """The classes whose regions are told apart: all but stuff."""
+    if command.stuff is None:
+        stuff = {*usage.stuff}
+    else:
+        stuff = {name.strip() for name in command.stuff.split(";") if name.strip()}
+        if unknown := ", ".join(sorted(stuff - set(vocabulary.rows))):
+            raise ValueError(f"--stuff names {unknown}, which the vocabulary does not have.")
+    return {k for k, names in enumerate(vocabulary.classes) if not stuff & set(names)}
 
 
 def _run(command: Run) -> None:
-    vocabulary = Vocabulary.named(command.vocabulary)
-    if not command.images:
-        raise ValueError("there is nothing to look at: pass at least one image.")
-    stems = [path.stem for path in command.images]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"results are named like the images, but {', '.join(twice)} comes twice.")
-    stuff = {name.strip() for name in command.stuff.split(";") if name.strip()}
-    if unknown := ", ".join(sorted(stuff - set(vocabulary.rows))):
-        raise ValueError(f"--stuff names {unknown}, which the vocabulary does not have.")
-    things = {k for k, names in enumerate(vocabulary.classes) if not stuff & set(names)}
+    command, usage, vocabulary = _settled(command)
+    files = _images(command)
+    things = _things(command, usage, vocabulary)
     info = {"model": str(command.model), "least_score": command.least_score}
-    with new_folder(command, markers=[LEGEND]) as folder:
-        images = {path: read_image(path) for path in command.images}  # a damaged one is told first
+    with new_folder(command, markers=[LEGEND], sources=files) as folder:
+        images = {path: read_image(path) for path in files}  # a damaged one is told first
         pixels = segment_into(
             folder,
-            _segmenter(command, vocabulary),
+            _segmenter(command, usage, vocabulary),
             vocabulary,
             images,
             things=things,
             least_score=command.least_score,
             info=info | environment(),
         )
-    shares = zip(pixels / pixels.sum(), vocabulary.names, strict=False)
-    shown = sorted((each for each in shares if each[0]), reverse=True)[:8]
-    told = ", ".join(f"{name} {100 * share:.1f} %" for share, name in shown) or "nothing"
-    print(f"{command.output}: {told}; void {100 * pixels[-1] / pixels.sum():.1f} %")
+    for file, counts in zip(files, pixels, strict=True):
+        print(f"{file.name}: {_told(counts, vocabulary)}")
+    kinds = "NAME_segments.png to look at, NAME_overlay.png, NAME_labels.png, NAME_panoptic.png"
+    images = "1 image" if len(files) == 1 else f"{len(files)} images"
+    print(f"{command.output}: of {images} {kinds}; {LEGEND}, {PANOPTIC}")
+
+
+def _told(pixels: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The classes in an image by their shares, the largest first, and how much is none of them."""
+    shares = (100 * pixels / pixels.sum()).tolist()
+    found = zip(shares, vocabulary.names, strict=False)
+    shown = sorted((each for each in found if each[0] >= 0.05), reverse=True)[:8]
+    told = ", ".join(f"{name} {share:.1f} %" for share, name in shown) or "nothing"
+    return f"{told}; void {shares[-1]:.1f} %"
 
 
 def _evaluate(command: Evaluate) -> None:
-    vocabulary = Vocabulary.named(command.vocabulary)
+    command, usage, vocabulary = _settled(command)
     with new_folder(command, markers=[METRICS]) as folder:
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
-        segmenter = _segmenter(command, vocabulary)
+        segmenter = _segmenter(command, usage, vocabulary)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("scenes", total=len(scenes))
             quality = evaluate(

@@ -135,12 +135,14 @@ def load_open_clip_model(path: Path, *, dtype: str, prefix: str = "") -> OpenCLI
 
 
 def load_segmentation_tokenizer(path: Path, given: Path | None, clip: OpenCLIP) -> Any:
-    """The tokenizer in a folder, by default in that of the model at `path`.
+    """The tokenizer in a folder or its tokenizer/, by default in that of the model at `path`.
 
     Raises:
       CheckpointError: there is none, or it is of another vocabulary.
     """
     folder = given or (path if path.is_dir() else path.parent)
+    if not has_tokenizer(folder) and has_tokenizer(folder / "tokenizer"):
+        folder /= "tokenizer"
     if not has_tokenizer(folder):
         raise CheckpointError(
             f"{folder} holds no tokenizer ({' or '.join(TOKENIZER)}): pass --tokenizer FOLDER, "

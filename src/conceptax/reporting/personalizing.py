@@ -19,6 +19,7 @@ from conceptax.converters.formats.personalized import CUSTOM_DIFFUSION
 from conceptax.flax_models.pipelines.new_tokens import embedding_rows
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.pipelines.tokenizers import token_ids
+from conceptax.methods.estimate import OnEstimate
 from conceptax.methods.personalization import draw_class_images, method_of, personalize
 from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig
 from conceptax.methods.subjects.images import Concept, ImageError, image_files
@@ -132,6 +133,8 @@ def complete_class_images(
     seed: int,
     *,
     report: Callable[[str], None] = lambda text: None,
+    on_estimate: OnEstimate | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> int:
     """Draw images for prior preservation until every folder has `count`.
@@ -146,6 +149,8 @@ def complete_class_images(
       count: images that each should have.
       seed: of the noise.
       report: called with a line about each folder that lacks some.
+      on_estimate: called with about how long compiling and drawing take for each of them.
+      on_progress: called with (images drawn, images to draw) of a folder.
       options: of `draw_class_images`: steps and guidance.
 
     Returns:
@@ -159,15 +164,26 @@ def complete_class_images(
             have = 0
         if have >= count:
             continue
-        report(f"drawing {count - have} class images of {prompt!r} into {folder}")
+        report(
+            f"drawing {count - have} class images of {prompt!r} into {folder} (another run takes "
+            "them again with --class-images, --class-count draws fewer)"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         for first in range(have, count, _AT_ONCE):
-            images = draw_class_images(
-                pipeline, prompt, min(_AT_ONCE, count - first), seed=seed, first=first, **options
-            )
-            for number, image in enumerate(images, start=first):
-                partial = folder / f".drawn_{number:04d}.png"
+            number = min(_AT_ONCE, count - first)
+            if on_estimate is not None and first == have:
+                options["on_estimate"] = _of_all(on_estimate, (count - have) / number)
+            images = draw_class_images(pipeline, prompt, number, seed=seed, first=first, **options)
+            options.pop("on_estimate", None)
+            for place, image in enumerate(images, start=first):
+                partial = folder / f".drawn_{place:04d}.png"
                 save_png(image, partial, {"prompt": prompt})
                 partial.replace(folder / partial.name[1:])
+            on_progress(first + number - have, count - have)
         drawn += count - have
     return drawn
+
+
+def _of_all(on_estimate: OnEstimate, parts: float) -> OnEstimate:
+    """What takes the estimate of one part and tells that of all."""
+    return lambda compiling, running: on_estimate(compiling, running * parts)

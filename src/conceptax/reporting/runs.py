@@ -131,7 +131,7 @@ def claim_run(path: Path, record: Mapping[str, Any], *, length: str | None = Non
                 "the checkpoints."
             )
         if steps := checkpoints_in(folder):
-            print(f"going on after step {steps[-1]}, from {folder}", file=sys.stderr)
+            print(f"resuming from step {steps[-1]}, kept in {folder}", file=sys.stderr)
     import jax
 
     if jax.process_index() == 0:

@@ -14,7 +14,7 @@ from conceptax.methods.segmentation.evaluation import Quality
 from conceptax.methods.segmentation.metrics import Segment
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary
-from conceptax.reporting.overlay import class_colors, overlay
+from conceptax.reporting.overlay import class_colors, overlay, segments_picture
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.report import Number, Table
 from conceptax.text import write_json
@@ -32,7 +32,7 @@ def segment_into(
     things: Collection[int],
     least_score: float = 0.2,
     info: Mapping[str, Any],
-) -> Int[np.ndarray, " C"]:
+) -> Int[np.ndarray, "N C"]:
     """Look at images, and write into an empty `folder` what `conceptax segment run` promises.
 
     Args:
@@ -45,22 +45,25 @@ def segment_into(
       info: about the run, for panoptic.json.
 
     Returns:
-      pixels of each class and, last, of none: C is K + 1.
+      pixels of each class and, last, of none, in each of N images: C is K + 1.
     """
-    colors, void = class_colors(len(vocabulary)), len(vocabulary)
-    pixels = np.zeros(void + 1, np.int64)
+    colors, void = class_colors(vocabulary.names), len(vocabulary)
+    pixels = np.zeros((len(images), void + 1), np.int64)
     shown, annotations = [], []
     for number, (file, image) in enumerate(images.items(), 1):
         seen = segmenter(image)
         labels = seen.labels(least_score=least_score)
         ids, segments = seen.panoptic(things, least_score=least_score)
-        pixels += np.bincount(labels.ravel(), minlength=len(pixels))
+        pixels[number - 1] = np.bincount(labels.ravel(), minlength=void + 1)
         height, width = labels.shape
         name = f"{file.stem}_panoptic.png"
         stored = np.where(labels == void, VOID, labels).astype(np.uint16)
         coded = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
-        picture = overlay(image, labels, vocabulary.names, colors)
-        save_png(picture, folder / f"{file.stem}_overlay.png")
+        classes = {number: segment.category for number, segment in segments.items()}
+        picture = segments_picture(image, ids, classes, vocabulary.names, colors)
+        save_png(picture, folder / f"{file.stem}_segments.png")
+        tinted = overlay(image, labels, vocabulary.names, colors)
+        save_png(tinted, folder / f"{file.stem}_overlay.png")
         save_png(Image.fromarray(stored), folder / f"{file.stem}_labels.png")
         save_png(coded, folder / name)
         shown.append({"id": number, "file_name": file.name, "height": height, "width": width})
@@ -72,11 +75,12 @@ def segment_into(
     ]
     content = {"images": shown, "annotations": annotations, "categories": categories}
     write_json(folder / PANOPTIC, {**content, "info": info})
-    classes = [
-        {"label": k, "names": list(names), "color": colors[k].tolist(), "pixels": int(pixels[k])}
+    total = pixels.sum(axis=0).tolist()
+    listed = [
+        {"label": k, "names": list(names), "color": colors[k].tolist(), "pixels": total[k]}
         for k, names in enumerate(vocabulary.classes)
     ]
-    legend = {"void": {"label": VOID, "pixels": int(pixels[-1])}, "classes": classes}
+    legend = {"void": {"label": VOID, "pixels": total[-1]}, "classes": listed}
     write_json(folder / LEGEND, legend)
     return pixels
 

@@ -118,6 +118,7 @@ class TestLoop:
         text = io.StringIO()
         console = Console(file=text, force_terminal=True, width=100)
         with Reporter(0, 2, console=console) as reporter:
+            reporter.start()
             reporter.step(1, {"loss": 0.5})
             reporter.step(2, {"loss": 0.25})
         assert "2/2" in text.getvalue() and "loss 0.25" in text.getvalue()
