@@ -1,5 +1,6 @@
 """Load and save PyTorch checkpoints: what travels."""
 
+from .additions import merge_parts
 from .errors import CheckpointError, ConversionError, OutputError
 from .files.output import atomic_folder
 from .formats.compvis import load_single_file, save_single_file
@@ -23,6 +24,7 @@ __all__ = [
     "load_pytorch",
     "load_single_file",
     "merge_lora",
+    "merge_parts",
     "save_changes",
     "save_custom_diffusion",
     "save_lora",

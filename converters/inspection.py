@@ -33,15 +33,17 @@ from .formats.personalized import read_personalization
 from .formats.segmentation import plan_of
 from .parameters import CONVERT
 from .pipeline_folder import (
+    CLIPS_OWN,
     carried_parts,
     check_vocabulary,
     is_part,
     pipeline_components,
+    pipeline_tokenizer,
     read_index,
     read_scheduler,
+    takes_clips,
 )
 from .tensors import compare, tensor_specs
-from .tokenizer import read_tokenizer
 
 _FLOAT = {"dtype": jnp.float32, "param_dtype": jnp.float32}  # shapes are the same in every type
 Problems = dict[str, list[str]]
@@ -78,7 +80,7 @@ class Inspection(NamedTuple):
       leftovers: what it holds beside them, harmless -> the names.
       problems: what is missing or extra beside what its parts say.
       advice: of what `load_pytorch` refuses as it is, a LoRA or weights in float64 or 8 bits, why
-        and what takes it.
+        and what takes it; of a folder without a tokenizer, what takes its place.
     """
 
     kind: str
@@ -103,9 +105,10 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     """
     told = _inspect(path)
     others = {kind for part in told.parts for kind in part.dtypes} - PARAMETER_TYPES.keys()
-    if others and told.healthy and not told.advice:
+    loadable = not told.advice or told.advice.endswith(f"{CLIPS_OWN}.")
+    if others and told.healthy and loadable:
         advice = f"It holds {listing(sorted(others))}, in which no parameter is kept. {CONVERT}"
-        return told._replace(advice=advice)
+        return told._replace(advice=f"{told.advice} {advice}".strip())
     return told
 
 
@@ -150,7 +153,8 @@ def _pipeline(path: Path) -> Inspection:
     except CheckpointError as error:
         return Inspection(kind, [], {}, {"not supported here": [str(error)]})
     known = pipeline_components(pipeline)
-    missing = sorted(name for name in known if not (path / name).is_dir())
+    clips = [name for name in pipeline.TOKENIZERS if takes_clips(path, name)]
+    missing = sorted(n for n in known if not (path / n).is_dir() and n not in clips)
     parts = [
         _component(path / name, name, class_in(index.get(name)), None)
         for name in sorted(pipeline.MODELS)
@@ -159,7 +163,8 @@ def _pipeline(path: Path) -> Inspection:
     carried: dict[str, Path] = {}
 
     def check_tokenizer(name: str) -> None:
-        tokenizer, encoder = read_tokenizer(path / name), name.replace("tokenizer", "text_encoder")
+        tokenizer = pipeline_tokenizer(path, name)
+        encoder = name.replace("tokenizer", "text_encoder")
         if encoder not in missing and (rows := _vocabulary(path / encoder)):
             check_vocabulary(path, tokenizer, rows)
 
@@ -180,7 +185,8 @@ def _pipeline(path: Path) -> Inspection:
         "parts that are not loaded": sorted((others | set(carried)) - set(absent)),
         "parts that are named and not there": absent,
     }
-    return Inspection(kind, parts, _told(leftovers), _told(problems))
+    advice = f"It holds no {' and no '.join(clips)}: {CLIPS_OWN}." if clips else ""
+    return Inspection(kind, parts, _told(leftovers), _told(problems), advice)
 
 
 def _told(lists: Problems) -> Problems:

@@ -14,6 +14,9 @@ from . import architectures
 from .architectures import class_in
 from .errors import CheckpointError, OutputError, listing
 from .files.weights import read_json
+from .tokenizer import CLIP_TOKENS, clip_tokenizer, read_tokenizer
+
+CLIPS_OWN = "CLIP's own, which comes with conceptax, takes its place"  # of a tokenizer
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -43,6 +46,38 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     if (named := class_in(index.get("scheduler"))) is not None:
         config["_class_name"] = named
     return config
+
+
+def takes_clips(folder: Path, name: str) -> bool:
+    """Whether a pipeline's folder lacks a tokenizer, and its text encoder has CLIP's 49,408 tokens.
+
+    Raises:
+      CheckpointError: the settings of the text encoder are damaged.
+    """
+    config = _encoder_config(folder, name)
+    if (folder / name).exists() or not config.is_file():
+        return False
+    return read_json(config).get("vocab_size", CLIP_TOKENS) == CLIP_TOKENS
+
+
+def pipeline_tokenizer(folder: Path, name: str) -> Any:
+    """A tokenizer of a pipeline's folder, or CLIP's own where that `takes_clips`.
+
+    The latter pads as in the published folders: with "!" for OpenCLIP's text encoders, which
+    compute `gelu`.
+
+    Raises:
+      CheckpointError: it is absent or unreadable.
+    """
+    if not takes_clips(folder, name):
+        return read_tokenizer(folder / name)
+    raw = read_json(_encoder_config(folder, name))
+    openai = raw.get("hidden_act", "quick_gelu") == "quick_gelu"
+    return clip_tokenizer("<|endoftext|>" if openai else "!")
+
+
+def _encoder_config(folder: Path, name: str) -> Path:
+    return folder / name.replace("tokenizer", "text_encoder") / "config.json"
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, rows: int, encoder: str = "") -> None:

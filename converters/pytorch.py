@@ -7,6 +7,7 @@ model itself plus about one tensor, in both directions.
 
 import inspect
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -44,16 +45,19 @@ from .formats.identify import (
 from .formats.segmentation import loader_of
 from .parameters import ShardingRule, changed, fill, pending
 from .pipeline_folder import (
+    CLIPS_OWN,
     carried_parts,
     check_vocabulary,
     copy_carried,
     is_part,
     pipeline_components,
+    pipeline_tokenizer,
     read_index,
     read_scheduler,
+    takes_clips,
 )
 from .tensors import tensor_specs
-from .tokenizer import read_tokenizer, write_tokenizer
+from .tokenizer import write_tokenizer
 
 _OF_SINGLE_FILES = {"tokenizer", "prediction_type"}  # options for what such files do not tell
 
@@ -171,7 +175,9 @@ def _load_pipeline(
         parts[name] = _load_component(path / name, published, own, prefix=(name,), **types)
     for name in kind.TOKENIZERS:
         if name in wanted:
-            parts[name] = read_tokenizer(path / name)
+            parts[name] = pipeline_tokenizer(path, name)
+            if takes_clips(path, name):
+                warnings.warn(f"{path} holds no {name}: {CLIPS_OWN}.", stacklevel=3)
             encoder = parts[name.replace("tokenizer", "text_encoder")]
             if encoder is not None:
                 check_vocabulary(path, parts[name], encoder.config.vocab_size)

@@ -61,11 +61,13 @@ def resolved(
 ) -> Path:
     """The path itself; of a model of the Hub, by its id or its folder in the cache, its files.
 
+    In the cache, that is the version "main", or, where none is noted, the newest one.
+
     Args:
       path, subfolder, variant, components: as for `hub.local`.
 
     Raises:
-      CheckpointError: there is nothing, or a cache with several versions none of which is "main".
+      CheckpointError: there is nothing, or a cache whose version "main" is not there.
     """
     path = local(path, subfolder=subfolder, variant=variant, components=components)
     if not path.exists():
@@ -82,8 +84,8 @@ def resolved(
     there = [name for name in visible(snapshots) if (snapshots / name).is_dir()]
     if named in there:
         return snapshots / named
-    if len(there) == 1 and not named:
-        return snapshots / there[0]
+    if there and not named:  # fetched by their commits: the newest
+        return max((snapshots / name for name in there), key=lambda place: place.stat().st_mtime)
     raise CheckpointError(
         f"{path} is a folder of the Hub's cache whose version {named or 'main'!r} is not there "
         f"(found {listing(there) or 'none'}). Pass one of the folders in {snapshots}, or download "
@@ -144,7 +146,7 @@ def _file(path: Path) -> Identity:
         return Identity(COMPONENT, path, file, stored)
     what = stranger(stored) or (
         "No config.json beside it tells of which model. Put it beside the config.json it belongs "
-        "to; a file of changed tensors goes with the model that it changes (load_changes)."
+        "to; a file of changed tensors is added to the model that it changes (--add, merge_parts)."
     )
     advice = f"{path} is no model that can be read alone. {what}"
     return Identity(WEIGHTS, path, file, stored, advice)
@@ -152,16 +154,17 @@ def _file(path: Path) -> Identity:
 
 def _lora(path: Path, stored: Mapping[str, StoredTensor] | None = None) -> Identity:
     advice = (
-        f"{path} is a LoRA, which is no model but changes one. Merge it into that: conceptax "
-        f"convert MODEL DEST --add {path} (merge_lora)."
+        f"{path} is a LoRA, which is no model but changes one. Add it to that: conceptax sample "
+        f"and conceptax convert take --add {path} beside the model (merge_parts)."
     )
     return Identity(LORA, path, None, stored, advice)
 
 
 def _personalization(path: Path, kind: str | None) -> Identity:
     advice = (
-        f"{path} is {kind or 'changed weights'}, which is no model but adds to one. Merge it into "
-        f"that: conceptax convert MODEL DEST --add {path} (load_personalized)."
+        f"{path} is {kind or 'changed weights'}, which is no model but adds to one. Add it to "
+        f"that: conceptax sample and conceptax convert take --add {path} beside the model "
+        "(merge_parts)."
     )
     return Identity(PERSONALIZATION, path, advice=advice)
 

@@ -233,6 +233,15 @@ def personal_kind(file: WeightFile | Path) -> str | None:
     return kind if kind in (_INVERSION, _CROSS) else None
 
 
+def holds_changes(file: WeightFile | Path) -> bool:
+    """Whether a file holds weights of a UNet or a text encoder alone, all or some, by their names.
+
+    Raises:
+      CheckpointError: a damaged or unsafe file.
+    """
+    return _kind(_open(opened(file))) == _WEIGHTS
+
+
 def load_personalized(pipeline: Any, path: Path | str) -> Any:
     """The pipeline with new tokens, cross-attention and changed weights from files merged into it.
 
@@ -366,7 +375,7 @@ def _embeddings(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
                 f"{path}: clip_l is {list(first.shape)} and clip_g {list(second.shape)}; an "
                 "embedding of SDXL has as many vectors in both."
             )
-        content["emb_params"] = np.concatenate([first, second], axis=1)
+        content["emb_params"] = StoredTensor.of(np.concatenate([first, second], axis=1))
     unnamed = [key for key in ("emb_params", BARE) if key in content]
     if unnamed and (other := sorted(content.keys() - {unnamed[0]})):
         raise CheckpointError(

@@ -14,6 +14,7 @@ from ..settings import Method
 from ..subjects.images import Concept, read_concepts, read_images
 from .baselines import CustomDiffusionConfig, DreamBoothConfig, TextualInversionConfig
 from .class_diffusion import ClassDiffusionConfig, personalize
+from .class_images import draw_class_images
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -34,6 +35,7 @@ __all__ = [
     "DreamBoothConfig",
     "Method",
     "TextualInversionConfig",
+    "draw_class_images",
     "method_of",
     "personalize",
     "read_concepts",

@@ -11,7 +11,8 @@ from .class_diffusion import ClassDiffusionConfig
 class CustomDiffusionConfig(ClassDiffusionConfig):
     """Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): no semantic preservation loss.
 
-    Its prior preservation needs class images; `prior_weight=0` does without.
+    Its prior preservation takes class images, which the model draws where a concept has none;
+    `prior_weight=0` does without.
     """
 
     spl_weight: float = fixed(0.0)
@@ -23,7 +24,8 @@ class DreamBoothConfig(ClassDiffusionConfig):
     """DreamBooth (Ruiz et al. 2023, arXiv 2208.12242): all of the UNet, and a rare identifier.
 
     The identifier is the new token, whose embedding stays that of the rare word. Prior preservation
-    needs class images; `prior_weight=0` does without.
+    takes class images, which the model draws where a concept has none; `prior_weight=0` does
+    without.
     """
 
     steps: int = 800

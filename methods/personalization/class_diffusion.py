@@ -67,6 +67,7 @@ from ..training import (
     train,
 )
 from ..vectors import cosine
+from .class_images import lacking_class_images, with_class_images
 
 # What of the UNet trains: the names are the reference's `freeze_model`, and the two extremes.
 TRAINED: Mapping[str, tuple[str, ...]] = {
@@ -290,12 +291,11 @@ def prepare(
     size, cells = _sizes(pipeline, config)
     if not concepts:
         raise ConceptError("no concept was given: name at least one.")
-    without = [concept.token for concept in concepts if len(concept.class_images) == 0]
-    if config.prior_weight and without:
+    if without := [concept.token for concept in lacking_class_images(concepts, config)]:
         raise ConceptError(
             f"prior preservation (prior_weight={config.prior_weight}) needs images of the class of "
-            f"{', '.join(without)}: give some, drawn by the model itself for example, or set "
-            "prior_weight to 0."
+            f"{', '.join(without)}: give them as class_images, drawn by the model itself "
+            "(draw_class_images) for example, or set prior_weight to 0."
         )
     seen = config.batch_size * (2 if config.prior_weight else 1)
     unet_needs = unet_bytes(pipeline.unet.config, seen, cells, cells, pipeline.unet.dtype)
@@ -366,6 +366,19 @@ def new_rows(
         concept.initializer or word for concept, word in zip(concepts, defaults, strict=True)
     ]
     return initial_rows(pipeline, [concept.token for concept in concepts], initializers)
+
+
+def check_concepts(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[Concept], config: ClassDiffusionConfig
+) -> None:
+    """Refuse what `prepare` would, before class images are drawn, which may take hours.
+
+    Raises:
+      TokenError: a token that exists, an initializer of several tokens, unequal counts.
+      ValueError: a size that the model does not take.
+    """
+    _sizes(pipeline, config)
+    add_tokens(pipeline, new_rows(pipeline, concepts, config))
 
 
 def _sizes(pipeline: StableDiffusionPipeline, config: ClassDiffusionConfig) -> tuple[int, int]:
@@ -450,6 +463,9 @@ def personalize(
     Its tokenizer knows the new tokens, its text encoder embeds them, and its UNet has the trained
     part in place.
 
+    Where the settings preserve a prior (`prior_weight`, as DreamBooth's and Custom Diffusion's do),
+    a concept that has no class images gets 200 that the model draws first; a warning says so.
+
     Args:
       pipeline: the model; it stays as it is.
       concepts: what to learn.
@@ -458,6 +474,9 @@ def personalize(
       options: passed to `conceptax.methods.training.train` (mesh, checkpoint_dir, progress, ...).
     """
     config = config or ClassDiffusionConfig()
+    if lacking_class_images(concepts, config):
+        check_concepts(pipeline, concepts, config)
+        concepts = with_class_images(pipeline, concepts, config, seed=seed)
     static, state, frozen, data = prepare(pipeline, concepts, config, seed=seed)
     key, steps = seed_key(seed), config.steps
     state = train(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from . import converters, flax_models, kernels, methods
     from .bundled import bundled_model, bundled_segmenter
     from .converters import load_pytorch as load
+    from .converters import merge_parts
     from .converters import save_pytorch as save
     from .flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
     from .flax_models.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
@@ -40,6 +41,7 @@ _LAZY = {
     "bundled_model": ("bundled",),
     "bundled_segmenter": ("bundled",),
     "load": ("converters", "load_pytorch"),
+    "merge_parts": ("converters",),
     "save": ("converters", "save_pytorch"),
     "text_to_image": ("methods.diffusion.text_to_image",),
     "text_to_video": ("methods.diffusion.text_to_video",),
@@ -67,6 +69,7 @@ __all__ = [
     "flax_models",
     "kernels",
     "load",
+    "merge_parts",
     "methods",
     "neighborhood_attention",
     "personalize",

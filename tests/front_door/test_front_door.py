@@ -23,7 +23,7 @@ from conceptax.moved import MOVED
 
 PROMISED = [
     *("load", "save", "text_to_image", "text_to_video", "erase", "personalize", "segment"),
-    *("evaluate", "train", "neighborhood_attention", "simulate", "bundled_model"),
+    *("evaluate", "train", "neighborhood_attention", "simulate", "bundled_model", "merge_parts"),
     "bundled_segmenter",
     *("ConceptaxError", "StableDiffusionPipeline", "StableDiffusionXLPipeline"),
 ]

@@ -35,12 +35,10 @@ def test_every_public_module_is_in_the_api_pages(repository):
 RUNS = {
     "cli/test_cli.py": ("text", "reporting.demo", "reporting.runs"),
     "cli/test_segment.py": (
-        "methods.segmentation.evaluation",
         "methods.segmentation.segmenter",
         "reporting.segmentation",
     ),
     "converters/test_hostile_checkpoints.py": ("converters.errors",),
-    "front_door/test_front_door.py": ("bundled",),
     "converters/test_pytorch.py": (
         "converters.components",
         "converters.files",
@@ -60,7 +58,6 @@ RUNS = {
         "flax_models.layers.embeddings",
         "flax_models.layers.transformer",
         "kernels.attention",
-        "kernels.memory",
     ),
     "kernels/gna/test_api.py": ("kernels.gna.backends.reference",),
     "kernels/gna/test_transformations.py": (

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import HUB, OptionalFloat, OptionalInt, OptionalModel
+from conceptax.cli.options import HUB, Additions, OptionalFloat, OptionalInt, OptionalModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Command:
 
     With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT,
     diffusers, kohya, OneTrainer and ComfyUI), embeddings of new tokens (textual inversions, also
-    A1111's and SDXL's), pytorch_custom_diffusion_weights.bin, delta.bin, and changed weights of a
-    UNet or a text encoder (ESD, UCE).
+    A1111's and SDXL's), pytorch_custom_diffusion_weights.bin, delta.bin, changed weights of a UNet
+    or a text encoder (ESD, UCE), and whole components, such as an edited text encoder.
 
     Attributes:
       source: folder of a pipeline or of a component, a weight file beside its config.json, or a
@@ -41,7 +41,7 @@ class Command:
       dtype: dtype to store; by default each tensor's own. Weights in float64 or 8 bits need one.
       shard_size: split larger weights over several files, in a folder.
       tokenizer: folder of the tokenizer, for a single file, which has none; by default a folder of
-        that name beside it.
+        that name beside it, or CLIP's own.
       prediction_type: what the UNet of a single file predicts; by default what its marker keys or
         header say, else "epsilon" for 1.x and XL and velocities for 2.x, whose base models (512
         pixels) need "epsilon".
@@ -53,7 +53,7 @@ class Command:
     source: Annotated[Path, tyro.conf.Positional, HUB]
     dest: Annotated[Path, tyro.conf.Positional]
     form: Literal["folder", "single", "changes", "lora"] = "folder"
-    add: Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], HUB] = ()
+    add: Additions = ()
     add_scale: float = 1.0
     original: OptionalModel = None
     rank: OptionalInt = None
@@ -88,8 +88,6 @@ def _check(command: Command) -> None:
         raise ValueError("--form lora takes --rank or --energy, one of them; other forms neither.")
     if command.form != "folder" and command.dest.suffix != ".safetensors":
         raise ValueError(f"--form {command.form} writes a file: name one in .safetensors.")
-    if command.add_scale == 0:
-        raise ValueError("--add-scale 0 adds nothing: pass another scale, or leave out --add.")
     if command.verify and command.form != "folder":
         raise ValueError("--verify is for --form folder, which PyTorch's libraries load.")
     needed = ("torch", "diffusers", "transformers") if command.verify else ()
@@ -99,8 +97,8 @@ def _check(command: Command) -> None:
 
 def _read(command: Command) -> Any:
     """The source, with what is added to it."""
-    from conceptax.converters.formats.lora import holds_lora
     from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+    from conceptax.reporting.models import with_additions
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
     options = {k: v for k, v in options.items() if v is not None}
@@ -110,16 +108,7 @@ def _read(command: Command) -> Any:
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
             "model_index.json."
         )
-    if command.add_scale != 1 and not any(map(holds_lora, command.add)):
-        raise ValueError("--add-scale is for LoRA files, and --add names none.")
-    for addition in command.add:
-        from conceptax.reporting.models import merged
-
-        before, model = model.tokenizer, merged(model, addition, command.add_scale)
-        if model.tokenizer is not before:
-            new = model.tokenizer.get_added_vocab().keys() - before.get_vocab().keys()
-            print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")
-    return model
+    return with_additions(model, command.add, command.add_scale)
 
 
 def _mapped(source: Path, dtype: str | None, **options: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 import conceptax
-from conceptax.cli.options import OptionalModel, OptionalPath
+from conceptax.cli.options import Additions, OptionalModel, OptionalPath
 from conceptax.cli.runs import new_folder, settings_of
 from conceptax.methods.diffusion.text_to_image import text_to_image
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
@@ -19,13 +19,13 @@ from conceptax.methods.subjects.images import image_files, read_image, read_imag
 from conceptax.methods.text.phrases import read_phrases
 from conceptax.reporting.evaluation import personalization_tables
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
-from conceptax.reporting.models import load_pipeline
+from conceptax.reporting.models import load_pipeline, with_additions
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.results import METRICS, environment, write_tables
 from conceptax.text import read_text, write_json
 
 _SAMPLES = "sample.json"
-_DRAWING = ("count", "steps", "guidance", "eta", "seed", "batch_size", "dtype")
+_DRAWING = ("add", "add_scale", "count", "steps", "guidance", "eta", "seed", "batch_size", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,9 @@ class Command:
       images: folder of images to measure. One that `conceptax sample` wrote knows its prompts; in
         another, in the order of their names, each prompt has an equal share.
       model: or draw them with this model: a folder that `conceptax personalize` wrote.
+      add: what was learnt, for --model to draw with: a folder or file that `conceptax personalize
+        --export weights` wrote, a LoRA, an embedding of new tokens; repeat for several.
+      add_scale: how much of each LoRA in --add.
       references: folder of photographs of the subject; repeat for several subjects.
       prompts: file of prompts, one a line.
       clip: a CLIP folder.
@@ -61,6 +64,8 @@ class Command:
 
     images: OptionalPath = None
     model: OptionalModel = None
+    add: Additions = ()
+    add_scale: float = 1.0
     references: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     prompts: OptionalPath = None
     clip: OptionalModel = None
@@ -82,6 +87,8 @@ def run(command: Command) -> None:
     """Read or draw the images, measure, and write it down; the output is claimed first."""
     if (command.images is None) == (command.model is None):
         raise ValueError("pass either --images, a folder of images, or --model, which draws them.")
+    if command.add and command.model is None:
+        raise ValueError("--add goes with --model, which draws with it: pass that too.")
     if not command.references:
         raise ValueError("pass photographs of the subject with --references.")
     if command.count < 1:
@@ -142,6 +149,7 @@ def _drawn(command: Command, folder: Path) -> tuple[np.ndarray, list[str]]:
     prompts = [p for p in read_phrases(command.prompts) for _ in range(command.count)]
     assert command.model is not None
     pipeline = load_pipeline(command.model, command.dtype, "evaluating")
+    pipeline = with_additions(pipeline, command.add, command.add_scale)
     images = text_to_image(
         pipeline,
         prompts,

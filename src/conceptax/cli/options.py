@@ -19,6 +19,7 @@ HUB = "also an id of the Hub"  # marks flags of models, parts of one, and what i
 
 Model = Annotated[Path | None, shown("PATH", "(default: the bundled model)"), HUB]
 OptionalModel = Annotated[Path | None, shown("PATH"), HUB]
+Additions = Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], HUB]
 OptionalPath = Annotated[Path | None, shown("PATH")]
 OptionalInt = Annotated[int | None, shown("INT")]
 OptionalFloat = Annotated[float | None, shown("FLOAT")]

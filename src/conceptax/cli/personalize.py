@@ -10,12 +10,22 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 import conceptax
-from conceptax.cli.options import CheckpointDir, Mesh, Model, OptionalPath, chosen
+from conceptax.cli.confirm import announcing, counting
+from conceptax.cli.options import (
+    CheckpointDir,
+    Mesh,
+    Model,
+    OptionalInt,
+    OptionalPath,
+    chosen,
+)
 from conceptax.cli.runs import kept_run, new_folder, teller
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.formats.personalized import embedding_file
 from conceptax.methods.memory import require_images
 from conceptax.methods.personalization import METHODS
+from conceptax.methods.personalization.class_diffusion import check_concepts
+from conceptax.methods.personalization.class_images import CLASS_IMAGES, lacking_class_images
 from conceptax.methods.subjects.images import (
     Concept,
     named_folders,
@@ -27,6 +37,7 @@ from conceptax.reporting.models import load_pipeline
 from conceptax.reporting.personalizing import (
     RECORD,
     Export,
+    class_image_folder,
     complete_class_images,
     personalize_into,
 )
@@ -52,9 +63,11 @@ class Command(Generic[Config]):
       images: folder of images of one subject.
       token: the subject's new token; with --concepts one each, in place of those in the prompts.
       class_word: the word of its class; with --concepts one each, in place of the class prompts.
-      class_images: folder of images of other members of the class, for prior preservation.
+      class_images: folder of images of other members of the class, for prior preservation; by
+        default they are drawn with the model where --prior-weight is not 0, and kept beside the
+        output, in OUTPUT.class_images, for the next run.
       class_count: class images that each subject needs; those that its folder lacks are drawn with
-        the model, and kept in it. By default the folder's own do.
+        the model, and kept in it. By default the folder's own do, and 200 where none is named.
       concepts: JSON list of several subjects.
       initializer: the word that a token starts from, one per concept.
       output: the folder to write.
@@ -72,7 +85,7 @@ class Command(Generic[Config]):
     token: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     class_word: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     class_images: OptionalPath = None
-    class_count: int = 0
+    class_count: OptionalInt = None
     concepts: OptionalPath = None
     initializer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     output: Path = Path("personalized")
@@ -118,8 +131,9 @@ def run(command: Command[Any]) -> None:
         teller()(f"loading {command.model or 'the bundled model'}")
         pipeline = load_pipeline(source, command.dtype, "personalizing")
         if folders:
-            complete_class_images(pipeline, folders, command.class_count, command.seed)
+            _complete(pipeline, folders, command.class_count or 0, command.seed)
             subjects = _subjects(command)
+        subjects = _with_class_images(command, pipeline, subjects)
         began = time.perf_counter()
         personalize_into(
             folder,
@@ -141,15 +155,15 @@ def run(command: Command[Any]) -> None:
 
 
 def _class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
-    """Folders of class images that are to be completed, and what to draw into them.
+    """Folders of class images that are named and to be completed, and what to draw into them.
 
     Raises:
-      ValueError: images are to be drawn, and it is not said where to keep them.
+      ValueError: images are to be drawn, and nothing takes them.
     """
-    if command.class_count < 0:
-        raise ValueError(f"--class-count must not be negative, received {command.class_count}.")
     if not command.class_count:
         return []
+    if command.class_count < 0:
+        raise ValueError(f"--class-count must not be negative, received {command.class_count}.")
     require_images(command.class_count, "take a smaller --class-count")
     if command.concepts is not None:
         folders = read_class_folders(command.concepts)
@@ -157,12 +171,58 @@ def _class_folders(command: Command[Any]) -> list[tuple[Path, str]]:
         folders = [(command.class_images, command.class_word[0])]
     else:
         folders = []
-    if not folders:
+    if not folders and not command.settings.prior_weight:
         raise ValueError(
-            "--class-count draws class images into a folder: name it with --class-images (and the "
-            "class with --class-word), or in the file of --concepts, as class_data_dir."
+            "--class-count draws class images, which nothing takes without prior preservation "
+            "(--prior-weight, --method custom-diffusion, --method dreambooth): leave it out, or "
+            "name a folder to draw them into with --class-images (and the class with "
+            "--class-word), or in the file of --concepts, as class_data_dir."
         )
     return folders
+
+
+def _with_class_images(command: Command[Any], pipeline: Any, subjects: list[Concept]) -> Any:
+    """The subjects; those that need class images and name none have them drawn, or kept ones.
+
+    Raises:
+      ValueError: they need some, and --class-count is 0.
+    """
+    count = CLASS_IMAGES if command.class_count is None else command.class_count
+    lacking = lacking_class_images(subjects, command.settings)
+    if not lacking:
+        return subjects
+    if not count:
+        raise ValueError(
+            f"prior preservation (--prior-weight {command.settings.prior_weight}) needs images of "
+            f"the class of {', '.join(each.token for each in lacking)}: name a folder with "
+            "--class-images, leave out --class-count 0, or set --prior-weight 0."
+        )
+    check_concepts(pipeline, subjects, command.settings)
+    source, seed = str(command.model or "bundled"), command.seed
+    completed = []
+    for subject in subjects:
+        if any(subject is each for each in lacking):
+            prompt = subject.class_prompt or subject.word
+            folder = class_image_folder(command.output, source, prompt, seed)
+            if not _complete(pipeline, [(folder, prompt)], count, seed):
+                teller()(f"taking {count} class images of {prompt!r} from {folder}")
+            images = read_images(folder)[:count]
+            subject = dataclasses.replace(subject, class_images=images)
+        completed.append(subject)
+    return completed
+
+
+def _complete(pipeline: Any, folders: Sequence[tuple[Path, str]], count: int, seed: int) -> int:
+    """Complete folders of class images, and tell of it; how many were drawn."""
+    return complete_class_images(
+        pipeline,
+        folders,
+        count,
+        seed,
+        report=teller(),
+        on_estimate=announcing("drawing them"),
+        on_progress=counting("class images"),
+    )
 
 
 def _subjects(command: Command[Any]) -> list[Concept]:

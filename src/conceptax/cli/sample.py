@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import Model, OptionalInt, OptionalModel, OptionalPath, shown
+from conceptax.cli.options import (
+    Additions,
+    Model,
+    OptionalInt,
+    OptionalModel,
+    OptionalPath,
+    shown,
+)
 from conceptax.reporting.videos import SUFFIXES, encoder, save_video
 from conceptax.text import write_json
 
@@ -25,6 +32,9 @@ class Command:
       output: a .png file (several images become one sheet), or a folder for one file per image. Of
         videos a .gif or .mp4 file for one, or a folder with both files of each.
       model: a folder of Stable Diffusion 1, 2 or XL.
+      add: a part to draw with, a file or folder: what `conceptax erase` and `conceptax personalize`
+        write with --export, a LoRA, an embedding of new tokens; repeat for several.
+      add_scale: how much of each LoRA in --add.
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
       steps: denoising steps per image.
@@ -51,6 +61,8 @@ class Command:
     prompts: OptionalPath = None
     output: Annotated[Path | None, shown("PATH", "(default: sample.png, videos: sample)")] = None
     model: Model = None
+    add: Additions = ()
+    add_scale: float = 1.0
     negative_prompt: str = ""
     steps: int = 50
     guidance: float = 7.5
@@ -130,8 +142,9 @@ def _save(command: Command, images: Any, file: Path, columns: int | None = None)
 def _record(command: Command) -> dict[str, Any]:
     from conceptax.cli.runs import settings_of
 
-    of_videos = () if command.motion_adapter else ("motion_adapter", *_OF_VIDEOS)
-    record = settings_of(command, "output", "force", "prompts", *of_videos)
+    left_out = [] if command.motion_adapter else ["motion_adapter", *_OF_VIDEOS]
+    left_out += [] if command.add else ["add", "add_scale"]
+    record = settings_of(command, "output", "force", "prompts", *left_out)
     return record | {"model": record["model"] or "bundled"}
 
 
@@ -181,13 +194,19 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     from conceptax.methods.diffusion.text_to_image import text_to_image
     from conceptax.methods.diffusion.text_to_video import text_to_video
     from conceptax.reporting.instruments import load_as
+    from conceptax.reporting.models import require_whole, with_additions
 
     source = command.model or conceptax.bundled_model()
     tell = teller()
     tell(f"loading {command.model or 'the bundled model'}")
     pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
     if not hasattr(pipeline, "scheduler_config"):
-        raise ValueError(f"{command.model} is no pipeline: sampling needs all its components.")
+        raise ValueError(
+            f"{command.model} is no pipeline: sampling needs all its components. Name the model "
+            f"that it is a part of with --model, and add it to that with --add {command.model}."
+        )
+    require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
+    pipeline = with_additions(pipeline, command.add, command.add_scale)
     options: dict[str, Any] = {
         "seed": command.seed,
         "num_inference_steps": command.steps,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import conceptax
+from conceptax.converters.formats.identify import resolved
 from conceptax.methods.evaluation import (
     Evaluation,
     EvaluationConfig,
@@ -47,6 +48,7 @@ def evaluate_settings(
     }
     source, changed = given["original"] or conceptax.bundled_model(), given["edited"]
     assert changed is not None
+    source = resolved(source)
     report(f"loading {source.name} and {changed}")
     if source.resolve() == changed.resolve():
         warnings.warn(

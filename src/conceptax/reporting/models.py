@@ -1,32 +1,22 @@
 """Models that people give as folders and files: pipelines, edited ones, MAFT+, OpenCLIP."""
 
-import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from conceptax.converters import load_maft_plus, load_open_clip, load_personalized, load_pytorch
+from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, merge_parts
+from conceptax.converters.additions import is_whole
 from conceptax.converters.errors import CheckpointError
-from conceptax.converters.formats.identify import resolved
-from conceptax.converters.formats.lora import holds_lora, merge_lora
-from conceptax.converters.formats.personalized import personalized_files
-from conceptax.converters.tensors import tensor_specs
+from conceptax.converters.formats.lora import holds_lora
 from conceptax.converters.tokenizer import read_tokenizer
-from conceptax.flax_models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
-from conceptax.flax_models.unet_2d_condition import UNet2DConditionModel
 from conceptax.methods.text.phrases import ConceptError
 from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
-
-_PARTS = {
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "unet": UNet2DConditionModel,
-}
 
 
 def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeline:
@@ -42,6 +32,16 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
             f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
             "folder with model_index.json."
         )
+    require_whole(pipeline, path, purpose)
+    return pipeline
+
+
+def require_whole(pipeline: StableDiffusionPipeline, path: Path, purpose: str) -> None:
+    """Refuse a pipeline from a folder or file that lacks something.
+
+    Raises:
+      ConceptError: it does; `purpose` is what needs it.
+    """
     if lacking := [name for name in pipeline.MODELS if getattr(pipeline, name) is None]:
         raise ConceptError(
             f"{path} holds no {' and no '.join(lacking)}, and {purpose} needs the whole pipeline: "
@@ -49,74 +49,60 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
         )
     if pipeline.tokenizer is None:
         raise ConceptError(
-            f"{path} is a single file without a tokenizer: put the folder 'tokenizer' of a Stable "
-            "Diffusion folder beside it, or make a folder of it with conceptax convert --tokenizer."
+            f"{path} is a single file without a tokenizer, and its tokens are not CLIP's: put the "
+            "folder 'tokenizer' that belongs to it beside it, or make a folder of both with "
+            "conceptax convert --tokenizer."
         )
-    return pipeline
 
 
 def load_edited(
     path: Path, original: StableDiffusionPipeline, dtype: str
 ) -> StableDiffusionPipeline:
-    """A pipeline, or the original with what a folder or file of `conceptax erase --export` changes.
+    """A pipeline, or the original with what `conceptax erase --export` writes in its place.
 
     Args:
-      path: a pipeline; a folder with a text encoder, a UNet, or safetensors files of changed
-        tensors; or such a file, or a LoRA.
+      path: a pipeline, as a folder or a single file; or a part, as `converters.merge_parts` takes
+        it.
       original: what the rest is taken from.
       dtype: computation dtype.
 
     Raises:
-      CheckpointError: none of these, or a part that does not fit the original.
+      CheckpointError: none of these, a part that does not fit the original, or one that no erasure
+        edits.
     """
-    path = resolved(path)
-    if (path / "model_index.json").is_file():
+    if is_whole(path):
         return load_pipeline(path, dtype, "evaluating")
-    folder = path if path.is_dir() else path.parent
-    if path.exists() and not (folder / "config.json").is_file():
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files:
-            raise CheckpointError(
-                f"{path} holds no edited model: it takes a pipeline (model_index.json), a text "
-                "encoder or UNet (config.json), or safetensors files of changed tensors."
-            )
-        return functools.reduce(merged, files, original)
-    part = load_pytorch(path, dtype=jnp.dtype(dtype))
-    name = next((name for name, kind in _PARTS.items() if isinstance(part, kind)), None)
-    if name is None:
+    edited = merge_parts(original, path)
+    if edited.vae is not original.vae:
         raise CheckpointError(
-            f"{path} is a {type(part).__name__}; an erasure edits the text encoder or the UNet."
+            f"{path} is a {type(edited.vae).__name__}; an erasure edits the text encoder or the "
+            "UNet."
         )
-    if getattr(original, name, None) is None:
-        raise CheckpointError(f"the original has no {name} that could be edited.")
-    edited, own = (
-        {spec.key: spec.shape for spec in tensor_specs(model)}
-        for model in (part, getattr(original, name))
-    )
-    if edited != own:
-        raise CheckpointError(f"the edited {name} has other sizes than the original's.")
-    return dataclasses.replace(original, **{name: part})
+    return edited
 
 
-def merged(
-    pipeline: StableDiffusionPipeline, addition: Path, scale: float = 1.0
-) -> StableDiffusionPipeline:
-    """The pipeline with what was trained elsewhere, of any kind that `conceptax convert` adds.
+def with_additions(pipeline: Any, additions: Sequence[Path], scale: float = 1.0) -> Any:
+    """The pipeline with parts from elsewhere, one after the other; new words are printed.
 
     Args:
       pipeline: it stays as it is.
-      addition: a file or folder: a LoRA, embeddings of new tokens, weights of Custom Diffusion,
-        changed weights; or a LoRA and some of the others.
-      scale: how much of a LoRA.
+      additions: files and folders, as for `converters.merge_parts`.
+      scale: how much of each LoRA, which is among them where it is not 1.
 
     Raises:
-      CheckpointError: what is wrong with the addition, or does not fit the pipeline.
+      CheckpointError: what is wrong with one, or does not fit the pipeline.
+      ValueError: a scale that says nothing.
     """
-    if holds_lora(addition):
-        pipeline = merge_lora(pipeline, addition, scale)
-        if personalized_files(addition) in ([], [addition.expanduser()]):
-            return pipeline
-    return load_personalized(pipeline, addition)
+    if scale == 0:
+        raise ValueError("--add-scale 0 adds nothing: pass another scale, or leave out --add.")
+    if scale != 1 and not any(map(holds_lora, additions)):
+        raise ValueError("--add-scale is for LoRA files, and --add names none.")
+    for addition in additions:
+        before, pipeline = pipeline.tokenizer, merge_parts(pipeline, addition, scale)
+        if pipeline.tokenizer is not before:
+            new = pipeline.tokenizer.get_added_vocab().keys() - before.get_vocab().keys()
+            print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")
+    return pipeline
 
 
 def load_segmenter_model(path: Path, *, form: str, token_order: str, dtype: str) -> MaftPlus:

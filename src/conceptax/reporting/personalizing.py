@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +19,8 @@ from conceptax.converters.formats.personalized import CUSTOM_DIFFUSION
 from conceptax.flax_models.pipelines.new_tokens import embedding_rows
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.flax_models.pipelines.tokenizers import token_ids
-from conceptax.methods.diffusion.text_to_image import text_to_image
-from conceptax.methods.personalization import method_of, personalize
+from conceptax.methods.estimate import OnEstimate
+from conceptax.methods.personalization import draw_class_images, method_of, personalize
 from conceptax.methods.personalization.class_diffusion import ClassDiffusionConfig
 from conceptax.methods.subjects.images import Concept, ImageError, image_files
 from conceptax.methods.training import RULES
@@ -26,6 +28,7 @@ from conceptax.reporting.pictures import save_png
 from conceptax.reporting.runs import NOT_KEPT, Kept, Run
 
 RECORD = "personalizing.json"
+_AT_ONCE = 8  # class images that are drawn before they are written
 
 Export = Literal["pipeline", "weights"]
 
@@ -106,28 +109,49 @@ def _describe(concept: Concept) -> dict[str, Any]:
     }
 
 
+def class_image_folder(output: Path, source: str, prompt: str, seed: int) -> Path:
+    """Where the class images of a result are kept that names no folder for them: beside it.
+
+    Each model, prompt and seed has a folder of its own, so that none is taken for another's.
+
+    Args:
+      output: the result's folder.
+      source: what to call the model.
+      prompt: of the class.
+      seed: of the noise.
+    """
+    output = Path(os.path.abspath(output.expanduser()))
+    digest = hashlib.sha256(repr((source, prompt, seed)).encode()).hexdigest()[:8]
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "class"
+    return output.with_name(f"{output.name or 'output'}.class_images") / f"{name}-{digest}"
+
+
 def complete_class_images(
     pipeline: StableDiffusionPipeline,
     folders: Sequence[tuple[Path, str]],
     count: int,
     seed: int,
     *,
-    steps: int = 50,
-    guidance: float = 6.0,
+    report: Callable[[str], None] = lambda text: None,
+    on_estimate: OnEstimate | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> int:
     """Draw images for prior preservation until every folder has `count`.
 
-    As in Custom Diffusion (arXiv 2212.04488, section 3.2, with generated images) the model itself
-    says, before it is trained, what the class looks like. Image n of a folder is drawn from the
-    noise of the seed's image n, by DDIM with eta 1, so a folder that was completed in two runs
-    holds what one run would have drawn.
+    Image n of a folder is drawn from the noise of the seed's image n, and written at once, so a
+    folder that was completed in two runs, or goes on after an interruption, holds what one run
+    would have drawn.
 
     Args:
       pipeline: the model before it is personalized.
       folders: each with the prompt of its class; one that does not exist is made.
       count: images that each should have.
       seed: of the noise.
-      steps, guidance: of sampling.
+      report: called with a line about each folder that lacks some.
+      on_estimate: called with about how long compiling and drawing take for each of them.
+      on_progress: called with (images drawn, images to draw) of a folder.
+      options: of `draw_class_images`: steps and guidance.
 
     Returns:
       how many were drawn.
@@ -140,18 +164,26 @@ def complete_class_images(
             have = 0
         if have >= count:
             continue
-        images = text_to_image(
-            pipeline,
-            [prompt] * (count - have),
-            seed=seed,
-            first_index=have,
-            sampler="ddim",
-            eta=1.0,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+        report(
+            f"drawing {count - have} class images of {prompt!r} into {folder} (another run takes "
+            "them again with --class-images, --class-count draws fewer)"
         )
         folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images, start=have):
-            save_png(image, folder / f"drawn_{number:04d}.png", {"prompt": prompt})
-        drawn += len(images)
+        for first in range(have, count, _AT_ONCE):
+            number = min(_AT_ONCE, count - first)
+            if on_estimate is not None and first == have:
+                options["on_estimate"] = _of_all(on_estimate, (count - have) / number)
+            images = draw_class_images(pipeline, prompt, number, seed=seed, first=first, **options)
+            options.pop("on_estimate", None)
+            for place, image in enumerate(images, start=first):
+                partial = folder / f".drawn_{place:04d}.png"
+                save_png(image, partial, {"prompt": prompt})
+                partial.replace(folder / partial.name[1:])
+            on_progress(first + number - have, count - have)
+        drawn += count - have
     return drawn
+
+
+def _of_all(on_estimate: OnEstimate, parts: float) -> OnEstimate:
+    """What takes the estimate of one part and tells that of all."""
+    return lambda compiling, running: on_estimate(compiling, running * parts)

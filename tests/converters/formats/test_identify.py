@@ -1,11 +1,14 @@
 """A load opens each weight file once, whatever is asked of it before."""
 
+import os
+
 import pytest
 from opened_files import opened_files
 
 from conceptax import bundled_model
-from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.converters.formats.identify import COMPONENT, PIPELINE, identify
+from conceptax.converters import load_pytorch, merge_parts, save_pytorch
+from conceptax.converters.additions import is_whole
+from conceptax.converters.formats.identify import COMPONENT, PIPELINE, identify, resolved
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,19 @@ def test_a_pickle_is_opened_once_here_and_once_by_torch(torch, pipeline, tmp_pat
     with opened_files() as files:
         load_pytorch(folder)
     assert files == {weights.with_suffix(".bin").name: 2}
+
+
+def test_the_hubs_cache_stands_for_its_version(pipeline, tmp_path, monkeypatch):
+    cache = tmp_path / ".cache/huggingface/hub/models--org--name"
+    for age, name in enumerate(("newer", "older")):
+        save_pytorch(pipeline.unet, cache / "snapshots" / name)
+        os.utime(cache / "snapshots" / name, (2e9 - age, 2e9 - age))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    newest = cache / "snapshots/newer"
+    assert resolved("~/.cache/huggingface/hub/models--org--name") == resolved(newest) == newest
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("older")
+    assert resolved(cache) == cache / "snapshots/older"
+    assert identify(cache).kind == COMPONENT and not is_whole(cache)
+    whole = load_pytorch(bundled_model(), sharding="mapped")
+    assert merge_parts(whole, cache).unet is not whole.unet

@@ -37,7 +37,7 @@ from conceptax.methods.sampling import make_sampler
 from conceptax.methods.subjects.images import image_files, read_class_folders, read_image
 from conceptax.methods.text.new_tokens import initial_rows
 from conceptax.methods.text.phrases import concept_prompts, encode_phrases
-from conceptax.reporting.personalizing import complete_class_images
+from conceptax.reporting.personalizing import class_image_folder, complete_class_images
 
 PROMPT = "a <new1> seven on brick"
 STEPS = ["--steps", "2", "--learning-rate", "0.05"]
@@ -50,8 +50,9 @@ def run(*arguments):
 def refused(capsys, text, *arguments):
     assert run(*arguments) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "Traceback" not in err, err
-    assert text in err, err
+    told = [line for line in err.splitlines() if not line.endswith("…")]  # but for what it does
+    assert len(told) == 1 and "Traceback" not in err, err
+    assert text in told[0], err
 
 
 def leaves(model):
@@ -130,7 +131,7 @@ def ours(learnt, latents):
     """Our picture of the subject, in [0, 1]."""
     draw = TextToImage.from_pipeline(load_pytorch(learnt))
     tables = make_sampler(draw.schedule, num_inference_steps=3)
-    ids, negative = (tokenize(draw.tokenizer, [text]) for text in (PROMPT, ""))
+    ids, negative = (tokenize(draw.pipeline.tokenizer, [text]) for text in (PROMPT, ""))
     with jax.default_matmul_precision("highest"):
         image = jitted_generate(
             draw.static, draw.params, ids, negative[0], jnp.asarray(latents), tables, 7.5
@@ -269,13 +270,16 @@ def test_command_explains_what_is_wrong(work, tmp_path, capsys):
         "--class-word",
         "seven",
     )
-    refused(
-        capsys, "needs images of the class", *one, "--token", "<n>", "--method", "custom-diffusion"
-    )
+    custom = [*one, "--method", "custom-diffusion"]
+    refused(capsys, "needs images of the class", *custom, "--token", "<n>", "--class-count", 0)
+    refused(capsys, "already has the token 'seven'", *custom, "--token", "seven")
+    refused(capsys, "must not be negative", *custom, "--token", "<n>", "--class-count", -1)
+    unused = [*one, "--token", "<n>", "--class-count", 2]
+    refused(capsys, "nothing takes without prior preservation", *unused)
     listed = [*base, "--concepts", work / "concepts.json"]
     refused(capsys, "holds 2 concepts, but 1 tokens", *listed, "--token", "<n>")
     refused(capsys, "class_data_dir", *listed, "--class-images", work / "others")
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_class_images_that_lack_are_drawn(work, tmp_path):
@@ -285,7 +289,10 @@ def test_class_images_that_lack_are_drawn(work, tmp_path):
     )
     folder = tmp_path / "class"
     complete = functools.partial(complete_class_images, pipeline, seed=5, steps=2, guidance=3.0)
-    assert complete([(folder, "seven")], 1) == 1
+    told = []
+    estimate = {"on_estimate": lambda *times: told.append(len(times))}
+    counted = {"on_progress": lambda *numbers: told.append(numbers)}
+    assert complete([(folder, "seven")], 1, **estimate, **counted) == 1 and told == [2, (1, 1)]
     assert complete([(folder, "seven")], 3) == 2 and complete([(folder, "seven")], 2) == 0
     found = image_files(folder)
     assert [file.name for file in found] == [f"drawn_{n:04d}.png" for n in range(3)]
@@ -310,35 +317,68 @@ def test_class_images_that_lack_are_drawn(work, tmp_path):
     assert read_class_folders(file) == [(folder, "seven")]
 
 
-def test_command_draws_class_images(work, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth"])
+def test_command_draws_class_images(work, tmp_path, capsys, monkeypatch, method):
+    """As many as the method takes, with the flags that suffice for ClassDiffusion; only once."""
+    monkeypatch.setattr("conceptax.cli.personalize.CLASS_IMAGES", 3)
     arguments = [
         "personalize",
         "--method",
-        "custom-diffusion",
+        method,
         "--model",
         work / "base",
+        "--images",
+        work / "photos",
         "--token",
         "<new1>",
         "--class-word",
         "seven",
-        "--images",
-        work / "photos",
-        "--export",
-        "weights",
-        "--batch-size",
-        "2",
-        *STEPS,
-        "--class-count",
-        "2",
         "--output",
         tmp_path / "out",
     ]
-    refused(capsys, "name it with --class-images", *arguments)
-    assert run(*arguments, "--class-images", tmp_path / "class") == 0
-    assert len(image_files(tmp_path / "class")) == 2
+    light = ["--export", "weights", "--batch-size", "2", *STEPS, "--force"]
+
+    def counted():
+        record = json.loads((tmp_path / "out" / "personalizing.json").read_text())
+        assert "prior" in record["last_step"]
+        return record["concepts"][0]["class_images"]
+
+    assert run(*arguments, *light) == 0 and counted() == 3
+    (kept,) = (tmp_path / "out.class_images").iterdir()
+    drawing = f"drawing 3 class images of 'seven' into {kept} (another run takes them again with"
+    assert drawing in capsys.readouterr().err
+    files = image_files(kept)
+    before = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == 3 and kept.name.startswith("seven-")
+    if method == "dreambooth":
+        return
+    assert run(*arguments, *light) == 0 and counted() == 3
+    assert f"taking 3 class images of 'seven' from {kept}" in capsys.readouterr().err
+    assert run(*arguments, *light, "--class-count", 2) == 0 and counted() == 2
+    assert run(*arguments, *light, "--class-images", kept) == 0 and counted() == 3
+    assert [file.stat().st_mtime_ns for file in image_files(kept)] == before
+    named = ["--class-images", tmp_path / "class", "--class-count", 1]
+    assert run(*arguments, *light, *named) == 0 and counted() == 1
+    assert image_files(tmp_path / "class")[0].read_bytes() == files[0].read_bytes()
+    assert list((tmp_path / "out.class_images").iterdir()) == [kept]
+
+
+def test_of_several_subjects_those_without_class_images_have_them_drawn(work, tmp_path, capsys):
+    arguments = ["personalize", "--method", "custom-diffusion", "--model", work / "base"]
+    arguments += ["--concepts", work / "concepts.json", "--class-count", 2]
+    arguments += ["--export", "weights", *STEPS, "--output", tmp_path / "out"]
+    assert run(*arguments) == 0
     record = json.loads((tmp_path / "out" / "personalizing.json").read_text())
-    assert record["concepts"][0]["class_images"] == 2
-    assert "prior" in record["last_step"]
+    assert [each["class_images"] for each in record["concepts"]] == [2, 2]
+    (kept,) = (tmp_path / "out.class_images").iterdir()
+    assert kept.name.startswith("three-") and "of 'seven'" not in capsys.readouterr().err
+
+
+def test_each_model_prompt_and_seed_has_its_class_images(tmp_path):
+    given = [("a", "dog", 0), ("b", "dog", 0), ("a", "cat", 0), ("a", "dog", 1)]
+    folders = [class_image_folder(tmp_path / "out", *each) for each in given]
+    assert len(set(folders)) == 4 and {f.parent for f in folders} == {tmp_path / "out.class_images"}
+    assert class_image_folder(tmp_path / "out", *given[0]) == folders[0]
 
 
 # ---- diffusers ----
@@ -614,7 +654,7 @@ def test_files_that_do_not_fit_are_explained(work, learnt, tmp_path, torch):
         (tensors | {key: nan}, "NaN"),
         ({"<a>": torch.zeros(2, 3, 4)}, "no textual inversion"),
         ({"<a>": "text"}, "is str, expected a tensor"),
-        ({"<a>": torch.zeros(3, dtype=torch.int64)}, "is int64"),
+        ({"<a>": torch.zeros(3, dtype=torch.int64)}, "is I64, expected"),
         ({}, "holds no tensors"),
         ([1], "must hold a dict"),
     ):

@@ -10,7 +10,8 @@ from personalizing_toy import tiny_pipeline
 from PIL import Image
 
 from conceptax.cli import main
-from conceptax.converters import CheckpointError, save_pytorch
+from conceptax.converters import CheckpointError, save_pytorch, save_textual_inversion
+from conceptax.flax_models.pipelines.new_tokens import add_tokens
 from conceptax.methods.diffusion.text_to_image import text_to_image
 from conceptax.methods.evaluation.personalization import (
     Instruments,
@@ -358,10 +359,14 @@ def test_the_command_measures_a_folder(files, tiny_clip, capsys):
 
 def test_the_command_draws_with_a_model(files, tiny_clip, tmp_path, capsys):
     save_pytorch(tiny_pipeline(), tmp_path / "model")
+    row = np.linspace(-1, 1, 16, dtype=np.float32)
+    save_textual_inversion({"<new1>": row}, tmp_path)
     status, _, err = evaluate(
         capsys,
         "--model",
         tmp_path / "model",
+        "--add",
+        tmp_path / "<new1>.safetensors",
         "--references",
         files / "bear",
         "--clip",
@@ -380,8 +385,9 @@ def test_the_command_draws_with_a_model(files, tiny_clip, tmp_path, capsys):
     assert status == 0, err
     record = json.loads((files / "out" / "metrics.json").read_text())
     assert record["settings"]["seed"] == 7 and record["images"] == 4
+    assert record["settings"]["add"] == [str(tmp_path / "<new1>.safetensors")]
     drawn = text_to_image(
-        tiny_pipeline(),
+        add_tokens(tiny_pipeline(), {"<new1>": row}),
         ["a <new1> three"] * 2 + ["grass"] * 2,
         seed=7,
         num_inference_steps=2,
@@ -420,6 +426,7 @@ def test_unfit_command_lines_are_told(files, tiny_clip, capsys, tmp_path_factory
         (bear, "either --images"),
         ([*drawn, *bear, "--model", files], "either --images"),
         (drawn, "--references"),
+        ([*drawn, *bear, "--add", files], "--add goes with --model"),
         ([*drawn, *bear], "--clip, --dino, --blip or --blip2"),
         ([*drawn, *bear, *clip], "has no sample.json: say what was asked for with --prompts"),
         ([*drawn, *bear, *clip, "--prompts", files / "three.txt"], "4 images, which 3 prompts"),

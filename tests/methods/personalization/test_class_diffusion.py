@@ -13,8 +13,15 @@ from conceptax.converters.tensors import tensor_specs
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.pipelines.new_tokens import add_tokens
 from conceptax.flax_models.pipelines.tokenizers import TokenError, token_ids
-from conceptax.methods.personalization import METHODS, method_of, personalize
+from conceptax.methods.personalization import (
+    METHODS,
+    DreamBoothConfig,
+    draw_class_images,
+    method_of,
+    personalize,
+)
 from conceptax.methods.personalization import class_diffusion as cd
+from conceptax.methods.personalization.class_images import with_class_images
 from conceptax.methods.sampling import add_noise
 from conceptax.methods.subjects.images import Concept, ConceptListError
 from conceptax.methods.text.new_tokens import encode_with_rows, initial_rows
@@ -348,6 +355,26 @@ def test_requests_are_checked(pipeline):
             make()
     with pytest.raises(ValueError, match="received int"):
         method_of(3)
+
+
+def test_class_images_are_drawn_where_there_are_none(pipeline, monkeypatch):
+    monkeypatch.setattr("conceptax.methods.personalization.class_images.CLASS_IMAGES", 2)
+    config = DreamBoothConfig(steps=1, batch_size=2, learning_rate=0.01)
+    alone = Concept("<n>", "seven", pictures(2), class_prompt="a seven")
+    with pytest.warns(
+        UserWarning, match=r"2 class images .* each of <n> \(seven\), which has none"
+    ):
+        learnt = personalize(pipeline, [alone], config, seed=3)
+    images = list(draw_class_images(pipeline, "a seven", 2, seed=3))
+    given = dataclasses.replace(alone, class_images=images)
+    again = personalize(pipeline, [given], config, seed=3)
+    assert not changed_paths(learnt.unet, again.unet) and changed_paths(pipeline.unet, again.unet)
+    rest = draw_class_images(pipeline, "a seven", 1, seed=3, first=1)[0]
+    assert np.abs(rest.astype(int) - images[1]).max() <= 1  # batches of other sizes round otherwise
+    taken = dataclasses.replace(alone, token="seven")
+    with pytest.raises(TokenError, match="already has"):  # and no warning: nothing is drawn
+        personalize(pipeline, [taken], config)
+    assert with_class_images(pipeline, [alone], cd.ClassDiffusionConfig()) == [alone]
 
 
 def test_captions_and_phrases_hold_the_new_token(run):
