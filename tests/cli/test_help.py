@@ -84,6 +84,11 @@ def test_a_group_answers_for_itself(arguments, capsys):
             "personalize --method dreambooth --spl-weight 1",
             "--spl-weight is a setting of class-diffusion, not of",
         ),
+        ("sample --prompt a --sampler eulr", "received 'eulr' (did you mean euler?)"),
+        ("sample --prompt a --steps", "--steps takes a value: INT."),
+        ("sample --prompt a --steps=many", "--steps takes a whole number, received 'many'."),
+        ("erase --concept a --eta x", "--eta takes a number, received 'x'."),
+        ("erase --concept a --method sagee", "--method takes sage, esd-x, "),
         ("sample --prompt a --gpu 1", "there is no --gpu (did you mean"),
     ],
 )

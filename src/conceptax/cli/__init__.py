@@ -99,7 +99,7 @@ def _command(name: str | None, arguments: Sequence[str], flags: dict[tuple[str, 
 def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str]) -> int:
     import tyro
 
-    from .describe import help_text, unknown_flag
+    from .describe import correction, help_text
     from .options import check_numbers, check_paths, fetched, flags
 
     module, kind = load(name, arguments)
@@ -107,7 +107,7 @@ def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str])
     if asked := {"-h", "--help", "--help-all"} & set(arguments):
         print(help_text(name, kind, everything="--help-all" in asked))
         return 0
-    if wrong := unknown_flag(name, kind, arguments, getattr(module, "types", dict)()):
+    if wrong := correction(name, kind, arguments, getattr(module, "types", dict)()):
         return _wrong(name, wrong)
     check_paths(kind, arguments)
     try:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -192,8 +192,10 @@ def _table(flags: Sequence[Flag]) -> list[str]:
 # ---- corrections ----
 
 
-def unknown_flag(name: str, kind: Any, arguments: Sequence[str], others: Mapping[str, Any]) -> str:
-    """What is wrong with a flag that the command does not have; "" if it has all.
+def correction(name: str, kind: Any, arguments: Sequence[str], others: Mapping[str, Any]) -> str:
+    """What is wrong with the flags of a call, in a sentence; "" where nothing is.
+
+    A flag that the command does not have, or one that takes another value.
 
     Args:
       name: of the command.
@@ -201,15 +203,39 @@ def unknown_flag(name: str, kind: Any, arguments: Sequence[str], others: Mapping
       arguments: what was given behind the name.
       others: dataclasses of the same command for other methods, by the method's name.
     """
-    known = {each.name for each in described(kind)} | {"--help", "--help-all"}
-    for argument in arguments:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if argument == "--" or not flag.startswith("--") or flag in known:
+    known = {each.name: each for each in described(kind) if each.name}
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        flag, joined, value = argument.partition("=")
+        flag = flag.replace("_", "-")
+        if argument == "--" or not flag.startswith("--"):
+            continue
+        if flag in known:
+            if wrong := _unfit(known[flag], value if joined else following):
+                return wrong
             continue
         having = [other for other, each in others.items() if flag in _names(each)]
         if having:
             return f"{flag} is a setting of {listed(having)}, not of the method that was chosen."
         return f"there is no {flag}{meant(flag, known)}; `conceptax {name} --help-all` lists them."
+    return ""
+
+
+def _unfit(flag: Flag, value: str) -> str:
+    """What is wrong with the first value of a flag, if something is."""
+    if not flag.value:
+        return ""
+    kinds: dict[str, Callable[[str], Any]] = {"INT": int, "FLOAT": float}
+    if value.startswith("--") and not flag.value.endswith("..."):
+        return f"{flag.name} takes a value: {flag.value}."
+    if flag.choices and " " not in flag.value and value not in flag.choices:
+        near = meant(value, flag.choices)
+        return f"{flag.name} takes {', '.join(flag.choices)}; received {value!r}{near}."
+    if flag.value in kinds and value != "None":
+        try:
+            kinds[flag.value](value)
+        except ValueError:
+            number = "a whole number" if flag.value == "INT" else "a number"
+            return f"{flag.name} takes {number}, received {value!r}."
     return ""
 
 
