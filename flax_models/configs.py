@@ -32,10 +32,10 @@ class ModelConfig:
     """Base of all configs; a field whose type is a config is read and written as a nested object.
 
     Class attributes:
-      MODEL_TYPE: what transformers calls the kind of model; written, not read.
-      FIXED: published settings this port supports with one value only (setting -> value).
-      INERT: published settings that do not change the computation; they are accepted and dropped.
-      STRICT: whether an unknown setting is an error (diffusers) or ignored (transformers, whose
+      * `MODEL_TYPE`: what transformers calls the kind of model; written, not read.
+      * `FIXED`: published settings this port supports with one value only (setting -> value).
+      * `INERT`: published settings that do not change the computation; accepted and dropped.
+      * `STRICT`: whether an unknown setting is an error (diffusers) or ignored (transformers, whose
         files carry dozens of text-generation settings that no encoder reads).
     """
 

@@ -3,6 +3,7 @@
 from .erasing.sage import (
     SageConfig,
     SageStatic,
+    edited_text_encoder,
     erase,
     erase_step,
     global_retention_loss,
@@ -15,6 +16,7 @@ from .erasing.sage import (
 __all__ = [
     "SageConfig",
     "SageStatic",
+    "edited_text_encoder",
     "erase",
     "erase_step",
     "global_retention_loss",

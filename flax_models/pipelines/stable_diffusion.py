@@ -33,10 +33,10 @@ class StableDiffusionPipeline(Pretrained):
         file) that a saved pipeline gets an unchanged copy of.
 
     Class attributes:
-      MODELS, TOKENIZERS: the parts that are one or the other.
-      TEXT_TOWERS: parts that read text -> where in `prompt_encoder` their CLIP text model stands.
-      NOT_CARRIED: parts of diffusers' pipeline that this one does without, where none is carried.
-      SIZES: how many numbers tell the UNet of an image's size (`for_size`).
+      * `MODELS`, `TOKENIZERS`: the parts that are one or the other.
+      * `TEXT_TOWERS`: parts that read text -> where in `prompt_encoder` their CLIP text model is.
+      * `NOT_CARRIED`: parts of diffusers' pipeline that this one does without, unless carried.
+      * `SIZES`: how many numbers tell the UNet of an image's size (`for_size`).
     """
 
     unet: UNet2DConditionModel | Any

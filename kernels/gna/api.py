@@ -2,14 +2,14 @@
 
 A backend is a module with three functions:
 
-  unsupported(problem, platform) -> str | None         why it cannot do a problem, or None; what is
-                                                       not at hand is said by `NEEDS`
-  forward(problem, operands) -> (output, lse)
-  backward(problem, residuals, d_output, delta) -> Operands, the gradients
+    unsupported(problem, platform) -> str | None     why it cannot do a problem, or None; what is
+                                                     not at hand is said by `NEEDS`
+    forward(problem, operands) -> (output, lse)
+    backward(problem, residuals, d_output, delta) -> Operands, the gradients
 
 and, where something must be built before its first call,
 
-  prepare(platform) -> None                            RuntimeError if that fails
+    prepare(platform) -> None                        RuntimeError if that fails
 
 It sees raw operands in the layout of the call, with vmapped axes folded into the batch, and need
 have neither derivatives nor batching rules of its own.

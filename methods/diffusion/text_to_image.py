@@ -88,7 +88,7 @@ def sample_latents(
       denoiser, params: graph definition and parameters of a UNet, a video UNet or a DiT.
       condition: what it reads of the prompts; for a DiT, class labels.
       negative: that of the negative prompts, each [B, ...] or one [...] for all; for a DiT the null
-      class. None samples without guidance.
+        class. None samples without guidance.
       noise: unit normal [B, H, W, C], of videos [B, F, H, W, C]; the sampler scales it.
       sampler: tables of the run.
       guidance_scale: strength of the prompt.

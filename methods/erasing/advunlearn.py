@@ -3,8 +3,8 @@
 Source: Zhang et al. 2024, "Defensive Unlearning with Adversarial Training for Robust Concept
 Erasure in Diffusion Models" (arXiv 2405.15234), its bi-level problem for the text encoder T:
 
-  upper level   min_T   l_ESD(T, c*) + gamma E_r |e(x_t | T(r)) - e(x_t | T0(r))|^2
-  lower level   c* = argmin_c'  |e(x_t | T(c')) - e(x_t | T0(c))|^2
+    upper level   min_T   l_ESD(T, c*) + gamma E_r |e(x_t | T(r)) - e(x_t | T0(r))|^2
+    lower level   c* = argmin_c'  |e(x_t | T(c')) - e(x_t | T0(c))|^2
 
 where l_ESD is the loss of `esd` at the adversarial prompt, gamma the weight of utility retention
 over retained phrases r, and c' the prompt with k free token embeddings in front.  The attack comes

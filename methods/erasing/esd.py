@@ -4,7 +4,7 @@ Source: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models" (arXiv 2
 4, equation 7: the edited model's prediction under the concept c is to become the original's,
 guided away from c,
 
-  e_theta(x_t, c, t)  <-  e*(x_t, t) - eta [e*(x_t, c, t) - e*(x_t, t)]
+    e_theta(x_t, c, t)  <-  e*(x_t, t) - eta [e*(x_t, c, t) - e*(x_t, t)]
 
 with the mean squared difference as the loss.  x_t is an image that the edited model itself draws
 under c, with guidance, stopped at a random time.  ESD-x trains the cross-attention, for concepts

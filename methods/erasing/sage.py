@@ -7,10 +7,10 @@ exact equations below are this project's formulation of them.
 Frozen are the original text encoder T0 and the UNet e; trained is T, a copy of T0.  For a concept
 phrase c, an anchor phrase a (default: the empty prompt) and prompts p around c, one *cycle* is
 
-  self-check    K steps on the input embeddings E of a prompt's template words, starting at the
-                prompt itself, towards  min_E J(E)  (`self_check_objective`)
-  self-erasure  M updates of T on  L_erase + lambda_g L_global + lambda_l L_local, for the plain
-                prompts and the attacked ones
+1. self-check: K steps on the input embeddings E of a prompt's template words, starting at the
+   prompt itself, towards min_E J(E) (`self_check_objective`);
+2. self-erasure: M updates of T on L_erase + lambda_g L_global + lambda_l L_local, for the plain
+   prompts and the attacked ones;
 
 and one cycle is one pure step of `conceptax.methods.training.train`.
 """

@@ -4,7 +4,7 @@ Source: Gandikota et al. 2024, "Unified Concept Editing in Diffusion Models" (ar
 equation 7.  For every key and value projection W of the cross-attention, text states c_i of the
 concepts with targets v_i* = W c_i* (c_i* the states of the anchor), and states c_j to preserve,
 
-  W' = (s_e S v_i* c_i^T + s_p S W c_j c_j^T + l W) (s_e S c_i c_i^T + s_p S c_j c_j^T + l I)^-1
+    W' = (s_e S v_i* c_i^T + s_p S W c_j c_j^T + l W) (s_e S c_i c_i^T + s_p S c_j c_j^T + l I)^-1
 
 minimizes  s_e S |W' c_i - v_i*|^2 + s_p S |W' c_j - W c_j|^2 + l |W' - W|^2.  S are means here and
 sums in the paper, so that the weights do not depend on how many phrases there are; l is the

@@ -38,7 +38,7 @@ class Subject(NamedTuple):
 
 
 def without_tokens(prompt: str) -> str:
-    """A prompt without its new tokens, which no other model knows: "a <new1> dog" -> "a dog"."""
+    """A prompt without its new tokens, which no other model knows: `a <new1> dog` -> `a dog`."""
     return " ".join(re.sub(r"<[^<>\s]+>", " ", prompt).split())
 
 

@@ -5,10 +5,10 @@ Guidance" (arXiv 2405.17532).  It is Custom Diffusion (Kumari et al. 2023, arXiv
 semantic preservation loss.  Trained are the keys and values of the UNet's cross-attention and one
 new embedding row per concept, on
 
-  L = L_rec + lambda L_spl (+ prior preservation)
+    L = L_rec + lambda L_spl (+ prior preservation)
 
-  L_rec    squared error of the prediction where the image is, the augmentation's canvas left out
-  L_spl,i  1 - cos( T("a photo of a <new_i> w_i"), T("a photo of a w_i") ), mean over the concepts
+    L_rec    squared error of the prediction where the image is, the augmentation's canvas left out
+    L_spl,i  1 - cos( T("a photo of a <new_i> w_i"), T("a photo of a w_i") ), mean over the concepts
 
 w_i is the word of concept i's class and T the text encoder's pooled state.  What the subject's
 phrase means drifts away from its class while L_rec alone is trained, and prompts that compose it

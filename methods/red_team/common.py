@@ -3,7 +3,7 @@
 The loss is the one that the model was trained with, read the other way round: which text (or which
 parameters) make the edited model denoise images of the concept best,
 
-  E || target - e(z_t, t, T(text)) ||^2
+    E || target - e(z_t, t, T(text)) ||^2
 
 with latents z of the images, times t and noise drawn afresh, and the target that the model's
 schedule predicts (the noise, for most).

@@ -5,7 +5,7 @@ Models" (arXiv 2308.01508), section 4, which is textual inversion (Gal et al. 20
 2208.01618, equation 2) against the edited model: the embedding of one new token v is learnt from
 images of the concept, with the model frozen,
 
-  v* = argmin_v  E || eps - e(z_t, t, T("a photo of <v>")) ||^2
+    v* = argmin_v  E || eps - e(z_t, t, T("a photo of <v>")) ||^2
 
 It needs the model's weights, and says whether the edited model can still draw the concept at all,
 whatever it is called.  How far v may lie from the vocabulary is its budget: the norm of v relative

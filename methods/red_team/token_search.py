@@ -5,7 +5,7 @@ Models Are Still Easy to Generate Unsafe Images ... For Now" (arXiv 2310.11868),
 images of the concept as the target, find the discrete prefix d of a prompt p that lets the edited
 model denoise them,
 
-  min_d  E || eps - e(z_t, t, T([d, p])) ||^2
+    min_d  E || eps - e(z_t, t, T([d, p])) ||^2
 
 That needs no other model.  With the original at hand (P4D, Chin et al. 2023, "Prompting4Debugging",
 arXiv 2309.06135, equation 4) its prediction under the prompt takes the place of eps, which rids the

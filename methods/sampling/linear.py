@@ -3,11 +3,11 @@
 DDIM, DDPM, Euler, ancestral Euler, DPM-Solver++, UniPC, LCM and Euler over a flow differ in their
 coefficients alone.  At step i the model's output becomes an estimate of the image,
 
-  m_i = (a_i x + b_i output) / d_i                          (clipped, where the schedule says so)
+    m_i = (a_i x + b_i output) / d_i                          (clipped, where the schedule says so)
 
 a corrector may improve x with it, and the next sample is
 
-  x' = p_i x + q_i output + sum_k w_ik m_{i-k} + s_i z      (z unit normal noise)
+    x' = p_i x + q_i output + sum_k w_ik m_{i-k} + s_i z      (z unit normal noise)
 
 q is for samplers whose estimate of the noise is not clipped along with that of the image.
 

@@ -36,7 +36,7 @@ class Concept:
     """A subject to learn.
 
     Attributes:
-      token: its new token, "<new1>".
+      token: its new token, `<new1>`.
       word: the word of its class, "dog".
       images: of the subject, uint8 [H, W, 3] of any sizes.
       prompt: what the images show, with the token in it; empty takes the method's own.
