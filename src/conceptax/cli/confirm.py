@@ -8,7 +8,7 @@ from collections.abc import Callable
 from conceptax.errors import ConceptaxError
 from conceptax.methods.estimate import about
 
-from .streams import print_error
+from .streams import print_error, print_stage
 
 _WORTH_TELLING = 20.0  # seconds
 _WORTH_ASKING = 20 * 60.0
@@ -30,8 +30,7 @@ def announcing(what: str) -> Callable[[float, float], None]:
         import jax
 
         total = compiling + running
-        if compiling >= 1:
-            print_error(f"compiling, {about(compiling)} …")
+        print_stage(f"compiling, {about(compiling)}")
         if total < _WORTH_TELLING:
             return
         device = jax.devices()[0].platform.upper()

@@ -179,8 +179,10 @@ def _table(flags: Sequence[Flag]) -> list[str]:
         stands = {"": " (required)", "off": "", "optional": ""}.get(
             flag.stands, f" (default: {flag.stands})"
         )
-        left = f"  {flag.spelled or flag.value}"
-        body = textwrap.wrap(f"{flag.text}{stands}", _WIDTH - indent) or [""]
+        left, text = f"  {flag.spelled or flag.value}", f"{flag.text}{stands}"
+        if len(left) > _WIDTH:
+            left, text = f"  {flag.name} NAME", f"{text} One of {', '.join(flag.choices)}."
+        body = textwrap.wrap(text, _WIDTH - indent) or [""]
         if len(left) > indent - 2:
             lines.append(left)
         else:

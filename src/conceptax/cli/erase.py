@@ -18,7 +18,8 @@ from conceptax.cli.options import (
     chosen,
     concepts_in,
 )
-from conceptax.cli.runs import kept_run, new_folder, teller
+from conceptax.cli.runs import kept_run, new_folder
+from conceptax.cli.streams import print_stage
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.methods.erasing import METHODS, Method
 from conceptax.methods.text.phrases import read_phrases, retained_phrases
@@ -94,7 +95,7 @@ def run(command: Command[Any]) -> None:
         new_folder(command, markers=(*CHECKPOINT_FILES, RECORD)) as folder,
     ):
         source = command.model or conceptax.bundled_model()
-        teller()(f"loading {command.model or 'the bundled model'}")
+        print_stage(f"loading {command.model or 'the bundled model'}")
         pipeline = load_pipeline(source, command.dtype, "erasing")
         began = time.perf_counter()
         retained = retained_phrases(pipeline, concepts, settings, retain)
@@ -114,9 +115,11 @@ def run(command: Command[Any]) -> None:
     names = ", ".join(repr(concept) for concept in concepts)
     seconds = time.perf_counter() - began
     print(f"{command.output}: erased {names} with {method.title} in {seconds:.0f} s")
-    original = "" if command.model is None else f" --original {command.model}"
+    evaluating = "conceptax evaluate"
+    if command.model is not None:
+        evaluating = f"conceptax evaluate --original {command.model}"
     asked = " ".join(f"--concept {shlex.quote(concept)}" for concept in command.concept)
-    print(f"next: conceptax evaluate{original} --edited {command.output} {asked}")
+    print(f"next: {evaluating} --edited {command.output} {asked}")
 
 
 def _check_options(command: Command[Any], method: Method) -> None:

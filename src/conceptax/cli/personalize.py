@@ -19,7 +19,8 @@ from conceptax.cli.options import (
     OptionalPath,
     chosen,
 )
-from conceptax.cli.runs import kept_run, new_folder, teller
+from conceptax.cli.runs import kept_run, new_folder
+from conceptax.cli.streams import print_stage
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.formats.personalized import embedding_file
 from conceptax.methods.memory import require_images
@@ -128,7 +129,7 @@ def run(command: Command[Any]) -> None:
         new_folder(command, markers=markers, sources=named) as folder,
     ):
         source = command.model or conceptax.bundled_model()
-        teller()(f"loading {command.model or 'the bundled model'}")
+        print_stage(f"loading {command.model or 'the bundled model'}")
         pipeline = load_pipeline(source, command.dtype, "personalizing")
         if folders:
             _complete(pipeline, folders, command.class_count or 0, command.seed)

@@ -188,7 +188,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
 
     import conceptax
     from conceptax.cli.confirm import announcing, counting
-    from conceptax.cli.runs import teller
+    from conceptax.cli.streams import print_stage
     from conceptax.converters import load_pytorch
     from conceptax.flax_models.unet_motion import MotionAdapter
     from conceptax.methods.diffusion.text_to_image import text_to_image
@@ -197,8 +197,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     from conceptax.reporting.models import require_whole, with_additions
 
     source = command.model or conceptax.bundled_model()
-    tell = teller()
-    tell(f"loading {command.model or 'the bundled model'}")
+    print_stage(f"loading {command.model or 'the bundled model'}")
     pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(
@@ -217,11 +216,8 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         "on_estimate": announcing("drawing"),
         "on_progress": counting("images" if command.motion_adapter is None else "videos"),
     }
-    scheduler = pipeline.scheduler_config.get("_class_name")
-    if scheduler == "PNDMScheduler" and command.sampler is None:
-        tell("the model's scheduler is PNDM, which is not here: drawing with ddim (--sampler)")
     if command.motion_adapter is None:
-        return text_to_image(
+        images = text_to_image(
             pipeline,
             prompts,
             sampler=command.sampler,
@@ -230,6 +226,10 @@ def _draw(command: Command, prompts: list[str]) -> Any:
             vae_tiling=command.vae_tiling,
             **options,
         )
+        scheduler = pipeline.scheduler_config.get("_class_name")
+        if scheduler == "PNDMScheduler" and command.sampler is None:
+            print("drawn with ddim in place of the model's PNDM, which is not here (--sampler)")
+        return images
     adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
     betas = "linear" if command.betas == "linear" else None
     return text_to_video(

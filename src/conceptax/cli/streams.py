@@ -43,6 +43,12 @@ def silence(stream: Any) -> None:
             os.close(nowhere)
 
 
+def print_stage(text: str) -> None:
+    """What is being done, on a terminal: somebody waits for a sign of life."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print_error(f"{text} …")
+
+
 def print_error(text: str) -> None:
     """A line on stderr, if anybody reads it."""
     with contextlib.suppress(OSError, ValueError):
