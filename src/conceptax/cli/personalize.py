@@ -19,7 +19,7 @@ from conceptax.cli.options import (
     OptionalPath,
     chosen,
 )
-from conceptax.cli.runs import kept_run, new_folder
+from conceptax.cli.runs import kept_run, new_folder, teller
 from conceptax.cli.streams import print_stage
 from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.converters.formats.personalized import embedding_file
