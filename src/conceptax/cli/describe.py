@@ -1,6 +1,7 @@
 """What the flags of a command are: for its help, completion, corrections and the reference page."""
 
 import dataclasses
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -206,7 +207,7 @@ def correction(name: str, kind: Any, arguments: Sequence[str], others: Mapping[s
       others: dataclasses of the same command for other methods, by the method's name.
     """
     known = {each.name: each for each in described(kind) if each.name}
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in itertools.pairwise((*arguments, "--")):
         flag, joined, value = argument.partition("=")
         flag = flag.replace("_", "-")
         if argument == "--" or not flag.startswith("--"):
