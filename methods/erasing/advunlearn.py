@@ -217,6 +217,7 @@ def prepare(
       ConceptError: no or unusable concepts, no room for the attack, or nothing left to retain.
       ValueError: a pattern of trainable parameters that matches nothing.
     """
+    static, state, frozen = assembled(pipeline, config)
     length = text_length(pipeline)
     room = length - config.attack_tokens
     if room < 3:  # start, one token, end
@@ -224,7 +225,6 @@ def prepare(
             f"attack_tokens={config.attack_tokens} leave no room for a prompt in a context of "
             f"{length} tokens."
         )
-    static, state, frozen = assembled(pipeline, config)
     prompts, retained = erasing_prompts(
         pipeline, concepts, config, retain, seed, frames=config.frames, length=room
     )

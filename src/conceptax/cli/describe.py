@@ -228,7 +228,7 @@ def _unfit(flag: Flag, value: str) -> str:
     if not flag.value:
         return ""
     kinds: dict[str, Callable[[str], Any]] = {"INT": int, "FLOAT": float}
-    if value.startswith("--") and not flag.value.endswith("..."):
+    if value.startswith("--") and "..." not in flag.value:
         return f"{flag.name} takes a value: {flag.value}."
     if flag.choices and " " not in flag.value and value not in flag.choices:
         near = meant(value, flag.choices)
