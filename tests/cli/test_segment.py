@@ -13,7 +13,7 @@ from PIL import Image
 from segmentation_oracles import random_model
 
 import conceptax
-from conceptax.bundled import ASSETS, bundled_segmenter
+from conceptax.bundled import bundled_segmenter
 from conceptax.cli import main
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, save_pytorch
 from conceptax.converters.formats.segmentation import TEACHER
@@ -54,11 +54,6 @@ TRAINED = [
     "16",
 ]
 CONFIG = MaftPlusTraining(steps=3, learning_rate=1e-3, set_losses=SetLossConfig(num_points=16))
-
-BUNDLED = pytest.mark.skipif(
-    not (ASSETS / "glyph_segmenter" / "config.json").is_file(),
-    reason="the bundled segmenter is not built yet (conceptax glyphs segmenter)",
-)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +259,6 @@ def test_other_models_need_a_vocabulary(model, data, tmp_path, capsys):
     assert "--vocabulary 'cat; sofa, couch; wall'" in told and not (tmp_path / "output").exists()
 
 
-@BUNDLED
 def test_the_bundled_segmenter(tmp_path, monkeypatch):
     """It finds in its examples what they show, in handwriting that it never saw."""
     monkeypatch.chdir(tmp_path)

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from conceptax.bundled import ASSETS
-
 TUTORIALS = ("convert", "erase", "gna_in_a_dit", "many_hosts", "personalize", "segment")
 FAST = ("convert", "gna_in_a_dit")
 BLOCK = re.compile(r"(?:<!-- in tests: (.*?) -->\n)?```(python|sh)\n(.*?)```", re.DOTALL)
@@ -57,8 +55,6 @@ def test_changes_in_notes():
     [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TUTORIALS],
 )
 def test_the_tutorial_runs(name, repository, tmp_path):
-    if name == "segment" and not (ASSETS / "glyph_segmenter" / "config.json").is_file():
-        pytest.skip("the bundled segmenter is not built yet (conceptax glyphs segmenter)")
     page = (repository / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
     code = program(page)
     assert code.count("conceptax") > 2
