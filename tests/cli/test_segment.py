@@ -272,7 +272,8 @@ def test_the_bundled_segmenter(tmp_path, monkeypatch):
             labels = np.asarray(image).astype(int)
         truth = true_labels(scene, len(names))
         right.append((labels == truth).mean())
-        assert labels[truth >= 10].min() == truth.max()  # the texture
+        texture = truth.max()
+        assert (labels[truth == texture] == texture).mean() > 0.97
     assert np.mean(right) > 0.93
     record = json.loads((bundled_segmenter() / "quality.json").read_text())
     assert record["quality"]["pacc"] > 93 and record["scenes"] == 100
