@@ -15,7 +15,7 @@ from ..clip import CLIPTextModel
 from ..pretrained import Pretrained
 from ..unet_2d_condition import UNet2DConditionModel
 from .guidance import Predictor, classifier_free
-from .tokenizers import tokenize
+from .tokenizers import context_length, tokenize
 
 LONGEST_SIDE = 1 << 16  # pixels of an image; attention over more would take days
 
@@ -73,8 +73,7 @@ class StableDiffusionPipeline(Pretrained):
     @property
     def max_length(self) -> int:
         """Tokens in a prompt: the tokenizer's limit, bounded by the text encoder's positions."""
-        positions = self.text_encoder.config.max_position_embeddings
-        return min(int(self.tokenizer.model_max_length), positions)
+        return context_length(self.tokenizer, self.text_encoder.config.max_position_embeddings)
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "N *two L"]:
         """Token ids of prompts, as `prompt_encoder` takes them; overlong ones are told of."""

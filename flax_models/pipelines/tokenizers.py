@@ -14,6 +14,11 @@ class TokenError(ConceptaxError, ValueError):
     """A token that cannot be added to a tokenizer."""
 
 
+def context_length(tokenizer: Any, max_positions: int) -> int:
+    """Tokens in a prompt: the tokenizer's limit, bounded by the text encoder's positions."""
+    return min(int(tokenizer.model_max_length), max_positions)
+
+
 def tokenize(
     tokenizer: Any, prompts: Sequence[str], *, max_length: int | None = None
 ) -> Int[np.ndarray, "B L"]:

@@ -35,7 +35,6 @@ from ..text.phrases import (
     Retained,
     embedding_scale,
     padding,
-    text_length,
     with_prefix,
 )
 from ..training import TrainState, constrain_batch
@@ -218,7 +217,7 @@ def prepare(
       ValueError: a pattern of trainable parameters that matches nothing.
     """
     static, state, frozen = assembled(pipeline, config)
-    length = text_length(pipeline)
+    length = pipeline.max_length
     room = length - config.attack_tokens
     if room < 3:  # start, one token, end
         raise ConceptError(

@@ -27,7 +27,6 @@ from ..text.phrases import (
     encoder_patterns,
     retained_phrases,
     stacked_prompts,
-    text_length,
 )
 from ..training import (
     TrainState,
@@ -157,7 +156,7 @@ def erasing_prompts(
       frames: templates of a retained phrase.
       length: tokens in the concepts' prompts; None is what the text encoder reads.
     """
-    tokenizer, whole = pipeline.tokenizer, text_length(pipeline)
+    tokenizer, whole = pipeline.tokenizer, pipeline.max_length
     words = retained_phrases(pipeline, concepts, config, retain).kept
     prompts = stacked_prompts(tokenizer, concepts, words, config, length=length or whole, seed=seed)
     rng, templates = np.random.default_rng(seed), prompts.templates

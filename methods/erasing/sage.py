@@ -35,7 +35,6 @@ from ..text.phrases import (
     encode_phrases,
     hidden_states,
     pooled_states,
-    text_length,
 )
 from ..training import TrainState, constrain_batch
 from ..vectors import cosine, unit
@@ -400,7 +399,7 @@ def prepare(
         pipeline, concepts, config, retain, seed, frames=config.frames
     )
     encoder = pipeline.prompt_encoder
-    anchor = encode_phrases(pipeline.tokenizer, [config.anchor], text_length(pipeline))
+    anchor = encode_phrases(pipeline.tokenizer, [config.anchor], pipeline.max_length)
     states = pooled_states if config.global_states == "pooled" else hidden_states
     texts = {
         "tokens": prompts.tokens,  # [C, T, L]

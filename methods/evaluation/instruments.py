@@ -18,8 +18,8 @@ from ...flax_models.blip import BlipForImageTextRetrieval
 from ...flax_models.blip_2 import Blip2Config, Blip2ForImageTextRetrieval
 from ...flax_models.clip import CLIPModel
 from ...flax_models.dinov2 import Dinov2Model
-from ...flax_models.pipelines.tokenizers import tokenize
-from ..text.phrases import context_length, phrase_ids
+from ...flax_models.pipelines.tokenizers import context_length, tokenize
+from ..text.phrases import phrase_ids
 from .preprocessing import Images, Preprocessing
 
 _BATCH = 16  # images or texts at a time

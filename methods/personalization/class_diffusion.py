@@ -54,7 +54,6 @@ from ..text.phrases import (
     edited_encoders,
     encode_phrases,
     phrase_ids,
-    text_length,
 )
 from ..training import (
     TrainState,
@@ -305,7 +304,7 @@ def prepare(
     require_memory(max(unet_needs, vae_needs), what, remedy, spread=True)
     rows = new_rows(pipeline, concepts, config)
     extended = add_tokens(pipeline, rows)
-    tokenizer, length = extended.tokenizer, text_length(pipeline)
+    tokenizer, length = extended.tokenizer, pipeline.max_length
     prompts = [
         concept.prompt or config.prompt.format(token=concept.token, word=concept.word)
         for concept in concepts

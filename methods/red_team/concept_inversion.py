@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ...flax_models.pipelines.new_tokens import add_tokens
 from ..seeds import seed_key
 from ..settings import check_settings
-from ..text.phrases import TEMPLATES, ConceptError, encode_phrases, text_length
+from ..text.phrases import TEMPLATES, ConceptError, encode_phrases
 from ..training import TrainState, apply_gradients, constant_adamw, init_state
 from .common import (
     AttackSettings,
@@ -152,7 +152,7 @@ def prepare(
     (name,) = free_names(tokenizer, 1)
     tokenizer = add_tokens(edited, {name: words[0]}).tokenizer
     texts = [each.format(name) for each in config.templates]
-    tokens = encode_phrases(tokenizer, texts, text_length(edited))
+    tokens = encode_phrases(tokenizer, texts, edited.max_length)
     place = tokens == tokenizer.convert_tokens_to_ids(name)
 
     frozen |= {

@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..diffusion.objectives import prediction_loss
 from ..settings import check_settings
-from ..text.phrases import encode_phrases, text_length
+from ..text.phrases import encode_phrases
 from ..training import TrainState, apply_gradients, constant_adamw, init_state
 from .common import (
     AttackSettings,
@@ -89,7 +89,7 @@ def prepare(
       ConceptError: a prompt is too long.
     """
     static, trained, frozen = assembled(target, config, _PARTS[config.part])
-    tokenizer, length = target.edited.tokenizer, text_length(target.edited)
+    tokenizer, length = target.edited.tokenizer, target.edited.max_length
     tokens = encode_phrases(tokenizer, target.prompts, length)
     frozen["prompts"] = target.of_images(tokens)  # [M, L]
     return static, init_state(trained, _optimizer(config)), jax.tree.map(jnp.asarray, frozen)

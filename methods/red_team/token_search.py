@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..seeds import seed_key
 from ..settings import check_settings
-from ..text.phrases import ConceptError, encode_phrases, hidden_states, text_length, with_prefix
+from ..text.phrases import ConceptError, encode_phrases, hidden_states, with_prefix
 from ..training import TrainState
 from .common import (
     AttackSettings,
@@ -212,7 +212,7 @@ def prompts_with_room(
     Raises:
       ConceptError: one does not.
     """
-    length = text_length(pipeline)
+    length = pipeline.max_length
     for prompt in prompts:
         taken = len(word_tokens(pipeline.tokenizer, prompt)) + 2
         if taken + tokens > length:

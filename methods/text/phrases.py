@@ -86,11 +86,6 @@ class TemplatedConcepts(NamedTuple):
     templates: tuple[str, ...]
 
 
-def context_length(tokenizer: Any, max_positions: int) -> int:
-    """Tokens in a prompt: the tokenizer's limit, bounded by the text encoder's positions."""
-    return min(int(tokenizer.model_max_length), max_positions)
-
-
 def phrase_ids(tokenizer: Any, phrases: Sequence[str], *, special: bool = True) -> list[list[int]]:
     """Token ids of phrases, unpadded and uncut; a word of several vectors stands for all of them.
 
@@ -306,7 +301,7 @@ def conditions(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Any:
 
 def empty_condition(pipeline: StableDiffusionPipeline) -> Any:
     """What guidance starts from, without the first dimension: an empty prompt, or SDXL's zeros."""
-    rows = encode_phrases(pipeline.tokenizer, [""], text_length(pipeline))
+    rows = encode_phrases(pipeline.tokenizer, [""], pipeline.max_length)
     empty = jax.tree.map(lambda leaf: leaf[0], conditions(pipeline.prompt_encoder, rows))
     return pipeline.without_text(empty) if pipeline.force_zeros_for_empty_prompt else empty
 
@@ -340,11 +335,6 @@ def encoder_patterns(
     return tuple(f"{pipeline.TEXT_TOWERS[name]}{each}" for name in chosen for each in patterns)
 
 
-def text_length(pipeline: StableDiffusionPipeline) -> int:
-    """Tokens in a prompt of this pipeline."""
-    return pipeline.max_length
-
-
 def concept_states(
     pipeline: StableDiffusionPipeline, concepts: Sequence[str]
 ) -> Float[Array, "C D"]:
@@ -355,7 +345,7 @@ def concept_states(
     """
     if not concepts:
         raise ConceptError("no concept was given: name at least one, for example 'three'.")
-    length = text_length(pipeline)
+    length = pipeline.max_length
     rows = [concept_tokens(pipeline.tokenizer, concept, length)[1] for concept in concepts]
     return pooled_states(pipeline.prompt_encoder, np.stack(rows))
 
@@ -386,7 +376,7 @@ def retained_phrases(
     phrases = vocabulary_words(tokenizer, settings.vocabulary) if own else list(retain)
     if not phrases:
         raise ConceptError("there is nothing to retain: pass phrases with `retain`.")
-    rows = encode_phrases(tokenizer, phrases, text_length(pipeline))
+    rows = encode_phrases(tokenizer, phrases, pipeline.max_length)
     cosines = np.asarray(unit(pooled_states(pipeline.prompt_encoder, rows)) @ unit(pooled).T)
     kept, near = [], []
     for phrase, row in zip(phrases, cosines, strict=True):

@@ -34,7 +34,6 @@ from conceptax.methods.text.phrases import (
     Retained,
     retained_phrases,
     stacked_prompts,
-    text_length,
 )
 from conceptax.methods.training import leaf_paths, matches
 
@@ -383,7 +382,7 @@ def test_uce_with_sums_is_the_papers_formula():
 
 
 def test_uce_pairs_states_from_the_concept_on(pipeline):
-    length = text_length(pipeline)
+    length = pipeline.max_length
     settings = dataclasses.replace(TINY["uce"], contexts=0, templates=("a {} on grass", "{}"))
 
     def pairs(anchor):
@@ -420,7 +419,7 @@ def test_uce_rewrites_the_projections_of_cross_attention(pipeline):
     assert kinds == {"to_k.kernel", "to_v.kernel"}
     # Without anything to preserve, the concept is projected as the anchor was.
     prompts = stacked_prompts(
-        pipeline.tokenizer, ["three"], [], strong, length=text_length(pipeline), seed=0
+        pipeline.tokenizer, ["three"], [], strong, length=pipeline.max_length, seed=0
     )
     concept, anchor = uce.paired_states(pipeline, prompts)
     attention = lambda p: p.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2  # noqa: E731
