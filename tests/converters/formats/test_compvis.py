@@ -898,8 +898,9 @@ def test_published_sizes(torch, family):
     diffusers = pytest.importorskip("diffusers")
     from diffusers.loaders import single_file_utils as theirs
 
-    from conceptax.converters.formats.compvis_names import renamed, vae_names
+    from conceptax.converters.formats.compvis_names import vae_names
     from conceptax.converters.formats.compvis_parts import unet_names_of
+    from conceptax.converters.formats.names import renamed
 
     settings = (
         {"cross_attention_dim": 768}
