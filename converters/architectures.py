@@ -19,6 +19,8 @@ MODULES = {
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
     "FluxTransformer2DModel": "flux_transformer_2d",
+    "T5EncoderModel": "t5",
+    "UMT5EncoderModel": "t5",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

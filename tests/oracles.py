@@ -319,6 +319,34 @@ def clip(seed: int = 0) -> Oracle:
     )
 
 
+def t5(seed: int = 0, *, name: str = "T5", masked: bool = False, **changes: Any) -> Oracle:
+    """200 tokens, whose distances reach all buckets."""
+    import transformers
+
+    rng = np.random.default_rng(seed)
+    settings = {
+        "vocab_size": 50,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_heads": 3,
+        "num_layers": 3,
+        "feed_forward_proj": "gated-gelu",
+    } | changes
+    config = getattr(transformers, f"{name}Config")(**settings)
+    module = randomized(getattr(transformers, f"{name}EncoderModel")(config), seed)
+    fixed = {"ids": rng.integers(0, 50, (2, 200))}
+    if masked:
+        fixed["mask"] = (np.arange(200) < np.array([[200], [77]])).astype(np.int64)
+    return Oracle(
+        module,
+        {},
+        fixed,
+        lambda ids, mask=None: module(ids, attention_mask=mask).last_hidden_state,
+        lambda model, ids, mask=None: model(ids, mask),
+    )
+
+
 def torch_results(oracle: Oracle, dtype: Any, weights: np.ndarray | None = None):
     """Output, gradients of inputs and of parameters (by state-dict key) of `sum(w * output)`."""
     import torch
