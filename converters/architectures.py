@@ -23,6 +23,8 @@ MODULES = {
     "Qwen3Model": "qwen3",
     "T5EncoderModel": "t5",
     "UMT5EncoderModel": "t5",
+    "FluxTransformer2DModel": "flux_transformer_2d",
+    "SD3Transformer2DModel": "sd3_transformer_2d",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..flax_models.layers.joint_attention import JointTextCondition
 from ..flax_models.unet_2d_condition import TextCondition
 
 _SIDE = 16  # latents per side of a UNet's input, at least; more where it halves more often
@@ -155,6 +156,16 @@ def _dit(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return [jax.jit(model.__call__)(*inputs)], [_nhwc(module(*_torch(*inputs)).sample)]
 
 
+def _sd3(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    side = config.patch_size * min(4, config.pos_embed_max_size)
+    sample, times = _normal(rng, 1, side, side, config.in_channels), np.array([501])
+    text = _normal(rng, 1, 7, config.joint_attention_dim)
+    pooled = _normal(rng, 1, config.pooled_projection_dim)
+    condition = JointTextCondition(jnp.asarray(text), jnp.asarray(pooled))
+    out = module(*_torch(sample, text, pooled, times)).sample
+    return [jax.jit(model.__call__)(sample, times, condition)], [_nhwc(out)]
+
+
 def _video_unet(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
     sample, times, text = _denoised(config, rng, 2)
     theirs = _torch(sample.transpose(0, 4, 1, 2, 3), times, text.repeat(2, 0))
@@ -188,6 +199,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "CLIPVisionModel": _vision,
     "CLIPModel": _clip,
     "DiTTransformer2DModel": _dit,
+    "SD3Transformer2DModel": _sd3,
     "UNetMotionModel": _video_unet,
     "Dinov2Model": _vision,
     "BlipForImageTextRetrieval": _blip,
