@@ -43,7 +43,7 @@ from .formats.identify import (
     resolved,
 )
 from .formats.segmentation import loader_of
-from .parameters import ShardingRule, changed, fill, pending
+from .parameters import ShardingRule, changed, fill, pending, pending_unread
 from .pipeline_folder import (
     CLIPS_OWN,
     carried_parts,
@@ -55,6 +55,8 @@ from .pipeline_folder import (
     read_index,
     read_scheduler,
     takes_clips,
+    tokenizer_entry,
+    tokenizer_kind,
 )
 from .tensors import tensor_specs
 from .tokenizer import write_tokenizer
@@ -80,7 +82,9 @@ def load_pytorch(
 
     The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
     torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
-    memory-mapped and copied, so the files may change or vanish afterwards (but see `sharding`).
+    memory-mapped and copied, so the files may change or vanish afterwards (but see `sharding`);
+    tensors that a model does not read, such as a text encoder's last layers, stay mapped, for when
+    it is saved again, so those files may vanish but not change.
 
     Args:
       path: the folder or file; `~` is expanded. Where there is none, a model of the Hugging Face
@@ -101,9 +105,9 @@ def load_pytorch(
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
       model_options: of a component, further arguments of its model class: `remat=True`, or
-        `attention=GNA(...)` for a `DiTTransformer2DModel`. Of a single file, `tokenizer=` and
-        `prediction_type=`, as for `compvis.load_single_file`, or what `load_open_clip` and
-        `load_maft_plus` take.
+        `attention=GNA(...)` for a `DiTTransformer2DModel`, `read=(9, 18, 27)` for a `Qwen3Model`.
+        Of a single file, `tokenizer=` and `prediction_type=`, as for `compvis.load_single_file`, or
+        what `load_open_clip` and `load_maft_plus` take.
 
     Returns:
       An NNX model, or a `flax_models.pipelines.stable_diffusion.StableDiffusionPipeline` (of SDXL a
@@ -175,8 +179,9 @@ def _load_pipeline(
         parts[name] = _load_component(path / name, published, own, prefix=(name,), **types)
     for name in kind.TOKENIZERS:
         if name in wanted:
-            parts[name] = pipeline_tokenizer(path, name)
-            if takes_clips(path, name):
+            tokenizer = tokenizer_kind(index, name)
+            parts[name] = pipeline_tokenizer(path, name, tokenizer)
+            if takes_clips(path, name, tokenizer):
                 warnings.warn(f"{path} holds no {name}: {CLIPS_OWN}.", stacklevel=3)
             encoder = parts[name.replace("tokenizer", "text_encoder")]
             if encoder is not None:
@@ -348,7 +353,7 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
     for name in pipeline.TOKENIZERS:
         if getattr(pipeline, name) is not None:
             write_tokenizer(getattr(pipeline, name), folder / name)
-            carried[name] = ["transformers", "CLIPTokenizer"]
+            carried[name] = tokenizer_entry(getattr(pipeline, name), index.get(name))
     if pipeline.scheduler_config:
         config = dict(pipeline.scheduler_config)
         entry = index.get("scheduler") or ["diffusers", None]
@@ -382,7 +387,7 @@ def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
 
 
 def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, limit: int) -> None:
-    tensors = pending(model, tensor_specs(model), dtype)
+    tensors = pending(model, tensor_specs(model), dtype) + pending_unread(model, dtype)
     write_json(folder / "config.json", _published_config(model, dtype))
     _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)
 
