@@ -14,16 +14,23 @@ from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
+from filled_models import filled
 from flax import serialization
+from gguf_writer import entry, gguf_bytes, head, setting, text
 from hypothesis import strategies as st
 
 from conceptax import bundled_model
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch, merge_lora
 from conceptax.converters.files.weights import open_weights
-from conceptax.converters.formats.compvis import load_single_file
+from conceptax.converters.formats.compvis import build_parts, load_single_file, open_single_file
+from conceptax.converters.formats.compvis_parts import read_single_file
 from conceptax.converters.formats.lora import load_lora
 from conceptax.converters.formats.personalized import read_personalization
 from conceptax.converters.formats.segmentation import load_open_clip
+from conceptax.flax_models.flux_transformer_2d import (
+    FluxTransformer2DConfig,
+    FluxTransformer2DModel,
+)
 
 
 class Target(NamedTuple):
@@ -179,6 +186,70 @@ _OPEN_CLIP = words(
 )
 
 
+_TRANSFORMER = words(
+    """model.diffusion_model. double_blocks. single_blocks. joint_blocks. 0. 1. 99999999999.
+    img_attn. txt_attn. qkv. norm.query_norm.scale img_mod.lin. x_block. context_block. attn. ln_q.
+    adaLN_modulation.1. linear1. weight bias scale final_layer.linear. img_in. txt_in. pos_embed
+    text_encoders.t5xxl.transformer. shared. encoder.block. layer. SelfAttention. q. wo."""
+)
+_TRANSFORMER_KEYS = [
+    f"model.diffusion_model.{key}"
+    for key in (
+        "double_blocks.0.img_mod.lin.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "double_blocks.0.img_mlp.2.weight",
+        "double_stream_modulation_img.lin.weight",
+        "img_in.weight",
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+        "time_in.in_layer.weight",
+        "final_layer.linear.weight",
+        "final_layer.adaLN_modulation.1.weight",
+        "joint_blocks.0.x_block.adaLN_modulation.1.weight",
+        "joint_blocks.0.x_block.attn.qkv.weight",
+        "x_embedder.proj.weight",
+        "pos_embed",
+        "context_embedder.weight",
+        "y_embedder.mlp.0.weight",
+    )
+] + [
+    f"text_encoders.t5xxl.transformer.{key}"
+    for key in (
+        "shared.weight",
+        "encoder.block.0.layer.0.layer_norm.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight",
+    )
+]
+_SCALES = words(
+    """a. b. weight scale_weight weight_scale scale_input comfy_quant scaled_fp8 weight_scale_2"""
+)
+_FLUX_LORA = words(
+    """transformer. lora_unet_ lora_transformer_ diffusion_model. double_blocks.0. single_blocks.0.
+    double_blocks_0_ processor. img_attn.qkv img_attn_qkv qkv_lora1 proj_lora final_layer
+    adaLN_modulation.1 .lora_A.weight .lora_B.weight .lora_down.weight .lora_up.weight .alpha
+    .down.weight .up.weight norm.query_norm.scale"""
+)
+
+
+def _gguf() -> st.SearchStrategy[bytes]:
+    """Entries and settings with any sizes and kinds."""
+    counts = st.integers(0, 40) | st.sampled_from([2**31, 2**63, 2**64 - 1])
+    small = st.integers(0, 9) | st.sampled_from([2**32 - 1])
+    names = st.text(max_size=4) | st.just("general.alignment")
+    entries = st.builds(
+        entry, names, st.lists(counts, max_size=5), small | counts.map(_low), counts
+    )
+    settings = st.builds(
+        setting, names, st.integers(0, 13), st.binary(max_size=24) | st.builds(text, names)
+    )
+    front = st.builds(head, small, small, st.integers(1, 4))
+    pieces = st.lists(entries | settings | st.binary(max_size=40), max_size=4)
+    return st.builds(lambda start, rest: start + b"".join(rest), front, pieces)
+
+
 def packed(value: Any) -> bytes:
     return msgpack.packb(value)
 
@@ -264,6 +335,36 @@ def _lora(folder: Path) -> None:
     merge_lora(pipeline(), folder / "x.safetensors")
 
 
+class Parts:
+    """What a LoRA needs of a pipeline of FLUX."""
+
+    def __init__(self) -> None:
+        sizes = {"num_attention_heads": 1, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)}
+        config = FluxTransformer2DConfig(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=2,
+            pooled_projection_dim=2,
+            **sizes,
+        )
+        self.transformer = filled(FluxTransformer2DModel, config)
+
+
+flux = functools.cache(Parts)
+
+
+def _flux_lora(folder: Path) -> None:
+    load_lora(folder / "x.safetensors", flux())
+
+
+def _transformer(folder: Path) -> None:
+    path = folder / "x.safetensors"
+    inspect_checkpoint(path)
+    file = read_single_file(open_single_file(path) or {}, str(path))
+    build_parts(file, str(path), list(file.parts), dtype=np.float32, param_dtype=None)
+
+
 def _weight_map(folder: Path) -> None:
     open_weights(folder / "model.safetensors.index.json")
 
@@ -291,6 +392,27 @@ def targets() -> dict[str, Target]:
             _single,
         ),
         "lora": Target("x.safetensors", damaged(lora) | headers(_LORA) | consistent(_LORA), _lora),
+        "transformer": Target(
+            "x.safetensors",
+            headers(_TRANSFORMER)
+            | consistent(_TRANSFORMER | st.sampled_from(_TRANSFORMER_KEYS))
+            | consistent(st.sampled_from(_TRANSFORMER_KEYS)),
+            _transformer,
+        ),
+        "flux lora": Target(
+            "x.safetensors", headers(_FLUX_LORA) | consistent(_FLUX_LORA), _flux_lora
+        ),
+        "scales": Target(
+            "x.safetensors",
+            headers(_SCALES) | consistent(_SCALES),
+            lambda folder: read_all(folder / "x.safetensors"),
+        ),
+        "gguf": Target(
+            "x.gguf",
+            damaged(gguf_bytes({"a": (0, (2, 2), bytes(16)), "b": (8, (1, 32), bytes(34))}))
+            | _gguf(),
+            lambda folder: read_all(folder / "x.gguf"),
+        ),
         "open_clip": Target(
             "x.safetensors",
             consistent(_OPEN_CLIP),

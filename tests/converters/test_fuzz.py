@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 
 # Examples that take a moment each (a model is made) get fewer.
 EXAMPLES = {"config": 30, "single": 60, "lora": 60, "open_clip": 60}
+EXAMPLES |= {"transformer": 60, "flux lora": 60, "scales": 80}
 
 
 @pytest.mark.parametrize("name", sorted(targets()))

@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 import pytest
 import safetensors.numpy
+from gguf_writer import entry, gguf_bytes, head, setting, text
 
 from conceptax import bundled_model
 from conceptax.cli import main
@@ -161,6 +162,67 @@ def test_msgpack_truncated_at_every_length(tmp_path):
         msgpack_fails(tmp_path, whole[:length], "a.msgpack")
 
 
+# GGUF.
+
+F32, Q8_0 = 0, 8
+ONE = gguf_bytes({"a": (F32, (2, 2), bytes(16)), "b": (Q8_0, (1, 32), bytes(34))})
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (head(0, 0, version=1), "version 1"),
+        (head(2**60, 0), f"{2**60} entries are announced"),
+        (head(0, 2**60), f"{2**60} entries are announced"),
+        (head(1, 0) + struct.pack("<Q", 2**60) + bytes(99), f"a name of {2**60} bytes"),
+        (head(1, 0) + text(b"\xff" * 40), "a text that is not UTF-8"),
+        (head(1, 0) + entry("a", [1] * 5, F32, 0), "5 dimensions of 'a'"),
+        (head(1, 0) + entry("a", [2**40], F32, 0), "'a' of shape"),
+        (head(1, 0) + entry("a", [2**63, 0], F32, 0), "'a' of shape"),
+        (head(1, 0) + entry("a", [2**40, 2**40], F32, 0), "'a' of shape"),
+        (head(1, 0) + entry("a", [33], Q8_0, 0) + bytes(64), "in Q8_0"),
+        (head(1, 0) + entry("a", [4], F32, 2**60) + bytes(64), "truncated, 'a' ends at byte"),
+        (head(1, 0) + entry("a", [4], F32, 3) + bytes(64), "lies where another tensor is"),
+        (
+            head(2, 0) + entry("a", [4], F32, 0) + entry("b", [4], F32, 0) + bytes(64),
+            "lies where another tensor is",
+        ),
+        (
+            head(2, 0) + entry("a", [4], F32, 0) + entry("a", [4], F32, 32) + bytes(96),
+            "is named twice",
+        ),
+        (head(0, 1) + setting("a", 99, bytes(8)), "unknown type 99"),
+        (head(0, 1) + setting("a", 9, struct.pack("<IQ", 8, 2**60)), "entries are announced"),
+        (head(0, 1) + setting("a", 9, struct.pack("<IQ", 6, 2**60)), "truncated"),
+        (head(0, 1) + setting("a", 9, struct.pack("<IQ", 9, 1) * 40), "too deep"),
+        (head(0, 1) + setting("a", 8, struct.pack("<Q", 2**60)), "truncated"),
+        (
+            head(0, 1) + setting("general.alignment", 4, struct.pack("<I", 0)) + bytes(64),
+            "an alignment of 0",
+        ),
+        (
+            gguf_bytes(
+                {"a": (F32, (4,), bytes(16))},
+                [setting("comfy.gguf.orig_shape.a", 9, struct.pack("<IQ2i", 5, 2, 2, 3))],
+            ),
+            "'a' has shapes that differ",
+        ),
+    ],
+)
+def test_gguf_bombs(tmp_path, content, fragment):
+    (tmp_path / "a.gguf").write_bytes(content)
+    for read in (open_weights, inspect_checkpoint, load_pytorch):
+        fails(read, tmp_path / "a.gguf", fragment)
+
+
+def test_gguf_truncated_at_every_length(tmp_path):
+    for length in range(4, len(ONE)):
+        (tmp_path / "a.gguf").write_bytes(ONE[:length])
+        fails(open_weights, tmp_path / "a.gguf", "a.gguf")
+    (tmp_path / "a.gguf").write_bytes(ONE)
+    assert open_weights(tmp_path / "a.gguf").keys() == {"a", "b"}
+
+
 # Sizes that settings and names claim.
 
 
@@ -188,6 +250,9 @@ def test_absurdly_many_layers(tmp_path, change):
         "model.diffusion_model.input_blocks.999999999999.0.in_layers.2.weight",
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.999999999999.norm1.weight",
         "cond_stage_model.model.transformer.resblocks.999999999999.ln_1.weight",
+        "model.diffusion_model.double_blocks.0.img_mod.lin.weight",
+        "model.diffusion_model.joint_blocks.0.x_block.adaLN_modulation.1.weight",
+        "double_stream_modulation_img.lin.weight",
     ],
 )
 def test_absurd_numbers_in_names(tmp_path, key):

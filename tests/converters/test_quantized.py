@@ -7,13 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from gguf_writer import gguf_bytes, setting, text
 
 from conceptax import bundled_model
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch
-from conceptax.converters.files import gguf_file
-from conceptax.converters.files.gguf_file import open_gguf
+from conceptax.converters.files.gguf_file import _KINDS, open_gguf
 from conceptax.converters.files.quantized import dequantized
-from conceptax.converters.files.safetensors_file import StoredTensor
+from conceptax.converters.files.safetensors_file import FLOAT_TYPES, StoredTensor
 from conceptax.converters.files.weights import open_weights
 from conceptax.converters.tensors import tensor_specs, variables
 
@@ -21,30 +21,10 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 RNG = np.random.default_rng(0)
 
 
-def text(value):
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def gguf_bytes(tensors, settings=b"", count=0, alignment=32, version=3):
-    """A file; tensors: name -> (number of the type, shape as NumPy has it, bytes)."""
-    infos, data = b"", b""
-    for name, (kind, shape, content) in tensors.items():
-        data += bytes(-len(data) % alignment)
-        infos += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
-        infos += struct.pack("<IQ", kind, len(data))
-        data += content
-    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), count) + settings + infos
-    return head + bytes(-len(head) % alignment) + data
-
-
-def setting(name, kind, value):
-    return text(name) + struct.pack("<I", kind) + value
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "F64"])
 def test_plain_types_of_gguf(tmp_path, kind):
-    number = next(n for n, each in gguf_file._KINDS.items() if each.name == kind)
-    dtype = gguf_file.FLOAT_TYPES[kind]
+    number = next(n for n, each in _KINDS.items() if each.name == kind)
+    dtype = FLOAT_TYPES[kind]
     values = RNG.standard_normal((3, 5)).astype(dtype)
     odd = values.reshape(15)[:7]
     shape = setting("comfy.gguf.orig_shape.b", 9, struct.pack("<IQ2i", 5, 2, 7, 1))
@@ -57,7 +37,7 @@ def test_plain_types_of_gguf(tmp_path, kind):
         shape,
     ]
     tensors = {"a": (number, (3, 5), values.tobytes()), "b": (number, (7,), odd.tobytes())}
-    (tmp_path / "a.gguf").write_bytes(gguf_bytes(tensors, b"".join(settings), 6, alignment=64))
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes(tensors, settings, alignment=64))
     found = open_weights(tmp_path / "a.gguf")
     assert {name: (t.dtype, t.shape, t.kept) for name, t in found.items()} == {
         "a": (kind, (3, 5), ""),
@@ -100,7 +80,7 @@ QUANTIZED = {"Q8_0": (8, q8_0), "Q4_0": (2, q4_0), "Q4_K": (12, q4_k)}
 
 def random_blocks(name, count):
     """Any bits, but scales that are small."""
-    _, block, size = gguf_file._KINDS[QUANTIZED[name][0]]
+    _, block, size = _KINDS[QUANTIZED[name][0]]
     blocks = RNG.integers(0, 256, (count, size), np.uint8)
     scales = 4 if name == "Q4_K" else 2
     halves = RNG.uniform(0.01, 0.1, (count, scales // 2)).astype(np.float16)
