@@ -240,7 +240,7 @@ def _gguf() -> st.SearchStrategy[bytes]:
     small = st.integers(0, 9) | st.sampled_from([2**32 - 1])
     names = st.text(max_size=4) | st.just("general.alignment")
     entries = st.builds(
-        entry, names, st.lists(counts, max_size=5), small | counts.map(_low), counts
+        entry, names, st.lists(counts, max_size=5), small | counts.map(lambda n: n % 2**32), counts
     )
     settings = st.builds(
         setting, names, st.integers(0, 13), st.binary(max_size=24) | st.builds(text, names)

@@ -780,7 +780,6 @@ def test_a_file_of_one_model_becomes_its_folder(
 def test_an_sdxl_vae_is_told_by_the_header(tiny, tmp_path):
     vae = load_pytorch(tiny[0] / "vae")
     vae.config = dataclasses.replace(vae.config, scaling_factor=0.13025)
-    vae.published_config = "{}"
     from conceptax.flax_models.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 
     file = save_single_file(
