@@ -106,8 +106,8 @@ def load_pytorch(
         `load_maft_plus` take.
 
     Returns:
-      An NNX model, or a `flax_models.pipelines.stable_diffusion.StableDiffusionPipeline` (of SDXL a
-      `flax_models.pipelines.stable_diffusion_xl.StableDiffusionXLPipeline`).
+      An NNX model, or a pipeline of the family that the folder or file is of, such as
+      `flax_models.pipelines.stable_diffusion.StableDiffusionPipeline`.
 
     Raises:
       CheckpointError: whatever is wrong with the checkpoint, in one message: absent, damaged or
@@ -165,6 +165,7 @@ def _load_pipeline(
         unknown = sorted(wanted - set(known))
         raise ValueError(f"components accepts {known}, received {unknown}.")
     parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
+    wanted &= set(pipeline_components(kind, index))
     models = [name for name in kind.MODELS if name in wanted]
     having = [name for name in models if variant and holds_variant(path / name, variant)]
     if variant and not having:
@@ -228,8 +229,8 @@ def save_pytorch(
     The folder appears only when it is complete.  The same parameters give the same bytes.
 
     Args:
-      model_or_pipeline: an NNX model of this package, or a `StableDiffusionPipeline`; parts that
-        are None are left out.
+      model_or_pipeline: an NNX model of this package, or a pipeline; parts that are None are left
+        out.
       path: the folder to make.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       max_shard_size: bytes, or text such as "5GB"; larger weights are split over several files.
@@ -244,20 +245,20 @@ def save_pytorch(
       OutputError: `path` is occupied, unwritable or full, or a parameter is NaN or infinite.
         Nothing is left on disk, and an earlier checkpoint stays as it was.
     """
-    from ..flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+    from ..flax_models.pipelines.pipeline import Pipeline
 
     options = {"dtype": None if dtype is None else np.dtype(dtype), "limit": _bytes(max_shard_size)}
     if options["dtype"] not in (None, *FLOAT_NAMES):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, received {dtype}.")
     with atomic_folder(path, force=force, by="conceptax.converters.save_pytorch") as folder:
-        if isinstance(model_or_pipeline, StableDiffusionPipeline):
+        if isinstance(model_or_pipeline, Pipeline):
             _write_pipeline(model_or_pipeline, folder, **options)
         elif hasattr(model_or_pipeline, "pytorch_class"):
             _write_component(model_or_pipeline, folder, **options)
         else:
             raise TypeError(
-                "save_pytorch takes a model with a PyTorch counterpart or a "
-                f"StableDiffusionPipeline, received {type(model_or_pipeline).__name__}."
+                "save_pytorch takes a model with a PyTorch counterpart or a pipeline, "
+                f"received {type(model_or_pipeline).__name__}."
             )
     return FilePath(path)
 
@@ -348,7 +349,8 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
     for name in pipeline.TOKENIZERS:
         if getattr(pipeline, name) is not None:
             write_tokenizer(getattr(pipeline, name), folder / name)
-            carried[name] = ["transformers", "CLIPTokenizer"]
+            own = class_in(index.get(name)) or type(getattr(pipeline, name)).__name__
+            carried[name] = ["transformers", own]
     if pipeline.scheduler_config:
         config = dict(pipeline.scheduler_config)
         entry = index.get("scheduler") or ["diffusers", None]

@@ -71,6 +71,19 @@ def describe_bytes(count: int | float) -> str:
     return f"{count / 1000**power:.3g} {_UNITS[power]}"
 
 
+def denoiser_bytes(denoiser: Any, batch: int, height: int, width: int, patch: int = 1) -> float:
+    """What a UNet, or a transformer of tokens of patch x patch latents, holds of a batch.
+
+    Arguments as for `unet_bytes`.
+    """
+    config, dtype = denoiser.config, denoiser.dtype
+    if not hasattr(config, "num_layers"):
+        return unet_bytes(config, batch, height, width, dtype)
+    tokens = batch * height * width / patch**2
+    features = config.num_attention_heads * config.attention_head_dim
+    return 5.0 * tokens * features * np.dtype(dtype).itemsize  # of a perceptron, and its input
+
+
 def unet_bytes(config: Any, batch: int, height: int, width: int, dtype: Any) -> float:
     """What a UNet holds at its middle: all that its way up is joined with, and its input.
 

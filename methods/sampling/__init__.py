@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .ancestral import ddpm_sampler, euler_ancestral_sampler, lcm_sampler
 from .ddim import ddim_sampler
 from .euler import euler_sampler
-from .flow_matching import FlowMatchSchedule, flow_euler_sampler
+from .flow_matching import FLOW_CLASS, FlowMatchSchedule, flow_euler_sampler
 from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
 from .linear import LinearSampler
 from .multistep import dpm_sampler, unipc_sampler
@@ -73,6 +76,16 @@ def make_sampler(
     return _MAKERS[kind][0](schedule, num_inference_steps, **given)
 
 
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule | FlowMatchSchedule:
+    """The schedule of a diffusers `scheduler_config.json`: of a flow, or over a table of betas.
+
+    Raises:
+      ValueError: what the schedule's `from_config` refuses.
+    """
+    flow = config.get("_class_name") == FLOW_CLASS
+    return FlowMatchSchedule.from_config(config) if flow else NoiseSchedule.from_config(config)
+
+
 __all__ = [
     "SAMPLER_KINDS",
     "FlowMatchSchedule",
@@ -93,6 +106,7 @@ __all__ = [
     "make_sampler",
     "noise_latents",
     "noised_latents",
+    "schedule_of",
     "to_unit",
     "training_target",
     "unipc_sampler",

@@ -17,7 +17,7 @@ from .linear import LinearSampler, linear_sampler
 from .schedule import checked
 from .sigmas import respaced
 
-_CLASS = "FlowMatchEulerDiscreteScheduler"
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 TIME_SHIFT_TYPES = ("exponential", "linear")
 
 
@@ -65,20 +65,20 @@ class FlowMatchSchedule:
         Raises:
           ValueError: another class, an unknown setting, or a value that is not supported.
         """
-        if (name := config.get("_class_name", _CLASS)) != _CLASS:
-            raise ValueError(f"a flow's schedule is of the class {_CLASS}; got {name!r}.")
+        if (name := config.get("_class_name", FLOW_CLASS)) != FLOW_CLASS:
+            raise ValueError(f"a flow's schedule is of the class {FLOW_CLASS}; got {name!r}.")
         settings = {key: value for key, value in config.items() if not key.startswith("_")}
         known = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(settings.keys() - known):
             raise ValueError(
-                f"Unknown scheduler settings {', '.join(unknown)} for {_CLASS}; known are "
+                f"Unknown scheduler settings {', '.join(unknown)} for {FLOW_CLASS}; known are "
                 f"{', '.join(sorted(known))}."
             )
         return cls(**{name: checked(known[name], value) for name, value in settings.items()})
 
     def to_config(self) -> dict[str, Any]:
         """The `scheduler_config.json` dictionary."""
-        return {"_class_name": _CLASS, **dataclasses.asdict(self)}
+        return {"_class_name": FLOW_CLASS, **dataclasses.asdict(self)}
 
     def mu_of(self, tokens: int) -> float:
         """The exponent of the shift for an image of so many tokens, linear between the two ends."""

@@ -22,6 +22,7 @@ OptionalModel = Annotated[Path | None, shown("PATH"), HUB]
 Additions = Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], HUB]
 OptionalPath = Annotated[Path | None, shown("PATH")]
 OptionalInt = Annotated[int | None, shown("INT")]
+OptionalText = Annotated[str | None, shown("TEXT")]
 OptionalFloat = Annotated[float | None, shown("FLOAT")]
 CheckpointDir = Annotated[
     Path | None,

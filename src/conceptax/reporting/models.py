@@ -14,6 +14,7 @@ from conceptax.converters.formats.lora import holds_lora
 from conceptax.converters.tokenizer import read_tokenizer
 from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
+from conceptax.flax_models.pipelines.pipeline import Pipeline
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.text.phrases import ConceptError
 from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
@@ -27,6 +28,11 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
       CheckpointError: what is wrong with the folder.
     """
     pipeline = load_pytorch(path, dtype=jnp.dtype(dtype))
+    if isinstance(pipeline, Pipeline) and not isinstance(pipeline, StableDiffusionPipeline):
+        raise ConceptError(
+            f"{path} is a {type(pipeline).__name__}, and {purpose} takes Stable Diffusion 1, 2 or "
+            "XL, whose UNet reads CLIP; `conceptax sample` draws with it."
+        )
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise ConceptError(
             f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
@@ -36,13 +42,14 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
     return pipeline
 
 
-def require_whole(pipeline: StableDiffusionPipeline, path: Path, purpose: str) -> None:
+def require_whole(pipeline: Pipeline, path: Path, purpose: str) -> None:
     """Refuse a pipeline from a folder or file that lacks something.
 
     Raises:
       ConceptError: it does; `purpose` is what needs it.
     """
-    if lacking := [name for name in pipeline.MODELS if getattr(pipeline, name) is None]:
+    needed = [name for name in pipeline.MODELS if name not in pipeline.OPTIONAL]
+    if lacking := [name for name in needed if getattr(pipeline, name) is None]:
         raise ConceptError(
             f"{path} holds no {' and no '.join(lacking)}, and {purpose} needs the whole pipeline: "
             "pass a folder or file that has all of it."
