@@ -3,15 +3,18 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, merge_parts
 from conceptax.converters.additions import is_whole
 from conceptax.converters.errors import CheckpointError
 from conceptax.converters.formats.lora import holds_lora
 from conceptax.converters.tokenizer import read_tokenizer
+from conceptax.flax_models.layers.remat import set_remat
 from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.flax_models.pipelines.pipeline import Pipeline
@@ -19,9 +22,16 @@ from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipe
 from conceptax.methods.text.phrases import ConceptError
 from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
 
+Recompute = Literal["auto", "on", "off"]
+_LARGE = 100_000_000  # parameters of a UNet whose activations fill a usual machine
 
-def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeline:
+
+def load_pipeline(
+    path: Path, dtype: str, purpose: str, *, remat: Recompute = "off"
+) -> StableDiffusionPipeline:
     """A whole pipeline, computing in `dtype`.
+
+    With `remat` it recomputes activations in the backward pass, "auto" where its UNet is large.
 
     Raises:
       ConceptError: the folder holds one component, or lacks one; `purpose` is what needs it.
@@ -39,6 +49,10 @@ def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeli
             "folder with model_index.json."
         )
     require_whole(pipeline, path, purpose)
+    large = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pipeline.unet))) > _LARGE
+    if remat == "on" or (remat == "auto" and large):
+        for name in pipeline.MODELS:
+            set_remat(getattr(pipeline, name), True)
     return pipeline
 
 
