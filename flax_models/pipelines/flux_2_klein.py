@@ -78,7 +78,8 @@ class Flux2KleinPipeline(Pipeline):
             if len(ids) > length:
                 warnings.warn(
                     f"The prompt {prompt!r} is {len(ids)} tokens long with its template and the "
-                    f"text encoder reads {length}; ignored: {self.tokenizer.decode(ids[length:])!r}.",
+                    f"text encoder reads {length}; ignored: "
+                    f"{self.tokenizer.decode(ids[length:])!r}.",
                     stacklevel=3,
                 )
         found = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length)
