@@ -307,10 +307,11 @@ class TextToImage:
           prompts: one text or several; a prompt longer than the context is cut with a warning.
             Token ids, as `tokenize` gives them, are taken as they are.
           seed: of the noise; image n draws from (seed, first_index + n).
-          num_inference_steps: model evaluations per image.
+          num_inference_steps: steps per image, each with one evaluation of the model; PNDM adds one
+            (`sampling.pndm.pndm_sampler`).
           guidance_scale: strength of the prompt; no guidance (half the time) at 1 or below.
           sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
-            for (DDIM for a PNDM configuration, as SD 1.5 ships).
+            for.
           eta: DDIM's fresh noise, 0 to 1.
           negative_prompt: what guidance steers away from; None is an empty text, or what a model
             of SDXL has in its place (`force_zeros_for_empty_prompt`).

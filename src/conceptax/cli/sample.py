@@ -37,7 +37,7 @@ class Command:
       add_scale: how much of each LoRA in --add.
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
-      steps: denoising steps per image.
+      steps: denoising steps per image; PNDM evaluates the model once more.
       guidance: strength of the prompt; 1 is none and takes half the time.
       sampler: by default what the model's scheduler asks for; videos are drawn by DDIM.
       count: images per prompt.
@@ -66,9 +66,9 @@ class Command:
     negative_prompt: str = ""
     steps: int = 50
     guidance: float = 7.5
-    sampler: Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm"] | None = (
-        None
-    )
+    sampler: (
+        Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
+    ) = None
     count: int = 1
     seed: int = 0
     batch_size: int = 8
@@ -217,7 +217,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         "on_progress": counting("images" if command.motion_adapter is None else "videos"),
     }
     if command.motion_adapter is None:
-        images = text_to_image(
+        return text_to_image(
             pipeline,
             prompts,
             sampler=command.sampler,
@@ -226,10 +226,6 @@ def _draw(command: Command, prompts: list[str]) -> Any:
             vae_tiling=command.vae_tiling,
             **options,
         )
-        scheduler = pipeline.scheduler_config.get("_class_name")
-        if scheduler == "PNDMScheduler" and command.sampler is None:
-            print("drawn with ddim in place of the model's PNDM, which is not here (--sampler)")
-        return images
     adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
     betas = "linear" if command.betas == "linear" else None
     return text_to_video(
