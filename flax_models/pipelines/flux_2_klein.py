@@ -45,6 +45,7 @@ class Flux2KleinPipeline(Pipeline):
     TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer",)
     DENOISER: ClassVar[str] = "transformer"
     PATCH: ClassVar[int] = 2
+    SHIFT: ClassVar[str] = "empirical"
 
     @property
     def is_distilled(self) -> bool:
@@ -116,15 +117,3 @@ class Flux2KleinPipeline(Pipeline):
     def flow_sigmas(self, steps: int) -> Float[np.ndarray, " steps"]:
         """From 1 down to 1 / steps."""
         return np.linspace(1.0, 1.0 / steps, steps)
-
-    def flow_mu(self, steps: int, tokens: int) -> float:
-        """The exponent of the shift, fitted by the model's authors to steps and tokens.
-
-        As in diffusers' `compute_empirical_mu`.
-        """
-        many = 0.00016927 * tokens + 0.45666666  # of 200 steps
-        if tokens > 4300:
-            return many
-        few = 8.73809524e-05 * tokens + 1.89833333  # of 10 steps
-        slope = (many - few) / 190
-        return slope * steps + (many - 200 * slope)

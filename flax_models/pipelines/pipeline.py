@@ -35,6 +35,8 @@ class Pipeline(Pretrained):
       * `NOT_CARRIED`: parts of diffusers' pipeline that this one does without, unless carried.
       * `SIZES`: how many numbers tell the denoiser of an image's size (`for_size`).
       * `PATCH`: latents along each side of a token.
+      * `SHIFT`: of a flow whose shift follows the image's size, how: "linear", between two sizes
+        that the schedule names, or "empirical", fitted for FLUX.2.
     """
 
     vae: Any
@@ -50,6 +52,7 @@ class Pipeline(Pretrained):
     NOT_CARRIED: ClassVar[tuple[str, ...]] = ()
     SIZES: ClassVar[int] = 0
     PATCH: ClassVar[int] = 1
+    SHIFT: ClassVar[str] = "linear"
 
     force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
 
@@ -163,9 +166,4 @@ class Pipeline(Pretrained):
     def flow_sigmas(self, steps: int) -> Float[np.ndarray, " steps"] | None:
         """Of a flow, the noise levels before any shift; None for the schedule's own."""
         del steps
-        return None
-
-    def flow_mu(self, steps: int, tokens: int) -> float | None:
-        """Of a flow whose shift depends on the size, its exponent; None for the schedule's own."""
-        del steps, tokens
         return None

@@ -31,6 +31,7 @@ from ..sampling import (
     FlowMatchSchedule,
     NoiseSchedule,
     Sampler,
+    empirical_mu,
     flow_euler_sampler,
     make_sampler,
     schedule_of,
@@ -346,12 +347,12 @@ class TextToImage:
           prompts: one text or several; a prompt longer than the context is cut with a warning.
             Token ids, as `tokenize` gives them, are taken as they are.
           seed: of the noise; image n draws from (seed, first_index + n).
-          num_inference_steps: model evaluations per image; by default the family's, of Stable
-            Diffusion 50.
+          num_inference_steps: steps per image, each with one evaluation of the model, to which PNDM
+            adds one (`sampling.pndm.pndm_sampler`); by default the family's, of Stable Diffusion 50.
           guidance_scale: strength of the prompt; by default the family's, of Stable Diffusion 7.5.
             No classifier-free guidance (half the time) at 1 or below.
           sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
-            for (DDIM for a PNDM configuration, as SD 1.5 ships).
+            for.
           eta: DDIM's fresh noise, 0 to 1.
           negative_prompt: what guidance steers away from; None is an empty text, or what a model
             of SDXL has in its place (`force_zeros_for_empty_prompt`).
@@ -452,7 +453,8 @@ class TextToImage:
         mu = None
         if schedule.use_dynamic_shifting:
             tokens = math.prod(shape[-3:-1]) // pipeline.PATCH**2
-            mu = pipeline.flow_mu(steps, tokens) or schedule.mu_of(tokens)
+            fitted = pipeline.SHIFT == "empirical"
+            mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
         return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)
 
     def _require_memory(

@@ -39,7 +39,7 @@ class Command:
       add_scale: how much of each LoRA in --add.
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
-      steps: denoising steps per image; by default as the model was published: 50 of Stable
+      steps: denoising steps per image, to which PNDM adds one; by default as the model was published: 50 of Stable
         Diffusion 1, 2 and XL, 28 of 3 and of FLUX.1 dev, 4 of schnell and of distilled klein.
       guidance: strength of the prompt, by default 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3,
         3.5 for FLUX.1 dev; 1 is none and takes half the time where the model did not learn it.
@@ -74,9 +74,9 @@ class Command:
     negative_prompt: str = ""
     steps: OptionalInt = None
     guidance: OptionalFloat = None
-    sampler: Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm"] | None = (
-        None
-    )
+    sampler: (
+        Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
+    ) = None
     attention: OptionalText = None
     dense_steps: OptionalInt = None
     count: int = 1
@@ -228,7 +228,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         "on_progress": counting("images" if command.motion_adapter is None else "videos"),
     }
     if command.motion_adapter is None:
-        images = text_to_image(
+        return text_to_image(
             pipeline,
             prompts,
             sampler=command.sampler,
@@ -238,10 +238,6 @@ def _draw(command: Command, prompts: list[str]) -> Any:
             **_attention(command, pipeline),
             **options,
         )
-        scheduler = pipeline.scheduler_config.get("_class_name")
-        if scheduler == "PNDMScheduler" and command.sampler is None:
-            print("drawn with ddim in place of the model's PNDM, which is not here (--sampler)")
-        return images
     adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
     betas = "linear" if command.betas == "linear" else None
     return text_to_video(
