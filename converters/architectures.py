@@ -18,6 +18,8 @@ MODULES = {
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
+    "T5EncoderModel": "t5",
+    "UMT5EncoderModel": "t5",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

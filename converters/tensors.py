@@ -120,12 +120,14 @@ def compare(
     Args:
       specs: the model's specification.
       stored: what the checkpoint holds.
-      model_class: declares `pytorch_prefix`, `pytorch_renames`, `pytorch_ignored`, all optional.
+      model_class: declares, all optional, `pytorch_prefix`, `pytorch_renames`, `pytorch_ignored`,
+        and `pytorch_tied`, a second name of a tensor -> its own, which is read where both are.
       double: whether types that no parameter keeps (float64, those of 8 bits) may be converted.
     """
     prefix = getattr(model_class, "pytorch_prefix", "")
     renames = getattr(model_class, "pytorch_renames", {})
     ignored = getattr(model_class, "pytorch_ignored", ())
+    tied = getattr(model_class, "pytorch_tied", {})
     accepted = FLOAT_TYPES if double else PARAMETER_TYPES
     expected = {spec.key: spec for spec in specs}
 
@@ -136,6 +138,10 @@ def compare(
         bare = name.removeprefix(prefix)
         renamed = ".".join(renames.get(part, part) for part in bare.split("."))
         key = next((key for key in (name, bare, renamed) if key in expected), None)
+        if key is None and name in tied:
+            if tied[name] in stored:
+                continue
+            key = tied[name]
         if key is None:
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
                 unexpected.append(name)

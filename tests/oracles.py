@@ -161,6 +161,18 @@ def dit(seed: int = 0, **changes: Any) -> Oracle:
     )
 
 
+def randomized(module: Any, seed: int) -> Any:
+    """Every parameter random: defaults leave norms at one and what is gated at zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            norm = parameter.ndim == 1 and name.endswith("weight")
+            parameter.normal_(0.0, 0.1, generator=generator).add_(float(norm))
+    return module.eval()
+
+
 def autoencoder(seed: int = 0, **changes: Any) -> Oracle:
     import diffusers
     import torch
@@ -252,6 +264,34 @@ def clip(seed: int = 0) -> Oracle:
         {"ids": _token_ids(98)},
         lambda image, ids: module(input_ids=ids, pixel_values=nchw(image)).logits_per_image,
         lambda model, image, ids: model(ids, image),
+    )
+
+
+def t5(seed: int = 0, *, name: str = "T5", masked: bool = False, **changes: Any) -> Oracle:
+    """200 tokens, whose distances reach all buckets."""
+    import transformers
+
+    rng = np.random.default_rng(seed)
+    settings = {
+        "vocab_size": 50,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_heads": 3,
+        "num_layers": 3,
+        "feed_forward_proj": "gated-gelu",
+    } | changes
+    config = getattr(transformers, f"{name}Config")(**settings)
+    module = randomized(getattr(transformers, f"{name}EncoderModel")(config), seed)
+    fixed = {"ids": rng.integers(0, 50, (2, 200))}
+    if masked:
+        fixed["mask"] = (np.arange(200) < np.array([[200], [77]])).astype(np.int64)
+    return Oracle(
+        module,
+        {},
+        fixed,
+        lambda ids, mask=None: module(ids, attention_mask=mask).last_hidden_state,
+        lambda model, ids, mask=None: model(ids, mask),
     )
 
 

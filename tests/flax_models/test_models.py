@@ -27,6 +27,7 @@ from conceptax.flax_models.layers.attention import dot_product_attention
 from conceptax.flax_models.layers.checks import check_axes
 from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
+from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.kernels.convolution import convolve_depthwise
 
@@ -82,6 +83,9 @@ ORACLES = {
         {"projection": True, "eos_token_id": 2, "hidden_act": "gelu"},
     ),
     "clip": ("clip", {}),
+    "T5": ("t5", {}),
+    "T5 1.0 with a mask": ("t5", {"feed_forward_proj": "relu", "masked": True}),
+    "UMT5 with a mask": ("t5", {"name": "UMT5", "masked": True}),
 }
 
 
@@ -190,6 +194,9 @@ def test_published_sizes():
     assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_2_1()) == 865_910_724
     assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_xl()) == 2_567_463_684
     assert count(CLIPTextModel, CLIPTextConfig.stable_diffusion_2()) == 340_387_840
+    assert count(T5EncoderModel, T5Config.xxl()) == 4_762_310_656
+    assert count(T5EncoderModel, T5Config.t5_11b()) == 4_864_791_552
+    assert count(UMT5EncoderModel, UMT5Config.xxl()) == 5_680_910_336
     second = CLIPTextConfig.stable_diffusion_xl_2()
     assert count(CLIPTextModelWithProjection, second) == 694_659_840
 
@@ -419,6 +426,13 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
         (DiTTransformer2DConfig, {"sample_size": 9}, "multiple of patch_size"),
         (AutoencoderKLConfig, {"act_fn": "gelu"}, "act_fn"),
         (CLIPTextConfig, {"hidden_act": "relu"}, "relu"),
+        (
+            T5Config,
+            {"feed_forward_proj": "gated-silu"},
+            "'relu' or 'gated-gelu', received 'gated-s",
+        ),
+        (T5Config, {"relative_attention_num_buckets": 6}, "multiple of 4, received 6"),
+        (T5Config, {"relative_attention_max_distance": 8}, "over 8, the distances"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "7 heads"),
         (CLIPConfig, {"vision_config": {"image_size": 10, "patch_size": 3}}, "patch_size"),
     ],
