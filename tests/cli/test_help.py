@@ -90,10 +90,31 @@ def test_a_group_answers_for_itself(arguments, capsys):
         ("erase --concept a --eta x", "--eta takes a number, received 'x'."),
         ("erase --concept a --method sagee", "--method takes sage, esd-x, "),
         ("sample --prompt a --gpu 1", "there is no --gpu (did you mean"),
+        ("inspect", "PATH is missing; `conceptax inspect --help` shows examples."),
+        ("inspect --names 3", "PATH is missing"),
+        ("convert folder --form single", "DEST is missing"),
+        ("segment train", "--data PATH and --vocabulary TEXT are missing"),
+        ("completion tcsh", "SHELL takes bash, zsh, fish; received 'tcsh'"),
+        ("doctor now", "there is no place for 'now'"),
+        ("inspect one two", "there is no place for 'two'"),
+        ("sample --prompt a b", "there is no place for 'b'"),
+        ("erase --concept", "--concept takes a value: TEXT."),
+        ("erase --concept a --mesh 2", "--mesh takes values: DATA FSDP."),
+        ("segment train --rates * x", "--rates takes a number, received 'x'."),
+        ("gna simulate --layout 8 x", "--layout takes a whole number, received 'x'."),
+        ("gna simulate --layout=8 8 --window 3 --causal perhaps", "'perhaps'"),
+        (
+            "erase --concept a --force=yes",
+            "--force is a switch and takes no value; received 'yes'.",
+        ),
+        ("erase --concept a --mesh 2 x", "--mesh takes a whole number, received 'x'."),
+        # What the parser alone knows.
+        ("glyphs train --unet.steps 0", "unet: steps must be at least 1, received 0; "),
     ],
 )
 def test_wrong_words_are_corrected(arguments, answer, capsys):
-    assert answer in said(capsys, *arguments.split(), status=2)
+    told = said(capsys, *arguments.split(), status=2)
+    assert answer in told and told.startswith("conceptax") and told.count("\n") == 1, told
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,14 @@ def readable(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
 
 
+def unboxed(text: str) -> str:
+    """What the parser of arguments says in a box under a title, on one line."""
+    plain = re.sub(r"\x1b\[[\d;]*m|[│|]", " ", text)
+    parts = [part for part in re.split(r"[─╭╮╰╯]{2,}|-{9,}", plain) if part.strip()]
+    said = readable(parts[min(1, len(parts) - 1)] if parts else "the call is wrong")
+    return said.removeprefix("Error parsing ").rstrip(".")
+
+
 def in_flags(message: str, flags: Collection[str], arguments: Sequence[str] = ()) -> str:
     """A message that names arguments in Python, with the flags of a command in their place.
 
