@@ -217,10 +217,11 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         )
     require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
     pipeline = with_additions(pipeline, command.add, command.add_scale)
+    steps, guidance = pipeline.defaults
     options: dict[str, Any] = {
         "seed": command.seed,
-        "num_inference_steps": command.steps,
-        "guidance_scale": command.guidance,
+        "num_inference_steps": steps if command.steps is None else command.steps,
+        "guidance_scale": guidance if command.guidance is None else command.guidance,
         "negative_prompt": command.negative_prompt or None,
         "height": command.height,
         "width": command.width,
@@ -235,7 +236,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
             batch_size=command.batch_size,
             mesh=_mesh(command.devices),
             vae_tiling=command.vae_tiling,
-            **_attention(command, pipeline),
+            **_attention(command, options["num_inference_steps"]),
             **options,
         )
     adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
@@ -245,7 +246,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
     )
 
 
-def _attention(command: Command, pipeline: Any) -> dict[str, Any]:
+def _attention(command: Command, steps: int) -> dict[str, Any]:
     """What `text_to_image` takes of neighborhood attention; nothing where it is dense."""
     from conceptax.flax_models.layers.attention import GNA
     from conceptax.kernels.gna.presets import attention_preset
@@ -257,7 +258,7 @@ def _attention(command: Command, pipeline: Any) -> dict[str, Any]:
     preset = attention_preset(command.attention)
     dense = command.dense_steps
     if dense is None:
-        dense = preset.dense_steps_of(command.steps or pipeline.defaults[0])
+        dense = preset.dense_steps_of(steps)
     return {"attention": GNA(preset.window, preset.stride), "dense_steps": dense}
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 
+import diffusers
 import jax
 import numpy as np
 import pytest
@@ -76,9 +78,7 @@ def test_images_are_diffusers(both, noise):
 
 
 def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
-    import diffusers
-
-    family, theirs, folder, ours = both
+    _, theirs, folder, ours = both
     save_pytorch(ours, tmp_path / "again")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert type(again) is type(theirs)
@@ -106,7 +106,7 @@ def test_a_window_of_the_whole_grid_draws_the_dense_image(both, noise):
 
 
 def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
-    family, _, folder, ours = both
+    _, _, folder, ours = both
     for height in (HEIGHT + 2, 0, -4):
         with pytest.raises(ValueError, match=f"height={height} must be a positive multiple of 4"):
             conceptax.text_to_image(ours, "a three", height=height, width=WIDTH)
@@ -118,8 +118,6 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
         conceptax.text_to_image(ours, "a three", height=HEIGHT, width=WIDTH, sampler="ddim")
     with pytest.warns(UserWarning, match="ignored: "):
         ours.tokenize(["three " * 100])
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     shutil.rmtree(broken / "transformer")
