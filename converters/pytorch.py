@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..flax_models import streaming
 from ..text import write_json
 from . import architectures
 from .architectures import class_in
@@ -72,6 +73,7 @@ def load_pytorch(
     subfolder: str | None = None,
     variant: str | None = None,
     architecture: str | type[nnx.Module] | None = None,
+    stream: bool = False,
     **model_options: Any,
 ) -> Any:
     """Load a component folder, a pipeline folder, one weight file beside its `config.json`, a
@@ -100,6 +102,9 @@ def load_pytorch(
         are. Without it the plain weights are read, or, where there are none, another variant.
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
+      stream: leave the blocks of transformers and their text encoders in the file, which must stay,
+        and bring each when it runs: for models larger than memory, which are called, not traced
+        (`flax_models.streaming`). Other parts are loaded whole.
       model_options: of a component, further arguments of its model class: `remat=True`, or
         `attention=GNA(...)` for a `DiTTransformer2DModel`. Of a single file, `tokenizer=` and
         `prediction_type=`, as for `compvis.load_single_file`, or what `load_open_clip` and
@@ -127,6 +132,17 @@ def load_pytorch(
             f"{path} is no single file, for which {given[0]}= is: a folder tells that itself."
         )
     types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding}
+    if stream:
+        if param_dtype is not None or sharding is not None:
+            raise ValueError(
+                "stream=True leaves parameters in their file as they are: leave out param_dtype= "
+                "and sharding=."
+            )
+        if found.kind not in (PIPELINE, COMPONENT):
+            raise ValueError(
+                f"stream=True is for folders: make one of {path} with conceptax convert."
+            )
+        types["stream"] = True
     if found.kind == SINGLE:
         if unknown := sorted(set(model_options) - _OF_SINGLE_FILES):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
@@ -194,9 +210,13 @@ def _load_component(
     stored: Mapping[str, StoredTensor] | None = None,
     *,
     model_options: Mapping[str, Any] | None = None,
+    stream: bool = False,
     **options: Any,
 ) -> nnx.Module:
-    """A component's folder, or its weight file; `options` are those of `build`."""
+    """A component's folder, or its weight file; `options` are those of `build`.
+
+    With `stream` its blocks stay in the file, if it has any.
+    """
     model_options = model_options or {}
     folder = path.parent if path.is_file() else path
     raw, source = read_config(folder)
@@ -213,7 +233,9 @@ def _load_component(
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library, variant)
     stored = open_weights(file) if stored is None else stored
     options |= {"source": source, "file": str(file), "model_options": model_options}
-    return build(model_class, raw, stored, **options)
+    if not stream or not hasattr(model_class, "BLOCKS"):
+        return build(model_class, raw, stored, **options)
+    return streaming.stream(build(model_class, raw, stored, **options | {"sharding": "streamed"}))
 
 
 def save_pytorch(
@@ -384,6 +406,11 @@ def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
 
 
 def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, limit: int) -> None:
+    if streaming.is_streamed(model):
+        raise OutputError(
+            f"a streamed {type(model).__name__} is in its file already: copy that, or load it "
+            "without stream=True to write it."
+        )
     tensors = pending(model, tensor_specs(model), dtype)
     write_json(folder / "config.json", _published_config(model, dtype))
     _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)

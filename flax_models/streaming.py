@@ -71,15 +71,10 @@ class Stream:
         return jax.block_until_ready(leaves)
 
     def _check(self, index: int, leaves: list[jax.Array]) -> None:
-        finite = np.asarray(_finite(leaves))
-        if not finite.all():
-            _, tree, turned, _ = self._split[index]
-            paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(tree, turned))[0]
-            name = ".".join(str(key.key) for key in paths[int(np.argmin(finite))][0])
-            raise StreamError(
-                f"{name} of block {index} holds NaN or infinite values: the checkpoint is damaged "
-                "or its training diverged; use another one."
-            )
+        _, tree, turned, _ = self._split[index]
+        paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(tree, turned))[0]
+        names = [f"{'.'.join(str(key.key) for key in path)} of block {index}" for path, _ in paths]
+        _require_finite(_finite(leaves), names)
         self._unchecked.discard(index)
 
 
@@ -122,9 +117,11 @@ def stream(model: Model, *, pinned: bool | None = None) -> Model:
         place = _attribute(copy, ".".join(parents))
         setattr(place, last, nnx.List([StreamedBlock(streamed, index) for index in indices]))
         start += len(each)
-    for _, node in nnx.iter_graph(copy):
+    for path, node in nnx.iter_graph(copy):
         if isinstance(node, nnx.Variable) and isinstance(value := node.get_value(), np.ndarray):
-            node.set_value(jax.device_put(aligned_copy(value)))
+            own = jax.device_put(aligned_copy(value))
+            _require_finite(_finite([own]), [".".join(map(str, path))])
+            node.set_value(own)
             release(value)
     return copy
 
@@ -170,6 +167,14 @@ def _run(graphdef: Any, tree: Any, turned: tuple[bool, ...], leaves: Any, args: 
     """A block as it is in its file: matrices are turned in their products."""
     leaves = [x.T if t else x for x, t in zip(leaves, turned, strict=True)]
     return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(*args, **kwargs)
+
+
+def _require_finite(finite: jax.Array, names: Sequence[str]) -> None:
+    if broken := [name for name, fine in zip(names, np.asarray(finite), strict=True) if not fine]:
+        raise StreamError(
+            f"{', '.join(broken)} holds NaN or infinite values: the checkpoint is damaged or its "
+            "training diverged; use another one."
+        )
 
 
 @jax.jit

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from ...flax_models.layers.attention import Attentions, with_attention
 from ...flax_models.pipelines.guidance import Predictor, classifier_free
 from ...flax_models.pipelines.pipeline import Pipeline
+from ...flax_models.streaming import is_streamed
 from ...flax_models.unet_2d_condition import TextCondition
 from ..estimate import OnEstimate, compile_seconds, run_seconds, work
 from ..memory import available_memory, denoiser_bytes, require_memory, vae_bytes
@@ -48,7 +49,8 @@ Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition
 class PipelineStatic(NamedTuple):
     """The hashable half of a pipeline: its family, and one graph definition per module.
 
-    `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `vae_tiling` decodes
+    `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `downsampling` is in
+    pixels per latent. `vae_tiling` decodes
     large images in tiles (`AutoencoderKL.decode`). `first` is for steps with another attention, as
     for `sample_latents`.
     """
@@ -57,6 +59,7 @@ class PipelineStatic(NamedTuple):
     denoiser: Any
     vae: Any
     text_encoder: Any
+    downsampling: int
     vae_tiling: bool = False
     first: tuple[Any, int] | None = None
 
@@ -75,7 +78,8 @@ def split_pipeline(pipeline: Pipeline) -> tuple[PipelineStatic, Params]:
     for name, module in modules.items():
         graphdefs[name], state = nnx.split(module)
         params[name] = nnx.to_pure_dict(state)
-    return PipelineStatic(type(pipeline), **graphdefs), params
+    downsampling = pipeline.vae.config.downsampling
+    return PipelineStatic(type(pipeline), **graphdefs, downsampling=downsampling), params
 
 
 # ---- pure functions ----
@@ -116,7 +120,12 @@ def sample_latents(
         raise ValueError("This sampler adds noise at every step: pass `keys`, one per image.")
 
     def run(graphdef: Any, carry: tuple[Array, Any], steps: Array) -> tuple[Array, Any]:
-        predict = predictor(nnx.merge(graphdef, params), condition, negative, guidance_scale)
+        model = nnx.merge(graphdef, params)
+        predict = predictor(model, condition, negative, guidance_scale)
+        if is_streamed(model):
+            for i in steps:
+                carry, _ = step(predict, carry, i)
+            return carry
         return jax.lax.scan(functools.partial(step, predict), carry, steps)[0]
 
     def step(predict: Predictor, carry: tuple[Array, Any], i: Array) -> Any:
@@ -149,7 +158,8 @@ def generate(
 ) -> Float[Array, "B *F H W 3"]:
     """Images in [-1, 1], float32, of tokenized prompts: encode, sample, decode.
 
-    Pure; jit it with `static` as the only static argument.
+    Pure; jit it with `static` as the only static argument, unless models of it are streamed
+    (`flax_models.streaming`), whose blocks compile one by one.
 
     Args:
       static, params: from `split_pipeline`.
@@ -161,9 +171,7 @@ def generate(
       sizes: SDXL's `TextCondition.time_ids`; by default an uncropped image of the drawn size.
     """
     family = static.family
-    encoder, vae = (
-        nnx.merge(getattr(static, name), params[name]) for name in ("text_encoder", "vae")
-    )
+    encoder = nnx.merge(static.text_encoder, params["text_encoder"])
     condition = family.encode(encoder, token_ids)
     negative = None
     if negative_ids is not None:
@@ -171,7 +179,7 @@ def generate(
         negative = (
             family.without_text(condition) if no_text else family.encode(encoder, negative_ids)
         )
-    height, width = (side * vae.config.downsampling for side in noise.shape[-3:-1])
+    height, width = (side * static.downsampling for side in noise.shape[-3:-1])
     condition = family.for_size(condition, height, width, sizes)
     if negative is not None:
         negative = family.for_size(negative, height, width, sizes)
@@ -187,7 +195,14 @@ def generate(
         predictor=family.predictor,
         first=static.first,
     )
-    return family.decode(vae, latents, tiling=static.vae_tiling)
+    return _decode(static, params["vae"], latents)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # also where the rest of `generate` is not
+def _decode(
+    static: PipelineStatic, params: Any, latents: Float[Array, "B *F h w C"]
+) -> Float[Array, "B *F H W 3"]:
+    return static.family.decode(nnx.merge(static.vae, params), latents, tiling=static.vae_tiling)
 
 
 def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
@@ -348,7 +363,8 @@ class TextToImage:
             Token ids, as `tokenize` gives them, are taken as they are.
           seed: of the noise; image n draws from (seed, first_index + n).
           num_inference_steps: steps per image, each with one evaluation of the model, to which PNDM
-            adds one (`sampling.pndm.pndm_sampler`); by default the family's, of Stable Diffusion 50.
+            adds one (`sampling.pndm.pndm_sampler`); by default the family's, 50 of Stable
+            Diffusion.
           guidance_scale: strength of the prompt; by default the family's, of Stable Diffusion 7.5.
             No classifier-free guidance (half the time) at 1 or below.
           sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
@@ -412,7 +428,11 @@ class TextToImage:
             zeros = negative_prompt is None and self.pipeline.force_zeros_for_empty_prompt
             negative = () if zeros else self._token_ids([negative_prompt or ""])
 
-        program = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
+        streamed = is_streamed(self.pipeline.denoiser) or is_streamed(self.pipeline.prompt_encoder)
+        if streamed and mesh is not None:
+            raise ValueError("streamed models draw on one device: leave out mesh.")
+        whole = generate if streamed else jitted_generate
+        program = whole if mesh is None else functools.partial(generate_over, mesh)
         draw = functools.partial(
             program, self.static, sizes=None if sizes is None else np.asarray(sizes, np.float32)
         )
@@ -424,7 +444,7 @@ class TextToImage:
             own = jax.tree.map(lambda each: each[rows], ids)  # noqa: B023, at once
             drawn = (self.params, own, negative, noise, tables, float(guidance_scale))
             fresh = keys if tables.stochastic else None
-            if on_estimate is not None and not images:
+            if on_estimate is not None and not images and not streamed:
                 found = work(draw, *drawn, keys=fresh)
                 batches = -(-total // batch_size)
                 on_estimate(compile_seconds(found.equations), run_seconds(found.flops) * batches)

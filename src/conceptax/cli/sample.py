@@ -39,8 +39,9 @@ class Command:
       add_scale: how much of each LoRA in --add.
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
-      steps: denoising steps per image, to which PNDM adds one; by default as the model was published: 50 of Stable
-        Diffusion 1, 2 and XL, 28 of 3 and of FLUX.1 dev, 4 of schnell and of distilled klein.
+      steps: denoising steps per image, to which PNDM adds one; by default as the model was
+        published: 50 of Stable Diffusion 1, 2 and XL, 28 of 3 and of FLUX.1 dev, 4 of schnell and
+        of distilled klein.
       guidance: strength of the prompt, by default 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3,
         3.5 for FLUX.1 dev; 1 is none and takes half the time where the model did not learn it.
       sampler: by default what the model's scheduler asks for; videos are drawn by DDIM. Models on a
@@ -62,6 +63,8 @@ class Command:
       betas: the noise schedule that the adapter was trained on: linear, as AnimateDiff's are, or
         the model's own.
       dtype: computation dtype.
+      stream: bring the blocks of a transformer and of its text encoders from their files as they
+        run, for models larger than memory; the model is a folder of FLUX.1, FLUX.2 klein or SD 3.
       force: replace an earlier result.
     """
 
@@ -91,6 +94,7 @@ class Command:
     fps: int = 8
     betas: Literal["linear", "model"] = "linear"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    stream: bool = False
     force: bool = False
 
 
@@ -209,7 +213,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
 
     source = command.model or conceptax.bundled_model()
     print_stage(f"loading {command.model or 'the bundled model'}")
-    pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
+    pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype), stream=command.stream)
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(
             f"{command.model} is no pipeline: sampling needs all its components. Name the model "
