@@ -20,6 +20,7 @@ MODULES = {
     "DiTTransformer2DModel": "dit_transformer_2d",
     "T5EncoderModel": "t5",
     "UMT5EncoderModel": "t5",
+    "FluxTransformer2DModel": "flux_transformer_2d",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",
