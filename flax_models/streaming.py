@@ -33,12 +33,17 @@ class Stream:
 
     def __init__(self, blocks: Sequence[nnx.Module]):
         self._split = [_split(block) for block in blocks]
+        self._graphs: dict[tuple[int, Any], Any] = {}
         self._unchecked = set(range(len(blocks)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="conceptax-stream")
         self._coming: tuple[int, Future] | None = None
 
-    def run(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """Block `index` of these arguments; returns when it has computed.
+    def attention_of(self, index: int) -> Any:
+        """What a block's attention sees, as it was made; None of a dense one."""
+        return next(iter(_attending(self._whole(index))), _Dense).neighborhood
+
+    def run(self, index: int, neighborhood: Any, *args: Any, **kwargs: Any) -> Any:
+        """Block `index` of these arguments, with that attention; returns when it has computed.
 
         Raises:
           StreamError: inside a transformation of jax, or a parameter is NaN or infinite.
@@ -48,7 +53,8 @@ class Stream:
                 "a streamed model is called as it is, not inside jax.jit or jax.grad: its blocks "
                 "are compiled one by one. Load it without stream=True to trace it."
             )
-        graphdef, tree, turned, _ = self._split[index]
+        _, tree, turned, _ = self._split[index]
+        graphdef = self._graph(index, neighborhood)
         if self._coming is None or self._coming[0] != index:
             self._coming = index, self._thread.submit(self._bring, index)
         leaves = self._coming[1].result()
@@ -57,6 +63,19 @@ class Stream:
         if index in self._unchecked:
             self._check(index, leaves)
         return jax.block_until_ready(_run(graphdef, tree, turned, leaves, args, kwargs))
+
+    def _whole(self, index: int) -> Any:
+        graphdef, tree, _, leaves = self._split[index]
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+
+    def _graph(self, index: int, neighborhood: Any) -> Any:
+        """The graph definition of a block with another attention."""
+        if (index, neighborhood) not in self._graphs:
+            block = self._whole(index)
+            for node in _attending(block):
+                node.neighborhood = neighborhood
+            self._graphs[index, neighborhood] = nnx.split(block)[0]
+        return self._graphs[index, neighborhood]
 
     def _bring(self, index: int) -> list[jax.Array]:
         leaves = []
@@ -84,9 +103,10 @@ class StreamedBlock(nnx.Module):
     def __init__(self, stream: Stream, index: int):
         self.stream = stream
         self.index = index
+        self.neighborhood = stream.attention_of(index)  # `with_attention` sets it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.stream.run(self.index, *args, **kwargs)
+        return self.stream.run(self.index, self.neighborhood, *args, **kwargs)
 
 
 def stream(model: Model, *, pinned: bool | None = None) -> Model:
@@ -131,6 +151,14 @@ def is_streamed(model: Any) -> bool:
     return isinstance(model, nnx.Module) and any(
         isinstance(node, StreamedBlock) for _, node in nnx.iter_graph(model)
     )
+
+
+class _Dense:
+    neighborhood = None
+
+
+def _attending(block: nnx.Module) -> list[Any]:
+    return [node for _, node in nnx.iter_graph(block) if hasattr(node, "neighborhood")]
 
 
 def _attribute(model: Any, path: str) -> Any:

@@ -196,7 +196,7 @@ class T5LayerFF(nnx.Module):
 
 
 class T5Block(nnx.Module):
-    """Attention, then perceptron; the bias of the logits is its own, or that of the block before."""
+    """Attention, then perceptron; the logits' bias is its own, or that of the block before."""
 
     def __init__(self, config: T5Config, *, biased: bool, **init):
         attention = T5LayerSelfAttention(config, biased=biased, **init)

@@ -158,6 +158,27 @@ class GNA:
 Neighborhoods: TypeAlias = Any
 
 
+def with_attention(model: Any, attention: Neighborhoods) -> Any:
+    """A transformer with the same parameters and another attention, as its class takes it.
+
+    Raises:
+      ValueError: a model that has no choice, or another number of settings than its layers.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    graph = nnx.iter_graph(copy)
+    found = [(path, node) for path, node in graph if hasattr(node, "neighborhood")]
+    if not found:
+        raise ValueError(
+            f"a {type(model).__name__} has no choice of attention: neighborhoods are for "
+            "transformers."
+        )
+    order = list(vars(copy))  # lists of layers run in the order in which they are made
+    found.sort(key=lambda item: (order.index(item[0][0]), *item[0][1:2]))
+    for (_, node), setting in zip(found, per_layer(attention, len(found)), strict=True):
+        node.neighborhood = setting
+    return copy
+
+
 def per_layer(
     attention: Neighborhoods, layers: int, order: str = "one per layer"
 ) -> tuple[GNA | None, ...]:

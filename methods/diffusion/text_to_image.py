@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from ...flax_models.layers.attention import Attentions, with_attention
+from ...flax_models.layers.attention import Neighborhoods, with_attention
 from ...flax_models.pipelines.guidance import Predictor, classifier_free
 from ...flax_models.pipelines.pipeline import Pipeline
 from ...flax_models.streaming import is_streamed
@@ -298,7 +298,7 @@ class TextToImage:
         pipeline: Pipeline,
         *,
         vae_tiling: bool = False,
-        attention: Attentions = None,
+        attention: Neighborhoods = None,
         dense_steps: int = 0,
     ) -> TextToImage:
         """Splits the modules; with `vae_tiling` large images are decoded in tiles.
@@ -550,7 +550,7 @@ def text_to_image(
     prompts: str | Sequence[str] | Int[np.ndarray, "N L"],
     *,
     vae_tiling: bool = False,
-    attention: Attentions = None,
+    attention: Neighborhoods = None,
     dense_steps: int = 0,
     **options: Any,
 ) -> UInt8[np.ndarray, "N H W 3"]:

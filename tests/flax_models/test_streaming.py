@@ -10,32 +10,37 @@ import pytest
 from flax import nnx
 
 from conceptax.converters import load_pytorch, save_pytorch
-from conceptax.flax_models.dit_transformer_2d import (
-    DiTTransformer2DConfig,
-    DiTTransformer2DModel,
+from conceptax.flax_models.flux_transformer_2d import (
+    FluxTransformer2DConfig,
+    FluxTransformer2DModel,
 )
+from conceptax.flax_models.layers.attention import GNA, with_attention
+from conceptax.flax_models.layers.joint_attention import JointTextCondition
 from conceptax.flax_models.streaming import StreamError, is_streamed, release, stream
 
-CONFIG = DiTTransformer2DConfig(
-    num_attention_heads=2,
-    attention_head_dim=8,
-    num_layers=4,
-    sample_size=4,
-    num_embeds_ada_norm=3,
+CONFIG = FluxTransformer2DConfig(
     in_channels=4,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    axes_dims_rope=(4, 4, 8),
 )
-INPUTS = (jnp.ones((2, 4, 4, 4)), jnp.array([3.0, 700.0]), jnp.array([1, 3]))
+TEXT = JointTextCondition(jnp.ones((2, 3, 12)), jnp.ones((2, 10)))
+INPUTS = (jnp.ones((2, 4, 6, 4)), jnp.array([3.0, 700.0]), TEXT)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = DiTTransformer2DModel(CONFIG, rngs=nnx.Rngs(0))
+    model = FluxTransformer2DModel(CONFIG, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     state = jax.tree.map(
         lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), nnx.state(model)
     )
     nnx.update(model, state)
-    return save_pytorch(model, tmp_path_factory.mktemp("dit") / "model")
+    return save_pytorch(model, tmp_path_factory.mktemp("flux") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,16 @@ def test_a_streamed_model_computes_the_same(folder, expected, pinned):
     assert is_streamed(model) and not is_streamed(load_pytorch(folder))
     for _ in range(2):  # the second pass begins with what the first has brought
         np.testing.assert_allclose(model(*INPUTS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_streamed_model_takes_another_attention(folder):
+    settings = (None, GNA(3), GNA((2, 3)), None)
+    whole = with_attention(load_pytorch(folder), settings)
+    streamed = with_attention(load_pytorch(folder, stream=True), settings)
+    np.testing.assert_allclose(streamed(*INPUTS), whole(*INPUTS), rtol=1e-5, atol=1e-5)
+    assert np.abs(whole(*INPUTS) - load_pytorch(folder)(*INPUTS)).max() > 1e-3
+    with pytest.raises(ValueError, match="has no choice of attention"):
+        with_attention(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), GNA(3))
 
 
 def test_two_blocks_are_in_memory_at_a_time(folder, monkeypatch):
@@ -78,9 +93,9 @@ def test_what_cannot_be_streamed_is_told(folder, tmp_path):
     with pytest.raises(StreamError, match="has no blocks to stream"):
         stream(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     broken = load_pytorch(folder)
-    kernel = broken.transformer_blocks[2].attn1.to_q.kernel
+    kernel = broken.single_transformer_blocks[0].proj_mlp.kernel
     kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
-    with pytest.raises(StreamError, match=r"attn1\.to_q\.kernel of block 2 holds NaN"):
+    with pytest.raises(StreamError, match=r"proj_mlp\.kernel of block 2 holds NaN"):
         stream(broken)(*INPUTS)
 
 
