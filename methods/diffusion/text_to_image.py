@@ -165,8 +165,8 @@ def generate(
       static, params: from `split_pipeline`.
       token_ids: of the prompts, as the family's `tokenize` gives them: [B, L]; for SDXL also
         [B, 2, L], those of both tokenizers.
-      negative_ids: of the negative prompts, or [1, ...] of one for all; of no text at all, (),
-        which is zeros in place of states; None for no guidance.
+      negative_ids: of the negative prompts, or without the first dimension of one for all; of no
+        text at all, (), which is zeros in place of states; None for no guidance.
       noise, sampler, guidance_scale, keys: as for `sample_latents`.
       sizes: SDXL's `TextCondition.time_ids`; by default an uncropped image of the drawn size.
     """
@@ -174,11 +174,10 @@ def generate(
     encoder = nnx.merge(static.text_encoder, params["text_encoder"])
     condition = family.encode(encoder, token_ids)
     negative = None
-    if negative_ids is not None:
-        no_text = not jax.tree.leaves(negative_ids)
-        negative = (
-            family.without_text(condition) if no_text else family.encode(encoder, negative_ids)
-        )
+    if negative_ids is not None and not jax.tree.leaves(negative_ids):
+        negative = family.without_text(condition)
+    elif negative_ids is not None:
+        negative = family.encode(encoder, jax.tree.map(_batched, negative_ids, token_ids))
     height, width = (side * static.downsampling for side in noise.shape[-3:-1])
     condition = family.for_size(condition, height, width, sizes)
     if negative is not None:
@@ -196,6 +195,10 @@ def generate(
         first=static.first,
     )
     return _decode(static, params["vae"], latents)
+
+
+def _batched(one: Array, several: Array) -> Array:
+    return one[None] if one.ndim < several.ndim else one
 
 
 @functools.partial(jax.jit, static_argnums=0)  # also where the rest of `generate` is not
