@@ -1,8 +1,8 @@
-"""Single files of CompVis's latent diffusion (`.ckpt`, `.safetensors`): SD 1, SD 2 and SDXL.
+"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, SD 2, SDXL, SD 3, FLUX.1 and FLUX.2.
 
-Such a file holds the UNet, the autoencoder and the text encoders under the names of the training
-code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files of a part of
-these, with their prefixes or without, are read too; all three families are written.
+Such a file holds the UNet or transformer, the autoencoder and the text encoders under the names of
+the training code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files
+of a part of these, with their prefixes or without, are read too; all families are written.
 """
 
 import copy
@@ -34,28 +34,34 @@ from ..tensors import tensor_specs
 from ..tokenizer import CLIP_TOKENS, clip_tokenizer, read_tokenizer
 from .compvis_names import (
     MARKERS,
-    PROJECTIONS,
     TEXT_ENCODERS,
     UNET,
     VAE,
-    Names,
     TextEncoder,
     open_clip_names,
-    renamed,
-    split_projection,
     vae_names,
 )
 from .compvis_parts import (
+    FLUX_2_VAE,
     SingleFile,
-    Stored,
     is_bare_text,
     is_single_file,
     read_single_file,
     stranger,
     unet_names_of,
 )
+from .names import Stored, Table, joined
+from .transformer_parts import CLASSES, FLUX, FLUX_2, SD_3, TELLING, table_of, variant
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
+PIPELINES = {
+    "SD 1": "StableDiffusionPipeline",
+    "SD 2": "StableDiffusionPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+    SD_3: "StableDiffusion3Pipeline",
+    FLUX: "FluxPipeline",
+    FLUX_2: "Flux2KleinPipeline",
+}
 _PREDICTIONS = ("epsilon", "v_prediction")
 _INPAINTING = 9  # channels: latents, those of the masked image, and the mask
 
@@ -90,7 +96,7 @@ def load_single_file(
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
 ) -> Any:
-    """Load a Stable Diffusion 1.x, 2.x or XL model from a single file.
+    """Load a Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1 or FLUX.2 model from a single file.
 
     Copies that training keeps beside the models (moving averages, the noise schedule and others)
     are passed over; `inspect_checkpoint` names them.
@@ -108,8 +114,8 @@ def load_single_file(
       dtype, param_dtype, sharding, components: as for `load_pytorch`.
 
     Returns:
-      A `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline`; what the file lacks is None,
-      and a warning names it, unless `components` asks for it.
+      The family's pipeline, such as `StableDiffusionXLPipeline`; what the file lacks is None, and
+      a warning names it, unless `components` asks for it.
 
     Raises:
       CheckpointError: damaged or unsafe files, missing or unexpected tensors, another family.
@@ -121,12 +127,11 @@ def load_single_file(
         raise ValueError(f"prediction_type accepts {_PREDICTIONS}, received {prediction_type!r}.")
     if (stored := open_single_file(source)) is None:
         raise CheckpointError(
-            f"{path} is no single file of Stable Diffusion: no tensor begins with {UNET} or {VAE}."
+            f"{path} is no single file that is read: no tensor begins with {UNET} or {VAE}."
             f" {stranger(open_weights(source, wrappers=WRAPPERS))}".rstrip()
         )
     file = read_single_file(stored, str(path), source.metadata)
-    xl = "XL" * (file.family == "SDXL")
-    kind = architectures.pipeline_class(f"StableDiffusion{xl}Pipeline")
+    kind = architectures.pipeline_class(PIPELINES[file.family])
     index = {"_class_name": kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
         index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
@@ -143,45 +148,62 @@ def load_single_file(
     else:
         wanted = set(components)
     parts: dict[str, Any] = dict.fromkeys(accepted[:-1])
-    types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding}
-    for name in (name for name in kind.MODELS if name in wanted):
+    models = [name for name in kind.MODELS if name in wanted]
+    parts |= build_parts(
+        file, str(path), models, dtype=dtype, param_dtype=param_dtype, sharding=sharding
+    )
+    parts |= _tokenizers(path, tokenizer, file, [n for n in kind.TOKENIZERS if n in wanted])
+    scheduler = {}
+    if "scheduler" in wanted:
+        scheduler = _scheduler(path, file, prediction_type, _told(source, file))
+    return kind(**parts, scheduler_config=scheduler, model_index=index)
+
+
+def build_parts(
+    file: SingleFile, source: str, components: Collection[str], **types: Any
+) -> dict[str, Any]:
+    """Models of a single file by component.
+
+    Args:
+      file: what it holds, as `read_single_file` tells.
+      source: what to call it in messages.
+      components: those to build.
+      types: `dtype`, `param_dtype` and `sharding`, as for `load_pytorch`.
+
+    Raises:
+      CheckpointError: the file lacks one, or its tensors do not fit.
+    """
+    parts = {}
+    for name in components:
         if name not in file.parts:
             raise CheckpointError(
-                f"{path} holds no {name} (found {listing(sorted(file.parts))}): leave it out of "
+                f"{source} holds no {name} (found {listing(sorted(file.parts))}): leave it out of "
                 "components, or take it from another file."
             )
         class_name, raw, tensors = file.parts[name]
-        model_class = architectures.model_class(class_name, str(path))
-        told = {"source": f"{path} ({name})", "file": f"{path} ({name})"}
-        parts[name] = build(model_class, raw, tensors, prefix=(name,), **told, **types)
-    if wanted & set(kind.TOKENIZERS):
-        first = _tokenizer(path, tokenizer, file)
-        second = copy.deepcopy(first)
-        if second is not None:
-            second.pad_token = "!"  # as in the published folders
-        both = {"tokenizer": first, "tokenizer_2": second}
-        parts |= {name: both[name] for name in kind.TOKENIZERS if name in wanted}
-    scheduler = {}
-    if "scheduler" in wanted:
-        scheduler = _scheduler(path, file.family, prediction_type, _told(source, file))
-    return kind(**parts, scheduler_config=scheduler, model_index=index)
+        model_class = architectures.model_class(class_name, source)
+        told = f"{source} ({name})"
+        parts[name] = build(
+            model_class, raw, tensors, prefix=(name,), source=told, file=told, **types
+        )
+    return parts
 
 
 def _wanted(
     path: Path, file: SingleFile, accepted: Sequence[str], tokenizer: Any, prediction_type: Any
 ) -> set[str]:
     """What to load where nobody says: what is there, and what belongs to that."""
-    others = ("scheduler", "tokenizer", "tokenizer_2")
+    others = {name for name in accepted if name.startswith(("scheduler", "tokenizer"))}
     lacking = [name for name in accepted if name not in (*file.parts, *others)]
     wanted = set(accepted) - set(lacking)
     texts = [name for name in file.parts if name.startswith("text_encoder")]
     if tokenizer is not None and not texts:
         raise ValueError(f"{path} holds no text encoder, to which a tokenizer could belong.")
     if tokenizer is None and (not texts or len(file.parts) == 1):
-        wanted -= {"tokenizer", "tokenizer_2"}
-    if "unet" in lacking:
-        if prediction_type is not None:
-            raise ValueError(f"{path} holds no UNet, of which a prediction type could tell.")
+        wanted -= {name for name in others if name.startswith("tokenizer")}
+    if "unet" not in file.parts and prediction_type is not None:
+        raise ValueError(f"{path} holds no UNet, of which a prediction type could tell.")
+    if {"unet", "transformer"} & set(lacking):
         wanted.discard("scheduler")
     if lacking and len(file.parts) > 1:
         warnings.warn(
@@ -189,13 +211,46 @@ def _wanted(
             "be converted, and drawn from only with the rest of a pipeline.",
             stacklevel=4,
         )
-    if file.guessed and "vae" in file.parts:
+    if file.guessed and file.family in _SIMILAR and "vae" in file.parts:
         warnings.warn(
-            f"nothing in {path} tells whether it belongs to Stable Diffusion 1 and 2 or to XL: "
-            "scaling_factor 0.18215 is assumed; XL's is 0.13025, to be set in its config.json.",
+            f"nothing in {path} tells whether it belongs to {_SIMILAR[file.family]}, to be set in "
+            "its config.json.",
             stacklevel=4,
         )
     return wanted
+
+
+# Families whose autoencoders differ from others' in their latents' scale alone.
+_SIMILAR = {
+    "SD 1": "Stable Diffusion 1 and 2 or to XL: scaling_factor 0.18215 is assumed; XL's is 0.13025",
+    FLUX: "FLUX.1 or to Stable Diffusion 3: scaling_factor 0.3611 and shift_factor 0.1159 are "
+    "assumed; the latter's are 1.5305 and 0.0609",
+}
+
+
+def _tokenizers(
+    path: Path, folder: Path | str | None, file: SingleFile, names: Collection[str]
+) -> dict[str, Any]:
+    """The tokenizers of these names; T5's and others than CLIP's from a folder beside the file."""
+    found: dict[str, Any] = {}
+    for name in names:
+        part = file.parts.get(name.replace("tokenizer", "text_encoder"))
+        if part is not None and not part.class_name.startswith("CLIP"):
+            beside = path.parent / name
+            found[name] = read_tokenizer(beside) if beside.is_dir() else None
+            if found[name] is None:
+                warnings.warn(
+                    f"{path} holds no {name}, and no folder {name!r} is beside it: put that of a "
+                    "pipeline's folder there to draw from prompts.",
+                    stacklevel=4,
+                )
+            continue
+        if "tokenizer" not in found:
+            found["tokenizer"] = _tokenizer(path, folder, file)
+        if name != "tokenizer" and (second := copy.deepcopy(found["tokenizer"])) is not None:
+            second.pad_token = "!"  # as in the published folders
+            found[name] = second
+    return {name: found.get(name) for name in names}
 
 
 def _tokenizer(path: Path, folder: Path | str | None, file: SingleFile) -> Any:
@@ -207,7 +262,7 @@ def _tokenizer(path: Path, folder: Path | str | None, file: SingleFile) -> Any:
         warnings.warn(
             f"{path} holds no tokenizer, and no folder 'tokenizer' is beside it: pass tokenizer=, "
             "the folder of one, to draw from prompts or to train.",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     folder = beside if folder is None else Path(folder).expanduser()
@@ -231,17 +286,22 @@ def _told(source: WeightFile, file: SingleFile) -> dict[str, Any]:
 
 
 def _scheduler(
-    path: Path, family: str, prediction_type: str | None, told: Mapping[str, Any] | None = None
+    path: Path,
+    file: SingleFile,
+    prediction_type: str | None,
+    told: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The noise schedule that all Stable Diffusion models were trained with.
+    """The noise schedule that all models of a family were trained with.
 
     Args:
       path: the file, for messages.
-      family: as in `SingleFile`.
+      file: what it holds.
       prediction_type: what the caller says of it.
       told: what the file says; a whole configuration where it names its class.
     """
-    told = dict(told or {})
+    told, family = dict(told or {}), file.family
+    if family in TELLING:
+        return told if "_class_name" in told else _flow(family, file.parts["transformer"].raw)
     if prediction_type is not None:
         told["prediction_type"] = prediction_type
     if "prediction_type" not in told and family == "SD 2":
@@ -262,21 +322,39 @@ def _scheduler(
     return {"_class_name": kind, **shared, **own, **told}
 
 
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+def _flow(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The published settings of a rectified flow's steps."""
+    dynamic = family == FLUX_2 or (family == FLUX and raw["guidance_embeds"])
+    config: dict[str, Any] = {
+        "_class_name": _FLOW,
+        "num_train_timesteps": 1000,
+        "shift": 3.0 if dynamic or family == SD_3 else 1.0,
+        "use_dynamic_shifting": dynamic,
+    }
+    if family == SD_3:
+        return config
+    lengths = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+    return config | {"base_shift": 0.5, "max_shift": 1.15, **lengths}
+
+
 # ---- out ----
 
 
 def save_single_file(
     pipeline: Any, path: Path | str, *, dtype: Any = None, force: bool = False
 ) -> Path:
-    """Write a Stable Diffusion pipeline as one `.safetensors` with CompVis's names.
+    """Write a pipeline as one `.safetensors` with its publisher's names, ComfyUI's all-in-one form.
 
     What such a file tells of the scheduler is written as other programs read it: the marker keys
     `v_pred` and `ztsnr`, and `modelspec`'s entries in the header. The sampler's settings, which
     those choose anew, are kept in the header for `load_single_file`.
 
     Args:
-      pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; parts that are None are
-        left out, and so are tokenizers, for which such files have no place.
+      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX.1 or FLUX.2; parts that are None are left
+        out, and so are tokenizers, for which such files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       force: replace an existing file.
@@ -287,18 +365,10 @@ def save_single_file(
     """
     path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
     family = _family_of(pipeline)
-    tensors = []
-    if pipeline.unet is not None:
-        tensors += _named(pipeline.unet, UNET, unet_names_of(pipeline.unet.config.to_dict()), kind)
-    if pipeline.vae is not None:
-        config = pipeline.vae.config
-        names = vae_names(len(config.block_out_channels), config.layers_per_block)
-        tensors += _named(pipeline.vae, VAE, names, kind)
-    written = {each.component: each for each in reversed(TEXT_ENCODERS[family])}
-    for component, encoder in written.items():
-        if (model := getattr(pipeline, component)) is not None:
-            tensors += _text(model, encoder, kind)
-    markers, metadata = _scheduler_out(pipeline)
+    tensors = part_tensors(
+        {name: getattr(pipeline, name) for name in pipeline.MODELS}, family, kind
+    )
+    markers, metadata = _scheduler_out(pipeline, family)
     tensors += [PendingTensor.of(name, np.zeros(0, np.float32)) for name in markers]
     if pipeline.carried:
         warnings.warn(
@@ -307,7 +377,11 @@ def save_single_file(
             stacklevel=2,
         )
     metadata["modelspec.architecture"] = _ARCHITECTURES[family]
-    sizes = getattr(getattr(pipeline.unet, "config", None), "sample_size", None)
+    unet = getattr(pipeline, "unet", None)
+    if unet is None and (transformer := getattr(pipeline, "transformer", None)) is not None:
+        told = variant(family, transformer.config.to_dict())
+        metadata["modelspec.architecture"] += f"-{told.replace(' ', '-').lower()}"
+    sizes = getattr(getattr(unet, "config", None), "sample_size", None)
     if sizes is not None:
         levels = 4 if pipeline.vae is None else len(pipeline.vae.config.block_out_channels)
         height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
@@ -319,7 +393,41 @@ def save_single_file(
     return path
 
 
+def part_tensors(
+    models: Mapping[str, Any], family: str, dtype: np.dtype | None = None
+) -> list[PendingTensor]:
+    """The tensors of a single file.
+
+    Args:
+      models: component -> NNX model; those that are None are left out.
+      family: as in `SingleFile`.
+      dtype: to store; None keeps each parameter's own.
+
+    Raises:
+      OutputError: a parameter that has no place in such a file.
+    """
+    tensors = []
+    if (unet := models.get("unet")) is not None:
+        tensors += _named(unet, UNET, unet_names_of(unet.config.to_dict()), dtype)
+    if (transformer := models.get("transformer")) is not None:
+        names = table_of(family, transformer.config.to_dict())
+        tensors += _named(transformer, UNET, names, dtype)
+    if (vae := models.get("vae")) is not None:
+        names = vae_names(len(vae.config.block_out_channels), vae.config.layers_per_block)
+        tensors += _named(vae, VAE, names | FLUX_2_VAE if family == FLUX_2 else names, dtype)
+    written = {each.component: each for each in reversed(TEXT_ENCODERS[family])}
+    for component, encoder in written.items():
+        if (model := models.get(component)) is not None:
+            tensors += _text(model, encoder, dtype)
+    return tensors
+
+
 def _family_of(pipeline: Any) -> str:
+    if "transformer" in pipeline.MODELS:
+        named = {CLASSES[family]: family for family in CLASSES}
+        kind = type(pipeline).__name__
+        own = getattr(pipeline.transformer, "pytorch_class", "")
+        return named.get(own) or next(f for f, name in PIPELINES.items() if name == kind)
     if "text_encoder_2" in pipeline.MODELS:
         return "SDXL"
     if pipeline.text_encoder is not None:
@@ -332,6 +440,9 @@ _ARCHITECTURES = {
     "SD 1": "stable-diffusion-v1",
     "SD 2": "stable-diffusion-v2",
     "SDXL": "stable-diffusion-xl-v1-base",
+    SD_3: "stable-diffusion-3",
+    FLUX: "flux-1",
+    FLUX_2: "flux-2",
 }
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
 # readers of single files take for granted.
@@ -353,14 +464,16 @@ _CLASS_DEFAULTS = {
 _MODELS_OWN = ("prediction_type", "rescale_betas_zero_snr")
 
 
-def _scheduler_out(pipeline: Any) -> tuple[list[str], dict[str, str]]:
+def _scheduler_out(pipeline: Any, family: str) -> tuple[list[str], dict[str, str]]:
     """The marker keys and the header's entries that tell a pipeline's noise schedule.
 
     Raises:
       OutputError: a setting of the model's that readers would assume otherwise.
     """
     config = dict(pipeline.scheduler_config)
-    if pipeline.unet is None or not config:
+    if family in TELLING and config:
+        return [], {_OWN_SCHEDULER: _as_json({"_class_name": _FLOW, **config})}
+    if family in TELLING or pipeline.unet is None or not config:
         return [], {}
     own = _CLASS_DEFAULTS.get(config.get("_class_name", ""), _DEFAULTS) | config
     prediction, zero = own.get("prediction_type", "epsilon"), own.get("rescale_betas_zero_snr")
@@ -371,15 +484,19 @@ def _scheduler_out(pipeline: Any) -> tuple[list[str], dict[str, str]]:
         differing.append("rescale_betas_zero_snr=True with prediction_type=epsilon")
     _require_none(differing, " of the scheduler")
     told = (prediction == "v_prediction", zero)
-    try:
-        text = json.dumps({"_class_name": "DDIMScheduler", **config})
-    except TypeError as error:
-        raise OutputError(f"the scheduler's settings cannot be written: {error}.") from error
+    text = _as_json({"_class_name": "DDIMScheduler", **config})
     spec = "v" if prediction == "v_prediction" else prediction
     return [name for name, true in zip(MARKERS, told, strict=True) if true], {
         "modelspec.prediction_type": spec,
         _OWN_SCHEDULER: text,
     }
+
+
+def _as_json(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(config)
+    except TypeError as error:
+        raise OutputError(f"the scheduler's settings cannot be written: {error}.") from error
 
 
 def _require_none(differing: Sequence[str], of: str = "") -> None:
@@ -438,15 +555,11 @@ def _same(component: str, name: str, config: Any) -> bool:
     return False
 
 
-def _named(model: Any, prefix: str, names: Names, dtype: np.dtype | None) -> list[PendingTensor]:
-    back = {new: old for old, new in names.items()}
+def _named(model: Any, prefix: str, names: Table, dtype: np.dtype | None) -> list[PendingTensor]:
     tensors = []
-    for each in pending(model, tensor_specs(model), dtype):
-        old = renamed(each.key, back)
-        if old is None:
-            raise OutputError(f"{each.key} has no place in a single file. Write a folder.")
-        pixel = (1, 1) if ".attn_1." in old and len(each.shape) == 2 else ()
-        tensors.append(_reshaped(each, prefix + old, (*each.shape, *pixel)))
+    for each in joined(pending(model, tensor_specs(model), dtype), names):
+        pixel = (1, 1) if ".attn_1." in each.key and len(each.shape) == 2 else ()
+        tensors.append(_reshaped(each, prefix + each.key, (*each.shape, *pixel)))
     return tensors
 
 
@@ -456,28 +569,12 @@ def _reshaped(tensor: PendingTensor, key: str, shape: tuple[int, ...]) -> Pendin
 
 def _text(model: Any, encoder: TextEncoder, dtype: np.dtype | None) -> list[PendingTensor]:
     tensors = pending(model, tensor_specs(model), dtype)
-    if not encoder.open_clip:
-        return [dataclasses.replace(each, key=encoder.prefix + each.key) for each in tensors]
-    back = {new: old for old, new in open_clip_names(model.config.num_hidden_layers).items()}
-    named, projections = [], dict[str, dict[str, PendingTensor]]()
-    for each in tensors:
-        key = each.key.removeprefix("text_model.")
-        if place := split_projection(key):
-            projections.setdefault(place[0], {})[place[1]] = each
-            continue
-        new = f"{encoder.prefix}{renamed(key, back)}"
-        if key == "text_projection.weight":
-            named.append(each.then(new, each.shape[::-1], lambda v: np.ascontiguousarray(v.T)))
-        else:
-            named.append(dataclasses.replace(each, key=new))
-    return named + [
-        _joined(encoder.prefix + key, [parts[name] for name in PROJECTIONS])
-        for key, parts in projections.items()
-    ]
-
-
-def _joined(key: str, tensors: Sequence[PendingTensor]) -> PendingTensor:
-    first = tensors[0]
-    shape = (len(tensors) * first.shape[0], *first.shape[1:])
-    produce = lambda: np.concatenate([each.produce() for each in tensors])  # noqa: E731
-    return PendingTensor(key, first.dtype, shape, produce)
+    if encoder.open_clip:
+        bare = [dataclasses.replace(t, key=t.key.removeprefix("text_model.")) for t in tensors]
+        tensors = [
+            each.then(each.key, each.shape[::-1], lambda v: np.ascontiguousarray(v.T))
+            if each.key == "text_projection"
+            else each
+            for each in joined(bare, open_clip_names(model.config.num_hidden_layers))
+        ]
+    return [dataclasses.replace(each, key=encoder.prefix + each.key) for each in tensors]

@@ -2,15 +2,17 @@
 
 Tables of (CompVis's, diffusers') module paths, made from a model's settings, so that they can be
 read in both directions: single files are loaded and written by them, and LoRA files that name
-modules in CompVis's way are understood.  SD 1, SD 2 and SDXL share those of the UNet and the VAE;
-what differs is which text encoders there are (`TEXT_ENCODERS`).
+modules in CompVis's way are understood.  SD 1, SD 2 and SDXL share those of the UNet, and all
+families those of the VAE; what differs is which text encoders there are (`TEXT_ENCODERS`).  The
+transformers' are in `transformer_names`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-Names = dict[str, str]  # module path -> module path
+from .names import Names, Rows, equal_rows, prefixed
+from .transformer_parts import FLUX, FLUX_2, SD_3
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -44,13 +46,16 @@ _OPEN_CLIP = {
     "positional_embedding": "embeddings.position_embedding.weight",
     "text_projection": "text_projection.weight",
 }
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # as OpenCLIP's fused ones hold them, row upon row
 _OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
+    **{
+        f"attn.in_proj_{leaf}": equal_rows(*(f"self_attn.{x}_proj.{leaf}" for x in "qkv"))
+        for leaf in ("weight", "bias")
+    },
 }
 
 
@@ -63,6 +68,7 @@ class TextEncoder(NamedTuple):
       open_clip: whether it has OpenCLIP's names and fused projections, or transformers' names.
       hidden_act: its activation, which nothing in a file tells.
       unread: number of the published last layer, which nothing reads and diffusers leaves out.
+      class_name: of the model.
     """
 
     component: str
@@ -70,6 +76,7 @@ class TextEncoder(NamedTuple):
     open_clip: bool
     hidden_act: str = "quick_gelu"
     unread: int | None = None
+    class_name: str = "CLIPTextModel"
 
     @property
     def last_layer(self) -> re.Pattern[str] | None:
@@ -81,6 +88,8 @@ class TextEncoder(NamedTuple):
         )
 
 
+T5 = "text_encoders.t5xxl.transformer."
+_PROJECTED: dict[str, Any] = {"class_name": "CLIPTextModelWithProjection"}
 # By family; of two for one component the first is written.
 TEXT_ENCODERS = {
     "SD 1": (TextEncoder("text_encoder", "cond_stage_model.transformer.", open_clip=False),),
@@ -90,8 +99,22 @@ TEXT_ENCODERS = {
     ),
     "SDXL": (
         TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", open_clip=False),
-        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", True, "gelu"),
-        TextEncoder("text_encoder_2", "conditioner.embedders.1.transformer.", False, "gelu"),
+        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", True, "gelu", **_PROJECTED),
+        TextEncoder(
+            "text_encoder_2", "conditioner.embedders.1.transformer.", False, "gelu", **_PROJECTED
+        ),
+    ),
+    FLUX: (
+        TextEncoder("text_encoder", "text_encoders.clip_l.transformer.", False),
+        TextEncoder("text_encoder_2", T5, False, class_name="T5EncoderModel"),
+    ),
+    FLUX_2: (),
+    SD_3: (
+        TextEncoder("text_encoder", "text_encoders.clip_l.transformer.", False, **_PROJECTED),
+        TextEncoder(
+            "text_encoder_2", "text_encoders.clip_g.transformer.", False, "gelu", **_PROJECTED
+        ),
+        TextEncoder("text_encoder_3", T5, False, class_name="T5EncoderModel"),
     ),
 }
 
@@ -126,26 +149,32 @@ LEFTOVERS = {
     r"|cond_stage_model\.(model\.visual\..*|.*\.attn_mask)"
     r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
     r"|conditioner\.embedders\.(.*\.(logit_scale|attn_mask)|0\..*text_projection.*)"
-    r"|conditioner\.embedders\.1\.model\.visual\..*",
+    r"|conditioner\.embedders\.1\.model\.visual\..*"
+    r"|text_encoders\.(.*\.logit_scale|clip_.*text_projection.*)",
+    "T5's second name for its embedding": r"text_encoders\.t5xxl\..*\.embed_tokens\.weight",
+    "a tokenizer, which folders keep apart": r"text_encoders\..*\.spiece_model",
 }
+
+
+def _anywhere(*keys: str) -> tuple[str, ...]:
+    """Beginnings of keys with and without the prefix."""
+    return (*keys, *(UNET + key for key in keys))
+
 
 # What no model here computes -> the beginnings of keys that tell it.
 STRANGERS = {
     "Playground 2.5, whose latents are scaled in another way": ("edm_mean", "edm_std"),
     "a model of continuous noise levels (CosXL)": ("edm_vpred.",),
-    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.", "joint_blocks."),
-    "a Flux-like transformer": ("model.diffusion_model.double_blocks.", "double_blocks."),
+    "Chroma": _anywhere("distilled_guidance_layer."),
+    "HunyuanVideo": _anywhere("txt_in.individual_token_refiner."),
+    "FLUX.3": _anywhere("early_stream_modulations.", "content_mode_blocks."),
     "Stable Cascade": ("clip_txt_mapper.", "down_blocks.0.0.channelwise."),
     "SDXL's refiner": ("conditioner.embedders.0.model.",),
     "Stable Diffusion 2 unCLIP": ("noise_augmentor.", "embedder.model.visual."),
-    "8-bit weights with scales of their own (ComfyUI's scaled fp8)": (
-        "scaled_fp8",
-        "model.diffusion_model.scaled_fp8",
-    ),
 }
 
 
-def _joined(old: str, new: str, table: Mapping[str, str]) -> Names:
+def _joined(old: str, new: str, table: Names) -> Names:
     return {f"{old}.{a}": f"{new}.{b}" for a, b in table.items()}
 
 
@@ -217,39 +246,10 @@ def vae_names(levels: int, layers: int) -> Names:
     return names
 
 
-def open_clip_names(layers: int) -> Names:
-    """OpenCLIP's paths in a text tower -> transformers', without the fused projections."""
-    names = dict(_OPEN_CLIP)
+def open_clip_names(layers: int) -> dict[str, str | Rows]:
+    """OpenCLIP's paths in a text tower -> transformers'."""
+    names: dict[str, str | Rows] = dict(_OPEN_CLIP)
     for layer in range(layers):
         old, new = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
-        names |= _joined(old, new, _OPEN_CLIP_LAYER)
+        names |= prefixed(old, new, _OPEN_CLIP_LAYER)
     return names
-
-
-def fused(key: str) -> tuple[str, str] | None:
-    """The attention's new path and the leaf of a fused projection; None for other keys.
-
-    `transformer.resblocks.3.attn.in_proj_bias` -> (`encoder.layers.3.self_attn`, `bias`).
-    """
-    found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key)
-    return found and (f"encoder.layers.{found[1]}.self_attn", found[2])
-
-
-def split_projection(key: str) -> tuple[str, str] | None:
-    """The inverse of `fused`: OpenCLIP's key, and which of `PROJECTIONS` a key is part of.
-
-    `encoder.layers.3.self_attn.q_proj.bias` -> (`transformer.resblocks.3.attn.in_proj_bias`,
-    `q_proj`).
-    """
-    found = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.(weight|bias)", key)
-    return found and (f"transformer.resblocks.{found[1]}.attn.in_proj_{found[3]}", found[2])
-
-
-def renamed(key: str, names: Names) -> str | None:
-    """A key under the other names: its longest beginning that the table knows is replaced."""
-    end = len(key)
-    while end > 0:
-        if key[:end] in names:
-            return names[key[:end]] + key[end:]
-        end = key.rfind(".", 0, end)
-    return None

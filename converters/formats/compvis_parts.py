@@ -1,4 +1,4 @@
-"""A single file of CompVis taken apart by names and shapes alone: its models and their settings.
+"""A single file taken apart by names and shapes alone: its models and their settings.
 
 What shapes do not tell is as published: heads of 64 features where projections are linear, else 8
 heads, and 32 groups.
@@ -18,41 +18,45 @@ from .compvis_names import (
     ALIASES,
     LEFTOVERS,
     MARKERS,
-    PROJECTIONS,
     STRANGERS,
+    T5,
     TEXT_ENCODERS,
     UNET,
     VAE,
-    Names,
     TextEncoder,
-    fused,
     open_clip_names,
-    renamed,
     unet_names,
     vae_names,
 )
+from .names import Names, Shapes, Stored, count, shapes_of, split
+from .transformer_parts import FLUX, FLUX_2, SD_3, T5_GGUF, TELLING, Taken, t5, transformer, variant
 
+READ = "Stable Diffusion 1, 2, XL and 3, FLUX.1 and FLUX.2"
 _HEAD = 64
 _PREFIXES = (UNET, VAE, *dict.fromkeys(e.prefix for each in TEXT_ENCODERS.values() for e in each))
+# Of these alone a file is none: LoRAs have them too.
+_BESIDE = "text_encoders."
 _TOKENS = "embeddings.token_embedding.weight"  # of a text encoder with transformers' names
-# A key of each model that has no prefix, or another one than CompVis's.
-_TELLING = {UNET: "input_blocks.0.0.weight", VAE: "decoder.up.0.block.0.conv1.weight"}
+# Keys of each model that has no prefix, or another one than CompVis's.
+_TELLING = {
+    UNET: ("input_blocks.0.0.weight", *TELLING.values()),
+    VAE: ("decoder.up.0.block.0.conv1.weight",),
+    T5: (_T5_NORM := "encoder.block.0.layer.0.layer_norm.weight", T5_GGUF.format(0)),
+}
 _CHANNELS = {
     5: "a depth-to-image model",
     7: "the x4 upscaler",
     8: "an InstructPix2Pix or Zero123 model",
 }
 _PROJECTION = "text_projection.weight"  # beside a text tower, not in it
-_MODELS = {UNET: "unet", VAE: "vae"}
-_CLASSES = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
+# Settings of the autoencoder's latents by family; SD 1's and 2's are the first.
+_LATENTS = {
+    "SD 1": {"scaling_factor": 0.18215},
+    "SDXL": {"scaling_factor": 0.13025},
+    FLUX: {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    SD_3: {"scaling_factor": 1.5305, "shift_factor": 0.0609},
 }
-
-Shapes = Mapping[str, tuple[int, ...]]
-Stored = dict[str, StoredTensor]
+_CHANNELS_OF = {16: FLUX, 32: FLUX_2}  # latents of an autoencoder alone -> the family assumed
 
 
 class Part(NamedTuple):
@@ -67,7 +71,7 @@ class SingleFile(NamedTuple):
     """What a single file holds.
 
     Attributes:
-      family: "SD 1", "SD 2" or "SDXL".
+      family: "SD 1", "SD 2", "SDXL", "FLUX.1", "FLUX.2" or "SD 3".
       parts: component -> model.
       leftovers: what is known and not loaded -> its keys.
       unknown: the other keys.
@@ -87,6 +91,8 @@ class SingleFile(NamedTuple):
         """The whole in a few words."""
         missing = [name for name in _components(self.family) if name not in self.parts]
         words = "single file" if self.guessed else f"single file of {self.family}"
+        if "transformer" in self.parts:
+            words = f"{words} {variant(self.family, self.parts['transformer'].raw)}".rstrip()
         if len(self.parts) == 1:
             words += f", {next(iter(self.parts))} alone"
         elif missing:
@@ -103,20 +109,20 @@ _ZERO_SNR = "rescale_betas_zero_snr"
 
 def _components(family: str) -> tuple[str, ...]:
     encoders = dict.fromkeys(encoder.component for encoder in TEXT_ENCODERS[family])
-    return ("unet", "vae", *encoders)
+    return ("transformer" if family in TELLING else "unet", "vae", *encoders)
 
 
 def is_single_file(stored: Stored) -> bool:
     """Whether tensors have the names of CompVis's single files, with their prefixes or without."""
     names = _canonical(stored).values()
-    return any(name.startswith(_PREFIXES) and "lora_" not in name for name in names)
+    own = [name for name in names if name.startswith(_PREFIXES) and "lora_" not in name]
+    return any(not name.startswith(_BESIDE) for name in own) or T5 + "shared.weight" in own
 
 
 def is_bare_text(keys: Collection[str]) -> bool:
     """Whether they are a text encoder's as transformers names them in its folders."""
-    return any(
-        key.removeprefix("text_model.") == "encoder.layers.0.layer_norm1.weight" for key in keys
-    )
+    telling = "encoder.layers.0.layer_norm1.weight", _T5_NORM
+    return any(key.removeprefix("text_model.") in telling for key in keys)
 
 
 def _canonical(stored: Stored) -> dict[str, str]:
@@ -128,7 +134,8 @@ def _canonical(stored: Stored) -> dict[str, str]:
             names = {key: name.removeprefix(wrapper) for key, name in names.items()}
     here = set(names.values())
     for alias, prefix in ALIASES.items():
-        if alias + _TELLING.get(prefix, f"text_model.{_TOKENS}") in here:
+        telling = _TELLING.get(prefix, (f"text_model.{_TOKENS}",))
+        if any(alias + key in here for key in telling):
             names = {
                 key: prefix + name.removeprefix(alias) if name.startswith(alias) else name
                 for key, name in names.items()
@@ -152,14 +159,16 @@ def _bare(shapes: Shapes) -> str:
         if tokens in shapes and (not layer or layer in shapes):
             second = shapes[tokens][-1:] == (1280,)  # SDXL's
             return ("conditioner.embedders.1." if second else "cond_stage_model.") + prefix
-    return next((prefix for prefix, telling in _TELLING.items() if telling in shapes), "")
+    return next(
+        (prefix for prefix, keys in _TELLING.items() if not shapes.keys().isdisjoint(keys)), ""
+    )
 
 
 def stranger(keys: Collection[str]) -> str:
     """What a file that is none of these holds, in a sentence; "" where that is unknown."""
     for what, beginnings in STRANGERS.items():
         if any(key.startswith(beginnings) for key in keys):
-            return f"It is {what}; Stable Diffusion 1, 2 and XL are read."
+            return f"It is {what}; {READ} are read."
     if any(key.startswith(("control_model.", "input_hint_block.", "controlnet_")) for key in keys):
         return "It is a ControlNet, which is not read here."
     inside = {key.split(".")[0] for key in keys}
@@ -201,9 +210,9 @@ def read_single_file(
         raise CheckpointError(f"{source} holds a tensor twice, under two programs' names.")
     tensors = {name: stored[key] for key, name in names.items()}
     if stranger_here := _other_model(tensors):
-        raise CheckpointError(f"{source} is {stranger_here}; SD 1, SD 2 and SDXL are read.")
+        raise CheckpointError(f"{source} is {stranger_here}; {READ} are read.")
     told = _family(tensors) or _architecture(metadata)
-    family = told or "SD 1"
+    family = told or _guess(tensors)
     encoders = {each.prefix: each for each in TEXT_ENCODERS[family]}
     groups: dict[str, Stored] = {prefix: {} for prefix in (UNET, VAE, *encoders)}
     leftovers: dict[str, list[str]] = {}
@@ -214,7 +223,7 @@ def read_single_file(
         kind = next((k for k, form in LEFTOVERS.items() if re.fullmatch(form, key, re.S)), None)
         prefix = next((prefix for prefix in groups if key.startswith(prefix)), None)
         last = prefix in encoders and encoders[prefix].last_layer
-        if kind is not None and not _wanted(key):
+        if kind is not None and not _wanted(key, family):
             leftovers.setdefault(kind, []).append(back[key])
         elif last and last.match(key, len(prefix or "")):
             kind = "the last layer of the text encoder, which nothing reads"
@@ -228,14 +237,13 @@ def read_single_file(
     for prefix, group in groups.items():
         if not group:
             continue
-        component = _MODELS.get(prefix) or encoders[prefix].component
+        component = (
+            _components(family)[(UNET, VAE).index(prefix)]
+            if prefix in (UNET, VAE)
+            else (encoders[prefix].component)
+        )
         try:
-            if prefix == UNET:
-                raw, found, odd = _unet(group)
-            elif prefix == VAE:
-                raw, found, odd = _vae(group, family)
-            else:
-                raw, found, odd = _text(group, encoders[prefix])
+            raw, found, odd = _taken(group, prefix, family, encoders.get(prefix))
         except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(
                 f"{source}: the sizes of its {component} cannot be told ({error} is missing or "
@@ -243,7 +251,8 @@ def read_single_file(
             ) from error
         if component in parts:
             raise CheckpointError(f"{source} holds {component} twice, under two programs' names.")
-        parts[component] = Part(_CLASSES[component], raw, found)
+        class_name = raw.get("_class_name") or raw["architectures"][0]
+        parts[component] = Part(class_name, raw, found)
         unknown += [back.get(prefix + key, prefix + key) for key in odd]
     if "unet" in parts and (sizes := _sizes(metadata, parts.get("vae"))):
         parts["unet"].raw["sample_size"] = sizes
@@ -251,9 +260,21 @@ def read_single_file(
     return SingleFile(family, parts, leftovers, sorted(unknown), scheduler, guessed=not told)
 
 
-def _wanted(key: str) -> bool:
+def _taken(group: Stored, prefix: str, family: str, encoder: TextEncoder | None) -> Taken:
+    """The settings of one model, under their published names, its tensors, and keys of no place."""
+    if encoder is not None:
+        return t5(group) if prefix == T5 else _text(group, encoder)
+    if prefix == VAE:
+        return _vae(group, family)
+    return transformer(group, family) if family in TELLING else _unet(group)
+
+
+def _wanted(key: str, family: str) -> bool:
     """A text projection, where the model has one."""
-    return key.startswith("conditioner.embedders.1.") and "text_projection" in key
+    if "text_projection" not in key:
+        return False
+    three = family == SD_3 and "transformer.text_projection" in key
+    return key.startswith("conditioner.embedders.1.") or three
 
 
 def _other_model(tensors: Stored) -> str:
@@ -261,7 +282,7 @@ def _other_model(tensors: Stored) -> str:
     for what, beginnings in STRANGERS.items():
         if any(key.startswith(beginnings) for key in tensors):
             return what
-    shapes = _shapes(tensors)
+    shapes = shapes_of(tensors)
     first = shapes.get(UNET + "input_blocks.0.0.weight", ())
     if len(first) == 4 and first[1] in _CHANNELS:
         return f"{_CHANNELS[first[1]]} ({first[1]} channels in)"
@@ -279,7 +300,10 @@ def _width(shapes: Shapes, beginning: str, end: str) -> int:
 
 def _family(tensors: Stored) -> str:
     """The family by prefixes and sizes, or "" where there is but an autoencoder."""
-    shapes = _shapes(tensors)
+    shapes = shapes_of(tensors)
+    for family, key in TELLING.items():
+        if UNET + key in shapes:
+            return family
     context = _width(shapes, UNET, "attn2.to_k.weight")
     xl = UNET + "label_emb.0.0.weight" in shapes or context == 2048
     if xl or any(key.startswith("conditioner.") for key in shapes):
@@ -294,12 +318,23 @@ def _family(tensors: Stored) -> str:
     return "SD 1" if one else ""
 
 
+def _guess(tensors: Stored) -> str:
+    """The family of an autoencoder or of T5 alone, of several the one that is used most."""
+    shape = tensors[key].shape if (key := VAE + "decoder.conv_in.weight") in tensors else ()
+    channels = shape[1] if len(shape) == 4 else 0
+    three = any(key.startswith(T5) for key in tensors)
+    return FLUX if three else _CHANNELS_OF.get(channels, "SD 1")
+
+
 def _architecture(metadata: Mapping[str, str]) -> str:
     named = metadata.get("modelspec.architecture", "")
     forms = {
         "stable-diffusion-xl": "SDXL",
         "stable-diffusion-v2": "SD 2",
         "stable-diffusion-v1": "SD 1",
+        "stable-diffusion-3": SD_3,
+        "flux-1": FLUX,
+        "flux-2": FLUX_2,
     }
     return next((family for form, family in forms.items() if named.startswith(form)), "")
 
@@ -375,25 +410,6 @@ def _heads(width: int) -> int:
     return max(width // _HEAD, 1)
 
 
-def _shapes(tensors: Stored) -> Shapes:
-    return {key: tensor.shape for key, tensor in tensors.items()}
-
-
-def _count(shapes: Shapes, form: str) -> int:
-    """How many of the keys `form.format(0)`, `form.format(1)`, ... there are without a gap."""
-    number = 0
-    while form.format(number) in shapes:
-        number += 1
-    return number
-
-
-def _apply(tensors: Stored, names: Names) -> tuple[Stored, list[str]]:
-    """The tensors under their new names, and the keys that have none."""
-    new = {key: renamed(key, names) for key in tensors}
-    found = {name: tensors[key] for key, name in new.items() if name is not None}
-    return found, [key for key, name in new.items() if name is None]
-
-
 def unet_names_of(raw: Mapping[str, Any]) -> Names:
     """The names of a UNet with these settings, CompVis's -> diffusers'."""
     levels = len(raw["block_out_channels"])
@@ -404,16 +420,15 @@ def unet_names_of(raw: Mapping[str, Any]) -> Names:
     )
 
 
-def _unet(tensors: Stored) -> tuple[dict[str, Any], Stored, list[str]]:
-    """The settings of a UNet, under their published names, its tensors, and keys of no place."""
-    shapes = _shapes(tensors)
+def _unet(tensors: Stored) -> Taken:
+    shapes = shapes_of(tensors)
     levels: list[list[tuple[int, int]]] = [[]]  # channels and transformer depth of each resnet
     for place in itertools.count(1):
         block = f"input_blocks.{place}"
         if f"{block}.0.op.weight" in shapes:
             levels.append([])
         elif f"{block}.0.in_layers.2.weight" in shapes:
-            depth = _count(shapes, block + ".1.transformer_blocks.{}.norm1.weight")
+            depth = count(shapes, block + ".1.transformer_blocks.{}.norm1.weight")
             levels[-1].append((shapes[f"{block}.0.in_layers.2.weight"][0], depth))
         else:
             break
@@ -423,10 +438,10 @@ def _unet(tensors: Stored) -> tuple[dict[str, Any], Stored, list[str]]:
     attends = [level[0][1] > 0 for level in levels]
     layers = [len(level) for level in levels]
     depths = [max(level[0][1], 1) for level in levels]
-    depths[-1] = _count(shapes, _MIDDLE + "transformer_blocks.{}.norm1.weight") or depths[-1]
+    depths[-1] = count(shapes, _MIDDLE + "transformer_blocks.{}.norm1.weight") or depths[-1]
     linear = len(shapes[f"{_MIDDLE}proj_in.weight"]) == 2
     raw = {
-        "_class_name": _CLASSES["unet"],
+        "_class_name": "UNet2DConditionModel",
         "sample_size": 64,
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
@@ -446,10 +461,16 @@ def _unet(tensors: Stored) -> tuple[dict[str, Any], Stored, list[str]]:
             "projection_class_embeddings_input_dim": vector[1],
             "sample_size": 128,
         }
-    return raw, *_apply(tensors, unet_names_of(raw))
+    return raw, *split(tensors, unet_names_of(raw))
 
 
 _MIDDLE = "middle_block.1."
+# FLUX.2's autoencoder normalizes its latents.
+FLUX_2_VAE = {
+    "encoder.quant_conv": "quant_conv",
+    "decoder.post_quant_conv": "post_quant_conv",
+    "bn": "bn",
+}
 _OPTIONAL = {
     "use_quant_conv": "quant_conv",
     "use_post_quant_conv": "post_quant_conv",
@@ -457,77 +478,71 @@ _OPTIONAL = {
 }
 
 
-def _vae(tensors: Stored, family: str) -> tuple[dict[str, Any], Stored, list[str]]:
-    """Of an autoencoder what `_unet` tells of a UNet."""
-    shapes = _shapes(tensors)
-    levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
+def _vae(tensors: Stored, family: str) -> Taken:
+    shapes = shapes_of(tensors)
+    levels = count(shapes, "encoder.down.{}.block.0.conv1.weight")
     channels = [shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] for n in range(levels)]
     raw = {
-        "_class_name": _CLASSES["vae"],
-        "sample_size": 1024 if family == "SDXL" else 512,
+        "_class_name": "AutoencoderKL",
+        "sample_size": 512 if family in ("SD 1", "SD 2") else 1024,
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "block_out_channels": channels,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": _count(shapes, "encoder.down.0.block.{}.conv1.weight"),
+        "layers_per_block": count(shapes, "encoder.down.0.block.{}.conv1.weight"),
         "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "scaling_factor": 0.13025 if family == "SDXL" else 0.18215,
     }
-    raw |= {name: False for name, key in _OPTIONAL.items() if f"{key}.weight" not in shapes}
-    found, odd = _apply(tensors, vae_names(levels, raw["layers_per_block"]))
+    names = vae_names(levels, raw["layers_per_block"])
+    if family == FLUX_2:
+        raw |= {"_class_name": "AutoencoderKLFlux2", "batch_norm_eps": 1e-4, "patch_size": [2, 2]}
+        names |= FLUX_2_VAE
+    else:
+        raw |= _LATENTS.get(family, _LATENTS["SD 1"])
+        raw |= {name: False for name, key in _OPTIONAL.items() if f"{key}.weight" not in shapes}
+    found, odd = split(tensors, names)
     for key, tensor in found.items():
         if ".attentions." in key and tensor.shape[2:] in ((1,), (1, 1)):
             found[key] = _reshaped(tensor, tensor.shape[:2])  # convolutions of one pixel
     return raw, found, odd
 
 
-def _text(tensors: Stored, encoder: TextEncoder) -> tuple[dict[str, Any], Stored, list[str]]:
-    """Of a text encoder what `_unet` tells of a UNet."""
+def _text(tensors: Stored, encoder: TextEncoder) -> Taken:
     odd: list[str] = []
     if encoder.open_clip:
-        layers = _count(_shapes(tensors), "transformer.resblocks.{}.ln_1.weight")
-        plain = {key: tensor for key, tensor in tensors.items() if fused(key) is None}
-        found, odd = _apply(plain, open_clip_names(layers))
-        for key, tensor in tensors.items():
-            if place := fused(key):
-                for part, name in enumerate(PROJECTIONS):
-                    found[f"{place[0]}.{name}.{place[1]}"] = _third(tensor, part)
+        layers = count(shapes_of(tensors), "transformer.resblocks.{}.ln_1.weight")
+        found, odd = split(tensors, open_clip_names(layers))
         if (width := found.get(_PROJECTION)) is not None:
             found[_PROJECTION] = width.then(width.shape[::-1], lambda v: np.ascontiguousarray(v.T))
     else:
         found = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
-    second = encoder.component == "text_encoder_2"
-    shapes = _shapes(found)
+    projected = encoder.class_name.endswith("WithProjection")
+    shapes = shapes_of(found)
     vocabulary, width = shapes[_TOKENS]
+    if projected and _PROJECTION not in found and encoder.prefix.startswith(_BESIDE):
+        found[_PROJECTION] = StoredTensor(  # as ComfyUI has it
+            "F32", (width, width), lambda: np.eye(width, dtype=np.float32)
+        )
     raw = {
-        "architectures": [_CLASSES[encoder.component]],
+        "architectures": [encoder.class_name],
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, "encoder.layers.{}.layer_norm1.weight"),
+        "num_hidden_layers": count(shapes, "encoder.layers.{}.layer_norm1.weight"),
         "num_attention_heads": _heads(width),
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "hidden_act": encoder.hidden_act,
-        "projection_dim": shapes.get(_PROJECTION, (width,))[0] if second else width,
+        "projection_dim": shapes.get(_PROJECTION, (width,))[0] if projected else width,
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
     }
     projection = {_PROJECTION: found.pop(_PROJECTION)} if _PROJECTION in found else {}
-    if second:
+    if projected:
         found = {f"text_model.{key}": tensor for key, tensor in found.items()} | projection
     return raw, found, odd
 
 
 def _reshaped(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     return tensor.then(shape, lambda values: values.reshape(shape))
-
-
-def _third(tensor: StoredTensor, part: int) -> StoredTensor:
-    rows, *rest = tensor.shape
-    if rows % 3:
-        raise ValueError(f"in_proj {list(tensor.shape)}")
-    rows //= 3
-    return tensor.then((rows, *rest), lambda values: values[part * rows : (part + 1) * rows])

@@ -36,8 +36,8 @@ from ..files.weights import WeightFile, open_weights, opened, read_json
 from ..hub import local
 from ..parameters import changed, on_host, replaced
 from ..tensors import TensorSpec, is_finite, tensor_specs, variables
-from .compvis_names import renamed
 from .compvis_parts import unet_names_of
+from .names import renamed
 
 FILES = tuple(
     f"{stem}.{form}"

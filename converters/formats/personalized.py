@@ -40,9 +40,9 @@ from ..files.weights import (
 from ..hub import local
 from ..parameters import check_finite, pending, replaced
 from ..tensors import compare, is_finite, tensor_specs
-from .compvis_names import renamed
 from .compvis_parts import is_single_file, unet_names_of
 from .lora import is_lora
+from .names import renamed
 
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.bin"
 _PART = "_custom_diffusion"

@@ -264,7 +264,7 @@ def test_parts_and_options(single, tmp_path):
     with pytest.raises(CheckpointError, match="truncated"):
         load_pytorch(tmp_path / "b.safetensors")
     safetensors.numpy.save_file({"x": np.zeros(1)}, tmp_path / "c.safetensors")
-    with pytest.raises(CheckpointError, match="is no single file of Stable Diffusion"):
+    with pytest.raises(CheckpointError, match="is no single file that is read"):
         load_single_file(tmp_path / "c.safetensors")
 
 
@@ -706,12 +706,12 @@ def test_only_the_published_last_layer_is_passed_over(torch, layers):
         ({"model.diffusion_model.input_blocks.0.0.weight": (320, 5, 3, 3)}, "depth-to-image"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (320, 7, 3, 3)}, "x4 upscaler"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}, "InstructPix2Pix"),
-        ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "Stable Diffusion 3"),
+        ({"distilled_guidance_layer.in_proj.bias": (1,), "img_in.bias": (1,)}, "Chroma"),
         ({"edm_mean": (4,), "first_stage_model.x": (1,)}, "Playground 2.5"),
     ],
 )
 def test_relatives_are_refused_by_name(shapes, named):
-    with pytest.raises(CheckpointError, match=f"it is .*{named}.*SD 1, SD 2 and SDXL are read"):
+    with pytest.raises(CheckpointError, match=f"it is .*{named}.*FLUX.1 and FLUX.2 are read"):
         read_single_file(stored(shapes), "it")
 
 
@@ -898,8 +898,9 @@ def test_published_sizes(torch, family):
     diffusers = pytest.importorskip("diffusers")
     from diffusers.loaders import single_file_utils as theirs
 
-    from conceptax.converters.formats.compvis_names import renamed, vae_names
+    from conceptax.converters.formats.compvis_names import vae_names
     from conceptax.converters.formats.compvis_parts import unet_names_of
+    from conceptax.converters.formats.names import renamed
 
     settings = (
         {"cross_attention_dim": 768}

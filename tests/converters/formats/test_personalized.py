@@ -26,8 +26,8 @@ from conceptax.converters import (
     save_pytorch,
     save_textual_inversion,
 )
-from conceptax.converters.formats.compvis_names import renamed
 from conceptax.converters.formats.compvis_parts import unet_names_of
+from conceptax.converters.formats.names import renamed
 from conceptax.converters.formats.personalized import CUSTOM_DIFFUSION, read_personalization
 from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.flax_models.pipelines.new_tokens import add_tokens
