@@ -18,6 +18,7 @@ MODULES = {
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
+    "FluxTransformer2DModel": "flux_transformer_2d",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

@@ -7,8 +7,8 @@ parameter, so a checkpoint of the dense model loads and runs.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from .configs import ModelConfig
-from .layers.attention import GNA, Attention
+from .layers import modulation
+from .layers.attention import GNA, Attention, Neighborhoods, per_layer
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.modulation import gated, modulate, plain_layer_norm, with_residual, zero_linear
 from .layers.remat import Remat, recomputed
-from .layers.transformer import FeedForward, layer_norm
+from .layers.transformer import GELU, FeedForward, layer_norm
 from .pretrained import Pretrained
 
-_PLAIN = {"use_bias": False, "use_scale": False}  # a norm without parameters
 _TIME_FEATURES = 256  # sinusoidal features of the timestep, for every size of model
 # What the class of the first published DiT folders, `Transformer2DModel`, could do beside.
 _TRANSFORMER_2D: Mapping[str, Any] = {
@@ -163,31 +164,12 @@ class CombinedTimestepLabelEmbeddings(nnx.Module):
         return self.timestep_embedder(time) + self.class_embedder.embedding_table(class_labels)
 
 
-def _zero_linear(features: int, out_features: int, **init) -> nnx.Linear:
-    return nnx.Linear(features, out_features, kernel_init=nnx.initializers.zeros, **init)
-
-
-def modulate(
-    x: Float[Array, "B h w D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
-) -> Float[Array, "B h w D"]:
-    """x·(1 + scale) + shift, the same for all tokens of an image."""
-    return x * (1 + scale[:, None, None]) + shift[:, None, None]
-
-
-class AdaLayerNormZero(nnx.Module):
-    """Each layer embeds timestep and class by itself and regresses from them its six modulations.
-
-    They start at zero, so that a new model's layers are identities.
-    """
+class AdaLayerNormZero(modulation.AdaLayerNormZero):
+    """Each layer embeds timestep and class by itself and regresses from them its modulations."""
 
     def __init__(self, config: DiTTransformer2DConfig, **init):
         self.emb = CombinedTimestepLabelEmbeddings(config, **init)
-        self.linear = _zero_linear(config.features, 6 * config.features, **init)
-        self.norm = layer_norm(config.features, 1e-6, **_PLAIN, **init)
-
-    def __call__(self, conditioning: Float[Array, "B D"]) -> list[Float[Array, "B D"]]:
-        """Shift, scale and gate of the attention, then those of the perceptron."""
-        return jnp.split(self.linear(jax.nn.silu(conditioning)), 6, axis=-1)
+        super().__init__(config.features, **init)
 
 
 class SelfAttention(Attention):
@@ -209,55 +191,22 @@ class SelfAttention(Attention):
         return self.to_out[0](self.neighborhood(query, key, value).reshape(x.shape))
 
 
-class GELU(nnx.Module):
-    """Linear layer and the tanh approximation of GELU."""
-
-    def __init__(self, features: int, hidden: int, **init):
-        self.proj = nnx.Linear(features, hidden, **init)
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... hidden"]:
-        return jax.nn.gelu(self.proj(x), approximate=True)
-
-
 class BasicTransformerBlock(nnx.Module):
     """Self-attention and perceptron, each normalized, modulated and gated by the condition."""
 
     def __init__(self, config: DiTTransformer2DConfig, neighborhood: GNA | None, **init):
         self.norm1 = AdaLayerNormZero(config, **init)
         self.attn1 = SelfAttention(config, neighborhood, **init)
-        options = init if config.norm_elementwise_affine else _PLAIN | init
-        self.norm3 = layer_norm(config.features, config.norm_eps, **options)
+        norm = layer_norm if config.norm_elementwise_affine else plain_layer_norm
+        self.norm3 = norm(config.features, config.norm_eps, **init)
         self.ff = FeedForward(config.features, GELU, **init)
 
     def __call__(
         self, x: Float[Array, "B h w D"], time: Float[Array, "B T"], class_labels: Int[Array, " B"]
     ) -> Float[Array, "B h w D"]:
-        conditioning = self.norm1.emb(time, class_labels)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(conditioning)
-        attended = self.attn1(modulate(self.norm1.norm(x), shift, scale))
-        x = x + gate[:, None, None] * attended
-        return x + gate_ff[:, None, None] * self.ff(modulate(self.norm3(x), shift_ff, scale_ff))
-
-
-# GNA, a sequence of GNA and None, or None; anything else is refused by name in `_per_layer`.
-Neighborhoods: TypeAlias = Any
-
-
-def _per_layer(attention: Neighborhoods, layers: int) -> tuple[GNA | None, ...]:
-    one_each = isinstance(attention, Sequence)
-    settings = tuple(attention) if one_each else (attention,) * layers
-    if len(settings) != layers:
-        raise ValueError(
-            f"attention takes one setting for all layers or {layers}, one per layer; received "
-            f"{len(settings)}."
-        )
-    for index, setting in enumerate(settings):
-        if not (setting is None or isinstance(setting, GNA)):
-            raise ValueError(
-                f"attention takes GNA(...), or None for dense attention; received {setting!r} for "
-                f"layer {index}."
-            )
-    return settings
+        x_in, gate, perceptron = self.norm1(x, self.norm1.emb(time, class_labels))
+        x = x + gated(gate, self.attn1(x_in))
+        return with_residual(x, self.norm3, self.ff, *perceptron)
 
 
 class DiTTransformer2DModel(Pretrained, nnx.Module):
@@ -301,12 +250,12 @@ class DiTTransformer2DModel(Pretrained, nnx.Module):
         self.transformer_blocks = nnx.List(
             [
                 BasicTransformerBlock(config, setting, **init)
-                for setting in _per_layer(attention, config.num_layers)
+                for setting in per_layer(attention, config.num_layers)
             ]
         )
-        self.norm_out = layer_norm(features, 1e-6, **_PLAIN, **init)
-        self.proj_out_1 = _zero_linear(features, 2 * features, **init)
-        self.proj_out_2 = _zero_linear(
+        self.norm_out = plain_layer_norm(features, **init)
+        self.proj_out_1 = zero_linear(features, 2 * features, **init)
+        self.proj_out_2 = zero_linear(
             features, config.patch_size**2 * (config.out_channels or config.in_channels), **init
         )
 

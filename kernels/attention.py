@@ -46,11 +46,15 @@ def _attend_in_chunks(
     return attended.reshape(batch, queries, heads, value.shape[-1])
 
 
-def _attend_in_cache(query: Array, key: Array, value: Array, is_causal: bool) -> Array:
+def _attend_in_cache(
+    query: Array, key: Array, value: Array, is_causal: bool, scale: float
+) -> Array:
     """By a kernel that asks for one dtype."""
     kernels_own = query.dtype == key.dtype == value.dtype and value.dtype.name in DTYPES
     operands = (x if kernels_own else x.astype(jnp.float32) for x in (query, key, value))
-    attended = neighborhood_attention(*operands, kernel_size=query.shape[1], is_causal=is_causal)
+    attended = neighborhood_attention(
+        *operands, kernel_size=query.shape[1], is_causal=is_causal, scale=scale
+    )
     assert isinstance(attended, jax.Array)
     return attended.astype(value.dtype)
 
@@ -74,6 +78,7 @@ def dot_product_attention(
     *,
     mask: Bool[Array, "#B #H #Q K"] | None = None,
     is_causal: bool = False,
+    scale: float | None = None,
 ) -> Float[Array, "B Q H E"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with a float32 softmax.
 
@@ -86,11 +91,12 @@ def dot_product_attention(
       query, key, value: heads second-to-last, any float dtype, not necessarily the same.
       mask: True where a query may attend, broadcast over batch, heads and queries.
       is_causal: whether no query attends to a later key; with a mask, both hold.
+      scale: factor of the logits, by default D ** -0.5.
 
     Returns:
       [B, Q, H, E] in `value`'s dtype.
     """
-    scale = query.shape[-1] ** -0.5
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     (batch, queries, heads, _), keys = query.shape, key.shape[1]
     query, key = _in_one_dtype(query, key)
     if (
@@ -101,12 +107,12 @@ def dot_product_attention(
         and jnp.float64 not in (query.dtype, value.dtype)
     ):
         # What is not run must leave nothing for the backward pass but the operands.
-        plain = jax.checkpoint(lambda q, k, v: _attend_in_chunks(q, k, v, None, is_causal, scale))
+        plain = jax.checkpoint(lambda q, k, v: _attend_in_chunks(q, k, v, None, is_causal, factor))
         return jax.lax.platform_dependent(
             query,
             key,
             value,
-            cpu=lambda q, k, v: _attend_in_cache(q, k, v, is_causal),
+            cpu=lambda q, k, v: _attend_in_cache(q, k, v, is_causal, factor),
             default=plain,
         )
-    return _attend_in_chunks(query, key, value, mask, is_causal, scale)
+    return _attend_in_chunks(query, key, value, mask, is_causal, factor)

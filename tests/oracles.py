@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.layers.joint_attention import JointTextCondition
 from conceptax.flax_models.unet_2d_condition import TextCondition
 
 
@@ -158,6 +159,69 @@ def dit(seed: int = 0, **changes: Any) -> Oracle:
         {"timesteps": np.array([3, 901]), "labels": np.array([4, 10])},
         lambda sample, timesteps, labels: nhwc(module(nchw(sample), timesteps, labels).sample),
         lambda model, sample, timesteps, labels: model(sample, timesteps, labels),
+    )
+
+
+def randomized(module: Any, seed: int) -> Any:
+    """Every parameter random: defaults leave norms at one and what is gated at zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            norm = parameter.ndim == 1 and name.endswith("weight")
+            parameter.normal_(0.0, 0.1, generator=generator).add_(float(norm))
+    return module.eval()
+
+
+def flux(seed: int = 0, **changes: Any) -> Oracle:
+    """A grid that is not square; diffusers takes times from 0 to 1, and ids of all tokens."""
+    import diffusers
+    import torch
+
+    settings = {
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 10,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 4, 8),
+    } | changes
+    module = randomized(diffusers.FluxTransformer2DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    image_ids = torch.stack(
+        [torch.zeros(4, 5), *torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")],
+        -1,
+    )
+
+    def torch_call(sample: Any, text: Any, pooled: Any, timesteps: Any, guidance: Any) -> Any:
+        output = module(
+            sample.flatten(1, 2),
+            text,
+            pooled,
+            timesteps.double() / 1000,
+            image_ids.flatten(0, 1),
+            torch.zeros(5, 3),
+            guidance if settings["guidance_embeds"] else None,
+        ).sample
+        return output.unflatten(1, (4, 5))
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 4, 5, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 5, 12)).astype(np.float32),
+            "pooled": rng.normal(size=(2, 10)).astype(np.float32),
+        },
+        # Torch's frequencies have errors of the last bit, which larger strengths would magnify.
+        {"timesteps": np.array([3, 901]), "guidance": np.array([0.03, 0.25], np.float32)},
+        torch_call,
+        lambda model, sample, text, pooled, timesteps, guidance: model(
+            sample, timesteps, JointTextCondition(text, pooled, guidance)
+        ),
     )
 
 

@@ -1,6 +1,8 @@
 """Multi-head attention, heads second-to-last: `[B, L, H, D]`."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ...kernels.attention import dot_product_attention
-from ...kernels.gna import neighborhood_attention
+from ...kernels.gna import joint_neighborhood_attention, neighborhood_attention
 from ...kernels.gna.problem import PerDimension, windows_of
 
 
@@ -86,29 +88,103 @@ class GNA:
                 f"GNA({given}) does not fit a grid of {grid} tokens: {error}"
             ) from error
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "kernel_size": self.window,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "implementation": self.implementation,
+        }
+
     def __call__(
         self,
         query: Float[Array, "B *X H D"],
         key: Float[Array, "B *X H D"],
         value: Float[Array, "B *X H D"],
+        *,
+        scale: float | None = None,
     ) -> Float[Array, "B *X H D"]:
         """Attend; all three in one dtype: float32, bfloat16 or float16.
+
+        Args:
+          query: of the tokens on their grid X, as are the others.
+          key: what queries are compared with.
+          value: what is averaged.
+          scale: factor of the logits, by default D ** -0.5.
 
         Raises:
           ValueError: the settings do not fit the grid X.
         """
         self.require_fit(query.shape[1:-2])
-        output = neighborhood_attention(
-            query,
-            key,
-            value,
-            kernel_size=self.window,
-            stride=self.stride,
-            dilation=self.dilation,
-            implementation=self.implementation,
-        )
+        output = neighborhood_attention(query, key, value, scale=scale, **self._settings)
         assert isinstance(output, jax.Array)
         return output
+
+    def joint(
+        self,
+        image: tuple[Float[Array, "B N H D"], ...],
+        text: tuple[Float[Array, "B A H D"], ...],
+        *,
+        grid: tuple[int, ...],
+        scale: float | None = None,
+    ) -> tuple[Float[Array, "B N H D"], Float[Array, "B A H D"]]:
+        """Image queries see their window and all of the text; text queries see everything.
+
+        Args:
+          image: query, key and value of the image's tokens, row by row.
+          text: those of the text.
+          grid: the image's tokens along each dimension; their product is N.
+          scale: factor of the logits, by default D ** -0.5.
+
+        Returns:
+          What the image's and the text's queries attend to.
+
+        Raises:
+          ValueError: the settings do not fit the grid.
+        """
+        self.require_fit(grid)
+        query, key, value = image
+        return joint_neighborhood_attention(
+            (query, key, value),
+            (text[0], text[1], text[2]),
+            token_layout=grid,
+            scale=scale,
+            **self._settings,
+        )
+
+
+# GNA, a sequence of GNA and None, or None; anything else is refused by name in `per_layer`.
+Neighborhoods: TypeAlias = Any
+
+
+def per_layer(
+    attention: Neighborhoods, layers: int, order: str = "one per layer"
+) -> tuple[GNA | None, ...]:
+    """The setting of each of a model's attentions.
+
+    Args:
+      attention: one setting for all, `GNA` or None (dense), or a sequence of them.
+      layers: attentions of the model.
+      order: what a sequence's entries are for, for the message.
+
+    Raises:
+      ValueError: another number of settings, or something else than a setting.
+    """
+    one_each = isinstance(attention, Sequence)
+    settings = tuple(attention) if one_each else (attention,) * layers
+    if len(settings) != layers:
+        raise ValueError(
+            f"attention takes one setting for all layers or {layers}, {order}; received "
+            f"{len(settings)}."
+        )
+    for index, setting in enumerate(settings):
+        if not (setting is None or isinstance(setting, GNA)):
+            raise ValueError(
+                f"attention takes GNA(...), or None for dense attention; received {setting!r} for "
+                f"layer {index}."
+            )
+    return settings
 
 
 class MultiheadAttention(nnx.Module):

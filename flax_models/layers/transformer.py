@@ -31,6 +31,16 @@ class GEGLU(nnx.Module):
         return hidden * jax.nn.gelu(gate, approximate=False)
 
 
+class GELU(nnx.Module):
+    """Linear layer and the tanh approximation of GELU: [..., C] -> [..., hidden]."""
+
+    def __init__(self, features: int, hidden: int, **init):
+        self.proj = nnx.Linear(features, hidden, **init)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
+        return jax.nn.gelu(self.proj(x), approximate=True)
+
+
 class FeedForward(nnx.Module):
     """Perceptron four times as wide inside, behind a layer with an activation."""
 

@@ -116,8 +116,8 @@ def seen(length, window, stride, dilation):
     return mask
 
 
-def masked_attention(query, key, value, *, kernel_size, stride, dilation, implementation):
-    assert implementation is None
+def masked_attention(query, key, value, *, kernel_size, stride, dilation, scale, implementation):
+    assert implementation is None and scale is None
     pairs = (x if isinstance(x, tuple) else (x, x) for x in (kernel_size, stride, dilation))
     rows, columns = (seen(*one) for one in zip(GRID, *pairs, strict=True))
     mask = np.kron(rows, columns)  # token = row * columns + column

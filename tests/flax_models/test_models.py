@@ -66,6 +66,11 @@ ORACLES = {
         },
     ),
     "dit beyond its size": ("dit", {"sample_size": 4}),
+    "flux": ("flux", {}),
+    "flux without guidance": (
+        "flux",
+        {"guidance_embeds": False, "out_channels": 2, "num_layers": 1, "num_single_layers": 1},
+    ),
     "autoencoder": ("autoencoder", {}),
     "autoencoder without attention": (
         "autoencoder",

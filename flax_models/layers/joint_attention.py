@@ -1,0 +1,248 @@
+"""Joint attention of an image's and a text's tokens (MMDiT, Esser et al. 2024, section 4).
+
+Both are one sequence, [B, L, D], in which a model puts the text before or behind the image. The
+image's tokens lie on a grid, row by row: with `GNA` its queries see their window and all of the
+text, while the text's queries see everything.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ...kernels.attention import dot_product_attention
+from .attention import GNA
+from .checks import check_axes
+from .rotary import Rotary, rotate_pairs
+
+Heads = Float[Array, "B L H D"]
+
+
+class JointTextCondition(NamedTuple):
+    """All that a transformer with joint attention is conditioned on beside the timestep.
+
+    Attributes:
+      states: [B, A, E] states of the text's tokens.
+      pooled: [B, P] the text's pooled state, for models that take one.
+      guidance: [B] strength of guidance as pipelines count it (3.5), for models distilled from it.
+    """
+
+    states: Float[Array, "B A E"]
+    pooled: Float[Array, "B P"] | None = None
+    guidance: Float[Array, " B"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class JointSequence:
+    """What the attentions of a forward pass share: where tokens lie, and how they are compared.
+
+    Attributes:
+      grid: rows and columns of the image's tokens; the rest of a sequence is text, or none of it.
+      text_first: whether the text comes before the image.
+      rotary: angles of all tokens, in the sequence's order; None turns nothing.
+      scale: factor of the logits, by default D ** -0.5.
+    """
+
+    grid: tuple[int, int]
+    text_first: bool = True
+    rotary: Rotary | None = None
+    scale: float | None = None
+
+    def join(self, image: Float[Array, "B N *X"], text: Float[Array, "B A *X"]) -> Array:
+        """One sequence of the two."""
+        return jnp.concatenate((text, image) if self.text_first else (image, text), axis=1)
+
+    def split(self, x: Float[Array, "B L *X"]) -> tuple[Array, Array]:
+        """The image's tokens and the text's."""
+        image = math.prod(self.grid)
+        text = x.shape[1] - image
+        return (x[:, text:], x[:, :text]) if self.text_first else (x[:, :image], x[:, image:])
+
+    def attend(self, query: Heads, key: Heads, value: Heads, neighborhood: GNA | None) -> Heads:
+        """Attention of the sequence to itself.
+
+        Args:
+          query: [B, L, H, D], as are the others.
+          key: what queries are compared with; both are turned by their positions first.
+          value: what is averaged.
+          neighborhood: what the image's queries see of the image; None is all of it.
+
+        Raises:
+          ValueError: the neighborhood does not fit the grid.
+        """
+        if self.rotary is not None:
+            query, key = (rotate_pairs(x, self.rotary) for x in (query, key))
+        if neighborhood is None:
+            return dot_product_attention(query, key, value, scale=self.scale)
+        image, text = zip(*map(self.split, (query, key, value)), strict=True)
+        if text[0].shape[1] == 0:
+            on_grid = (x.reshape(x.shape[0], *self.grid, *x.shape[2:]) for x in image)
+            return neighborhood(*on_grid, scale=self.scale).reshape(value.shape)
+        return self.join(*neighborhood.joint(image, text, grid=self.grid, scale=self.scale))
+
+
+def proportional_scale(setting: float | str | None, keys: int, dim: int) -> float | None:
+    """The factor of the logits of an attention to `keys` tokens in heads of `dim` features.
+
+    Args:
+      setting: None for the usual D ** -0.5, a factor, or "proportional": sqrt(log_4608(keys) / D),
+        which is the usual one for 64 x 64 tokens and 512 of text, and makes up for the flatter
+        softmax over more (URAE, Yu et al. 2025, after Jin et al. 2023).
+      keys: tokens of image and text.
+      dim: features of a head.
+
+    Raises:
+      ValueError: another setting.
+    """
+    if setting is None:
+        return None
+    if setting == "proportional":
+        return math.sqrt(math.log(keys) / math.log(4608) / dim)
+    if isinstance(setting, str) or not setting > 0:
+        raise ValueError(
+            "attention_scale takes a positive number, 'proportional' or None; received "
+            f"{setting!r}."
+        )
+    return float(setting)
+
+
+def check_inputs(model: Any, latents: Array, condition: JointTextCondition) -> None:
+    """Raise ValueError unless latents and the text's states suit a model and each other.
+
+    Args:
+      model: whose config has `in_channels` and `joint_attention_dim`.
+      latents: [B, h, w, in_channels].
+      condition: of the same batch.
+    """
+    name, config = type(model).__name__, model.config
+    check_axes(latents, "B h w C", f"{name}'s latents")
+    check_axes(condition.states, "B A E", f"{name}'s text states")
+    if latents.shape[-1] != config.in_channels:
+        raise ValueError(
+            f"{name} takes [B, h, w, {config.in_channels}] latents, received {latents.shape}."
+        )
+    batch, _, features = condition.states.shape
+    if (batch, features) != (len(latents), config.joint_attention_dim):
+        raise ValueError(
+            f"{name} takes text states [{len(latents)}, A, {config.joint_attention_dim}] for a "
+            f"batch of {len(latents)}, received {condition.states.shape}."
+        )
+
+
+def within_half(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """float16 that overflowed becomes its largest number, as in diffusers; others are unchanged."""
+    if x.dtype != jnp.float16:
+        return x
+    largest = float(jnp.finfo(jnp.float16).max)
+    return jnp.clip(x, -largest, largest)
+
+
+def in_heads(x: Float[Array, "B L C"], heads: int) -> Heads:
+    """[B, L, H * D] -> [B, L, H, D]."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+class SelfProjections(nnx.Module):
+    """Queries, keys and values of tokens, the first two normalized head by head.
+
+    Args:
+      features: width of a token.
+      heads: parts of it that attend by themselves.
+      use_bias: of the projections.
+      qk_norm: whether there are the norms.
+      epsilon: of the norms.
+      init: options of the layers.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        use_bias: bool = True,
+        qk_norm: bool = True,
+        epsilon: float = 1e-6,
+        **init,
+    ):
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (
+            nnx.Linear(features, features, use_bias=use_bias, **init) for _ in range(3)
+        )
+        if qk_norm:
+            self.norm_q, self.norm_k = (
+                nnx.RMSNorm(features // heads, epsilon=epsilon, **init) for _ in range(2)
+            )
+
+    def project(self, x: Float[Array, "B L C"]) -> tuple[Heads, Heads, Heads]:
+        """Query, key and value."""
+        query, key, value = (
+            in_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        if hasattr(self, "norm_q"):
+            query, key = self.norm_q(query), self.norm_k(key)
+        return query, key, value
+
+
+class JointAttention(SelfProjections):
+    """Image and text attend to both, each by projections and norms of its own.
+
+    Args:
+      features: width of a token, of either.
+      heads: parts of it that attend by themselves.
+      neighborhood: what the image's queries see of the image; None is all of it.
+      text_output: whether the text goes on: what it attends to is projected only then.
+      use_bias: of the projections.
+      qk_norm: whether queries and keys are normalized.
+      epsilon: of these norms.
+      init: options of the layers.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        neighborhood: GNA | None,
+        *,
+        text_output: bool = True,
+        use_bias: bool = True,
+        qk_norm: bool = True,
+        epsilon: float = 1e-6,
+        **init,
+    ):
+        super().__init__(
+            features, heads, use_bias=use_bias, qk_norm=qk_norm, epsilon=epsilon, **init
+        )
+        self.neighborhood = neighborhood
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+            nnx.Linear(features, features, use_bias=use_bias, **init) for _ in range(3)
+        )
+        if qk_norm:
+            self.norm_added_q, self.norm_added_k = (
+                nnx.RMSNorm(features // heads, epsilon=epsilon, **init) for _ in range(2)
+            )
+        self.to_out = nnx.List([nnx.Linear(features, features, use_bias=use_bias, **init)])
+        if text_output:
+            self.to_add_out = nnx.Linear(features, features, use_bias=use_bias, **init)
+
+    def project_text(self, text: Float[Array, "B A C"]) -> tuple[Heads, Heads, Heads]:
+        """Query, key and value of the text's tokens."""
+        query, key, value = (
+            in_heads(layer(text), self.heads)
+            for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        )
+        if hasattr(self, "norm_added_q"):
+            query, key = self.norm_added_q(query), self.norm_added_k(key)
+        return query, key, value
+
+    def __call__(
+        self, image: Float[Array, "B N C"], text: Float[Array, "B A C"], sequence: JointSequence
+    ) -> tuple[Float[Array, "B N C"], Float[Array, "B A C"]]:
+        """What the image attends to, and what the text does."""
+        parts = zip(self.project(image), self.project_text(text), strict=True)
+        query, key, value = (sequence.join(*part) for part in parts)
+        attended = sequence.attend(query, key, value, self.neighborhood)
+        image, text = (x.reshape(*x.shape[:2], -1) for x in sequence.split(attended))
+        return self.to_out[0](image), self.to_add_out(text) if hasattr(self, "to_add_out") else text
