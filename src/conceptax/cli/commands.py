@@ -197,7 +197,7 @@ COMMANDS = {
             "conceptax gna simulate --layout 128 128 --window 33 33 --gpu b200",
         ),
         (
-            *("--model", "--attention", "--layout", "--window", "--stride", "--gpu", "--steps"),
+            *("--model", "--attention", "--layout", "--window", "--stride", "--gpu"),
             *("--dense-steps", "--heads", "--head-dim", "--output", "--force"),
         ),
     ),
