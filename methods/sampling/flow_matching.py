@@ -80,9 +80,8 @@ class FlowMatchSchedule:
 def empirical_mu(tokens: int, num_steps: int) -> float:
     """FLUX.2's exponent of the shift, for an image of so many tokens drawn in so many steps.
 
-    Fitted by the model's authors (https://github.com/black-forest-labs/flux2,
-    `compute_empirical_mu`): lines in the tokens at 10 and at 200 steps, and between them a line in
-    the steps; of more than 4300 tokens, that at 200 steps.
+    That of `compute_empirical_mu` in diffusers' `pipelines/flux2`: lines in the tokens at 10 and at
+    200 steps, and through both a line in the steps; of more than 4300 tokens, that at 200 steps.
     """
     many = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:

@@ -70,6 +70,8 @@ _CLASS_SETTINGS = {
 _CLASS_SETTINGS = {name: _COMMON | own for name, own in _CLASS_SETTINGS.items()}
 for _name in ("DDIM", "DDPM"):
     _CLASS_SETTINGS[f"{_name}ParallelScheduler"] = _CLASS_SETTINGS[f"{_name}Scheduler"]
+# Left out of a file while None.
+_UNSET = _names("timestep_spacing variance_type solver_type clip_sample set_alpha_to_one")
 # Where the betas of a class, which belong to the model, differ from those below by default.
 _HEUN = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 _HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -260,8 +262,7 @@ class NoiseSchedule:
             value = getattr(self, field.name)
             if field.name in ("scheduler_class", "inert"):
                 continue
-            unset = ("timestep_spacing", "variance_type", "solver_type", "clip_sample")
-            if field.name in (*unset, "set_alpha_to_one") and value is None:
+            if field.name in _UNSET and value is None:
                 continue  # absent means the sampling class's default, here and in diffusers
             if field.name in own or value != field.default:
                 config[field.name] = list(value) if isinstance(value, tuple) else value
