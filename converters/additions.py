@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..flax_models.pretrained import Published
 from . import architectures
 from .errors import CheckpointError, counted, listing
 from .files.safetensors_file import StoredTensor
@@ -178,7 +179,7 @@ def _with_all(own: Any, stored: Mapping[str, StoredTensor], told: str) -> Any:
       CheckpointError: they are not those of the model, or damaged.
     """
     specs = tensor_specs(own)
-    found, problems = compare(specs, stored, type(own), double=True)
+    found, problems, unread = compare(specs, stored, own, double=True)
     if problems:
         raise CheckpointError(f"{told}: {counted(problems)}. It was made for another model.")
 
@@ -190,4 +191,9 @@ def _with_all(own: Any, stored: Mapping[str, StoredTensor], told: str) -> Any:
                 raise CheckpointError(f"{told}: {spec.key} holds NaN or infinite values.")
             yield spec, value
 
-    return replaced(own, values())
+    model = replaced(own, values())
+    if unread:
+        model.published_config = dataclasses.replace(
+            getattr(own, "published_config", Published("{}")), unread=unread
+        )
+    return model

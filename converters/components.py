@@ -85,6 +85,6 @@ def build(
     """
     kinds = {"dtype": dtype, "param_dtype": parameter_dtype(stored, param_dtype)}
     model: Any = abstract(model_class, raw, source=source, **kinds, **model_options)
-    fill(model, stored, source=file, param_dtype=param_dtype, **options)
-    model.published_config = Published(json.dumps(raw))
+    unread = fill(model, stored, source=file, param_dtype=param_dtype, **options)
+    model.published_config = Published(json.dumps(raw), unread)
     return model

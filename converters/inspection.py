@@ -42,6 +42,7 @@ from .pipeline_folder import (
     read_index,
     read_scheduler,
     takes_clips,
+    tokenizer_kind,
 )
 from .tensors import compare, tensor_specs
 
@@ -153,7 +154,8 @@ def _pipeline(path: Path) -> Inspection:
     except CheckpointError as error:
         return Inspection(kind, [], {}, {"not supported here": [str(error)]})
     known = pipeline_components(pipeline, index)
-    clips = [name for name in pipeline.TOKENIZERS if name in known and takes_clips(path, name)]
+    kinds = {name: tokenizer_kind(index, name) for name in pipeline.TOKENIZERS if name in known}
+    clips = [name for name, kind in kinds.items() if takes_clips(path, name, kind)]
     missing = sorted(n for n in known if not (path / n).is_dir() and n not in clips)
     parts = [
         _component(path / name, name, class_in(index.get(name)), None)
@@ -163,7 +165,7 @@ def _pipeline(path: Path) -> Inspection:
     carried: dict[str, Path] = {}
 
     def check_tokenizer(name: str) -> None:
-        tokenizer = pipeline_tokenizer(path, name)
+        tokenizer = pipeline_tokenizer(path, name, kinds[name])
         encoder = name.replace("tokenizer", "text_encoder")
         if encoder not in missing and (rows := _vocabulary(path / encoder)):
             check_vocabulary(path, tokenizer, rows)
@@ -278,7 +280,7 @@ def _compare(
         model = abstract(model_class, raw, source=source, **_FLOAT)
     except CheckpointError as error:
         return {"not supported here": [str(error)]}
-    return compare(tensor_specs(model), stored, model_class, double=True).problems
+    return compare(tensor_specs(model), stored, model, double=True).problems
 
 
 def _part(

@@ -12,11 +12,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
+from ..flax_models.pretrained import Published
 from .errors import CheckpointError, OutputError, TypeToConvert, counted, listing
 from .files.safetensors_file import (
     FLOAT_NAMES,
     FLOAT_TYPES,
     PARAMETER_TYPES,
+    TYPES,
     PendingTensor,
     StoredTensor,
 )
@@ -46,7 +48,7 @@ def fill(
     param_dtype: Any = None,
     sharding: ShardingRule = None,
     prefix: Path = (),
-) -> None:
+) -> dict[str, StoredTensor]:
     """Give an abstract model its parameters, one at a time, the largest first: all, or none.
 
     Args:
@@ -57,12 +59,15 @@ def fill(
       param_dtype, sharding: as for `load_pytorch`.
       prefix: of the path that a sharding rule is asked about.
 
+    Returns:
+      name -> stored tensor, for those that the model has and does not read.
+
     Raises:
       CheckpointError: names every tensor that is missing, unexpected, of another shape or type, or
         not finite.
     """
     specs, double = tensor_specs(model) if specs is None else specs, param_dtype is not None
-    found, problems = compare(specs, stored, type(model), double=double)
+    found, problems, unread = compare(specs, stored, model, double=double)
     if problems:
         kind, advice = CheckpointError, "Check that config.json and the weights belong together."
         others = FLOAT_TYPES.keys() - PARAMETER_TYPES.keys()
@@ -88,6 +93,18 @@ def fill(
             "another one."
         )
     jax.block_until_ready(placed)  # a transfer may still be reading the mapped file
+    if param_dtype is None:
+        return unread
+    kind = np.dtype(param_dtype)
+    return {name: _stored_as(kind, name, tensor, source) for name, tensor in unread.items()}
+
+
+def _stored_as(dtype: np.dtype, name: str, tensor: StoredTensor, source: str) -> StoredTensor:
+    """A tensor in another type, once it is read; integers stay as they are."""
+    if FLOAT_TYPES.get(tensor.dtype, dtype) == dtype:
+        return tensor
+    read = lambda: _convert(tensor.read(), dtype, f"{source}: {name}")  # noqa: E731
+    return StoredTensor(FLOAT_NAMES[dtype], tensor.shape, read)
 
 
 def replaced(model: Any, tensors: Iterable[tuple[TensorSpec, np.ndarray]]) -> Any:
@@ -175,6 +192,24 @@ def pending(model: Any, specs: Iterable[TensorSpec], dtype: np.dtype | None) -> 
         produce = functools.partial(_export, spec, array, kind)
         tensors.append(PendingTensor(prefix + spec.key, kind, spec.shape, produce))
     return tensors
+
+
+def pending_unread(model: Any, dtype: np.dtype | None) -> list[PendingTensor]:
+    """The tensors that a model's checkpoint had beside what it reads, under their names there."""
+    tensors = []
+    for name, tensor in getattr(model, "published_config", Published("{}")).unread.items():
+        if dtype is not None:
+            tensor = _stored_as(dtype, name, tensor, "the checkpoint")
+        produce = functools.partial(_unread, name, tensor)
+        tensors.append(PendingTensor(name, TYPES[tensor.dtype], tensor.shape, produce))
+    return tensors
+
+
+def _unread(name: str, tensor: StoredTensor) -> np.ndarray:
+    values = tensor.read()
+    if tensor.dtype in FLOAT_TYPES:
+        check_finite(values, name)
+    return values
 
 
 def _export(spec: TensorSpec, array: Any, dtype: np.dtype) -> np.ndarray:

@@ -52,29 +52,51 @@ def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def takes_clips(folder: Path, name: str) -> bool:
+_TOKENIZERS = {  # of text encoders; those of all others are CLIP's
+    "T5EncoderModel": "T5Tokenizer",
+    "UMT5EncoderModel": "T5Tokenizer",
+    "Qwen3ForCausalLM": "Qwen2Tokenizer",
+    "Qwen3Model": "Qwen2Tokenizer",
+}
+
+
+def tokenizer_kind(index: Mapping[str, Any], name: str) -> str:
+    """The class of a pipeline's tokenizer, after the text encoder that it is for."""
+    encoder = class_in(index.get(name.replace("tokenizer", "text_encoder")))
+    return _TOKENIZERS.get(encoder or "", "CLIPTokenizer")
+
+
+def tokenizer_entry(tokenizer: Any, entry: Any) -> Any:
+    """What a `model_index.json` says of a tokenizer: what it said, if it is no CLIP's."""
+    kind = type(tokenizer).__name__
+    if kind not in _TOKENIZERS.values():
+        return ["transformers", "CLIPTokenizer"]
+    return ["transformers", kind] if class_in(entry) is None else entry
+
+
+def takes_clips(folder: Path, name: str, kind: str = "CLIPTokenizer") -> bool:
     """Whether a pipeline's folder lacks a tokenizer, and its text encoder has CLIP's 49,408 tokens.
 
     Raises:
       CheckpointError: the settings of the text encoder are damaged.
     """
     config = _encoder_config(folder, name)
-    if (folder / name).exists() or not config.is_file():
+    if kind != "CLIPTokenizer" or (folder / name).exists() or not config.is_file():
         return False
     return read_json(config).get("vocab_size", CLIP_TOKENS) == CLIP_TOKENS
 
 
-def pipeline_tokenizer(folder: Path, name: str) -> Any:
+def pipeline_tokenizer(folder: Path, name: str, kind: str = "CLIPTokenizer") -> Any:
     """A tokenizer of a pipeline's folder, or CLIP's own where that `takes_clips`.
 
     The latter pads as in the published folders: with "!" for OpenCLIP's text encoders, which
     compute `gelu`.
 
     Raises:
-      CheckpointError: it is absent or unreadable.
+      CheckpointError: it is absent, unreadable, or not of this kind.
     """
-    if not takes_clips(folder, name):
-        return read_tokenizer(folder / name)
+    if not takes_clips(folder, name, kind):
+        return read_tokenizer(folder / name, kind)
     raw = read_json(_encoder_config(folder, name))
     openai = raw.get("hidden_act", "quick_gelu") == "quick_gelu"
     return clip_tokenizer("<|endoftext|>" if openai else "!")

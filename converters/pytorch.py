@@ -44,7 +44,7 @@ from .formats.identify import (
     resolved,
 )
 from .formats.segmentation import loader_of
-from .parameters import ShardingRule, changed, fill, pending
+from .parameters import ShardingRule, changed, fill, pending, pending_unread
 from .pipeline_folder import (
     CLIPS_OWN,
     carried_parts,
@@ -56,6 +56,8 @@ from .pipeline_folder import (
     read_index,
     read_scheduler,
     takes_clips,
+    tokenizer_entry,
+    tokenizer_kind,
 )
 from .tensors import tensor_specs
 from .tokenizer import write_tokenizer
@@ -82,7 +84,9 @@ def load_pytorch(
 
     The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
     torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are
-    memory-mapped and copied, so the files may change or vanish afterwards (but see `sharding`).
+    memory-mapped and copied, so the files may change or vanish afterwards (but see `sharding`);
+    tensors that a model does not read, such as a text encoder's last layers, stay mapped, for when
+    it is saved again, so those files may vanish but not change.
 
     Args:
       path: the folder or file; `~` is expanded. Where there is none, a model of the Hugging Face
@@ -192,8 +196,9 @@ def _load_pipeline(
         parts[name] = _load_component(path / name, published, own, prefix=(name,), **types)
     for name in kind.TOKENIZERS:
         if name in wanted:
-            parts[name] = pipeline_tokenizer(path, name)
-            if takes_clips(path, name):
+            tokenizer = tokenizer_kind(index, name)
+            parts[name] = pipeline_tokenizer(path, name, tokenizer)
+            if takes_clips(path, name, tokenizer):
                 warnings.warn(f"{path} holds no {name}: {CLIPS_OWN}.", stacklevel=3)
             encoder = parts[name.replace("tokenizer", "text_encoder")]
             if encoder is not None:
@@ -371,8 +376,7 @@ def _write_pipeline(pipeline: Any, folder: FilePath, **options) -> None:
     for name in pipeline.TOKENIZERS:
         if getattr(pipeline, name) is not None:
             write_tokenizer(getattr(pipeline, name), folder / name)
-            own = class_in(index.get(name)) or type(getattr(pipeline, name)).__name__
-            carried[name] = ["transformers", own]
+            carried[name] = tokenizer_entry(getattr(pipeline, name), index.get(name))
     if pipeline.scheduler_config:
         config = dict(pipeline.scheduler_config)
         entry = index.get("scheduler") or ["diffusers", None]
@@ -411,7 +415,7 @@ def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, li
             f"a streamed {type(model).__name__} is in its file already: copy that, or load it "
             "without stream=True to write it."
         )
-    tensors = pending(model, tensor_specs(model), dtype)
+    tensors = pending(model, tensor_specs(model), dtype) + pending_unread(model, dtype)
     write_json(folder / "config.json", _published_config(model, dtype))
     _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from .files.safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, StoredTensor
+from .files.safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, TYPES, StoredTensor
 
 _SAME = lambda rank: tuple(range(rank))  # noqa: E731
 _REVERSED = lambda rank: tuple(range(rank))[::-1]  # noqa: E731  [out, in] -> [in, out]
@@ -102,16 +102,18 @@ class Comparison(NamedTuple):
     Attributes:
       found: key -> stored tensor, for the model's keys that are there.
       problems: kind of problem -> the names of tensors, sorted; empty if all is well.
+      unread: name on disk -> stored tensor, for those that belong to it and are not read.
     """
 
     found: dict[str, StoredTensor]
     problems: dict[str, list[str]]
+    unread: dict[str, StoredTensor]
 
 
 def compare(
     specs: Sequence[TensorSpec],
     stored: Mapping[str, StoredTensor],
-    model_class: Any,
+    model: Any,
     *,
     double: bool,
 ) -> Comparison:
@@ -120,19 +122,23 @@ def compare(
     Args:
       specs: the model's specification.
       stored: what the checkpoint holds.
-      model_class: declares, all optional, `pytorch_prefix`, `pytorch_renames`, `pytorch_ignored`,
-        and `pytorch_tied`, a second name of a tensor -> its own, which is read where both are.
+      model: it, or its class, declares, all optional, `pytorch_prefix`, `pytorch_renames`,
+        patterns `pytorch_ignored` of names that are dropped and `pytorch_unread` of keys that are
+        kept, and `pytorch_tied`, a second name of a tensor -> its own, which is read where both
+        are.
       double: whether types that no parameter keeps (float64, those of 8 bits) may be converted.
     """
-    prefix = getattr(model_class, "pytorch_prefix", "")
-    renames = getattr(model_class, "pytorch_renames", {})
-    ignored = getattr(model_class, "pytorch_ignored", ())
-    tied = getattr(model_class, "pytorch_tied", {})
+    prefix = getattr(model, "pytorch_prefix", "")
+    renames = getattr(model, "pytorch_renames", {})
+    ignored = getattr(model, "pytorch_ignored", ())
+    kept = getattr(model, "pytorch_unread", ())
+    tied = getattr(model, "pytorch_tied", {})
     accepted = FLOAT_TYPES if double else PARAMETER_TYPES
     expected = {spec.key: spec for spec in specs}
 
     found: dict[str, StoredTensor] = {}
     names: dict[str, str] = {}  # key -> its name on disk
+    unread: dict[str, StoredTensor] = {}
     unexpected, repeated, misshaped, mistyped = [], [], [], []
     for name, tensor in stored.items():
         bare = name.removeprefix(prefix)
@@ -143,7 +149,11 @@ def compare(
                 continue
             key = tied[name]
         if key is None:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
+            if any(fnmatch.fnmatchcase(bare, pattern) for pattern in kept):
+                unread[name] = tensor
+                if tensor.dtype not in (accepted if tensor.dtype in FLOAT_TYPES else TYPES):
+                    mistyped.append(f"{name} ({tensor.dtype})")
+            elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored):
                 unexpected.append(name)
         elif key in found:
             repeated.append(f"{names[key]} and {name}")
@@ -160,7 +170,8 @@ def compare(
         "of the wrong shape": misshaped,
         f"of the wrong type (accepted: {', '.join(accepted)})": mistyped,
     }
-    return Comparison(found, {kind: sorted(names) for kind, names in problems.items() if names})
+    told = {kind: sorted(names) for kind, names in problems.items() if names}
+    return Comparison(found, told, unread)
 
 
 _INFINITY = {  # the least bits that are no number

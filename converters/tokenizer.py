@@ -1,7 +1,10 @@
-"""Read tokenizers, make and write CLIP's; transformers is imported when one is used."""
+"""Read and write tokenizers, make CLIP's; transformers is imported when one is used."""
 
+import dataclasses
 import gzip
+import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,59 @@ from ..bundled import ASSETS
 from ..text import write_json
 from .errors import CheckpointError, first_line
 
-_FILES = {"CLIPTokenizer": "vocab.json and merges.txt", "BertTokenizer": "vocab.txt"}
+_FILES = {
+    "CLIPTokenizer": "vocab.json and merges.txt",
+    "BertTokenizer": "vocab.txt",
+    "T5Tokenizer": "spiece.model",
+    "Qwen2Tokenizer": "vocab.json and merges.txt",
+}
+# Kinds whose files are kept, to be written as they were, and the files that these may be.
+_KEPT = ("T5Tokenizer", "Qwen2Tokenizer")
+_NAMES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedTokenizer:
+    """What a tokenizer was read from, for when it is written again: name -> content, and what the
+    tokenizer was like."""
+
+    files: Mapping[str, bytes]
+    state: tuple[Any, ...]
+
+
+def _state(tokenizer: Any) -> tuple[Any, ...]:
+    """All of a tokenizer that programs edit."""
+    added, special = tokenizer.get_added_vocab(), tokenizer.special_tokens_map
+    settings = (tokenizer.chat_template, tokenizer.model_max_length, tokenizer.padding_side)
+    return (len(tokenizer), dict(added), {k: str(v) for k, v in special.items()}, *settings)
+
+
+def _kind_of(folder: Path) -> str | None:
+    """Which kind of tokenizer a folder holds, by its vocabulary; None where that does not tell."""
+    try:
+        if (file := folder / "tokenizer.json").is_file():
+            model = json.loads(file.read_bytes())["model"]
+            words, kind = model.get("vocab", {}), model.get("type")
+        elif (file := folder / "vocab.json").is_file():
+            words, kind = json.loads(file.read_bytes()), "BPE"
+        else:
+            return None
+        if kind == "BPE":
+            clips = any(word.endswith("</w>") for word in words)
+            return "CLIPTokenizer" if clips else "Qwen2Tokenizer"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # damaged, which reading it tells
+    return {"Unigram": "T5Tokenizer", "WordPiece": "BertTokenizer"}.get(kind)
 
 
 def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
-    """The `CLIPTokenizer`, or the `BertTokenizer`, of a folder.
+    """A folder's tokenizer: a `CLIPTokenizer`, `BertTokenizer`, `T5Tokenizer` or `Qwen2Tokenizer`.
 
     Raises:
-      CheckpointError: absent or unreadable.
+      CheckpointError: absent, unreadable, or of another kind.
     """
     import transformers
 
@@ -26,13 +74,29 @@ def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
             f"{folder} holds no tokenizer (tokenizer.json, or {_FILES[kind]}). "
             "Check that the download is complete."
         )
+    name = kind.removesuffix("Tokenizer")
+    if (found := _kind_of(folder)) not in (kind, None):
+        raise CheckpointError(
+            f"{folder} holds the tokenizer of a {str(found).removesuffix('Tokenizer')} model, and "
+            f"what reads it takes that of a {name} model. Use the tokenizer that belongs to it."
+        )
+    alone = not (folder / "tokenizer.json").is_file() and slow == ["spiece.model"]
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{folder} holds spiece.model without tokenizer.json, which transformers reads with "
+            "the package sentencepiece. Install it, or add the tokenizer.json."
+        )
     try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+        tokenizer = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many types, some from Rust
-        name = kind.removesuffix("Tokenizer")
         raise CheckpointError(
             f"{folder} is not a {name} tokenizer: {first_line(error)} Download it again."
         ) from error
+    if kind in _KEPT:
+        files = (folder / name for name in _NAMES)
+        content = {file.name: file.read_bytes() for file in files if file.is_file()}
+        tokenizer.published = PublishedTokenizer(content, _state(tokenizer))
+    return tokenizer
 
 
 CLIP_TOKENS = 49408  # of CLIP's own tokenizer, which Stable Diffusion 1, 2 and XL share
@@ -62,18 +126,27 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a `CLIPTokenizer` so that transformers 4.57 and 5 both load it.
+    """Write a tokenizer so that transformers 4.57 and 5 both load it.
 
-    Version 5 reads and writes `tokenizer.json`; the slow tokenizer of 4.57, which diffusers
-    pipelines name, needs `vocab.json`, `merges.txt` and the added tokens in files of their own.
+    T5's and Qwen's are written as they were read, byte for byte, unless something was added to
+    them. Of CLIP's, version 5 reads and writes `tokenizer.json`; the slow tokenizer of 4.57, which
+    diffusers pipelines name, needs `vocab.json`, `merges.txt` and the added tokens in files of
+    their own.
 
     Raises:
       OSError: what the file system reports.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    published = getattr(tokenizer, "published", None)
+    if published is not None and published.state == _state(tokenizer):
+        for name, content in published.files.items():
+            (folder / name).write_bytes(content)
+        return
+    clips = type(tokenizer).__name__ not in _KEPT
     try:
         tokenizer.save_pretrained(folder)
-        tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+        if clips:
+            tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
     except OSError:
         raise
     except Exception as error:  # Rust's input/output errors have no type of their own
@@ -82,6 +155,8 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     for leftover in ("is_local", "local_files_only"):  # how it was loaded, not what it is
         config.pop(leftover, None)
     write_json(folder / "tokenizer_config.json", config)
+    if not clips:
+        return
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
     added = {
         token: index

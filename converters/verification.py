@@ -127,6 +127,17 @@ def _clip_text(model: Any, module: Any, config: Any, rng: np.random.Generator) -
     return [jax.jit(model.__call__)(ids)[0]], [module(*_torch(ids)).last_hidden_state]
 
 
+def _states(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """A text encoder without pooling: its last states, or those that are read."""
+    ids, mask = rng.integers(0, config.vocab_size, (1, 16)), np.ones((1, 16), np.int64)
+    mask[0, 11:] = 0
+    ours, inputs = jax.jit(model.__call__)(ids, mask), _torch(ids, mask)
+    if not hasattr(model, "read"):
+        return [ours], [module(*inputs).last_hidden_state]
+    states = module(*inputs, output_hidden_states=True).hidden_states
+    return list(ours), [states[index] for index in model.read]
+
+
 def _vision(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
     pixels = _pixels(config, rng)
     out = module(*_torch(pixels))
@@ -167,8 +178,13 @@ def _blip_2(model: Any, module: Any, config: Any, rng: np.random.Generator) -> O
 _RULES: Mapping[str, Callable[..., Outputs]] = {
     "UNet2DConditionModel": _unet,
     "AutoencoderKL": _vae,
+    "AutoencoderKLFlux2": _vae,
     "CLIPTextModel": _clip_text,
     "CLIPTextModelWithProjection": _clip_text,
+    "T5EncoderModel": _states,
+    "UMT5EncoderModel": _states,
+    "Qwen3Model": _states,
+    "Qwen3ForCausalLM": _states,
     "CLIPVisionModel": _vision,
     "CLIPModel": _clip,
     "DiTTransformer2DModel": _dit,

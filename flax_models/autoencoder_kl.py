@@ -1,10 +1,12 @@
 """`AutoencoderKL`: the image autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1).
 
 Images are `[B, H, W, 3]` in [-1, 1], latents `[B, h, w, latent_channels]` *before* scaling:
-`scale` brings them to what the diffusion model sees, `unscale` back.
+`scale` brings them to what the diffusion model sees, `unscale` back.  Stable Diffusion 1 to 3 and
+FLUX.1 have an `AutoencoderKL`, FLUX.2 an `AutoencoderKLFlux2`, which scales patches by statistics.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,17 +18,18 @@ from jaxtyping import Array, Float
 from .configs import ModelConfig
 from .layers.attention import Attention
 from .layers.checks import check_axes
+from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv1x1, conv3x3, group_norm
 from .layers.tiling import tiled
-from .pretrained import RecomputingModel
+from .pretrained import Buffer, RecomputingModel
 
 _EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig(ModelConfig):
-    """Settings of `AutoencoderKL`; the defaults are Stable Diffusion 1.x's."""
+class _AutoencoderConfig(ModelConfig):
+    """What the two autoencoders share."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -37,17 +40,11 @@ class AutoencoderKLConfig(ModelConfig):
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int | tuple[int, ...] = 512  # in pixels: both sides, or height and width
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
-    FIXED: ClassVar[Mapping[str, Any]] = {
-        "act_fn": "silu",
-        "latents_mean": None,
-        "latents_std": None,
-    }
+    FIXED: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
     INERT: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
 
     def __post_init__(self):
@@ -63,7 +60,8 @@ class AutoencoderKLConfig(ModelConfig):
             self.require(
                 types == (kind,) * depth, f"{name} must be {depth} x {kind!r}, received {types}."
             )
-        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        channels = dict.fromkeys((*self.block_out_channels, *self.decoder_channels))
+        bad = [c for c in channels if c % self.norm_num_groups]
         self.require(not bad, f"channels {bad} do not divide into {self.norm_num_groups} groups.")
 
     @property
@@ -75,6 +73,95 @@ class AutoencoderKLConfig(ModelConfig):
     def downsampling(self) -> int:
         """Pixels per latent, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        """Of the decoder's levels, the finest first."""
+        return self.block_out_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig(_AutoencoderConfig):
+    """Settings of `AutoencoderKL`; the defaults are Stable Diffusion 1.x's."""
+
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        **_AutoencoderConfig.FIXED,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+
+    @classmethod
+    def flux_1(cls) -> "AutoencoderKLConfig":
+        """FLUX.1's published one: 83,819,683 parameters."""
+        return cls(
+            latent_channels=16,
+            sample_size=1024,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+
+    @classmethod
+    def stable_diffusion_3(cls) -> "AutoencoderKLConfig":
+        """SD 3's and 3.5's published one, which differs from FLUX.1's in the scaling."""
+        return dataclasses.replace(cls.flux_1(), scaling_factor=1.5305, shift_factor=0.0609)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLFlux2Config(_AutoencoderConfig):
+    """Settings of `AutoencoderKLFlux2`; the defaults are FLUX.2's: 84,046,115 parameters."""
+
+    latent_channels: int = 32
+    sample_size: int | tuple[int, ...] = 1024
+    decoder_block_out_channels: tuple[int, ...] | None = None  # as the encoder's
+    batch_norm_eps: float = 1e-4
+    patch_size: tuple[int, ...] = (2, 2)
+
+    INERT: ClassVar[frozenset[str]] = _AutoencoderConfig.INERT | {"batch_norm_momentum"}
+
+    def __post_init__(self):
+        self.require_positive("patch_size")
+        if self.decoder_block_out_channels is not None:
+            self.require_positive("decoder_block_out_channels")
+        super().__post_init__()
+        patch, channels = self.patch_size, self.decoder_channels
+        self.require(
+            len(patch) == 2 and patch[0] == patch[1],
+            f"patch_size takes two equal numbers, received {patch!r}.",
+        )
+        self.require(
+            len(channels) == len(self.block_out_channels),
+            f"decoder_block_out_channels must be {len(self.block_out_channels)}, one per block; "
+            f"received {channels!r}.",
+        )
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        return self.decoder_block_out_channels or self.block_out_channels
+
+
+def patchify(latents: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w P"]:
+    """Patches of `size` x `size` latents as one, their features in the order (C, row, column)."""
+    batch, height, width, channels = latents.shape
+    if height % size or width % size:
+        raise ValueError(
+            f"patches of {size} x {size} take latents whose sides are multiples of {size}, "
+            f"received {latents.shape}."
+        )
+    grid = (batch, height // size, size, width // size, size, channels)
+    patches = latents.reshape(grid).transpose(0, 1, 3, 5, 2, 4)
+    return patches.reshape(batch, height // size, width // size, -1)
+
+
+def unpatchify(patches: Float[Array, "B h w P"], size: int) -> Float[Array, "B H W C"]:
+    """Inverse of `patchify`."""
+    batch, rows, columns, _ = patches.shape
+    latents = patches.reshape(batch, rows, columns, -1, size, size).transpose(0, 1, 4, 2, 5, 3)
+    return latents.reshape(batch, size * rows, size * columns, -1)
 
 
 class AttentionBlock(Attention):
@@ -136,7 +223,7 @@ class Block(nnx.Module):
 
 
 def _blocks(
-    config: AutoencoderKLConfig, channels: tuple[int, ...], layers: int, resample: str, **init
+    config: _AutoencoderConfig, channels: tuple[int, ...], layers: int, resample: str, **init
 ) -> Any:
     """One block per resolution; the last one keeps its size."""
     shared = {"layers": layers, "groups": config.norm_num_groups, **init}
@@ -155,7 +242,7 @@ def _run(coder: "Encoder | Decoder", blocks: tuple[nnx.Module, ...], x: Array) -
 class Encoder(nnx.Module):
     """Image -> mean and log-variance, before `quant_conv`."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
+    def __init__(self, config: _AutoencoderConfig, *, remat: Remat, **init):
         channels, groups = config.block_out_channels, config.norm_num_groups
         attends = config.mid_block_add_attention
         self.remat = remat
@@ -172,8 +259,8 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents after `post_quant_conv` -> image."""
 
-    def __init__(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
-        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+    def __init__(self, config: _AutoencoderConfig, *, remat: Remat, **init):
+        channels, groups = config.decoder_channels[::-1], config.norm_num_groups
         attends = config.mid_block_add_attention
         self.remat = remat
         self.conv_in = conv3x3(config.latent_channels, channels[0], **init)
@@ -186,12 +273,10 @@ class Decoder(nnx.Module):
         return _run(self, (self.mid_block, *self.up_blocks), x)
 
 
-class AutoencoderKL(RecomputingModel):
-    """Variational autoencoder between images and latents."""
+class _Autoencoder(RecomputingModel):
+    """What the two autoencoders share: all between images and unscaled latents."""
 
-    config: AutoencoderKLConfig
-    config_class = AutoencoderKLConfig
-    pytorch_class = "AutoencoderKL"
+    config: _AutoencoderConfig
     pytorch_library = "diffusers"
     pytorch_renames: ClassVar[Mapping[str, str]] = {
         "query": "to_q",
@@ -200,7 +285,7 @@ class AutoencoderKL(RecomputingModel):
         "proj_attn": "to_out.0",
     }
 
-    def _build(self, config: AutoencoderKLConfig, *, remat: Remat, **init):
+    def _build(self, config: _AutoencoderConfig, *, remat: Remat, **init):
         latent = config.latent_channels
         self.encoder = Encoder(config, remat=remat, **init)
         self.decoder = Decoder(config, remat=remat, **init)
@@ -222,12 +307,13 @@ class AutoencoderKL(RecomputingModel):
           mean and log-variance (clipped to [-30, 20]), each [B, h, w, latent_channels], unscaled.
         """
         factor = self.config.downsampling
-        check_axes(images, "B H W C", "AutoencoderKL's images")
+        name = type(self).__name__
+        check_axes(images, "B H W C", f"{name}'s images")
         if images.shape[-1] != self.config.in_channels or any(
             s % factor for s in images.shape[1:3]
         ):
             raise ValueError(
-                f"AutoencoderKL encodes [B, H, W, {self.config.in_channels}] images whose sides "
+                f"{name} encodes [B, H, W, {self.config.in_channels}] images whose sides "
                 f"are multiples of {factor}, received {images.shape}."
             )
 
@@ -253,10 +339,11 @@ class AutoencoderKL(RecomputingModel):
           tiling: whether images larger than `config.sample_size` are decoded in tiles of that size,
             and images one at a time, in the memory that one tile takes.
         """
-        check_axes(latents, "B h w C", "AutoencoderKL's latents")
+        name = type(self).__name__
+        check_axes(latents, "B h w C", f"{name}'s latents")
         if latents.shape[-1] != self.config.latent_channels:
             raise ValueError(
-                f"AutoencoderKL decodes [B, h, w, {self.config.latent_channels}] latents, "
+                f"{name} decodes [B, h, w, {self.config.latent_channels}] latents, "
                 f"received {latents.shape}."
             )
 
@@ -277,6 +364,14 @@ class AutoencoderKL(RecomputingModel):
 
         return jax.lax.map(decode_one, latents)
 
+
+class AutoencoderKL(_Autoencoder):
+    """Variational autoencoder between images and latents."""
+
+    config: AutoencoderKLConfig
+    config_class = AutoencoderKLConfig
+    pytorch_class = "AutoencoderKL"
+
     def scale(self, latents: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Autoencoder latents -> the unit-variance latents that the diffusion model sees."""
         return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
@@ -284,3 +379,54 @@ class AutoencoderKL(RecomputingModel):
     def unscale(self, latents: Float[Array, "*s"]) -> Float[Array, "*s"]:
         """Inverse of `scale`."""
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+
+
+class BatchStatistics(nnx.Module):
+    """Mean and variance of each channel, as training found them."""
+
+    def __init__(self, channels: int, *, param_dtype: Dtype):
+        self.running_mean = Buffer(jnp.zeros((channels,), param_dtype))
+        self.running_var = Buffer(jnp.ones((channels,), param_dtype))
+
+
+class AutoencoderKLFlux2(_Autoencoder):
+    """FLUX.2's autoencoder: the diffusion model sees normalized patches of latents."""
+
+    config: AutoencoderKLFlux2Config
+    config_class = AutoencoderKLFlux2Config
+    pytorch_class = "AutoencoderKLFlux2"
+    pytorch_unread = ("bn.num_batches_tracked",)
+
+    def _build(self, config: AutoencoderKLFlux2Config, *, remat: Remat, **init):
+        super()._build(config, remat=remat, **init)
+        channels = math.prod(config.patch_size) * config.latent_channels
+        self.bn = BatchStatistics(channels, param_dtype=init["param_dtype"])
+
+    def _statistics(self) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+        """Mean and standard deviation of each channel of the patches, float32."""
+        mean, variance = (
+            each[...].astype(jnp.float32) for each in (self.bn.running_mean, self.bn.running_var)
+        )
+        return mean, jnp.sqrt(variance + self.config.batch_norm_eps)
+
+    def scale(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B p q P"]:
+        """Autoencoder latents -> the patches of unit variance that the diffusion model sees.
+
+        Args:
+          latents: [B, h, w, latent_channels], h and w multiples of the patch size.
+
+        Returns:
+          [B, h / patch, w / patch, patch * patch * latent_channels].
+
+        Raises:
+          ValueError: sides that do not divide into patches.
+        """
+        mean, deviation = self._statistics()
+        patches = patchify(latents, self.config.patch_size[0])
+        return ((patches - mean) / deviation).astype(latents.dtype)
+
+    def unscale(self, latents: Float[Array, "B p q P"]) -> Float[Array, "B h w Z"]:
+        """Inverse of `scale`."""
+        mean, deviation = self._statistics()
+        patches = (latents * deviation + mean).astype(latents.dtype)
+        return unpatchify(patches, self.config.patch_size[0])

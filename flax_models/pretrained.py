@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,13 +24,22 @@ class WrongModelError(ConceptaxError, TypeError):
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A model's settings as its folder had them, for when it is written again.
+    """What a model's folder had and the model does not, for when it is written again.
 
     All of them are equal: they take no part in what a model is, so equal architectures have equal
     graph definitions, and compile once, whatever else their folders say.
+
+    Attributes:
+      text: the settings.
+      unread: name on disk -> tensor that the model does not read, left in its file.
     """
 
     text: str = dataclasses.field(compare=False)
+    unread: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+
+class Buffer(nnx.Variable):
+    """A constant that checkpoints store, and that does not train."""
 
 
 class Pretrained:

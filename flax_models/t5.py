@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .configs import ModelConfig
 from .layers.checks import check_axes
+from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .pretrained import RecomputingModel
 
@@ -108,8 +109,16 @@ def relative_buckets(length: int, buckets: int, furthest: int) -> Int[np.ndarray
     return (bucket + half * (distance > 0)).astype(np.int32)
 
 
-def _rms_norm(config: T5Config, **init) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, **init)
+class T5LayerNorm(nnx.RMSNorm):
+    """Norm without a mean, in float32: what it is applied to may leave float16's range."""
+
+    def __init__(self, config: T5Config, *, dtype: Dtype, **init):
+        epsilon = config.layer_norm_epsilon
+        super().__init__(config.d_model, epsilon=epsilon, dtype=jnp.float32, **init)
+        self.result = dtype
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        return super().__call__(x).astype(self.result)
 
 
 class T5Attention(nnx.Module):
@@ -156,7 +165,7 @@ class T5LayerSelfAttention(nnx.Module):
 
     def __init__(self, config: T5Config, *, biased: bool, **init):
         self.SelfAttention = T5Attention(config, biased=biased, **init)
-        self.layer_norm = _rms_norm(config, **init)
+        self.layer_norm = T5LayerNorm(config, **init)
 
     def __call__(self, x: Array, mask: Array | None, bias: Array) -> Array:
         return x + self.SelfAttention(self.layer_norm(x), mask, bias)
@@ -189,7 +198,7 @@ class T5LayerFF(nnx.Module):
 
     def __init__(self, config: T5Config, **init):
         self.DenseReluDense = T5FeedForward(config, **init)
-        self.layer_norm = _rms_norm(config, **init)
+        self.layer_norm = T5LayerNorm(config, **init)
 
     def __call__(self, x: Array) -> Array:
         return x + self.DenseReluDense(self.layer_norm(x))
@@ -222,7 +231,7 @@ class T5Stack(nnx.Module):
                 for index in range(config.num_layers)
             ]
         )
-        self.final_layer_norm = _rms_norm(config, **init)
+        self.final_layer_norm = T5LayerNorm(config, **init)
 
     def __call__(self, x: Float[Array, "B L C"], mask: Array | None) -> Float[Array, "B L C"]:
         bias: Any = None

@@ -24,7 +24,7 @@ from .configs import ModelConfig
 from .layers.embeddings import Dtype
 from .layers.resnet import group_norm
 from .layers.transformer import BasicTransformerBlock
-from .pretrained import PretrainedModel
+from .pretrained import Buffer, PretrainedModel
 from .unet_2d_condition import BlocksConfig, UNet2DConditionConfig, UNet2DConditionModel
 
 PerLevel = int | tuple[int, ...]
@@ -214,10 +214,6 @@ class UNetMotionConfig(ModelConfig):
 
 
 # ---- motion modules ----
-
-
-class Buffer(nnx.Variable):
-    """A constant that checkpoints store."""
 
 
 class SinusoidalPositionalEmbedding(nnx.Module):

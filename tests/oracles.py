@@ -20,13 +20,17 @@ from conceptax.flax_models.unet_2d_condition import TextCondition
 
 @dataclasses.dataclass
 class Oracle:
-    """A torch module, differentiable inputs, integer inputs, and the two ways to call it."""
+    """A torch module, differentiable inputs, integer inputs, and the two ways to call it.
+
+    `options` are those of loading it.
+    """
 
     module: Any
     inputs: dict[str, np.ndarray]
     fixed: dict[str, np.ndarray]
     torch_call: Callable[..., Any]
     jax_call: Callable[..., Any]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def nchw(x: Any) -> Any:
@@ -253,6 +257,44 @@ def autoencoder(seed: int = 0, **changes: Any) -> Oracle:
     return Oracle(module, {"image": image}, {}, torch_call, jax_call)
 
 
+def autoencoder_flux_2(seed: int = 0, **changes: Any) -> Oracle:
+    """Encoded, as the diffusion model sees it, and decoded from that."""
+    import diffusers
+    import torch
+    from diffusers import Flux2KleinPipeline
+
+    torch.manual_seed(seed)
+    settings = {
+        "block_out_channels": (8, 16),
+        "decoder_block_out_channels": (4, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+    } | changes
+    module = diffusers.AutoencoderKLFlux2(**settings).eval()
+    module.bn.running_mean.normal_(0.3, 0.5)
+    module.bn.running_var.uniform_(0.5, 2.0)
+    module.bn.num_batches_tracked.fill_(7)
+
+    def torch_call(image: Any) -> Any:
+        mean = module.encode(nchw(image)).latent_dist.mean
+        patches = module.bn(Flux2KleinPipeline._patchify_latents(mean))
+        deviation = torch.sqrt(module.bn.running_var + module.config.batch_norm_eps)
+        back = patches * deviation.view(1, -1, 1, 1) + module.bn.running_mean.view(1, -1, 1, 1)
+        decoded = module.decode(Flux2KleinPipeline._unpatchify_latents(back)).sample
+        return torch.cat([nhwc(x).flatten() for x in (patches, decoded)])
+
+    def jax_call(model: Any, image: Any) -> Any:
+        patches = model.scale(model.encode(image)[0])
+        decoded = model.decode(model.unscale(patches))
+        return jnp.concatenate([x.ravel() for x in (patches, decoded)])
+
+    image = np.random.default_rng(seed).normal(size=(2, 8, 12, 3)).astype(np.float32)
+    return Oracle(module, {"image": image}, {}, torch_call, jax_call)
+
+
 _TOWER = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -344,6 +386,45 @@ def t5(seed: int = 0, *, name: str = "T5", masked: bool = False, **changes: Any)
         fixed,
         lambda ids, mask=None: module(ids, attention_mask=mask).last_hidden_state,
         lambda model, ids, mask=None: model(ids, mask),
+    )
+
+
+def qwen3(
+    seed: int = 0, *, read: tuple[int, ...] = (1, 2, 4), lm: bool = True, **changes: Any
+) -> Oracle:
+    """Hidden states of five layers, padded on the right; what is not read has no gradient."""
+    import torch
+    import transformers
+
+    rng = np.random.default_rng(seed)
+    settings = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_theta": 1e6,
+    } | changes
+    config = transformers.Qwen3Config(**settings)
+    name = "Qwen3ForCausalLM" if lm else "Qwen3Model"
+    module = randomized(getattr(transformers, name)(config), seed)
+
+    def torch_call(ids: Any, mask: Any) -> Any:
+        states = module(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return torch.stack([states[index] for index in read])
+
+    return Oracle(
+        module,
+        {},
+        {
+            "ids": rng.integers(0, 50, (2, 9)),
+            "mask": (np.arange(9) < np.array([[9], [6]])).astype(np.int64),
+        },
+        torch_call,
+        lambda model, ids, mask: jnp.stack(model(ids, mask)),
+        {"read": read},
     )
 
 

@@ -41,12 +41,11 @@ FLOAT_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 _INTEGERS = {
     f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)
 }
+TYPES = FLOAT_TYPES | _INTEGERS
 # NumPy's names, which are torch's and Flax's too, -> those of the format.
-NUMPY_NAMES = {dtype.name: name for name, dtype in (FLOAT_TYPES | _INTEGERS).items()} | {
-    "bool": "BOOL"
-}
+NUMPY_NAMES = {dtype.name: name for name, dtype in TYPES.items()} | {"bool": "BOOL"}
 # Bytes per element of everything else a file may hold; a type not listed is not checked further.
-ITEM_SIZES = {name: dtype.itemsize for name, dtype in (FLOAT_TYPES | _INTEGERS).items()} | {
+ITEM_SIZES = {name: dtype.itemsize for name, dtype in TYPES.items()} | {
     "BOOL": 1,
     "C64": 8,
 }
@@ -271,7 +270,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for tensor in ordered:
         header[tensor.key] = {
-            "dtype": FLOAT_NAMES[tensor.dtype],
+            "dtype": NUMPY_NAMES[tensor.dtype.name],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }

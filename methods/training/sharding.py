@@ -76,6 +76,25 @@ DIT_RULES: Rules = (
     *_REST,
 )
 
+T5_RULES: Rules = (
+    ("*.SelfAttention.[qkv].kernel", _COLUMN),
+    ("*.SelfAttention.o.kernel", _ROW),
+    ("*.DenseReluDense.wi*.kernel", _COLUMN),
+    ("*.DenseReluDense.wo.kernel", _ROW),
+    ("*shared.embedding", _ROW),
+    *_REST,
+)
+
+QWEN3_RULES: Rules = (
+    ("*.self_attn.[qkv]_proj.kernel", _COLUMN),
+    ("*.self_attn.o_proj.kernel", _ROW),
+    ("*.mlp.gate_proj.kernel", _COLUMN),
+    ("*.mlp.up_proj.kernel", _COLUMN),
+    ("*.mlp.down_proj.kernel", _ROW),
+    ("*embed_tokens.embedding", _ROW),
+    *_REST,
+)
+
 AUTOENCODER_RULES: Rules = (
     ("*.attentions.*.to_[qkv].kernel", _COLUMN),
     ("*.attentions.*.to_out.0.kernel", _ROW),
@@ -104,7 +123,9 @@ RULES: dict[str, Rules] = {
     **dict.fromkeys(("UNet2DConditionModel", "UNetMotionModel", "MotionAdapter"), UNET_RULES),
     "DiTTransformer2DModel": DIT_RULES,
     "MaftPlus": MAFT_PLUS_RULES,
-    "AutoencoderKL": AUTOENCODER_RULES,
+    **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), AUTOENCODER_RULES),
+    **dict.fromkeys(("T5EncoderModel", "UMT5EncoderModel"), T5_RULES),
+    **dict.fromkeys(("Qwen3Model", "Qwen3ForCausalLM"), QWEN3_RULES),
     **dict.fromkeys(_CLIPS, CLIP_RULES),
     **dict.fromkeys(_OTHERS, DEFAULT_RULES),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,102 @@ def test_parts_that_nothing_computes_with_travel_along(tmp_path):
     (source / "safety_checker/up").symlink_to(tmp_path)
     with pytest.raises(CheckpointError, match="neither a file nor a folder of its own"):
         load_pytorch(source, sharding="mapped")
+
+
+# ---- tensors that are not read ----
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory, torch):
+    """A folder of a Qwen3ForCausalLM of five layers."""
+    import oracles
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    oracles.qwen3().module.save_pretrained(folder)
+    return folder
+
+
+def test_what_is_not_read_travels_along(language_model, tmp_path, torch):
+    import transformers
+
+    model = load_pytorch(language_model, read=(1, 3))
+    assert len(model.layers) == 3
+    weights = dict(read(language_model, "model.safetensors"))
+    unread = {name for name in weights if re.match(r"lm_head|model\.(norm|layers\.[34])\.", name)}
+    assert model.published_config.unread.keys() == unread
+    save_pytorch(model, tmp_path / "same")
+    same_bits(read(tmp_path / "same", "model.safetensors"), weights)
+
+    edited = jnp.ones_like(model.layers[0].mlp.up_proj.kernel[...])
+    model.layers[0].mlp.up_proj.kernel[...] = edited
+    save_pytorch(model, tmp_path / "edited", max_shard_size=8000)
+    _, loading = transformers.Qwen3ForCausalLM.from_pretrained(
+        tmp_path / "edited", output_loading_info=True
+    )
+    assert not any(loading.values())
+    again = load_pytorch(tmp_path / "edited", read=(5,))
+    np.testing.assert_array_equal(again.layers[0].mlp.up_proj.kernel[...], edited)
+    np.testing.assert_array_equal(again.norm.scale[...], weights["model.norm.weight"])
+
+
+def test_what_is_not_read_is_converted_too(language_model, tmp_path):
+    model = load_pytorch(language_model, read=(1,), param_dtype="float16")
+    save_pytorch(model, tmp_path / "half")
+    save_pytorch(model, tmp_path / "brain", dtype=jnp.bfloat16)
+    for name, dtype in (("half", np.float16), ("brain", ml_dtypes.bfloat16)):
+        assert {values.dtype for values in read(tmp_path / name, "model.safetensors").values()} == {
+            np.dtype(dtype)
+        }
+
+
+def test_what_belongs_to_no_layer_is_still_told(language_model, tmp_path):
+    shutil.copytree(language_model, tmp_path / "odd")
+    weights = dict(read(language_model, "model.safetensors"))
+    stray = {"model.layers.1.self_attn.q_proj.bias": np.zeros(32, np.float32)}
+    safetensors.numpy.save_file(weights | stray, tmp_path / "odd/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected.*layers\.1\.self_attn\.q_proj\.bias"):
+        load_pytorch(tmp_path / "odd", read=(1, 3))
+    with pytest.raises(
+        CheckpointError, match=r"hidden states from 0 to 5, .* received \(9, 18, 27"
+    ):
+        load_pytorch(language_model)
+    weights["model.norm.weight"] = np.full(16, np.nan, np.float32)
+    safetensors.numpy.save_file(weights, tmp_path / "odd/model.safetensors")
+    model = load_pytorch(tmp_path / "odd", read=(1, 3))
+    with pytest.raises(OutputError, match=r"model\.norm\.weight holds NaN"):
+        save_pytorch(model, tmp_path / "written")
+
+
+def test_statistics_of_patches_travel_along(tmp_path, torch):
+    import diffusers
+    import oracles
+
+    from conceptax.flax_models.autoencoder_kl import AutoencoderKLFlux2
+
+    oracles.autoencoder_flux_2().module.save_pretrained(tmp_path / "vae")
+    weights = read(tmp_path / "vae")
+    save_pytorch(load_pytorch(tmp_path / "vae"), tmp_path / "same")
+    written = read(tmp_path / "same")
+    assert written["bn.num_batches_tracked"] == 7
+    same_bits(written, weights)
+    config = load_pytorch(tmp_path / "vae").config
+    save_pytorch(AutoencoderKLFlux2(config, rngs=nnx.Rngs(0)), tmp_path / "new")
+    module = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path / "new")
+    assert not module.bn.running_mean.any() and module.bn.running_var.eq(1).all()
+
+
+def test_a_tied_embedding_is_read_once(tmp_path, torch):
+    """Older files hold it under either name, or under both, and some the decoder too."""
+    import oracles
+
+    oracles.t5().module.save_pretrained(tmp_path)
+    weights = dict(read(tmp_path, "model.safetensors"))
+    table, other = weights.pop("shared.weight"), "encoder.embed_tokens.weight"
+    for names in ([other], ["shared.weight"], ["shared.weight", other]):
+        rest = {"decoder.final_layer_norm.weight": np.ones(16, np.float32)}
+        file = tmp_path / "model.safetensors"
+        safetensors.numpy.save_file(weights | rest | dict.fromkeys(names, table), file)
+        np.testing.assert_array_equal(load_pytorch(tmp_path).shared.embedding[...], table)
 
 
 def test_single_file_beside_its_config(tmp_path):

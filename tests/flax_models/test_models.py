@@ -12,9 +12,15 @@ import pytest
 from flax import nnx
 
 from conceptax.converters import load_pytorch
+from conceptax.converters.tensors import tensor_specs, variables
 from conceptax.converters.verification import verify
 from conceptax.flax_models.abstract import OneKey
-from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from conceptax.flax_models.autoencoder_kl import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    AutoencoderKLFlux2,
+    AutoencoderKLFlux2Config,
+)
 from conceptax.flax_models.clip import (
     CLIPConfig,
     CLIPTextConfig,
@@ -27,6 +33,8 @@ from conceptax.flax_models.layers.attention import dot_product_attention
 from conceptax.flax_models.layers.checks import check_axes
 from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
+from conceptax.flax_models.pretrained import Buffer
+from conceptax.flax_models.qwen3 import Qwen3Config, Qwen3Model
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.kernels.convolution import convolve_depthwise
@@ -73,6 +81,17 @@ ORACLES = {
         {"guidance_embeds": False, "out_channels": 2, "num_layers": 1, "num_single_layers": 1},
     ),
     "autoencoder": ("autoencoder", {}),
+    "autoencoder of FLUX.1 and SD 3": (
+        "autoencoder",
+        {
+            "latent_channels": 16,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+        },
+    ),
+    "autoencoder of FLUX.2": ("autoencoder_flux_2", {}),
     "autoencoder without attention": (
         "autoencoder",
         {"mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False},
@@ -91,6 +110,8 @@ ORACLES = {
     "T5": ("t5", {}),
     "T5 1.0 with a mask": ("t5", {"feed_forward_proj": "relu", "masked": True}),
     "UMT5 with a mask": ("t5", {"name": "UMT5", "masked": True}),
+    "Qwen3": ("qwen3", {}),
+    "Qwen3 to its end": ("qwen3", {"read": (5, 0, 3), "lm": False, "attention_bias": True}),
 }
 
 
@@ -110,7 +131,8 @@ def test_parity(name, torch, tmp_path):
     oracle.module.save_pretrained(tmp_path)
     single = oracles.torch_results(oracle, torch.float32)
     exact = oracles.torch_results(oracle, torch.float64)
-    received = oracles.jax_results(oracle, load_pytorch(tmp_path))
+    model = load_pytorch(tmp_path, **oracle.options)
+    received = oracles.jax_results(oracle, model)
 
     def check(what, ours, theirs, reference):
         allowed = max(1e-5, 2 * oracles.relative_error(theirs, reference))
@@ -119,11 +141,13 @@ def test_parity(name, torch, tmp_path):
     check("output", received[0], single[0], exact[0])
     for key in oracle.inputs:
         check(f"gradient of {key}", received[1][key], single[1][key], exact[1][key])
-    bare = kind == "clip_text" and not changes.get("projection")
-    names = {key: key.removeprefix("text_model.") if bare else key for key in exact[2]}
-    constants = {key for key in received[2] if key.endswith("pos_embed.pe")}
+    prefix, unread = getattr(model, "pytorch_prefix", ""), model.published_config.unread
+    assert not any(exact[2][key] is not None for key in unread.keys() & exact[2].keys())
+    names = {key: key.removeprefix(prefix) for key in exact[2].keys() - unread.keys()}
+    slots = variables(model)
+    constants = {s.key for s in tensor_specs(model) if isinstance(slots[s.path], Buffer)}
     assert set(names.values()) == set(received[2]) - constants
-    assert not any(received[2][names[key]].any() for key, g in exact[2].items() if g is None)
+    assert not any(received[2][name].any() for key, name in names.items() if exact[2][key] is None)
     gradients = {key: g for key, g in exact[2].items() if g is not None}
     largest = max(np.linalg.norm(gradient) for gradient in gradients.values())
     for key, gradient in gradients.items():
@@ -199,6 +223,10 @@ def test_published_sizes():
     assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_2_1()) == 865_910_724
     assert count(UNet2DConditionModel, UNet2DConditionConfig.stable_diffusion_xl()) == 2_567_463_684
     assert count(CLIPTextModel, CLIPTextConfig.stable_diffusion_2()) == 340_387_840
+    assert count(AutoencoderKL, AutoencoderKLConfig.flux_1()) == 83_819_683
+    statistics = 2 * 128  # which PyTorch does not count
+    assert count(AutoencoderKLFlux2, AutoencoderKLFlux2Config()) == 84_046_115 + statistics
+    assert count(Qwen3Model, Qwen3Config()) == 3_114_088_192
     assert count(T5EncoderModel, T5Config.xxl()) == 4_762_310_656
     assert count(T5EncoderModel, T5Config.t5_11b()) == 4_864_791_552
     assert count(UMT5EncoderModel, UMT5Config.xxl()) == 5_680_910_336
@@ -335,15 +363,34 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)  # of up to 20
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet_motion"])
+@pytest.mark.parametrize("kind", ["dit", "unet_motion", "t5", "qwen3", "autoencoder_flux_2"])
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
     import oracles
 
-    module = getattr(oracles, kind)().module
-    module.save_pretrained(tmp_path)
-    model = load_pytorch(tmp_path)
+    oracle = getattr(oracles, kind)()
+    oracle.module.save_pretrained(tmp_path)
+    model = load_pytorch(tmp_path, **oracle.options)
     (difference,) = verify(model, tmp_path).values()
     assert difference is not None and difference < 1e-5
+
+
+def test_half_precision_keeps_its_range():
+    """As in transformers: where T5's activations leave float16's range, products are in float32."""
+    config = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    model = T5EncoderModel(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    for block in model.encoder.block:
+        last = block.layer[1].DenseReluDense.wo.kernel
+        last[...] = jnp.float16(3e4) * last[...]
+        first = block.layer[1].DenseReluDense.wi.kernel
+        first[...] = jnp.float16(100) * first[...]
+    ids = jnp.arange(6)[None]
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), nnx.to_pure_dict(nnx.state(model)))
+    exact = nnx.merge(nnx.split(T5EncoderModel(config, rngs=nnx.Rngs(0)))[0], wide)
+    inside = exact.encoder.block[0](exact.shared(ids), None, jnp.zeros((2, 6, 6)))
+    assert jnp.abs(inside).max() > jnp.finfo(jnp.float16).max
+    received = model(ids)
+    assert received.dtype == jnp.float16
+    np.testing.assert_allclose(received, exact(ids), atol=0.02)
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
@@ -436,6 +483,11 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
             {"feed_forward_proj": "gated-silu"},
             "'relu' or 'gated-gelu', received 'gated-s",
         ),
+        (AutoencoderKLFlux2Config, {"decoder_block_out_channels": [32]}, "must be 4, one per bl"),
+        (AutoencoderKLFlux2Config, {"patch_size": [2, 1]}, "two equal numbers"),
+        (Qwen3Config, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        (Qwen3Config, {"num_key_value_heads": 5}, "32 heads do not divide"),
+        (Qwen3Config, {"use_sliding_window": True}, "use_sliding_window"),
         (T5Config, {"relative_attention_num_buckets": 6}, "multiple of 4, received 6"),
         (T5Config, {"relative_attention_max_distance": 8}, "over 8, the distances"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "7 heads"),

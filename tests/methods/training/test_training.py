@@ -526,6 +526,33 @@ class TestSharding:
             ("CLIPTextModel", "encoder.layers.0.mlp.fc1.kernel", (6, 8), (None, "tensor")),
             ("CLIPModel", "logit_scale", (), ()),
             (
+                "T5EncoderModel",
+                "encoder.block.3.layer.1.DenseReluDense.wi_1.kernel",
+                (4096, 10240),
+                ("fsdp", "tensor"),
+            ),
+            (
+                "UMT5EncoderModel",
+                "encoder.block.1.layer.0.SelfAttention.o.kernel",
+                (4096, 4096),
+                ("tensor", "fsdp"),
+            ),
+            (
+                "T5EncoderModel",
+                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.embedding",
+                (32, 24),
+                (),
+            ),
+            ("T5EncoderModel", "shared.embedding", (32128, 4096), ("tensor", "fsdp")),
+            (
+                "Qwen3ForCausalLM",
+                "layers.26.self_attn.k_proj.kernel",
+                (2560, 1024),
+                ("fsdp", "tensor"),
+            ),
+            ("Qwen3ForCausalLM", "layers.26.self_attn.q_norm.scale", (128,), ()),
+            ("Qwen3Model", "layers.0.mlp.down_proj.kernel", (9728, 2560), ("tensor", "fsdp")),
+            (
                 "StableDiffusionPipeline",
                 "text_encoder.encoder.layers.0.self_attn.q_proj.kernel",
                 (768, 768),
