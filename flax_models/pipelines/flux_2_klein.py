@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..autoencoder_kl_flux_2 import AutoencoderKLFlux2
+from ..autoencoder_kl import AutoencoderKLFlux2
 from ..flux_2_transformer_2d import Flux2Transformer2DModel
 from ..layers.joint_attention import JointTextCondition
 from ..qwen3 import Qwen3Model

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ...flax_models.layers.attention import Neighborhoods, with_attention
+from ...flax_models.layers.joint_attention import JointTextCondition
 from ...flax_models.pipelines.guidance import Predictor, classifier_free
 from ...flax_models.pipelines.pipeline import Pipeline
 from ...flax_models.streaming import is_streamed
@@ -42,8 +43,9 @@ from ..seeds import seed_key
 Params = Mapping[str, Any]  # {"denoiser": …, "vae": …, "text_encoder": …}, each a plain dict pytree
 
 
-# What a model is conditioned on: text states, a `TextCondition` of SDXL, or a DiT's class labels.
-Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition
+# What a model is conditioned on: text states, a `TextCondition` of SDXL, a `JointTextCondition` of
+# a transformer, or a DiT's class labels.
+Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition | JointTextCondition
 
 
 class PipelineStatic(NamedTuple):

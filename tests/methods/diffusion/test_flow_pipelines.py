@@ -6,6 +6,7 @@ import shutil
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
 
 
 def test_packing_is_undone():
-    latents = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    latents = jnp.arange(2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 4, 6, 3)
     np.testing.assert_array_equal(unpacked(packed(latents)), latents)
     # (channel, row, column), as diffusers packs them
     np.testing.assert_array_equal(packed(latents)[0, 0, 0, :4], latents[0, :2, :2, 0].reshape(-1))
