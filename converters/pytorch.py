@@ -240,7 +240,8 @@ def _load_component(
     options |= {"source": source, "file": str(file), "model_options": model_options}
     if not stream or not hasattr(model_class, "BLOCKS"):
         return build(model_class, raw, stored, **options)
-    return streaming.stream(build(model_class, raw, stored, **options | {"sharding": "streamed"}))
+    options["sharding"] = "streamed"
+    return streaming.stream(build(model_class, raw, stored, **options))
 
 
 def save_pytorch(

@@ -214,10 +214,10 @@ class T5Block(nnx.Module):
     def __call__(
         self, x: Array, mask: Array | None, bias: Array | None
     ) -> tuple[Array, Array | None]:
-        attention = self.layer[0].SelfAttention
-        if hasattr(attention, "relative_attention_bias"):
-            bias = attention.bias(x.shape[1])
-        return self.layer[1](self.layer[0](x, mask, bias)), bias
+        attends, perceives = self.layer
+        if hasattr(attends.SelfAttention, "relative_attention_bias"):
+            bias = attends.SelfAttention.bias(x.shape[1])
+        return perceives(attends(x, mask, bias)), bias
 
 
 class T5Stack(nnx.Module):

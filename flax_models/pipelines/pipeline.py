@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..pretrained import Pretrained
 from .guidance import Predictor, classifier_free
@@ -77,6 +77,15 @@ class Pipeline(Pretrained):
         """Token ids of N prompts, as `encode` takes them: arrays [N, ...]; overlong ones are told
         of."""
         raise NotImplementedError
+
+    def checked_token_ids(self, token_ids: Int[np.ndarray, "N L"]) -> Int[np.ndarray, "N L"]:
+        """Token ids that stand for prompts, int32.
+
+        Raises:
+          ValueError: they are none of this pipeline, or it has several tokenizers of its own kinds.
+        """
+        del token_ids
+        raise ValueError(f"{type(self).__name__} takes prompts as texts, not as token ids.")
 
     @staticmethod
     def encode(prompt_encoder: Any, token_ids: Any) -> Any:

@@ -63,6 +63,20 @@ class StableDiffusionPipeline(Pipeline):
         """Token ids of prompts, as `prompt_encoder` takes them; overlong ones are told of."""
         return tokenize(self.tokenizer, prompts, max_length=self.max_length)
 
+    def checked_token_ids(self, token_ids: Int[np.ndarray, "N L"]) -> Int[np.ndarray, "N L"]:
+        """Token ids that stand for prompts, int32.
+
+        Raises:
+          ValueError: they are none of this pipeline.
+        """
+        length, vocabulary = self.max_length, self.text_encoder.config.vocab_size
+        if token_ids.shape[1] != length or token_ids.min() < 0 or token_ids.max() >= vocabulary:
+            raise ValueError(
+                f"token ids must be [N, {length}], from 0 to {vocabulary - 1}; got "
+                f"{token_ids.shape} from {token_ids.min()} to {token_ids.max()}."
+            )
+        return token_ids.astype(np.int32)
+
     # ---- latents ----
 
     @property

@@ -540,14 +540,7 @@ class TextToImage:
     def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Any:
         if not isinstance(prompts, np.ndarray):
             return self.pipeline.tokenize(prompts)
-        length = self.pipeline.max_length
-        vocabulary = self.pipeline.text_encoder.config.vocab_size
-        if prompts.shape[1] != length or prompts.min() < 0 or prompts.max() >= vocabulary:
-            raise ValueError(
-                f"token ids must be [N, {length}], from 0 to {vocabulary - 1}; got "
-                f"{prompts.shape} from {prompts.min()} to {prompts.max()}."
-            )
-        return prompts.astype(np.int32)
+        return self.pipeline.checked_token_ids(prompts)
 
 
 def text_to_image(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class FlowMatchSchedule:
     use_beta_sigmas: bool = False
     time_shift_type: str = "exponential"
     stochastic_sampling: bool = False  # noises the estimate of x₀ anew at every step
+
+    closest_sampler: ClassVar[None] = None  # its own steps are known
 
     def __post_init__(self) -> None:
         if self.time_shift_type not in TIME_SHIFT_TYPES:

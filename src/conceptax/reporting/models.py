@@ -68,7 +68,8 @@ def require_whole(pipeline: Pipeline, path: Path, purpose: str) -> None:
             f"{path} holds no {' and no '.join(lacking)}, and {purpose} needs the whole pipeline: "
             "pass a folder or file that has all of it."
         )
-    if pipeline.tokenizer is None:
+    needed = [name for name in pipeline.TOKENIZERS if name not in pipeline.OPTIONAL]
+    if any(getattr(pipeline, name) is None for name in needed):
         raise ConceptError(
             f"{path} is a single file without a tokenizer, and its tokens are not CLIP's: put the "
             "folder 'tokenizer' that belongs to it beside it, or make a folder of both with "
