@@ -24,6 +24,8 @@ MODULES = {
     "T5EncoderModel": "t5",
     "UMT5EncoderModel": "t5",
     "FluxTransformer2DModel": "flux_transformer_2d",
+    "Flux2Transformer2DModel": "flux_2_transformer_2d",
+    "SD3Transformer2DModel": "sd3_transformer_2d",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

@@ -110,9 +110,9 @@ def load_pytorch(
         and bring each when it runs: for models larger than memory, which are called, not traced
         (`flax_models.streaming`). Other parts are loaded whole.
       model_options: of a component, further arguments of its model class: `remat=True`, or
-        `attention=GNA(...)` for a `DiTTransformer2DModel`. Of a single file, `tokenizer=` and
-        `prediction_type=`, as for `compvis.load_single_file`, or what `load_open_clip` and
-        `load_maft_plus` take.
+        `attention=GNA(...)` for a `DiTTransformer2DModel`, `read=(9, 18, 27)` for a `Qwen3Model`.
+        Of a single file, `tokenizer=` and `prediction_type=`, as for `compvis.load_single_file`, or
+        what `load_open_clip` and `load_maft_plus` take.
 
     Returns:
       An NNX model, or a pipeline of the family that the folder or file is of, such as

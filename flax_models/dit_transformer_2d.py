@@ -104,6 +104,20 @@ class DiTTransformer2DConfig(ModelConfig):
         return cls(sample_size=sample_size, out_channels=8)
 
 
+def axis_embedding(count: int, dim: int, base: int) -> Float[np.ndarray, "count dim"]:
+    """Sines, then cosines, of `count` positions along one axis, `dim` features together; float32.
+
+    Args:
+      count: of positions.
+      dim: features, an even number.
+      base: positions at the size of training, to which others are stretched.
+    """
+    frequencies = 10000.0 ** -(np.arange(dim // 2) / (dim / 2))
+    positions = np.arange(count, dtype=np.float32) / np.float32(count / base)
+    angles = positions.astype(np.float64)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
 @functools.lru_cache(maxsize=16)
 def position_embedding(
     layout: tuple[int, int], dim: int, base: int
@@ -115,17 +129,10 @@ def position_embedding(
       dim: features, a multiple of 4.
       base: tokens along each side at the size of training; other sizes are stretched to it.
     """
-    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
-
-    def embed(count: int) -> np.ndarray:
-        positions = np.arange(count, dtype=np.float32) / np.float32(count / base)
-        angles = positions.astype(np.float64)[:, None] * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    rows, columns = (embed(count) for count in layout)
+    rows, columns = (axis_embedding(count, dim // 2, base) for count in layout)
     shape = (*layout, dim // 2)
     halves = [np.broadcast_to(columns[None], shape), np.broadcast_to(rows[:, None], shape)]
-    return np.concatenate(halves, axis=-1).astype(np.float32)
+    return np.concatenate(halves, axis=-1)
 
 
 class PatchEmbed(nnx.Module):

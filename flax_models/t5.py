@@ -207,6 +207,8 @@ class T5LayerFF(nnx.Module):
 class T5Block(nnx.Module):
     """Attention, then perceptron; the logits' bias is its own, or that of the block before."""
 
+    layer: Any  # a list of both
+
     def __init__(self, config: T5Config, *, biased: bool, **init):
         attention = T5LayerSelfAttention(config, biased=biased, **init)
         self.layer = nnx.List([attention, T5LayerFF(config, **init)])

@@ -178,10 +178,22 @@ def randomized(module: Any, seed: int) -> Any:
     return module.eval()
 
 
+def _joint_ids(rows: int, columns: int, text: int, axes: int) -> tuple[Any, Any]:
+    """Positions of image and text as FLUX's pipelines give them; FLUX.2 counts the text's."""
+    import torch
+
+    image = torch.zeros(rows, columns, axes)
+    image[..., 1] = torch.arange(rows)[:, None]
+    image[..., 2] = torch.arange(columns)
+    words = torch.zeros(text, axes)
+    if axes == 4:
+        words[:, 3] = torch.arange(text)
+    return image.flatten(0, 1), words
+
+
 def flux(seed: int = 0, **changes: Any) -> Oracle:
     """A grid that is not square; diffusers takes times from 0 to 1, and ids of all tokens."""
     import diffusers
-    import torch
 
     settings = {
         "in_channels": 4,
@@ -196,28 +208,19 @@ def flux(seed: int = 0, **changes: Any) -> Oracle:
     } | changes
     module = randomized(diffusers.FluxTransformer2DModel(**settings), seed)
     rng = np.random.default_rng(seed)
-    image_ids = torch.stack(
-        [torch.zeros(4, 5), *torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")],
-        -1,
-    )
+    ids = _joint_ids(4, 5, 6, 3)
 
     def torch_call(sample: Any, text: Any, pooled: Any, timesteps: Any, guidance: Any) -> Any:
-        output = module(
-            sample.flatten(1, 2),
-            text,
-            pooled,
-            timesteps.double() / 1000,
-            image_ids.flatten(0, 1),
-            torch.zeros(5, 3),
-            guidance if settings["guidance_embeds"] else None,
-        ).sample
-        return output.unflatten(1, (4, 5))
+        guidance = guidance if settings["guidance_embeds"] else None
+        times = timesteps.double() / 1000
+        out = module(sample.flatten(1, 2), text, pooled, times, *ids, guidance).sample
+        return out.unflatten(1, (4, 5))
 
     return Oracle(
         module,
         {
             "sample": rng.normal(size=(2, 4, 5, 4)).astype(np.float32),
-            "text": rng.normal(size=(2, 5, 12)).astype(np.float32),
+            "text": rng.normal(size=(2, 6, 12)).astype(np.float32),
             "pooled": rng.normal(size=(2, 10)).astype(np.float32),
         },
         # Torch's frequencies have errors of the last bit, which larger strengths would magnify.
@@ -225,6 +228,81 @@ def flux(seed: int = 0, **changes: Any) -> Oracle:
         torch_call,
         lambda model, sample, text, pooled, timesteps, guidance: model(
             sample, timesteps, JointTextCondition(text, pooled, guidance)
+        ),
+    )
+
+
+def sd3(seed: int = 0, **changes: Any) -> Oracle:
+    """A grid that is not square, of three blocks, two of which attend twice."""
+    import diffusers
+
+    settings = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 10,
+        "pos_embed_max_size": 12,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": (0, 1),
+    } | changes
+    module = randomized(diffusers.SD3Transformer2DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 8, 12, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 5, 12)).astype(np.float32),
+            "pooled": rng.normal(size=(2, 10)).astype(np.float32),
+        },
+        {"timesteps": np.array([3, 901])},
+        lambda sample, text, pooled, timesteps: nhwc(
+            module(nchw(sample), text, pooled, timesteps).sample
+        ),
+        lambda model, sample, text, pooled, timesteps: model(
+            sample, timesteps, JointTextCondition(text, pooled)
+        ),
+    )
+
+
+def flux_2(seed: int = 0, **changes: Any) -> Oracle:
+    """As `flux`; no pooled text."""
+    import diffusers
+
+    settings = {
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "guidance_embeds": False,
+        "axes_dims_rope": (2, 4, 4, 6),
+    } | changes
+    module = randomized(diffusers.Flux2Transformer2DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    ids = _joint_ids(4, 5, 6, 4)
+
+    def torch_call(sample: Any, text: Any, timesteps: Any, guidance: Any) -> Any:
+        guidance = guidance if settings["guidance_embeds"] else None
+        times = timesteps.double() / 1000
+        out = module(sample.flatten(1, 2), text, times, *ids, guidance).sample
+        return out.unflatten(1, (4, 5))
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 4, 5, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 6, 12)).astype(np.float32),
+        },
+        {"timesteps": np.array([3, 901]), "guidance": np.array([0.03, 0.25], np.float32)},
+        torch_call,
+        lambda model, sample, text, timesteps, guidance: model(
+            sample, timesteps, JointTextCondition(text, guidance=guidance)
         ),
     )
 
@@ -246,12 +324,16 @@ def autoencoder(seed: int = 0, **changes: Any) -> Oracle:
 
     def torch_call(image: Any) -> Any:
         posterior = module.encode(nchw(image)).latent_dist
-        decoded = module.decode(posterior.mean).sample
-        return torch.cat([nhwc(x).flatten() for x in (posterior.mean, posterior.logvar, decoded)])
+        factor, shift = module.config.scaling_factor, module.config.shift_factor or 0.0
+        scaled = (posterior.mean - shift) * factor
+        decoded = module.decode(scaled / factor + shift).sample
+        return torch.cat([nhwc(x).flatten() for x in (scaled, posterior.logvar, decoded)])
 
     def jax_call(model: Any, image: Any) -> Any:
         mean, logvar = model.encode(image)
-        return jnp.concatenate([x.ravel() for x in (mean, logvar, model.decode(mean))])
+        scaled = model.scale(mean)
+        decoded = model.decode(model.unscale(scaled))
+        return jnp.concatenate([x.ravel() for x in (scaled, logvar, decoded)])
 
     image = np.random.default_rng(seed).normal(size=(2, 16, 16, 3)).astype(np.float32)
     return Oracle(module, {"image": image}, {}, torch_call, jax_call)

@@ -1,12 +1,14 @@
-"""The SD-1.5 UNet and DiT-XL/2 at their published sizes against diffusers, once.
+"""Models at their published sizes against diffusers and transformers, once.
 
 Torch runs and is freed before JAX starts, the UNet's gradients waiting on disk: about 12 GB of
-memory at the peak, and a few minutes.
+memory at the peak, 16 GB where a test says so, and a few minutes each.
 """
 
+import dataclasses
 import gc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +19,12 @@ from conceptax.flax_models.dit_transformer_2d import (
     GNA,
     DiTTransformer2DConfig,
     DiTTransformer2DModel,
+)
+from conceptax.flax_models.layers.joint_attention import JointTextCondition
+from conceptax.flax_models.qwen3 import Qwen3Config
+from conceptax.flax_models.sd3_transformer_2d import (
+    SD3Transformer2DConfig,
+    SD3Transformer2DModel,
 )
 
 TOLERANCE = 1e-5  # relative, float32 at the highest matmul precision
@@ -123,3 +131,86 @@ def test_dit_xl_2_output(torch, tmp_path):
     run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
     with jax.default_matmul_precision("highest"):
         assert relative(np.asarray(run(state, latents, timesteps, labels)), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("layers", [2, 36])
+def test_qwen3_4b_hidden_states(layers, torch, tmp_path):
+    """FLUX.2-klein's text encoder, stored in bfloat16 and computed in float32; of two layers, one
+    is read. About 16 GB with all 36."""
+    import transformers
+
+    read = (1,) if layers == 2 else (9, 18, 27)
+    config = transformers.Qwen3Config(**Qwen3Config(num_hidden_layers=layers).to_dict())
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, (1, 512))
+    mask = (np.arange(512) < 60).astype(np.int64)[None]
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        module = transformers.Qwen3ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    module.save_pretrained(tmp_path / "qwen3")
+    module = module.float().eval()
+    with torch.no_grad():
+        states = module.model(
+            torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True
+        ).hidden_states
+    expected = [states[index].numpy().copy() for index in read]
+    del module, states
+    gc.collect()
+
+    model = load_pytorch(tmp_path / "qwen3", read=read, param_dtype="float32")
+    assert model.config == Qwen3Config(num_hidden_layers=layers)
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask))
+    with jax.default_matmul_precision("highest"):
+        received = run(state, ids, mask)
+    for ours, theirs in zip(received, expected, strict=True):
+        assert (
+            relative(np.asarray(ours), theirs) < 5 * TOLERANCE
+        )  # of torch's rotations, in float32
+
+
+@pytest.mark.parametrize("layers", [2, 24])
+def test_sd3_5_medium_output(layers, torch, tmp_path):
+    """Half of the layers, and one of two, attend twice. About 10 GB with all 24."""
+    import diffusers
+
+    config = dataclasses.replace(
+        SD3Transformer2DConfig.sd3_5_medium(),
+        num_layers=layers,
+        dual_attention_layers=tuple(range(layers // 2 + (layers == 24))),
+    )
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    shapes = (1, 64, 64, 16), (1, 333, 4096), (1, 2048)
+    latents, text, pooled = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    times = np.array([617])
+
+    module = diffusers.SD3Transformer2DModel(**config.to_dict()).eval()
+    module.save_pretrained(tmp_path / "sd3")
+    inputs = (torch.tensor(latents).permute(0, 3, 1, 2), *map(torch.tensor, (text, pooled, times)))
+    with torch.no_grad():
+        expected = module(*inputs).sample.permute(0, 2, 3, 1).numpy().copy()
+    del module
+    gc.collect()
+
+    model = load_pytorch(tmp_path / "sd3")
+    assert model.config == config
+    if layers == 24:
+        assert config == SD3Transformer2DConfig.sd3_5_medium()
+    state = nnx.state(model)
+    del model
+    for attention in (None, GNA(window=32)):  # of all 32x32 tokens: dense, through the kernels
+        graphdef = nnx.split(
+            nnx.eval_shape(
+                lambda: SD3Transformer2DModel(config, attention=attention, rngs=nnx.Rngs(0))  # noqa: B023
+            )
+        )[0]
+        run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))  # noqa: B023
+        condition = JointTextCondition(jnp.asarray(text), jnp.asarray(pooled))
+        with jax.default_matmul_precision("highest"):
+            received = run(state, latents, times, condition)
+        assert relative(np.asarray(received), expected) < TOLERANCE

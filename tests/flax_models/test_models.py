@@ -35,6 +35,10 @@ from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
 from conceptax.flax_models.pretrained import Buffer
 from conceptax.flax_models.qwen3 import Qwen3Config, Qwen3Model
+from conceptax.flax_models.sd3_transformer_2d import (
+    SD3Transformer2DConfig,
+    SD3Transformer2DModel,
+)
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from conceptax.kernels.convolution import convolve_depthwise
@@ -79,6 +83,31 @@ ORACLES = {
     "flux without guidance": (
         "flux",
         {"guidance_embeds": False, "out_channels": 2, "num_layers": 1, "num_single_layers": 1},
+    ),
+    "SD 3.5": ("sd3", {}),
+    "SD 3": (
+        "sd3",
+        {
+            "qk_norm": None,
+            "dual_attention_layers": (),
+            "num_layers": 2,
+            "out_channels": 3,
+            "pos_embed_max_size": 7,
+        },
+    ),
+    "flux 2": ("flux_2", {}),
+    "flux 2 with guidance": (
+        "flux_2",
+        {
+            "guidance_embeds": True,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "out_channels": 2,
+            "mlp_ratio": 2.5,
+            "rope_theta": 300,
+            "eps": 1e-3,
+            "timestep_guidance_channels": 64,
+        },
     ),
     "autoencoder": ("autoencoder", {}),
     "autoencoder of FLUX.1 and SD 3": (
@@ -170,6 +199,8 @@ def test_parity(name, torch, tmp_path):
     [
         pytest.param("unet", True, marks=pytest.mark.slow),
         ("dit", "dots_saveable"),
+        ("sd3", True),
+        ("flux", True),
         ("autoencoder", True),
         ("clip_text", "dots_with_no_batch_dims_saveable"),
     ],
@@ -227,6 +258,13 @@ def test_published_sizes():
     statistics = 2 * 128  # which PyTorch does not count
     assert count(AutoencoderKLFlux2, AutoencoderKLFlux2Config()) == 84_046_115 + statistics
     assert count(Qwen3Model, Qwen3Config()) == 3_114_088_192
+    for config, parameters in (
+        (SD3Transformer2DConfig.sd3_medium(), 2_028_328_000),
+        (SD3Transformer2DConfig.sd3_5_medium(), 2_243_171_520),
+        (SD3Transformer2DConfig.sd3_5_large(), 8_056_627_520),
+    ):
+        table = config.pos_embed_max_size**2 * config.features
+        assert count(SD3Transformer2DModel, config) == parameters + table
     assert count(T5EncoderModel, T5Config.xxl()) == 4_762_310_656
     assert count(T5EncoderModel, T5Config.t5_11b()) == 4_864_791_552
     assert count(UMT5EncoderModel, UMT5Config.xxl()) == 5_680_910_336
@@ -363,7 +401,10 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)  # of up to 20
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet_motion", "t5", "qwen3", "autoencoder_flux_2"])
+@pytest.mark.parametrize(
+    "kind",
+    ["dit", "flux", "flux_2", "sd3", "unet_motion", "t5", "qwen3", "autoencoder_flux_2"],
+)
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
     import oracles
 
@@ -488,6 +529,9 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
         (Qwen3Config, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
         (Qwen3Config, {"num_key_value_heads": 5}, "32 heads do not divide"),
         (Qwen3Config, {"use_sliding_window": True}, "use_sliding_window"),
+        (SD3Transformer2DConfig, {"qk_norm": "layer_norm"}, "None or 'rms_norm', received 'layer"),
+        (SD3Transformer2DConfig, {"caption_projection_dim": 64}, "must be the 1152 features of 18"),
+        (SD3Transformer2DConfig, {"dual_attention_layers": [0, 18]}, "18. are not among the 18"),
         (T5Config, {"relative_attention_num_buckets": 6}, "multiple of 4, received 6"),
         (T5Config, {"relative_attention_max_distance": 8}, "over 8, the distances"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "7 heads"),

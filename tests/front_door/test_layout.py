@@ -43,7 +43,6 @@ RUNS = {
         "converters.components",
         "converters.files",
         "converters.formats",
-        "converters.pipeline_folder",
     ),
     "flax_models/test_metric_models.py": (
         "flax_models.blip",

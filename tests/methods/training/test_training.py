@@ -553,6 +553,36 @@ class TestSharding:
             ("Qwen3ForCausalLM", "layers.26.self_attn.q_norm.scale", (128,), ()),
             ("Qwen3Model", "layers.0.mlp.down_proj.kernel", (9728, 2560), ("tensor", "fsdp")),
             (
+                "SD3Transformer2DModel",
+                "transformer_blocks.2.attn.to_add_out.kernel",
+                (1536, 1536),
+                ("tensor", "fsdp"),
+            ),
+            (
+                "SD3Transformer2DModel",
+                "transformer_blocks.2.attn2.to_q.kernel",
+                (1536, 1536),
+                ("fsdp", "tensor"),
+            ),
+            (
+                "SD3Transformer2DModel",
+                "transformer_blocks.2.ff_context.net.0.proj.kernel",
+                (1536, 6144),
+                ("fsdp", "tensor"),
+            ),
+            (
+                "SD3Transformer2DModel",
+                "transformer_blocks.2.norm1_context.linear.kernel",
+                (1536, 9216),
+                ("fsdp", "tensor"),
+            ),
+            (
+                "SD3Transformer2DModel",
+                "pos_embed.pos_embed",
+                (1, 36864, 1536),
+                (None, None, "fsdp"),
+            ),
+            (
                 "StableDiffusionPipeline",
                 "text_encoder.encoder.layers.0.self_attn.q_proj.kernel",
                 (768, 768),
