@@ -13,7 +13,7 @@ from . import architectures
 from .architectures import class_in
 from .components import abstract
 from .errors import CheckpointError, listing
-from .files.safetensors_file import FLOAT_TYPES, ITEM_SIZES, PARAMETER_TYPES, StoredTensor
+from .files.safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, StoredTensor
 from .files.weight_names import weight_name
 from .files.weights import WeightFile, find_weights, open_weights
 from .formats.compvis import open_single_file
@@ -57,10 +57,11 @@ class Part(NamedTuple):
       name: the component, or empty for a checkpoint that is one.
       architecture: the published class name, or what kind of file it is.
       parameters: numbers stored.
-      dtypes: type's name -> numbers stored in it.
+      dtypes: type's name, or that of a quantization, -> numbers stored in it.
       nbytes: size of the tensors.
       problems: what is wrong with it -> the tensors' names, or messages; empty if it can be loaded.
       variant: of the weight file that is read, such as "fp16"; empty for the plain one.
+      quantized: those of `dtypes` that are converted to float32 as they are read.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Part(NamedTuple):
     nbytes: int
     problems: dict[str, list[str]]
     variant: str = ""
+    quantized: frozenset[str] = frozenset()
 
 
 class Inspection(NamedTuple):
@@ -105,7 +107,8 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
       CheckpointError: there is nothing that can be recognized, or a damaged file.
     """
     told = _inspect(path)
-    others = {kind for part in told.parts for kind in part.dtypes} - PARAMETER_TYPES.keys()
+    others = {kind for part in told.parts for kind in part.dtypes.keys() - part.quantized}
+    others -= PARAMETER_TYPES.keys()
     loadable = not told.advice or told.advice.endswith(f"{CLIPS_OWN}.")
     if others and told.healthy and loadable:
         advice = f"It holds {listing(sorted(others))}, in which no parameter is kept. {CONVERT}"
@@ -287,10 +290,12 @@ def _part(
     name: str, architecture: str, tensors: Iterable[StoredTensor], problems: Problems
 ) -> Part:
     dtypes: Counter[str] = Counter()
-    nbytes = 0
+    nbytes, quantized = 0.0, set()
     for tensor in tensors:
         count = math.prod(tensor.shape)
-        nbytes += count * ITEM_SIZES.get(tensor.dtype, 0)
+        nbytes += count * tensor.bytes_each
         if tensor.dtype in FLOAT_TYPES:
-            dtypes[tensor.dtype] += count
-    return Part(name, architecture, sum(dtypes.values()), dict(dtypes), nbytes, problems)
+            dtypes[tensor.kept or tensor.dtype] += count
+            quantized |= {tensor.kept} - {""}
+    part = Part(name, architecture, sum(dtypes.values()), dict(dtypes), int(nbytes), problems)
+    return part._replace(quantized=frozenset(quantized))

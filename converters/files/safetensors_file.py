@@ -57,11 +57,22 @@ _PIECE = 1 << 17
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor on disk: its type's name, its shape, and a function that maps its values."""
+    """A tensor on disk.
+
+    Attributes:
+      dtype: name of the type that is read.
+      shape: its sizes.
+      read: maps its values.
+      kept: of a quantized tensor, whose values are converted as they are read, what it is in the
+        file.
+      width: of such a tensor, bytes of a number in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    kept: str = ""
+    width: float = 0.0
 
     @classmethod
     def of(cls, values: np.ndarray) -> "StoredTensor":
@@ -70,7 +81,12 @@ class StoredTensor:
 
     def then(self, shape: tuple[int, ...], change: Callable[[Any], np.ndarray]) -> "StoredTensor":
         """The tensor of that shape which `change` makes of the values once they are read."""
-        return StoredTensor(self.dtype, shape, lambda: change(self.read()))
+        return dataclasses.replace(self, shape=shape, read=lambda: change(self.read()))
+
+    @property
+    def bytes_each(self) -> float:
+        """Bytes of a number in the file; 0 where its type is not known."""
+        return float(self.width or ITEM_SIZES.get(self.dtype, 0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Find and open weight files: safetensors, pickles, Flax's, and indexes of several.
+"""Find and open weight files: safetensors, pickles, Flax's, GGUF, and indexes of several.
 
 Everything in a folder is untrusted: names in an index may not leave it, pickles are read with
 `weights_only=True` (which executes nothing), and files are checked before their data is used.
@@ -16,7 +16,9 @@ import numpy as np
 
 from ...text import TextError, decode
 from ..errors import CheckpointError, OutputError, first_line, listing
+from .gguf_file import open_gguf
 from .msgpack_file import open_flax
+from .quantized import dequantized
 from .safetensors_file import (
     FLOAT_TYPES,
     NUMPY_NAMES,
@@ -152,7 +154,7 @@ class WeightFile:
 
     @property
     def content(self) -> str:
-        """What weights it begins as: `SAFETENSORS`, `PICKLE`, or "" where that cannot be told.
+        """What weights it begins as: `SAFETENSORS`, `PICKLE`, `GGUF`, or "" where nothing tells.
 
         Raises:
           CheckpointError: it is something else, which the message names, or it cannot be read.
@@ -162,6 +164,8 @@ class WeightFile:
             return SAFETENSORS
         if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
             return PICKLE
+        if start.startswith(b"GGUF"):
+            return GGUF
         if what := _other(start):
             raise CheckpointError(f"{self.path} is {what}")
         return ""
@@ -174,7 +178,11 @@ class WeightFile:
 
     @functools.cached_property
     def _safetensors(self) -> dict[str, StoredTensor]:
-        return open_safetensors(self.path, self.bytes)
+        return dequantized(open_safetensors(self.path, self.bytes), self.path)
+
+    @functools.cached_property
+    def _gguf(self) -> dict[str, StoredTensor]:
+        return open_gguf(self.path, self.bytes)
 
     @functools.cached_property
     def pickle(self) -> dict[Any, Any]:
@@ -195,6 +203,8 @@ class WeightFile:
         content = self.content
         if content == SAFETENSORS or (suffix == ".safetensors" and not content):
             return dict(self._safetensors)
+        if content == GGUF:
+            return dict(self._gguf)
         if suffix == ".safetensors":
             raise CheckpointError(
                 f"{path} is not a safetensors file: it is {content}. Name it .ckpt or .bin: it is "
@@ -225,7 +235,7 @@ def open_weights(
 
 
 BARE = "*"  # what a tensor is called that a pickle holds without a name
-SAFETENSORS, PICKLE = "a safetensors file", "a PyTorch pickle"
+SAFETENSORS, PICKLE, GGUF = "a safetensors file", "a PyTorch pickle", "a GGUF file"
 _AGAIN = "Download the file itself again."
 _MODEL = "Pass a model's folder or weight file."
 # What a file that is called weights may begin with instead -> what it is, and what to do.
@@ -236,7 +246,6 @@ _OTHERS = {
     + _AGAIN,
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*": "a picture, no model. "
     + _MODEL,
-    rb"GGUF": "a GGUF file, which is not read here. Use the model's safetensors file.",
     rb"\x89HDF": "an HDF5 file, which is not read here. Use the model's safetensors file.",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive. Unpack it first.",
     rb"\s*\{": "a file of settings (JSON), no weights. Pass the folder that it is in.",

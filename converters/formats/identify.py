@@ -21,7 +21,7 @@ LORA, PERSONALIZATION, WEIGHTS = "LoRA", "personalization", "weight file"
 
 _INDEX, _CONFIG = "model_index.json", "config.json"
 _HUB = "models--"  # how the Hub's cache begins the name of a model's folder
-_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack")
+_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".msgpack")
 
 
 class Identity(NamedTuple):

@@ -30,6 +30,7 @@ from ..errors import CheckpointError, OutputError, counted, listing
 from ..files.safetensors_file import FLOAT_TYPES, PendingTensor, StoredTensor, write_safetensors
 from ..files.weights import (
     BARE,
+    GGUF,
     SAFETENSORS,
     Parameters,
     WeightFile,
@@ -273,7 +274,7 @@ def load_personalized(pipeline: Any, path: Path | str) -> Any:
 def _open(file: WeightFile) -> dict[str, Any]:
     """What a file holds: name -> stored tensor, or a nested dict of them, or anything else."""
     path = file.path
-    if file.content == SAFETENSORS or path.suffix.lower() == ".safetensors":
+    if file.content in (SAFETENSORS, GGUF) or path.suffix.lower() == ".safetensors":
         return dict(file.tensors())
     content = file.pickle
     import torch

@@ -119,7 +119,7 @@ def test_every_name_and_shape_at_full_size(torch, name):
 
 @pytest.mark.parametrize("family", CONVERTERS)
 def test_values_come_where_diffusers_puts_them(torch, family):
-    """One block of each kind, of the widths that diffusers takes for granted; narrow inputs."""
+    """One block of each kind, as wide as diffusers takes for granted, with narrow inputs."""
     from diffusers.loaders import single_file_utils
 
     settings = {

@@ -1,0 +1,266 @@
+"""Single files of FLUX.1 with every part: written, told, read back, and quantized."""
+
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from conceptax.converters import CheckpointError, OutputError, inspect_checkpoint, save_single_file
+from conceptax.converters.files.safetensors_file import StoredTensor
+from conceptax.converters.formats.compvis import PIPELINES, build_parts, open_single_file
+from conceptax.converters.formats.compvis_parts import read_single_file
+from conceptax.converters.formats.identify import SINGLE, identify
+from conceptax.converters.formats.transformer_parts import t5
+from conceptax.converters.tensors import tensor_specs, variables
+from conceptax.flax_models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
+from conceptax.flax_models.flux_transformer_2d import (
+    FluxTransformer2DConfig,
+    FluxTransformer2DModel,
+)
+from conceptax.flax_models.t5 import T5Config, T5EncoderModel
+
+UNET, CLIP, T5 = "model.diffusion_model.", "text_encoders.clip_l.", "text_encoders.t5xxl."
+FLOATS = {"dtype": np.float32, "param_dtype": None, "sharding": None}
+FLOW = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "shift": 2.5,
+    "use_dynamic_shifting": False,
+}
+
+
+def parts():
+    """Sizes that a file tells, at their smallest; heads of 32 features split into 4, 14 and 14."""
+    flux = FluxTransformer2DConfig(
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=1,
+        joint_attention_dim=12,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 14, 14),
+    )
+    vae = AutoencoderKLConfig.from_dict(
+        {
+            "block_out_channels": [32],
+            "down_block_types": ["DownEncoderBlock2D"],
+            "up_block_types": ["UpDecoderBlock2D"],
+            "layers_per_block": 1,
+            "latent_channels": 16,
+            "sample_size": 1024,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        }
+    )
+    clip = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    clip |= {"num_attention_heads": 1, "projection_dim": 64, "max_position_embeddings": 7}
+    clip |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    t5 = T5Config(
+        vocab_size=9,
+        d_model=12,
+        d_kv=3,
+        d_ff=20,
+        num_layers=2,
+        num_heads=5,
+        feed_forward_proj="gated-gelu",
+    )
+    rngs = nnx.Rngs(0)
+    return {
+        "transformer": FluxTransformer2DModel(flux, rngs=rngs),
+        "vae": AutoencoderKL(vae, rngs=rngs),
+        "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(clip), rngs=rngs),
+        "text_encoder_2": T5EncoderModel(t5, rngs=rngs),
+    }
+
+
+def pipeline_of(models, **more):
+    settings = {"MODELS": tuple(models), "scheduler_config": FLOW, "carried": {}} | more
+    return types.SimpleNamespace(**models, **settings)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return parts()
+
+
+@pytest.fixture(scope="module")
+def single(models, tmp_path_factory):
+    return save_single_file(pipeline_of(models), tmp_path_factory.mktemp("flux") / "a.safetensors")
+
+
+def values(model):
+    slots = variables(model)
+    return {s.key: np.asarray(slots[s.path].get_value()) for s in tensor_specs(model)}
+
+
+def read(path):
+    stored = open_single_file(path)
+    return read_single_file(stored, str(path))
+
+
+def same(models, found):
+    for name, model in found.items():
+        own = values(models[name])
+        assert type(model) is type(models[name])
+        assert model.config == models[name].config
+        for key, value in values(model).items():
+            np.testing.assert_array_equal(value, own[key], err_msg=f"{name}.{key}")
+
+
+def test_every_part_returns(models, single):
+    file = read(single)
+    assert (file.family, file.kind) == ("FLUX.1", "single file of FLUX.1 dev")
+    assert PIPELINES[file.family] == "FluxPipeline"
+    same(models, build_parts(file, str(single), list(models), **FLOATS))
+    keys = set(safetensors.numpy.load_file(single))
+    assert UNET + "double_blocks.0.img_attn.qkv.weight" in keys
+    assert "first_stage_model.decoder.up.0.block.0.conv1.weight" in keys
+    assert CLIP + "transformer.text_model.final_layer_norm.weight" in keys
+    assert T5 + "transformer.encoder.block.0.layer.0.SelfAttention.q.weight" in keys
+    assert identify(single).kind == SINGLE
+    told = inspect_checkpoint(single)
+    assert told.healthy
+    assert [(p.name, p.architecture, p.dtypes.keys()) for p in told.parts] == [
+        ("transformer", "FluxTransformer2DModel", {"F32"}),
+        ("vae", "AutoencoderKL", {"F32"}),
+        ("text_encoder", "CLIPTextModel", {"F32"}),
+        ("text_encoder_2", "T5EncoderModel", {"F32"}),
+    ]
+
+
+def test_diffusers_reads_the_autoencoder(single, torch):
+    """Its converter of LDM's names finds every tensor of a class without quant convolutions."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    content = safetensors.numpy.load_file(single)
+    ours = {k: torch.from_numpy(v) for k, v in content.items() if k.startswith("first_stage")}
+    config = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32,),
+        layers_per_block=1,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **config,
+    )
+    vae.load_state_dict(convert_ldm_vae_checkpoint(ours, config))
+
+
+def test_other_programs_files(models, single, tmp_path):
+    """ComfyUI's: the autoencoder under `vae.`, and what is beside the models passed over."""
+    content = safetensors.numpy.load_file(single)
+    theirs = {key.replace("first_stage_model.", "vae."): value for key, value in content.items()}
+    one = np.ones(1, np.float32)
+    extra = {
+        CLIP + "logit_scale": one,
+        CLIP + "transformer.text_projection.weight": one,
+        T5 + "logit_scale": one,
+        T5 + "spiece_model": np.ones(5, np.uint8),
+        T5 + "transformer.encoder.embed_tokens.weight": one,
+    }
+    safetensors.numpy.save_file(theirs | extra, tmp_path / "a.safetensors")
+    file = read(tmp_path / "a.safetensors")
+    assert sorted(key for keys in file.leftovers.values() for key in keys) == sorted(extra)
+    assert file.unknown == []
+    same(models, build_parts(file, "it", list(models), **FLOATS))
+    # A file of one model, with its prefix or without
+    for prefix, name in ((UNET, "transformer"), (T5 + "transformer.", "text_encoder_2")):
+        alone = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+        safetensors.numpy.save_file(alone, tmp_path / "b.safetensors")
+        file = read(tmp_path / "b.safetensors")
+        assert (list(file.parts), file.unknown) == ([name], [])
+        same(models, build_parts(file, "it", [name], **FLOATS))
+    (tmp_path / "config.json").write_text("{}")  # beside which T5's is a component
+    assert open_single_file(tmp_path / "b.safetensors") is None
+
+
+def test_an_autoencoder_alone_is_guessed(single, tmp_path):
+    content = safetensors.numpy.load_file(single)
+    prefix = "first_stage_model."
+    alone = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
+    safetensors.numpy.save_file(alone, tmp_path / "ae.safetensors")
+    file = read(tmp_path / "ae.safetensors")
+    assert (file.family, file.guessed) == ("FLUX.1", True)
+    raw = file.parts["vae"].raw
+    assert (raw["scaling_factor"], raw["shift_factor"]) == (0.3611, 0.1159)
+    assert (raw["use_quant_conv"], raw["use_post_quant_conv"]) == (False, False)
+
+
+def test_8_bits_with_scales(models, single, tmp_path):
+    """As ComfyUI keeps them: fused layers are cut after they are scaled."""
+    content = safetensors.numpy.load_file(single)
+    written = {UNET + "scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}
+    for key, value in content.items():
+        if key.startswith(UNET) and value.ndim == 2:
+            written[key] = (value * 4).astype(ml_dtypes.float8_e4m3fn)
+            written[key.replace(".weight", ".scale_weight")] = np.array(0.25, np.float32)
+            content[key] = written[key].astype(np.float32) / 4
+        else:
+            written[key] = value
+    safetensors.numpy.save_file(written, tmp_path / "a.safetensors")
+    safetensors.numpy.save_file(content, tmp_path / "b.safetensors")
+    found, expected = (
+        build_parts(read(tmp_path / f"{name}.safetensors"), "it", ["transformer"], **FLOATS)
+        for name in "ab"
+    )
+    same(expected, found)
+    told = inspect_checkpoint(tmp_path / "a.safetensors")
+    assert told.healthy
+    assert told.parts[0].quantized == {"F8_E4M3 with scales"}
+    assert told.parts[1].quantized == set()
+
+
+def test_what_a_file_cannot_tell_is_refused(models, tmp_path):
+    odd = FluxTransformer2DModel(
+        FluxTransformer2DConfig(
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=1,
+            joint_attention_dim=12,
+            pooled_projection_dim=64,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        rngs=nnx.Rngs(0),
+    )
+    with pytest.raises(OutputError, match="axes_dims_rope"):
+        save_single_file(pipeline_of(models | {"transformer": odd}), tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match="holds no vae"):
+        save_single_file(pipeline_of(models | {"vae": None}), tmp_path / "a.safetensors")
+        build_parts(read(tmp_path / "a.safetensors"), "it", ["vae"], **FLOATS)
+
+
+def test_t5_under_llama_cpps_names(models):
+    names = {
+        "shared": "token_embd",
+        "encoder.final_layer_norm": "enc.output_norm",
+        "encoder.block": "enc.blk",
+        "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
+        "layer.0.SelfAttention.": "attn_",
+        "layer.0.layer_norm": "attn_norm",
+        "layer.1.layer_norm": "ffn_norm",
+        "layer.1.DenseReluDense.wi_0": "ffn_gate",
+        "layer.1.DenseReluDense.wi_1": "ffn_up",
+        "layer.1.DenseReluDense.wo": "ffn_down",
+    }
+    stored = {}
+    for spec in tensor_specs(models["text_encoder_2"]):
+        key = spec.key
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        stored[key] = StoredTensor("F32", spec.shape, lambda: None)
+    assert "enc.blk.1.attn_q.weight" in stored
+    raw, found, odd = t5(stored)
+    assert odd == []
+    assert found.keys() == {spec.key for spec in tensor_specs(models["text_encoder_2"])}
+    assert T5Config.from_dict(raw) == models["text_encoder_2"].config
+    file = read_single_file(stored, "it")
+    assert (file.family, list(file.parts), file.unknown) == ("FLUX.1", ["text_encoder_2"], [])
