@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ..errors import ConceptaxError
-from ..flax_models.autoencoder_kl import AutoencoderKLConfig
+from ..flax_models.autoencoder_kl import AutoencoderKLConfig, AutoencoderKLFlux2Config
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -101,7 +101,11 @@ def unet_bytes(config: Any, batch: int, height: int, width: int, dtype: Any) -> 
 
 
 def vae_bytes(
-    config: AutoencoderKLConfig, batch: int, height: int, width: int, dtype: Any
+    config: AutoencoderKLConfig | AutoencoderKLFlux2Config,
+    batch: int,
+    height: int,
+    width: int,
+    dtype: Any,
 ) -> float:
     """What decoding (or encoding) images holds at full resolution: a layer's input and output."""
     first, second = (*config.block_out_channels, config.block_out_channels[0])[:2]
