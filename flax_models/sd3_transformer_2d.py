@@ -7,7 +7,7 @@ image sees of itself may be sparse, block by block (`GNA`), which changes no par
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..autoencoder_kl import AutoencoderKL
+from ..autoencoder_kl import AutoencoderKL, patchify, unpatchify
 from ..clip import CLIPTextModel
 from ..flux_transformer_2d import FluxTransformer2DModel
 from ..layers.joint_attention import JointTextCondition
@@ -41,25 +41,11 @@ class FluxTextEncoders(nnx.Module):
         return JointTextCondition(self.text_encoder_2(second), pooled, None)
 
 
-def packed(latents: Float[Array, "B h w C"]) -> Float[Array, "B h/2 w/2 4*C"]:
-    """Latents of 2 x 2 as one token, features in the order (channel, row, column)."""
-    batch, height, width, channels = latents.shape
-    x = latents.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
-
-
-def unpacked(tokens: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C/4"]:
-    """Inverse of `packed`."""
-    batch, height, width, features = tokens.shape
-    x = tokens.reshape(batch, height, width, features // 4, 2, 2)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, features // 4)
-
-
 def over_tokens(denoiser: Any) -> Any:
-    """A denoiser of packed latents as one of latents."""
+    """A denoiser of latents packed by 2 x 2 as one of latents."""
 
     def run(latents: Array, timestep: Array, condition: Any) -> Array:
-        return unpacked(denoiser(packed(latents), timestep, condition))
+        return unpatchify(denoiser(patchify(latents, 2), timestep, condition), 2)
 
     return run
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..autoencoder_kl import AutoencoderKLFlux2
+from ..autoencoder_kl import AutoencoderKLFlux2, patchify
 from ..flux_2_transformer_2d import Flux2Transformer2DModel
 from ..layers.joint_attention import JointTextCondition
 from ..qwen3 import Qwen3Model
@@ -113,6 +113,14 @@ class Flux2KleinPipeline(Pipeline):
     ) -> Predictor:
         """(latents, timestep) -> velocity with guidance (`classifier_free`)."""
         return classifier_free(over_tokens(denoiser), condition, negative, guidance_scale)
+
+    @staticmethod
+    def decode(
+        vae: AutoencoderKLFlux2, latents: Float[Array, "B h w C"], *, tiling: bool = False
+    ) -> Float[Array, "B H W 3"]:
+        """Images in [-1, 1], float32; the autoencoder unscales latents by patches."""
+        images = vae.decode(vae.unscale(patchify(latents, 2)), tiling=tiling)
+        return jnp.clip(images.astype(jnp.float32), -1, 1)
 
     def flow_sigmas(self, steps: int) -> Float[np.ndarray, " steps"]:
         """From 1 down to 1 / steps."""

@@ -14,7 +14,7 @@ from conceptax.interrupts import Stopper, arm
 
 from .commands import COMMANDS, load, meant, named
 from .failures import in_flags, readable, sentence, unboxed
-from .processes import join_processes
+from .processes import join_processes, leave_processes
 from .streams import prepare_streams, print_error, reader_left, silence
 
 _OVERVIEW = """\
@@ -81,6 +81,7 @@ def _answer(
             return _READER_LEFT
         if stopper is not None and stopper.stopping:
             return 1  # in vain: a signal is ending the process
+        leave_processes()
         if debug:
             raise
         print_error(f"{label}: error: {sentence(error, flags, arguments)}")

@@ -6,7 +6,6 @@ import shutil
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,6 @@ from flow_toy import FAMILIES, T5_LENGTH, save_pipeline
 import conceptax
 from conceptax.converters import CheckpointError, load_pytorch, save_pytorch
 from conceptax.flax_models.layers.attention import GNA
-from conceptax.flax_models.pipelines.flux import packed, unpacked
 from conceptax.methods.diffusion.text_to_image import TextToImage
 
 PROMPTS = ["a red three on brick", "photo of a three"]
@@ -124,10 +122,3 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
     shutil.rmtree(broken / "transformer")
     with pytest.raises(CheckpointError, match="transformer"):
         load_pytorch(broken)
-
-
-def test_packing_is_undone():
-    latents = jnp.arange(2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 4, 6, 3)
-    np.testing.assert_array_equal(unpacked(packed(latents)), latents)
-    # (channel, row, column), as diffusers packs them
-    np.testing.assert_array_equal(packed(latents)[0, 0, 0, :4], latents[0, :2, :2, 0].reshape(-1))
