@@ -165,17 +165,20 @@ def with_attention(model: Any, attention: Neighborhoods) -> Any:
       ValueError: a model that has no choice, or another number of settings than its layers.
     """
     copy = nnx.merge(*nnx.split(model))
-    graph = nnx.iter_graph(copy)
-    found = [(path, node) for path, node in graph if hasattr(node, "neighborhood")]
+    found: dict[Any, list[Any]] = {}  # (list, index of a layer) -> what attends in it
+    for path, node in nnx.iter_graph(copy):
+        if hasattr(node, "neighborhood"):
+            found.setdefault(path[:2], []).append(node)
     if not found:
         raise ValueError(
             f"a {type(model).__name__} has no choice of attention: neighborhoods are for "
             "transformers."
         )
     order = list(vars(copy))  # lists of layers run in the order in which they are made
-    found.sort(key=lambda item: (order.index(item[0][0]), *item[0][1:2]))
-    for (_, node), setting in zip(found, per_layer(attention, len(found)), strict=True):
-        node.neighborhood = setting
+    layers = sorted(found, key=lambda path: (order.index(path[0]), path[1]))
+    for layer, setting in zip(layers, per_layer(attention, len(layers)), strict=True):
+        for node in found[layer]:
+            node.neighborhood = setting
     return copy
 
 

@@ -79,7 +79,8 @@ def test_images_are_diffusers(both, noise):
 def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
     _, theirs, folder, ours = both
     save_pytorch(ours, tmp_path / "again")
-    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
+    absent = {name: None for name, part in theirs.components.items() if part is None}
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again", **absent)
     assert type(again) is type(theirs)
     for name, part in theirs.components.items():
         other = again.components[name]
