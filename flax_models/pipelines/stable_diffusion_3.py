@@ -47,7 +47,7 @@ class SD3TextEncoders(nnx.Module):
         self.width = width
         self.length = length
 
-    def __call__(self, token_ids: tuple[Int[Array, "B L"], ...]) -> JointTextCondition:
+    def __call__(self, token_ids: tuple[Int[Array, "B _"], ...]) -> JointTextCondition:
         """Conditions of the token ids of the tokenizers."""
         first, second = self.text_encoder(token_ids[0]), self.text_encoder_2(token_ids[1])
         states = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
@@ -118,7 +118,7 @@ class StableDiffusion3Pipeline(Pipeline):
             length=self.max_sequence_length,
         )
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "N L"], ...]:
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "N _"], ...]:
         """Token ids of the tokenizers, CLIP's and T5's."""
         length = context_length(self.tokenizer, self.text_encoder.config.max_position_embeddings)
         ids = [
