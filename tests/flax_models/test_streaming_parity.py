@@ -78,3 +78,10 @@ def test_values_of_a_checkpoint(streaming, tmp_path):
     oracles.flux_2().module.save_pretrained(tmp_path)
     compared = streaming.compare("flux-2", config, streaming.stored(tmp_path), **SIZES)
     assert streaming.report(compared, 1e-5) is None
+
+
+@pytest.mark.slow
+def test_flux_dev_at_full_size(streaming):
+    """57 blocks in the memory of one pair of them; random blocks let rounding grow."""
+    compared = streaming.compare("flux", FluxTransformer2DConfig.dev(), streaming.Pool())
+    assert streaming.report(compared, 1e-3) is None
