@@ -110,8 +110,8 @@ def load_pytorch(
         and bring each when it runs: for models larger than memory, which are called, not traced
         (`flax_models.streaming`). Other parts are loaded whole.
       model_options: of a component, further arguments of its model class: `remat=True`, or
-        `attention=GNA(...)` for a `DiTTransformer2DModel`, `read=(9, 18, 27)` for a `Qwen3Model`.
-        Of a single file, `tokenizer=` and `prediction_type=`, as for `compvis.load_single_file`, or
+        `attention=GNA(...)` for a diffusion transformer, `read=(9, 18, 27)` for a `Qwen3Model`. Of
+        a single file, `tokenizer=` and `prediction_type=`, as for `compvis.load_single_file`, or
         what `load_open_clip` and `load_maft_plus` take.
 
     Returns:
