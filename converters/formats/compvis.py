@@ -21,14 +21,14 @@ from ..components import build
 from ..errors import CheckpointError, OutputError, listing
 from ..files.output import atomic_file
 from ..files.safetensors_file import (
-    FLOAT_NAMES,
+    NUMPY_NAMES,
     PendingTensor,
     StoredTensor,
     parse_json,
     write_safetensors,
 )
 from ..files.weights import WeightFile, open_weights, opened
-from ..parameters import ShardingRule, pending
+from ..parameters import ShardingRule, pending, pending_unread
 from ..pipeline_folder import check_vocabulary, pipeline_components
 from ..tensors import tensor_specs
 from ..tokenizer import CLIP_TOKENS, clip_tokenizer, read_tokenizer
@@ -512,7 +512,7 @@ def _require_told(
     pipeline: Any, family: str, tensors: Sequence[PendingTensor], metadata: Mapping[str, str]
 ) -> None:
     """Refuse models whose settings are not those that a reader of the file finds in it."""
-    shapes = {t.key: StoredTensor(FLOAT_NAMES[t.dtype], t.shape, t.produce) for t in tensors}
+    shapes = {t.key: StoredTensor(NUMPY_NAMES[t.dtype.name], t.shape, t.produce) for t in tensors}
     differing = []
     try:
         file = read_single_file(shapes, "a single file", metadata)
@@ -557,7 +557,8 @@ def _same(component: str, name: str, config: Any) -> bool:
 
 def _named(model: Any, prefix: str, names: Table, dtype: np.dtype | None) -> list[PendingTensor]:
     tensors = []
-    for each in joined(pending(model, tensor_specs(model), dtype), names):
+    own = [*pending(model, tensor_specs(model), dtype), *pending_unread(model, dtype)]
+    for each in joined(own, names):
         pixel = (1, 1) if ".attn_1." in each.key and len(each.shape) == 2 else ()
         tensors.append(_reshaped(each, prefix + each.key, (*each.shape, *pixel)))
     return tensors

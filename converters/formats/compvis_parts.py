@@ -496,6 +496,8 @@ def _vae(tensors: Stored, family: str) -> Taken:
     names = vae_names(levels, raw["layers_per_block"])
     if family == FLUX_2:
         raw |= {"_class_name": "AutoencoderKLFlux2", "batch_norm_eps": 1e-4, "patch_size": [2, 2]}
+        decoder = [shapes[f"decoder.up.{n}.block.0.conv1.weight"][0] for n in range(levels)]
+        raw |= {} if decoder == channels else {"decoder_block_out_channels": decoder}
         names |= FLUX_2_VAE
     else:
         raw |= _LATENTS.get(family, _LATENTS["SD 1"])
