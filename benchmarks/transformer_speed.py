@@ -219,7 +219,7 @@ def rows_of(
         start = time.perf_counter()
         compiled[name] = (*model.forward(attention), time.perf_counter() - start)
     runs = {name: run for name, (run, _, _) in compiled.items()}
-    timings = measure.take_turns(runs | model.rates(attentions), rounds, seconds=0)
+    timings = measure.take_turns(runs | model.rates(attentions), rounds, seconds=0.0)
     rows = []
     for name, (_, held, compiling) in compiled.items():
         row = head | {"contender": name} | row_of(timings[name], compiling, held)
@@ -406,7 +406,7 @@ def alone(
     start = time.perf_counter()
     run, held = model.forward(attention)
     compiling = time.perf_counter() - start
-    found = measure.take_turns({name: run} | model.rates({name: attention}), rounds, seconds=0)
+    found = measure.take_turns({name: run} | model.rates({name: attention}), rounds, seconds=0.0)
     timings |= found
     return row_of(found[name], compiling, held)
 
