@@ -19,6 +19,7 @@ MODULES = {
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
     "FluxTransformer2DModel": "flux_transformer_2d",
+    "Flux2Transformer2DModel": "flux_2_transformer_2d",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

@@ -101,7 +101,7 @@ def load_pytorch(
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
       model_options: of a component, further arguments of its model class: `remat=True`, or
-        `attention=GNA(...)` for a `DiTTransformer2DModel`. Of a single file, `tokenizer=` and
+        `attention=GNA(...)` for a diffusion transformer. Of a single file, `tokenizer=` and
         `prediction_type=`, as for `compvis.load_single_file`, or what `load_open_clip` and
         `load_maft_plus` take.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..flax_models.layers.joint_attention import JointTextCondition
 from ..flax_models.unet_2d_condition import TextCondition
 
 _SIDE = 16  # latents per side of a UNet's input, at least; more where it halves more often
@@ -144,6 +145,31 @@ def _dit(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return [jax.jit(model.__call__)(*inputs)], [_nhwc(module(*_torch(*inputs)).sample)]
 
 
+def _flux(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """FLUX.1 and FLUX.2; diffusers takes times from 0 to 1, and the positions of all tokens."""
+    rows, columns, words, axes = 6, 4, 7, len(config.axes_dims_rope)
+    image, text = np.zeros((rows, columns, axes), np.float32), np.zeros((words, axes), np.float32)
+    image[..., 1], image[..., 2] = np.indices((rows, columns))
+    if axes == 4:
+        text[:, 3] = np.arange(words)
+    latents = _normal(rng, 1, rows, columns, config.in_channels)
+    states, times = _normal(rng, 1, words, config.joint_attention_dim), np.array([501.0])
+    given = {}
+    if config.guidance_embeds:
+        given["guidance"] = np.array([0.25], np.float32)
+    if hasattr(config, "pooled_projection_dim"):
+        given["pooled"] = _normal(rng, 1, config.pooled_projection_dim)
+    names = {"guidance": "guidance", "pooled": "pooled_projections"}
+    theirs = dict(zip(map(names.get, given), _torch(*given.values()), strict=True))
+    flat = (latents.reshape(1, -1, config.in_channels), states, times / 1000)
+    keys = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids")
+    flat = _torch(*flat, image.reshape(-1, axes), text)
+    out = module(**dict(zip(keys, flat, strict=True)), **theirs).sample
+    condition = JointTextCondition(states, **given)
+    ours = jax.jit(model.__call__)(latents, times, condition)
+    return [ours], [out.unflatten(1, (rows, columns))]
+
+
 def _video_unet(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
     sample, times, text = _denoised(config, rng, 2)
     theirs = _torch(sample.transpose(0, 4, 1, 2, 3), times, text.repeat(2, 0))
@@ -172,6 +198,8 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "CLIPVisionModel": _vision,
     "CLIPModel": _clip,
     "DiTTransformer2DModel": _dit,
+    "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux,
     "UNetMotionModel": _video_unet,
     "Dinov2Model": _vision,
     "BlipForImageTextRetrieval": _blip,

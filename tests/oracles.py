@@ -174,10 +174,22 @@ def randomized(module: Any, seed: int) -> Any:
     return module.eval()
 
 
+def _joint_ids(rows: int, columns: int, text: int, axes: int) -> tuple[Any, Any]:
+    """Positions of image and text as FLUX's pipelines give them; FLUX.2 counts the text's."""
+    import torch
+
+    image = torch.zeros(rows, columns, axes)
+    image[..., 1] = torch.arange(rows)[:, None]
+    image[..., 2] = torch.arange(columns)
+    words = torch.zeros(text, axes)
+    if axes == 4:
+        words[:, 3] = torch.arange(text)
+    return image.flatten(0, 1), words
+
+
 def flux(seed: int = 0, **changes: Any) -> Oracle:
     """A grid that is not square; diffusers takes times from 0 to 1, and ids of all tokens."""
     import diffusers
-    import torch
 
     settings = {
         "in_channels": 4,
@@ -192,28 +204,19 @@ def flux(seed: int = 0, **changes: Any) -> Oracle:
     } | changes
     module = randomized(diffusers.FluxTransformer2DModel(**settings), seed)
     rng = np.random.default_rng(seed)
-    image_ids = torch.stack(
-        [torch.zeros(4, 5), *torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")],
-        -1,
-    )
+    ids = _joint_ids(4, 5, 6, 3)
 
     def torch_call(sample: Any, text: Any, pooled: Any, timesteps: Any, guidance: Any) -> Any:
-        output = module(
-            sample.flatten(1, 2),
-            text,
-            pooled,
-            timesteps.double() / 1000,
-            image_ids.flatten(0, 1),
-            torch.zeros(5, 3),
-            guidance if settings["guidance_embeds"] else None,
-        ).sample
-        return output.unflatten(1, (4, 5))
+        guidance = guidance if settings["guidance_embeds"] else None
+        times = timesteps.double() / 1000
+        out = module(sample.flatten(1, 2), text, pooled, times, *ids, guidance).sample
+        return out.unflatten(1, (4, 5))
 
     return Oracle(
         module,
         {
             "sample": rng.normal(size=(2, 4, 5, 4)).astype(np.float32),
-            "text": rng.normal(size=(2, 5, 12)).astype(np.float32),
+            "text": rng.normal(size=(2, 6, 12)).astype(np.float32),
             "pooled": rng.normal(size=(2, 10)).astype(np.float32),
         },
         # Torch's frequencies have errors of the last bit, which larger strengths would magnify.
@@ -221,6 +224,44 @@ def flux(seed: int = 0, **changes: Any) -> Oracle:
         torch_call,
         lambda model, sample, text, pooled, timesteps, guidance: model(
             sample, timesteps, JointTextCondition(text, pooled, guidance)
+        ),
+    )
+
+
+def flux_2(seed: int = 0, **changes: Any) -> Oracle:
+    """As `flux`; no pooled text."""
+    import diffusers
+
+    settings = {
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "guidance_embeds": False,
+        "axes_dims_rope": (2, 4, 4, 6),
+    } | changes
+    module = randomized(diffusers.Flux2Transformer2DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    ids = _joint_ids(4, 5, 6, 4)
+
+    def torch_call(sample: Any, text: Any, timesteps: Any, guidance: Any) -> Any:
+        guidance = guidance if settings["guidance_embeds"] else None
+        times = timesteps.double() / 1000
+        out = module(sample.flatten(1, 2), text, times, *ids, guidance).sample
+        return out.unflatten(1, (4, 5))
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 4, 5, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 6, 12)).astype(np.float32),
+        },
+        {"timesteps": np.array([3, 901]), "guidance": np.array([0.03, 0.25], np.float32)},
+        torch_call,
+        lambda model, sample, text, timesteps, guidance: model(
+            sample, timesteps, JointTextCondition(text, guidance=guidance)
         ),
     )
 

@@ -84,7 +84,7 @@ class JointSequence:
         return self.join(*neighborhood.joint(image, text, grid=self.grid, scale=self.scale))
 
 
-def proportional_scale(setting: float | str | None, keys: int, dim: int) -> float | None:
+def proportional_scale(setting: float | int | str | None, keys: int, dim: int) -> float | None:
     """The factor of the logits of an attention to `keys` tokens in heads of `dim` features.
 
     Args:

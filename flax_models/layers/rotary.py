@@ -24,7 +24,9 @@ class Rotary(NamedTuple):
     sin: Float[Array, "L half"]
 
 
-def rotary_table(positions: Sequence[np.ndarray], dims: Sequence[int], theta: float) -> Rotary:
+def rotary_table(
+    positions: Sequence[np.ndarray], dims: Sequence[int], theta: float | int
+) -> Rotary:
     """The angles of tokens: position / theta ** (2 i / dim) for the pair i of an axis' features.
 
     Computed on the host in float64, rounded to float32, each axis by itself: a large grid is put

@@ -76,6 +76,30 @@ DIT_RULES: Rules = (
     *_REST,
 )
 
+# Transformers whose image and text attend jointly: FLUX.1's and FLUX.2's double and single blocks.
+# Where the columns of a product are several parts (modulations, queries beside a perceptron), the
+# activations are moved into place, not the weights.
+JOINT_RULES: Rules = (
+    ("*.attn*.to_[qkv].kernel", _COLUMN),
+    ("*.attn*.add_[qkv]_proj.kernel", _COLUMN),
+    ("*.attn*.to_out.0.kernel", _ROW),
+    ("*.attn*.to_add_out.kernel", _ROW),
+    *_FEED_FORWARD,
+    ("*.ff_context.net.0.proj.kernel", _COLUMN),
+    ("*.ff_context.net.2.kernel", _ROW),
+    ("*.ff*.linear_in.kernel", _COLUMN),
+    ("*.ff*.linear_out.kernel", _ROW),
+    ("*.proj_mlp.kernel", _COLUMN),
+    ("single_transformer_blocks.*.proj_out.kernel", _ROW),
+    ("*.attn.to_qkv_mlp_proj.kernel", _COLUMN),
+    ("*.attn.to_out.kernel", _ROW),
+    ("*.norm*.linear.kernel", _COLUMN),
+    ("*_stream_modulation*.linear.kernel", _COLUMN),
+    ("*_embedder.linear_1.kernel", _COLUMN),
+    ("*_embedder.linear_2.kernel", _ROW),
+    *_REST,
+)
+
 AUTOENCODER_RULES: Rules = (
     ("*.attentions.*.to_[qkv].kernel", _COLUMN),
     ("*.attentions.*.to_out.0.kernel", _ROW),
@@ -103,6 +127,7 @@ RULES: dict[str, Rules] = {
     "StableDiffusionXLPipeline": STABLE_DIFFUSION_RULES,
     **dict.fromkeys(("UNet2DConditionModel", "UNetMotionModel", "MotionAdapter"), UNET_RULES),
     "DiTTransformer2DModel": DIT_RULES,
+    **dict.fromkeys(("FluxTransformer2DModel", "Flux2Transformer2DModel"), JOINT_RULES),
     "MaftPlus": MAFT_PLUS_RULES,
     "AutoencoderKL": AUTOENCODER_RULES,
     **dict.fromkeys(_CLIPS, CLIP_RULES),

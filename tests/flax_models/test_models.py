@@ -71,6 +71,20 @@ ORACLES = {
         "flux",
         {"guidance_embeds": False, "out_channels": 2, "num_layers": 1, "num_single_layers": 1},
     ),
+    "flux 2": ("flux_2", {}),
+    "flux 2 with guidance": (
+        "flux_2",
+        {
+            "guidance_embeds": True,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "out_channels": 2,
+            "mlp_ratio": 2.5,
+            "rope_theta": 300,
+            "eps": 1e-3,
+            "timestep_guidance_channels": 64,
+        },
+    ),
     "autoencoder": ("autoencoder", {}),
     "autoencoder without attention": (
         "autoencoder",
@@ -142,6 +156,7 @@ def test_parity(name, torch, tmp_path):
     [
         pytest.param("unet", True, marks=pytest.mark.slow),
         ("dit", "dots_saveable"),
+        ("flux", True),
         ("autoencoder", True),
         ("clip_text", "dots_with_no_batch_dims_saveable"),
     ],
@@ -328,7 +343,7 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)  # of up to 20
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet_motion"])
+@pytest.mark.parametrize("kind", ["dit", "flux", "flux_2", "unet_motion"])
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
     import oracles
 

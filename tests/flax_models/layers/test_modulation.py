@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from conceptax.flax_models.layers import modulation
+import conceptax.flax_models.layers.modulation as modulation
 
 INIT = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
 
