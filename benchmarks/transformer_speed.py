@@ -8,8 +8,9 @@
 On a CPU: `FluxTransformer2DModel` with two double and two single blocks of full width, random
 weights and 512 tokens of text; torch eager and compiled each in a process of their own, JAX in a
 third, where dense and neighborhood attention (GNA) take turns with one large product and one
-attention, whose rates give the prediction (`simulate_model`).  With --gpu: whole models in JAX
-alone, bfloat16, each attention compiled and run in turn until the minutes are over.
+attention, whose rates give the prediction (`simulate_model`).  With --gpu: FLUX.1 at 4K and
+FLUX.2-klein at 1K and 4K as wholes, in JAX alone, bfloat16, one attention after the other until the
+minutes are over.
 
 Results are checked first, at a tiny size: JAX against torch on the same weights, GNA whose window
 is the whole grid against dense attention, and GNA against its reference.  A run replaces its rows
@@ -81,15 +82,17 @@ def windows(side: int) -> dict[str, tuple[int, int]]:
 
 def preset_of(config: Any, text: int, side: int, window: int, stride: int) -> Preset:
     """What the simulator is asked: this model, every step of which is sparse."""
-    width = config.num_attention_heads * config.attention_head_dim
+    # Squares of the width: projections and a perceptron of 4, or a gated one (FLUX.2).
+    squares = 4 + int(3 * config.mlp_ratio) if hasattr(config, "mlp_ratio") else 12
+    weights = squares * (config.num_attention_heads * config.attention_head_dim) ** 2
     model = dataclasses.replace(
         PRESETS["flux-4k"].model,
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim,
         layers=config.num_layers + config.num_single_layers,
         text=text,
-        weights=12 * width**2,
-        text_weights=12 * width**2,
+        weights=weights,
+        text_weights=weights,
     )
     return Preset((window,) * 2, (stride,) * 2, layout=(side, side), model=model, steps=1)
 
@@ -114,9 +117,10 @@ class JaxModel:
         shapes = nnx.to_pure_dict(abstract)
         self.params = jax.tree.map(lambda leaf: 0.02 * self.normal(*leaf.shape), shapes)
         self.latents = self.normal(1, side, side, config.in_channels)
+        pooled = getattr(config, "pooled_projection_dim", None)
         self.condition = JointTextCondition(
             self.normal(1, text, config.joint_attention_dim),
-            self.normal(1, config.pooled_projection_dim),
+            pooled and self.normal(1, pooled),
             jnp.full((1,), 3.5) if config.guidance_embeds else None,
         )
 
@@ -126,10 +130,13 @@ class JaxModel:
     def split(self, attention: Any) -> tuple[Any, Any]:
         from flax import nnx
 
+        from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DModel
         from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DModel
 
+        classes = (FluxTransformer2DModel, Flux2Transformer2DModel)
+        (kind,) = (each for each in classes if each.config_class is type(self.config))
         kinds = {"dtype": self.dtype, "param_dtype": self.dtype}
-        make = functools.partial(FluxTransformer2DModel, self.config, attention=attention, **kinds)
+        make = functools.partial(kind, self.config, attention=attention, **kinds)
         return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
     def forward(self, attention: Any) -> tuple[Callable[[], Any], float]:
@@ -351,50 +358,88 @@ def difference_from_torch(size: Size, side: int) -> float:
 # ---- whole models on a GPU ----
 
 
-def gpu_models(size: str) -> dict[str, tuple[Any, Preset]]:
-    """Config and preset by name; of the tiny size, what the script can be tried with anywhere."""
+def gpu_models(size: str) -> dict[str, tuple[Any, int, int]]:
+    """Config, tokens of text and tokens along a side, by name; tiny ones can be tried anywhere."""
+    from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
     from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
 
     if size == "tiny":
         tiny = SIZES["tiny"]
-        (window, stride), *_ = windows(tiny.sides[1]).values()
-        config = FluxTransformer2DConfig(**tiny.model)
-        return {"tiny": (config, preset_of(config, tiny.text, tiny.sides[1], window, stride))}
-    return {"FLUX.1 4K": (FluxTransformer2DConfig.dev(), PRESETS["flux-4k"])}
+        (channels, *_), klein = tiny.config.values(), Flux2Transformer2DConfig.klein_4b()
+        klein = dataclasses.replace(
+            klein,
+            num_layers=1,
+            num_single_layers=1,
+            in_channels=channels,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        flux = FluxTransformer2DConfig(**tiny.model)
+        return {"tiny FLUX.1": (flux, tiny.text, 32), "tiny FLUX.2": (klein, tiny.text, 32)}
+    klein = Flux2Transformer2DConfig.klein_4b()
+    return {
+        "FLUX.1 4K": (FluxTransformer2DConfig.dev(), 512, 256),
+        "FLUX.2-klein 4K": (klein, 512, 256),
+        "FLUX.2-klein 1K": (klein, 512, 64),
+    }
 
 
 def measure_gpu(arguments: argparse.Namespace, report: dict[str, Any], output: Path) -> None:
-    """A model after the other, and of each an attention after the other, as far as time goes."""
+    """First what matters most of each model, then the rest, as far as time goes."""
     begin = time.perf_counter()
     dtype = "bfloat16" if arguments.size == "full" else "float32"
-    for title, (config, preset) in gpu_models(arguments.size).items():
-        side = preset.layout[0]
-        head = {"model": title, "side": side, "dtype": dtype, "engine": "jax"}
-        model = JaxModel(config, preset.model.text, side, dtype)
-        setting = preset.window[0], preset.stride[0]
-        name = f"GNA {setting[0]}x{setting[0]}, stride {setting[1]}"
-        # The sparse kernel, the same seeing everything, and what the model does without a setting.
-        contenders = {name: model.gna(*setting), OWN: model.gna(side), "dense": None}
-        rows: dict[str, dict[str, Any]] = {}
-        timings: dict[str, Any] = {}
-        for contender, attention in contenders.items():
-            row = rows[contender] = head | {"contender": contender}
-            if time.perf_counter() - begin > 60 * arguments.minutes:
-                row["error"] = f"not begun within {arguments.minutes} minutes"
-            else:
-                try:
-                    row |= alone(model, contender, attention, arguments.rounds, timings)
-                except Exception as error:  # one that does not fit must not keep others away
-                    row["error"] = str(error).splitlines()[0][:300]
-            print(title, contender, row.get("error", row.get("median_s")), file=sys.stderr)
-            dense = next((each for each in ("dense", OWN) if each in timings), None)
-            if dense is not None and name in timings:
-                rows[name]["gain"] = timings[dense].median / timings[name].median
-                timings["attention, dense"] = timings[f"attention, {dense}"]
-                rows[name] |= model.predicted(*setting, timings, name)
-            report["rows"] = [r for r in report["rows"] if r.get("model") != title]
-            report["rows"] += rows.values()
-            write_records(output, report)
+    models, timings = {}, {}
+    report["rows"] = []
+    # The sparse kernel, the same seeing everything, and what a model does without a setting.
+    for contenders in (("GNA", OWN), ("dense",)):
+        for title, (config, text, side) in gpu_models(arguments.size).items():
+            setting = next(iter(windows(side).values()))
+            head = {"model": title, "side": side, "dtype": dtype, "engine": "jax"}
+            for name in contenders:
+                row = head | {"contender": name}
+                if name == "GNA":
+                    row |= {"window": setting[0], "stride": setting[1]}
+                if time.perf_counter() - begin > 60 * arguments.minutes:
+                    row["error"] = f"not begun within {arguments.minutes} minutes"
+                else:
+                    try:
+                        if title not in models:
+                            models[title] = JaxModel(config, text, side, dtype)
+                        model = models[title]
+                        attentions = {"GNA": model.gna(*setting), OWN: model.gna(side)}
+                        known = timings.setdefault(title, {})
+                        row |= alone(model, name, attentions.get(name), arguments.rounds, known)
+                    except Exception as error:  # what does not fit must not keep others away
+                        row["error"] = str(error).splitlines()[0][:300]
+                print(title, name, row.get("error", row.get("median_s")), file=sys.stderr)
+                report["rows"].append(row)
+                add_gain(report["rows"], models.get(title), timings.get(title, {}), title, setting)
+                write_records(output, report)
+    report["rows"].sort(key=lambda row: list(gpu_models(arguments.size)).index(row["model"]))
+    write_records(output, report)
+
+
+def add_gain(
+    rows: list[dict[str, Any]],
+    model: JaxModel | None,
+    timings: dict[str, Any],
+    title: str,
+    setting: tuple[int, int],
+) -> None:
+    """To the sparse row: its gain over the fastest dense one, and the prediction of it."""
+    dense = min(
+        (name for name in ("dense", OWN) if name in timings),
+        key=lambda name: timings[name].median,
+        default=None,
+    )
+    if model is None or dense is None or "GNA" not in timings:
+        return
+    (row,) = (each for each in rows if each["model"] == title and each["contender"] == "GNA")
+    row["gain"] = timings[dense].median / timings["GNA"].median
+    named = {**timings, "attention, dense": timings[f"attention, {dense}"]}
+    row |= model.predicted(*setting, named, "GNA")
 
 
 def alone(
@@ -440,6 +485,9 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.gpu and arguments.size == "full" and environment()["device"] == "cpu":
+        print("--gpu needs a GPU; --gpu --size tiny tries the script without one", file=sys.stderr)
+        return 1
     found = check(against_torch=not arguments.gpu)
     wrong = {name: error for name, error in found.items() if not error < 1e-4}
     if wrong:
