@@ -146,7 +146,8 @@ class Preset:
 
         Args:
           layout: tokens along each dimension.
-          tiles: shapes of query and key tiles.
+          tiles: shapes of query and key tiles, which both lie on a grid of the layout. Those of the
+            kernels here start at the window, and need masks for fewer layouts.
 
         Raises:
           ValueError: the window does not fit the layout.
