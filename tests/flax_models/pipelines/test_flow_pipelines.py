@@ -14,6 +14,10 @@ from flow_toy import FAMILIES, T5_LENGTH, save_pipeline
 import conceptax
 from conceptax.converters import CheckpointError, load_pytorch, save_pytorch
 from conceptax.flax_models.layers.attention import GNA
+from conceptax.flax_models.pipelines.flux import FluxPipeline
+from conceptax.flax_models.pipelines.flux_2_klein import Flux2KleinPipeline
+from conceptax.flax_models.pipelines.pipeline import Pipeline
+from conceptax.flax_models.pipelines.stable_diffusion_3 import StableDiffusion3Pipeline
 from conceptax.methods.diffusion.text_to_image import TextToImage
 
 PROMPTS = ["a red three on brick", "photo of a three"]
@@ -55,6 +59,16 @@ def theirs_from(family, pipeline, noise, folder_length, **options):
             output_type="np",
             **options,
         ).images
+
+
+def test_families_are_told_apart(both):
+    family, _, _, ours = both
+    kinds = {"flux": FluxPipeline, "klein": Flux2KleinPipeline, "sd3": StableDiffusion3Pipeline}
+    kind, _, variant = family.partition("-")
+    assert type(ours) is kinds[kind] and isinstance(ours, Pipeline)
+    defaults = {"dev": (28, 3.5), "schnell": (4, 0.0), "base": (50, 4.0)}
+    own = (4, 1.0) if kind == "klein" else (28, 7.0)
+    assert ours.defaults == defaults.get(variant, own)
 
 
 def test_images_are_diffusers(both, noise):
