@@ -223,6 +223,7 @@ def measure_case(
         "head_dim": setup.dim,
         "pairs_bound": limit.flop_speedup,
         "bound": limit.tile_speedup,
+        "worst_bound": limit.worst_tile_speedup,
     }
     run, absent = contenders_of(setup, case, dtype, direction, implementations, flex)
     first = first_calls(run, absent)

@@ -39,6 +39,7 @@ from conceptax.methods.evaluation.statistics import (
 from conceptax.methods.evaluation.suites import choose
 from conceptax.methods.glyphs.captions import COLORS, TEXTURES, Prompt, prompts
 from conceptax.methods.glyphs.judge import ATTRIBUTES, load_judge
+from conceptax.methods.glyphs.quality import name_of
 from conceptax.methods.personalization import METHODS, Concept, personalize
 from conceptax.reporting.instruments import load_clip
 from conceptax.reporting.results import environment, write_records
@@ -80,8 +81,8 @@ class Bench:
     @functools.cached_property
     def class_images(self) -> np.ndarray:
         """Sevens as the model draws them, for prior preservation."""
-        wording = [each.text for each in choose(prompts(digit=DIGIT, name=WORD), CLASS_IMAGES, 0)]
-        return self.draw(self.pipeline, wording, seed=0)
+        asked = choose(prompts(digit=DIGIT, name=WORD), CLASS_IMAGES, 0, name_of)
+        return self.draw(self.pipeline, [each.text for each in asked], seed=0)
 
     def draw(self, pipeline: Any, texts: Sequence[str], seed: int) -> np.ndarray:
         return TextToImage.from_pipeline(pipeline)(

@@ -35,6 +35,9 @@ MODULES = {
 PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux_2_klein",
 }
 
 
@@ -42,6 +45,23 @@ _SD = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "
 _PARTS = {
     "StableDiffusionPipeline": _SD,
     "StableDiffusionXLPipeline": _SD | {"text_encoder_2": "CLIPTextModelWithProjection"},
+    "StableDiffusion3Pipeline": {
+        "transformer": "SD3Transformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    },
+    "FluxPipeline": {
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+    },
+    "Flux2KleinPipeline": {
+        "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2",
+        "text_encoder": "Qwen3ForCausalLM",
+    },
 }
 
 _FLAX = "Flax"  # how diffusers up to 0.39 and transformers 4 began their names
@@ -78,9 +98,8 @@ def class_in(entry: Any) -> str | None:
 def class_of_pipeline(index: Mapping[str, Any], source: str) -> Any:
     """The pipeline class that reads the parts which a `model_index.json` names.
 
-    Its `_class_name` may be any whose models are those of Stable Diffusion or SDXL (image to image,
-    inpainting, latent consistency, a custom pipeline's `["file", "Class"]`), since the parts are
-    the same.
+    Its `_class_name` may be any whose models are those of a known one (image to image, inpainting,
+    latent consistency, a custom pipeline's `["file", "Class"]`), since the parts are the same.
 
     Raises:
       CheckpointError: a name that is none, or parts of other models; the message names them.
@@ -95,7 +114,10 @@ def class_of_pipeline(index: Mapping[str, Any], source: str) -> Any:
         )
     classes = {key: class_in(entry) for key, entry in index.items() if not key.startswith("_")}
     wanted = "StableDiffusionPipeline"
-    if classes.get("text_encoder_2") is not None:
+    if classes.get("transformer") is not None:
+        kinds = {parts.get("transformer"): family for family, parts in _PARTS.items()}
+        wanted = kinds.get(classes["transformer"], wanted)
+    elif classes.get("text_encoder_2") is not None:
         wanted = "StableDiffusionXLPipeline"
     differing = [
         f"{key} ({classes.get(key) or 'none'})"

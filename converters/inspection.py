@@ -156,14 +156,14 @@ def _pipeline(path: Path) -> Inspection:
         pipeline = architectures.class_of_pipeline(index, str(path))
     except CheckpointError as error:
         return Inspection(kind, [], {}, {"not supported here": [str(error)]})
-    known = pipeline_components(pipeline)
-    kinds = {name: tokenizer_kind(index, name) for name in pipeline.TOKENIZERS}
+    known = pipeline_components(pipeline, index)
+    kinds = {name: tokenizer_kind(index, name) for name in pipeline.TOKENIZERS if name in known}
     clips = [name for name, kind in kinds.items() if takes_clips(path, name, kind)]
     missing = sorted(n for n in known if not (path / n).is_dir() and n not in clips)
     parts = [
         _component(path / name, name, class_in(index.get(name)), None)
         for name in sorted(pipeline.MODELS)
-        if name not in missing
+        if name in known and name not in missing
     ]
     carried: dict[str, Path] = {}
 
@@ -178,7 +178,11 @@ def _pipeline(path: Path) -> Inspection:
             read_scheduler(path, index)
         carried.update(carried_parts(path.resolve(), index, known))
 
-    checks = [partial(check_tokenizer, name) for name in pipeline.TOKENIZERS if name not in missing]
+    checks = [
+        partial(check_tokenizer, name)
+        for name in pipeline.TOKENIZERS
+        if name in known and name not in missing
+    ]
     refusals = [_refusal(check, "") for check in (*checks, check_rest)]
     problems = {
         "missing": missing,

@@ -25,8 +25,12 @@ from .files.safetensors_file import (
 from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, variables
 
 # "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
+# So does "streamed", for whoever checks that they are finite when they are read.
 ShardingRule = (
-    Sharding | Callable[[Path, tuple[int, ...]], Sharding | None] | Literal["mapped"] | None
+    Sharding
+    | Callable[[Path, tuple[int, ...]], Sharding | None]
+    | Literal["mapped", "streamed"]
+    | None
 )
 
 
@@ -74,7 +78,7 @@ def fill(
     broken, placed = [], []
     for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
         values, dtype = found[spec.key].read(), found[spec.key].dtype
-        if not is_finite(values, dtype):
+        if sharding != "streamed" and not is_finite(values, dtype):
             broken.append(spec.key)
         elif param_dtype is not None and values.dtype != param_dtype:
             values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")

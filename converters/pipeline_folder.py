@@ -28,9 +28,13 @@ def read_index(folder: Path) -> dict[str, Any]:
     return architectures.without_flax(read_json(folder / "model_index.json"))
 
 
-def pipeline_components(kind: Any) -> tuple[str, ...]:
-    """The parts that a pipeline, or its class, computes with."""
-    return (*kind.MODELS, *kind.TOKENIZERS, "scheduler")
+def pipeline_components(kind: Any, index: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The parts that a pipeline, or its class, computes with.
+
+    Without those that may be left out and that an index does not name.
+    """
+    absent = {n for n in kind.OPTIONAL if index is not None and class_in(index.get(n)) is None}
+    return tuple(n for n in (*kind.MODELS, *kind.TOKENIZERS, "scheduler") if n not in absent)
 
 
 def read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..flax_models import streaming
 from ..text import write_json
 from . import architectures
 from .architectures import class_in
@@ -74,6 +75,7 @@ def load_pytorch(
     subfolder: str | None = None,
     variant: str | None = None,
     architecture: str | type[nnx.Module] | None = None,
+    stream: bool = False,
     **model_options: Any,
 ) -> Any:
     """Load a component folder, a pipeline folder, one weight file beside its `config.json`, a
@@ -104,14 +106,17 @@ def load_pytorch(
         are. Without it the plain weights are read, or, where there are none, another variant.
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
+      stream: leave the blocks of transformers and their text encoders in the file, which must stay,
+        and bring each when it runs: for models larger than memory, which are called, not traced
+        (`flax_models.streaming`). Other parts are loaded whole.
       model_options: of a component, further arguments of its model class: `remat=True`, or
-        `attention=GNA(...)` for a `DiTTransformer2DModel`, `read=(9, 18, 27)` for a `Qwen3Model`.
-        Of a single file, `tokenizer=` and `prediction_type=`, as for `compvis.load_single_file`, or
+        `attention=GNA(...)` for a diffusion transformer, `read=(9, 18, 27)` for a `Qwen3Model`. Of
+        a single file, `tokenizer=` and `prediction_type=`, as for `compvis.load_single_file`, or
         what `load_open_clip` and `load_maft_plus` take.
 
     Returns:
-      An NNX model, or a `flax_models.pipelines.stable_diffusion.StableDiffusionPipeline` (of SDXL a
-      `flax_models.pipelines.stable_diffusion_xl.StableDiffusionXLPipeline`).
+      An NNX model, or a pipeline of the family that the folder or file is of, such as
+      `flax_models.pipelines.stable_diffusion.StableDiffusionPipeline`.
 
     Raises:
       CheckpointError: whatever is wrong with the checkpoint, in one message: absent, damaged or
@@ -131,6 +136,17 @@ def load_pytorch(
             f"{path} is no single file, for which {given[0]}= is: a folder tells that itself."
         )
     types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding}
+    if stream:
+        if param_dtype is not None or sharding is not None:
+            raise ValueError(
+                "stream=True leaves parameters in their file as they are: leave out param_dtype= "
+                "and sharding=."
+            )
+        if found.kind not in (PIPELINE, COMPONENT):
+            raise ValueError(
+                f"stream=True is for folders: make one of {path} with conceptax convert."
+            )
+        types["stream"] = True
     if found.kind == SINGLE:
         if unknown := sorted(set(model_options) - _OF_SINGLE_FILES):
             raise ValueError(f"{path} is a pipeline: {listing(unknown)} is for a component folder.")
@@ -169,6 +185,7 @@ def _load_pipeline(
         unknown = sorted(wanted - set(known))
         raise ValueError(f"components accepts {known}, received {unknown}.")
     parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
+    wanted &= set(pipeline_components(kind, index))
     models = [name for name in kind.MODELS if name in wanted]
     having = [name for name in models if variant and holds_variant(path / name, variant)]
     if variant and not having:
@@ -198,9 +215,13 @@ def _load_component(
     stored: Mapping[str, StoredTensor] | None = None,
     *,
     model_options: Mapping[str, Any] | None = None,
+    stream: bool = False,
     **options: Any,
 ) -> nnx.Module:
-    """A component's folder, or its weight file; `options` are those of `build`."""
+    """A component's folder, or its weight file; `options` are those of `build`.
+
+    With `stream` its blocks stay in the file, if it has any.
+    """
     model_options = model_options or {}
     folder = path.parent if path.is_file() else path
     raw, source = read_config(folder)
@@ -217,7 +238,10 @@ def _load_component(
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library, variant)
     stored = open_weights(file) if stored is None else stored
     options |= {"source": source, "file": str(file), "model_options": model_options}
-    return build(model_class, raw, stored, **options)
+    if not stream or not hasattr(model_class, "BLOCKS"):
+        return build(model_class, raw, stored, **options)
+    options["sharding"] = "streamed"
+    return streaming.stream(build(model_class, raw, stored, **options))
 
 
 def save_pytorch(
@@ -233,8 +257,8 @@ def save_pytorch(
     The folder appears only when it is complete.  The same parameters give the same bytes.
 
     Args:
-      model_or_pipeline: an NNX model of this package, or a `StableDiffusionPipeline`; parts that
-        are None are left out.
+      model_or_pipeline: an NNX model of this package, or a pipeline; parts that are None are left
+        out.
       path: the folder to make.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       max_shard_size: bytes, or text such as "5GB"; larger weights are split over several files.
@@ -249,20 +273,20 @@ def save_pytorch(
       OutputError: `path` is occupied, unwritable or full, or a parameter is NaN or infinite.
         Nothing is left on disk, and an earlier checkpoint stays as it was.
     """
-    from ..flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+    from ..flax_models.pipelines.pipeline import Pipeline
 
     options = {"dtype": None if dtype is None else np.dtype(dtype), "limit": _bytes(max_shard_size)}
     if options["dtype"] not in (None, *FLOAT_NAMES):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, received {dtype}.")
     with atomic_folder(path, force=force, by="conceptax.converters.save_pytorch") as folder:
-        if isinstance(model_or_pipeline, StableDiffusionPipeline):
+        if isinstance(model_or_pipeline, Pipeline):
             _write_pipeline(model_or_pipeline, folder, **options)
         elif hasattr(model_or_pipeline, "pytorch_class"):
             _write_component(model_or_pipeline, folder, **options)
         else:
             raise TypeError(
-                "save_pytorch takes a model with a PyTorch counterpart or a "
-                f"StableDiffusionPipeline, received {type(model_or_pipeline).__name__}."
+                "save_pytorch takes a model with a PyTorch counterpart or a pipeline, "
+                f"received {type(model_or_pipeline).__name__}."
             )
     return FilePath(path)
 
@@ -387,6 +411,11 @@ def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
 
 
 def _write_component(model: Any, folder: FilePath, *, dtype: np.dtype | None, limit: int) -> None:
+    if streaming.is_streamed(model):
+        raise OutputError(
+            f"a streamed {type(model).__name__} is in its file already: copy that, or load it "
+            "without stream=True to write it."
+        )
     tensors = pending(model, tensor_specs(model), dtype) + pending_unread(model, dtype)
     write_json(folder / "config.json", _published_config(model, dtype))
     _write_weights(folder, STEMS[model.pytorch_library][0], tensors, limit)

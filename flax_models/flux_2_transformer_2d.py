@@ -243,6 +243,7 @@ class Flux2Transformer2DModel(Pretrained, nnx.Module):
       ValueError: `attention` has another number of blocks than the config.
     """
 
+    BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     config_class = Flux2Transformer2DConfig
     pytorch_class = "Flux2Transformer2DModel"
     pytorch_library = "diffusers"

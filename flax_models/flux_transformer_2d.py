@@ -186,6 +186,7 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
       ValueError: `attention` has another number of blocks than the config, or a factor is none.
     """
 
+    BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     config_class = FluxTransformer2DConfig
     pytorch_class = "FluxTransformer2DModel"
     pytorch_library = "diffusers"

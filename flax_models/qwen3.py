@@ -183,6 +183,7 @@ class Qwen3Model(Pretrained, nnx.Module):
       ValueError: `read` names no hidden states of the config.
     """
 
+    BLOCKS: ClassVar[tuple[str, ...]] = ("layers",)
     config_class = Qwen3Config
     pytorch_class = "Qwen3Model"
     pytorch_library = "transformers"

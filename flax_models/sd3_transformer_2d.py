@@ -7,7 +7,7 @@ image sees of itself may be sparse, block by block (`GNA`), which changes no par
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -234,6 +234,7 @@ class SD3Transformer2DModel(Pretrained, nnx.Module):
       ValueError: `attention` has another number of blocks than the config.
     """
 
+    BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     config_class = SD3Transformer2DConfig
     pytorch_class = "SD3Transformer2DModel"
     pytorch_library = "diffusers"

@@ -205,7 +205,7 @@ class T5LayerFF(nnx.Module):
 
 
 class T5Block(nnx.Module):
-    """Attention, then perceptron."""
+    """Attention, then perceptron; the logits' bias is its own, or that of the block before."""
 
     layer: Any  # a list of both
 
@@ -213,8 +213,13 @@ class T5Block(nnx.Module):
         attention = T5LayerSelfAttention(config, biased=biased, **init)
         self.layer = nnx.List([attention, T5LayerFF(config, **init)])
 
-    def __call__(self, x: Array, mask: Array | None, bias: Array) -> Array:
-        return self.layer[1](self.layer[0](x, mask, bias))
+    def __call__(
+        self, x: Array, mask: Array | None, bias: Array | None
+    ) -> tuple[Array, Array | None]:
+        attends, perceives = self.layer
+        if hasattr(attends.SelfAttention, "relative_attention_bias"):
+            bias = attends.SelfAttention.bias(x.shape[1])
+        return perceives(attends(x, mask, bias)), bias
 
 
 class T5Stack(nnx.Module):
@@ -233,16 +238,14 @@ class T5Stack(nnx.Module):
     def __call__(self, x: Float[Array, "B L C"], mask: Array | None) -> Float[Array, "B L C"]:
         bias: Any = None
         for block in self.block:
-            attention = block.layer[0].SelfAttention
-            if hasattr(attention, "relative_attention_bias"):
-                bias = attention.bias(x.shape[1])
-            x = recomputed(block.__call__, self.remat)(x, mask, bias)
+            x, bias = recomputed(block.__call__, self.remat)(x, mask, bias)
         return self.final_layer_norm(x)
 
 
 class T5EncoderModel(RecomputingModel):
     """T5's encoder."""
 
+    BLOCKS: ClassVar[tuple[str, ...]] = ("encoder.block",)
     config: T5Config
     config_class = T5Config
     pytorch_class = "T5EncoderModel"

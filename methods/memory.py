@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ..errors import ConceptaxError
-from ..flax_models.autoencoder_kl import AutoencoderKLConfig
+from ..flax_models.autoencoder_kl import AutoencoderKLConfig, AutoencoderKLFlux2Config
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -71,6 +71,19 @@ def describe_bytes(count: int | float) -> str:
     return f"{count / 1000**power:.3g} {_UNITS[power]}"
 
 
+def denoiser_bytes(denoiser: Any, batch: int, height: int, width: int, patch: int = 1) -> float:
+    """What a UNet, or a transformer of tokens of patch x patch latents, holds of a batch.
+
+    Arguments as for `unet_bytes`.
+    """
+    config, dtype = denoiser.config, denoiser.dtype
+    if not hasattr(config, "num_layers"):
+        return unet_bytes(config, batch, height, width, dtype)
+    tokens = batch * height * width / patch**2
+    features = config.num_attention_heads * config.attention_head_dim
+    return 5.0 * tokens * features * np.dtype(dtype).itemsize  # of a perceptron, and its input
+
+
 def unet_bytes(config: Any, batch: int, height: int, width: int, dtype: Any) -> float:
     """What a UNet holds at its middle: all that its way up is joined with, and its input.
 
@@ -88,7 +101,11 @@ def unet_bytes(config: Any, batch: int, height: int, width: int, dtype: Any) -> 
 
 
 def vae_bytes(
-    config: AutoencoderKLConfig, batch: int, height: int, width: int, dtype: Any
+    config: AutoencoderKLConfig | AutoencoderKLFlux2Config,
+    batch: int,
+    height: int,
+    width: int,
+    dtype: Any,
 ) -> float:
     """What decoding (or encoding) images holds at full resolution: a layer's input and output."""
     first, second = (*config.block_out_channels, config.block_out_channels[0])[:2]

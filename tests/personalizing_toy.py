@@ -1,5 +1,8 @@
 """A pipeline of the real classes, small and quick to compile, and pictures to learn from."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +33,25 @@ def random_model(model_class, config, rng):
 def tiny_pipeline() -> StableDiffusionPipeline:
     """Random weights, one cross-attention layer, the glyphs tokenizer."""
     rng = np.random.default_rng(0)
+    return pipeline_of(lambda kind, config: random_model(kind, config, rng))
+
+
+def pipeline_of(
+    make: Callable[..., Any], *, text_layers: int = 1, cells: int = CELLS, levels: int = 2
+) -> StableDiffusionPipeline:
+    """A pipeline whose parts are made of a class and its config: UNet, autoencoder, text encoder.
+
+    Args:
+      make: the parts, in this order.
+      text_layers: of the text encoder.
+      cells: of a latent along a side.
+      levels: of the autoencoder, of which all but the first halve the side.
+    """
     tokenizer = build_tokenizer()
     text = CLIPTextConfig(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=text_layers,
         num_attention_heads=2,
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
@@ -43,7 +60,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         pad_token_id=tokenizer.pad_token_id,
     )
     unet = UNet2DConditionConfig(
-        sample_size=CELLS,
+        sample_size=cells,
         block_out_channels=(8,),
         layers_per_block=1,
         norm_num_groups=4,
@@ -54,17 +71,17 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         attention_head_dim=2,
     )
     vae = AutoencoderKLConfig(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=2,
-        sample_size=SIZE,
+        sample_size=cells * 2 ** (levels - 1),
     )
     return StableDiffusionPipeline(
-        random_model(UNet2DConditionModel, unet, rng),
-        random_model(AutoencoderKL, vae, rng),
-        random_model(CLIPTextModel, text, rng),
+        make(UNet2DConditionModel, unet),
+        make(AutoencoderKL, vae),
+        make(CLIPTextModel, text),
         tokenizer,
         SCHEDULER,
     )

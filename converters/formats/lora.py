@@ -425,8 +425,8 @@ def _write(
     tensors = []
     for name, own in pairs.items():
         cast = {
-            module: tuple(_cast(values, dtype, f"{name}.{module}") for values in pair)
-            for module, pair in own.items()
+            module: (_cast(down, dtype, f"{name}.{module}"), _cast(up, dtype, f"{name}.{module}"))
+            for module, (down, up) in own.items()
         }
         if naming == "peft":
             tensors += peft_tensors(name, models[name], cast)

@@ -158,6 +158,30 @@ class GNA:
 Neighborhoods: TypeAlias = Any
 
 
+def with_attention(model: Any, attention: Neighborhoods) -> Any:
+    """A transformer with the same parameters and another attention, as its class takes it.
+
+    Raises:
+      ValueError: a model that has no choice, or another number of settings than its layers.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    found: dict[Any, list[Any]] = {}  # (list, index of a layer) -> what attends in it
+    for path, node in nnx.iter_graph(copy):
+        if hasattr(node, "neighborhood"):
+            found.setdefault(path[:2], []).append(node)
+    if not found:
+        raise ValueError(
+            f"a {type(model).__name__} has no choice of attention: neighborhoods are for "
+            "transformers."
+        )
+    order = list(vars(copy))  # lists of layers run in the order in which they are made
+    layers = sorted(found, key=lambda path: (order.index(path[0]), path[1]))
+    for layer, setting in zip(layers, per_layer(attention, len(layers)), strict=True):
+        for node in found[layer]:
+            node.neighborhood = setting
+    return copy
+
+
 def per_layer(
     attention: Neighborhoods, layers: int, order: str = "one per layer"
 ) -> tuple[GNA | None, ...]:

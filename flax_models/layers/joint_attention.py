@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -35,6 +36,11 @@ class JointTextCondition(NamedTuple):
     guidance: Float[Array, " B"] | None = None
 
 
+def _static(**options: Any) -> Any:
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class JointSequence:
     """What the attentions of a forward pass share: where tokens lie, and how they are compared.
@@ -46,10 +52,10 @@ class JointSequence:
       scale: factor of the logits, by default D ** -0.5.
     """
 
-    grid: tuple[int, int]
-    text_first: bool = True
+    grid: tuple[int, int] = _static()
+    text_first: bool = _static(default=True)
     rotary: Rotary | None = None
-    scale: float | None = None
+    scale: float | None = _static(default=None)
 
     def join(self, image: Float[Array, "B N *X"], text: Float[Array, "B A *X"]) -> Array:
         """One sequence of the two."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 
 # False keeps everything, True recomputes a layer from its input; a name is that of a policy in
 # `jax.checkpoint_policies` without arguments, such as "dots_saveable", which keeps the results of
@@ -33,3 +34,10 @@ def recomputed(run: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
             f"remat accepts True, False, or one of {', '.join(POLICIES)}; received {remat!r}."
         )
     return jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, remat))
+
+
+def set_remat(model: nnx.Module, remat: Remat) -> None:
+    """Make every layer of a model that can recompute its activations do what `remat` says."""
+    for _, node in nnx.iter_graph(model):
+        if hasattr(node, "remat"):
+            node.remat = remat

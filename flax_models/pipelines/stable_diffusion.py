@@ -5,38 +5,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from ..autoencoder_kl import AutoencoderKL
 from ..clip import CLIPTextModel
-from ..pretrained import Pretrained
 from ..unet_2d_condition import UNet2DConditionModel
-from .guidance import Predictor, classifier_free
+from .pipeline import Pipeline
 from .tokenizers import context_length, tokenize
-
-LONGEST_SIDE = 1 << 16  # pixels of an image; attention over more would take days
 
 
 @dataclasses.dataclass
-class StableDiffusionPipeline(Pretrained):
-    """Parts of a text-to-image model; how they sample and train is in `conceptax.methods`.
+class StableDiffusionPipeline(Pipeline):
+    """Parts of a Stable Diffusion model.
 
     Attributes:
       unet, vae, text_encoder: NNX modules, or None where a subset was loaded.
       tokenizer: a `transformers.CLIPTokenizer`.
-      scheduler_config: the parsed `scheduler_config.json`.
-      model_index: the parsed `model_index.json`, kept so that a saved folder names the same parts.
-      carried: parts that nothing here computes with, such as the safety checker -> the folder (or
-        file) that a saved pipeline gets an unchanged copy of.
-
-    Class attributes:
-      * `MODELS`, `TOKENIZERS`: the parts that are one or the other.
-      * `TEXT_TOWERS`: parts that read text -> where in `prompt_encoder` their CLIP text model is.
-      * `NOT_CARRIED`: parts of diffusers' pipeline that this one does without, unless carried.
-      * `SIZES`: how many numbers tell the UNet of an image's size (`for_size`).
+      scheduler_config, model_index, carried: as every `Pipeline` has them.
     """
 
     unet: UNet2DConditionModel | Any
@@ -55,9 +41,7 @@ class StableDiffusionPipeline(Pretrained):
         "feature_extractor",
         "image_encoder",
     )
-    SIZES: ClassVar[int] = 0
-
-    force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
+    DENOISER: ClassVar[str] = "unet"
 
     # ---- prompts ----
 
@@ -79,18 +63,19 @@ class StableDiffusionPipeline(Pretrained):
         """Token ids of prompts, as `prompt_encoder` takes them; overlong ones are told of."""
         return tokenize(self.tokenizer, prompts, max_length=self.max_length)
 
-    @staticmethod
-    def for_size(
-        condition: Any, height: int, width: int, sizes: Float[Array, " S"] | None = None
-    ) -> Any:
-        """A condition for images of a size in pixels, of which this family's UNet is not told."""
-        del height, width, sizes
-        return condition
+    def checked_token_ids(self, token_ids: Int[np.ndarray, "N L"]) -> Int[np.ndarray, "N L"]:
+        """Token ids that stand for prompts, int32.
 
-    @staticmethod
-    def without_text(condition: Any) -> Any:
-        """Zeros in place of what a condition says of texts."""
-        return jax.tree.map(jnp.zeros_like, condition)
+        Raises:
+          ValueError: they are none of this pipeline.
+        """
+        length, vocabulary = self.max_length, self.text_encoder.config.vocab_size
+        if token_ids.shape[1] != length or token_ids.min() < 0 or token_ids.max() >= vocabulary:
+            raise ValueError(
+                f"token ids must be [N, {length}], from 0 to {vocabulary - 1}; got "
+                f"{token_ids.shape} from {token_ids.min()} to {token_ids.max()}."
+            )
+        return token_ids.astype(np.int32)
 
     # ---- latents ----
 
@@ -111,50 +96,6 @@ class StableDiffusionPipeline(Pretrained):
             )
         height, width = config.latent_size
         return height, width, config.in_channels
-
-    def latent_shape_for(
-        self, height: int | None = None, width: int | None = None
-    ) -> tuple[int, int, int]:
-        """That of the latents of images of a size in pixels; by default the UNet's own.
-
-        Raises:
-          ValueError: not a positive multiple of the autoencoder's downsampling, or too large.
-        """
-        factor = self.vae.config.downsampling
-        *own, channels = self.latent_shape
-        sides = []
-        for name, size, default in zip(("height", "width"), (height, width), own, strict=True):
-            if size is not None and (not 1 <= size <= LONGEST_SIDE or size % factor):
-                raise ValueError(
-                    f"{name}={size} must be a positive multiple of {factor} pixels, at most "
-                    f"{LONGEST_SIDE}."
-                )
-            sides.append(default if size is None else size // factor)
-        return sides[0], sides[1], channels
-
-    @staticmethod
-    def predictor(
-        denoiser: Any, condition: Any, negative: Any, guidance_scale: Float[Array, ""] | float
-    ) -> Predictor:
-        """(latents, timestep) -> the denoiser's prediction with guidance (`classifier_free`)."""
-        return classifier_free(denoiser, condition, negative, guidance_scale)
-
-    @staticmethod
-    def decode(
-        vae: AutoencoderKL, latents: Float[Array, "B *F h w C"], *, tiling: bool = False
-    ) -> Float[Array, "B *F H W 3"]:
-        """Images in [-1, 1], float32, of latents in the UNet's scale; of videos frame by frame.
-
-        `tiling` is that of `AutoencoderKL.decode`.
-        """
-
-        def decode(latents: Array) -> Array:
-            images = vae.decode(vae.unscale(latents), tiling=tiling)
-            return jnp.clip(images.astype(jnp.float32), -1, 1)
-
-        if latents.ndim == 4:
-            return decode(latents)
-        return jax.lax.map(decode, latents.swapaxes(0, 1)).swapaxes(0, 1)
 
     # ---- times ----
 

@@ -21,42 +21,58 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from ...flax_models.layers.attention import Neighborhoods, with_attention
+from ...flax_models.layers.joint_attention import JointTextCondition
 from ...flax_models.pipelines.guidance import Predictor, classifier_free
-from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.pipeline import Pipeline
+from ...flax_models.streaming import is_streamed
 from ...flax_models.unet_2d_condition import TextCondition
 from ..estimate import OnEstimate, compile_seconds, run_seconds, work
-from ..memory import available_memory, require_memory, unet_bytes, vae_bytes
-from ..sampling import NoiseSchedule, Sampler, make_sampler
+from ..memory import available_memory, denoiser_bytes, require_memory, vae_bytes
+from ..sampling import (
+    FlowMatchSchedule,
+    NoiseSchedule,
+    Sampler,
+    empirical_mu,
+    flow_euler_sampler,
+    make_sampler,
+    schedule_of,
+)
 from ..seeds import seed_key
 
-Params = Mapping[str, Any]  # {"unet": …, "vae": …, "text_encoder": …}, each a plain dict pytree
+Params = Mapping[str, Any]  # {"denoiser": …, "vae": …, "text_encoder": …}, each a plain dict pytree
 
 
-# What a model is conditioned on: text states, a `TextCondition` of SDXL, or a DiT's class labels.
-Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition
+# What a model is conditioned on: text states, a `TextCondition` of SDXL, a `JointTextCondition` of
+# a transformer, or a DiT's class labels.
+Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition | JointTextCondition
 
 
 class PipelineStatic(NamedTuple):
     """The hashable half of a pipeline: its family, and one graph definition per module.
 
-    `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `vae_tiling` decodes
-    large images in tiles (`AutoencoderKL.decode`).
+    `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `downsampling` is in
+    pixels per latent. `vae_tiling` decodes
+    large images in tiles (`AutoencoderKL.decode`). `first` is for steps with another attention, as
+    for `sample_latents`.
     """
 
-    family: type[StableDiffusionPipeline]
-    unet: Any
+    family: type[Pipeline]
+    denoiser: Any
     vae: Any
     text_encoder: Any
+    downsampling: int
     vae_tiling: bool = False
+    first: tuple[Any, int] | None = None
 
 
-def split_pipeline(pipeline: StableDiffusionPipeline) -> tuple[PipelineStatic, Params]:
+def split_pipeline(pipeline: Pipeline) -> tuple[PipelineStatic, Params]:
     """Graph definitions and parameters of the three modules, as `generate` takes them."""
     for name in pipeline.MODELS:
-        if getattr(pipeline, name) is None:
+        if getattr(pipeline, name) is None and name not in pipeline.OPTIONAL:
             raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
     modules = {
-        "unet": pipeline.unet,
+        "denoiser": pipeline.denoiser,
         "vae": pipeline.vae,
         "text_encoder": pipeline.prompt_encoder,
     }
@@ -64,7 +80,8 @@ def split_pipeline(pipeline: StableDiffusionPipeline) -> tuple[PipelineStatic, P
     for name, module in modules.items():
         graphdefs[name], state = nnx.split(module)
         params[name] = nnx.to_pure_dict(state)
-    return PipelineStatic(type(pipeline), **graphdefs), params
+    downsampling = pipeline.vae.config.downsampling
+    return PipelineStatic(type(pipeline), **graphdefs, downsampling=downsampling), params
 
 
 # ---- pure functions ----
@@ -81,11 +98,12 @@ def sample_latents(
     *,
     keys: Key[Array, " B"] | None = None,
     predictor: Callable[..., Predictor] = classifier_free,
+    first: tuple[Any, int] | None = None,
 ) -> Float[Array, "B *X C"]:
     """Runs the sampler from unit normal noise to latents, in float32.
 
     Args:
-      denoiser, params: graph definition and parameters of a UNet, a video UNet or a DiT.
+      denoiser, params: graph definition and parameters of a UNet, a video UNet or a transformer.
       condition: what it reads of the prompts; for a DiT, class labels.
       negative: that of the negative prompts, each [B, ...] or one [...] for all; for a DiT the null
         class. None samples without guidance.
@@ -94,15 +112,25 @@ def sample_latents(
       guidance_scale: strength of the prompt.
       keys: one per image; the source of fresh noise, needed exactly when `sampler.stochastic`.
       predictor: the kind of guidance (`flax_models.pipelines.guidance`).
+      first: another graph definition of the same parameters, and how many steps it takes before
+        `denoiser` does: dense attention ahead of sparse (arXiv 2504.16922, section 4.3).
 
     Raises:
       ValueError: a stochastic sampler without keys.
     """
     if sampler.stochastic and keys is None:
         raise ValueError("This sampler adds noise at every step: pass `keys`, one per image.")
-    predict = predictor(nnx.merge(denoiser, params), condition, negative, guidance_scale)
 
-    def body(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
+    def run(graphdef: Any, carry: tuple[Array, Any], steps: Array) -> tuple[Array, Any]:
+        model = nnx.merge(graphdef, params)
+        predict = predictor(model, condition, negative, guidance_scale)
+        if is_streamed(model):
+            for i in steps:
+                carry, _ = step(predict, carry, i)
+            return carry
+        return jax.lax.scan(functools.partial(step, predict), carry, steps)[0]
+
+    def step(predict: Predictor, carry: tuple[Array, Any], i: Array) -> Any:
         x, memory = carry
         output = predict(sampler.scale(x, i), jnp.asarray(sampler.timesteps)[i])
         fresh = None
@@ -111,14 +139,18 @@ def sample_latents(
         return sampler.advance(x, output, i, fresh, memory), None
 
     x = noise.astype(jnp.float32) * sampler.init_noise_sigma
-    return jax.lax.scan(body, (x, sampler.memory(x)), jnp.arange(sampler.num_steps))[0][0]
+    carry, steps = (x, sampler.memory(x)), jnp.arange(sampler.num_steps)
+    if first is not None:
+        before, count = first
+        carry, steps = run(before, carry, steps[:count]), steps[count:]
+    return run(denoiser, carry, steps)[0]
 
 
 def generate(
     static: PipelineStatic,
     params: Params,
-    token_ids: Int[Array, "B *two L"],
-    negative_ids: Int[Array, "..."] | None,
+    token_ids: Any,
+    negative_ids: Any,
     noise: Float[Array, "B *F h w C"],
     sampler: Sampler,
     guidance_scale: Float[Array, ""] | float = 7.5,
@@ -128,34 +160,33 @@ def generate(
 ) -> Float[Array, "B *F H W 3"]:
     """Images in [-1, 1], float32, of tokenized prompts: encode, sample, decode.
 
-    Pure; jit it with `static` as the only static argument.
+    Pure; jit it with `static` as the only static argument, unless models of it are streamed
+    (`flax_models.streaming`), whose blocks compile one by one.
 
     Args:
       static, params: from `split_pipeline`.
-      token_ids: of the prompts, [B, L]; for SDXL also [B, 2, L], those of both tokenizers.
+      token_ids: of the prompts, as the family's `tokenize` gives them: [B, L]; for SDXL also
+        [B, 2, L], those of both tokenizers.
       negative_ids: of the negative prompts, or without the first dimension of one for all; of no
-        text at all, [0], which is zeros in place of states; None for no guidance.
+        text at all, (), which is zeros in place of states; None for no guidance.
       noise, sampler, guidance_scale, keys: as for `sample_latents`.
       sizes: SDXL's `TextCondition.time_ids`; by default an uncropped image of the drawn size.
     """
     family = static.family
-    encoder, vae = (
-        nnx.merge(getattr(static, name), params[name]) for name in ("text_encoder", "vae")
-    )
-    condition = encoder(token_ids).condition
+    encoder = nnx.merge(static.text_encoder, params["text_encoder"])
+    condition = family.encode(encoder, token_ids)
     negative = None
-    if negative_ids is not None and negative_ids.size == 0:
+    if negative_ids is not None and not jax.tree.leaves(negative_ids):
         negative = family.without_text(condition)
     elif negative_ids is not None:
-        one = negative_ids.ndim < token_ids.ndim
-        negative = encoder(negative_ids[None] if one else negative_ids).condition
-    height, width = (side * vae.config.downsampling for side in noise.shape[-3:-1])
+        negative = family.encode(encoder, jax.tree.map(_batched, negative_ids, token_ids))
+    height, width = (side * static.downsampling for side in noise.shape[-3:-1])
     condition = family.for_size(condition, height, width, sizes)
     if negative is not None:
         negative = family.for_size(negative, height, width, sizes)
     latents = sample_latents(
-        static.unet,
-        params["unet"],
+        static.denoiser,
+        params["denoiser"],
         condition,
         negative,
         noise,
@@ -163,8 +194,20 @@ def generate(
         guidance_scale,
         keys=keys,
         predictor=family.predictor,
+        first=static.first,
     )
-    return family.decode(vae, latents, tiling=static.vae_tiling)
+    return _decode(static, params["vae"], latents)
+
+
+def _batched(one: Array, several: Array) -> Array:
+    return one[None] if one.ndim < several.ndim else one
+
+
+@functools.partial(jax.jit, static_argnums=0)  # also where the rest of `generate` is not
+def _decode(
+    static: PipelineStatic, params: Any, latents: Float[Array, "B *F h w C"]
+) -> Float[Array, "B *F H W 3"]:
+    return static.family.decode(nnx.merge(static.vae, params), latents, tiling=static.vae_tiling)
 
 
 def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
@@ -250,35 +293,52 @@ class TextToImage:
 
     static: PipelineStatic
     params: Params
-    pipeline: StableDiffusionPipeline  # read for its tokenizers and settings, not its weights
-    schedule: NoiseSchedule
+    pipeline: Pipeline  # read for its tokenizers and settings, not its weights
+    schedule: NoiseSchedule | FlowMatchSchedule
     frames: int | None = None  # of a video; None draws images
 
     @classmethod
     def from_pipeline(
-        cls, pipeline: StableDiffusionPipeline, *, vae_tiling: bool = False
+        cls,
+        pipeline: Pipeline,
+        *,
+        vae_tiling: bool = False,
+        attention: Neighborhoods = None,
+        dense_steps: int = 0,
     ) -> TextToImage:
         """Splits the modules; with `vae_tiling` large images are decoded in tiles.
 
+        Args:
+          pipeline: of any family.
+          vae_tiling: decode in tiles the size of what the autoencoder was trained on.
+          attention: of a transformer, `GNA` settings in place of dense self-attention, for all
+            layers or one for each (`with_attention`).
+          dense_steps: how many steps are dense before.
+
         Raises:
           ValueError: a missing module, an unsupported scheduler, or a UNet that denoises
-            something other than the autoencoder's latents (an inpainting model).
+            something other than the autoencoder's latents (an inpainting model); attention of what
+            has no choice of it.
         """
         for name in (*pipeline.TOKENIZERS, "scheduler_config"):
-            if not getattr(pipeline, name):
+            if not getattr(pipeline, name) and name not in pipeline.OPTIONAL:
                 raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
         static, params = split_pipeline(pipeline)
         denoised, coded = pipeline.latent_shape[-1], pipeline.vae.config.latent_channels
         if denoised != coded:
             raise ValueError(
-                f"The UNet denoises latents of {denoised} channels, and the autoencoder's have "
-                f"latent_channels={coded}: they belong to different models."
+                f"The {pipeline.DENOISER} denoises latents of {denoised} channels, and the "
+                f"autoencoder's have latent_channels={coded}: they belong to different models."
             )
+        if attention is not None:
+            sparse = nnx.split(with_attention(pipeline.denoiser, attention))[0]
+            first = (static.denoiser, dense_steps) if dense_steps else None
+            static = static._replace(denoiser=sparse, first=first)
         return cls(
             static=static._replace(vae_tiling=vae_tiling),
             params=params,
             pipeline=pipeline,
-            schedule=NoiseSchedule.from_config(pipeline.schedule_config),
+            schedule=schedule_of(pipeline.schedule_config),
         )
 
     def __call__(
@@ -286,8 +346,8 @@ class TextToImage:
         prompts: str | Sequence[str] | Int[np.ndarray, "N L"],
         *,
         seed: int = 0,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
         negative_prompt: str | None = None,
@@ -307,10 +367,13 @@ class TextToImage:
           prompts: one text or several; a prompt longer than the context is cut with a warning.
             Token ids, as `tokenize` gives them, are taken as they are.
           seed: of the noise; image n draws from (seed, first_index + n).
-          num_inference_steps: model evaluations per image.
-          guidance_scale: strength of the prompt; no guidance (half the time) at 1 or below.
+          num_inference_steps: steps per image, each with one evaluation of the model, to which PNDM
+            adds one (`sampling.pndm.pndm_sampler`); by default the family's, 50 of Stable
+            Diffusion.
+          guidance_scale: strength of the prompt; by default the family's, of Stable Diffusion 7.5.
+            No classifier-free guidance (half the time) at 1 or below.
           sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
-            for (DDIM for a PNDM configuration, as SD 1.5 ships).
+            for.
           eta: DDIM's fresh noise, 0 to 1.
           negative_prompt: what guidance steers away from; None is an empty text, or what a model
             of SDXL has in its place (`force_zeros_for_empty_prompt`).
@@ -338,6 +401,9 @@ class TextToImage:
             raise ValueError("There is nothing to draw: pass at least one prompt.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        steps, guidance = self.pipeline.defaults
+        steps = steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = guidance if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale}.")
         frames = () if self.frames is None else (self.frames,)
@@ -349,22 +415,29 @@ class TextToImage:
             )
         if sizes is not None and len(sizes) != (self.pipeline.SIZES or None):
             raise ValueError(f"sizes are six numbers of pixels, for SDXL; got {sizes}.")
-        tables = make_sampler(
-            self.schedule, sampler, num_inference_steps=num_inference_steps, eta=eta
-        )
+        tables = self._sampler(sampler, steps, eta, shape)
         devices = 1 if mesh is None else mesh.shape["data"]
         total = len(prompts)
         each = min(batch_size, -(-total // devices))  # on a device
         batch_size = devices * each
-        guided = guidance_scale > 1
+        guided = self.pipeline.guides(guidance_scale)
+        if negative_prompt is not None and not guided and guidance_scale > 1:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} is not guided away from a negative_prompt here: "
+                "this model learnt its guidance. Leave it out."
+            )
         self._require_memory(shape, total, each, devices, guided)
         ids = self._token_ids(prompts)
         negative = None
         if guided:
             zeros = negative_prompt is None and self.pipeline.force_zeros_for_empty_prompt
-            negative = np.zeros(0, np.int32) if zeros else self._token_ids([negative_prompt or ""])
+            negative = () if zeros else self._token_ids([negative_prompt or ""])
 
-        program = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
+        streamed = is_streamed(self.pipeline.denoiser) or is_streamed(self.pipeline.prompt_encoder)
+        if streamed and mesh is not None:
+            raise ValueError("streamed models draw on one device: leave out mesh.")
+        whole = generate if streamed else jitted_generate
+        program = whole if mesh is None else functools.partial(generate_over, mesh)
         draw = functools.partial(
             program, self.static, sizes=None if sizes is None else np.asarray(sizes, np.float32)
         )
@@ -373,9 +446,10 @@ class TextToImage:
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             keys = image_keys(seed, rows + first_index)
             noise = initial_noise(keys, shape) if latents is None else jnp.asarray(latents)[rows]
-            drawn = (self.params, ids[rows], negative, noise, tables, float(guidance_scale))
+            own = jax.tree.map(lambda each: each[rows], ids)  # noqa: B023, at once
+            drawn = (self.params, own, negative, noise, tables, float(guidance_scale))
             fresh = keys if tables.stochastic else None
-            if on_estimate is not None and not images:
+            if on_estimate is not None and not images and not streamed:
                 found = work(draw, *drawn, keys=fresh)
                 batches = -(-total // batch_size)
                 on_estimate(compile_seconds(found.equations), run_seconds(found.flops) * batches)
@@ -391,6 +465,23 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
+    def _sampler(self, kind: str | None, steps: int, eta: float, shape: tuple[int, ...]) -> Sampler:
+        """The tables of a run for latents of that shape."""
+        schedule, pipeline = self.schedule, self.pipeline
+        if isinstance(schedule, NoiseSchedule):
+            return make_sampler(schedule, kind, num_inference_steps=steps, eta=eta)
+        if kind is not None or eta:
+            raise ValueError(
+                f"{type(pipeline).__name__} follows a flow, by Euler steps: leave out "
+                f"{'sampler' if kind is not None else 'eta'}."
+            )
+        mu = None
+        if schedule.use_dynamic_shifting:
+            tokens = math.prod(shape[-3:-1]) // pipeline.PATCH**2
+            fitted = pipeline.SHIFT == "empirical"
+            mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
+        return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)
+
     def _require_memory(
         self, shape: tuple[int, ...], total: int, batch: int, devices: int, guided: bool
     ) -> None:
@@ -403,7 +494,7 @@ class TextToImage:
           devices: that draw at the same time.
           guided: whether the model sees each twice.
         """
-        unet, vae = self.pipeline.unet, self.pipeline.vae
+        denoiser, vae = self.pipeline.denoiser, self.pipeline.vae
         *frames, h, w, _ = shape
         count, tiling, factor = (
             math.prod(frames),
@@ -420,7 +511,7 @@ class TextToImage:
             )
             at_once = 1 if tiling else batch  # of videos frame by frame
             return shared * max(
-                unet_bytes(unet.config, (1 + guided) * batch * count, h, w, unet.dtype),
+                denoiser_bytes(denoiser, (1 + guided) * batch * count, h, w, self.pipeline.PATCH),
                 vae_bytes(vae.config, at_once, height, width, vae.dtype)
                 + 12.0 * batch * count * h * w * factor**2,
             )
@@ -446,25 +537,27 @@ class TextToImage:
             remedy = f"with batch_size 1, a height and width of up to {side} may do"
         require_memory(most, f"drawing {what}, {batch} at a time,", remedy)
 
-    def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Int[np.ndarray, "N *two L"]:
+    def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Any:
         if not isinstance(prompts, np.ndarray):
             return self.pipeline.tokenize(prompts)
-        length = self.pipeline.max_length
-        vocabulary = self.pipeline.text_encoder.config.vocab_size
-        if prompts.shape[1] != length or prompts.min() < 0 or prompts.max() >= vocabulary:
-            raise ValueError(
-                f"token ids must be [N, {length}], from 0 to {vocabulary - 1}; got "
-                f"{prompts.shape} from {prompts.min()} to {prompts.max()}."
-            )
-        return prompts.astype(np.int32)
+        return self.pipeline.checked_token_ids(prompts)
 
 
 def text_to_image(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     prompts: str | Sequence[str] | Int[np.ndarray, "N L"],
     *,
     vae_tiling: bool = False,
+    attention: Neighborhoods = None,
+    dense_steps: int = 0,
     **options: Any,
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """One uint8 image per prompt; `options` are those of calling a `TextToImage`."""
-    return TextToImage.from_pipeline(pipeline, vae_tiling=vae_tiling)(prompts, **options)
+    """One uint8 image per prompt.
+
+    `vae_tiling`, `attention` and `dense_steps` are those of `TextToImage.from_pipeline`, `options`
+    those of calling it.
+    """
+    drawer = TextToImage.from_pipeline(
+        pipeline, vae_tiling=vae_tiling, attention=attention, dense_steps=dense_steps
+    )
+    return drawer(prompts, **options)

@@ -68,7 +68,7 @@ def text_to_video(
     *,
     frames: int = 16,
     beta_schedule: str | None = "linear",
-    num_inference_steps: int = 25,
+    num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     batch_size: int = 1,
     **options: Any,

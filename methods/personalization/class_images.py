@@ -17,7 +17,8 @@ from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.text_to_image import text_to_image
 from ..subjects.images import Concept
 
-# Per concept: Custom Diffusion's number, and what diffusers' guide to DreamBooth takes.
+# Per concept: `num_class_images` in diffusers' examples/custom_diffusion and examples/dreambooth
+# (README.md), whose words are "200-300 works well for most cases".
 CLASS_IMAGES = 200
 
 

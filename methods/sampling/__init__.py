@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .ancestral import ddpm_sampler, euler_ancestral_sampler, lcm_sampler
 from .ddim import ddim_sampler
+from .edm import EDMSchedule, edm_sampler
 from .euler import euler_sampler
-from .flow_matching import FlowMatchSchedule, flow_euler_sampler
+from .flow_matching import FLOW_CLASS, FlowMatchSchedule, empirical_mu, flow_euler_sampler
 from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
 from .linear import LinearSampler
 from .multistep import dpm_sampler, unipc_sampler
+from .pndm import pndm_sampler
 from .schedule import NoiseSchedule, add_noise, alphas_cumprod, training_target, velocity
 
 Sampler = LinearSampler
@@ -23,6 +28,7 @@ _MAKERS = {
     "dpm++": (dpm_sampler, "DPMSolverMultistepScheduler"),
     "unipc": (unipc_sampler, "UniPCMultistepScheduler"),
     "lcm": (lcm_sampler, "LCMScheduler"),
+    "pndm": (pndm_sampler, "PNDMScheduler"),
 }
 SAMPLER_KINDS = tuple(_MAKERS)
 # Settings of a call, and the kinds that take them.
@@ -41,10 +47,10 @@ def make_sampler(
 
     Args:
       schedule: the model's noise schedule.
-      kind: one of `SAMPLER_KINDS`; by default that of the schedule's configuration, and DDIM for a
-        PNDMScheduler, which shares its betas but not its steps. Required where the configuration
-        is of a class whose steps are not known.
-      num_inference_steps: model evaluations per sample.
+      kind: one of `SAMPLER_KINDS`; by default that of the schedule's configuration. Required where
+        the configuration is of a class whose steps are not known.
+      num_inference_steps: steps per sample, each with one evaluation of the model; PNDM adds one,
+        or nine (`pndm_sampler`).
       eta: DDIM's fresh noise, 0 (none) to 1 (DDPM).
       s_churn: Euler's fresh noise over the whole run, 0 for none.
 
@@ -59,7 +65,7 @@ def make_sampler(
         )
     if kind is None:
         owner = schedule.scheduler_class.replace("Parallel", "")  # the same steps
-        kind = next((name for name, (_, own) in _MAKERS.items() if own == owner), "ddim")
+        kind = next(name for name, (_, own) in _MAKERS.items() if own == owner)
     if kind not in _MAKERS:
         raise ValueError(f"sampler={kind!r} is not known; accepted: {', '.join(SAMPLER_KINDS)}.")
     given = {name: value for name, value in {"eta": eta, "s_churn": s_churn}.items() if value}
@@ -73,8 +79,19 @@ def make_sampler(
     return _MAKERS[kind][0](schedule, num_inference_steps, **given)
 
 
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule | FlowMatchSchedule:
+    """The schedule of a diffusers `scheduler_config.json`: of a flow, or over a table of betas.
+
+    Raises:
+      ValueError: what the schedule's `from_config` refuses.
+    """
+    flow = config.get("_class_name") == FLOW_CLASS
+    return FlowMatchSchedule.from_config(config) if flow else NoiseSchedule.from_config(config)
+
+
 __all__ = [
     "SAMPLER_KINDS",
+    "EDMSchedule",
     "FlowMatchSchedule",
     "LinearSampler",
     "NoiseSchedule",
@@ -85,6 +102,8 @@ __all__ = [
     "ddpm_sampler",
     "denoise_until",
     "dpm_sampler",
+    "edm_sampler",
+    "empirical_mu",
     "encode_images",
     "euler_ancestral_sampler",
     "euler_sampler",
@@ -93,6 +112,8 @@ __all__ = [
     "make_sampler",
     "noise_latents",
     "noised_latents",
+    "pndm_sampler",
+    "schedule_of",
     "to_unit",
     "training_target",
     "unipc_sampler",

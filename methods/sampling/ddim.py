@@ -30,7 +30,7 @@ def ddim_sampler(
     # A constant stride back from every timestep, even if their spacing is uneven: as in diffusers.
     following = timesteps - schedule.num_train_timesteps // num_inference_steps
     table = alphas_cumprod(schedule)
-    final = np.float32(1) if schedule.set_alpha_to_one else table[0]
+    final = table[0] if schedule.set_alpha_to_one is False else np.float32(1)
     alpha = table[timesteps]
     alpha_next = np.where(following >= 0, table[np.maximum(following, 0)], final)
 

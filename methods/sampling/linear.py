@@ -1,7 +1,8 @@
 """Samplers whose every step is linear, as one recurrence over precomputed tables.
 
-DDIM, DDPM, Euler, ancestral Euler, DPM-Solver++, UniPC, LCM and Euler over a flow differ in their
-coefficients alone.  At step i the model's output becomes an estimate of the image,
+DDIM, DDPM, Euler, ancestral Euler, DPM-Solver++, UniPC, LCM, PNDM, EDM's Euler and Euler over a
+flow differ in their coefficients alone.  At step i the model's output becomes an estimate of the
+image (PNDM and flows keep the output itself),
 
     m_i = (a_i x + b_i output) / d_i                          (clipped, where the schedule says so)
 
@@ -188,6 +189,8 @@ def estimate_of(
         return 0.0, 1.0, 1.0
     if schedule.prediction_type == "v_prediction":
         return signal, -sigma, 1.0
+    if schedule.prediction_type == "flow_prediction":
+        return 1.0, -sigma, 1.0
     if (signal == 0).any() and not bounded:
         raise ValueError(
             "A noise-predicting model cannot start at zero signal (rescale_betas_zero_snr=True "

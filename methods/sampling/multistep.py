@@ -2,7 +2,8 @@
 
 Tables of `linear.LinearSampler`, equal to diffusers' `DPMSolverMultistepScheduler` and
 `UniPCMultistepScheduler`. Both work with estimates m of x₀ in λ = log(α/ς), where x = α·x₀ + ς·ε,
-α = 1/√(σ²+1) and ς = σ·α; h is a step's length in λ.
+α = 1/√(σ²+1) and ς = σ·α; h is a step's length in λ. Over a flow, which UniPC samples too
+(`use_flow_sigmas`, as Wan asks for), α = 1 − σ and ς = σ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from .linear import LinearSampler, clipping, estimate_of, linear_sampler
 from .schedule import NoiseSchedule
-from .sigmas import respaced_sigmas, timestep_of, trained_sigmas
+from .sigmas import respaced_sigmas, shifted, timestep_of, trained_sigmas
 
 SOLVER_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 
@@ -32,7 +33,7 @@ def dpm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSamp
     timesteps, sigmas = _timesteps_and_sigmas(
         schedule, num_inference_steps, whole=not cosine, lowest=schedule.lambda_min_clipped
     )
-    alpha, noise, lam = _levels(sigmas)
+    alpha, noise, lam = _levels(schedule, sigmas)
     count = len(timesteps)
     keep, weights, scale = np.zeros(count), np.zeros((count, 2)), np.zeros(count)
     sde = schedule.algorithm_type == "sde-dpmsolver++"
@@ -61,26 +62,36 @@ def dpm_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSamp
     return linear_sampler(**common, keep=keep, weights=weights, noise_scale=scale if sde else None)
 
 
-def unipc_sampler(schedule: NoiseSchedule, num_inference_steps: int) -> LinearSampler:
+def unipc_sampler(
+    schedule: NoiseSchedule, num_inference_steps: int, *, mu: float | None = None
+) -> LinearSampler:
     """UniPC (Zhao 2023, arXiv 2302.04867, algorithms 5 to 8), x₀ form, order 1 to 3.
 
     Each step first corrects x with the new estimate (UniC), then predicts the next x (UniP).
 
+    `mu` is that of a flow's dynamic shift, required exactly when the schedule asks for one.
+
     Raises:
-      ValueError: a step count or setting that is not supported.
+      ValueError: a step count or setting that is not supported, or `mu` missing or given in vain.
     """
     solver = _checked_solver(schedule, orders=(1, 2, 3), own=("bh2", "bh1"))
     if not schedule.predict_x0:
         raise ValueError("UniPC with predict_x0=False is not supported.")
-    timesteps, sigmas = _timesteps_and_sigmas(schedule, num_inference_steps, whole=True)
-    alpha, noise, lam = _levels(sigmas)
+    if schedule.use_flow_sigmas:
+        timesteps, sigmas = _flow_timesteps_and_sigmas(schedule, num_inference_steps, mu)
+    elif mu is not None:
+        raise ValueError("`mu` belongs to models of a flow, whose use_flow_sigmas is true.")
+    else:
+        timesteps, sigmas = _timesteps_and_sigmas(schedule, num_inference_steps, whole=True)
+    alpha, noise, lam = _levels(schedule, sigmas)
     count, order = len(timesteps), schedule.solver_order
     keep, weights = np.zeros(count), np.zeros((count, order))
     correct, correct_weights = np.tile([1.0, 0.0], (count, 1)), np.zeros((count, order + 1))
-    if sigmas[-1] == 0 and not schedule.lower_order_final and order > 1:
+    if sigmas[-1] in (0, sigmas[-2]) and not schedule.lower_order_final and order > 1:
         raise ValueError(
-            "UniPC of order 2 or 3 cannot end at σ = 0 with lower_order_final=False: set "
-            "lower_order_final=True or final_sigmas_type='sigma_min'."
+            "UniPC of order 2 or 3 cannot end at σ = 0, or a flow's at its lowest σ, with "
+            "lower_order_final=False: set lower_order_final=True or final_sigmas_type='sigma_min', "
+            "of a flow the former."
         )
     before = 0  # the order of the last step
     for i in range(count):
@@ -145,11 +156,14 @@ def _checked_solver(
     values = {
         "solver_order": (schedule.solver_order, orders),
         "solver_type": (kind, own),
-        "use_flow_sigmas": (schedule.use_flow_sigmas, (False,)),
     }
-    if "midpoint" in own:  # settings that only DPM-Solver has
+    if "midpoint" in own:  # settings that only DPM-Solver has, or UniPC alone knows to honor
         values["algorithm_type"] = (schedule.algorithm_type, SOLVER_ALGORITHMS)
         values["use_lu_lambdas"] = (schedule.use_lu_lambdas, (False,))
+        values["use_flow_sigmas"] = (schedule.use_flow_sigmas, (False,))
+    elif schedule.use_flow_sigmas:
+        for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            values[name] = (getattr(schedule, name), (False,))
     for name, (value, accepted) in values.items():
         if value not in accepted:
             raise ValueError(
@@ -159,12 +173,18 @@ def _checked_solver(
     return kind
 
 
-def _levels(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _levels(
+    schedule: NoiseSchedule, sigmas: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """α, ς and λ of each σ, float64; λ is infinite at σ = 0."""
     sigmas = sigmas.astype(np.float64)
-    alpha = 1 / np.sqrt(sigmas**2 + 1)
+    if schedule.use_flow_sigmas:
+        alpha, noise = 1 - sigmas, sigmas
+    else:
+        alpha = 1 / np.sqrt(sigmas**2 + 1)
+        noise = sigmas * alpha
     with np.errstate(divide="ignore"):
-        return alpha, sigmas * alpha, -np.log(sigmas)
+        return alpha, noise, np.log(alpha) - np.log(noise)
 
 
 def _common(
@@ -174,6 +194,21 @@ def _common(
     estimate = estimate_of(schedule, alpha[:-1], noise[:-1], timesteps)
     clips = clipping(schedule, default=False) if schedule.thresholding else {}
     return {"timesteps": timesteps, "estimate": estimate, **clips}
+
+
+def _flow_timesteps_and_sigmas(
+    schedule: NoiseSchedule, num_steps: int, mu: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps [n] and σ [n + 1] of a flow, descending; timesteps are cut off, as in diffusers."""
+    count = schedule.num_train_timesteps
+    if num_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1; got {num_steps}.")
+    sigmas = np.linspace(1, 1 / count, num_steps + 1)[:-1]
+    sigmas = shifted(schedule, sigmas, schedule.flow_shift, mu)
+    if abs(sigmas[0] - 1) < 1e-6:
+        sigmas[0] -= 1e-6  # keeps λ finite
+    last = sigmas[-1] if schedule.final_sigmas_type == "sigma_min" else 0
+    return (sigmas * count).astype(np.int32), np.append(sigmas, last).astype(np.float32)
 
 
 def _timesteps_and_sigmas(

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 # A host or device array: the leaves of a sampler, which is a pytree, may be either, or tracers.
 Table = Any
 
+TIME_SHIFT_TYPES = ("exponential", "linear")
 # The values that settings take.
 _ACCEPTED: Mapping[str, tuple[str | None, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -34,6 +35,7 @@ _ACCEPTED: Mapping[str, tuple[str | None, ...]] = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "timestep_type": ("discrete", "continuous"),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "time_shift_type": TIME_SHIFT_TYPES,
 }
 
 
@@ -50,7 +52,7 @@ _CLIPPING = _THRESHOLDING | _names("clip_sample clip_sample_range")
 _SIGMAS = _names("use_karras_sigmas use_exponential_sigmas use_beta_sigmas final_sigmas_type")
 _SIGMAS |= {"rescale_betas_zero_snr"}
 _SOLVER = _SIGMAS | _THRESHOLDING | _names("solver_order solver_type lower_order_final")
-_SOLVER |= {"use_flow_sigmas"}
+_SOLVER |= _names("use_flow_sigmas flow_shift use_dynamic_shifting time_shift_type")
 _CLASS_SETTINGS = {
     "DDIMScheduler": _CLIPPING | _names("set_alpha_to_one rescale_betas_zero_snr"),
     "EulerDiscreteScheduler": _SIGMAS
@@ -58,15 +60,18 @@ _CLASS_SETTINGS = {
     "EulerAncestralDiscreteScheduler": _names("rescale_betas_zero_snr"),
     "DPMSolverMultistepScheduler": _SOLVER
     | _names("algorithm_type euler_at_final use_lu_lambdas lambda_min_clipped"),
-    "UniPCMultistepScheduler": _SOLVER | _names("predict_x0 disable_corrector sigma_min sigma_max"),
+    "UniPCMultistepScheduler": _SOLVER
+    | _names("predict_x0 disable_corrector sigma_min sigma_max shift_terminal"),
     "LCMScheduler": _CLIPPING
     | _names("original_inference_steps set_alpha_to_one timestep_scaling rescale_betas_zero_snr"),
-    "PNDMScheduler": _names("set_alpha_to_one"),
+    "PNDMScheduler": _names("set_alpha_to_one skip_prk_steps"),
     "DDPMScheduler": _CLIPPING | _names("rescale_betas_zero_snr variance_type"),
 }
 _CLASS_SETTINGS = {name: _COMMON | own for name, own in _CLASS_SETTINGS.items()}
 for _name in ("DDIM", "DDPM"):
     _CLASS_SETTINGS[f"{_name}ParallelScheduler"] = _CLASS_SETTINGS[f"{_name}Scheduler"]
+# Left out of a file while None.
+_UNSET = _names("timestep_spacing variance_type solver_type clip_sample set_alpha_to_one")
 # Where the betas of a class, which belong to the model, differ from those below by default.
 _HEUN = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 _HEUN_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -97,9 +102,7 @@ _FOREIGN_SOLVERS = (
 _INERT: Mapping[str, tuple[Any, ...] | None] = {
     "solver_p": (None,),  # another scheduler in the predictor's place
     "snr_shift_scale": (None, 1, 1.0),  # changes the table of betas
-    # PNDM's warm-up, SA-Solver's orders, and what belongs to use_flow_sigmas, which solvers refuse
-    **dict.fromkeys(_names("skip_prk_steps predictor_order corrector_order tau_func")),
-    **dict.fromkeys(_names("flow_shift use_dynamic_shifting time_shift_type shift_terminal")),
+    **dict.fromkeys(_names("predictor_order corrector_order tau_func")),  # SA-Solver's
     **dict.fromkeys(_names("noise_sampler_seed eta num_inference_steps tensor_format")),
 }
 
@@ -109,7 +112,8 @@ class NoiseSchedule:
     """Settings of diffusers' schedulers over a table of betas, under the same names.
 
     None stands for the default of the class that samples, as in diffusers: `timestep_spacing` is
-    "leading" for DDIM and "linspace" for Euler, `clip_sample` is true for DDIM and false for LCM.
+    "leading" for DDIM and "linspace" for Euler, `clip_sample` is true for DDIM and false for LCM,
+    `set_alpha_to_one` is true for DDIM and false for PNDM.
     Settings that only another sampler knows (`clip_sample` for Euler, `use_karras_sigmas` for DDIM,
     …) are kept and do nothing there, as in diffusers. Hashable, so it may be a static argument of
     `jax.jit`.
@@ -127,8 +131,10 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None
     steps_offset: int = 0  # added to the timesteps of "leading"
+    # DDIM and PNDM
+    set_alpha_to_one: bool | None = None  # ᾱ after the last step: 1 (DDIM's), or ᾱ_0 (PNDM's)
+    skip_prk_steps: bool = False  # PNDM begins without Runge-Kutta steps
     # DDIM
-    set_alpha_to_one: bool = True  # ᾱ after the last step: 1, or ᾱ_0
     clip_sample: bool | None = None  # clip x₀ to ±clip_sample_range
     clip_sample_range: float = 1.0
     thresholding: bool = False  # dynamic thresholding (arXiv 2205.11487), replaces clipping
@@ -155,7 +161,11 @@ class NoiseSchedule:
     lambda_min_clipped: float = -math.inf
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()  # steps after which UniPC does not correct
-    use_flow_sigmas: bool = False  # for models of a flow
+    use_flow_sigmas: bool = False  # for models of a flow, and what follows
+    flow_shift: float = 1.0  # spends more steps on high noise
+    use_dynamic_shifting: bool = False  # the shift is that of `mu`, which a run is given
+    time_shift_type: str = "exponential"
+    shift_terminal: float | None = None  # σ of the last step before 0
     # LCM
     original_inference_steps: int = 50  # the model was distilled on
     timestep_scaling: float = 10.0
@@ -164,6 +174,8 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         for name, accepted in _ACCEPTED.items():
+            if name == "prediction_type" and self.use_flow_sigmas:
+                accepted = (*accepted, "flow_prediction")
             _require(name, getattr(self, name), accepted)
         if self.num_train_timesteps < 1:
             raise ValueError(
@@ -250,8 +262,7 @@ class NoiseSchedule:
             value = getattr(self, field.name)
             if field.name in ("scheduler_class", "inert"):
                 continue
-            unset = ("timestep_spacing", "variance_type", "solver_type", "clip_sample")
-            if field.name in unset and value is None:
+            if field.name in _UNSET and value is None:
                 continue  # absent means the sampling class's default, here and in diffusers
             if field.name in own or value != field.default:
                 config[field.name] = list(value) if isinstance(value, tuple) else value
@@ -293,6 +304,24 @@ def _require(name: str, value: Any, accepted: tuple[Any, ...] | None) -> None:
         )
 
 
+def read_settings(kind: Any, scheduler_class: str, config: Mapping[str, Any]) -> Any:
+    """The dataclass `kind` from the `scheduler_config.json` of the one class that it stands for.
+
+    Raises:
+      ValueError: another class, an unknown setting, or a value that is not supported.
+    """
+    if (name := config.get("_class_name", scheduler_class)) != scheduler_class:
+        raise ValueError(f"{kind.__name__} is read from a {scheduler_class}; got {name!r}.")
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(
+            f"Unknown scheduler settings {', '.join(unknown)} for {scheduler_class}; known are "
+            f"{', '.join(sorted(known))}."
+        )
+    return kind(**{name: checked(known[name], value) for name, value in settings.items()})
+
+
 def checked(field: dataclasses.Field, value: Any) -> Any:
     """A JSON value as the field's type: bool, int, float or str; null where that means unset."""
     annotation = str(field.type)
@@ -332,7 +361,16 @@ def float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
-    """ᾱ_t for every training timestep, float32 [num_train_timesteps], read-only."""
+    """ᾱ_t for every training timestep, float32 [num_train_timesteps], read-only.
+
+    Raises:
+      ValueError: a model of a flow, which has none.
+    """
+    if schedule.prediction_type == "flow_prediction":
+        raise ValueError(
+            "prediction_type='flow_prediction' is that of a model of a flow, which has no ᾱ_t: of "
+            "the samplers over a table of betas 'unipc' alone draws from it."
+        )
     table = _cumprod(1 - _betas(schedule))
     table.flags.writeable = False
     return table

@@ -267,11 +267,15 @@ def fit(
       model, rows, synonyms, config, teacher: as for `prepare`.
       batches: what `train_step` takes, endless.
       seed: of the points at which masks are compared.
-      options: of `training.train`: checkpoints, a mesh, where metrics go.
+      options: of `training.train`: checkpoints, a mesh, where metrics go. Its key, number of steps
+        and `fixed_length` follow from the seed and the settings.
+
+    Raises:
+      TypeError: options that `training.train` does not have, or that are settled here.
     """
     static, state, frozen = prepare(model, rows, synonyms, config, teacher=teacher)
-    options |= {"key": seed_key(seed), "num_steps": config.steps, "fixed_length": True}
-    state = train(train_step, static, state, frozen, batches, **options)
+    own: dict[str, Any] = {"key": seed_key(seed), "num_steps": config.steps, "fixed_length": True}
+    state = train(train_step, static, state, frozen, batches, **own, **options)
     return nnx.merge(static.model, gather(state.params), frozen["model"])
 
 

@@ -45,13 +45,16 @@ def write_usage(usage: Usage, folder: Path) -> None:
     write_json(folder / USAGE, {**dataclasses.asdict(usage), "vocabulary": classes})
 
 
-def read_usage(folder: Path) -> Usage:
-    """What a folder states; what it leaves out, or all of it where it has no such file, is usual.
+def read_usage(model: Path) -> Usage:
+    """What a model's folder states; what it leaves out, or all without such a file, is usual.
+
+    Args:
+      model: the folder, or a checkpoint in it.
 
     Raises:
       UsageError: a `segmenter.json` of another form.
     """
-    file = folder / USAGE
+    file = (model.parent if model.is_file() else model) / USAGE
     if not file.is_file():
         return Usage()
     try:

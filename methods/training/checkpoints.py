@@ -8,10 +8,12 @@ name only when it is complete. With several processes the folder is one that all
 import base64
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,11 +26,12 @@ import orbax.checkpoint as ocp
 
 from ...errors import CheckpointError
 from .paths import dotted
-from .processes import any_process, is_first_process
+from .processes import any_process, is_first_process, tell_all
 from .state import TrainState
 
 # How the libraries below tell that the disk takes no more.
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+_LATE_SECONDS = 60  # after which a network file system shows every process what one of them wrote
 
 
 class _Quiet(logging.Filter):
@@ -40,20 +43,50 @@ class _Quiet(logging.Filter):
 
 @functools.cache
 def _hush() -> None:
-    """Tell a failed write once, as the error that comes of it.
+    """Tell a failed write or read once, as the error that comes of it.
 
     Orbax logs it in every thread, and each array that was still being written then finds its event
-    loop closed, of which tensorstore prints a traceback.
+    loop closed, of which tensorstore prints a traceback; so does Orbax of each that was being read.
     """
     logging.getLogger("absl").addFilter(_Quiet())
     hook = sys.unraisablehook
 
-    def without_closed_loops(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    def without_the_rest(unraisable: Any) -> None:
+        error, code = unraisable.exc_value, getattr(unraisable.object, "cr_code", None)
+        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not closed and (code is None or "orbax" not in Path(code.co_filename).parts):
             hook(unraisable)
 
-    sys.unraisablehook = without_closed_loops
+    sys.unraisablehook = without_the_rest
+
+
+class _Meetings:
+    """Where processes wait for each other while a checkpoint is being written.
+
+    A process that cannot write its part goes on to the last of these, and the others would wait for
+    it at the one before, twenty minutes long. So each says where it is; if they differ, all fail.
+    """
+
+    _numbers = itertools.count()  # as every process goes to all of them in the same order
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        if jax.process_count() == 1:
+            return
+        if not self._failed:
+            place = f"conceptax/{next(self._numbers)}"
+            client = ocp.multihost.get_jax_distributed_client()
+            client.key_value_set(f"{place}/{jax.process_index()}", key)
+            client.wait_at_barrier(place, timeout_ms)
+            self._failed = len({where for _, where in client.key_value_dir_get(f"{place}/")}) > 1
+        if self._failed:
+            raise _UnwrittenError("a process of this run could not write its part")
+
+
+class _UnwrittenError(OSError):
+    """A checkpoint lacks the part of a process."""
 
 
 class Checkpoints:
@@ -68,21 +101,19 @@ class Checkpoints:
     def __init__(self, directory: str | Path, *, keep: int = 3, best: str | None = None) -> None:
         self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
         _hush()
-        folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"checkpoints cannot be kept in {self.directory}: {folder} is not a folder."
-            )
-        try:
-            self._manager = self._open()
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoints cannot be kept in {self.directory}: {error.strerror or error}."
-            ) from error
-        self._complete = self._manager.latest_step()  # the newest that is known to be written
+        reason = next(filter(None, tell_all(_made(self.directory))), "")
+        if not reason:
+            try:
+                self._manager = self._open()
+            except OSError as error:
+                reason = error.strerror or str(error)
+        if reason:
+            raise CheckpointError(f"checkpoints cannot be kept in {self.directory}: {reason}.")
+        self._complete = self.latest_step  # the newest that is known to be written
         self._swept = self._abandoned = False
 
     def _open(self) -> ocp.CheckpointManager:
+        self._wait_until_all_see_the_same()
         policies, best = ocp.checkpoint_managers, self._best
         kept: list[Any] = [policies.LatestN(n=self._keep)]
 
@@ -97,9 +128,23 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             best_fn=None if best is None else goodness,  # so metrics are written
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_Meetings()),
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def _wait_until_all_see_the_same(self) -> None:
+        """A network file system shows some processes late what another did."""
+        for pause in (0, *[1] * _LATE_SECONDS):
+            time.sleep(pause)
+            told = tell_all(" ".join(map(str, _steps_in(self.directory))))
+            if len(set(told)) == 1:
+                return
+        raise CheckpointError(
+            f"the processes of this run see different checkpoints in {self.directory}: after steps "
+            f"{', or '.join(each or 'none' for each in told)}. It must be one folder that all of "
+            "them reach."
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -182,13 +227,16 @@ class Checkpoints:
         if step is not None:
             return self._restore(target, step, iterator, length)
         while True:
-            newest, restored, reason = self._existing(None), None, ""
+            newest, restored, misfit, reason = self._existing(None), None, "", ""
             try:
                 restored = self._restore(target, newest, iterator, length)
-            except _MisfitError:
-                raise
+            except _MisfitError as error:
+                misfit = str(error)
             except Exception as error:  # whatever the libraries below make of damaged files
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            misfits = tell_all(misfit)
+            if said := misfit or next(filter(None, misfits), ""):
+                raise _MisfitError(said)
             if not any_process(restored is None) and restored is not None:
                 return restored
             aside = self._put_aside(newest)
@@ -235,7 +283,7 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.wait_until_finished()
-        self._complete = self._manager.latest_step()
+        self._complete = self.latest_step
 
     def close(self) -> None:
         """Wait until everything is written and release the folder."""
@@ -258,9 +306,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            text = f"{error} {error.__cause__ or ''}"
+            text = f"{error} {error.__cause__ or error.__context__ or ''}"
             reason = next((phrase for phrase in _FULL if phrase in text), None)
-            if isinstance(error, OSError):
+            if reason is None and isinstance(error, OSError):
                 reason = error.strerror or str(error)
             if reason is None:
                 raise
@@ -275,11 +323,18 @@ class Checkpoints:
             ) from error
 
     def _put_aside(self, step: int) -> Path:
-        aside = self.directory / f"damaged-{step}"
+        aside, reason = self.directory / f"damaged-{step}", ""
         if is_first_process():
             shutil.rmtree(aside, ignore_errors=True)
-            (self.directory / str(step)).rename(aside)
-        any_process(False)  # the others look into the folder after that
+            try:
+                (self.directory / str(step)).rename(aside)
+            except OSError as error:
+                reason = error.strerror or str(error)
+        if reason := tell_all(reason)[0]:  # the others look into the folder after that
+            raise CheckpointError(
+                f"the checkpoint after step {step} cannot be read, nor moved to {aside}: {reason}. "
+                "Move it away and run again."
+            )
         self._manager.close()
         self._manager = self._open()
         self._complete = self.latest_step
@@ -319,6 +374,22 @@ class Checkpoints:
 
 class _MisfitError(ValueError):
     """A checkpoint that is whole, but not what was asked for."""
+
+
+def _made(folder: Path) -> str:
+    """Make a folder, if it is missing; why it cannot be, or ""."""
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        if not there.is_dir():
+            return f"{there} is not a folder"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _steps_in(folder: Path) -> list[int]:
+    return sorted(int(each.name) for each in folder.iterdir() if each.name.isdigit())
 
 
 def _read(path: Path, handler: Any, wanted: ocp.args.CheckpointArgs) -> Any:

@@ -38,7 +38,7 @@ from ...kernels.memory import compiler_options
 from ..estimate import OnEstimate, compile_seconds, run_seconds, work
 from .checkpoints import Checkpoints
 from .paths import dotted
-from .processes import ProcessLostError, is_first_process, place, spread_flag
+from .processes import ProcessLostError, failing_together, is_first_process, place, spread_flag
 from .reporting import Reporter
 from .sharding import DEFAULT_RULES, Rules, make_mesh, shard_batch, shard_state, shard_tree
 from .state import TrainState, step_key
@@ -144,7 +144,8 @@ def train(
         current step was finished and saved.  While the first step is compiled, and at the second
         signal, they act as they do outside.
       CheckpointError: a checkpoint could not be written; earlier ones stay.
-      ProcessLostError: another process of the run ended.
+      ProcessLostError: another process of the run ended. What is raised in one process alone ends
+        all of them within seconds (`processes.failing_together`), whatever they wait for.
       ValueError: the arguments do not fit together or to the checkpoints, the batches end early,
         or the step returns a wrong step number or metrics.
     """
@@ -157,16 +158,19 @@ def train(
             "and must be at least 1."
         )
     with contextlib.ExitStack() as stack:
-        checkpoints = None
-        if checkpoint_dir is not None:
-            opened = Checkpoints(checkpoint_dir, keep=keep, best=keep_best)
-            checkpoints = stack.enter_context(opened)
+        stack.enter_context(failing_together(TrainingInterrupted))
         if mesh is None and jax.process_count() > 1:
             mesh = make_mesh()
         shardings = shard_state(state, mesh, rules) if mesh is not None else None
         iterator = None if batches is None else iter(batches)
         length = num_steps if fixed_length else None
-        state = _start(state, shardings, checkpoints, iterator, resume, length)
+        checkpoints = None
+        if checkpoint_dir is not None:
+            with _lost_processes():
+                opened = Checkpoints(checkpoint_dir, keep=keep, best=keep_best)
+            checkpoints = stack.enter_context(opened)
+        with _lost_processes(None, checkpoints):
+            state = _start(state, shardings, checkpoints, iterator, resume, length)
         first = int(state.step)
         if first > num_steps:
             raise ValueError(
@@ -385,7 +389,9 @@ def _describe_batch(batch: Any, number: int) -> str:
 
 
 @contextlib.contextmanager
-def _lost_processes(watcher: _Watcher, checkpoints: Checkpoints | None) -> Iterator[None]:
+def _lost_processes(
+    watcher: _Watcher | None = None, checkpoints: Checkpoints | None = None
+) -> Iterator[None]:
     """Say plainly that a collective operation failed because another process is gone."""
     try:
         yield
@@ -394,4 +400,5 @@ def _lost_processes(watcher: _Watcher, checkpoints: Checkpoints | None) -> Itera
             raise
         reason = str(error).splitlines()[0][:300]
         saved = checkpoints.abandon() if checkpoints else None
-        raise ProcessLostError(watcher.step or 0, saved, reason) from error
+        step = watcher.step if watcher else None
+        raise ProcessLostError(step or 0, saved, reason) from error

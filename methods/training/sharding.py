@@ -76,8 +76,9 @@ DIT_RULES: Rules = (
     *_REST,
 )
 
-# Transformers whose image and text attend jointly: double blocks, then FLUX.1's and FLUX.2's single
-# ones. Modulations follow one another in a column-split product, so its parts are moved, not it.
+# Transformers whose image and text attend jointly: FLUX.1's and FLUX.2's double and single blocks.
+# Where the columns of a product are several parts (modulations, queries beside a perceptron), the
+# activations are moved into place, not the weights.
 JOINT_RULES: Rules = (
     ("*.attn*.to_[qkv].kernel", _COLUMN),
     ("*.attn*.add_[qkv]_proj.kernel", _COLUMN),

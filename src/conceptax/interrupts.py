@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WAIT_SECONDS = 5.0  # for a block inside `whole`
@@ -89,9 +89,14 @@ class Stopper:
         self.stopping = True
         what = "interrupted" if signum == signal.SIGINT else "ended by SIGTERM"
         say(f"{self._name}: {what}.")
-        _whole.acquire(timeout=_WAIT_SECONDS)  # and kept: nothing is put in place any more
-        _remove_temporary()
-        os._exit(128 + signum)
+        end(128 + signum)
+
+
+def end(status: int) -> NoReturn:
+    """End the process from any thread, without what `temporary` names."""
+    _whole.acquire(timeout=_WAIT_SECONDS)  # and kept: nothing is put in place any more
+    _remove_temporary()
+    os._exit(status)
 
 
 def arm() -> None:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from conceptax.cli import main
 from conceptax.cli.commands import COMMANDS, load, module_name
+from conceptax.cli.describe import described
 from conceptax.cli.failures import in_flags, sentence
-from conceptax.cli.options import flags
 from conceptax.cli.runs import kept_run
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.files.weights import read_json
@@ -381,14 +381,14 @@ def command_types(name):
 
 
 def flags_of(name):
-    return {flag for kind in command_types(name) for flag in flags(kind).values()}
+    return {flag.name for kind in command_types(name) for flag in described(kind)} - {""}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_are_those_that_help_lists(name, capsys):
     assert main([*name.split(), "--help-all"]) == 0
     listed = set(re.findall(r"^  (--[a-z][\w.-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert set(flags(command_types(name)[0]).values()) == listed
+    assert {flag.name for flag in described(command_types(name)[0])} - {""} == listed
 
 
 def strings(tree):

@@ -90,10 +90,31 @@ def test_a_group_answers_for_itself(arguments, capsys):
         ("erase --concept a --eta x", "--eta takes a number, received 'x'."),
         ("erase --concept a --method sagee", "--method takes sage, esd-x, "),
         ("sample --prompt a --gpu 1", "there is no --gpu (did you mean"),
+        ("inspect", "PATH is missing; `conceptax inspect --help` shows examples."),
+        ("inspect --names 3", "PATH is missing"),
+        ("convert folder --form single", "DEST is missing"),
+        ("segment train", "--data PATH and --vocabulary TEXT are missing"),
+        ("completion tcsh", "SHELL takes bash, zsh, fish; received 'tcsh'"),
+        ("doctor now", "there is no place for 'now'"),
+        ("inspect one two", "there is no place for 'two'"),
+        ("sample --prompt a b", "there is no place for 'b'"),
+        ("erase --concept", "--concept takes a value: TEXT."),
+        ("erase --concept a --mesh 2", "--mesh takes values: DATA FSDP."),
+        ("segment train --rates * x", "--rates takes a number, received 'x'."),
+        ("gna simulate --layout 8 x", "--layout takes a whole number, received 'x'."),
+        ("gna simulate --layout=8 8 --window 3 --causal perhaps", "'perhaps'"),
+        (
+            "erase --concept a --force=yes",
+            "--force is a switch and takes no value; received 'yes'.",
+        ),
+        ("erase --concept a --mesh 2 x", "--mesh takes a whole number, received 'x'."),
+        # What the parser alone knows.
+        ("glyphs train --unet.steps 0", "unet: steps must be at least 1, received 0; "),
     ],
 )
 def test_wrong_words_are_corrected(arguments, answer, capsys):
-    assert answer in said(capsys, *arguments.split(), status=2)
+    told = said(capsys, *arguments.split(), status=2)
+    assert answer in told and told.startswith("conceptax") and told.count("\n") == 1, told
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +137,8 @@ def bash_script(tmp_path_factory):
         (["erase", "--erase-w"], {"--erase-weight"}),
         (["gna", "simulate", "--gpu", "h"], {"h100", "h200"}),
         (["sample", "--pro"], {"--prompt", "--prompts"}),
+        (["erase", "--method", "=", "s"], {"sage"}),
+        (["completion", ""], {"bash", "zsh", "fish"}),
     ],
 )
 def test_bash_completes(words, some, bash_script, capsys):
@@ -133,10 +156,58 @@ def test_bash_completes(words, some, bash_script, capsys):
     assert some <= found and all(each.startswith(words[-1]) for each in found)
 
 
-def test_fish_and_zsh_have_every_flag(capsys):
+def test_zsh_takes_that_of_bash(bash_script, capsys):
+    """With zsh's own completion running, and without names that mean something to it."""
+    complete(Completion("zsh"))
+    first, second, *body = capsys.readouterr().out.splitlines()
+    assert first == "(( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }"
+    assert second == "autoload -U +X bashcompinit && bashcompinit"
+    own = r"words|CURRENT|PREFIX|SUFFIX|IPREFIX|QIPREFIX|compstate|status|path|argv|options"
+    assert not re.search(rf"\b({own})=|\$\{{?({own})\b", "\n".join(body))
+    shell, _ = bash_script
+    subprocess.run([shell, "-n"], input="\n".join(body), text=True, check=True)
+
+
+def fish_words(line):
+    """The words of a line of fish, quotes off; there is nothing between them but spaces."""
+    found = re.findall(r"('(?:[^'\\]|\\['\\])*'|[^\s'\"$()*?\\;&|<>#~{}]+)(?: |$)", line)
+    words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if word[0] == "'" else word for word in found]
+    assert " ".join(found) == line
+    return words
+
+
+def test_fish_knows_every_flag_where_it_is_one(capsys):
     complete(Completion("fish"))
     text = capsys.readouterr().out
-    assert "-l check-steps" in text and "-l erase-weight" in text
-    assert r"don\'t" in text or "'" in text
-    complete(Completion("zsh"))
-    assert "bashcompinit" in capsys.readouterr().out
+    offered, flags, files = {}, {}, set()
+    for line in text.splitlines():
+        command, *rest = fish_words(line)
+        assert command == "complete" and rest[:2] == ["-c", "conceptax"]
+        options, rest = {}, rest[2:]
+        while rest:
+            option = rest.pop(0)
+            assert option in {"-f", "-F", "-r", "-x", "-n", "-l", "-a", "-d"}, line
+            options[option] = rest.pop(0) if option in {"-n", "-l", "-a", "-d"} else ""
+        seen = re.sub(r"__fish_seen_subcommand_from (\S+)( && )?", r"\1 ", options.get("-n", ""))
+        seen = seen.replace("__fish_use_subcommand", "").strip()
+        if "-l" in options:
+            flags.setdefault(seen, {})[f"--{options['-l']}"] = options
+        elif "-a" in options:
+            offered.setdefault(seen, []).append(options["-a"])
+        elif "-F" in options:
+            files.add(seen)
+    assert offered.pop("") == list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    assert offered.pop("completion") == ["bash", "zsh", "fish"]
+    assert offered == {
+        first: [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+        for first in ("evaluate", "segment", "glyphs", "gna")
+    }
+    assert files == {"convert", "inspect", "segment run", "segment coco-stuff"}
+    assert set(flags.pop("")) == {"--help", "--help-all", "--debug", "--offline", "--yes"}
+    for name in COMMANDS:
+        known = {flag.name: flag for kind in kinds(name) for flag in described(kind) if flag.name}
+        assert set(flags.get(name, {})) == set(known)
+        for flag, options in flags.get(name, {}).items():
+            assert options["-d"] == known[flag].text
+            assert options.get("-a", "").split() == list(known[flag].choices)
+            assert ("-r" in options or "-x" in options) == bool(known[flag].value)

@@ -31,7 +31,7 @@ from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
 from conceptax.methods.segmentation.metrics import confusion_matrix, semantic_quality
 from conceptax.methods.segmentation.set_losses import SetLossConfig
 from conceptax.methods.segmentation.usage import Usage, read_usage, write_usage
-from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
+from conceptax.methods.segmentation.vocabulary import TEMPLATES, Vocabulary, text_rows
 from conceptax.methods.subjects.images import image_files, read_image
 from conceptax.methods.training import RULES, make_mesh
 from conceptax.reporting.models import load_open_clip_model
@@ -383,6 +383,32 @@ def test_train(trained, model, data, tmp_path, torch):
     content = torch.load(file, weights_only=True)["model"]
     assert content["criterion.empty_weight"].shape == (4,)
     evaluate(file, data, tmp_path / "e")
+    # What the file does not tell stands beside it.
+    assert read_usage(file) == Usage(Vocabulary.parse(WORDS), (), TEMPLATES, 128, 128)
+
+
+def test_train_from_a_model_with_a_world_of_its_own(own, data, tmp_path, capsys, monkeypatch):
+    """Its sentences go on, and the result runs without being told anything."""
+    seen = []
+
+    def rows(clip, tokenizer, vocabulary, **options):
+        seen.append(options["templates"])
+        return text_rows(clip, tokenizer, vocabulary, **options)
+
+    monkeypatch.setattr("conceptax.cli.segment_train.text_rows", rows)
+    folder = tmp_path / "mine"
+    places = ["--model", str(own), "--data", str(data), "--output", str(folder)]
+    assert main(["segment", "train", *places, "--vocabulary", WORDS, *TRAINED]) == 0
+    assert seen == [("a {}",)]
+    assert f"next: conceptax segment run --model {folder} IMAGES" in capsys.readouterr().out
+    sizes = {"short_side": 128, "long_side": 128}  # as trained
+    assert read_usage(folder) == dataclasses.replace(read_usage(own), **sizes)
+    images = str(data / "images")
+    assert (
+        main(["segment", "run", images, "--model", str(folder), "--output", str(tmp_path / "r")])
+        == 0
+    )
+    assert capsys.readouterr().out.count("; void") == 3
 
 
 @pytest.mark.slow

@@ -164,8 +164,15 @@ def test_a_new_models_positions_are_diffusers(torch):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd3_medium", "sd3_5_medium", "sd3_5_large"])
-def test_published_sizes_have_diffusers_keys_and_shapes(name, torch):
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sd3_medium", 2_028_328_000),
+        ("sd3_5_medium", 2_243_171_520),
+        ("sd3_5_large", 8_056_627_520),
+    ],
+)
+def test_published_sizes_have_diffusers_keys_and_shapes(name, parameters, torch):
     import diffusers
 
     config, rngs = getattr(SD3Transformer2DConfig, name)(), OneKey()
@@ -176,6 +183,8 @@ def test_published_sizes_have_diffusers_keys_and_shapes(name, torch):
     expected = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
     expected["pos_embed.pos_embed"] = (1, config.pos_embed_max_size**2, config.features)
     assert {spec.key: spec.shape for spec in tensor_specs(ours)} == expected
+    del expected["pos_embed.pos_embed"]
+    assert sum(int(np.prod(shape)) for shape in expected.values()) == parameters
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ RUNS = {
     "converters/test_hostile_checkpoints.py": ("converters.errors",),
     "converters/test_pytorch.py": (
         "converters.components",
-        "converters.files",
         "converters.formats",
     ),
     "flax_models/test_metric_models.py": (

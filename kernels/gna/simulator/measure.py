@@ -50,7 +50,8 @@ def take_turns(
     Args:
       contenders: functions without arguments by name; a result of jax arrays is waited for.
       rounds: how many rounds.
-      seconds: about how long a function is called in a round, at least once.
+      seconds: about how long a function is called in a round, at least once; 0 takes no time to
+        find out how often that is.
 
     Raises:
       ValueError: for less than one round.
@@ -60,7 +61,8 @@ def take_turns(
     first, calls, times = {}, {}, {name: [] for name in contenders}
     for name, call in contenders.items():
         first[name] = _seconds(call, 1)
-        calls[name] = max(1, round(seconds / max(_seconds(call, 1), 1e-9)))
+        often = round(seconds / max(_seconds(call, 1), 1e-9)) if seconds else 1
+        calls[name] = max(1, often)
     for _ in range(rounds):
         for name, call in contenders.items():
             times[name].append(_seconds(call, calls[name]))

@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import nnls
 
+from ..presets import TileClass, Tiles
 from ..problem import per_dimension
-
-Tiles = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +28,7 @@ class Gpu:
       mask: what masking adds to a tile's time, as a share.
       slots: blocks that a multiprocessor runs at a time; `step` is then that of one among them.
       tiles: (query tile, key tile) shapes by rank that kernels for head dimension 128 offer.
+      tile_class: of a preset's tiles.
     """
 
     processors: int
@@ -38,6 +38,7 @@ class Gpu:
     mask: float
     slots: int = 1
     tiles: Mapping[int, Sequence[Tiles]] = dataclasses.field(default_factory=dict, repr=False)
+    tile_class: TileClass = "hopper"
 
 
 HOPPER_TILES = {
@@ -51,12 +52,15 @@ BLACKWELL_TILES = {
     3: (((8, 4, 8), (4, 4, 8)), ((4, 8, 8), (2, 8, 8))),
 }
 # step, launch and mask are fitted to NATTEN's published times on H100 and B200, which they meet
-# within 9 % (docs/gna_simulator.md); an H200 computes as an H100 does. Bandwidths are nine tenths
-# of the data sheets' figures.
+# within 9 % (docs/gna_simulator.md); an H200 computes as an H100 does. An A100's step is assumed
+# for 200 TFLOP/s, all else to be as on an H100. Bandwidths are nine tenths of the data sheets'.
 GPUS = {
+    "a100": Gpu(108, 1.8e12, 4.53e-6, 3.0e-6, 0.57, tiles=HOPPER_TILES),
     "h100": Gpu(132, 3.0e12, 1.69e-6, 3.0e-6, 0.57, tiles=HOPPER_TILES),
     "h200": Gpu(132, 4.3e12, 1.69e-6, 3.0e-6, 0.57, tiles=HOPPER_TILES),
-    "b200": Gpu(148, 7.2e12, 0.96e-6, 6.9e-6, 0.51, tiles=BLACKWELL_TILES),
+    "b200": Gpu(
+        *(148, 7.2e12, 0.96e-6, 6.9e-6, 0.51), tiles=BLACKWELL_TILES, tile_class="blackwell"
+    ),
 }
 
 

@@ -41,6 +41,7 @@ class Choice:
       sparsity: share of the pairs that do not attend.
       flop_speedup: dense pairs over attending pairs, the bound.
       tile_speedup: dense tiles over visited tiles.
+      worst_tile_speedup: the same of the query tile that visits most.
       speedup: the same with the time that masks take counted in.
       block_sparse: whether no tile needs a mask.
     """
@@ -52,6 +53,7 @@ class Choice:
     sparsity: float
     flop_speedup: float
     tile_speedup: float
+    worst_tile_speedup: float
     speedup: float
     block_sparse: bool
 
@@ -65,6 +67,7 @@ class Table:
     pairs: Int[np.ndarray, " rows"]
     visited: Int[np.ndarray, " rows"]
     free: Int[np.ndarray, " rows"]
+    most: Int[np.ndarray, " rows"]  # visited by one query tile
 
     def take(self, rows: Int[np.ndarray, " taken"] | Bool[np.ndarray, " rows"]) -> "Table":
         """Some of the rows."""
@@ -175,7 +178,7 @@ def tabulate(
         strides = np.union1d(1, np.arange(query_tile, sizes.max() + 1, query_tile))
     row, column = np.nonzero(strides <= sizes[:, None])
     kernel_size, stride = sizes[row], strides[column]
-    pairs, visited, free = np.zeros((3, len(row)), int)
+    pairs, visited, free, most = np.zeros((4, len(row)), int)
     for length, groups in Counter(window.group_lengths()).items():
         tiles, queries = np.arange(-(-length // query_tile)), np.arange(length)
         for some in _chunks(len(row), length if window.is_causal else len(tiles)):
@@ -183,14 +186,16 @@ def tabulate(
             found = tile_visits(
                 tiles, length, sizes_, strides_, window.is_causal, query_tile, key_tile
             )
-            visited[some] += groups * (found.last - found.first).sum(axis=1)
+            visits = found.last - found.first
+            visited[some] += groups * visits.sum(axis=1)
+            most[some] = np.maximum(most[some], visits.max(axis=1))
             free[some] += groups * (found.free_last - found.free_first).sum(axis=1)
             if window.is_causal:
                 start, end = bounds(queries, length, sizes_, strides_, True)
                 pairs[some] += groups * (end - start).sum(axis=1)
             else:
                 pairs[some] += groups * length * kernel_size[some]
-    return Table(kernel_size, stride, pairs, visited, free)
+    return Table(kernel_size, stride, pairs, visited, free, most)
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -255,7 +260,8 @@ def _best(
             rows = np.concatenate([front, rows], axis=1)
             front = rows[:, _pareto(*values(rows))]
     picked = [table.take(row) for table, row in zip(tables, front, strict=True)]
-    visited, free, pairs = (counts(name, front) for name in ("visited", "free", "pairs"))
+    names = ("visited", "free", "pairs", "most")
+    visited, free, pairs, most = (counts(name, front) for name in names)
     return [
         Choice(
             kernel_size=tuple(int(table.kernel_size[n]) for table in picked),
@@ -265,6 +271,7 @@ def _best(
             sparsity=1 - int(pairs[n]) / tokens**2,
             flop_speedup=tokens**2 / int(pairs[n]),
             tile_speedup=dense / int(visited[n]),
+            worst_tile_speedup=-(-tokens // key_size) / int(most[n]),
             speedup=float(speedup),
             block_sparse=bool(visited[n] == free[n]),
         )

@@ -85,8 +85,34 @@ class Simulation:
 
     @property
     def tile_speedup(self) -> float:
-        """What whole tiles leave of it: dense tiles over visited tiles."""
+        """What whole tiles leave of it, on average: dense tiles over visited tiles."""
         return self.dense_tiles / self.visited_tiles
+
+    @property
+    def mean_visits(self) -> float:
+        """Key tiles that a query tile of the layout visits: the mean of those that hold tokens."""
+        visits = self.visited_per_tile[self.visited_per_tile > 0]
+        return float(visits.mean()) + self._additional_tiles
+
+    @property
+    def worst_visits(self) -> int:
+        """The same of the query tile that visits most."""
+        return int(self.visited_per_tile.max()) + self._additional_tiles
+
+    @property
+    def all_visits(self) -> int:
+        """Key tiles that a query tile of dense attention visits."""
+        tokens = math.prod(window.length for window in self.windows)
+        return -(-(tokens + self.additional) // math.prod(self.key_tile))
+
+    @property
+    def worst_tile_speedup(self) -> float:
+        """The tile-aware speed-up of the query tile that visits most, as NATTENSim counts it."""
+        return self.all_visits / self.worst_visits
+
+    @property
+    def _additional_tiles(self) -> int:
+        return -(-self.additional // math.prod(self.key_tile))
 
     @property
     def bound_share(self) -> float:

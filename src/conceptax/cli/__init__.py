@@ -1,19 +1,20 @@
 """The `conceptax` command: one module per subcommand, imported only when it is asked for."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import conceptax
 from conceptax.interrupts import Stopper, arm
 
 from .commands import COMMANDS, load, meant, named
-from .failures import in_flags, readable, sentence
-from .processes import join_processes
+from .failures import in_flags, readable, sentence, unboxed
+from .processes import join_processes, leave_processes
 from .streams import prepare_streams, print_error, reader_left, silence
 
 _OVERVIEW = """\
@@ -61,7 +62,7 @@ def _answer(
 ) -> int:
     """Run what the arguments ask for and turn whatever goes wrong into a status and a sentence."""
     prepare_streams()
-    flags: dict[tuple[str, ...], str] = {}  # of the command, once it is known
+    flags: list[str] = []  # of the command, once it is known
     try:
         status = _command(name, arguments, flags)
         sys.stdout.flush()
@@ -80,13 +81,14 @@ def _answer(
             return _READER_LEFT
         if stopper is not None and stopper.stopping:
             return 1  # in vain: a signal is ending the process
+        leave_processes()
         if debug:
             raise
-        print_error(f"{label}: error: {sentence(error, flags.values(), arguments)}")
+        print_error(f"{label}: error: {sentence(error, flags, arguments)}")
         return 1
 
 
-def _command(name: str | None, arguments: Sequence[str], flags: dict[tuple[str, ...], str]) -> int:
+def _command(name: str | None, arguments: Sequence[str], flags: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"conceptax {conceptax.__version__}")
         return 0
@@ -96,29 +98,34 @@ def _command(name: str | None, arguments: Sequence[str], flags: dict[tuple[str, 
         return _run(name, arguments[len(name.split()) :], flags)
 
 
-def _run(name: str, arguments: Sequence[str], known: dict[tuple[str, ...], str]) -> int:
+def _run(name: str, arguments: Sequence[str], names: list[str]) -> int:
     import tyro
 
-    from .describe import correction, help_text
-    from .options import check_numbers, check_paths, fetched, flags
+    from .describe import correction, described, help_text, lacking
+    from .options import check_numbers, check_paths, fetched
 
     module, kind = load(name, arguments)
-    known |= flags(kind)
+    flags = described(kind)
+    names += [flag.name for flag in flags if flag.name]
     if asked := {"-h", "--help", "--help-all"} & set(arguments):
         print(help_text(name, kind, everything="--help-all" in asked))
         return 0
+    check_paths(kind, arguments)
     if wrong := correction(name, kind, arguments, getattr(module, "types", dict)()):
         return _wrong(name, wrong)
-    check_paths(kind, arguments)
+    options: Any = {"args": arguments, "config": (tyro.conf.FlagCreatePairsOff,)}
+    said = io.StringIO()
     try:
-        options: Any = {"args": arguments, "config": (tyro.conf.FlagCreatePairsOff,)}
-        command = tyro.cli(kind, prog=f"conceptax {name}", **options)
-    except SystemExit as stop:  # the command line was wrong
-        return int(stop.code or 0)
+        with contextlib.redirect_stderr(said):
+            command = tyro.cli(kind, prog=f"conceptax {name}", **options)
+    except SystemExit:  # the command line was wrong
+        ask = f"`conceptax {name} --help-all` lists what it takes."
+        return _wrong(name, lacking(name, kind, arguments) or f"{unboxed(said.getvalue())}; {ask}")
+    sys.stderr.write(said.getvalue())
     join_processes()
     arm()  # jax takes SIGTERM where there are several processes
-    check_numbers(command, known)
-    module.run(fetched(command) if known else command)
+    check_numbers(command, flags)
+    module.run(fetched(command))
     return 0
 
 
@@ -158,7 +165,7 @@ def _wrong(name: str, sentence: str) -> int:
 
 
 @contextlib.contextmanager
-def _quiet(flags: Mapping[Any, str]) -> Iterator[None]:
+def _quiet(flags: Collection[str]) -> Iterator[None]:
     """Libraries keep their advice, and warnings take one line each.
 
     What XLA compiles is kept for the next run, unless `JAX_COMPILATION_CACHE_DIR` says otherwise.
@@ -170,7 +177,7 @@ def _quiet(flags: Mapping[Any, str]) -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def show(message: Any, *_: Any) -> None:
-        print_error(f"conceptax: warning: {readable(in_flags(str(message), flags.values()))}")
+        print_error(f"conceptax: warning: {readable(in_flags(str(message), flags))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

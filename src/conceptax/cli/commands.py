@@ -192,11 +192,14 @@ COMMANDS = {
     "gna simulate": Declared(
         "predict what a neighborhood attention saves, without a GPU",
         (
-            "conceptax gna simulate --layout 64 64 --window 17 17",
+            "conceptax gna simulate --model flux-4k --gpu b200",
             "conceptax gna simulate --layout 30 48 80 --window 18 24 24 --stride 16 8 8",
             "conceptax gna simulate --layout 128 128 --window 33 33 --gpu b200",
         ),
-        ("--layout", "--window", "--stride", "--dilation", "--causal", "--gpu", "--head-dim"),
+        (
+            *("--model", "--attention", "--layout", "--window", "--stride", "--gpu"),
+            *("--dense-steps", "--heads", "--head-dim", "--output", "--force"),
+        ),
     ),
     "gna search": Declared(
         "find the windows and strides that save most, and draw them",

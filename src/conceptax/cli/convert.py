@@ -97,13 +97,13 @@ def _check(command: Command) -> None:
 
 def _read(command: Command) -> Any:
     """The source, with what is added to it."""
-    from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+    from conceptax.flax_models.pipelines.pipeline import Pipeline
     from conceptax.reporting.models import with_additions
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
     options = {k: v for k, v in options.items() if v is not None}
     model = _mapped(command.source, command.dtype, **options)
-    if command.add and not isinstance(model, StableDiffusionPipeline):
+    if command.add and not isinstance(model, Pipeline):
         raise ValueError(
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
             "model_index.json."
@@ -128,9 +128,9 @@ def _mapped(source: Path, dtype: str | None, **options: Any) -> Any:
 
 def _alone(command: Command, model: Any) -> Any:
     """The one model of a single file without a tokenizer, which is a component and no pipeline."""
-    from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+    from conceptax.flax_models.pipelines.pipeline import Pipeline
 
-    if not isinstance(model, StableDiffusionPipeline) or command.source.expanduser().is_dir():
+    if not isinstance(model, Pipeline) or command.source.expanduser().is_dir():
         return model
     parts = [getattr(model, name) for name in (*model.MODELS, *model.TOKENIZERS)]
     parts = [part for part in parts if part is not None]
@@ -162,9 +162,9 @@ def _folder(command: Command, model: Any, folder: Path) -> Any:
 def _file(command: Command, model: Any, file: Path) -> Any:
     from conceptax.converters import save_changes, save_lora, save_single_file
     from conceptax.converters.errors import listing
-    from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+    from conceptax.flax_models.pipelines.pipeline import Pipeline
 
-    whole = isinstance(model, StableDiffusionPipeline)
+    whole = isinstance(model, Pipeline)
     if command.form == "single":
         if not whole:
             raise ValueError(f"{command.source} is one component; --form single takes a pipeline.")

@@ -46,8 +46,8 @@ class Command:
     Attributes:
       output: the folder to write.
       images: images per figure, before and after each.
-      steps: denoising steps per image.
-      guidance: strength of the prompt.
+      steps: denoising steps per image; half of what `conceptax sample` takes, to save time.
+      guidance: strength of the prompt; `conceptax sample` takes 7.5.
       seed: of erasing, prompts and noise.
       model: a model built by `conceptax glyphs train`.
       force: replace an earlier demo.

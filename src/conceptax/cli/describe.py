@@ -7,12 +7,11 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from conceptax.cli.commands import COMMANDS, meant
-from conceptax.cli.options import annotated_fields
 
 _WIDTH = 88
 
@@ -24,23 +23,33 @@ class Flag:
     Attributes:
       name: as it is written, such as "--no-flip"; of what stands without a flag, "".
       value: what it takes, such as "PATH"; "" of a switch.
+      kinds: of its values, as their types are, such as ("INT", "INT").
+      several: whether any number of these may follow.
       text: what it does.
       stands: for it where it is not given, in words; "" where it must be given.
       choices: the values it takes, if they are listed.
-      group: whose setting it is: "" of the command's own flags, "settings" of the chosen method's.
+      path: names of the fields that lead to what it sets; the first of several is whose setting it
+        is: "settings" of the chosen method's.
     """
 
     name: str
     value: str
+    kinds: tuple[str, ...]
+    several: bool
     text: str
     stands: str
-    choices: tuple[str, ...] = ()
-    group: str = ""
+    choices: tuple[str, ...]
+    path: tuple[str, ...]
 
     @property
     def spelled(self) -> str:
         """The flag with its value."""
         return f"{self.name} {self.value}".strip()
+
+    @property
+    def group(self) -> str:
+        """Whose setting it is; "" of the command's own flags."""
+        return self.path[0] if len(self.path) > 1 else ""
 
 
 def described(kind: Any) -> list[Flag]:
@@ -49,10 +58,24 @@ def described(kind: Any) -> list[Flag]:
     Args:
       kind: its dataclass.
     """
-    return list(_described(kind, "--", "", dataclasses.MISSING))
+    return list(_described(kind, "--", (), dataclasses.MISSING))
 
 
-def _described(kind: Any, prefix: str, group: str, defaults: Any) -> Iterator[Flag]:
+def annotated_fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Sequence[Any]]]:
+    """The settable fields of a dataclass: each, its plain type, what else its annotation says."""
+    plain = get_origin(kind) or kind
+    bound = dict(zip(getattr(plain, "__parameters__", ()), get_args(kind), strict=False))
+    hints = get_type_hints(plain, include_extras=True)
+    for field in dataclasses.fields(plain):
+        if not field.init:
+            continue
+        hint, extras = hints[field.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *extras = get_args(hint)
+        yield field, bound.get(hint, hint), extras
+
+
+def _described(kind: Any, prefix: str, above: tuple[str, ...], defaults: Any) -> Iterator[Flag]:
     plain = get_origin(kind) or kind
     texts = _texts(plain)
     for field, hint, extras in annotated_fields(kind):
@@ -61,31 +84,31 @@ def _described(kind: Any, prefix: str, group: str, defaults: Any) -> Iterator[Fl
             default = field.default_factory()
         if defaults is not dataclasses.MISSING:
             default = getattr(defaults, field.name)
-        name = field.name.replace("_", "-")
+        name, path = field.name.replace("_", "-"), (*above, field.name)
         if dataclasses.is_dataclass(get_origin(hint) or hint):
             nameless = any(getattr(extra, "name", None) == "" for extra in extras)
             inner = prefix if nameless else f"{prefix}{name}."
-            yield from _described(hint, inner, group or field.name, default)
+            yield from _described(hint, inner, path, default)
             continue
         shown = next((each for each in extras if hasattr(each, "metavar")), None)
         text = (shown and shown.help) or texts.get(field.name, "")
+        if hint is bool:
+            name, text = (f"no-{name}", f"not: {text}") if default is True else (name, text)
+            yield Flag(f"{prefix}{name}", "", (), False, text, "off", (), path)
+            continue
         choices, value = _value(hint)
-        value = (shown and shown.metavar) or value
         if tyro.conf.UseAppendAction in extras:
             value = value.removesuffix(" ...")
+        several, kinds = value.endswith(" ..."), tuple(value.removesuffix(" ...").split())
+        value = (shown and shown.metavar) or value
         positional = tyro.conf.Positional in extras
         if positional:
-            value = field.name.upper() + (" ..." if value.endswith("...") else "")
-        if hint is bool:
-            value, off = "", default is True
-            name = f"no-{name}" if off else name
-            yield Flag(f"{prefix}{name}", "", f"not: {text}" if off else text, "off", (), group)
-            continue
+            value = f"{field.name.upper()}{' ...' if several else ''}"
         stands = "" if default is dataclasses.MISSING else _told(default)
         if shown is not None and shown.help_behavior_hint:
             stands = str(shown.help_behavior_hint).strip("()").removeprefix("default: ")
         name = "" if positional else f"{prefix}{name}"
-        yield Flag(name, value, text, stands, choices, group)
+        yield Flag(name, value, kinds, several, text, stands, choices, path)
 
 
 def _texts(kind: type) -> Mapping[str, str]:
@@ -194,11 +217,16 @@ def _table(flags: Sequence[Flag]) -> list[str]:
 
 # ---- corrections ----
 
+_NUMBERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "INT": (int, "a whole number"),
+    "FLOAT": (float, "a number"),
+}
+
 
 def correction(name: str, kind: Any, arguments: Sequence[str], others: Mapping[str, Any]) -> str:
-    """What is wrong with the flags of a call, in a sentence; "" where nothing is.
+    """What is wrong with the words of a call, in a sentence; "" where nothing is.
 
-    A flag that the command does not have, or one that takes another value.
+    A flag that the command does not have, a value that one does not take, a word too many.
 
     Args:
       name: of the command.
@@ -206,39 +234,78 @@ def correction(name: str, kind: Any, arguments: Sequence[str], others: Mapping[s
       arguments: what was given behind the name.
       others: dataclasses of the same command for other methods, by the method's name.
     """
-    known = {each.name: each for each in described(kind) if each.name}
-    for argument, following in itertools.pairwise((*arguments, "--")):
-        flag, joined, value = argument.partition("=")
-        flag = flag.replace("_", "-")
-        if argument == "--" or not flag.startswith("--"):
-            continue
-        if flag in known:
-            if wrong := _unfit(known[flag], value if joined else following):
+    flags = described(kind)
+    ask = f"`conceptax {name} --help-all` lists"
+    for word, flag, values in _said(flags, arguments):
+        if flag is not None:
+            if wrong := _unfit(flag, values):
                 return wrong
-            continue
-        having = [other for other, each in others.items() if flag in _names(each)]
-        if having:
-            return f"{flag} is a setting of {listed(having)}, not of the method that was chosen."
-        return f"there is no {flag}{meant(flag, known)}; `conceptax {name} --help-all` lists them."
+        elif not word.startswith("--"):
+            return f"there is no place for {word!r}; {ask} what it takes."
+        elif having := [other for other, each in others.items() if word in _names(each)]:
+            return f"{word} is a setting of {listed(having)}, not of the method that was chosen."
+        else:
+            return f"there is no {word}{meant(word, (each.name for each in flags))}; {ask} them."
     return ""
 
 
-def _unfit(flag: Flag, value: str) -> str:
-    """What is wrong with the first value of a flag, if something is."""
-    if not flag.value:
+def lacking(name: str, kind: Any, arguments: Sequence[str]) -> str:
+    """What a call needs and does not have, in a sentence; "" where nothing is.
+
+    Args:
+      name, kind, arguments: as for `correction`.
+    """
+    flags = described(kind)
+    given = [flag for _, flag, _ in _said(flags, arguments)]
+    absent = [flag.spelled for flag in flags if not flag.stands and flag not in given]
+    if not absent:
         return ""
-    kinds: dict[str, Callable[[str], Any]] = {"INT": int, "FLOAT": float}
-    if value.startswith("--") and "..." not in flag.value:
-        return f"{flag.name} takes a value: {flag.value}."
-    if flag.choices and " " not in flag.value and value not in flag.choices:
-        near = meant(value, flag.choices)
-        return f"{flag.name} takes {', '.join(flag.choices)}; received {value!r}{near}."
-    if flag.value in kinds and value != "None":
-        try:
-            kinds[flag.value](value)
-        except ValueError:
-            number = "a whole number" if flag.value == "INT" else "a number"
-            return f"{flag.name} takes {number}, received {value!r}."
+    are = "is" if len(absent) == 1 else "are"
+    return f"{listed(absent)} {are} missing; `conceptax {name} --help` shows examples."
+
+
+def _said(
+    flags: Sequence[Flag], arguments: Sequence[str]
+) -> Iterator[tuple[str, Flag | None, Sequence[str]]]:
+    """The flags that arguments name, or fill without a name: the word, the flag, its values."""
+    known = {flag.name: flag for flag in flags if flag.name}
+    places = [flag for flag in flags if not flag.name]
+    words = list(arguments)
+    while words and words[0] != "--":  # behind which nothing is a flag
+        word, joined, value = words[0].partition("=")
+        if word.startswith("--"):
+            word = word.replace("_", "-")
+            flag, words = known.get(word), words[1:]
+        else:
+            word, joined, value = words[0], True, words[0]
+            flag, words = places[0] if places else None, words[1:]
+        several = flag is not None and flag.several
+        end = next((n for n, each in enumerate(words) if each.startswith("--")), len(words))
+        first = [value] if joined else []
+        count = end if several else min(end, max(len(flag.kinds if flag else ()) - len(first), 0))
+        if not word.startswith("--") and not several:
+            places = places[1:]
+        yield word, flag, [*first, *words[:count]]
+        words = words[count:]
+
+
+def _unfit(flag: Flag, values: Sequence[str]) -> str:
+    """What is wrong with the values of a flag, if something is."""
+    name, kinds = flag.name or flag.value, flag.kinds
+    if len(values) < len(kinds) and not flag.several:
+        return f"{name} takes {'a value' if len(kinds) == 1 else 'values'}: {flag.value}."
+    if values and not kinds:
+        return f"{name} is a switch and takes no value; received {values[0]!r}."
+    for value, kind in zip(values, itertools.cycle(kinds), strict=False):
+        if flag.choices and len(kinds) == 1 and value not in flag.choices:
+            near = meant(value, flag.choices)
+            return f"{name} takes {', '.join(flag.choices)}; received {value!r}{near}."
+        if kind in _NUMBERS and value != "None":
+            number, told = _NUMBERS[kind]
+            try:
+                number(value)
+            except ValueError:
+                return f"{name} takes {told}, received {value!r}."
     return ""
 
 

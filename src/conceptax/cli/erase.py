@@ -24,7 +24,7 @@ from conceptax.converters.files.output import CHECKPOINT_FILES
 from conceptax.methods.erasing import METHODS, Method
 from conceptax.methods.text.phrases import read_phrases, retained_phrases
 from conceptax.reporting.erasing import RECORD, Export, describe_near, erase_into
-from conceptax.reporting.models import load_pipeline
+from conceptax.reporting.models import Recompute, load_pipeline
 
 Config = TypeVar("Config")
 
@@ -54,6 +54,8 @@ class Command(Generic[Config]):
       seed: of everything random in the run.
       checkpoint_every: save after every n-th cycle, and when interrupted; 0 keeps none.
       dtype: computation dtype; parameters keep the dtype they are stored in.
+      remat: recompute activations in the backward pass, which takes a third longer and far less
+        memory; auto does so where the UNet has more than 100 million parameters.
       force: replace an earlier checkpoint at the output.
       settings: of the method.
     """
@@ -69,6 +71,7 @@ class Command(Generic[Config]):
     checkpoint_every: int = 100
     mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Recompute = "auto"
     force: bool = False
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
@@ -96,7 +99,7 @@ def run(command: Command[Any]) -> None:
     ):
         source = command.model or conceptax.bundled_model()
         print_stage(f"loading {command.model or 'the bundled model'}")
-        pipeline = load_pipeline(source, command.dtype, "erasing")
+        pipeline = load_pipeline(source, command.dtype, "erasing", remat=command.remat)
         began = time.perf_counter()
         retained = retained_phrases(pipeline, concepts, settings, retain)
         print(describe_near(retained, settings.similarity_cap), end="")

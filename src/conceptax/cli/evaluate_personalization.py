@@ -53,8 +53,8 @@ class Command:
       blip2: a folder of Blip2ForImageTextRetrieval.
       output: the folder to write.
       count: images per prompt, with --model.
-      steps: denoising steps per image.
-      guidance: strength of the prompt.
+      steps: denoising steps per image; `conceptax sample` takes 50.
+      guidance: strength of the prompt; `conceptax sample` takes 7.5.
       eta: DDIM's fresh noise, 0 to 1.
       seed: of the noise.
       batch_size: images drawn at a time.

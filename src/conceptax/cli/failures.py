@@ -46,6 +46,14 @@ def readable(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
 
 
+def unboxed(text: str) -> str:
+    """What the parser of arguments says in a box under a title, on one line."""
+    plain = re.sub(r"\x1b\[[\d;]*m|[│|]", " ", text)
+    parts = [part for part in re.split(r"[─╭╮╰╯]{2,}|-{9,}", plain) if part.strip()]
+    said = readable(parts[min(1, len(parts) - 1)] if parts else "the call is wrong")
+    return said.removeprefix("Error parsing ").rstrip(".")
+
+
 def in_flags(message: str, flags: Collection[str], arguments: Sequence[str] = ()) -> str:
     """A message that names arguments in Python, with the flags of a command in their place.
 
@@ -74,6 +82,8 @@ def in_flags(message: str, flags: Collection[str], arguments: Sequence[str] = ()
         return next((alone[other] for other in _ALIASES.get(name, ()) if other in alone), None)
 
     def assigned(match: re.Match[str]) -> str:
+        if match[1] is None:  # what was received or may be typed, word for word
+            return match[0]
         name, value = match[1], match[2].strip("'")
         if flag := flag_of(name):
             return f"{flag}{'=' if value == 'None' or value[:1] == '(' else ' '}{value}".strip()
@@ -90,7 +100,9 @@ def in_flags(message: str, flags: Collection[str], arguments: Sequence[str] = ()
     if " of memory, and " in message:
         message = re.sub(rf"(?<![-\w])({_SIZES})\b", named, message)
     message = re.sub(r"\s*Pass (components|architecture)=[^.]*\.", "", message)
-    message = re.sub(r"(?<![\w./-])([a-z]\w*)=((?:[^\s,;]*[^\s,;:.])?)", assigned, message)
+    quoted = r"(?<![\w=])'[^']*'"
+    assignment = r"(?<![\w./-])([a-z]\w*)=((?:[^\s,;]*[^\s,;:.])?)"
+    message = re.sub(f"{quoted}|{assignment}", assigned, message)
     message = re.sub(r"(?<![\w./'\"=-])[a-z]+(_[a-z0-9]+)+(?![\w./'\"=-])", named, message)
     return re.sub(r"^[a-z]+(?= (must|accepts|is an?)\b)", named, message)
 

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args
 
 import tyro
+
+from conceptax.cli.describe import Flag, annotated_fields
 
 
 def shown(metavar: str, hint: str = "(optional)", help: str | None = None) -> Any:
@@ -22,6 +24,7 @@ OptionalModel = Annotated[Path | None, shown("PATH"), HUB]
 Additions = Annotated[tyro.conf.UseAppendAction[tuple[Path, ...]], HUB]
 OptionalPath = Annotated[Path | None, shown("PATH")]
 OptionalInt = Annotated[int | None, shown("INT")]
+OptionalText = Annotated[str | None, shown("TEXT")]
 OptionalFloat = Annotated[float | None, shown("FLOAT")]
 CheckpointDir = Annotated[
     Path | None,
@@ -54,41 +57,15 @@ def concepts_in(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(concepts))
 
 
-def annotated_fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Sequence[Any]]]:
-    """The settable fields of a dataclass: each, its plain type, what else its annotation says."""
-    plain = get_origin(kind) or kind
-    bound = dict(zip(getattr(plain, "__parameters__", ()), get_args(kind), strict=False))
-    hints = get_type_hints(plain, include_extras=True)
-    for field in dataclasses.fields(plain):
-        if not field.init:
-            continue
-        hint, extras = hints[field.name], ()
-        if get_origin(hint) is Annotated:
-            hint, *extras = get_args(hint)
-        yield field, bound.get(hint, hint), extras
-
-
-def flags(kind: Any, prefix: str = "--") -> dict[tuple[str, ...], str]:
-    """The flags of a command: path of a setting in its dataclass -> how it is written."""
-    found: dict[tuple[str, ...], str] = {}
-    for field, hint, extras in annotated_fields(kind):
-        name = field.name.replace("_", "-")
-        if dataclasses.is_dataclass(get_origin(hint) or hint):
-            nameless = any(getattr(extra, "name", None) == "" for extra in extras)
-            inner = flags(hint, prefix if nameless else f"{prefix}{name}.")
-            found |= {(field.name, *path): flag for path, flag in inner.items()}
-        elif tyro.conf.Positional not in extras:
-            no = "no-" if hint is bool and field.default is True else ""
-            found[(field.name,)] = f"{prefix}{no}{name}"
-    return found
-
-
 def fetched(command: Any) -> Any:
     """The command with ids of the Hub in flags marked `HUB` replaced by where these models lie.
 
     Raises:
       CheckpointError: one cannot be had.
     """
+    names = [field.name for field, _, extras in annotated_fields(type(command)) if HUB in extras]
+    if not names:
+        return command
     from conceptax.converters.hub import hub_id, local
 
     def place(value: Any) -> Any:
@@ -96,14 +73,13 @@ def fetched(command: Any) -> Any:
             return tuple(map(place, value))
         return local(value) if isinstance(value, Path) and hub_id(value) else value
 
-    names = [field.name for field, _, extras in annotated_fields(type(command)) if HUB in extras]
     given = {name: getattr(command, name) for name in names}
     found = {name: place(value) for name, value in given.items()}
     return dataclasses.replace(command, **found) if found != given else command
 
 
-def check_numbers(command: Any, known: Mapping[tuple[str, ...], str]) -> None:
-    """Check every number among the settings of a command, whose `flags` are `known`.
+def check_numbers(command: Any, flags: Iterable[Flag]) -> None:
+    """Check every number among the settings of a command, as its `flags` describe them.
 
     Raises:
       SeedError: a seed is outside what random numbers are made from.
@@ -111,13 +87,13 @@ def check_numbers(command: Any, known: Mapping[tuple[str, ...], str]) -> None:
     """
     from conceptax.methods.seeds import check_seed
 
-    for path, flag in known.items():
-        value = functools.reduce(getattr, path, command)
-        if path[-1] == "seed":
-            check_seed(value, flag)
+    for flag in flags:
+        value = functools.reduce(getattr, flag.path, command)
+        if flag.path[-1] == "seed":
+            check_seed(value, flag.name)
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, float) and not math.isfinite(each):
-                raise ValueError(f"{flag} takes a finite number, received {each}.")
+                raise ValueError(f"{flag.name} takes a finite number, received {each}.")
 
 
 def check_paths(kind: Any, arguments: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from conceptax.methods.subjects.images import (
     read_concepts,
     read_images,
 )
-from conceptax.reporting.models import load_pipeline
+from conceptax.reporting.models import Recompute, load_pipeline
 from conceptax.reporting.personalizing import (
     RECORD,
     Export,
@@ -78,6 +78,8 @@ class Command(Generic[Config]):
       seed: of everything random in the run.
       checkpoint_every: save after every n-th step, and when interrupted; 0 keeps none.
       dtype: computation dtype; parameters keep the dtype they are stored in.
+      remat: recompute activations in the backward pass, which takes a third longer and far less
+        memory; auto does so where the UNet has more than 100 million parameters.
       force: replace an earlier result at the output.
       settings: of the method.
     """
@@ -100,6 +102,7 @@ class Command(Generic[Config]):
     checkpoint_every: int = 100
     mesh: Mesh = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Recompute = "auto"
     force: bool = False
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
@@ -130,7 +133,7 @@ def run(command: Command[Any]) -> None:
     ):
         source = command.model or conceptax.bundled_model()
         print_stage(f"loading {command.model or 'the bundled model'}")
-        pipeline = load_pipeline(source, command.dtype, "personalizing")
+        pipeline = load_pipeline(source, command.dtype, "personalizing", remat=command.remat)
         if folders:
             _complete(pipeline, folders, command.class_count or 0, command.seed)
             subjects = _subjects(command)

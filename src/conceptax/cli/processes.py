@@ -37,6 +37,14 @@ def join_processes() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def leave_processes() -> None:
+    """Have the other processes of the run, if there are any, not wait for this failed one."""
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        from conceptax.methods.training.processes import leave
+
+        leave()
+
+
 def launched(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize`, or None where this is the only process."""
     for names in _LAUNCHERS:

@@ -57,6 +57,19 @@ def new_file(command: Any, path: Path | None = None) -> AbstractContextManager[P
     return atomic_file(path, force=command.force, sources=_sources_of(command))
 
 
+def new_json(command: Any) -> AbstractContextManager[Path | None]:
+    """The .json file that a command writes if it has an `output`, as `new_file`; None if not.
+
+    Raises:
+      ValueError: the output is another kind of file.
+    """
+    if command.output is None:
+        return contextlib.nullcontext()
+    if command.output.suffix.lower() != ".json":
+        raise ValueError(f"--output takes a .json file, received {command.output}.")
+    return new_file(command)
+
+
 def settings_of(command: Any, *left_out: str) -> dict[str, Any]:
     """A command's flags as a record keeps them, in plain values, but for some."""
     values = dataclasses.asdict(command)

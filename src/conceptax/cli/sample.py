@@ -11,9 +11,11 @@ import tyro
 from conceptax.cli.options import (
     Additions,
     Model,
+    OptionalFloat,
     OptionalInt,
     OptionalModel,
     OptionalPath,
+    OptionalText,
     shown,
 )
 from conceptax.reporting.videos import SUFFIXES, encoder, save_video
@@ -31,15 +33,22 @@ class Command:
       prompts: a file of more, one a line; blank lines and those that start with # are skipped.
       output: a .png file (several images become one sheet), or a folder for one file per image. Of
         videos a .gif or .mp4 file for one, or a folder with both files of each.
-      model: a folder of Stable Diffusion 1, 2 or XL.
+      model: a folder of Stable Diffusion 1, 2, XL or 3, of FLUX.1, or of FLUX.2 klein.
       add: a part to draw with, a file or folder: what `conceptax erase` and `conceptax personalize`
         write with --export, a LoRA, an embedding of new tokens; repeat for several.
       add_scale: how much of each LoRA in --add.
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
-      steps: denoising steps per image.
-      guidance: strength of the prompt; 1 is none and takes half the time.
-      sampler: by default what the model's scheduler asks for; videos are drawn by DDIM.
+      steps: denoising steps per image, to which PNDM adds one; by default as the model was
+        published: 50 of Stable Diffusion 1, 2 and XL, 28 of 3 and of FLUX.1 dev, 4 of schnell and
+        of distilled klein.
+      guidance: strength of the prompt, by default 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3,
+        3.5 for FLUX.1 dev; 1 is none and takes half the time where the model did not learn it.
+      sampler: by default what the model's scheduler asks for; videos are drawn by DDIM. Models on a
+        flow have one of their own.
+      attention: of a transformer, neighborhood attention in place of the dense one: the name of a
+        preset, such as flux-4k, or windows of your own, "window=32x32 stride=8x8", in tokens.
+      dense_steps: how many steps are dense before; by default the preset's share of them.
       count: images per prompt.
       seed: of the noise; image n depends on the prompt, the seed and n alone.
       batch_size: images drawn at a time, by each device; videos are drawn one by one.
@@ -54,6 +63,8 @@ class Command:
       betas: the noise schedule that the adapter was trained on: linear, as AnimateDiff's are, or
         the model's own.
       dtype: computation dtype.
+      stream: bring the blocks of a transformer and of its text encoders from their files as they
+        run, for models larger than memory; the model is a folder of FLUX.1, FLUX.2 klein or SD 3.
       force: replace an earlier result.
     """
 
@@ -64,11 +75,13 @@ class Command:
     add: Additions = ()
     add_scale: float = 1.0
     negative_prompt: str = ""
-    steps: int = 50
-    guidance: float = 7.5
-    sampler: Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm"] | None = (
-        None
-    )
+    steps: OptionalInt = None
+    guidance: OptionalFloat = None
+    sampler: (
+        Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
+    ) = None
+    attention: OptionalText = None
+    dense_steps: OptionalInt = None
     count: int = 1
     seed: int = 0
     batch_size: int = 8
@@ -81,6 +94,7 @@ class Command:
     fps: int = 8
     betas: Literal["linear", "model"] = "linear"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    stream: bool = False
     force: bool = False
 
 
@@ -173,6 +187,7 @@ def _check_output(command: Command, output: Path, count: int) -> None:
         "--sampler": command.sampler not in (None, "ddim"),
         "--devices": command.devices is not None,
         "--vae-tiling": command.vae_tiling,
+        "--attention": command.attention is not None,
         "--batch-size": command.batch_size != Command.batch_size,
     }
     if given := ", ".join(option for option, is_given in unfit.items() if is_given):
@@ -198,7 +213,7 @@ def _draw(command: Command, prompts: list[str]) -> Any:
 
     source = command.model or conceptax.bundled_model()
     print_stage(f"loading {command.model or 'the bundled model'}")
-    pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype))
+    pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype), stream=command.stream)
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(
             f"{command.model} is no pipeline: sampling needs all its components. Name the model "
@@ -206,10 +221,11 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         )
     require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
     pipeline = with_additions(pipeline, command.add, command.add_scale)
+    steps, guidance = pipeline.defaults
     options: dict[str, Any] = {
         "seed": command.seed,
-        "num_inference_steps": command.steps,
-        "guidance_scale": command.guidance,
+        "num_inference_steps": steps if command.steps is None else command.steps,
+        "guidance_scale": guidance if command.guidance is None else command.guidance,
         "negative_prompt": command.negative_prompt or None,
         "height": command.height,
         "width": command.width,
@@ -217,24 +233,37 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         "on_progress": counting("images" if command.motion_adapter is None else "videos"),
     }
     if command.motion_adapter is None:
-        images = text_to_image(
+        return text_to_image(
             pipeline,
             prompts,
             sampler=command.sampler,
             batch_size=command.batch_size,
             mesh=_mesh(command.devices),
             vae_tiling=command.vae_tiling,
+            **_attention(command, options["num_inference_steps"]),
             **options,
         )
-        scheduler = pipeline.scheduler_config.get("_class_name")
-        if scheduler == "PNDMScheduler" and command.sampler is None:
-            print("drawn with ddim in place of the model's PNDM, which is not here (--sampler)")
-        return images
     adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
     betas = "linear" if command.betas == "linear" else None
     return text_to_video(
         pipeline, adapter, prompts, frames=command.frames, beta_schedule=betas, **options
     )
+
+
+def _attention(command: Command, steps: int) -> dict[str, Any]:
+    """What `text_to_image` takes of neighborhood attention; nothing where it is dense."""
+    from conceptax.flax_models.layers.attention import GNA
+    from conceptax.kernels.gna.presets import attention_preset
+
+    if command.attention is None:
+        if command.dense_steps is not None:
+            raise ValueError("--dense-steps is for an --attention, before which steps are dense.")
+        return {}
+    preset = attention_preset(command.attention)
+    dense = command.dense_steps
+    if dense is None:
+        dense = preset.dense_steps_of(steps)
+    return {"attention": GNA(preset.window, preset.stride), "dense_steps": dense}
 
 
 def _mesh(devices: int | None) -> Any:

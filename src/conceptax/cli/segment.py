@@ -12,12 +12,12 @@ from rich.progress import Progress
 from conceptax.bundled import EXAMPLES, bundled_segmenter
 from conceptax.cli.options import HUB, OptionalInt, OptionalModel, OptionalPath, shown
 from conceptax.cli.runs import new_folder, settings_of
-from conceptax.cli.segment_train import Train, train
+from conceptax.cli.segment_train import LongSide, ShortSide, Train, sized, train
 from conceptax.methods.segmentation import coco_stuff
 from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
 from conceptax.methods.segmentation.evaluation import evaluate
 from conceptax.methods.segmentation.segmenter import Segmenter
-from conceptax.methods.segmentation.usage import Usage, read_usage
+from conceptax.methods.segmentation.usage import Usage
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.subjects.images import image_files, read_image
 from conceptax.reporting.models import load_segmentation_tokenizer, load_segmenter_model
@@ -50,8 +50,8 @@ class _Looking:
     tokenizer: OptionalModel = None
     form: Form = "semantic"
     token_order: TokenOrder = "reference"
-    short_side: Annotated[int | None, shown("INT", "(default: the model's own, or 800)")] = None
-    long_side: Annotated[int | None, shown("INT", "(default: the model's own, or 1333)")] = None
+    short_side: ShortSide = None
+    long_side: LongSide = None
     text_cache: OptionalPath = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -140,7 +140,7 @@ Looking = TypeVar("Looking", Run, Evaluate)
 def _settled(command: Looking) -> tuple[Looking, Usage, Vocabulary]:
     """The command with its model and sizes, how the model is used, and the classes to find."""
     model = command.model or bundled_segmenter()
-    usage = read_usage(model)
+    command, usage = sized(dataclasses.replace(command, model=model), model)
     if command.vocabulary is not None:
         vocabulary = Vocabulary.named(command.vocabulary)
     elif usage.vocabulary is not None:
@@ -150,19 +150,12 @@ def _settled(command: Looking) -> tuple[Looking, Usage, Vocabulary]:
             f"{model} has no vocabulary of its own: name the classes to find, such as "
             "--vocabulary 'cat; sofa, couch; wall'."
         )
-    short, long = command.short_side, command.long_side
-    settled = dataclasses.replace(
-        command,
-        model=model,
-        short_side=usage.short_side if short is None else short,
-        long_side=usage.long_side if long is None else long,
-    )
-    return settled, usage, vocabulary
+    return command, usage, vocabulary
 
 
 def _segmenter(command: _Looking, usage: Usage, vocabulary: Vocabulary) -> Segmenter:
-    path, short, long = command.model, command.short_side, command.long_side
-    assert path is not None and short is not None and long is not None
+    path = command.model
+    assert path is not None
     model = load_segmenter_model(
         path, form=command.form, token_order=command.token_order, dtype=command.dtype
     )
@@ -171,7 +164,9 @@ def _segmenter(command: _Looking, usage: Usage, vocabulary: Vocabulary) -> Segme
     rows = text_rows(
         clip, tokenizer, vocabulary, templates=usage.templates, cache=command.text_cache
     )
-    return Segmenter(model, rows, vocabulary.synonyms(), short=short, longest=long)
+    return Segmenter(
+        model, rows, vocabulary.synonyms(), short=usage.short_side, longest=usage.long_side
+    )
 
 
 def _images(command: Run) -> list[Path]:

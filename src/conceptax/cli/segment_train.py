@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from conceptax.cli.options import (
     OptionalInt,
     OptionalModel,
     OptionalPath,
+    shown,
 )
 from conceptax.cli.runs import kept_run, new_folder, settings_of
 from conceptax.converters import save_maft_plus, save_pytorch
@@ -29,6 +31,7 @@ from conceptax.methods.segmentation.augmentation import LargeScaleJitter, Resize
 from conceptax.methods.segmentation.batches import scene_batches
 from conceptax.methods.segmentation.datasets import LAYOUTS, open_scenes
 from conceptax.methods.segmentation.maft_plus import MaftPlusTraining, fit
+from conceptax.methods.segmentation.usage import Usage, read_usage, write_usage
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.training import RULES
 from conceptax.reporting.models import (
@@ -43,19 +46,33 @@ RECORD = "segmenting.json"
 _PLACES = ("output", "export", "text_cache", "checkpoint_dir", "checkpoint_every", "mesh", "force")
 
 
+ShortSide = Annotated[int | None, shown("INT", "(default: the model's own, or 800)")]
+LongSide = Annotated[int | None, shown("INT", "(default: the model's own, or 1333)")]
+
+
+def sized(command: Any, model: Path) -> tuple[Any, Usage]:
+    """The command and how its model is used, with the sizes of the command or else the model's."""
+    usage = read_usage(model)
+    given = {name: getattr(command, name) for name in ("short_side", "long_side")}
+    given = {name: getattr(usage, name) if side is None else side for name, side in given.items()}
+    return dataclasses.replace(command, **given), dataclasses.replace(usage, **given)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     """Train MAFT+ on scenes: around an OpenCLIP (--open-clip), or an earlier one (--model).
 
     Writes a folder that `segment run` and `segment evaluate` take: the model, its tokenizer,
-    segmenting.json, which records settings, seed, versions and the last losses, and training.jsonl.
+    segmenter.json, which states its classes, the sentences that its text tower knows and the size
+    at which it sees images; segmenting.json, which records settings, seed, versions and the last
+    losses; and training.jsonl.
 
     Attributes:
       data: a folder with images/ and annotations/, or the root of a published layout.
       vocabulary: classes separated by ; and synonyms by , or a .txt file of lines id:name,synonym.
       open_clip: OpenCLIP's weights (convnext_base_w_320, convnext_large_d_320; .bin or
         .safetensors), or a folder.
-      model: a MAFT+ folder or checkpoint to go on from.
+      model: a MAFT+ folder or checkpoint to go on from, with the sentences of its segmenter.json.
       teacher: the CLIP that compensation holds on to; by default the one in the checkpoint, or the
         model as it starts.
       tokenizer: a CLIP tokenizer's folder; by default the model's own.
@@ -95,8 +112,8 @@ class Train:
     token_order: Literal["reference", "raster"] = "reference"
     decoder: Literal["published", "tiny"] = "published"
     augmentation: Literal["resize", "jitter"] | None = None
-    short_side: int = 800
-    long_side: int = 1333
+    short_side: ShortSide = None
+    long_side: LongSide = None
     crop: int = 1024
     batch_size: int = 8
     multiple: int = 32
@@ -119,6 +136,10 @@ def train(command: Train) -> None:
         raise ValueError("pass either --open-clip, to start around it, or --model, to go on.")
     if command.export == "pth" and importlib.util.find_spec("torch") is None:
         raise ValueError("--export pth needs torch; install conceptax[torch], or take safetensors.")
+    source = command.model or command.open_clip
+    assert source is not None
+    command, usage = sized(command, source)
+    short, long = usage.short_side, usage.long_side
     vocabulary, settings = Vocabulary.named(command.vocabulary), command.settings
     with (
         kept_run(command, settings.steps) as kept,
@@ -127,20 +148,25 @@ def train(command: Train) -> None:
         scenes = open_scenes(
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
-        model, original, tokenizer = _start(command)
+        model, original, tokenizer = _start(command, source)
         usual = "jitter" if scenes.panoptic else "resize"
         if (command.augmentation or usual) == "jitter":
             augmentation, side, flag = LargeScaleJitter(command.crop), command.crop, "--crop"
         else:
-            augmentation = ResizeFlip(command.short_side, command.long_side)
-            side, flag = min(command.short_side, command.long_side), "--short-side"
+            augmentation, side, flag = ResizeFlip(short, long), min(short, long), "--short-side"
         require_memory(
             segmenter_bytes(model.config, command.batch_size, side, side),
             f"training on {command.batch_size} scenes of {side} pixels",
             f"take a smaller --batch-size or {flag}",
             spread=True,
         )
-        rows = text_rows(model.backbone.clip_model, tokenizer, vocabulary, cache=command.text_cache)
+        rows = text_rows(
+            model.backbone.clip_model,
+            tokenizer,
+            vocabulary,
+            templates=usage.templates,
+            cache=command.text_cache,
+        )
         batches = scene_batches(
             scenes,
             augmentation,
@@ -166,22 +192,29 @@ def train(command: Train) -> None:
                 teacher=original.visual.trunk,
                 **options,
             )
-        if command.export == "folder":
-            save_pytorch(trained, folder)
+        file = "" if command.export == "folder" else f"maft_plus.{command.export}"
+        if file:
+            save_maft_plus(trained, folder / file, teacher=original, classes=len(vocabulary))
         else:
-            file = folder / f"maft_plus.{command.export}"
-            save_maft_plus(trained, file, teacher=original, classes=len(vocabulary))
+            save_pytorch(trained, folder)
         write_tokenizer(tokenizer, folder)
+        names = enumerate(vocabulary.names)
+        if scenes.panoptic:
+            stuff = tuple(name for k, name in names if k not in scenes.things)
+        else:
+            stuff = tuple(name for _, name in names if name in usage.stuff)
+        write_usage(dataclasses.replace(usage, vocabulary=vocabulary, stuff=stuff), folder)
         run.write(last="last_step")
     done = f"{settings.steps} steps on {len(scenes)} scenes"
     print(f"{command.output}: {done} in {run.record['seconds']:.0f} s")
+    place, config = shlex.quote(str(command.output / file)), trained.config
+    form = f" --form {config.form} --token-order {config.token_order}" if file else ""
+    print(f"next: conceptax segment run --model {place}{form} IMAGES")
 
 
-def _start(command: Train) -> tuple[MaftPlus, OpenCLIP, Any]:
+def _start(command: Train, source: Path) -> tuple[MaftPlus, OpenCLIP, Any]:
     """The model to train, the CLIP it is held to, and its tokenizer."""
     form, token_order, dtype = command.form, command.token_order, command.dtype
-    source = command.model or command.open_clip
-    assert source is not None
     if command.open_clip is not None:
         original = load_open_clip_model(source, dtype=dtype)
         sizes = MaftPlusConfig.tiny if command.decoder == "tiny" else MaftPlusConfig.of

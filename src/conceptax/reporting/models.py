@@ -3,51 +3,73 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from conceptax.converters import load_maft_plus, load_open_clip, load_pytorch, merge_parts
 from conceptax.converters.additions import is_whole
 from conceptax.converters.errors import CheckpointError
 from conceptax.converters.formats.lora import holds_lora
 from conceptax.converters.tokenizer import read_tokenizer
+from conceptax.flax_models.layers.remat import set_remat
 from conceptax.flax_models.maft_plus import MaftPlus
 from conceptax.flax_models.open_clip import OpenCLIP
+from conceptax.flax_models.pipelines.pipeline import Pipeline
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.text.phrases import ConceptError
 from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
 
+Recompute = Literal["auto", "on", "off"]
+_LARGE = 100_000_000  # parameters of a UNet whose activations fill a usual machine
 
-def load_pipeline(path: Path, dtype: str, purpose: str) -> StableDiffusionPipeline:
+
+def load_pipeline(
+    path: Path, dtype: str, purpose: str, *, remat: Recompute = "off"
+) -> StableDiffusionPipeline:
     """A whole pipeline, computing in `dtype`.
+
+    With `remat` it recomputes activations in the backward pass, "auto" where its UNet is large.
 
     Raises:
       ConceptError: the folder holds one component, or lacks one; `purpose` is what needs it.
       CheckpointError: what is wrong with the folder.
     """
     pipeline = load_pytorch(path, dtype=jnp.dtype(dtype))
+    if isinstance(pipeline, Pipeline) and not isinstance(pipeline, StableDiffusionPipeline):
+        raise ConceptError(
+            f"{path} is a {type(pipeline).__name__}, and {purpose} takes Stable Diffusion 1, 2 or "
+            "XL, whose UNet reads CLIP; `conceptax sample` draws with it."
+        )
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise ConceptError(
             f"{path} holds one component, and {purpose} needs the whole pipeline: pass the "
             "folder with model_index.json."
         )
     require_whole(pipeline, path, purpose)
+    large = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pipeline.unet))) > _LARGE
+    if remat == "on" or (remat == "auto" and large):
+        for name in pipeline.MODELS:
+            set_remat(getattr(pipeline, name), True)
     return pipeline
 
 
-def require_whole(pipeline: StableDiffusionPipeline, path: Path, purpose: str) -> None:
+def require_whole(pipeline: Pipeline, path: Path, purpose: str) -> None:
     """Refuse a pipeline from a folder or file that lacks something.
 
     Raises:
       ConceptError: it does; `purpose` is what needs it.
     """
-    if lacking := [name for name in pipeline.MODELS if getattr(pipeline, name) is None]:
+    needed = [name for name in pipeline.MODELS if name not in pipeline.OPTIONAL]
+    if lacking := [name for name in needed if getattr(pipeline, name) is None]:
         raise ConceptError(
             f"{path} holds no {' and no '.join(lacking)}, and {purpose} needs the whole pipeline: "
             "pass a folder or file that has all of it."
         )
-    if pipeline.tokenizer is None:
+    needed = [name for name in pipeline.TOKENIZERS if name not in pipeline.OPTIONAL]
+    if any(getattr(pipeline, name) is None for name in needed):
         raise ConceptError(
             f"{path} is a single file without a tokenizer, and its tokens are not CLIP's: put the "
             "folder 'tokenizer' that belongs to it beside it, or make a folder of both with "

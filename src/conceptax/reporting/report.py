@@ -16,10 +16,16 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { text-align: left; padding: .45rem 1.1rem .45rem 0; border-bottom: 1px solid var(--line); }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td small { color: var(--quiet); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+.pair { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; } figcaption { color: var(--quiet); font-size: .9rem; }
 code, pre { font: .85rem/1.5 ui-monospace, "Cascadia Mono", Menlo, monospace; }
 pre { background: #f6f8fa; padding: 1rem; border-radius: 6px; overflow-x: auto; }
+@media (max-width: 40rem) {
+  body { margin-top: 1.5rem; padding: 0 1rem; }
+  table { display: block; overflow-x: auto; font-size: .85rem; }
+  th, td { padding-right: .6rem; } td small { display: block; }
+}
 """
 
 

@@ -91,7 +91,7 @@ def test_the_same_folder_and_latents_give_the_image_of_diffusers(
         drawer.static,
         drawer.params,
         drawer.pipeline.tokenize(PROMPTS),
-        np.zeros(0, np.int32) if negative is None else drawer.pipeline.tokenize([negative]),
+        () if negative is None else drawer.pipeline.tokenize([negative]),
         latents,
         t2i.make_sampler(drawer.schedule, num_inference_steps=STEPS),
         3.0,

@@ -38,6 +38,9 @@ def test_all_take_turns_in_each_round(monkeypatch):
     assert order[4:] == ["slow", "fast", "fast"] * 3
     assert timings == {name: (wait, (wait,) * 3) for name, wait in waits.items()}
     assert measure.speedup(timings["slow"], timings["fast"]) == 2
+    order.clear()
+    measure.take_turns({name: contender(name) for name in waits}, 2, seconds=0.0)
+    assert order == ["slow", "fast"] * 3
     with pytest.raises(ValueError, match="at least 1 round, received 0"):
         measure.take_turns({}, 0)
 

@@ -211,8 +211,9 @@ def test_tables_of_a_search_are_exact():
             continue
         table = tabulate(Window(length, 1, 1, dilation, causal), 4, 3)
         assert len(table.stride) == sum(range(2, length // dilation + 1)) or length == 1
-        columns = (getattr(table, name) for name in ("kernel_size", "stride", "pairs", "visited"))
-        for k, s, pairs, visited, free in zip(*columns, table.free, strict=True):
+        names = ("kernel_size", "stride", "pairs", "visited", "free", "most")
+        columns = (getattr(table, name) for name in names)
+        for k, s, *counts in zip(*columns, strict=True):
             one = simulate(
                 (length,),
                 kernel_size=int(k),
@@ -222,7 +223,7 @@ def test_tables_of_a_search_are_exact():
                 query_tile=4,
                 key_tile=3,
             )
-            assert (one.pairs, one.visited_tiles, one.free_tiles) == (pairs, visited, free)
+            assert counts == [one.pairs, one.visited_tiles, one.free_tiles, one.worst_visits]
 
 
 def test_block_sparsity_is_exact(unchecked):
@@ -320,6 +321,24 @@ def test_additional_tokens():
     assert joint.block_sparse == more.block_sparse == plain.block_sparse
 
 
+def test_worst_query_tile():
+    """Padding has no part in it, nor have text queries, which see everything."""
+    problem = {"kernel_size": 5, "query_tile": 4, "key_tile": 2}
+    one = simulate((10,), **problem)  # keys 0 to 5, 2 to 9 and 5 to 9
+    assert one.visited_per_tile.tolist() == [[3, 4, 3]]
+    assert (one.worst_visits, one.all_visits, one.worst_tile_speedup) == (4, 5, 1.25)
+    assert one.mean_visits == pytest.approx(10 / 3)
+    joint = simulate((10,), additional=3, additional_queries=True, **problem)
+    assert (joint.worst_visits, joint.all_visits) == (6, 7)
+    assert joint.mean_visits == pytest.approx(10 / 3 + 2)
+    padded = simulate((9,), kernel_size=4, dilation=2, query_tile=4, key_tile=2)
+    assert padded.visited_per_tile.tolist() == [[3, 3], [2, 0]]  # the last holds no token
+    assert padded.mean_visits == pytest.approx(8 / 3)
+    (choice,) = search((8,), kernel_size=4, query_tile=2, key_tile=2)[-1:]
+    again = simulate((8,), kernel_size=4, stride=choice.stride, query_tile=2, key_tile=2)
+    assert choice.worst_tile_speedup == again.worst_tile_speedup < again.tile_speedup
+
+
 def test_dense_window_gains_nothing():
     result = simulate((8, 16), kernel_size=(8, 16), query_tile=4, key_tile=(4, 8), heads=3, batch=2)
     assert result.flop_speedup == result.tile_speedup == result.bound_share == 1
@@ -344,7 +363,7 @@ def test_masks_where_needed_take_less_time():
         ({"stride": 5}, "stride"),
         ({"query_tile": 2}, "come together"),
         ({"query_tile": (2, 2), "key_tile": 2}, "query_tile"),
-        ({"gpu": "abacus"}, "one of h100, h200, b200"),
+        ({"gpu": "abacus"}, "one of a100, h100, h200, b200"),
         ({"heads": 4, "kv_heads": 3}, "multiple of kv_heads"),
         ({"batch": 0}, "batch must be at least 1, received 0"),
         ({"additional": -1}, "received -1"),
@@ -504,7 +523,7 @@ def test_search_takes_little_memory(monkeypatch):
         # Nor are all rows of a dimension compared at once, here 0.8 GB.
         rows = np.arange(1, 1 << 14)
         alike = np.ones_like(rows)
-        table = search_module.Table(alike, rows, alike, rows, 0 * rows)
+        table = search_module.Table(alike, rows, alike, rows, 0 * rows, rows)
         tracemalloc.reset_peak()
         assert list(search_module._undominated(table, False, "pairs").stride) == [1]
         assert tracemalloc.get_traced_memory()[1] < 1e8

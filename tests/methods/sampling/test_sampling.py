@@ -11,15 +11,19 @@ import pytest
 
 from conceptax.methods.sampling import (
     SAMPLER_KINDS,
+    EDMSchedule,
     FlowMatchSchedule,
     NoiseSchedule,
     add_noise,
     alphas_cumprod,
     ddim_sampler,
+    edm_sampler,
+    empirical_mu,
     euler_sampler,
     flow_euler_sampler,
     make_sampler,
     training_target,
+    unipc_sampler,
     velocity,
 )
 
@@ -171,7 +175,8 @@ def test_ddim_steps_equal_diffusers(torch, schedulers, prediction_type, spacing,
 def test_ddim_from_a_pndm_folder_equals_diffusers_ddim_from_the_same_config(torch, schedulers):
     reference = schedulers.DDIMScheduler.from_config(STABLE_DIFFUSION)
     reference.set_timesteps(7)
-    sampler = make_sampler(NoiseSchedule.from_config(STABLE_DIFFUSION), num_inference_steps=7)
+    schedule = NoiseSchedule.from_config(STABLE_DIFFUSION)
+    sampler = make_sampler(schedule, "ddim", num_inference_steps=7)
     compare_run(torch, reference, sampler, lambda o, t, x, _: reference.step(o, t, x).prev_sample)
 
 
@@ -234,6 +239,111 @@ def test_trailing_never_runs_the_timestep_minus_one(schedulers, kind):
     sampler = make_sampler(NoiseSchedule(timestep_spacing="trailing"), kind, num_inference_steps=61)
     assert len(sampler.timesteps) == 61 and reference.timesteps[-1] == -1
     np.testing.assert_array_equal(sampler.timesteps, reference.timesteps.numpy()[:61])
+
+
+# ---- PNDM ----
+
+# step counts, and how many evaluations there are more
+PNDM_OPTIONS = {
+    "stable diffusion": ((1, 2, 3, 5, 6), STABLE_DIFFUSION),
+    "alpha to one": ((6,), {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "defaults": ((4, 6), {}),
+    "runge-kutta, offset": ((7,), {"beta_schedule": "scaled_linear", "steps_offset": 1}),
+}
+
+
+@pytest.mark.parametrize("option", PNDM_OPTIONS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_pndm_steps_equal_diffusers(torch, schedulers, prediction_type, option):
+    counts, settings = PNDM_OPTIONS[option]
+    for spacing in SPACINGS:
+        config = {**settings, "prediction_type": prediction_type, "timestep_spacing": spacing}
+        config["_class_name"] = "PNDMScheduler"
+        reference = schedulers.PNDMScheduler.from_config(config)
+
+        def step(output, timestep, x, _, reference=reference):
+            return reference.step(output, timestep, x).prev_sample
+
+        for count in counts:
+            reference.set_timesteps(count)
+            sampler = make_sampler(NoiseSchedule.from_config(config), num_inference_steps=count)
+            more = (count > 1) if config.get("skip_prk_steps") else 9
+            assert len(reference.timesteps) == sampler.num_steps == count + more
+            compare_run(torch, reference, sampler, step)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("skips", [True, False])
+def test_pndm_timesteps_equal_diffusers(schedulers, skips, spacing):
+    settings = {"skip_prk_steps": skips, "timestep_spacing": spacing}
+    reference = schedulers.PNDMScheduler(**settings)
+    schedule = NoiseSchedule.from_config({"_class_name": "PNDMScheduler", **settings})
+    for count in (*range(4, 50), 100, 999, 1000):
+        reference.set_timesteps(count)
+        sampler = make_sampler(schedule, num_inference_steps=count)
+        np.testing.assert_array_equal(sampler.timesteps, reference.timesteps.numpy())
+        assert np.isfinite(sampler.keep).all() and np.isfinite(sampler.weights).all()
+
+
+# ---- EDM ----
+
+EDM_OPTIONS = {
+    "cosmos": {"final_sigmas_type": "sigma_min"},
+    "v, exponential": {"prediction_type": "v_prediction", "sigma_schedule": "exponential"},
+    "others": {"sigma_max": 30.0, "sigma_min": 0.01, "sigma_data": 1.5, "rho": 5.0},
+}
+
+
+@pytest.mark.parametrize("option", EDM_OPTIONS)
+def test_edm_steps_equal_diffusers(torch, schedulers, option):
+    reference = schedulers.EDMEulerScheduler(**EDM_OPTIONS[option])
+    schedule = EDMSchedule.from_config(json.loads(json.dumps(dict(reference.config))))
+    assert EDMSchedule.from_config(schedule.to_config()) == schedule
+    void = schedule.final_sigmas_type == "sigma_min"
+
+    def step(output, timestep, x, _=None):
+        return reference.step(output, timestep, x).prev_sample
+
+    reference.set_timesteps(6)
+    sampler = edm_sampler(schedule, 6)
+    assert sampler.num_steps == 6 - void
+    compare_run(torch, reference, sampler, step)
+    if void:  # what is left out does nothing
+        x = torch.ones(SHAPE)
+        torch.testing.assert_close(step(7 * x, reference.timesteps[-1], x), x, rtol=0, atol=0)
+    for count in (*range(1 + void, 50), 100, 250):
+        reference.set_timesteps(count)
+        sampler, sigmas = edm_sampler(schedule, count), reference.sigmas.numpy()
+        assert sampler.num_steps == count - void
+        np.testing.assert_allclose(
+            sampler.timesteps, reference.timesteps[: count - void], rtol=2e-7, atol=1e-7
+        )
+        expected = sigmas[1:].astype(np.float64) / sigmas[:-1]
+        np.testing.assert_allclose(sampler.keep, expected[: count - void], rtol=4e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sigma_schedule": "even"}, "karras, exponential; got 'even'"),
+        ({"prediction_type": "sample"}, "epsilon, v_prediction; got 'sample'"),
+        ({"final_sigmas_type": "one"}, "zero, sigma_min; got 'one'"),
+        ({"sigma_min": 90.0}, "below sigma_max"),
+        ({"sigma": 1.0}, "Unknown scheduler settings sigma for EDMEulerScheduler"),
+        ({"_class_name": "DDIMScheduler"}, "EDMSchedule is read from a EDMEulerScheduler; got"),
+    ],
+)
+def test_unsupported_settings_of_edm_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EDMSchedule.from_config(settings)
+
+
+def test_edm_needs_steps_that_go_somewhere():
+    for kind, least in (("zero", 1), ("sigma_min", 2)):
+        schedule = EDMSchedule(final_sigmas_type=kind)
+        assert edm_sampler(schedule, least).num_steps == 1
+        with pytest.raises(ValueError, match=f"at least {least}; got {least - 1}"):
+            edm_sampler(schedule, least - 1)
 
 
 # ---- samplers that are one recurrence ----
@@ -305,6 +415,125 @@ def test_linear_samplers_equal_diffusers(torch, schedulers, monkeypatch, predict
         compare_run(torch, reference, sampler, step)
 
 
+UNIPC_FLOWS = {
+    "wan": {"flow_shift": 3.0, "prediction_type": "flow_prediction"},
+    "third order": {"solver_order": 3, "flow_shift": 5.0},
+    "bh1": {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+    "first order, noise": {"solver_order": 1, "prediction_type": "epsilon", "flow_shift": 7.0},
+    "terminal": {"shift_terminal": 0.1, "final_sigmas_type": "sigma_min"},
+    "dynamic": {"use_dynamic_shifting": True, "disable_corrector": [1]},
+}
+
+
+@pytest.mark.parametrize("option", UNIPC_FLOWS)
+def test_unipc_over_a_flow_equals_diffusers(torch, schedulers, option):
+    settings = {"prediction_type": "flow_prediction", **UNIPC_FLOWS[option]}
+    reference = schedulers.UniPCMultistepScheduler(use_flow_sigmas=True, **settings)
+    config = json.loads(json.dumps(dict(reference.config)))
+    schedule = NoiseSchedule.from_config({"_class_name": "UniPCMultistepScheduler", **config})
+    mu = 1.15 if schedule.use_dynamic_shifting else None
+    reference.set_timesteps(6, mu=mu)
+    reference.set_begin_index(0)
+    sampler = unipc_sampler(schedule, 6, mu=mu)
+    compare_run(torch, reference, sampler, lambda o, t, x, _: reference.step(o, t, x).prev_sample)
+    for count in (*range(1 + bool(schedule.shift_terminal), 60), 100):
+        reference.set_timesteps(count, mu=mu)
+        sampler = unipc_sampler(schedule, count, mu=mu)
+        np.testing.assert_array_equal(sampler.timesteps, reference.timesteps.numpy())
+        for table in (sampler.keep, sampler.weights, sampler.correct_weights):
+            assert np.isfinite(table).all()
+    if mu is None:
+        made = make_sampler(schedule, num_inference_steps=count)
+        jax.tree.map(np.testing.assert_array_equal, made, sampler)
+
+
+def test_models_of_a_flow_are_for_unipc_alone():
+    flow = NoiseSchedule(use_flow_sigmas=True, prediction_type="flow_prediction")
+    x = jnp.zeros(SHAPE)
+    with pytest.raises(ValueError, match="which has no ᾱ_t"):
+        training_target(flow, x, x, 5)
+    for kind in set(SAMPLER_KINDS) - {"unipc"}:
+        with pytest.raises(ValueError, match=r"use_flow_sigmas=True|flow_prediction|not sample"):
+            make_sampler(flow, kind, num_inference_steps=5)
+    with pytest.raises(ValueError, match="whose use_flow_sigmas is true"):
+        unipc_sampler(NoiseSchedule(), 5, mu=1.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        unipc_sampler(flow, 0)
+    with pytest.raises(ValueError, match="fixed shift"):
+        unipc_sampler(flow, 5, mu=1.0)
+
+
+def even(count):
+    """FLUX's levels."""
+    return np.linspace(1.0, 1 / count, count)
+
+
+def without_zero(count):
+    """HunyuanVideo's."""
+    return np.linspace(1, 0, count + 1)[:-1]
+
+
+DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
+LADDERS = {
+    "stable diffusion 3": ({"shift": 3.0}, None),
+    "stable diffusion 3, plain": ({}, None),
+    "schnell": ({"shift": 1.0}, even),
+    "flux": (DYNAMIC, even),
+    "flux 2": (DYNAMIC | {"max_shift": 1.2}, even),
+    "flux, default levels": (DYNAMIC, None),
+    "hunyuan": ({"shift": 7.0}, without_zero),
+    "linear": (DYNAMIC | {"time_shift_type": "linear"}, even),
+    "terminal": (DYNAMIC | {"shift_terminal": 0.1}, even),
+    "terminal, fixed": ({"shift": 2.5, "shift_terminal": 0.02}, None),
+    "karras": (DYNAMIC | {"use_karras_sigmas": True}, even),
+    "exponential": ({"shift": 3.0, "use_exponential_sigmas": True}, without_zero),
+    "beta": ({"shift": 3.0, "use_beta_sigmas": True}, None),
+    "few training timesteps": ({"shift": 1.7, "num_train_timesteps": 330}, None),
+}
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_the_levels_of_a_flow_equal_diffusers_bit_for_bit(schedulers, ladder):
+    settings, levels = LADDERS[ladder]
+    reference = schedulers.FlowMatchEulerDiscreteScheduler(**settings)
+    schedule = FlowMatchSchedule.from_config(json.loads(json.dumps(dict(reference.config))))
+    least = 2 if schedule.shift_terminal else 1
+    counts = (least, 3, 10, 50) if schedule.use_beta_sigmas else (*range(least, 61), 100, 200)
+    for count in counts:
+        sigmas = None if levels is None else levels(count)
+        mus = [None]
+        if schedule.use_dynamic_shifting:
+            mus = [schedule.mu_of(tokens) for tokens in (64, 256, 1024, 4096, 4301, 65536)]
+            mus.append(empirical_mu(4096, count))
+        for mu in mus:
+            if sigmas is None:
+                reference.set_timesteps(count, mu=mu)
+            else:
+                reference.set_timesteps(sigmas=sigmas, mu=mu)
+            sampler = flow_euler_sampler(schedule, count, sigmas=sigmas, mu=mu)
+            np.testing.assert_array_equal(sampler.timesteps, reference.timesteps.numpy())
+            np.testing.assert_array_equal(sampler.weights[:, 0], np.diff(reference.sigmas.numpy()))
+            assert (sampler.keep == 1).all() and (sampler.estimate == [0, 1, 1]).all()
+
+
+def test_the_exponents_of_a_shift_equal_diffusers(schedulers):
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    for tokens in (16, 256, 1024, 4096, 4300, 4301, 65536):
+        assert FlowMatchSchedule().mu_of(tokens) == calculate_shift(tokens)
+        for count in (1, 4, 10, 50, 200):
+            assert empirical_mu(tokens, count) == compute_empirical_mu(tokens, count)
+
+
+@pytest.mark.parametrize(
+    "sigmas", [[1.0, 0.5], [1.0, 0.5, 0.0], [0.2, 0.5, 0.1], [1.1, 0.5, 0.2], [1.0, np.nan, 0.5]]
+)
+def test_levels_that_do_not_fall_to_the_last_step_are_refused(sigmas):
+    with pytest.raises(ValueError, match="num_inference_steps=3 falling numbers"):
+        flow_euler_sampler(FlowMatchSchedule(), 3, sigmas=sigmas)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -366,6 +595,8 @@ def test_a_dynamic_shift_needs_its_exponent():
         flow_euler_sampler(FlowMatchSchedule(use_dynamic_shifting=True), 4)
     with pytest.raises(ValueError, match="fixed shift"):
         flow_euler_sampler(FlowMatchSchedule(), 4, mu=1.0)
+    with pytest.raises(ValueError, match="at least 2; got 1"):
+        flow_euler_sampler(FlowMatchSchedule(shift_terminal=0.1), 1)
 
 
 # ---- choosing a sampler, reading configurations ----
@@ -375,7 +606,7 @@ def test_the_default_kind_follows_the_class_and_explicit_kinds_override():
     pndm = NoiseSchedule.from_config(STABLE_DIFFUSION)
     euler = NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler"})
     for schedule, kind, own in (
-        (pndm, None, "ddim"),
+        (pndm, None, "pndm"),
         (pndm, "euler", "euler"),
         (euler, None, "euler"),
     ):
@@ -418,6 +649,7 @@ TARGETS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
 }
 OWNERS = [
     "DDIMScheduler",
@@ -449,7 +681,9 @@ def test_a_sampler_reads_another_class_configuration_as_diffusers_does(scheduler
                 for each in (config, {**full, "_class_name": name})
             )
             reference.set_timesteps(6)
-            np.testing.assert_allclose(sampler.timesteps, reference.timesteps[:6], atol=1e-4)
+            np.testing.assert_allclose(
+                sampler.timesteps, reference.timesteps[: sampler.num_steps], atol=1e-4
+            )
             for field in dataclasses.fields(sampler):
                 received, expected = (getattr(each, field.name) for each in (sampler, complete))
                 assert np.array_equal(received, expected), (kind, settings, field.name)
@@ -488,6 +722,7 @@ def test_schedulers_whose_steps_are_not_known_lend_their_betas():
         ({"kind": "euler", "num_inference_steps": 5, "eta": 1.0}, "takes s_churn"),
         ({"kind": "euler", "num_inference_steps": 5, "s_churn": -1.0}, "negative"),
         ({"kind": "ddim", "num_inference_steps": 1000}, "smaller offset"),
+        ({"kind": "pndm", "num_inference_steps": 3}, "of at least 4; got 3"),
     ],
 )
 def test_wrong_calls_of_make_sampler_say_what_is_accepted(arguments, message):
@@ -531,7 +766,10 @@ def test_unsupported_settings_are_refused_by_name(settings, message):
         ("dpm++", {"solver_order": 3}, "solver_order=3"),
         ("dpm++", {"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
         ("dpm++", {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
-        ("unipc", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ("dpm++", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ("unipc", {"use_flow_sigmas": True, "use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ("unipc", {"use_flow_sigmas": True, "use_dynamic_shifting": True}, "needs `mu`"),
+        ("pndm", {"prediction_type": "sample", "skip_prk_steps": True}, "not sample"),
         ("unipc", {"predict_x0": False}, "predict_x0"),
         ("unipc", {"lower_order_final": False}, "lower_order_final"),
         ("ddpm", {"variance_type": "fixed_large_log"}, "fixed_large_log"),
@@ -632,5 +870,5 @@ def test_sampling_an_oracle_recovers_the_image():
         return jax.lax.scan(body, (x, sampler.memory(x)), jnp.arange(sampler.num_steps))[0][0]
 
     noise = jax.random.normal(jax.random.key(0), SHAPE)
-    for kind in set(SAMPLER_KINDS) - {"euler-ancestral"}:
+    for kind in set(SAMPLER_KINDS) - {"euler-ancestral", "pndm"}:
         assert_close(run(make_sampler(schedule, kind, num_inference_steps=5), noise), x0)

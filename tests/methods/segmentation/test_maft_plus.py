@@ -16,6 +16,7 @@ from conceptax.methods.segmentation.maft_plus import (
     RATES,
     TRAINABLE,
     MaftPlusTraining,
+    fit,
     prepare,
     train_step,
 )
@@ -83,6 +84,13 @@ def test_loss_falls(run):
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
     assert run[4][0]["compensation"] < 1e-10  # the student is its own teacher
     assert run[4][-1]["compensation"] > 1e-6
+
+
+def test_fit_takes_no_key_beside_its_seed(model):
+    rows, synonyms = jnp.eye(3, 8), np.arange(3, dtype=np.int32)[:, None]
+    options = {"seed": 0, "key": jax.random.key(1)}
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'key'"):
+        fit(model, rows, synonyms, [], CONFIG, **options)
 
 
 def test_exactly_the_trainable_parameters_change(run, model):

@@ -21,6 +21,8 @@ def test_what_is_not_stated_is_usual(tmp_path):
     assert read_usage(tmp_path / "model.pth") == Usage()
     (tmp_path / USAGE).write_text('{"short_side": 64}')
     assert read_usage(tmp_path) == Usage(short_side=64)
+    (tmp_path / "model.pth").touch()  # a checkpoint beside it
+    assert read_usage(tmp_path / "model.pth") == Usage(short_side=64)
 
 
 @pytest.mark.parametrize(

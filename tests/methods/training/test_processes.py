@@ -4,11 +4,12 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import processes_toy
 import pytest
 import training_toy as toy
 
+from conceptax import cli
 from conceptax.cli.processes import launched
 from conceptax.converters.files.safetensors_file import open_safetensors
 from conceptax.methods import training
@@ -48,6 +50,29 @@ def reference(tmp_path_factory):
 # ---- several processes ----
 
 
+class Process(subprocess.Popen):
+    """A process that says what it says into a file.
+
+    A pipe holds 64 KiB: who has said more waits until somebody reads it, and the others of the run
+    with it.
+    """
+
+    def __init__(self, command, environment, said):
+        self._said = said
+        environment = {**environment, "PYTHONFAULTHANDLER": "1"}
+        super().__init__(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+
+    def ended(self, timeout=240):
+        """What it said, with the stacks of its threads if it had to be stopped after the time."""
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.send_signal(signal.SIGABRT)
+            self.wait()
+        self._said.seek(0)
+        return self._said.read()
+
+
 @pytest.fixture
 def start():
     """Starts two processes of four devices each, as a launcher would; none outlives its test."""
@@ -56,10 +81,7 @@ def start():
 
 
 def _start(stack, folder, *arguments, launcher="jax"):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
+    port, processes = str(_free_port()), []
     for index in "01":
         if launcher == "jax":
             variables = {
@@ -75,22 +97,28 @@ def _start(stack, folder, *arguments, launcher="jax"):
                 "RANK": index,
             }
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-        process = subprocess.Popen(
+        process = Process(
             [sys.executable, processes_toy.__file__, str(folder), *arguments],
-            env={**os.environ, "XLA_FLAGS": flags, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            {**os.environ, "XLA_FLAGS": flags, **variables},
+            stack.enter_context(tempfile.TemporaryFile("w+")),  # noqa: SIM115
         )
         processes.append(stack.enter_context(process))
         stack.callback(process.kill)
     return processes
 
 
+def _free_port():
+    """A port that is free, and that no outgoing connection is given until it is used."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(10_000, 32_000)))
+            return probe.getsockname()[1]
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("jax", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(launcher, start, reference, tmp_path):
     processes = start(tmp_path, launcher=launcher)
-    outputs = [each.communicate(timeout=240)[0] for each in processes]
+    outputs = [each.ended() for each in processes]
     assert [each.returncode for each in processes] == [0, 0], outputs
     assert not (tmp_path / "metrics-1.jsonl").exists()  # the first one writes
     losses = [record["loss"] for record in records(tmp_path / "metrics-0.jsonl")]
@@ -114,16 +142,20 @@ def test_two_processes_give_the_losses_of_one(launcher, start, reference, tmp_pa
 
 
 def test_processes_agree_on_the_newest_checkpoint_that_all_can_read(start, reference, tmp_path):
-    """The files of the newest are damaged; the one before it one process alone cannot read."""
+    """The files of the newest are damaged; the one before it one process alone cannot read.
+
+    That one is slow, and sees the folder empty for a while.
+    """
     folder = tmp_path / "run"
     toy.run(num_steps=9, checkpoint_dir=folder, checkpoint_every=3)
     biggest(folder / "9" / "state").unlink()
     processes = start(tmp_path, "UNREADABLE", "6")
-    outputs = [each.communicate(timeout=240)[0] for each in processes]
+    outputs = [each.ended() for each in processes]
     assert [each.returncode for each in processes] == [0, 0], outputs
     for output, reason in zip(outputs, ("by another process", "only here"), strict=True):
         assert "the checkpoint after step 9 cannot be read" in output
         assert f"the checkpoint after step 6 cannot be read ({reason})" in output
+        assert "Exception ignored" not in output  # of each array that was still being read
     assert {"damaged-9", "damaged-6", "9", "10"} <= {path.name for path in folder.iterdir()}
     logged = records(tmp_path / "metrics-0.jsonl")
     assert [record["step"] for record in logged] == list(range(4, toy.NUM_STEPS + 1))
@@ -133,12 +165,12 @@ def test_processes_agree_on_the_newest_checkpoint_that_all_can_read(start, refer
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(start, reference, tmp_path):
     processes = start(tmp_path, "SIGTERM", "3")
-    outputs = [each.communicate(timeout=240)[0] for each in processes]
+    outputs = [each.ended() for each in processes]
     assert [each.returncode for each in processes] == [128 + signal.SIGTERM] * 2, outputs
     stopped = records(tmp_path / "metrics-0.jsonl")[-1]["step"]
     assert 4 <= stopped < toy.NUM_STEPS
     again = start(tmp_path)
-    outputs = [each.communicate(timeout=240)[0] for each in again]
+    outputs = [each.ended() for each in again]
     assert [each.returncode for each in again] == [0, 0], outputs
     losses = [record["loss"] for record in records(tmp_path / "metrics-0.jsonl")]
     np.testing.assert_allclose(losses, reference[1], rtol=0, atol=1e-5)
@@ -146,15 +178,55 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(start, reference,
 
 def test_a_process_that_dies_stops_the_others_with_a_message(start, tmp_path):
     processes = start(tmp_path, "SIGKILL", "8")
-    processes[1].communicate(timeout=240)
+    processes[1].ended()
     assert processes[1].returncode == -signal.SIGKILL
-    died = time.monotonic()
-    output = processes[0].communicate(timeout=60)[0]
-    assert time.monotonic() - died < 60
+    output = processes[0].ended(timeout=60)
     assert processes[0].returncode not in (0, None)
     assert "another process of this run stopped answering" in output or "heartbeat" in output
     with training.Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.steps in ([3], [3, 6])
+
+
+def test_a_process_that_raises_ends_the_others(start, tmp_path):
+    """And soon, with what it raised, although they wait in the middle of a step."""
+    processes = start(tmp_path, "RAISE", "8")
+    output = processes[1].ended()
+    assert processes[1].returncode == 1 and "LookupError: no such picture" in output, output
+    output = processes[0].ended(timeout=20)
+    assert processes[0].returncode == 1, output
+    assert (
+        "another process of this run failed, so this one ends: process 1: LookupError: no such "
+        "picture" in output
+    ) or "another process of this run stopped answering" in output
+    with training.Checkpoints(tmp_path / "run") as checkpoints:  # all that was begun is written
+        assert checkpoints.steps == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("MISFIT", "_MisfitError: only here"),
+        ("ELSEWHERE", "see different checkpoints in "),
+        ("UNWRITTEN", "could not be written to {}: {}. The one after step 6 is good"),
+    ],
+)
+def test_what_fails_in_one_process_fails_in_all(what, message, start, tmp_path):
+    folder = tmp_path / "run"
+    toy.run(num_steps=6, checkpoint_dir=folder, checkpoint_every=3)
+    processes = start(tmp_path, what, "9" if what == "UNWRITTEN" else "6")
+    reasons = ("a process of this run could not write its part", "No space left on device")
+    for process, reason in zip(processes, reasons, strict=True):
+        output = process.ended(timeout=60)
+        assert process.returncode == 1 and message.format(folder, reason) in output, output
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+
+
+def test_a_command_that_fails_keeps_no_other_process_waiting(monkeypatch, capsys, tmp_path):
+    left = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("conceptax.methods.training.processes.leave", lambda: left.append(1))
+    assert cli.main(["inspect", str(tmp_path / "absent")]) == 1
+    assert "absent" in capsys.readouterr().err and left == [1]
 
 
 @pytest.mark.parametrize(

@@ -583,6 +583,19 @@ class TestSharding:
                 (None, None, "fsdp"),
             ),
             (
+                "FluxTransformer2DModel",
+                "single_transformer_blocks.0.proj_out.kernel",
+                (15360, 3072),
+                ("tensor", "fsdp"),
+            ),
+            ("FluxTransformer2DModel", "proj_out.kernel", (3072, 64), ("fsdp",)),
+            (
+                "Flux2Transformer2DModel",
+                "transformer_blocks.0.ff_context.linear_in.kernel",
+                (3072, 18432),
+                ("fsdp", "tensor"),
+            ),
+            (
                 "StableDiffusionPipeline",
                 "text_encoder.encoder.layers.0.self_attn.q_proj.kernel",
                 (768, 768),

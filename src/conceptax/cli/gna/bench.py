@@ -4,7 +4,6 @@ Three runs, dense, free of masks and of stride 1, give the kernel's constants: s
 step, of starting a block, and what a mask adds.  With them the problem asked for is predicted.
 """
 
-import contextlib
 import functools
 import math
 from typing import Any, Literal, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from conceptax.cli.runs import new_file
+from conceptax.cli.runs import new_json
 from conceptax.kernels.gna import describe, unsupported
 from conceptax.kernels.gna.api import select
 from conceptax.kernels.gna.problem import Problem, windows_of
@@ -44,10 +43,7 @@ def run(command: Bench) -> None:
     """Measure, print the table, and write the record if asked to."""
     if command.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, received {command.rounds}.")
-    output = command.output
-    if output is not None and output.suffix.lower() != ".json":
-        raise ValueError(f"--output takes a .json file, received {output}.")
-    with contextlib.nullcontext() if output is None else new_file(command) as file:
+    with new_json(command) as file:
         problems = _problems(command)
         implementation = command.implementation or select(problems["dense"])
         for problem in problems.values():
@@ -58,8 +54,8 @@ def run(command: Bench) -> None:
         if file is not None:
             write_json(file, record)
     print(bench_table(record))
-    if output is not None:
-        print(f"\n{output}: all of this, and every round")
+    if command.output is not None:
+        print(f"\n{command.output}: all of this, and every round")
 
 
 def _windows(command: Bench) -> tuple[Window, ...]:
@@ -160,6 +156,7 @@ def _row(name: str, run: Measured, dense: measure.Timing, machine: Gpu | None) -
         "key_tile": simulation.key_tile,
         "pairs_bound": simulation.flop_speedup,
         "bound": simulation.tile_speedup,
+        "worst_bound": simulation.worst_tile_speedup,
         "fitted": run.fitted,
         "predicted_s": None if machine is None else simulation.blocks.seconds(machine),
         "over_dense": gained,

@@ -7,10 +7,17 @@ import tyro
 
 from conceptax.cli.options import OptionalFloat, OptionalInt, OptionalPath, shown
 
-Name = Literal["h100", "h200", "b200"]
+Name = Literal["a100", "h100", "h200", "b200"]
+Model = Annotated[
+    Literal["flux-4k", "flux-2k", "hunyuan", "hunyuan-58", "cosmos-56", "cosmos-89", "wan-720p"]
+    | None,
+    shown("NAME"),
+]
 _INTS = "INT [INT ...]"
 Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar=_INTS)]
 OptionalInts = Annotated[tuple[int, ...] | None, shown(_INTS)]
+OptionalText = Annotated[str | None, shown("TEXT")]
+Stride = Annotated[tuple[int, ...] | None, shown(_INTS, "(default: 1)")]
 Tile = Annotated[tuple[int, ...] | None, shown(_INTS, "(default: the GPU's)")]
 HalfTheLayout = Annotated[tuple[int, ...] | None, shown(_INTS, "(default: half the layout)")]
 EightOrTheWindow = Annotated[tuple[int, ...] | None, shown(_INTS, "(default: 8, or the window)")]
@@ -27,9 +34,14 @@ Implementation = Annotated[
 class Simulate:
     """Count the tiles that a neighborhood attention visits and predict its time.
 
-    Every list has one number for each dimension of the layout, or one for all.
+    Of one attention, by its layout and window; or of a whole model, with its text, its linear
+    layers and its dense steps, by --model. Every list has one number for each dimension of the
+    layout, or one for all.
 
     Attributes:
+      model: predict a whole model: flux-4k, flux-2k, hunyuan, hunyuan-58, cosmos-56, cosmos-89 or
+        wan-720p.
+      attention: the window and stride: a model's name, or such as "window=32x32 stride=8x8".
       layout: tokens along each of one to three dimensions.
       window: keys that a query sees along each dimension.
       stride: neighboring queries that share a window.
@@ -48,11 +60,19 @@ class Simulate:
       gpu: what to predict times for.
       attention_share: of the dense model's run time, to predict the whole model's speed-up.
       replaced: share of the attention calls (layers times steps) that become sparse.
+      steps: of sampling with --model; by default as published.
+      dense_steps: at the beginning, with --model; by default the published share of the steps.
+      linear_rate: TFLOP/s of linear layers, measured, with --model; by default as is known.
+      attention_rate: TFLOP/s of dense attention, measured, with --model; by default as is known.
+      output: a .json file for the figures.
+      force: replace an earlier file.
     """
 
-    layout: Ints
-    window: Ints
-    stride: Ints = (1,)
+    model: Model = None
+    attention: OptionalText = None
+    layout: OptionalInts = None
+    window: OptionalInts = None
+    stride: Stride = None
     dilation: Ints = (1,)
     causal: Bools = (False,)
     query_tile: Tile = None
@@ -68,6 +88,12 @@ class Simulate:
     gpu: Name = "h200"
     attention_share: OptionalFloat = None
     replaced: float = 1.0
+    steps: OptionalInt = None
+    dense_steps: OptionalInt = None
+    linear_rate: OptionalFloat = None
+    attention_rate: OptionalFloat = None
+    output: OptionalPath = None
+    force: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

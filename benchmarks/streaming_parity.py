@@ -1,0 +1,391 @@
+"""A transformer of any size against diffusers, block by block, in the memory of a few blocks.
+
+    python benchmarks/streaming_parity.py                            # FLUX.1-dev: minutes, 4 GB
+    python benchmarks/streaming_parity.py --model flux-schnell --blocks 2+2
+    python benchmarks/streaming_parity.py --model flux-2-klein-4b --weights FOLDER/transformer
+
+Both models stay without values. Each block in turn is given its values, in PyTorch and here, runs
+on the activations of its own side, and is emptied again; then the activations of both sides are
+compared, so that the first block that differs is named. The values of a parameter follow from its
+name: a stretch of one pool of normal numbers; or they are read from a checkpoint's folder. The keys
+and shapes of all blocks together must be those of diffusers' model.
+
+Prints the largest difference and the relative error behind each block, times and peak memory, and
+exits with 1 where an error is beyond the tolerance. A model is a function that says its blocks: the
+name of each, and how either side's is called.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from conceptax.converters.files.weights import find_weights, open_weights
+from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models import flux_2_transformer_2d, flux_transformer_2d
+from conceptax.flax_models.abstract import OneKey
+from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
+from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
+from conceptax.flax_models.layers.joint_attention import JointSequence
+
+Streams = dict[str, Any]  # activations by name, of one side
+Values = Callable[[str, tuple[int, ...]], np.ndarray]  # of a parameter, by key and PyTorch's shape
+SCALE = 0.02  # standard deviation of random parameters
+
+
+class Block(NamedTuple):
+    """A part of a model with a name, a prefix of its keys, and its call on either side.
+
+    `ours` and `theirs` take the part and the streams, and return those that change, under the same
+    names and with the same axes. Blocks of a kind share `ours`, so that they compile once.
+    """
+
+    name: str
+    ours: Callable[[Any, Streams], Streams]
+    theirs: Callable[[Any, Streams], Streams]
+
+
+class Comparison(NamedTuple):
+    """What differs behind a block, relative to a stream's norm too, and the seconds it took."""
+
+    block: str
+    stream: str
+    largest: float
+    relative: float
+    seconds: float
+
+
+class Pool:
+    """Random values of parameters, which follow from their names."""
+
+    def __init__(self, size: int = 1 << 26):
+        self.pool = SCALE * np.random.default_rng(0).standard_normal(size, np.float32)
+
+    def __call__(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        """N(0, 0.02^2), and 1 more for the weights of norms; a view where the pool has it whole."""
+        size, total = math.prod(shape), len(self.pool)
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        start = int.from_bytes(digest, "little") % total
+        pieces = [self.pool[start : start + size]]
+        while (missing := size - sum(map(len, pieces))) > 0:
+            pieces.append(self.pool[:missing])
+        values = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        norm = len(shape) == 1 and key.endswith("weight")
+        return (values + 1 if norm else values).reshape(shape)
+
+
+def stored(folder: Path) -> Values:
+    """The values of a checkpoint, read from its files one by one, as float32."""
+    tensors = open_weights(find_weights(folder, "diffusers"))
+    return lambda key, shape: tensors[key].read().astype(np.float32).reshape(shape)
+
+
+def compare(
+    name: str,
+    config: Any,
+    values: Values,
+    *,
+    grid: tuple[int, int] = (16, 16),
+    text: int = 64,
+) -> Iterator[Comparison]:
+    """Runs both sides of a model of that family, of batch 1, and yields what differs.
+
+    Raises:
+      ValueError: the blocks do not have the keys and shapes of diffusers' model.
+    """
+    import diffusers
+    import torch
+
+    family = FAMILIES[name]
+    rngs = OneKey()
+    model = nnx.eval_shape(lambda: family.model(config, rngs=rngs))
+    with torch.device("meta"):
+        module = getattr(diffusers, model.pytorch_class)(**config.to_dict()).eval()
+    streams, blocks = family.blocks(module, config, grid, text)
+    parts = {block.name: functools.reduce(_part, block.name.split("."), model) for block in blocks}
+    specs = {name: tensor_specs(part) for name, part in parts.items()}
+    ours = {f"{name}.{spec.key}": spec.shape for name, of in specs.items() for spec in of}
+    theirs = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    if ours != theirs:
+        differing = sorted(key for key, _ in ours.items() ^ theirs.items())
+        raise ValueError(f"keys or shapes differ from diffusers': {', '.join(differing[:5])}, ...")
+
+    here = {key: jnp.asarray(value) for key, value in streams.items()}
+    there = {key: torch.from_numpy(value) for key, value in streams.items()}
+    for block in blocks:
+        began = time.perf_counter()
+        arrays = {
+            spec.key: values(f"{block.name}.{spec.key}", spec.shape) for spec in specs[block.name]
+        }
+        changed = _run_torch(module.get_submodule(block.name), block, arrays, there)
+        there |= changed
+        here |= _run_ours(parts[block.name], block, arrays, here)
+        seconds = time.perf_counter() - began
+        for stream, value in changed.items():
+            expected, received = value.numpy(), np.asarray(here[stream])
+            if expected.shape != received.shape:
+                raise ValueError(f"{block.name}: {stream} {received.shape}, not {expected.shape}")
+            difference = received - expected
+            relative = np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-30)
+            largest = float(np.abs(difference).max())
+            yield Comparison(block.name, stream, largest, float(relative), seconds)
+
+
+def _part(owner: Any, name: str) -> Any:
+    return owner[int(name)] if name.isdigit() else getattr(owner, name)
+
+
+def _run_torch(module: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
+    import torch
+
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in arrays.items()}
+    module.load_state_dict(tensors, assign=True)
+    with torch.no_grad():
+        changed = block.theirs(module, streams)
+    module.to("meta")
+    return changed
+
+
+def _run_ours(part: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
+    graphdef, state = nnx.split(part)
+    by_path = {spec.path: jnp.asarray(spec.to_nnx(arrays[spec.key])) for spec in tensor_specs(part)}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, _: by_path[tuple(getattr(p, "key", getattr(p, "idx", None)) for p in path)],
+        nnx.to_pure_dict(state),
+    )
+    return jax.block_until_ready(_call(graphdef, block.ours, params, streams))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(graphdef: Any, call: Callable[..., Streams], params: Any, streams: Streams) -> Streams:
+    with jax.default_matmul_precision("highest"):
+        return call(nnx.merge(graphdef, params), streams)
+
+
+# How one side's part becomes the next activations.
+
+
+def _linear(source: str, target: str) -> Callable[[Any, Streams], Streams]:
+    return lambda part, s: {target: part(s[source])}
+
+
+def _tokens(*grid_and_features: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((1, *grid_and_features), np.float32)
+
+
+def _inputs(config: Any, grid: tuple[int, int], text: int) -> Streams:
+    """Packed latents, states of a text, the time 500 of 1000, guidance 3.5."""
+    return {
+        "latents": _tokens(math.prod(grid), config.in_channels, seed=1),
+        "states": _tokens(text, config.joint_attention_dim, seed=2),
+        "times": np.array([500.0], np.float32),
+        "guidance": np.array([3.5], np.float32),
+    }
+
+
+def _positions(grid: tuple[int, int], text: int, axes: int) -> Any:
+    """Of [text; image], as diffusers' pipelines give them."""
+    import torch
+
+    ids = torch.zeros(text + math.prod(grid), axes)
+    ids[text:, 1], ids[text:, 2] = (torch.from_numpy(x.ravel()) for x in np.indices(grid))
+    if axes == 4:  # FLUX.2 counts the text's tokens
+        ids[:text, 3] = torch.arange(text)
+    return ids
+
+
+def flux(
+    module: Any, config: FluxTransformer2DConfig, grid: tuple[int, int], text: int
+) -> tuple[Streams, list[Block]]:
+    """FLUX.1."""
+    streams = _inputs(config, grid, text)
+    streams["pooled"] = _tokens(config.pooled_projection_dim, seed=3)
+    sequence = JointSequence(grid, rotary=flux_transformer_2d.rotary_of(config, grid, text, 1.0))
+    rotary = module.pos_embed(_positions(grid, text, 3))
+    guided = config.guidance_embeds
+
+    def condition(part: Any, s: Streams) -> Streams:
+        return {"condition": part(s["times"], s["guidance"], s["pooled"])}
+
+    def their_condition(part: Any, s: Streams) -> Streams:
+        guidance = (1000 * s["guidance"],) if guided else ()
+        return {"condition": part(s["times"], *guidance, s["pooled"])}
+
+    def double(part: Any, s: Streams) -> Streams:
+        image, words = part(s["image"], s["text"], s["condition"], sequence)
+        return {"image": image, "text": words}
+
+    def single(part: Any, s: Streams) -> Streams:
+        x = part(sequence.join(s["image"], s["text"]), s["condition"], sequence)
+        return dict(zip(("image", "text"), sequence.split(x), strict=True))
+
+    def theirs(part: Any, s: Streams) -> Streams:
+        words, image = part(s["image"], s["text"], s["condition"], rotary)
+        return {"image": image, "text": words}
+
+    def norm(part: Any, s: Streams) -> Streams:
+        return {"output": part(s["image"], s["condition"])}
+
+    embedders = [
+        Block("time_text_embed", condition, their_condition),
+        Block("x_embedder", *(_linear("latents", "image"),) * 2),
+        Block("context_embedder", *(_linear("states", "text"),) * 2),
+    ]
+    doubles = [Block(f"transformer_blocks.{n}", double, theirs) for n in range(config.num_layers)]
+    singles = [
+        Block(f"single_transformer_blocks.{n}", single, theirs)
+        for n in range(config.num_single_layers)
+    ]
+    last = [Block("norm_out", norm, norm), Block("proj_out", *(_linear("output", "output"),) * 2)]
+    return streams, [*embedders, *doubles, *singles, *last]
+
+
+def flux_2(
+    module: Any, config: Flux2Transformer2DConfig, grid: tuple[int, int], text: int
+) -> tuple[Streams, list[Block]]:
+    """FLUX.2."""
+    streams = _inputs(config, grid, text)
+    sequence = JointSequence(grid, rotary=flux_2_transformer_2d.rotary_of(config, grid, text))
+    rotary = module.pos_embed(_positions(grid, text, 4))
+
+    def condition(part: Any, s: Streams) -> Streams:
+        return {"condition": part(s["times"], s["guidance"])}
+
+    def their_condition(part: Any, s: Streams) -> Streams:
+        return {"condition": part(s["times"], 1000 * s["guidance"])}
+
+    def modulation(target: str) -> tuple[Callable[[Any, Streams], Streams], ...]:
+        return (
+            lambda part, s: {target: jnp.concatenate(part.vectors(s["condition"]), axis=-1)},
+            lambda part, s: {target: part(s["condition"])},
+        )
+
+    def double(part: Any, s: Streams) -> Streams:
+        modulations = (jnp.split(s[key], 6, axis=-1) for key in ("of_image", "of_text"))
+        image, words = part(s["image"], s["text"], *modulations, sequence)
+        return {"image": image, "text": words}
+
+    def their_double(part: Any, s: Streams) -> Streams:
+        words, image = part(s["image"], s["text"], s["of_image"], s["of_text"], rotary)
+        return {"image": image, "text": words}
+
+    def single(part: Any, s: Streams) -> Streams:
+        x = sequence.join(s["image"], s["text"])
+        x = part(x, jnp.split(s["of_both"], 3, axis=-1), sequence)
+        return dict(zip(("image", "text"), sequence.split(x), strict=True))
+
+    def their_single(part: Any, s: Streams) -> Streams:
+        words, image = part(s["image"], s["text"], s["of_both"], rotary, split_hidden_states=True)
+        return {"image": image, "text": words}
+
+    def norm(part: Any, s: Streams) -> Streams:
+        return {"output": part(s["image"], s["condition"])}
+
+    first = [
+        Block("time_guidance_embed", condition, their_condition),
+        Block("double_stream_modulation_img", *modulation("of_image")),
+        Block("double_stream_modulation_txt", *modulation("of_text")),
+        Block("single_stream_modulation", *modulation("of_both")),
+        Block("x_embedder", *(_linear("latents", "image"),) * 2),
+        Block("context_embedder", *(_linear("states", "text"),) * 2),
+    ]
+    doubles = [
+        Block(f"transformer_blocks.{n}", double, their_double) for n in range(config.num_layers)
+    ]
+    singles = [
+        Block(f"single_transformer_blocks.{n}", single, their_single)
+        for n in range(config.num_single_layers)
+    ]
+    last = [Block("norm_out", norm, norm), Block("proj_out", *(_linear("output", "output"),) * 2)]
+    return streams, [*first, *doubles, *singles, *last]
+
+
+class Family(NamedTuple):
+    """A model class, its function that says its blocks, and its published settings by name."""
+
+    model: Any
+    blocks: Callable[..., tuple[Streams, list[Block]]]
+    published: dict[str, Callable[[], Any]]
+
+
+FAMILIES = {
+    "flux": Family(
+        flux_transformer_2d.FluxTransformer2DModel,
+        flux,
+        {
+            "flux-dev": FluxTransformer2DConfig.dev,
+            "flux-schnell": FluxTransformer2DConfig.schnell,
+        },
+    ),
+    "flux-2": Family(
+        flux_2_transformer_2d.Flux2Transformer2DModel,
+        flux_2,
+        {
+            "flux-2-klein-4b": Flux2Transformer2DConfig.klein_4b,
+            "flux-2-klein-9b": Flux2Transformer2DConfig.klein_9b,
+            "flux-2-dev": Flux2Transformer2DConfig,
+        },
+    ),
+}
+MODELS = {model: name for name, family in FAMILIES.items() for model in family.published}
+
+
+def report(comparisons: Iterator[Comparison], tolerance: float) -> str | None:
+    """Prints the comparisons as they come; the first block beyond the tolerance, if one is."""
+    beyond = None
+    print(f"{'block':<32} {'stream':<10} {'largest':>9} {'relative':>9} {'seconds':>8}")
+    for each in comparisons:
+        print(
+            f"{each.block:<32} {each.stream:<10} {each.largest:9.2e} {each.relative:9.2e} "
+            f"{each.seconds:8.2f}",
+            flush=True,
+        )
+        if beyond is None and not each.relative <= tolerance:
+            beyond = each.block
+    return beyond
+
+
+def two_numbers(text: str, by: str) -> tuple[int, int]:
+    first, second = text.split(by)
+    return int(first), int(second)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="flux-dev")
+    parser.add_argument("--blocks", help="double + single, such as 2+2; by default all")
+    parser.add_argument("--grid", default="16x16", help="tokens of the image")
+    parser.add_argument("--text", type=int, default=64, help="tokens of the text")
+    parser.add_argument("--weights", type=Path, help="a component's folder; by default random")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="relative error")
+    chosen = parser.parse_args()
+    family = FAMILIES[MODELS[chosen.model]]
+    config = family.published[chosen.model]()
+    if chosen.blocks:
+        double, single = two_numbers(chosen.blocks, "+")
+        config = dataclasses.replace(config, num_layers=double, num_single_layers=single)
+    values = stored(chosen.weights) if chosen.weights else Pool()
+    grid = two_numbers(chosen.grid, "x")
+    began = time.perf_counter()
+    comparisons = compare(MODELS[chosen.model], config, values, grid=grid, text=chosen.text)
+    beyond = report(comparisons, chosen.tolerance)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{time.perf_counter() - began:.0f} s, peak memory {peak:.2f} GiB")
+    if beyond:
+        sys.exit(f"{beyond} is the first block beyond {chosen.tolerance:g}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The comparison of large models block by block, on small ones."""
+
+import dataclasses
+
+import pytest
+
+from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
+from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
+
+SMALL = {
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+}
+CONFIGS = {
+    "flux": FluxTransformer2DConfig(
+        **SMALL, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8), guidance_embeds=True
+    ),
+    "flux-2": Flux2Transformer2DConfig(**SMALL, axes_dims_rope=(2, 4, 4, 6)),
+}
+SIZES = {"grid": (2, 3), "text": 4}
+
+
+@pytest.fixture
+def streaming(repository, monkeypatch, torch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import streaming_parity
+
+    return streaming_parity
+
+
+@pytest.fixture
+def values(streaming):
+    """Larger than of large models, so that each block counts; some reach over the pool's end."""
+    pool = streaming.Pool(5000)
+    return lambda key, shape: 5 * pool(key, shape)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_small_models_agree(name, streaming, values, capsys):
+    compared = list(streaming.compare(name, CONFIGS[name], values, **SIZES))
+    assert max(each.relative for each in compared) < 1e-5
+    assert {each.block for each in compared} >= {
+        "transformer_blocks.1",
+        "single_transformer_blocks.1",
+        "proj_out",
+    }
+    assert streaming.report(iter(compared), 1e-5) is None
+    assert capsys.readouterr().out.count("transformer_blocks.0") == 4  # image and text
+
+
+def test_the_first_block_that_differs_is_named(streaming, values, torch, monkeypatch):
+    plain = torch.nn.GELU.forward  # of single blocks only
+    monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: 1.1 * plain(self, x))
+    compared = streaming.compare("flux", CONFIGS["flux"], values, **SIZES)
+    assert streaming.report(compared, 1e-4) == "single_transformer_blocks.0"
+
+
+def test_all_keys_belong_to_a_block(streaming, values, monkeypatch):
+    family = streaming.FAMILIES["flux"]
+
+    def fewer(*given):
+        streams, blocks = family.blocks(*given)
+        return streams, blocks[:-1]
+
+    monkeypatch.setitem(streaming.FAMILIES, "flux", family._replace(blocks=fewer))
+    with pytest.raises(ValueError, match=r"differ from diffusers': proj_out\.bias"):
+        next(streaming.compare("flux", CONFIGS["flux"], values, **SIZES))
+
+
+def test_values_of_a_checkpoint(streaming, tmp_path):
+    import oracles
+
+    config = dataclasses.replace(CONFIGS["flux-2"], guidance_embeds=False)
+    oracles.flux_2().module.save_pretrained(tmp_path)
+    compared = streaming.compare("flux-2", config, streaming.stored(tmp_path), **SIZES)
+    assert streaming.report(compared, 1e-5) is None
+
+
+@pytest.mark.slow
+def test_flux_dev_at_full_size(streaming):
+    """57 blocks in the memory of one pair of them; random blocks let rounding grow."""
+    compared = streaming.compare("flux", FluxTransformer2DConfig.dev(), streaming.Pool())
+    assert streaming.report(compared, 1e-3) is None

@@ -1,0 +1,209 @@
+"""Tiny random pipelines of transformers on a flow, as diffusers makes them."""
+
+from pathlib import Path
+from typing import Any
+
+from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
+from conceptax.methods.glyphs.tokenizer import build_tokenizer
+
+FAMILIES = ("flux-dev", "flux-schnell", "klein", "klein-base", "sd3", "sd3-without-t5")
+LENGTH = 20  # of CLIP's prompts
+T5_LENGTH = 24
+WORDS = ("three", "red", "on", "brick", "a", "photo", "of")
+VAE = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "sample_size": 32,
+    "latent_channels": 4,
+}
+# Of FLUX.1 and SD 3, at downsampling 2.
+FLOW_VAE = VAE | {
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
+
+def t5_tokenizer() -> Any:
+    """A unigram tokenizer of a few words."""
+    import transformers
+
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words += [(f"▁{word}", -2.0) for word in WORDS]
+    words += [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    return transformers.T5Tokenizer(vocab=words, extra_ids=0, model_max_length=512)
+
+
+def qwen_tokenizer() -> Any:
+    """A byte-level tokenizer with a template of chats."""
+    import transformers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {letter: index for index, letter in enumerate(bytes_to_unicode().values())}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _clip(kind: str, tokenizer: Any, hidden: int, projection: int) -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        projection_dim=projection,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def _t5(width: int, tokenizer: Any) -> Any:
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=4,
+        d_ff=24,
+        num_heads=3,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def _flux(dev: bool) -> Any:
+    import diffusers
+
+    clip, t5 = build_tokenizer(max_length=LENGTH), t5_tokenizer()
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=16,
+        guidance_embeds=dev,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        vae=diffusers.AutoencoderKL(**FLOW_VAE),
+        text_encoder=_clip("CLIPTextModel", clip, 16, 16),
+        text_encoder_2=_t5(12, t5),
+        tokenizer=clip,
+        tokenizer_2=t5,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**(DYNAMIC if dev else {})),
+    )
+
+
+def _klein(distilled: bool) -> Any:
+    import diffusers
+    import transformers
+
+    tokenizer = qwen_tokenizer()
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=29,  # layers 9, 18 and 27 are read
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        mlp_ratio=2.0,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    return diffusers.Flux2KleinPipeline(
+        transformer=transformer,
+        vae=diffusers.AutoencoderKLFlux2(**VAE),
+        text_encoder=transformers.Qwen3ForCausalLM(config).eval(),
+        tokenizer=tokenizer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        is_distilled=distilled,
+    )
+
+
+def _sd3(t5: bool) -> Any:
+    import diffusers
+
+    clips = [build_tokenizer(max_length=LENGTH) for _ in range(2)]
+    clips[1].pad_token = "!"
+    tokenizer = t5_tokenizer() if t5 else None
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=12,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=diffusers.AutoencoderKL(**FLOW_VAE),
+        text_encoder=_clip("CLIPTextModelWithProjection", clips[0], 16, 12),
+        text_encoder_2=_clip("CLIPTextModelWithProjection", clips[1], 16, 12),
+        text_encoder_3=_t5(48, tokenizer) if t5 else None,
+        tokenizer=clips[0],
+        tokenizer_2=clips[1],
+        tokenizer_3=tokenizer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def save_pipeline(folder: Path, family: str) -> Any:
+    """Make one of `FAMILIES`, every parameter random, write it, and return it."""
+    import torch
+
+    torch.manual_seed(0)
+    kind, _, variant = family.partition("-")
+    make = {"flux": _flux, "klein": _klein, "sd3": _sd3}[kind]
+    pipeline = make(variant in ("dev", "") if kind != "klein" else not variant)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            with torch.no_grad():
+                for parameter in part.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and type(part).__name__ == "CLIPTokenizer":
+            write_tokenizer(part, folder / name)
+            setattr(pipeline, name, read_tokenizer(folder / name))
+    return pipeline
