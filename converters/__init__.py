@@ -4,7 +4,7 @@ from .additions import merge_parts
 from .errors import CheckpointError, ConversionError, OutputError
 from .files.output import atomic_folder
 from .formats.compvis import load_single_file, save_single_file
-from .formats.lora import load_lora, merge_lora, save_lora
+from .formats.lora import load_lora, merge_lora, save_lora, write_lora
 from .formats.personalized import load_personalized, save_custom_diffusion, save_textual_inversion
 from .formats.segmentation import load_maft_plus, load_open_clip, save_maft_plus
 from .inspection import inspect_checkpoint
@@ -32,4 +32,5 @@ __all__ = [
     "save_pytorch",
     "save_single_file",
     "save_textual_inversion",
+    "write_lora",
 ]

@@ -144,7 +144,7 @@ def load_single_file(
             f"{listing(file.unknown)}. It holds another model, or more than one."
         )
     if components is None:
-        wanted = _wanted(path, file, accepted, tokenizer, prediction_type)
+        wanted = _wanted(path, file, kind, tokenizer, prediction_type)
     else:
         wanted = set(components)
     parts: dict[str, Any] = dict.fromkeys(accepted[:-1])
@@ -190,12 +190,15 @@ def build_parts(
 
 
 def _wanted(
-    path: Path, file: SingleFile, accepted: Sequence[str], tokenizer: Any, prediction_type: Any
+    path: Path, file: SingleFile, kind: Any, tokenizer: Any, prediction_type: Any
 ) -> set[str]:
     """What to load where nobody says: what is there, and what belongs to that."""
+    accepted = pipeline_components(kind)
     others = {name for name in accepted if name.startswith(("scheduler", "tokenizer"))}
     lacking = [name for name in accepted if name not in (*file.parts, *others)]
     wanted = set(accepted) - set(lacking)
+    wanted -= {name.replace("text_encoder", "tokenizer") for name in lacking}
+    lacking = [name for name in lacking if name not in kind.OPTIONAL]
     texts = [name for name in file.parts if name.startswith("text_encoder")]
     if tokenizer is not None and not texts:
         raise ValueError(f"{path} holds no text encoder, to which a tokenizer could belong.")
@@ -233,9 +236,9 @@ def _tokenizers(
 ) -> dict[str, Any]:
     """The tokenizers of these names; T5's and others than CLIP's from a folder beside the file."""
     found: dict[str, Any] = {}
+    classes = {each.component: each.class_name for each in TEXT_ENCODERS[file.family]}
     for name in names:
-        part = file.parts.get(name.replace("tokenizer", "text_encoder"))
-        if part is not None and not part.class_name.startswith("CLIP"):
+        if "CLIP" not in classes.get(name.replace("tokenizer", "text_encoder"), ""):
             beside = path.parent / name
             found[name] = read_tokenizer(beside) if beside.is_dir() else None
             if found[name] is None:

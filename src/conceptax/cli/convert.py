@@ -17,8 +17,9 @@ class Command:
 
     Reads diffusers and transformers folders (`.safetensors`, sharded or not, `.bin`, and Flax's
     `.msgpack` of earlier versions), a whole pipeline or one component; and single files of Stable
-    Diffusion 1.x, 2.x and XL (`.ckpt`, `.safetensors`), also of a part of one: what holds one model
-    becomes the folder of that component. Nothing in a pickle is executed.
+    Diffusion 1.x, 2.x, XL and 3, FLUX.1 and FLUX.2 (`.ckpt`, `.safetensors`, `.gguf`), also of a
+    part of one: what holds one model becomes the folder of that component. Nothing in a pickle is
+    executed.
 
     With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT,
     diffusers, kohya, OneTrainer and ComfyUI), embeddings of new tokens (textual inversions, also
@@ -30,7 +31,7 @@ class Command:
         single file.
       dest: what to write.
       form: "folder" of safetensors in the layout of diffusers and transformers; "single" file with
-        CompVis's names, of a Stable Diffusion pipeline; "changes", one file with a component's
+        its publisher's names, of a pipeline; "changes", one file with a component's
         tensors that differ from --original; "lora", one file with the difference from --original at
         a low rank.
       add: a file or folder to merge into the pipeline; repeat for several.
@@ -38,6 +39,7 @@ class Command:
       original: the model that SOURCE was made from, for --form changes and lora.
       rank: of a LoRA.
       energy: in place of --rank, the fraction of each change to keep, such as 0.95.
+      naming: of a LoRA's layers: "peft", as diffusers writes them, or "kohya".
       dtype: dtype to store; by default each tensor's own. Weights in float64 or 8 bits need one.
       shard_size: split larger weights over several files, in a folder.
       tokenizer: folder of the tokenizer, for a single file, which has none; by default a folder of
@@ -58,6 +60,7 @@ class Command:
     original: OptionalModel = None
     rank: OptionalInt = None
     energy: OptionalFloat = None
+    naming: Literal["peft", "kohya"] = "peft"
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     shard_size: str = "10GB"
     tokenizer: OptionalModel = None
@@ -86,6 +89,8 @@ def _check(command: Command) -> None:
     low_rank = (command.rank is not None) + (command.energy is not None)
     if low_rank != (command.form == "lora"):
         raise ValueError("--form lora takes --rank or --energy, one of them; other forms neither.")
+    if command.naming != "peft" and command.form != "lora":
+        raise ValueError(f"--naming is for --form lora; leave it out of --form {command.form}.")
     if command.form != "folder" and command.dest.suffix != ".safetensors":
         raise ValueError(f"--form {command.form} writes a file: name one in .safetensors.")
     if command.verify and command.form != "folder":
@@ -182,7 +187,7 @@ def _file(command: Command, model: Any, file: Path) -> Any:
         print(f"{len(keys)} tensors differ")
         return model
     options = {"rank": command.rank, "energy": command.energy, "dtype": command.dtype}
-    summary = save_lora(model, original, file, force=True, **options)
+    summary = save_lora(model, original, file, naming=command.naming, force=True, **options)
     ranks, error = sorted(summary.ranks.values()), f"relative error {summary.error:.1e}"
     print(f"{len(ranks)} modules, rank {ranks[0]} to {ranks[-1]}, {error}")
     if summary.left_out:

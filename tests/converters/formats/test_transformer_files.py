@@ -8,7 +8,13 @@ import pytest
 import safetensors.numpy
 from filled_models import filled, weights
 
-from conceptax.converters import CheckpointError, OutputError, inspect_checkpoint, save_single_file
+from conceptax.converters import (
+    CheckpointError,
+    OutputError,
+    inspect_checkpoint,
+    load_pytorch,
+    save_single_file,
+)
 from conceptax.converters.files.safetensors_file import StoredTensor
 from conceptax.converters.formats.compvis import PIPELINES, build_parts, open_single_file
 from conceptax.converters.formats.compvis_parts import read_single_file
@@ -138,6 +144,26 @@ def test_every_part_returns(models, single):
     ]
 
 
+def test_a_pipeline_is_made_of_it(models, single, tmp_path):
+    with pytest.warns(UserWarning) as told:
+        pipeline = load_pytorch(single)
+    assert ["holds no tokenizer" in str(each.message) for each in told] == [True, True]
+    assert type(pipeline).__name__ == "FluxPipeline"
+    same(models, {name: getattr(pipeline, name) for name in models})
+    assert pipeline.scheduler_config == FLOW
+    again = save_single_file(pipeline, tmp_path / "again.safetensors")
+    assert again.read_bytes() == single.read_bytes()
+    own = {key: value for key, value in safetensors.numpy.load_file(single).items() if UNET in key}
+    safetensors.numpy.save_file(own, tmp_path / "dev.safetensors")
+    dev = load_pytorch(tmp_path / "dev.safetensors")
+    assert (dev.vae, dev.text_encoder_2, dev.tokenizer) == (None, None, None)
+    assert dev.scheduler_config["use_dynamic_shifting"]
+    schnell = {key: value for key, value in own.items() if "guidance_in" not in key}
+    safetensors.numpy.save_file(schnell, tmp_path / "schnell.safetensors")
+    config = load_pytorch(tmp_path / "schnell.safetensors").scheduler_config
+    assert (config["shift"], config["use_dynamic_shifting"]) == (1.0, False)
+
+
 def flux_2():
     config = Flux2Transformer2DConfig(
         in_channels=8,
@@ -193,6 +219,11 @@ def test_other_families_return(tmp_path, make, kind):
     assert (file.kind, file.unknown, file.leftovers) == (kind, [], {})
     same(models, build_parts(file, str(path), list(models), **FLOATS))
     assert inspect_checkpoint(path).healthy
+    if make is sd_3:  # which does without T5, and not without an autoencoder
+        with pytest.warns(UserWarning) as told:
+            assert load_pytorch(path).text_encoder_3 is None
+        messages = "; ".join(str(each.message) for each in told)
+        assert "text_encoder_2, transformer and no vae: that can" in messages
     content = safetensors.numpy.load_file(path)
     projection = "text_encoders.clip_l.transformer.text_projection.weight"
     if projection in content:  # which published files lack
