@@ -11,7 +11,8 @@ from gguf_writer import gguf_bytes, setting, text
 
 from conceptax import bundled_model
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch
-from conceptax.converters.files.gguf_file import _KINDS, open_gguf
+from conceptax.converters.files import gguf_file
+from conceptax.converters.files.gguf_file import open_gguf
 from conceptax.converters.files.quantized import dequantized
 from conceptax.converters.files.safetensors_file import FLOAT_TYPES, StoredTensor
 from conceptax.converters.files.weights import open_weights
@@ -23,7 +24,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "F64"])
 def test_plain_types_of_gguf(tmp_path, kind):
-    number = next(n for n, each in _KINDS.items() if each.name == kind)
+    number = next(n for n, each in gguf_file._KINDS.items() if each.name == kind)
     dtype = FLOAT_TYPES[kind]
     values = RNG.standard_normal((3, 5)).astype(dtype)
     odd = values.reshape(15)[:7]
@@ -80,7 +81,7 @@ QUANTIZED = {"Q8_0": (8, q8_0), "Q4_0": (2, q4_0), "Q4_K": (12, q4_k)}
 
 def random_blocks(name, count):
     """Any bits, but scales that are small."""
-    _, block, size = _KINDS[QUANTIZED[name][0]]
+    _, block, size = gguf_file._KINDS[QUANTIZED[name][0]]
     blocks = RNG.integers(0, 256, (count, size), np.uint8)
     scales = 4 if name == "Q4_K" else 2
     halves = RNG.uniform(0.01, 0.1, (count, scales // 2)).astype(np.float16)

@@ -12,9 +12,9 @@ class Command:
     """Say what a checkpoint is: architecture, parameters, dtypes, sizes, what is missing or extra.
 
     Takes what `conceptax convert` takes: pipeline and component folders, single files (`.ckpt`,
-    `.safetensors`, `.gguf`), LoRA files, and Flax's `.msgpack`. Only settings and headers are read, never
-    tensors, so it takes seconds whatever the size. Ends with status 1 if the checkpoint cannot be
-    loaded.
+    `.safetensors`, `.gguf`), LoRA files, and Flax's `.msgpack`. Only settings and headers are read,
+    never tensors, so it takes seconds whatever the size. Ends with status 1 if the checkpoint
+    cannot be loaded.
 
     Attributes:
       path: the folder or file.
