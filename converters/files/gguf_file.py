@@ -7,6 +7,7 @@ quantized types are kept in blocks; the `gguf` package turns them into float32 a
 size.
 """
 
+import dataclasses
 import functools
 import math
 import struct
@@ -144,11 +145,18 @@ def _tensor(path: Path, entry: _Entry, shape: tuple[int, ...], data: np.ndarray)
         kind = FLOAT_TYPES[name]
         return StoredTensor(name, shape, lambda: data.view(kind).reshape(shape))
     rows = data.reshape(-1, max(entry.shape[-1] // block * size, 1))
-    read = functools.partial(_dequantize, path, rows, name, shape)
-    return StoredTensor("F32", shape, read, kept=name, width=size / block)
+    values = functools.partial(_dequantize, path, name)
+
+    def cut(part: slice) -> np.ndarray:
+        each = math.prod(shape[1:-1])
+        new = (part.stop - part.start, *shape[1:])
+        return values(rows[part.start * each : part.stop * each], new)
+
+    whole = StoredTensor("F32", shape, lambda: values(rows, shape), name, size / block)
+    return dataclasses.replace(whole, cut=cut) if shape == entry.shape[: len(shape)] else whole
 
 
-def _dequantize(path: Path, rows: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _dequantize(path: Path, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     try:
         import gguf
     except ImportError as error:

@@ -90,13 +90,10 @@ def _scaled(weight: StoredTensor, scale: StoredTensor, what: str) -> StoredTenso
             f"of shape {list(weight.shape)}: expected one floating-point number, or one a row."
         )
     name = f"{weight.dtype} with scales" if weight.dtype.startswith("F8") else ""
-    return dataclasses.replace(
-        weight,
-        dtype="F32",
-        read=functools.partial(_product, weight, scale),
-        kept=name or weight.kept,
-        width=weight.bytes_each,
-    )
+    cut = lambda part: _product(weight.rows(part), scale if one else scale.rows(part))  # noqa: E731
+    read = functools.partial(_product, weight, scale)
+    told = {"kept": name or weight.kept, "width": weight.bytes_each}
+    return dataclasses.replace(weight, dtype="F32", read=read, cut=cut, **told)
 
 
 def _product(weight: StoredTensor, scale: StoredTensor) -> np.ndarray:

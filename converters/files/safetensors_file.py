@@ -66,6 +66,7 @@ class StoredTensor:
       kept: of a quantized tensor, whose values are converted as they are read, what it is in the
         file.
       width: of such a tensor, bytes of a number in the file.
+      cut: converts some rows of such a tensor alone.
     """
 
     dtype: str
@@ -73,6 +74,7 @@ class StoredTensor:
     read: Callable[[], np.ndarray]
     kept: str = ""
     width: float = 0.0
+    cut: Callable[[slice], np.ndarray] | None = None
 
     @classmethod
     def of(cls, values: np.ndarray) -> "StoredTensor":
@@ -81,7 +83,15 @@ class StoredTensor:
 
     def then(self, shape: tuple[int, ...], change: Callable[[Any], np.ndarray]) -> "StoredTensor":
         """The tensor of that shape which `change` makes of the values once they are read."""
-        return dataclasses.replace(self, shape=shape, read=lambda: change(self.read()))
+        read = lambda: change(self.read())  # noqa: E731
+        return dataclasses.replace(self, shape=shape, read=read, cut=None)
+
+    def rows(self, part: slice) -> "StoredTensor":
+        """Some rows of it, from a start to a stop."""
+        shape, cut = (part.stop - part.start, *self.shape[1:]), self.cut
+        if cut is None:
+            return self.then(shape, lambda values: values[part])
+        return dataclasses.replace(self, shape=shape, read=lambda: cut(part), cut=None)
 
     @property
     def bytes_each(self) -> float:

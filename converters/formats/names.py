@@ -107,11 +107,9 @@ def split(tensors: Stored, table: Table) -> tuple[Stored, list[str]]:
         if isinstance(entry, str):
             new[entry + rest] = tensor
             continue
-        height, *inside = tensor.shape or (0,)
-        for path, rows in entry.cut(height).items():
-            shape = (rows.stop - rows.start, *inside)
-            change = swap if entry.swapped else lambda values, rows=rows: values[rows]
-            new[path + rest] = tensor.then(shape, change)
+        for path, rows in entry.cut(tensor.shape[0] if tensor.shape else 0).items():
+            own = tensor.then(tensor.shape, swap) if entry.swapped else tensor.rows(rows)
+            new[path + rest] = own
     return new, odd
 
 

@@ -102,6 +102,9 @@ def test_quantized_types_of_gguf(tmp_path, name):
     pytest.importorskip("gguf")
     expected = formula(blocks).reshape(3, 2 * block)
     np.testing.assert_allclose(tensor.read(), expected, rtol=1e-6, atol=1e-7)
+    part = tensor.rows(slice(1, 3))
+    assert (part.shape, part.kept) == ((2, 2 * block), name)
+    np.testing.assert_array_equal(part.read(), tensor.read()[1:3])
 
 
 def test_files_that_the_package_writes(tmp_path):
@@ -167,6 +170,7 @@ def test_scales_are_multiplied(tmp_path, names, shape):
     assert (weight.dtype, weight.kept, weight.bytes_each) == ("F32", "F8_E4M3 with scales", 1)
     product = content["a.weight"].astype(np.float32) * factor.reshape(-1, 1)
     np.testing.assert_array_equal(weight.read(), product)
+    np.testing.assert_array_equal(weight.rows(slice(1, 3)).read(), product[1:3])
 
 
 def test_what_is_no_such_file_stays_as_it_is(tmp_path):

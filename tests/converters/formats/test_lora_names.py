@@ -10,6 +10,7 @@ import safetensors.numpy
 from filled_models import filled, sizes, weights
 
 from conceptax import bundled_model
+from conceptax.cli import main
 from conceptax.converters import CheckpointError, OutputError, load_pytorch
 from conceptax.converters.formats.lora import (
     check_lora,
@@ -449,6 +450,24 @@ def test_a_transformers_difference_becomes_a_lora(pipeline, fused, tmp_path):
             assert f"transformer.{SINGLE}.proj_mlp" in summary.ranks
             check(pipeline, path, expected(pipeline, fused, 1.0))
     check_lora(path)
+
+
+def test_the_command_writes_kohyas_names(tmp_path, capsys):
+    source = bundled_model() / "text_encoder"
+    content = safetensors.numpy.load_file(source / "model.safetensors")
+    doubled = {key: value * np.float16(1 + ("fc1.weight" in key)) for key, value in content.items()}
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    (edited / "config.json").write_bytes((source / "config.json").read_bytes())
+    safetensors.numpy.save_file(doubled, edited / "model.safetensors")
+    file = tmp_path / "a.safetensors"
+    command = ["convert", str(edited), str(file), "--original", str(source), "--form", "lora"]
+    assert main([*command, "--rank", "2", "--naming", "kohya"]) == 0
+    keys = safetensors.numpy.load_file(file).keys()
+    assert all(key.startswith("lora_te_text_model_encoder_layers_") for key in keys)
+    single = ["convert", str(source), str(tmp_path / "b.safetensors"), "--form", "single"]
+    assert main([*single, "--naming", "kohya"]) == 1
+    assert "--naming is for --form lora" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_told(pipeline, tmp_path):

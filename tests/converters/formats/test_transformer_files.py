@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from filled_models import filled, weights
+from gguf_writer import gguf_bytes
+from opened_files import opened_files
 
 from conceptax.converters import (
     CheckpointError,
@@ -145,8 +147,9 @@ def test_every_part_returns(models, single):
 
 
 def test_a_pipeline_is_made_of_it(models, single, tmp_path):
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as told, opened_files() as files:
         pipeline = load_pytorch(single)
+    assert files == {single.name: 1}
     assert ["holds no tokenizer" in str(each.message) for each in told] == [True, True]
     assert type(pipeline).__name__ == "FluxPipeline"
     same(models, {name: getattr(pipeline, name) for name in models})
@@ -314,6 +317,32 @@ def test_8_bits_with_scales(models, single, tmp_path):
     assert told.healthy
     assert told.parts[0].quantized == {"F8_E4M3 with scales"}
     assert told.parts[1].quantized == set()
+
+
+def test_gguf(models, single, tmp_path):
+    """As ComfyUI's node writes it: linear layers in blocks, without the prefix."""
+    gguf = pytest.importorskip("gguf")
+    content = safetensors.numpy.load_file(single)
+    own = {k.removeprefix(UNET): v for k, v in content.items() if k.startswith(UNET)}
+    written, plain = {}, {}
+    for key, value in own.items():
+        kind = "Q8_0" if value.ndim == 2 and value.shape[1] % 32 == 0 else "F32"
+        number = gguf.GGMLQuantizationType[kind]
+        packed = gguf.quants.quantize(value, number)
+        written[key] = (int(number), value.shape, packed.tobytes())
+        plain[key] = gguf.quants.dequantize(packed, number)
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes(written))
+    told = inspect_checkpoint(tmp_path / "a.gguf")
+    assert (told.kind, told.healthy) == ("single file of FLUX.1 dev, transformer alone", True)
+    assert (told.parts[0].quantized, told.advice) == ({"Q8_0"}, "")
+    assert told.parts[0].nbytes == sum(len(packed) for _, _, packed in written.values())
+    safetensors.numpy.save_file(plain, tmp_path / "b.safetensors")
+    expected = weights(load_pytorch(tmp_path / "b.safetensors").transformer)
+    found = weights(load_pytorch(tmp_path / "a.gguf").transformer)
+    for key, value in found.items():
+        np.testing.assert_array_equal(value, expected[key], err_msg=key)
+    half = load_pytorch(tmp_path / "a.gguf", param_dtype="bfloat16").transformer
+    assert half.proj_out.kernel[...].dtype == ml_dtypes.bfloat16
 
 
 def test_what_a_file_cannot_tell_is_refused(models, tmp_path):
