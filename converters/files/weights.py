@@ -178,7 +178,11 @@ class WeightFile:
 
     @functools.cached_property
     def _safetensors(self) -> dict[str, StoredTensor]:
-        return dequantized(open_safetensors(self.path, self.bytes), self.path)
+        return open_safetensors(self.path, self.bytes)
+
+    @functools.cached_property
+    def _dequantized(self) -> dict[str, StoredTensor]:
+        return dequantized(self._safetensors, self.path)
 
     @functools.cached_property
     def _gguf(self) -> dict[str, StoredTensor]:
@@ -193,8 +197,10 @@ class WeightFile:
         """
         return _load_pickle(self)
 
-    def tensors(self, wrappers: Sequence[str] = ()) -> dict[str, StoredTensor]:
-        """Name -> stored tensor, as for `open_weights`."""
+    def tensors(
+        self, wrappers: Sequence[str] = (), *, scaled: bool = True
+    ) -> dict[str, StoredTensor]:
+        """Name -> stored tensor, as for `open_weights`; `scaled` False leaves scales apart."""
         path, suffix = self.path, self.path.suffix.lower()
         if suffix == ".json":
             return _open_index(path)
@@ -202,7 +208,7 @@ class WeightFile:
             return open_flax(path, self.bytes)
         content = self.content
         if content == SAFETENSORS or (suffix == ".safetensors" and not content):
-            return dict(self._safetensors)
+            return dict(self._dequantized if scaled else self._safetensors)
         if content == GGUF:
             return dict(self._gguf)
         if suffix == ".safetensors":
@@ -281,7 +287,7 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path} names {name!r}, which is neither .safetensors nor .bin.")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        shard = open_weights(path.parent / name)
+        shard = WeightFile(path.parent / name).tensors(scaled=False)
         mapped = {key for key, file in weight_map.items() if file == name}
         if mapped != shard.keys():
             odd = sorted(mapped ^ shard.keys())
@@ -290,7 +296,7 @@ def _open_index(path: Path) -> dict[str, StoredTensor]:
                 "Download both again."
             )
         tensors |= shard
-    return tensors
+    return dequantized(tensors, path)
 
 
 class _Inert:

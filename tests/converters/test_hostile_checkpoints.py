@@ -129,8 +129,8 @@ def test_malformed_architecture(folder, name):
 
 
 def test_unknown_pipeline(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(CheckpointError, match="'FluxPipeline' pipeline; known are"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ChromaPipeline"}')
+    with pytest.raises(CheckpointError, match="'ChromaPipeline' pipeline; known are"):
         load_pytorch(tmp_path)
 
 

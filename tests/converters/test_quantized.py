@@ -144,6 +144,16 @@ def test_unknown_types_of_gguf_are_named(tmp_path):
                 read(tmp_path / "a.gguf")
 
 
+def test_other_models_in_gguf_are_none_here(tmp_path):
+    tensors = {"blk.0.attn_q.weight": (0, (2, 2), bytes(16))}
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes(tensors, [setting("a", 8, text("llama"))]))
+    assert inspect_checkpoint(tmp_path / "a.gguf").kind == "weight file"
+    with pytest.raises(CheckpointError, match="is no model that can be read alone"):
+        load_pytorch(tmp_path / "a.gguf")
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.gguf").read_bytes())  # misnamed
+    assert open_weights(tmp_path / "a.safetensors").keys() == tensors.keys()
+
+
 # 8 bits with scales.
 
 
@@ -171,6 +181,20 @@ def test_scales_are_multiplied(tmp_path, names, shape):
     product = content["a.weight"].astype(np.float32) * factor.reshape(-1, 1)
     np.testing.assert_array_equal(weight.read(), product)
     np.testing.assert_array_equal(weight.rows(slice(1, 3)).read(), product[1:3])
+
+
+def test_scales_may_be_in_another_shard(tmp_path):
+    content = scaled()
+    places = {key: f"{'scale' in key}.safetensors" for key in content}
+    for name in set(places.values()):
+        own = {key: value for key, value in content.items() if places[key] == name}
+        safetensors.numpy.save_file(own, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    found = open_weights(index)
+    assert found.keys() == {"a.weight", "a.bias"}
+    product = content["a.weight"].astype(np.float32) * content["a.scale_weight"]
+    np.testing.assert_array_equal(found["a.weight"].read(), product)
 
 
 def test_what_is_no_such_file_stays_as_it_is(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 _OPTIONAL = {
     "torch": "reads .bin, .pt and .ckpt files: pip install 'conceptax[torch]'",
     "diffusers": "conceptax convert --verify: pip install 'conceptax[torch]'",
+    "gguf": "quantized weights in GGUF files: pip install 'conceptax[gguf]'",
     "jax_triton": "attention on NVIDIA GPUs: pip install 'conceptax[cuda]'",
     "imageio_ffmpeg": "MP4 files: pip install 'conceptax[video]'",
     "pillow_heif": "HEIC photographs: pip install 'conceptax[heic]'",

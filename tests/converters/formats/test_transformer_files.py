@@ -236,13 +236,28 @@ def test_other_families_return(tmp_path, make, kind):
         np.testing.assert_array_equal(weights(found)["text_projection.weight"], np.eye(64))
 
 
-def test_diffusers_reads_the_autoencoder(single, torch):
-    """Its converter of LDM's names finds every tensor of a class without quant convolutions."""
+def test_diffusers_reads_what_is_beside_the_transformer(models, single, torch):
+    """It tells the model, and its converters find every tensor of the other parts."""
     diffusers = pytest.importorskip("diffusers")
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    from diffusers.loaders.single_file_utils import (
+        convert_ldm_clip_checkpoint,
+        convert_ldm_vae_checkpoint,
+        convert_sd3_t5_checkpoint_to_diffusers,
+        infer_diffusers_model_type,
+    )
 
-    content = safetensors.numpy.load_file(single)
-    ours = {k: torch.from_numpy(v) for k, v in content.items() if k.startswith("first_stage")}
+    content = {k: torch.from_numpy(v) for k, v in safetensors.numpy.load_file(single).items()}
+    assert infer_diffusers_model_type(content) == "flux-dev"
+    prefix = CLIP + "transformer."
+    for name, theirs in (
+        ("text_encoder", convert_ldm_clip_checkpoint(dict(content), remove_prefix=prefix)),
+        ("text_encoder_2", convert_sd3_t5_checkpoint_to_diffusers(dict(content))),
+    ):
+        own = weights(models[name])
+        assert {key.removeprefix("text_model.") for key in theirs} == own.keys()
+        for key, value in theirs.items():
+            np.testing.assert_array_equal(value.numpy(), own[key.removeprefix("text_model.")])
+    ours = {k: v for k, v in content.items() if k.startswith("first_stage")}
     config = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32,),
@@ -317,6 +332,21 @@ def test_8_bits_with_scales(models, single, tmp_path):
     assert told.healthy
     assert told.parts[0].quantized == {"F8_E4M3 with scales"}
     assert told.parts[1].quantized == set()
+
+
+def test_8_bits_without_scales(single, tmp_path):
+    """As many all-in-one files have it: read into the type that is asked for."""
+    content = safetensors.numpy.load_file(single)
+    own = {k: v.astype(ml_dtypes.float8_e4m3fn) for k, v in content.items() if UNET in k}
+    safetensors.numpy.save_file(own, tmp_path / "a.safetensors")
+    assert "in which no parameter is kept" in inspect_checkpoint(tmp_path / "a.safetensors").advice
+    with pytest.raises(CheckpointError, match="Convert such weights"):
+        load_pytorch(tmp_path / "a.safetensors")
+    found = weights(load_pytorch(tmp_path / "a.safetensors", param_dtype="float32").transformer)
+    key, layer = "attn.to_k.weight", UNET + "double_blocks.0.img_attn.qkv.weight"
+    np.testing.assert_array_equal(
+        found[f"transformer_blocks.0.{key}"], own[layer][32:64].astype(np.float32)
+    )
 
 
 def test_gguf(models, single, tmp_path):
