@@ -181,12 +181,12 @@ def _flux(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Out
     if hasattr(config, "pooled_projection_dim"):
         given["pooled"] = _normal(rng, 1, config.pooled_projection_dim)
     names = {"guidance": "guidance", "pooled": "pooled_projections"}
-    theirs = dict(zip(map(names.get, given), _torch(*given.values()), strict=True))
+    theirs = {names[k]: v for k, v in zip(given, _torch(*given.values()), strict=True)}
     flat = (latents.reshape(1, -1, config.in_channels), states, times / 1000)
     keys = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids")
     flat = _torch(*flat, image.reshape(-1, axes), text)
     out = module(**dict(zip(keys, flat, strict=True)), **theirs).sample
-    condition = JointTextCondition(states, **given)
+    condition = JointTextCondition(jnp.asarray(states), **given)
     ours = jax.jit(model.__call__)(latents, times, condition)
     return [ours], [out.unflatten(1, (rows, columns))]
 
