@@ -15,7 +15,9 @@ from conceptax.converters import (
     OutputError,
     inspect_checkpoint,
     load_pytorch,
+    merge_parts,
     save_single_file,
+    write_lora,
 )
 from conceptax.converters.files.safetensors_file import StoredTensor
 from conceptax.converters.formats.compvis import PIPELINES, build_parts, open_single_file
@@ -156,6 +158,12 @@ def test_a_pipeline_is_made_of_it(models, single, tmp_path):
     assert pipeline.scheduler_config == FLOW
     again = save_single_file(pipeline, tmp_path / "again.safetensors")
     assert again.read_bytes() == single.read_bytes()
+    layer, ones = "transformer_blocks.0.attn.to_k", np.ones((1, 32), np.float32)
+    pairs = {"transformer": {layer: (ones, 3 * ones.T)}}
+    write_lora(pairs, pipeline, tmp_path / "lora.safetensors", naming="kohya")
+    merged = weights(merge_parts(pipeline, tmp_path / "lora.safetensors").transformer)
+    change = merged[f"{layer}.weight"] - weights(pipeline.transformer)[f"{layer}.weight"]
+    np.testing.assert_allclose(change, 3, rtol=1e-5)
     own = {key: value for key, value in safetensors.numpy.load_file(single).items() if UNET in key}
     safetensors.numpy.save_file(own, tmp_path / "dev.safetensors")
     dev = load_pytorch(tmp_path / "dev.safetensors")
