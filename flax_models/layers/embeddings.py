@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class ConditionEmbedding(nnx.Module):
         pooled_features: int | None = None,
         guidance: bool = False,
         time_features: int = 256,
-        **init,
+        **init: Any,
     ):
         self.time_features = time_features
         self.dtype = init["dtype"]

@@ -171,7 +171,7 @@ class SelfProjections(nnx.Module):
         use_bias: bool = True,
         qk_norm: bool = True,
         epsilon: float = 1e-6,
-        **init,
+        **init: Any,
     ):
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (
@@ -216,7 +216,7 @@ class JointAttention(SelfProjections):
         use_bias: bool = True,
         qk_norm: bool = True,
         epsilon: float = 1e-6,
-        **init,
+        **init: Any,
     ):
         super().__init__(
             features, heads, use_bias=use_bias, qk_norm=qk_norm, epsilon=epsilon, **init
