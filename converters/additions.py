@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..flax_models.pretrained import Published
+from ..flax_models.streaming import is_streamed
 from . import architectures
 from .errors import CheckpointError, counted, listing
 from .files.safetensors_file import StoredTensor
@@ -53,10 +54,15 @@ def merge_parts(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
       CheckpointError: nothing is there, or nothing that can be added (a whole pipeline, a model of
         another kind), or it was made for another model; one sentence says what does not fit.
       TokenError: a token that the tokenizer already has.
-      ValueError: `pipeline` is no pipeline.
+      ValueError: `pipeline` is no pipeline, or a streamed one.
     """
     if not hasattr(pipeline, "MODELS"):
         raise ValueError(f"parts are merged into a pipeline, received a {type(pipeline).__name__}.")
+    if any(is_streamed(getattr(pipeline, name)) for name in pipeline.MODELS):
+        raise ValueError(
+            "a streamed model stays as it is in its file and takes no parts: merge them first, with "
+            "conceptax convert --add, and stream the folder that it writes."
+        )
     path = resolved(path)
     named = personalized_files(path) if path.is_dir() else []
     if holds_lora(path):

@@ -184,6 +184,11 @@ def _load_pipeline(
     if not wanted <= set(known):
         unknown = sorted(wanted - set(known))
         raise ValueError(f"components accepts {known}, received {unknown}.")
+    if types.get("stream") and kind.DENOISER == "unet":
+        raise ValueError(
+            f"{path} is a {kind.__name__}, whose UNet is loaded whole: stream=True is for "
+            "transformers."
+        )
     parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
     wanted &= set(pipeline_components(kind, index))
     models = [name for name in kind.MODELS if name in wanted]

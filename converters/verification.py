@@ -1,8 +1,9 @@
 """Verify a written checkpoint against PyTorch: both frameworks on one random input."""
 
+import contextlib
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def _difference(model: Any, folder: Path) -> float | None:
     import torch
 
     library = importlib.import_module(model.pytorch_library)
-    module = getattr(library, model.pytorch_class).from_pretrained(folder).float().eval()
+    with _quiet(library):
+        module = getattr(library, model.pytorch_class).from_pretrained(folder).float().eval()
     graphdef, state = nnx.split(model)  # what was left in its file goes onto the device
     model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
     with torch.no_grad(), jax.default_matmul_precision("highest"):
@@ -62,6 +64,20 @@ def _difference(model: Any, folder: Path) -> float | None:
             return math.inf
         worst = max(worst, float(np.abs(one - other).max() / max(np.abs(other).max(), 1e-30)))
     return worst
+
+
+@contextlib.contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """Without the library's progress bars, and its advice on other packages."""
+    told = library.utils.logging
+    before = told.get_verbosity()
+    told.set_verbosity_error()
+    told.disable_progress_bar()
+    try:
+        yield
+    finally:
+        told.set_verbosity(before)
+        told.enable_progress_bar()
 
 
 def _torch(*inputs: np.ndarray) -> list[Any]:

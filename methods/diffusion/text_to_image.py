@@ -421,7 +421,7 @@ class TextToImage:
         each = min(batch_size, -(-total // devices))  # on a device
         batch_size = devices * each
         guided = self.pipeline.guides(guidance_scale)
-        if negative_prompt is not None and not guided and guidance_scale > 1:
+        if negative_prompt is not None and not self.pipeline.guides(math.inf):
             raise ValueError(
                 f"{type(self.pipeline).__name__} is not guided away from a negative_prompt here: "
                 "this model learnt its guidance. Leave it out."

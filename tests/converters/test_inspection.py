@@ -236,9 +236,10 @@ ZOO = {
     "no class": (lambda t: linked(t / "m", _class_name=None), None),
     "number for a class": (lambda t: linked(t / "m", _class_name=5), "has 5 as its _class_name"),
     "another model": (
-        lambda t: linked(t / "m", _class_name="FluxPipeline", unet=[None, None]),
-        "'FluxPipeline' pipeline; known are those with the models of StableDiffusionPipeline, "
-        "StableDiffusionXLPipeline, and its unet (none) differ",
+        lambda t: linked(t / "m", _class_name="ChromaPipeline", unet=[None, None]),
+        "'ChromaPipeline' pipeline; known are those with the models of StableDiffusionPipeline, "
+        "StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline, Flux2KleinPipeline, "
+        "and its unet (none) differ",
     ),
     "checker not there": (lambda t: linked(t / "m", safety_checker=["a", "Checker"]), None),
     "moving average": (
