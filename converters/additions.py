@@ -60,8 +60,8 @@ def merge_parts(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
         raise ValueError(f"parts are merged into a pipeline, received a {type(pipeline).__name__}.")
     if any(is_streamed(getattr(pipeline, name)) for name in pipeline.MODELS):
         raise ValueError(
-            "a streamed model stays as it is in its file and takes no parts: merge them first, with "
-            "conceptax convert --add, and stream the folder that it writes."
+            "a streamed model stays as it is in its file and takes no parts: merge them first, "
+            "with conceptax convert --add, and stream the folder that it writes."
         )
     path = resolved(path)
     named = personalized_files(path) if path.is_dir() else []

@@ -432,6 +432,7 @@ class TextToImage:
         if guided:
             zeros = negative_prompt is None and self.pipeline.force_zeros_for_empty_prompt
             negative = () if zeros else self._token_ids([negative_prompt or ""])
+            negative = jax.tree.map(jnp.asarray, negative)
 
         streamed = is_streamed(self.pipeline.denoiser) or is_streamed(self.pipeline.prompt_encoder)
         if streamed and mesh is not None:
@@ -446,7 +447,7 @@ class TextToImage:
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             keys = image_keys(seed, rows + first_index)
             noise = initial_noise(keys, shape) if latents is None else jnp.asarray(latents)[rows]
-            own = jax.tree.map(lambda each: each[rows], ids)  # noqa: B023, at once
+            own = jax.tree.map(lambda each: jnp.asarray(each[rows]), ids)  # noqa: B023, at once
             drawn = (self.params, own, negative, noise, tables, float(guidance_scale))
             fresh = keys if tables.stochastic else None
             if on_estimate is not None and not images and not streamed:

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flow_toy import save_pipeline
 
-from conceptax.converters import load_pytorch, save_pytorch
+import conceptax
+from conceptax.converters import load_pytorch, merge_parts, save_pytorch
+from conceptax.converters.errors import OutputError
 from conceptax.flax_models.flux_transformer_2d import (
     FluxTransformer2DConfig,
     FluxTransformer2DModel,
@@ -116,3 +119,22 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path):
     release(view)
     assert resident() < 100
     assert view.sum(dtype=np.float64) == total
+
+
+def test_a_streamed_pipeline_takes_no_parts_and_is_not_written(tmp_path):
+    save_pipeline(tmp_path / "flux", "flux-schnell")
+    pipeline = load_pytorch(tmp_path / "flux", stream=True)
+    assert is_streamed(pipeline.transformer) and is_streamed(pipeline.text_encoder_2)
+    with pytest.raises(ValueError, match="takes no parts: merge them first"):
+        merge_parts(pipeline, tmp_path / "flux" / "vae")
+    with pytest.raises(OutputError, match="is in its file already: copy that"):
+        save_pytorch(pipeline, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(ValueError, match="whose UNet is loaded whole"):
+        load_pytorch(conceptax.bundled_model(), stream=True)
+    options = {"num_inference_steps": 2, "height": 16, "width": 24}
+    streamed = conceptax.text_to_image(pipeline, "a three", **options)
+    whole = conceptax.text_to_image(load_pytorch(tmp_path / "flux"), "a three", **options)
+    assert np.abs(streamed.astype(int) - whole.astype(int)).max() <= 1
+    with pytest.raises(ValueError, match="is not guided away from a negative_prompt"):
+        conceptax.text_to_image(pipeline, "a three", negative_prompt="red", **options)
