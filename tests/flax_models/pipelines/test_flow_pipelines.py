@@ -111,7 +111,9 @@ def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
 
 
 def test_a_window_of_the_whole_grid_draws_the_dense_image(both, noise):
-    _, _, _, ours = both
+    family, _, _, ours = both
+    if family not in ("flux-dev", "klein", "sd3"):
+        pytest.skip("the others have the same transformers")
     options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "latents": noise}
     dense = TextToImage.from_pipeline(ours)(PROMPTS, **options)
     whole = GNA(window=(4, 6))
