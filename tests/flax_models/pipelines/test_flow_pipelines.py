@@ -110,10 +110,9 @@ def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
     assert {k: v for k, v in read[0].items() if k[0] != "_"}.items() <= read[1].items()
 
 
+@pytest.mark.parametrize("both", ["flux-dev", "klein", "sd3"], indirect=True)
 def test_a_window_of_the_whole_grid_draws_the_dense_image(both, noise):
-    family, _, _, ours = both
-    if family not in ("flux-dev", "klein", "sd3"):
-        pytest.skip("the others have the same transformers")
+    _, _, _, ours = both
     options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "latents": noise}
     dense = TextToImage.from_pipeline(ours)(PROMPTS, **options)
     whole = GNA(window=(4, 6))
