@@ -13,6 +13,10 @@ import pytest
 from filled_models import sizes
 from flax import nnx
 
+from conceptax.flax_models.dit_transformer_2d import (
+    DiTTransformer2DConfig,
+    DiTTransformer2DModel,
+)
 from conceptax.flax_models.flux_transformer_2d import (
     FluxTransformer2DConfig,
     FluxTransformer2DModel,
@@ -43,6 +47,14 @@ FLUX = FluxTransformer2DConfig(
     guidance_embeds=True,
     axes_dims_rope=(2, 2, 4),
 )
+DIT = DiTTransformer2DConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=8,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=8,
+)
 GATHER = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather")
 
 
@@ -59,6 +71,10 @@ class Split(NamedTuple):
 
     def loss(self, *given):
         return jnp.mean(self.predict(*given) ** 2)
+
+    @property
+    def all(self):
+        return *self.params, *self.batch
 
     def on(self, mesh):
         """Weights and batch where they belong."""
@@ -78,21 +94,33 @@ def unet():
     return Split(RULES["UNet2DConditionModel"], graphdef, tuple(params), batch)
 
 
-def flux():
-    """Image queries train; of each kind of block there are two, lest one be all."""
-    model, random = sizes(FluxTransformer2DModel, FLUX), np.random.default_rng(0)
-    graphdef, *params = training.split_trainable(model, ("*.attn.to_q.*",))
+def drawn(leaf):
+    """Values for a leaf, none of them zero."""
+    random = np.random.default_rng(leaf.size)
+    return jnp.asarray(0.1 * random.standard_normal(leaf.shape, np.float32))
 
-    def drawn(leaf):
-        return jnp.asarray(0.1 * random.standard_normal(leaf.shape, np.float32))
 
-    shapes = (8, 4, 4, 16), (8, 8, 64), (8, 64)
-    latents, states, pooled = map(drawn, map(np.empty, shapes))
-    condition = JointTextCondition(states, pooled, jnp.full(8, 3.5))
-    batch = (latents, jnp.linspace(100.0, 900.0, 8), condition)
+def of_values(kind, config, *batch):
+    """A transformer whose image queries train, at eight timesteps."""
+    graphdef, *params = training.split_trainable(sizes(kind, config), ("*.to_q.*",))
+    latents, *condition = batch
     return Split(
-        RULES["FluxTransformer2DModel"], graphdef, tuple(jax.tree.map(drawn, params)), batch
+        RULES[kind.__name__],
+        graphdef,
+        tuple(jax.tree.map(drawn, params)),
+        (latents, jnp.linspace(100.0, 900.0, 8), *condition),
     )
+
+
+def flux():
+    """Of each kind of block there are two, lest one be all."""
+    latents, states, pooled = map(drawn, map(np.empty, ((8, 4, 4, 16), (8, 8, 64), (8, 64))))
+    condition = JointTextCondition(states, pooled, jnp.full(8, 3.5))
+    return of_values(FluxTransformer2DModel, FLUX, latents, condition)
+
+
+def dit():
+    return of_values(DiTTransformer2DModel, DIT, drawn(np.empty((8, 8, 8, 4))), jnp.arange(8))
 
 
 @pytest.fixture(scope="module", params=[unet, flux])
@@ -142,6 +170,14 @@ def test_nothing_is_gathered_over_the_data_axis(model):
     assert not gathered(text)
 
 
+@pytest.mark.parametrize("make", [unet, flux, dit])
+def test_a_mesh_of_all_axes_predicts_what_one_device_does(make):
+    model = make()
+    given = model.on(training.make_mesh(2, 2, 2))
+    received, expected = (jax.jit(model.loss)(*each) for each in (given, model.all))
+    np.testing.assert_allclose(received, expected, rtol=1e-4)
+
+
 def test_a_transformer_over_fsdp_is_that_of_one_device():
     """Its prediction, its loss and what a step makes of the weights that train."""
     model = flux()
@@ -160,7 +196,7 @@ def test_a_transformer_over_fsdp_is_that_of_one_device():
         program = jax.jit(step).lower(*given).compile()
         velocity, value, after = program(*given)
     assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in spread(given[:2]))
-    expected = jax.jit(step)(*model.params, *model.batch)
+    expected = jax.jit(step)(*model.all)
     assert float(expected[1]) > 0.01
     for one, other in zip(
         jax.tree.leaves((velocity, value, after)), jax.tree.leaves(expected), strict=True
