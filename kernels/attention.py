@@ -55,12 +55,13 @@ def _attend_in_chunks(
     again = jax.checkpoint(
         lambda x, seen, first: attend(x, shared if seen is None else seen, first)
     )
-    given = parts, masks, chunk * jnp.arange(len(parts))
+    count, whole = len(parts), len(parts) * chunk
+    given = parts, masks, chunk * jnp.arange(count)
     attended = jnp.moveaxis(jax.lax.map(lambda each: again(*each), given), 0, 1)
-    attended = attended.reshape(len(query), -1, *attended.shape[3:])
-    if rest.shape[1] == 0:
+    attended = attended.reshape(query.shape[0], whole, *attended.shape[3:])
+    if whole == queries:
         return attended
-    return jnp.concatenate([attended, again(rest, rest_mask, attended.shape[1])], axis=1)
+    return jnp.concatenate([attended, again(rest, rest_mask, whole)], axis=1)
 
 
 def _chunks(x: Array, axis: int, chunk: int) -> tuple[Array, Array]:

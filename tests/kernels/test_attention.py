@@ -142,3 +142,11 @@ def test_a_cpus_program_is_the_same_with_and_without_cudnn(keys, cudnn, monkeypa
     assert "cudnn" not in program and program == before
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_chunks_are_exported_with_any_batch():
+    (batch,) = jax.export.symbolic_shape("batch")
+    query, keys = of((batch, 4099, 1, 8)), of((batch, 4096, 1, 8))
+    exported = jax.export.export(jax.jit(dot_product_attention), platforms=("cpu", "cuda"))
+    text = exported(query, keys, keys).mlir_module()
+    assert "1x256x4096xf32>" in text and "4099x4096xf32>" not in text
