@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU, in under 8 minutes: neighborhood attention is checked (values and
+# All that needs an NVIDIA GPU, in under 10 minutes: neighborhood attention is checked (values and
 # gradients of the triton and cuda implementations) and measured beside cuDNN, then the models of
-# Stable Diffusion beside PyTorch, as far as the time goes.
+# Stable Diffusion beside PyTorch, and whole transformers, FLUX.1 and FLUX.2-klein with random
+# weights, dense (by cuDNN) and sparse, as far as the time goes.
 #
 #   benchmarks/gpu_acceptance.sh              on a host with a GPU
 #   benchmarks/gpu_acceptance.sh --dry-run    tiny sizes on whatever device there is, to try this
@@ -11,7 +12,7 @@
 #   PYTHON   the interpreter, by default python3
 #   WHEELS   a folder of wheels of what is missing, such as jax-triton
 #   OUT      where results and logs go, by default benchmarks/results
-#   SECONDS_IN_ALL   480
+#   SECONDS_IN_ALL   570
 #
 # A step that fails or runs out of time leaves what it has written, and the others run all the same;
 # the exit status is then 1.
@@ -19,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-deadline=$((SECONDS + ${SECONDS_IN_ALL:-480}))
+deadline=$((SECONDS + ${SECONDS_IN_ALL:-570}))
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 size=full out=${OUT:-benchmarks/results}
@@ -91,6 +92,8 @@ sd_in unet-xl 150 1024
 sd_in vae 60 512
 sd_in text 60 512
 sd_in step-remat 180 512
+step transformers_gpu 300 "$python" benchmarks/transformer_speed.py --gpu --size "$size" \
+    --output "$out/transformer_speed_gpu.json"
 
 echo
 echo "$SECONDS s; results in $out"

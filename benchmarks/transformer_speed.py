@@ -10,7 +10,7 @@ weights and 512 tokens of text; torch eager and compiled each in a process of th
 third, where dense and neighborhood attention (GNA) take turns with one large product and one
 attention, whose rates give the prediction (`simulate_model`).  With --gpu: FLUX.1 at 4K and
 FLUX.2-klein at 1K and 4K as wholes, in JAX alone, bfloat16, one attention after the other until the
-minutes are over.
+minutes are over; dense attention is cuDNN's there, and a row says how often its program calls it.
 
 Results are checked first, at a tiny size: JAX against torch on the same weights, GNA whose window
 is the whole grid against dense attention, and GNA against its reference.  A run replaces its rows
@@ -139,8 +139,11 @@ class JaxModel:
         make = functools.partial(kind, self.config, attention=attention, **kinds)
         return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
-    def forward(self, attention: Any) -> tuple[Callable[[], Any], float]:
-        """A compiled forward pass, and the GiB that it takes with its parameters."""
+    def forward(self, attention: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """A compiled forward pass, and what its program says of itself.
+
+        That is the GiB that it takes with its parameters, and its calls of cuDNN's attention.
+        """
         import jax
         from flax import nnx
 
@@ -151,7 +154,8 @@ class JaxModel:
         sizes = compiled.memory_analysis()
         names = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
         held = sum(getattr(sizes, name) for name in names)
-        return lambda: compiled(*given), held / 2**30
+        calls = (compiled.as_text() or "").count('custom_call_target="__cudnn$fmha')
+        return lambda: compiled(*given), {"program_gib": held / 2**30, "cudnn_calls": calls}
 
     def gna(self, window: int, stride: int = 1, implementation: str | None = None) -> Any:
         from conceptax.flax_models.layers.attention import GNA
@@ -163,7 +167,6 @@ class JaxModel:
         import jax
 
         from conceptax.flax_models.layers.joint_attention import JointSequence
-        from conceptax.kernels.gna.simulator import measure
 
         heads, dim = self.config.num_attention_heads, self.config.attention_head_dim
         tokens, width = self.side**2 + self.text, heads * dim
@@ -175,9 +178,6 @@ class JaxModel:
         for name, attention in attentions.items():
             attend = jax.jit(lambda q, k, v, setting=attention: sequence.attend(q, k, v, setting))
             calls[f"attention, {name}"] = functools.partial(attend, *qkv)
-        if jax.default_backend() == "gpu":
-            fastest = jax.jit(functools.partial(measure.dense_attention, "cudnn"))
-            calls["attention, cuDNN"] = functools.partial(fastest, *qkv)
         return calls
 
     def predicted(self, window: int, stride: int, timings: dict, name: str) -> dict:
@@ -191,10 +191,8 @@ class JaxModel:
         result = simulate_model(asked, **{key: rate / 1e12 for key, rate in rates.items()})
         bound = speedups(result.with_text)["pairs"]
         kernel = dense / seconds[f"attention, {name}"]
-        cudnn = seconds.get("attention, cuDNN")
         return {
             **rates,
-            "cudnn_rate": cudnn and one / cudnn,
             "attention_share": result.attention_share,
             "pairs_bound": bound,
             "kernel": kernel,
@@ -228,8 +226,8 @@ def rows_of(
     runs = {name: run for name, (run, _, _) in compiled.items()}
     timings = measure.take_turns(runs | model.rates(attentions), rounds, seconds=0.0)
     rows = []
-    for name, (_, held, compiling) in compiled.items():
-        row = head | {"contender": name} | row_of(timings[name], compiling, held)
+    for name, (_, program, compiling) in compiled.items():
+        row = head | {"contender": name} | row_of(timings[name], compiling) | program
         if name in settings:
             row["gain"] = measure.speedup(timings["dense"], timings[name])
             row |= model.predicted(*settings[name], timings, name)
@@ -237,13 +235,12 @@ def rows_of(
     return rows
 
 
-def row_of(timing: Any, compiling: float, held: float) -> dict[str, Any]:
+def row_of(timing: Any, compiling: float) -> dict[str, Any]:
     return {
         "first_s": compiling + timing.first,
         "median_s": timing.median,
         "best_s": timing.best,
         "repeats": len(timing.rounds),
-        "program_gib": held,
     }
 
 
@@ -392,8 +389,8 @@ def measure_gpu(arguments: argparse.Namespace, report: dict[str, Any], output: P
     dtype = "bfloat16" if arguments.size == "full" else "float32"
     models, timings = {}, {}
     report["rows"] = []
-    # The sparse kernel, the same seeing everything, and what a model does without a setting.
-    for contenders in (("GNA", OWN), ("dense",)):
+    # The sparse kernel, what a model does without a setting, and the sparse one seeing everything.
+    for contenders in (("GNA", "dense"), (OWN,)):
         for title, (config, text, side) in gpu_models(arguments.size).items():
             setting = next(iter(windows(side).values()))
             head = {"model": title, "side": side, "dtype": dtype, "engine": "jax"}
@@ -449,11 +446,11 @@ def alone(
     from conceptax.kernels.gna.simulator import measure
 
     start = time.perf_counter()
-    run, held = model.forward(attention)
+    run, program = model.forward(attention)
     compiling = time.perf_counter() - start
     found = measure.take_turns({name: run} | model.rates({name: attention}), rounds, seconds=0.0)
     timings |= found
-    return row_of(found[name], compiling, held)
+    return row_of(found[name], compiling) | program
 
 
 # ---- the run ----
@@ -467,7 +464,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=4, help="with --gpu: begin nothing later")
+    parser.add_argument(
+        "--minutes", type=float, default=3.5, help="with --gpu: begin nothing later"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument(
         "--one", nargs=3, metavar=("ENGINE", "SIDE", "DTYPE"), help=argparse.SUPPRESS
@@ -561,7 +560,6 @@ def show(report: dict[str, Any]) -> None:
                     f"{row['attention_rate'] / 1e12:.3g} TFLOP/s measured, attention "
                     f"{100 * row['attention_share']:.1f} % of dense; {row['kernel']:.2f} x by the "
                     f"kernel, {row['pairs_bound']:.2f} x at most"
-                    + (f"; cuDNN {row['cudnn_rate'] / 1e12:.3g}" if row["cudnn_rate"] else "")
                 )
 
 

@@ -3,7 +3,9 @@
 Heads are second-to-last: `[B, L, H, D]`.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from .gna.problem import DTYPES
 # With this many logits in all, a CPU spends its time on carrying them to and from memory.  With as
 # many per (batch, head), queries are taken in chunks, so that memory stays linear in their number.
 _MANY_LOGITS = 1 << 20
+_TOO_MANY_LOGITS = 1 << 24  # so many are never kept at once, whatever the mask and the lengths
 
 
 def _attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
@@ -30,20 +33,43 @@ def _attend(query: Array, key: Array, value: Array, mask: Array | None, scale: f
 def _attend_in_chunks(
     query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float
 ) -> Array:
-    (batch, queries, heads, dim), keys = query.shape, key.shape[1]
-    if is_causal:
-        earlier = jnp.tril(jnp.ones((queries, keys), bool))[None, None]
-        mask = earlier if mask is None else mask & earlier
-    if mask is not None or not _are_many(queries, keys):
+    queries, keys = query.shape[1], key.shape[1]
+
+    def attend(query: Array, mask: Array | None, first: Array | int) -> Array:
+        if is_causal:
+            places = first + jnp.arange(query.shape[1])
+            earlier = (jnp.arange(keys)[None] <= places[:, None])[None, None]
+            mask = earlier if mask is None else mask & earlier
         return _attend(query, key, value, mask, scale)
+
+    if not _are_many(queries, keys):
+        return attend(query, mask, 0)
     chunk = max(1, _MANY_LOGITS // keys)
-    if queries % chunk:
-        return _attend(query, key, value, mask, scale)
-    chunks = jnp.moveaxis(query.reshape(batch, queries // chunk, chunk, heads, dim), 1, 0)
+    if (mask is not None or is_causal or queries % chunk) and queries * keys < _TOO_MANY_LOGITS:
+        return attend(query, mask, 0)
+    parts, rest = _chunks(query, 1, chunk)
+    masks, rest_mask, shared = None, None, mask
+    if mask is not None and mask.shape[2] > 1:
+        (masks, rest_mask), shared = _chunks(mask, 2, chunk), None
     # The logits of a chunk are recomputed in the backward pass instead of being kept for all.
-    attend = jax.checkpoint(lambda part: _attend(part, key, value, None, scale))
-    attended = jnp.moveaxis(jax.lax.map(attend, chunks), 0, 1)
-    return attended.reshape(batch, queries, heads, value.shape[-1])
+    again = jax.checkpoint(
+        lambda x, seen, first: attend(x, shared if seen is None else seen, first)
+    )
+    count, whole = len(parts), len(parts) * chunk
+    given = parts, masks, chunk * jnp.arange(count)
+    attended = jnp.moveaxis(jax.lax.map(lambda each: again(*each), given), 0, 1)
+    attended = attended.reshape(query.shape[0], whole, *attended.shape[3:])
+    if whole == queries:
+        return attended
+    return jnp.concatenate([attended, again(rest, rest_mask, whole)], axis=1)
+
+
+def _chunks(x: Array, axis: int, chunk: int) -> tuple[Array, Array]:
+    """The whole chunks of an axis, stacked in a new first one, and what is left."""
+    count = x.shape[axis] // chunk
+    whole, rest = jnp.split(x, [count * chunk], axis)
+    whole = whole.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1 :])
+    return jnp.moveaxis(whole, axis, 0), rest
 
 
 def _attend_in_cache(
@@ -57,6 +83,81 @@ def _attend_in_cache(
     )
     assert isinstance(attended, jax.Array)
     return attended.astype(value.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_by_cudnn(
+    is_causal: bool, scale: float, query: Array, key: Array, value: Array
+) -> Array:
+    return _foldable(functools.partial(_by_cudnn, is_causal, scale))(query, key, value)
+
+
+def _forward(is_causal: bool, scale: float, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _attend_by_cudnn(is_causal, scale, *operands), operands
+
+
+def _backward(
+    is_causal: bool, scale: float, operands: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, ...]:
+    # What the forward pass leaves beside the operands is recomputed: its form is jax's own affair.
+    def pull(cotangent: Array, *operands: Array) -> tuple[Array, ...]:
+        return jax.vjp(functools.partial(_by_cudnn, is_causal, scale), *operands)[1](cotangent)
+
+    return _foldable(pull)(cotangent, *operands)
+
+
+_attend_by_cudnn.defvjp(_forward, _backward)
+
+
+def _by_cudnn(is_causal: bool, scale: float, query: Array, key: Array, value: Array) -> Array:
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, implementation="cudnn"
+    )
+
+
+def _foldable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays [B, ...] whose vmapped axes become part of B.
+
+    jax's own rule for cuDNN asks that all operands are mapped, and along their first axes.
+    """
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def _(size: int, mapped: list[bool], *arrays: Array) -> tuple[Any, Any]:
+        everywhere = (
+            x if own else jnp.broadcast_to(x, (size, *x.shape))
+            for x, own in zip(arrays, mapped, strict=True)
+        )
+        results = _foldable(function)(*(x.reshape(-1, *x.shape[2:]) for x in everywhere))
+        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call
+
+
+@functools.cache
+def _cudnn_takes(query: Any, key: Any, value: Any, is_causal: bool) -> bool:
+    """Whether jax and the GPUs here would hand such operands to cuDNN, with a gradient."""
+    if not (
+        query.dtype == key.dtype == value.dtype
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and key.shape == value.shape
+        and (not is_causal or query.shape[1] == key.shape[1])  # of others, versions differ
+    ):
+        return False
+    devices = jax.local_devices() if default_platform() == "gpu" else ()
+    if any(float(getattr(device, "compute_capability", 0)) < 8 for device in devices):
+        return False  # older than Ampere
+    try:
+        jax.eval_shape(
+            functools.partial(jax.vjp, functools.partial(_by_cudnn, is_causal, 1.0)),
+            query,
+            key,
+            value,
+        )
+    except RuntimeError:  # there is no cuDNN, or NotImplementedError: it has no such kernel
+        return False
+    return True
 
 
 def _are_many(*sizes: Any) -> bool:
@@ -87,6 +188,13 @@ def dot_product_attention(
     has no forward-mode derivative (`jax.jvp`, `jax.jacfwd`), and `jax.export` for a CPU asks leave
     for its calls; lowered for other platforms, the same program holds nothing of it.
 
+    Large attention of bfloat16 or float16 where a program is lowered for CUDA is cuDNN's, if the
+    installed jax takes it there, forward and backward: heads of a multiple of 8 up to 128 features
+    (256 on Hopper and later), values as wide as keys, even lengths, no mask (which cuDNN would want
+    for all logits, and give a gradient). It too is for reverse mode alone, and `jax.export` for
+    CUDA asks leave for its calls and for no platform beside it. What remains (float32, other
+    heads, masks) takes queries in chunks, so that memory grows with the number of keys alone.
+
     Args:
       query, key, value: heads second-to-last, any float dtype, not necessarily the same.
       mask: True where a query may attend, broadcast over batch, heads and queries.
@@ -99,20 +207,22 @@ def dot_product_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     (batch, queries, heads, _), keys = query.shape, key.shape[1]
     query, key = _in_one_dtype(query, key)
-    if (
-        mask is None
-        and queries == keys
-        and _are_many(batch, heads, queries, keys)
-        and default_platform() == "cpu"
-        and jnp.float64 not in (query.dtype, value.dtype)
-    ):
-        # What is not run must leave nothing for the backward pass but the operands.
-        plain = jax.checkpoint(lambda q, k, v: _attend_in_chunks(q, k, v, None, is_causal, factor))
-        return jax.lax.platform_dependent(
-            query,
-            key,
-            value,
-            cpu=lambda q, k, v: _attend_in_cache(q, k, v, is_causal, factor),
-            default=plain,
-        )
-    return _attend_in_chunks(query, key, value, mask, is_causal, factor)
+
+    def plain(query: Array, key: Array, value: Array) -> Array:
+        return _attend_in_chunks(query, key, value, mask, is_causal, factor)
+
+    branches: dict[str, Callable[..., Array]] = {}
+    if mask is None and _are_many(batch, heads, queries, keys):
+        here = default_platform() == "cpu"
+        if here and queries == keys and jnp.float64 not in (query.dtype, value.dtype):
+            branches["cpu"] = lambda q, k, v: _attend_in_cache(q, k, v, is_causal, factor)
+        kinds = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
+        if _cudnn_takes(*kinds, is_causal):
+            branches["cuda"] = functools.partial(_attend_by_cudnn, is_causal, float(factor))
+            if here:
+                branches.setdefault("cpu", plain)
+    if not branches:
+        return plain(query, key, value)
+    # What is not run must leave nothing for the backward pass but the operands.
+    again = jax.checkpoint(plain)
+    return jax.lax.platform_dependent(query, key, value, **branches, default=again)

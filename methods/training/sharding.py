@@ -65,11 +65,18 @@ UNET_RULES: Rules = (
     *_REST,  # proj_in, proj_out (linear or 1x1 conv), shortcuts, samplers, conv_in/out
 )
 
+# A modulation [B, 6 D] is taken apart by columns.  They are not split: of a batch on `data` and
+# `fsdp` and columns on `tensor` jax 0.10 took the wrong ones.
+_MODULATIONS: Rules = (
+    ("*.norm*.linear.kernel", _ROW),
+    ("*_stream_modulation*.linear.kernel", _ROW),
+)
+
 DIT_RULES: Rules = (
     ("*.attn1.to_[qkv].kernel", _COLUMN),
     ("*.attn1.to_out.0.kernel", _ROW),
     *_FEED_FORWARD,
-    ("*.norm1.linear.kernel", _COLUMN),
+    *_MODULATIONS,
     ("*.timestep_embedder.linear_1.kernel", _COLUMN),
     ("*.timestep_embedder.linear_2.kernel", _ROW),
     ("*.embedding_table.embedding", _P(None, "fsdp")),  # an odd number of classes
@@ -77,8 +84,8 @@ DIT_RULES: Rules = (
 )
 
 # Transformers whose image and text attend jointly: FLUX.1's and FLUX.2's double and single blocks.
-# Where the columns of a product are several parts (modulations, queries beside a perceptron), the
-# activations are moved into place, not the weights.
+# Where the columns of a product are several parts (queries beside a perceptron), the activations
+# are moved into place, not the weights.
 JOINT_RULES: Rules = (
     ("*.attn*.to_[qkv].kernel", _COLUMN),
     ("*.attn*.add_[qkv]_proj.kernel", _COLUMN),
@@ -93,8 +100,7 @@ JOINT_RULES: Rules = (
     ("single_transformer_blocks.*.proj_out.kernel", _ROW),
     ("*.attn.to_qkv_mlp_proj.kernel", _COLUMN),
     ("*.attn.to_out.kernel", _ROW),
-    ("*.norm*.linear.kernel", _COLUMN),
-    ("*_stream_modulation*.linear.kernel", _COLUMN),
+    *_MODULATIONS,
     ("*_embedder.linear_1.kernel", _COLUMN),
     ("*_embedder.linear_2.kernel", _ROW),
     ("*pos_embed.pos_embed", _P(None, None, "fsdp")),  # an image takes some of its rows

@@ -282,7 +282,7 @@ def test_bfloat16_computes_and_stores():
     assert jnp.linalg.norm(difference) < 0.03 * jnp.linalg.norm(full(ids).pooled)
 
 
-@pytest.mark.parametrize("long", [True, False])
+@pytest.mark.parametrize("chunk", [4, 5, None])
 @pytest.mark.parametrize(
     ("keys", "masked", "causal"),
     [
@@ -294,7 +294,7 @@ def test_bfloat16_computes_and_stores():
     ],
     ids=["self", "cross", "masked", "causal", "masked causal"],
 )
-def test_long_attention_is_attention(keys, masked, causal, long, monkeypatch):
+def test_long_attention_is_attention(keys, masked, causal, chunk, monkeypatch):
     random = jax.random.split(jax.random.key(0), 3)
     shapes = ((2, 12, 2, 4), (2, keys, 2, 4), (2, keys, 2, 4))
     operands = [jax.random.normal(*each) for each in zip(random, shapes, strict=True)]
@@ -312,8 +312,9 @@ def test_long_attention_is_attention(keys, masked, causal, long, monkeypatch):
         out, pull = jax.vjp(function, *operands)
         return out, *pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))
 
-    if long:
-        monkeypatch.setattr("conceptax.kernels.attention._MANY_LOGITS", keys * 4)
+    if chunk:
+        monkeypatch.setattr("conceptax.kernels.attention._MANY_LOGITS", keys * chunk)
+        monkeypatch.setattr("conceptax.kernels.attention._TOO_MANY_LOGITS", 0)
     received = both(lambda *each: dot_product_attention(*each, mask=mask, is_causal=causal))
     for one, other in zip(received, both(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6)

@@ -55,7 +55,6 @@ RUNS = {
         "flax_models.pipelines",
         "flax_models.layers.embeddings",
         "flax_models.layers.transformer",
-        "kernels.attention",
     ),
     "kernels/gna/test_api.py": ("kernels.gna.backends.reference",),
     "kernels/gna/test_transformations.py": (

@@ -19,6 +19,7 @@ from conceptax.flax_models.pipelines.flux_2_klein import Flux2KleinPipeline
 from conceptax.flax_models.pipelines.pipeline import Pipeline
 from conceptax.flax_models.pipelines.stable_diffusion_3 import StableDiffusion3Pipeline
 from conceptax.methods.diffusion.text_to_image import TextToImage
+from conceptax.methods.training import make_mesh
 
 PROMPTS = ["a red three on brick", "photo of a three"]
 HEIGHT, WIDTH = 16, 24  # at downsampling 2 and patches of 2: 4 x 6 tokens
@@ -138,3 +139,17 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
     shutil.rmtree(broken / "transformer")
     with pytest.raises(CheckpointError, match="transformer"):
         load_pytorch(broken)
+
+
+@pytest.mark.parametrize("both", ["flux-dev"], indirect=True)
+def test_images_split_over_devices_are_those_of_one(both):
+    *_, ours = both
+    drawer = TextToImage.from_pipeline(ours)
+    size = {"height": HEIGHT, "width": WIDTH}
+    options: dict = {"seed": 3, "num_inference_steps": 2, "batch_size": 1, **size}
+    prompts = [*PROMPTS * 4]
+    images = drawer(prompts, mesh=make_mesh(8), **options)
+    assert len({image.tobytes() for image in images}) == len(prompts)
+    difference = np.abs(images.astype(int) - drawer(prompts, **options))
+    # Rounding may differ where a value lies between two bytes.
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-2

@@ -574,7 +574,7 @@ class TestSharding:
                 "SD3Transformer2DModel",
                 "transformer_blocks.2.norm1_context.linear.kernel",
                 (1536, 9216),
-                ("fsdp", "tensor"),
+                ("tensor", "fsdp"),
             ),
             (
                 "SD3Transformer2DModel",
