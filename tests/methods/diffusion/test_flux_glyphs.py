@@ -48,10 +48,13 @@ def test_a_second_run_does_only_what_is_missing(study, finished, monkeypatch):
     lacking = json.loads(path.read_text())
     del lacking["seeds"]["1"]["cells"][name]
     path.write_text(json.dumps(lacking))
-    drawn = []
-    draw = study.draw_all
+    drawn, draw = [], study.draw_all
     monkeypatch.setattr(study, "draw_all", lambda *args: drawn.append(args[1]) or draw(*args))
-    monkeypatch.setattr(study, "flow_step", None)  # its trainings are finished
+
+    def train_again(*_):
+        raise AssertionError("its trainings are finished")
+
+    monkeypatch.setattr(study, "flow_step", train_again)
     study.main(command)
     assert drawn == [study.CELLS[name]]
     assert json.loads(path.read_text())["seeds"] == before["seeds"]
