@@ -38,7 +38,6 @@ RUNS = {
         "methods.segmentation.segmenter",
         "reporting.segmentation",
     ),
-    "converters/test_hostile_checkpoints.py": ("converters.errors",),
     "converters/test_pytorch.py": (
         "converters.components",
         "converters.formats",
