@@ -52,9 +52,8 @@ class PipelineStatic(NamedTuple):
     """The hashable half of a pipeline: its family, and one graph definition per module.
 
     `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `downsampling` is in
-    pixels per latent. `vae_tiling` decodes
-    large images in tiles (`AutoencoderKL.decode`). `first` is for steps with another attention, as
-    for `sample_latents`.
+    pixels per latent. `vae_tiling` decodes large images in tiles (`AutoencoderKL.decode`). `first`
+    is for steps with another attention, as for `sample_latents`.
     """
 
     family: type[Pipeline]
@@ -320,6 +319,8 @@ class TextToImage:
             something other than the autoencoder's latents (an inpainting model); attention of what
             has no choice of it.
         """
+        if dense_steps < 0:
+            raise ValueError(f"dense_steps must be at least 0, received {dense_steps}.")
         for name in (*pipeline.TOKENIZERS, "scheduler_config"):
             if not getattr(pipeline, name) and name not in pipeline.OPTIONAL:
                 raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")

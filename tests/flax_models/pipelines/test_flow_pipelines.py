@@ -130,6 +130,8 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
         conceptax.text_to_image(
             ours, "a three", height=HEIGHT, width=WIDTH, num_inference_steps=1, attention=GNA(9)
         )
+    with pytest.raises(ValueError, match="dense_steps must be at least 0, received -1"):
+        conceptax.text_to_image(ours, "a three", attention=GNA(2), dense_steps=-1)
     with pytest.raises(ValueError, match="follows a flow, by Euler steps: leave out sampler"):
         conceptax.text_to_image(ours, "a three", height=HEIGHT, width=WIDTH, sampler="ddim")
     with pytest.warns(UserWarning, match="ignored: "):
