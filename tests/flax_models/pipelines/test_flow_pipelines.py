@@ -121,6 +121,7 @@ def test_a_window_of_the_whole_grid_draws_the_dense_image(both, noise):
     assert np.abs(sparse.astype(int) - dense.astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("both", ["flux-schnell", "klein", "sd3"], indirect=True)
 def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
     _, _, folder, ours = both
     for height in (HEIGHT + 2, 0, -4):

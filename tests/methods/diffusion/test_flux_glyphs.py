@@ -25,6 +25,7 @@ def finished(study, tmp_path_factory):
     return folder, command
 
 
+@pytest.mark.slow
 def test_every_cell_has_its_figures_and_the_page_tells_them(study, finished):
     folder, _ = finished
     record = json.loads((folder / "figures.json").read_text())
@@ -40,6 +41,7 @@ def test_every_cell_has_its_figures_and_the_page_tells_them(study, finished):
     assert (folder / "page.png").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_does_only_what_is_missing(study, finished, monkeypatch):
     folder, command = finished
     path, name = folder / "figures.json", "all steps sparse, tuned"
@@ -59,6 +61,7 @@ def test_a_second_run_does_only_what_is_missing(study, finished, monkeypatch):
     assert json.loads(path.read_text())["seeds"] == before["seeds"]
 
 
+@pytest.mark.slow
 def test_figures_of_another_size_are_kept(study, finished, capsys):
     _, command = finished
     with pytest.raises(SystemExit):
