@@ -20,11 +20,11 @@ from .configs import ModelConfig
 from .layers import modulation
 from .layers.attention import GNA, Attention, Neighborhoods, per_layer
 from .layers.checks import check_axes
-from .layers.embeddings import Dtype, TimestepEmbedding, sinusoidal_embedding
+from .layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from .layers.modulation import gated, modulate, plain_layer_norm, with_residual, zero_linear
-from .layers.remat import Remat, recomputed
+from .layers.remat import recomputed
 from .layers.transformer import GELU, FeedForward, layer_norm
-from .pretrained import Pretrained
+from .pretrained import AttendingModel
 
 _TIME_FEATURES = 256  # sinusoidal features of the timestep, for every size of model
 # What the class of the first published DiT folders, `Transformer2DModel`, could do beside.
@@ -216,43 +216,16 @@ class BasicTransformerBlock(nnx.Module):
         return with_residual(x, self.norm3, self.ff, *perceptron)
 
 
-class DiTTransformer2DModel(Pretrained, nnx.Module):
-    """Class-conditional diffusion transformer.
+class DiTTransformer2DModel(AttendingModel):
+    """Class-conditional diffusion transformer."""
 
-    Args:
-      config: architecture.
-      attention: `GNA` settings of the self-attention: one for all layers, or a sequence of one per
-        layer, in which None is dense. None, the default, is dense everywhere. Parameters are the
-        same whatever it is.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-
-    Raises:
-      ValueError: `attention` has another number of layers than the config.
-    """
-
+    config: DiTTransformer2DConfig
     config_class = DiTTransformer2DConfig
     pytorch_class = "DiTTransformer2DModel"
     pytorch_library = "diffusers"
 
-    def __init__(
-        self,
-        config: DiTTransformer2DConfig,
-        *,
-        attention: Neighborhoods = None,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: DiTTransformer2DConfig, attention: Neighborhoods, **init):
         features = config.features
-        self.config = config
-        self.dtype = dtype
-        self.remat = remat
         self.pos_embed = PatchEmbed(config, **init)
         self.transformer_blocks = nnx.List(
             [

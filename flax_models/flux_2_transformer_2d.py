@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
 from .layers.attention import GNA, Neighborhoods, per_layer
-from .layers.embeddings import ConditionEmbedding, Dtype
+from .layers.embeddings import ConditionEmbedding
 from .layers.joint_attention import (
     JointAttention,
     JointSequence,
@@ -37,9 +37,9 @@ from .layers.modulation import (
     with_residual,
     zero_linear,
 )
-from .layers.remat import Remat, recomputed
+from .layers.remat import recomputed
 from .layers.rotary import Rotary, concatenate, rotary_table
-from .pretrained import Pretrained
+from .pretrained import AttendingModel
 
 Modulations = list[Float[Array, "B D"]]
 
@@ -224,48 +224,25 @@ def rotary_of(config: Flux2Transformer2DConfig, grid: tuple[int, int], text: int
     return concatenate(words, rotary_table(image, *settings))
 
 
-class Flux2Transformer2DModel(Pretrained, nnx.Module):
+class Flux2Transformer2DModel(AttendingModel):
     """Rectified-flow transformer: the velocity of packed latents, given a text.
 
-    Args:
-      config: architecture.
-      attention: `GNA` settings of what the image's queries see of the image: one for all blocks, or
-        a sequence of one per block, the double blocks before the single ones, in which None is
-        dense. None, the default, is dense everywhere. Every image query sees all of the text, and
-        the text sees everything. Parameters are the same whatever it is.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each block's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-
-    Raises:
-      ValueError: `attention` has another number of blocks than the config.
+    Of a sequence of `attention` the double blocks' settings come before the single ones'.
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    config: Flux2Transformer2DConfig
     config_class = Flux2Transformer2DConfig
     pytorch_class = "Flux2Transformer2DModel"
     pytorch_library = "diffusers"
 
-    def __init__(
-        self,
-        config: Flux2Transformer2DConfig,
-        *,
-        attention: Neighborhoods = None,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: Flux2Transformer2DConfig, attention: Neighborhoods, **init):
         features, double = config.features, config.num_layers
         settings = per_layer(
             attention,
             double + config.num_single_layers,
             f"one per block, the {double} double blocks before the single ones",
         )
-        self.config, self.dtype, self.remat = config, dtype, remat
         self.time_guidance_embed = ConditionEmbedding(
             features,
             guidance=config.guidance_embeds,

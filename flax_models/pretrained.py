@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import ConceptaxError
+from .layers.attention import Neighborhoods
 from .layers.embeddings import Dtype
 from .layers.remat import Remat
 
@@ -138,3 +139,35 @@ class RecomputingModel(PretrainedModel):
     ):
         self.config, self.dtype = config, dtype
         self._build(config, remat=remat, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+class AttendingModel(PretrainedModel):
+    """A transformer whose self-attention may be sparse, layer by layer.
+
+    Args:
+      config: as the others but `attention`, see `RecomputingModel`.
+      attention: `GNA` settings of the self-attention: one for all layers, or a sequence of one per
+        layer, in which None is dense. None, the default, is dense everywhere. Where a text joins
+        in, every query sees all of it, and it sees everything. Parameters are the same whatever it
+        is.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      remat: whether to recompute each layer's activations; or a policy of `layers.remat`.
+      rngs: source of the initial parameters.
+
+    Raises:
+      ValueError: `attention` has another number of layers than the config.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        attention: Neighborhoods = None,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        remat: Remat = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self._build(config, attention, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Num
 from .configs import ModelConfig
 from .dit_transformer_2d import axis_embedding
 from .layers.attention import GNA, Neighborhoods, per_layer
-from .layers.embeddings import ConditionEmbedding, Dtype
+from .layers.embeddings import ConditionEmbedding
 from .layers.joint_attention import (
     JointAttention,
     JointSequence,
@@ -33,9 +33,9 @@ from .layers.modulation import (
     with_residual,
     zero_linear,
 )
-from .layers.remat import Remat, recomputed
+from .layers.remat import recomputed
 from .layers.transformer import GELU, FeedForward
-from .pretrained import Buffer, Pretrained
+from .pretrained import AttendingModel, Buffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,43 +215,20 @@ class JointTransformerBlock(nnx.Module):
         return image, text
 
 
-class SD3Transformer2DModel(Pretrained, nnx.Module):
+class SD3Transformer2DModel(AttendingModel):
     """Rectified-flow transformer: the velocity of latents, given a text.
 
-    Args:
-      config: architecture.
-      attention: `GNA` settings of what the image's queries see of the image: one for all blocks, or
-        a sequence of one per block, in which None is dense; they are those of a block's second
-        attention too. None, the default, is dense everywhere. Every image query of the first sees
-        all of the text, and the text sees everything. Parameters are the same whatever it is.
-      dtype: computation dtype; norms and softmax accumulate in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each block's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-
-    Raises:
-      ValueError: `attention` has another number of blocks than the config.
+    The setting of a block's `attention` is that of its second one too, where no text joins in.
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    config: SD3Transformer2DConfig
     config_class = SD3Transformer2DConfig
     pytorch_class = "SD3Transformer2DModel"
     pytorch_library = "diffusers"
 
-    def __init__(
-        self,
-        config: SD3Transformer2DConfig,
-        *,
-        attention: Neighborhoods = None,
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def _build(self, config: SD3Transformer2DConfig, attention: Neighborhoods, **init):
         features, layers = config.features, config.num_layers
-        self.config, self.dtype, self.remat = config, dtype, remat
         self.pos_embed = PatchEmbed(config, **init)
         self.time_text_embed = ConditionEmbedding(
             features, pooled_features=config.pooled_projection_dim, **init
