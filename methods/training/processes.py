@@ -89,9 +89,11 @@ def leave() -> None:
     fail together, they end in the usual way before that.
     """
 
+    patience = _patience()  # asks JAX, which must not be asked once it has cleaned up
+
     def end_soon() -> None:
         threading.main_thread().join()
-        time.sleep(_patience())
+        time.sleep(patience)
         end(1)
 
     if jax.process_count() > 1:
@@ -112,14 +114,14 @@ def failing_together(stopped: type[BaseException]) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    key, over = f"conceptax/failed/{next(_runs)}", threading.Event()
+    key, over, patience = f"conceptax/failed/{next(_runs)}", threading.Event(), _patience()
     client = ocp.multihost.get_jax_distributed_client()
 
     def watch() -> None:
         while not over.wait(_LOOK_SECONDS):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no word
                 word = client.key_value_try_get(key)
-                if not over.wait(_patience()):
+                if not over.wait(patience):
                     say(f"another process of this run failed, so this one ends: {word}")
                     end(1)
 
