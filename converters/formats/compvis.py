@@ -155,7 +155,12 @@ def load_single_file(
     parts |= _tokenizers(path, tokenizer, file, [n for n in kind.TOKENIZERS if n in wanted])
     scheduler = {}
     if "scheduler" in wanted:
-        scheduler = _scheduler(path, file, prediction_type, _told(source, file))
+        told = _told(source, file)
+        if file.family in TELLING:
+            transformer = file.parts["transformer"].raw
+            scheduler = told if "_class_name" in told else _flow(file.family, transformer)
+        else:
+            scheduler = _scheduler(path, file.family, prediction_type, told)
     return kind(**parts, scheduler_config=scheduler, model_index=index)
 
 
@@ -289,22 +294,17 @@ def _told(source: WeightFile, file: SingleFile) -> dict[str, Any]:
 
 
 def _scheduler(
-    path: Path,
-    file: SingleFile,
-    prediction_type: str | None,
-    told: Mapping[str, Any] | None = None,
+    path: Path, family: str, prediction_type: str | None, told: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The noise schedule that all models of a family were trained with.
+    """The noise schedule that all Stable Diffusion models with a UNet were trained with.
 
     Args:
       path: the file, for messages.
-      file: what it holds.
+      family: as in `SingleFile`.
       prediction_type: what the caller says of it.
       told: what the file says; a whole configuration where it names its class.
     """
-    told, family = dict(told or {}), file.family
-    if family in TELLING:
-        return told if "_class_name" in told else _flow(family, file.parts["transformer"].raw)
+    told = dict(told or {})
     if prediction_type is not None:
         told["prediction_type"] = prediction_type
     if "prediction_type" not in told and family == "SD 2":
