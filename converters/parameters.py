@@ -13,6 +13,7 @@ from jax.sharding import Sharding
 
 from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
 from ..flax_models.pretrained import Published
+from ..flax_models.streaming import aligned_copy
 from .errors import CheckpointError, OutputError, TypeToConvert, counted, listing
 from .files.safetensors_file import (
     FLOAT_NAMES,
@@ -168,13 +169,7 @@ def _put(path: Path, view: np.ndarray, rule: ShardingRule) -> Any:
 def _detached(view: np.ndarray) -> np.ndarray:
     """What JAX may be given: it adopts C-contiguous memory instead of copying it, and copies (and
     transposes, faster than NumPy) everything else."""
-    if not view.flags.c_contiguous:
-        return view
-    spare = np.empty(view.nbytes + 64, np.uint8)
-    start = -spare.ctypes.data % 64  # aligned memory is adopted, which saves a second copy
-    own = spare[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
-    own[...] = view
-    return own
+    return aligned_copy(view) if view.flags.c_contiguous else view
 
 
 def pending(model: Any, specs: Iterable[TensorSpec], dtype: np.dtype | None) -> list[PendingTensor]:
