@@ -269,6 +269,40 @@ def sd3(seed: int = 0, **changes: Any) -> Oracle:
     )
 
 
+def wan(seed: int = 0, *, times: tuple[int, ...] = (2,), **changes: Any) -> Oracle:
+    """A video of unequal sides; times are one, one per video, or one per token."""
+    import diffusers
+
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 10,
+        "ffn_dim": 20,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    } | changes
+    module = randomized(diffusers.WanTransformer3DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+
+    def torch_call(sample: Any, text: Any, timesteps: Any) -> Any:
+        timesteps = timesteps.flatten(1) if timesteps.ndim > 1 else timesteps.expand(2)
+        out = module(sample.permute(0, 4, 1, 2, 3), timesteps, text).sample
+        return out.permute(0, 2, 3, 4, 1)
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 4, 4, 6, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 5, 10)).astype(np.float32),
+        },
+        {"timesteps": rng.integers(0, 1000, times)},
+        torch_call,
+        lambda model, sample, text, timesteps: model(sample, timesteps, text),
+    )
+
+
 def flux_2(seed: int = 0, **changes: Any) -> Oracle:
     """As `flux`; no pooled text."""
     import diffusers

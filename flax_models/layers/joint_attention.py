@@ -46,13 +46,14 @@ class JointSequence:
     """What the attentions of a forward pass share: where tokens lie, and how they are compared.
 
     Attributes:
-      grid: rows and columns of the image's tokens; the rest of a sequence is text, or none of it.
+      grid: rows and columns of the image's tokens, or frames, rows and columns of a video's; the
+        rest of a sequence is text, or none of it.
       text_first: whether the text comes before the image.
       rotary: angles of all tokens, in the sequence's order; None turns nothing.
       scale: factor of the logits, by default D ** -0.5.
     """
 
-    grid: tuple[int, int] = _static()
+    grid: tuple[int, ...] = _static()
     text_first: bool = _static(default=True)
     rotary: Rotary | None = None
     scale: float | None = _static(default=None)

@@ -42,11 +42,19 @@ class GELU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Perceptron four times as wide inside, behind a layer with an activation."""
+    """Perceptron behind a layer with an activation, by default four times as wide inside."""
 
-    def __init__(self, features: int, activated: Callable[..., nnx.Module] = GEGLU, **init):
-        first = activated(features, 4 * features, **init)
-        last = nnx.Linear(4 * features, features, **init)
+    def __init__(
+        self,
+        features: int,
+        activated: Callable[..., nnx.Module] = GEGLU,
+        *,
+        hidden: int | None = None,
+        **init,
+    ):
+        hidden = hidden or 4 * features
+        first = activated(features, hidden, **init)
+        last = nnx.Linear(hidden, features, **init)
         self.net = nnx.List([first, Identity(), last])
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
