@@ -107,6 +107,20 @@ ORACLES = {
             "timestep_guidance_channels": 64,
         },
     ),
+    "Cosmos from text": ("cosmos", {"in_channels": 4, "concat_padding_mask": False}),
+    "Cosmos from video": ("cosmos", {"patch_size": (3, 2, 2), "num_layers": 1}),
+    "Cosmos-Predict2, of timesteps per frame": (
+        "cosmos",
+        {
+            "frames": True,
+            "fps": None,
+            "out_channels": 3,
+            "extra_pos_embed_type": None,
+            "rope_scale": (1.0, 3.0, 2.0),
+            "mlp_ratio": 2.5,
+            "num_layers": 1,
+        },
+    ),
     "wan": ("wan", {}),
     "wan at one time": (
         "wan",
@@ -406,7 +420,18 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind",
-    ["dit", "flux", "flux_2", "sd3", "wan", "unet_motion", "t5", "qwen3", "autoencoder_flux_2"],
+    [
+        "dit",
+        "flux",
+        "flux_2",
+        "sd3",
+        "wan",
+        "unet_motion",
+        "t5",
+        "qwen3",
+        "autoencoder_flux_2",
+        "cosmos",
+    ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
     import oracles
