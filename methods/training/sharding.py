@@ -169,6 +169,7 @@ RULES: dict[str, Rules] = {
     **dict.fromkeys(("FluxTransformer2DModel", "Flux2Transformer2DModel"), JOINT_RULES),
     "SD3Transformer2DModel": JOINT_RULES,
     "WanTransformer3DModel": WAN_RULES,
+    "AutoencoderKLWan": DEFAULT_RULES,
     "MaftPlus": MAFT_PLUS_RULES,
     **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), AUTOENCODER_RULES),
     **dict.fromkeys(("T5EncoderModel", "UMT5EncoderModel"), T5_RULES),
