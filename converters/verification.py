@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..flax_models.cosmos_transformer_3d import CosmosCondition
 from ..flax_models.layers.joint_attention import JointTextCondition
 from ..flax_models.unet_2d_condition import TextCondition
 
@@ -196,6 +197,27 @@ def _sd3(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return [jax.jit(model.__call__)(sample, times, condition)], [_nhwc(out)]
 
 
+def _cosmos(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """Masks are channels like others: diffusers needs torchvision to resize that of padding."""
+    masked = config.in_channels > config.out_channels  # in which the mask of given frames counts
+    sides = tuple(size * count for size, count in zip(config.patch_size, (2, 3, 4), strict=True))
+    latents = _normal(rng, 1, *sides, config.in_channels - masked)
+    states, times = _normal(rng, 1, 7, config.text_embed_dim), np.array([0.3], np.float32)
+    given = (np.arange(sides[0]) == 0).astype(np.float32)[None]
+    channels = [latents]
+    if masked:
+        channels.append(np.broadcast_to(given[..., None, None, None], (1, *sides, 1)))
+    if config.concat_padding_mask:
+        channels.append(np.zeros((1, *sides, 1), np.float32))
+    module.register_to_config(concat_padding_mask=False)
+    inputs = np.concatenate(channels, axis=-1).transpose(0, 4, 1, 2, 3)
+    out = module(*_torch(inputs, times, states), fps=24).sample
+    mask = jnp.asarray(given) if masked else None
+    condition = CosmosCondition(jnp.asarray(states), jnp.array([24.0]), mask)
+    ours = jax.jit(model.__call__)(latents, times, condition)
+    return [ours], [out.permute(0, 2, 3, 4, 1)]
+
+
 def _flux(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
     """FLUX.1 and FLUX.2; diffusers takes times from 0 to 1, and the positions of all tokens."""
     rows, columns, words, axes = 6, 4, 7, len(config.axes_dims_rope)
@@ -264,6 +286,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "CLIPModel": _clip,
     "DiTTransformer2DModel": _dit,
     "SD3Transformer2DModel": _sd3,
+    "CosmosTransformer3DModel": _cosmos,
     "FluxTransformer2DModel": _flux,
     "Flux2Transformer2DModel": _flux,
     "WanTransformer3DModel": _wan,

@@ -32,13 +32,14 @@ class GEGLU(nnx.Module):
 
 
 class GELU(nnx.Module):
-    """Linear layer and the tanh approximation of GELU: [..., C] -> [..., hidden]."""
+    """Linear layer and GELU, its tanh approximation or exact: [..., C] -> [..., hidden]."""
 
-    def __init__(self, features: int, hidden: int, **init):
+    def __init__(self, features: int, hidden: int, *, approximate: bool = True, **init):
+        self.approximate = approximate
         self.proj = nnx.Linear(features, hidden, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
-        return jax.nn.gelu(self.proj(x), approximate=True)
+        return jax.nn.gelu(self.proj(x), approximate=self.approximate)
 
 
 class FeedForward(nnx.Module):

@@ -109,6 +109,20 @@ ORACLES = {
             "timestep_guidance_channels": 64,
         },
     ),
+    "Cosmos from text": ("cosmos", {"in_channels": 4, "concat_padding_mask": False}),
+    "Cosmos from video": ("cosmos", {"patch_size": (3, 2, 2), "num_layers": 1}),
+    "Cosmos-Predict2, of timesteps per frame": (
+        "cosmos",
+        {
+            "frames": True,
+            "fps": None,
+            "out_channels": 3,
+            "extra_pos_embed_type": None,
+            "rope_scale": (1.0, 3.0, 2.0),
+            "mlp_ratio": 2.5,
+            "num_layers": 1,
+        },
+    ),
     "wan": ("wan", {}),
     "wan at one time": (
         "wan",
@@ -420,6 +434,7 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         "qwen3",
         "autoencoder_flux_2",
         "autoencoder_wan",
+        "cosmos",
     ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
