@@ -41,6 +41,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux_2_klein",
+    "WanPipeline": "wan",
 }
 
 
@@ -64,6 +65,11 @@ _PARTS = {
         "transformer": "Flux2Transformer2DModel",
         "vae": "AutoencoderKLFlux2",
         "text_encoder": "Qwen3ForCausalLM",
+    },
+    "WanPipeline": {
+        "transformer": "WanTransformer3DModel",
+        "vae": "AutoencoderKLWan",
+        "text_encoder": "UMT5EncoderModel",
     },
 }
 
