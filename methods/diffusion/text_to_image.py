@@ -27,6 +27,7 @@ from ...flax_models.pipelines.guidance import Predictor, classifier_free
 from ...flax_models.pipelines.pipeline import Pipeline
 from ...flax_models.streaming import is_streamed
 from ...flax_models.unet_2d_condition import TextCondition
+from ...kernels.gna.presets import Preset, attention_preset
 from ..estimate import OnEstimate, compile_seconds, run_seconds, work
 from ..memory import available_memory, denoiser_bytes, require_memory, vae_bytes
 from ..sampling import (
@@ -295,6 +296,7 @@ class TextToImage:
     pipeline: Pipeline  # read for its tokenizers and settings, not its weights
     schedule: NoiseSchedule | FlowMatchSchedule
     frames: int | None = None  # of a video; None draws images
+    preset: Preset | None = None  # of neighborhood attention, if it was asked for by one
 
     @classmethod
     def from_pipeline(
@@ -311,7 +313,7 @@ class TextToImage:
           pipeline: of any family.
           vae_tiling: decode in tiles the size of what the autoencoder was trained on.
           attention: of a transformer, `GNA` settings in place of dense self-attention, for all
-            layers or one for each (`with_attention`).
+            layers or one for each (`with_attention`); or a preset, or its name.
           dense_steps: how many steps are dense before.
 
         Raises:
@@ -331,6 +333,8 @@ class TextToImage:
                 f"The {pipeline.DENOISER} denoises latents of {denoised} channels, and the "
                 f"autoencoder's have latent_channels={coded}: they belong to different models."
             )
+        if isinstance(attention, str):
+            attention = attention_preset(attention)
         if attention is not None:
             sparse = nnx.split(with_attention(pipeline.denoiser, attention))[0]
             first = (static.denoiser, dense_steps) if dense_steps else None
@@ -340,6 +344,7 @@ class TextToImage:
             params=params,
             pipeline=pipeline,
             schedule=schedule_of(pipeline.schedule_config),
+            preset=attention if isinstance(attention, Preset) else None,
         )
 
     def __call__(
@@ -409,6 +414,8 @@ class TextToImage:
             raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale}.")
         frames = () if self.frames is None else (self.frames,)
         shape = (*frames, *self.pipeline.latent_shape_for(height, width))
+        if self.preset is not None:
+            self.preset.require_fit(self._token_layout(shape))
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(
                 f"latents must be {(len(prompts), *shape)}, one per prompt at this size; "
@@ -467,6 +474,11 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
+    def _token_layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along each dimension of latents of that shape, frames first."""
+        *frames, rows, columns, _ = shape
+        return (*frames, rows // self.pipeline.PATCH, columns // self.pipeline.PATCH)
+
     def _sampler(self, kind: str | None, steps: int, eta: float, shape: tuple[int, ...]) -> Sampler:
         """The tables of a run for latents of that shape."""
         schedule, pipeline = self.schedule, self.pipeline
@@ -479,7 +491,7 @@ class TextToImage:
             )
         mu = None
         if schedule.use_dynamic_shifting:
-            tokens = math.prod(shape[-3:-1]) // pipeline.PATCH**2
+            tokens = math.prod(self._token_layout(shape)[-2:])
             fitted = pipeline.SHIFT == "empirical"
             mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
         return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)

@@ -47,7 +47,8 @@ class Command:
       sampler: by default what the model's scheduler asks for; videos are drawn by DDIM. Models on a
         flow have one of their own.
       attention: of a transformer, neighborhood attention in place of the dense one: the name of a
-        preset, such as flux-4k, or windows of your own, "window=32x32 stride=8x8", in tokens.
+        preset, such as flux-4k or hunyuan, or windows of your own, "window=32x32 stride=8x8", in
+        tokens, of videos with frames first: "window=allx24x24 stride=1x8x8".
       dense_steps: how many steps are dense before; by default the preset's share of them.
       count: images per prompt.
       seed: of the noise; image n depends on the prompt, the seed and n alone.
@@ -252,7 +253,6 @@ def _draw(command: Command, prompts: list[str]) -> Any:
 
 def _attention(command: Command, steps: int) -> dict[str, Any]:
     """What `text_to_image` takes of neighborhood attention; nothing where it is dense."""
-    from conceptax.flax_models.layers.attention import GNA
     from conceptax.kernels.gna.presets import attention_preset
 
     if command.attention is None:
@@ -263,7 +263,7 @@ def _attention(command: Command, steps: int) -> dict[str, Any]:
     dense = command.dense_steps
     if dense is None:
         dense = preset.dense_steps_of(steps)
-    return {"attention": GNA(preset.window, preset.stride), "dense_steps": dense}
+    return {"attention": preset, "dense_steps": dense}
 
 
 def _mesh(devices: int | None) -> Any:
