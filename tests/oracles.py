@@ -5,6 +5,8 @@ torch's.
 """
 
 import dataclasses
+import types
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.cosmos_transformer_3d import CosmosCondition
 from conceptax.flax_models.layers.joint_attention import JointTextCondition
 from conceptax.flax_models.unet_2d_condition import TextCondition
 
@@ -266,6 +269,112 @@ def sd3(seed: int = 0, **changes: Any) -> Oracle:
         lambda model, sample, text, pooled, timesteps: model(
             sample, timesteps, JointTextCondition(text, pooled)
         ),
+    )
+
+
+def cosmos(
+    seed: int = 0, *, frames: bool = False, fps: float | None = 30.0, **changes: Any
+) -> Oracle:
+    """Three frames of a grid that is not square, with or without a mask of given frames.
+
+    Without torchvision diffusers cannot resize the mask of padding: what stands in for it here is
+    PyTorch's own function.
+    """
+    import diffusers
+    import torch
+    from diffusers.models.transformers import transformer_cosmos
+
+    settings = {
+        "in_channels": 5,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "text_embed_dim": 10,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 16, 16),
+    } | changes
+    transformer_cosmos.transforms = types.SimpleNamespace(
+        functional=types.SimpleNamespace(
+            resize=lambda x, size, interpolation: torch.nn.functional.interpolate(
+                x, size=tuple(size), mode=interpolation
+            )
+        ),
+        InterpolationMode=types.SimpleNamespace(NEAREST="nearest"),
+    )
+    module = randomized(diffusers.CosmosTransformer3DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    shape = (2, 3, 4, 6)
+    inputs = {
+        "sample": rng.normal(size=(*shape, 4)).astype(np.float32),
+        "text": rng.normal(size=(2, 5, 10)).astype(np.float32),
+    }
+    if settings["in_channels"] == 5:
+        inputs["mask"] = rng.normal(size=(2, 3)).astype(np.float32)
+    if settings.get("concat_padding_mask", True):
+        inputs["padding"] = rng.normal(size=(1, 10, 13)).astype(np.float32)
+    times = rng.normal(size=(2, 3) if frames else 2).astype(np.float32)
+    norm = torch.linalg.vector_norm
+
+    def in_own_dtype(x: Any, *, dtype: Any, **options: Any) -> Any:
+        return norm(x, **options)  # diffusers asks for float32, which float64 refuses
+
+    def torch_call(sample: Any, text: Any, timesteps: Any, mask: Any = None, padding: Any = None):
+        if mask is not None:
+            mask = mask[:, None, :, None, None].expand(2, 1, *shape[1:])
+        with unittest.mock.patch.object(torch.linalg, "vector_norm", in_own_dtype):
+            out = module(
+                sample.permute(0, 4, 1, 2, 3),
+                timesteps[:, None, :, None, None] if frames else timesteps,
+                text,
+                fps=fps,
+                condition_mask=mask,
+                padding_mask=None if padding is None else padding[:, None],
+            )
+        return out.sample.permute(0, 2, 3, 4, 1)
+
+    def jax_call(
+        model: Any, sample: Any, text: Any, timesteps: Any, mask: Any = None, padding=None
+    ):
+        if padding is not None:
+            padding = jnp.broadcast_to(padding, (2, *padding.shape[1:]))
+        rate = None if fps is None else jnp.full(2, fps)
+        return model(sample, timesteps, CosmosCondition(text, rate, mask, padding))
+
+    return Oracle(module, inputs, {"timesteps": times}, torch_call, jax_call)
+
+
+def wan(seed: int = 0, *, times: tuple[int, ...] = (2,), **changes: Any) -> Oracle:
+    """A video of unequal sides; times are one, one per video, or one per token."""
+    import diffusers
+
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 10,
+        "ffn_dim": 20,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    } | changes
+    module = randomized(diffusers.WanTransformer3DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+
+    def torch_call(sample: Any, text: Any, timesteps: Any) -> Any:
+        timesteps = timesteps.flatten(1) if timesteps.ndim > 1 else timesteps.expand(2)
+        out = module(sample.permute(0, 4, 1, 2, 3), timesteps, text).sample
+        return out.permute(0, 2, 3, 4, 1)
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 4, 4, 6, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 5, 10)).astype(np.float32),
+        },
+        {"timesteps": rng.integers(0, 1000, times)},
+        torch_call,
+        lambda model, sample, text, timesteps: model(sample, timesteps, text),
     )
 
 

@@ -38,6 +38,7 @@ from conceptax.flax_models.qwen3 import Qwen3Config, Qwen3Model
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 from conceptax.kernels.convolution import convolve_depthwise
 
 ORACLES = {
@@ -106,6 +107,33 @@ ORACLES = {
             "timestep_guidance_channels": 64,
         },
     ),
+    "Cosmos from text": ("cosmos", {"in_channels": 4, "concat_padding_mask": False}),
+    "Cosmos from video": ("cosmos", {"patch_size": (3, 2, 2), "num_layers": 1}),
+    "Cosmos-Predict2, of timesteps per frame": (
+        "cosmos",
+        {
+            "frames": True,
+            "fps": None,
+            "out_channels": 3,
+            "extra_pos_embed_type": None,
+            "rope_scale": (1.0, 3.0, 2.0),
+            "mlp_ratio": 2.5,
+            "num_layers": 1,
+        },
+    ),
+    "wan": ("wan", {}),
+    "wan at one time": (
+        "wan",
+        {
+            "times": (),
+            "patch_size": (2, 2, 1),
+            "cross_attn_norm": False,
+            "out_channels": 3,
+            "eps": 1e-3,
+            "num_layers": 1,
+        },
+    ),
+    "wan at times per token": ("wan", {"times": (2, 4, 2, 3)}),
     "autoencoder": ("autoencoder", {}),
     "autoencoder of FLUX.1 and SD 3": (
         "autoencoder",
@@ -392,7 +420,18 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind",
-    ["dit", "flux", "flux_2", "sd3", "unet_motion", "t5", "qwen3", "autoencoder_flux_2"],
+    [
+        "dit",
+        "flux",
+        "flux_2",
+        "sd3",
+        "wan",
+        "unet_motion",
+        "t5",
+        "qwen3",
+        "autoencoder_flux_2",
+        "cosmos",
+    ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
     import oracles
@@ -521,6 +560,9 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
         (SD3Transformer2DConfig, {"qk_norm": "layer_norm"}, "None or 'rms_norm', received 'layer"),
         (SD3Transformer2DConfig, {"caption_projection_dim": 64}, "must be the 1152 features of 18"),
         (SD3Transformer2DConfig, {"dual_attention_layers": [0, 18]}, "18. are not among the 18"),
+        (WanTransformer3DConfig, {"added_kv_proj_dim": 5120}, "reads an image too .added_kv_pro"),
+        (WanTransformer3DConfig, {"patch_size": [2, 2]}, "three numbers, received .2, 2."),
+        (WanTransformer3DConfig, {"attention_head_dim": 7}, "even number of at least 6, received"),
         (T5Config, {"relative_attention_num_buckets": 6}, "multiple of 4, received 6"),
         (T5Config, {"relative_attention_max_distance": 8}, "over 8, the distances"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "7 heads"),
