@@ -26,6 +26,7 @@ MODULES = {
     "FluxTransformer2DModel": "flux_transformer_2d",
     "Flux2Transformer2DModel": "flux_2_transformer_2d",
     "SD3Transformer2DModel": "sd3_transformer_2d",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video_transformer_3d",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

@@ -41,6 +41,16 @@ class GELU(nnx.Module):
         return jax.nn.gelu(self.proj(x), approximate=True)
 
 
+class LinearSiLU(nnx.Module):
+    """Linear layer and SiLU: [..., C] -> [..., hidden]."""
+
+    def __init__(self, features: int, hidden: int, **init):
+        self.proj = nnx.Linear(features, hidden, **init)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
+        return jax.nn.silu(self.proj(x))
+
+
 class FeedForward(nnx.Module):
     """Perceptron four times as wide inside, behind a layer with an activation."""
 

@@ -92,6 +92,21 @@ ORACLES = {
             "pos_embed_max_size": 7,
         },
     ),
+    "HunyuanVideo": ("hunyuan_video", {}),
+    "HunyuanVideo with other settings": (
+        "hunyuan_video",
+        {
+            "whole_text": True,
+            "guidance_embeds": False,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "out_channels": 3,
+            "patch_size": 1,
+            "patch_size_t": 3,
+            "rope_theta": 300,
+        },
+    ),
     "flux 2": ("flux_2", {}),
     "flux 2 with guidance": (
         "flux_2",
@@ -392,7 +407,17 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind",
-    ["dit", "flux", "flux_2", "sd3", "unet_motion", "t5", "qwen3", "autoencoder_flux_2"],
+    [
+        "dit",
+        "flux",
+        "flux_2",
+        "sd3",
+        "hunyuan_video",
+        "unet_motion",
+        "t5",
+        "qwen3",
+        "autoencoder_flux_2",
+    ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
     import oracles
