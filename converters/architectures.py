@@ -29,6 +29,7 @@ MODULES = {
     "SD3Transformer2DModel": "sd3_transformer_2d",
     "CosmosTransformer3DModel": "cosmos_transformer_3d",
     "WanTransformer3DModel": "wan_transformer_3d",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video_transformer_3d",
     "Dinov2Model": "dinov2",
     "BlipForImageTextRetrieval": "blip",
     "Blip2ForImageTextRetrieval": "blip_2",

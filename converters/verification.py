@@ -251,6 +251,19 @@ def _wan(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return [jax.jit(model.__call__)(sample, times, text)], [out.permute(0, 2, 3, 4, 1)]
 
 
+def _hunyuan_video(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """Guidance is of a size whose thousandfold torch's frequencies do not magnify."""
+    frames, rows, columns = (2 * size for size in config.patch)
+    latents = _normal(rng, 1, frames, rows, columns, config.in_channels)
+    states, times = _normal(rng, 1, 7, config.text_embed_dim), np.array([501.0], np.float32)
+    pooled, mask = _normal(rng, 1, config.pooled_projection_dim), np.arange(7)[None] < 5
+    guidance = np.array([0.25], np.float32)
+    theirs = latents.transpose(0, 4, 1, 2, 3), times, states, mask, pooled, 1000 * guidance
+    out = module(*_torch(*theirs[: 6 if config.guidance_embeds else 5])).sample
+    condition = JointTextCondition(*map(jnp.asarray, (states, pooled, guidance, mask)))
+    return [jax.jit(model.__call__)(latents, times, condition)], [out.permute(0, 2, 3, 4, 1)]
+
+
 def _video_unet(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
     sample, times, text = _denoised(config, rng, 2)
     theirs = _torch(sample.transpose(0, 4, 1, 2, 3), times, text.repeat(2, 0))
@@ -290,6 +303,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "FluxTransformer2DModel": _flux,
     "Flux2Transformer2DModel": _flux,
     "WanTransformer3DModel": _wan,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "UNetMotionModel": _video_unet,
     "Dinov2Model": _vision,
     "BlipForImageTextRetrieval": _blip,

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from ...kernels.attention import dot_product_attention
-from ...kernels.gna import joint_neighborhood_attention, neighborhood_attention
+from ...kernels.attention import attention_with_lse, dot_product_attention
+from ...kernels.gna import (
+    joint_neighborhood_attention,
+    merge_attentions,
+    neighborhood_attention,
+)
 from ...kernels.gna.presets import Preset, attention_preset
 from ...kernels.gna.problem import PerDimension, nearest_layout, windows_of
 
@@ -37,14 +41,20 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([nnx.Linear(features, features, **init)])
 
     def __call__(
-        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None
+        self,
+        x: Float[Array, "B L C"],
+        context: Float[Array, "B K E"] | None = None,
+        *,
+        mask: Bool[Array, "#B #H #L K"] | None = None,
     ) -> Float[Array, "B L C"]:
+        """Attend to the context, or to itself; `mask` is that of `dot_product_attention`."""
         context = x if context is None else context
         heads = (self.heads, -1)
         query = self.to_q(x).reshape(*x.shape[:2], *heads)  # [B, L, H, D]
         key = self.to_k(context).reshape(*context.shape[:2], *heads)
         value = self.to_v(context).reshape(*context.shape[:2], *heads)
-        return self.to_out[0](dot_product_attention(query, key, value).reshape(x.shape))
+        attended = dot_product_attention(query, key, value, mask=mask)
+        return self.to_out[0](attended.reshape(x.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +142,7 @@ class GNA:
         text: tuple[Float[Array, "B A H D"], ...],
         *,
         grid: tuple[int, ...],
+        text_mask: Bool[Array, "B A"] | None = None,
         scale: float | None = None,
     ) -> tuple[Float[Array, "B N H D"], Float[Array, "B A H D"]]:
         """Image queries see their window and all of the text; text queries see everything.
@@ -140,6 +151,7 @@ class GNA:
           image: query, key and value of the image's tokens, row by row.
           text: those of the text.
           grid: the image's tokens along each dimension; their product is N.
+          text_mask: the tokens of the text that are there; the others are seen by none.
           scale: factor of the logits, by default D ** -0.5.
 
         Returns:
@@ -149,13 +161,25 @@ class GNA:
           ValueError: the settings do not fit the grid.
         """
         self.require_fit(grid)
-        query, key, value = image
-        return joint_neighborhood_attention(
-            (query, key, value),
-            (text[0], text[1], text[2]),
-            token_layout=grid,
-            scale=scale,
-            **self._settings,
+        (query, key, value), (text_query, *of_text) = image, text
+        if text_mask is None:
+            return joint_neighborhood_attention(
+                (query, key, value),
+                (text_query, of_text[0], of_text[1]),
+                token_layout=grid,
+                scale=scale,
+                **self._settings,
+            )
+        on_grid = (x.reshape(x.shape[0], *grid, *x.shape[2:]) for x in image)
+        near, lse = neighborhood_attention(*on_grid, scale=scale, return_lse=True, **self._settings)
+        shown = text_mask[:, None, None]
+        said, of_said = attention_with_lse(query, *of_text, mask=shown, scale=scale)
+        near, lse = near.reshape(value.shape), lse.reshape(value.shape[:-1])
+        everything = jnp.concatenate([jnp.ones((*shown.shape[:3], key.shape[1]), bool), shown], -1)
+        joined = (jnp.concatenate(pair, axis=1) for pair in zip(image[1:], of_text, strict=True))
+        return (
+            merge_attentions([near, said], [lse, of_said])[0],
+            dot_product_attention(text_query, *joined, mask=everything, scale=scale),
         )
 
 

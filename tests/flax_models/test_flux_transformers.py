@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from gna_oracle import full_mask
+from gna_oracle import dense_under, full_mask
 
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.tensors import tensor_specs
@@ -134,15 +134,8 @@ def test_each_block_sees_its_neighborhoods_and_the_text(family, sparse, dense, m
         case |= {"stride": each.get("stride", ones), "dilation": each.get("dilation", ones)}
         masks.append(np.pad(full_mask(case), (TEXT, 0), constant_values=True))
     order = iter(masks)
-
-    def masked(query, key, value, *, scale):
-        assert scale is None
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-        weights = jax.nn.softmax(jnp.where(next(order), logits, -jnp.inf))
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
     monkeypatch.setattr(
-        "conceptax.flax_models.layers.joint_attention.dot_product_attention", masked
+        "conceptax.flax_models.layers.joint_attention.dot_product_attention", dense_under(order)
     )
     assert_close(family.run(), sparse)
     assert next(order, None) is None
@@ -301,6 +294,7 @@ class TestErrors:
             states=states[..., 1:],
         )
         refused(r"text states \[2, A, 12\] .* received \(1, 3, 12\)", states=states[:1])
+        refused("reads padding as text, .*: pass no mask", mask=jnp.ones((2, 3), bool))
         refused(r"conditioned on guidance too.*guidance=\.\.\.", guidance=None)
         if family.model is FluxTransformer2DModel:
             refused(r"conditioned on pooled too.*pooled=\.\.\.", pooled=None)
