@@ -14,6 +14,7 @@ MODULES = {
     "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "AutoencoderKLFlux2": "autoencoder_kl",
+    "AutoencoderKLCosmos": "autoencoder_kl_cosmos",
     "CLIPTextModel": "clip",
     "CLIPTextModelWithProjection": "clip",
     "CLIPVisionModel": "clip",

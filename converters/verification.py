@@ -131,6 +131,16 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return ours, [_nhwc(x) for x in (posterior.mean, posterior.logvar, decoded)]
 
 
+def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    side, frames = 4 * config.downsampling, 1 + config.temporal_downsampling
+    video = _normal(rng, 1, frames, side, side, config.in_channels).clip(-1, 1)
+    mode = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist.mode()
+    decoded = module.decode(mode).sample
+    theirs = [x.permute(0, 2, 3, 4, 1) for x in (mode, decoded)]
+    ours = [jax.jit(model.encode)(video)[0], jax.jit(model.decode)(theirs[0].numpy())]
+    return ours, theirs
+
+
 def _ids(config: Any, rng: np.random.Generator) -> np.ndarray:
     length, last = min(config.max_position_embeddings, 16), config.vocab_size - 1
     ids = rng.integers(0, config.vocab_size, (1, length))
@@ -265,6 +275,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "UNet2DConditionModel": _unet,
     "AutoencoderKL": _vae,
     "AutoencoderKLFlux2": _vae,
+    "AutoencoderKLCosmos": _video_vae,
     "CLIPTextModel": _clip_text,
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,
