@@ -15,6 +15,7 @@ MODULES = {
     "AutoencoderKL": "autoencoder_kl",
     "AutoencoderKLFlux2": "autoencoder_kl",
     "AutoencoderKLWan": "autoencoder_kl_wan",
+    "AutoencoderKLCosmos": "autoencoder_kl_cosmos",
     "CLIPTextModel": "clip",
     "CLIPTextModelWithProjection": "clip",
     "CLIPVisionModel": "clip",

@@ -132,13 +132,14 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
 
 
 def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
-    """Five frames, of which diffusers takes one, then four."""
-    side = 4 * config.downsampling
-    video = _normal(rng, 1, 5, side, side, 3).clip(-1, 1)
+    side, frames = 4 * config.downsampling, 1 + config.temporal_downsampling
+    video = _normal(rng, 1, frames, side, side, 3).clip(-1, 1)
     posterior = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist
-    decoded = module.decode(posterior.mean).sample
-    parts = [x.permute(0, 2, 3, 4, 1) for x in (posterior.mean, posterior.logvar, decoded)]
-    return [*jax.jit(model.encode)(video), jax.jit(model.decode)(parts[0].numpy())], parts
+    latents, spread = posterior.mode(), getattr(posterior, "logvar", None)
+    given = [latents] if spread is None else [latents, spread]  # Cosmos' has no spread
+    theirs = [x.permute(0, 2, 3, 4, 1) for x in (*given, module.decode(latents).sample)]
+    ours = [*jax.jit(model.encode)(video)][: len(given)]
+    return [*ours, jax.jit(model.decode)(theirs[0].numpy())], theirs
 
 
 def _ids(config: Any, rng: np.random.Generator) -> np.ndarray:
@@ -289,6 +290,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "AutoencoderKL": _vae,
     "AutoencoderKLFlux2": _vae,
     "AutoencoderKLWan": _video_vae,
+    "AutoencoderKLCosmos": _video_vae,
     "CLIPTextModel": _clip_text,
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,

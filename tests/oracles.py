@@ -529,6 +529,39 @@ def autoencoder_flux_2(seed: int = 0, **changes: Any) -> Oracle:
     return Oracle(module, {"image": image}, {}, torch_call, jax_call)
 
 
+def autoencoder_cosmos(
+    seed: int = 0, *, size: tuple[int, int, int] = (9, 32, 48), **changes: Any
+) -> Oracle:
+    """Encoded, and decoded from that; the first blocks of the encoder, the last ones of the decoder
+    attend too."""
+    import diffusers
+    import torch
+
+    settings = {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (8, 8, 12),
+        "decode_block_out_channels": (8, 12, 12, 12),
+        "num_layers": 1,
+        "resolution": 64,
+        "attention_resolutions": (16,),
+        "latents_mean": list(np.linspace(-0.2, 0.3, 16)),
+        "latents_std": list(np.linspace(0.5, 0.9, 16)),
+    } | changes
+    module = randomized(diffusers.AutoencoderKLCosmos(**settings), seed)
+
+    def torch_call(video: Any) -> Any:
+        latents = module.encode(video.permute(0, 4, 1, 2, 3)).latent_dist.mode()
+        decoded = module.decode(latents).sample
+        return torch.cat([x.permute(0, 2, 3, 4, 1).flatten() for x in (latents, decoded)])
+
+    def jax_call(model: Any, video: Any) -> Any:
+        latents, _ = model.encode(video)
+        return jnp.concatenate([x.ravel() for x in (latents, model.decode(latents))])
+
+    video = np.random.default_rng(seed).normal(size=(2, *size, 3)).astype(np.float32)
+    return Oracle(module, {"video": video}, {}, torch_call, jax_call)
+
+
 def autoencoder_wan(
     seed: int = 0, shape: tuple[int, int, int] = (5, 6, 8), **changes: Any
 ) -> Oracle:

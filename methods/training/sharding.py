@@ -171,7 +171,13 @@ MAFT_PLUS_RULES: Rules = (
 STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLIP_RULES)
 
 _CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPModel")
-_OTHERS = ("Dinov2Model", "BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval", "OpenCLIP")
+_OTHERS = (
+    "Dinov2Model",
+    "BlipForImageTextRetrieval",
+    "Blip2ForImageTextRetrieval",
+    "OpenCLIP",
+    "AutoencoderKLCosmos",
+)
 RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "StableDiffusionXLPipeline": STABLE_DIFFUSION_RULES,
