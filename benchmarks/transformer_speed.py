@@ -85,7 +85,7 @@ class Subject:
     @functools.cached_property
     def settings(self) -> Any:
         """The config of our class."""
-        return self.kind.config_class(**self.config)
+        return self.kind.config_class.from_dict(dict(self.config))
 
     def shapes(self, grid: Sizes) -> dict[str, Sizes]:
         """Of the arrays that a forward pass reads; a token of a video is 1x2x2 latents."""
