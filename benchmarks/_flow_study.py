@@ -30,7 +30,7 @@ from conceptax.flax_models.layers.joint_attention import JointSequence
 from conceptax.kernels.gna.presets import Preset
 from conceptax.kernels.gna.simulator import measure, simulate_model
 from conceptax.kernels.gna.simulator.whole_model import speedups
-from conceptax.methods.diffusion.text_to_image import sample_latents, to_uint8
+from conceptax.methods.diffusion.text_to_image import Phase, sample_latents, to_uint8
 from conceptax.methods.evaluation.suites import choose
 from conceptax.methods.glyphs.captions import prompts
 from conceptax.methods.glyphs.judge import load_judge
@@ -310,19 +310,20 @@ class Seed:
 # ---- drawing ----
 
 
-_sample = jax.jit(sample_latents, static_argnums=0, static_argnames="first")
+_sample = jax.jit(sample_latents, static_argnums=0)
 
 
 def drawer(world: World, cell: Cell, params: Any) -> Callable[[Sequence[str], Any], jax.Array]:
     """(texts, noise) -> latents."""
-    study = world.study
-    graphdef = structure(world.kind, study.config, cell.attention)
-    dense = structure(world.kind, study.config, None)
-    first = (dense, study.dense_steps) if cell.starts_dense else None
+    made = functools.partial(structure, world.kind, world.study.config)
+    phases = (Phase(made(cell.attention)),)
+    if cell.starts_dense:
+        phases = (Phase(made(None), world.study.dense_steps), *phases)
+    whose = {"denoiser": params}
 
     def draw(texts: Sequence[str], noise: Any) -> jax.Array:
         given = world.condition(texts), world.condition([""]), noise, world.sampler, GUIDANCE
-        return _sample(graphdef, params, *given, first=first)
+        return _sample(phases, whose, *given)
 
     return draw
 

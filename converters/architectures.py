@@ -14,6 +14,7 @@ MODULES = {
     "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "AutoencoderKLFlux2": "autoencoder_kl",
+    "AutoencoderKLWan": "autoencoder_kl_wan",
     "CLIPTextModel": "clip",
     "CLIPTextModelWithProjection": "clip",
     "CLIPVisionModel": "clip",

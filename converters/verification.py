@@ -131,6 +131,16 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return ours, [_nhwc(x) for x in (posterior.mean, posterior.logvar, decoded)]
 
 
+def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """Five frames, of which diffusers takes one, then four."""
+    side = 4 * config.downsampling
+    video = _normal(rng, 1, 5, side, side, 3).clip(-1, 1)
+    posterior = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist
+    decoded = module.decode(posterior.mean).sample
+    parts = [x.permute(0, 2, 3, 4, 1) for x in (posterior.mean, posterior.logvar, decoded)]
+    return [*jax.jit(model.encode)(video), jax.jit(model.decode)(parts[0].numpy())], parts
+
+
 def _ids(config: Any, rng: np.random.Generator) -> np.ndarray:
     length, last = min(config.max_position_embeddings, 16), config.vocab_size - 1
     ids = rng.integers(0, config.vocab_size, (1, length))
@@ -265,6 +275,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "UNet2DConditionModel": _unet,
     "AutoencoderKL": _vae,
     "AutoencoderKLFlux2": _vae,
+    "AutoencoderKLWan": _video_vae,
     "CLIPTextModel": _clip_text,
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,
