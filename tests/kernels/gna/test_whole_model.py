@@ -10,7 +10,7 @@ import pytest
 
 from conceptax.cli import main
 from conceptax.cli.gna.commands import Simulate
-from conceptax.kernels.gna.presets import OF_ALL_LAYERS, PRESETS, Preset
+from conceptax.kernels.gna.presets import OF_ALL_LAYERS, Preset
 from conceptax.kernels.gna.simulator import GPUS, simulate_model
 from conceptax.kernels.gna.simulator.whole_model import RATES, speedups
 
