@@ -312,7 +312,8 @@ class Upsample(nnx.Module):
     """Doubles the number of frames, or not, then their sides; the first frame stays one."""
 
     def __init__(self, channels: int, out_channels: int, in_time: bool, **init):
-        self.resample = nnx.List([Identity(), conv3x3(channels, out_channels, **init)])
+        layers: list[Any] = [Identity(), conv3x3(channels, out_channels, **init)]
+        self.resample = nnx.List(layers)
         if in_time:
             self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), **init)
 
@@ -459,7 +460,12 @@ def _in_pieces(step: Step, x: Video, size: int, in_one_pass: bool) -> Float[Arra
         return step(x, None)[0]
     first, past = step(x[:, :1], None)
     pieces = x[:, 1:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
-    _, rest = jax.lax.scan(lambda past, piece: step(piece, past)[::-1], past, pieces)
+
+    def following(past: Past, piece: Array) -> tuple[Past, Array]:
+        y, past = step(piece, past)
+        return past, y
+
+    _, rest = jax.lax.scan(following, past, pieces)
     rest = rest.swapaxes(0, 1).reshape(x.shape[0], -1, *rest.shape[3:])
     return jnp.concatenate([first, rest], axis=1)
 

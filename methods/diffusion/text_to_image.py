@@ -25,6 +25,7 @@ from ...flax_models.layers.attention import Neighborhoods, with_attention
 from ...flax_models.pipelines.pipeline import Pipeline
 from ...flax_models.pipelines.video import VideoPipeline
 from ...flax_models.streaming import is_streamed
+from ...kernels.gna.presets import Preset, attention_preset
 from ..estimate import OnEstimate, compile_seconds, run_seconds, work
 from ..memory import available_memory, denoiser_bytes, require_memory, vae_bytes, video_vae_bytes
 from ..sampling import (
@@ -96,6 +97,7 @@ class TextToImage:
     frames: int | None = None  # of a video by an image model; None draws what the family draws
     dense: tuple[Phase, ...] = ()  # of the steps before those with another attention
     dense_steps: int = 0
+    preset: Preset | None = None  # of neighborhood attention, if it was asked for by one
 
     @classmethod
     def from_pipeline(
@@ -112,7 +114,7 @@ class TextToImage:
           pipeline: of any family.
           vae_tiling: decode in tiles the size of what the autoencoder was trained on.
           attention: of a transformer, `GNA` settings in place of dense self-attention, for all
-            layers or one for each (`with_attention`).
+            layers or one for each (`with_attention`); or a preset, or its name.
           dense_steps: how many steps are dense before.
 
         Raises:
@@ -132,6 +134,8 @@ class TextToImage:
                 f"The {pipeline.DENOISER} denoises latents of {denoised} channels, and the "
                 f"autoencoder's have latent_channels={coded}: they belong to different models."
             )
+        if isinstance(attention, str):
+            attention = attention_preset(attention)
         dense = static.phases if dense_steps and attention is not None else ()
         if attention is not None:
             graphdefs = (
@@ -148,6 +152,7 @@ class TextToImage:
             schedule=schedule_of(pipeline.schedule_config),
             dense=dense,
             dense_steps=dense_steps if dense else 0,
+            preset=attention if isinstance(attention, Preset) else None,
         )
 
     def __call__(
@@ -235,6 +240,8 @@ class TextToImage:
                 f"or one for all; got {guidance_scale}."
             )
         shape = self._shape(height, width, num_frames)
+        if self.preset is not None:
+            self.preset.require_fit(self._token_layout(shape))
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(
                 f"latents must be {(len(prompts), *shape)}, one per prompt at this size; "
@@ -328,6 +335,11 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
+    def _token_layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along each dimension of latents of that shape, frames first."""
+        *frames, rows, columns, _ = shape
+        return (*frames, rows // self.pipeline.PATCH, columns // self.pipeline.PATCH)
+
     def _sampler(self, kind: str | None, steps: int, eta: float, shape: tuple[int, ...]) -> Sampler:
         """The tables of a run for latents of that shape."""
         schedule, pipeline = self.schedule, self.pipeline
@@ -343,7 +355,7 @@ class TextToImage:
             return edm_sampler(schedule, steps, start=schedule.sigma_max)
         mu = None
         if schedule.use_dynamic_shifting:
-            tokens = math.prod(shape[-3:-1]) // pipeline.PATCH**2
+            tokens = math.prod(self._token_layout(shape)[-2:])
             fitted = pipeline.SHIFT == "empirical"
             mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
         return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)

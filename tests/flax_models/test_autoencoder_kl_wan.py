@@ -12,7 +12,6 @@ from flax import nnx
 
 from conceptax.converters import load_pytorch
 from conceptax.converters.tensors import tensor_specs
-from conceptax.flax_models import autoencoder_kl_wan
 from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWan, AutoencoderKLWanConfig
 
@@ -59,7 +58,7 @@ def test_pieces_are_one_pass(both):
 def test_tiles_are_diffusers(both, torch, monkeypatch):
     """Of 32 pixels, which overlap by a quarter."""
     module, model = both
-    monkeypatch.setattr(autoencoder_kl_wan, "_TILE", 32)
+    monkeypatch.setattr("conceptax.flax_models.autoencoder_kl_wan._TILE", 32)
     monkeypatch.setattr(module, "use_tiling", False)
     patch, factor = model.config.patch_size or 1, model.config.downsampling
     module.enable_tiling(32, 32, 24, 24)

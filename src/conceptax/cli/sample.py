@@ -53,8 +53,8 @@ class Command:
       sampler: by default what the model's scheduler asks for; with a motion adapter DDIM. Models on
         a flow have one of their own.
       attention: of a transformer, neighborhood attention in place of the dense one: the name of a
-        preset, such as flux-4k or wan-720p, or windows of your own, "window=32x32 stride=8x8", in
-        tokens.
+        preset, such as flux-4k or hunyuan, or windows of your own, "window=32x32 stride=8x8", in
+        tokens, of videos with frames first: "window=allx24x24 stride=1x8x8".
       dense_steps: how many steps are dense before; by default the preset's share of them.
       count: images per prompt.
       seed: of the noise; image n depends on the prompt, the seed and n alone.
@@ -387,7 +387,6 @@ def _attention(
 ) -> dict[str, Any]:
     """What `text_to_image` takes of neighborhood attention, which fits the size; advice is told."""
     from conceptax.cli.streams import print_error
-    from conceptax.flax_models.layers.attention import GNA
     from conceptax.kernels.gna.presets import attention_preset
 
     if command.attention is None:
@@ -399,12 +398,11 @@ def _attention(
     if hasattr(pipeline.denoiser, "BLOCKS"):  # of others, which are told, it is no question
         *times, rows, columns, _ = pipeline.latent_shape_for(*size)
         layout = (*times, rows // pipeline.PATCH, columns // pipeline.PATCH)
-        preset.windows(layout)
         for tiles in dict.fromkeys(preset.tiles.values()):
             if advice := preset.advice(layout, tiles):
                 print_error(f"conceptax sample: {advice}")
                 break
-    return {"attention": GNA(preset.window, preset.stride), "dense_steps": dense}
+    return {"attention": preset, "dense_steps": dense}
 
 
 def _mesh(devices: int | None, *, alone: bool = False) -> Any:
