@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from ...kernels.attention import dot_product_attention
 from .attention import GNA
 from .checks import check_axes
-from .rotary import Rotary, rotate_pairs
+from .rotary import Rotary, rotate_halves, rotate_pairs
 
 Heads = Float[Array, "B L H D"]
 
@@ -49,12 +49,14 @@ class JointSequence:
     """What the attentions of a forward pass share: where tokens lie, and how they are compared.
 
     Attributes:
-      grid: the image's tokens along each dimension, (frames,) rows and columns; the rest of a
-        sequence is text, or none of it.
+      grid: rows and columns of the image's tokens, or frames, rows and columns of a video's; the
+        rest of a sequence is text, or none of it.
       text_first: whether the text comes before the image.
       rotary: angles of all tokens, in the sequence's order; None turns nothing.
       mask: [B, A] the text's tokens that are seen, by default all.
       scale: factor of the logits, by default D ** -0.5.
+      halves: whether an angle turns a feature of a head's first half with that of the second half,
+        or else two neighbors.
     """
 
     grid: tuple[int, ...] = _static()
@@ -62,6 +64,7 @@ class JointSequence:
     rotary: Rotary | None = None
     mask: Bool[Array, "B A"] | None = None
     scale: float | None = _static(default=None)
+    halves: bool = _static(default=False)
 
     def join(self, image: Shaped[Array, "B N *X"], text: Shaped[Array, "B A *X"]) -> Array:
         """One sequence of the two."""
@@ -86,7 +89,8 @@ class JointSequence:
           ValueError: the neighborhood does not fit the grid.
         """
         if self.rotary is not None:
-            query, key = (rotate_pairs(x, self.rotary) for x in (query, key))
+            rotate = rotate_halves if self.halves else rotate_pairs
+            query, key = (rotate(x, self.rotary) for x in (query, key))
         if neighborhood is None:
             shown = self.mask
             if shown is not None:
@@ -186,6 +190,7 @@ class SelfProjections(nnx.Module):
     Args:
       features: width of a token.
       heads: parts of it that attend by themselves.
+      context_features: width of the tokens that are attended to, where those are others.
       use_bias: of the projections.
       qk_norm: whether there are the norms.
       epsilon: of the norms.
@@ -197,25 +202,30 @@ class SelfProjections(nnx.Module):
         features: int,
         heads: int,
         *,
+        context_features: int | None = None,
         use_bias: bool = True,
         qk_norm: bool = True,
         epsilon: float = 1e-6,
         **init: Any,
     ):
         self.heads = heads
+        attended = context_features or features
         self.to_q, self.to_k, self.to_v = (
-            nnx.Linear(features, features, use_bias=use_bias, **init) for _ in range(3)
+            nnx.Linear(width, features, use_bias=use_bias, **init)
+            for width in (features, attended, attended)
         )
         if qk_norm:
             self.norm_q, self.norm_k = (
                 nnx.RMSNorm(features // heads, epsilon=epsilon, **init) for _ in range(2)
             )
 
-    def project(self, x: Float[Array, "B L C"]) -> tuple[Heads, Heads, Heads]:
-        """Query, key and value."""
-        query, key, value = (
-            in_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v)
-        )
+    def project(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None
+    ) -> tuple[Heads, Float[Array, "B K H D"], Float[Array, "B K H D"]]:
+        """Queries of the tokens, keys and values of the same or of those of a context."""
+        context = x if context is None else context
+        layers = ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        query, key, value = (in_heads(layer(tokens), self.heads) for layer, tokens in layers)
         if hasattr(self, "norm_q"):
             query, key = self.norm_q(query), self.norm_k(key)
         return query, key, value

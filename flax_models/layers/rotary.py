@@ -16,12 +16,13 @@ class Rotary(NamedTuple):
     """Cosines and sines of the tokens' angles, float32.
 
     Attributes:
-      cos: one for each pair of a head's features [L, D / 2].
+      cos: one for each pair of a head's features [L, D / 2]; or [B, L, D / 2], where the members of
+        a batch have angles of their own.
       sin: as many.
     """
 
-    cos: Float[Array, "L half"]
-    sin: Float[Array, "L half"]
+    cos: Float[Array, "*B L half"]
+    sin: Float[Array, "*B L half"]
 
 
 def rotary_table(
@@ -62,8 +63,16 @@ def concatenate(*tables: Rotary) -> Rotary:
 
 def rotate_pairs(x: Float[Array, "B L H D"], rotary: Rotary) -> Float[Array, "B L H D"]:
     """Turn the pairs (x_2i, x_2i+1) of every head's features; computed in float32."""
-    cos, sin = (part[:, None] for part in rotary)  # [L, 1, D / 2]
+    cos, sin = (part[..., None, :] for part in rotary)  # [*B, L, 1, D / 2]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_halves(x: Float[Array, "B L H D"], rotary: Rotary) -> Float[Array, "B L H D"]:
+    """Turn the pairs (x_i, x_i+D/2) of every head's features; computed in float32."""
+    cos, sin = (part[..., None, :] for part in rotary)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
