@@ -121,6 +121,8 @@ ORACLES = {
         "autoencoder_flux_2",
         {"mid_block_add_attention": False},
     ),
+    "autoencoder of HunyuanVideo": ("autoencoder_hunyuan_video", {}),
+    "autoencoder of HunyuanVideo, in pieces": ("autoencoder_hunyuan_video", {"frames": 21}),
     "clip text": ("clip_text", {}),
     "clip text, published end of text": ("clip_text", {"eos_token_id": 2, "hidden_act": "gelu"}),
     "clip text of SD 2": (
@@ -141,7 +143,11 @@ ORACLES = {
 
 
 # What the others cover in fewer programs.
-SLOW = ("unet odd size", "video unet with other settings")
+SLOW = (
+    "unet odd size",
+    "video unet with other settings",
+    "autoencoder of HunyuanVideo, in pieces",
+)
 
 
 @pytest.mark.parametrize(
