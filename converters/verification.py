@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..flax_models.cosmos_transformer_3d import CosmosCondition
 from ..flax_models.layers.joint_attention import JointTextCondition
 from ..flax_models.unet_2d_condition import TextCondition
 
@@ -52,7 +53,11 @@ def _difference(model: Any, folder: Path) -> float | None:
 
     library = importlib.import_module(model.pytorch_library)
     with _quiet(library):
-        module = getattr(library, model.pytorch_class).from_pretrained(folder).float().eval()
+        kind = getattr(library, model.pytorch_class)
+        if model.pytorch_library == "diffusers" and kind._keep_in_fp32_modules:
+            # All is float32 here. To keep parts in it, diffusers asks for a package more.
+            kind = type(kind.__name__, (kind,), {"_keep_in_fp32_modules": None})
+        module = kind.from_pretrained(folder).float().eval()
     graphdef, state = nnx.split(model)  # what was left in its file goes onto the device
     model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
     with torch.no_grad(), jax.default_matmul_precision("highest"):
@@ -126,6 +131,18 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return ours, [_nhwc(x) for x in (posterior.mean, posterior.logvar, decoded)]
 
 
+def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """Diffusers cuts Wan's into the first frame and four at a time."""
+    side, frames = 4 * config.downsampling, 1 + max(4, config.temporal_downsampling)
+    video = _normal(rng, 1, frames, side, side, 3).clip(-1, 1)
+    posterior = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist
+    latents, spread = posterior.mode(), getattr(posterior, "logvar", None)
+    given = [latents] if spread is None else [latents, spread]  # Cosmos' has no spread
+    theirs = [x.permute(0, 2, 3, 4, 1) for x in (*given, module.decode(latents).sample)]
+    ours = [*jax.jit(model.encode)(video)][: len(given)]
+    return [*ours, jax.jit(model.decode)(theirs[0].numpy())], theirs
+
+
 def _ids(config: Any, rng: np.random.Generator) -> np.ndarray:
     length, last = min(config.max_position_embeddings, 16), config.vocab_size - 1
     ids = rng.integers(0, config.vocab_size, (1, length))
@@ -182,6 +199,27 @@ def _sd3(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return [jax.jit(model.__call__)(sample, times, condition)], [_nhwc(out)]
 
 
+def _cosmos(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """Masks are channels like others: diffusers needs torchvision to resize that of padding."""
+    masked = config.in_channels > config.out_channels  # in which the mask of given frames counts
+    sides = tuple(size * count for size, count in zip(config.patch_size, (2, 3, 4), strict=True))
+    latents = _normal(rng, 1, *sides, config.in_channels - masked)
+    states, times = _normal(rng, 1, 7, config.text_embed_dim), np.array([0.3], np.float32)
+    given = (np.arange(sides[0]) == 0).astype(np.float32)[None]
+    channels = [latents]
+    if masked:
+        channels.append(np.broadcast_to(given[..., None, None, None], (1, *sides, 1)))
+    if config.concat_padding_mask:
+        channels.append(np.zeros((1, *sides, 1), np.float32))
+    module.register_to_config(concat_padding_mask=False)
+    inputs = np.concatenate(channels, axis=-1).transpose(0, 4, 1, 2, 3)
+    out = module(*_torch(inputs, times, states), fps=24).sample
+    mask = jnp.asarray(given) if masked else None
+    condition = CosmosCondition(jnp.asarray(states), jnp.array([24.0]), mask)
+    ours = jax.jit(model.__call__)(latents, times, condition)
+    return [ours], [out.permute(0, 2, 3, 4, 1)]
+
+
 def _flux(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
     """FLUX.1 and FLUX.2; diffusers takes times from 0 to 1, and the positions of all tokens."""
     rows, columns, words, axes = 6, 4, 7, len(config.axes_dims_rope)
@@ -205,6 +243,27 @@ def _flux(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Out
     condition = JointTextCondition(jnp.asarray(states), **given)
     ours = jax.jit(model.__call__)(latents, times, condition)
     return [ours], [out.unflatten(1, (rows, columns))]
+
+
+def _wan(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    sides = (size * count for size, count in zip(config.patch_size, (3, 4, 2), strict=True))
+    sample, times = _normal(rng, 1, *sides, config.in_channels), np.array([501])
+    text = _normal(rng, 1, 7, config.text_dim)
+    out = module(*_torch(sample.transpose(0, 4, 1, 2, 3), times, text)).sample
+    return [jax.jit(model.__call__)(sample, times, text)], [out.permute(0, 2, 3, 4, 1)]
+
+
+def _hunyuan_video(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """Guidance is of a size whose thousandfold torch's frequencies do not magnify."""
+    frames, rows, columns = (2 * size for size in config.patch)
+    latents = _normal(rng, 1, frames, rows, columns, config.in_channels)
+    states, times = _normal(rng, 1, 7, config.text_embed_dim), np.array([501.0], np.float32)
+    pooled, mask = _normal(rng, 1, config.pooled_projection_dim), np.arange(7)[None] < 5
+    guidance = np.array([0.25], np.float32)
+    theirs = latents.transpose(0, 4, 1, 2, 3), times, states, mask, pooled, 1000 * guidance
+    out = module(*_torch(*theirs[: 6 if config.guidance_embeds else 5])).sample
+    condition = JointTextCondition(*map(jnp.asarray, (states, pooled, guidance, mask)))
+    return [jax.jit(model.__call__)(latents, times, condition)], [out.permute(0, 2, 3, 4, 1)]
 
 
 def _video_unet(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
@@ -231,6 +290,8 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "UNet2DConditionModel": _unet,
     "AutoencoderKL": _vae,
     "AutoencoderKLFlux2": _vae,
+    "AutoencoderKLWan": _video_vae,
+    "AutoencoderKLCosmos": _video_vae,
     "CLIPTextModel": _clip_text,
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,
@@ -241,8 +302,11 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "CLIPModel": _clip,
     "DiTTransformer2DModel": _dit,
     "SD3Transformer2DModel": _sd3,
+    "CosmosTransformer3DModel": _cosmos,
     "FluxTransformer2DModel": _flux,
     "Flux2Transformer2DModel": _flux,
+    "WanTransformer3DModel": _wan,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "UNetMotionModel": _video_unet,
     "Dinov2Model": _vision,
     "BlipForImageTextRetrieval": _blip,

@@ -5,6 +5,8 @@ torch's.
 """
 
 import dataclasses
+import types
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.cosmos_transformer_3d import CosmosCondition
 from conceptax.flax_models.layers.joint_attention import JointTextCondition
 from conceptax.flax_models.unet_2d_condition import TextCondition
 
@@ -173,7 +176,7 @@ def randomized(module: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            norm = parameter.ndim == 1 and name.endswith("weight")
+            norm = name.endswith("gamma") or (parameter.ndim == 1 and name.endswith("weight"))
             parameter.normal_(0.0, 0.1, generator=generator).add_(float(norm))
     return module.eval()
 
@@ -266,6 +269,155 @@ def sd3(seed: int = 0, **changes: Any) -> Oracle:
         lambda model, sample, text, pooled, timesteps: model(
             sample, timesteps, JointTextCondition(text, pooled)
         ),
+    )
+
+
+def cosmos(
+    seed: int = 0, *, frames: bool = False, fps: float | None = 30.0, **changes: Any
+) -> Oracle:
+    """Three frames of a grid that is not square, with or without a mask of given frames.
+
+    Without torchvision diffusers cannot resize the mask of padding: what stands in for it here is
+    PyTorch's own function.
+    """
+    import diffusers
+    import torch
+    from diffusers.models.transformers import transformer_cosmos
+
+    settings = {
+        "in_channels": 5,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "text_embed_dim": 10,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 16, 16),
+    } | changes
+    transformer_cosmos.transforms = types.SimpleNamespace(
+        functional=types.SimpleNamespace(
+            resize=lambda x, size, interpolation: torch.nn.functional.interpolate(
+                x, size=tuple(size), mode=interpolation
+            )
+        ),
+        InterpolationMode=types.SimpleNamespace(NEAREST="nearest"),
+    )
+    module = randomized(diffusers.CosmosTransformer3DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    shape = (2, 3, 4, 6)
+    inputs = {
+        "sample": rng.normal(size=(*shape, 4)).astype(np.float32),
+        "text": rng.normal(size=(2, 5, 10)).astype(np.float32),
+    }
+    if settings["in_channels"] == 5:
+        inputs["mask"] = rng.normal(size=(2, 3)).astype(np.float32)
+    if settings.get("concat_padding_mask", True):
+        inputs["padding"] = rng.normal(size=(1, 10, 13)).astype(np.float32)
+    times = rng.normal(size=(2, 3) if frames else 2).astype(np.float32)
+    norm = torch.linalg.vector_norm
+
+    def in_own_dtype(x: Any, *, dtype: Any, **options: Any) -> Any:
+        return norm(x, **options)  # diffusers asks for float32, which float64 refuses
+
+    def torch_call(sample: Any, text: Any, timesteps: Any, mask: Any = None, padding: Any = None):
+        if mask is not None:
+            mask = mask[:, None, :, None, None].expand(2, 1, *shape[1:])
+        with unittest.mock.patch.object(torch.linalg, "vector_norm", in_own_dtype):
+            out = module(
+                sample.permute(0, 4, 1, 2, 3),
+                timesteps[:, None, :, None, None] if frames else timesteps,
+                text,
+                fps=fps,
+                condition_mask=mask,
+                padding_mask=None if padding is None else padding[:, None],
+            )
+        return out.sample.permute(0, 2, 3, 4, 1)
+
+    def jax_call(
+        model: Any, sample: Any, text: Any, timesteps: Any, mask: Any = None, padding=None
+    ):
+        if padding is not None:
+            padding = jnp.broadcast_to(padding, (2, *padding.shape[1:]))
+        rate = None if fps is None else jnp.full(2, fps)
+        return model(sample, timesteps, CosmosCondition(text, rate, mask, padding))
+
+    return Oracle(module, inputs, {"timesteps": times}, torch_call, jax_call)
+
+
+def hunyuan_video(seed: int = 0, *, whole_text: bool = False, **changes: Any) -> Oracle:
+    """A grid of three lengths; diffusers takes guidance a thousandfold, and always a mask."""
+    import diffusers
+    import torch
+
+    settings = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 2,
+        "text_embed_dim": 12,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 4, 8),
+    } | changes
+    module = randomized(diffusers.HunyuanVideoTransformer3DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    mask = np.arange(7) < np.array([[7], [7 if whole_text else 4]])
+
+    def torch_call(sample: Any, text: Any, pooled: Any, timesteps: Any, guidance: Any) -> Any:
+        sample, shown = sample.permute(0, 4, 1, 2, 3), torch.tensor(mask)
+        out = module(sample, timesteps, text, shown, pooled, 1000 * guidance).sample
+        return out.permute(0, 2, 3, 4, 1)
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 3, 4, 6, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 7, 12)).astype(np.float32),
+            "pooled": rng.normal(size=(2, 8)).astype(np.float32),
+        },
+        {"timesteps": np.array([3, 901]), "guidance": np.array([0.03, 0.25], np.float32)},
+        torch_call,
+        lambda model, sample, text, pooled, timesteps, guidance: model(
+            sample,
+            timesteps,
+            JointTextCondition(text, pooled, guidance, None if whole_text else jnp.asarray(mask)),
+        ),
+    )
+
+
+def wan(seed: int = 0, *, times: tuple[int, ...] = (2,), **changes: Any) -> Oracle:
+    """A video of unequal sides; times are one, one per video, or one per token."""
+    import diffusers
+
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 10,
+        "ffn_dim": 20,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    } | changes
+    module = randomized(diffusers.WanTransformer3DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+
+    def torch_call(sample: Any, text: Any, timesteps: Any) -> Any:
+        timesteps = timesteps.flatten(1) if timesteps.ndim > 1 else timesteps.expand(2)
+        out = module(sample.permute(0, 4, 1, 2, 3), timesteps, text).sample
+        return out.permute(0, 2, 3, 4, 1)
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 4, 4, 6, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 5, 10)).astype(np.float32),
+        },
+        {"timesteps": rng.integers(0, 1000, times)},
+        torch_call,
+        lambda model, sample, text, timesteps: model(sample, timesteps, text),
     )
 
 
@@ -406,6 +558,94 @@ def autoencoder_hunyuan_video(seed: int = 0, frames: int = 9, **changes: Any) ->
 
     video = np.random.default_rng(seed).normal(size=(2, frames, 16, 24, 3)).astype(np.float32)
     return Oracle(module, {"video": video}, {}, torch_call, jax_call)
+
+
+def autoencoder_cosmos(
+    seed: int = 0, *, size: tuple[int, int, int] = (9, 32, 48), **changes: Any
+) -> Oracle:
+    """Encoded, and decoded from that; the first blocks of the encoder, the last ones of the decoder
+    attend too."""
+    import diffusers
+    import torch
+
+    settings = {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (8, 8, 12),
+        "decode_block_out_channels": (8, 12, 12, 12),
+        "num_layers": 1,
+        "resolution": 64,
+        "attention_resolutions": (16,),
+        "latents_mean": list(np.linspace(-0.2, 0.3, 16)),
+        "latents_std": list(np.linspace(0.5, 0.9, 16)),
+    } | changes
+    module = randomized(diffusers.AutoencoderKLCosmos(**settings), seed)
+
+    def torch_call(video: Any) -> Any:
+        latents = module.encode(video.permute(0, 4, 1, 2, 3)).latent_dist.mode()
+        decoded = module.decode(latents).sample
+        return torch.cat([x.permute(0, 2, 3, 4, 1).flatten() for x in (latents, decoded)])
+
+    def jax_call(model: Any, video: Any) -> Any:
+        latents, _ = model.encode(video)
+        return jnp.concatenate([x.ravel() for x in (latents, model.decode(latents))])
+
+    video = np.random.default_rng(seed).normal(size=(2, *size, 3)).astype(np.float32)
+    return Oracle(module, {"video": video}, {}, torch_call, jax_call)
+
+
+def autoencoder_wan(
+    seed: int = 0, shape: tuple[int, int, int] = (5, 6, 8), **changes: Any
+) -> Oracle:
+    """Encoded, as the diffusion model sees it, and decoded from that; frame by frame in diffusers,
+    whose pieces are of four frames."""
+    import diffusers
+    import torch
+
+    rng = np.random.default_rng(seed)
+    settings = {
+        "base_dim": 6,
+        "z_dim": 4,
+        "dim_mult": [1, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True],
+        "latents_mean": [0.1, -0.2, 0.3, -0.4],
+        "latents_std": [0.5, 2.0, 1.5, 0.75],
+        "scale_factor_temporal": 2,
+        "scale_factor_spatial": 2,
+    } | changes
+    module = randomized(diffusers.AutoencoderKLWan(**settings), seed)
+    mean, std = (torch.tensor(settings[f"latents_{name}"]) for name in ("mean", "std"))
+
+    def torch_call(video: Any) -> Any:
+        posterior = module.encode(video.permute(0, 4, 1, 2, 3)).latent_dist
+        latents, logvar = (x.permute(0, 2, 3, 4, 1) for x in (posterior.mean, posterior.logvar))
+        scaled = (latents - mean) / std
+        unscaled = (scaled * std + mean).permute(0, 4, 1, 2, 3)
+        decoded = module.decode(unscaled).sample.permute(0, 2, 3, 4, 1)
+        return torch.cat([x.flatten() for x in (scaled, logvar, decoded)])
+
+    def jax_call(model: Any, video: Any) -> Any:
+        mean, logvar = model.encode(video)
+        scaled = model.scale(mean)
+        decoded = model.decode(model.unscale(scaled))
+        return jnp.concatenate([x.ravel() for x in (scaled, logvar, decoded)])
+
+    video = rng.normal(size=(1, *shape, 3)).astype(np.float32)
+    return Oracle(module, {"video": video}, {}, torch_call, jax_call)
+
+
+# Wan 2.2's in small.
+WAN_2_2_AUTOENCODER: dict[str, Any] = {
+    "base_dim": 4,
+    "decoder_base_dim": 6,
+    "dim_mult": [1, 2, 2],
+    "temperal_downsample": [False, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 8,
+}
 
 
 _TOWER = {

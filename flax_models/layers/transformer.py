@@ -32,21 +32,40 @@ class GEGLU(nnx.Module):
 
 
 class GELU(nnx.Module):
-    """Linear layer and the tanh approximation of GELU: [..., C] -> [..., hidden]."""
+    """Linear layer and GELU, its tanh approximation or exact: [..., C] -> [..., hidden]."""
+
+    def __init__(self, features: int, hidden: int, *, approximate: bool = True, **init):
+        self.approximate = approximate
+        self.proj = nnx.Linear(features, hidden, **init)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
+        return jax.nn.gelu(self.proj(x), approximate=self.approximate)
+
+
+class LinearSiLU(nnx.Module):
+    """Linear layer and SiLU: [..., C] -> [..., hidden]."""
 
     def __init__(self, features: int, hidden: int, **init):
         self.proj = nnx.Linear(features, hidden, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
-        return jax.nn.gelu(self.proj(x), approximate=True)
+        return jax.nn.silu(self.proj(x))
 
 
 class FeedForward(nnx.Module):
-    """Perceptron four times as wide inside, behind a layer with an activation."""
+    """Perceptron behind a layer with an activation, by default four times as wide inside."""
 
-    def __init__(self, features: int, activated: Callable[..., nnx.Module] = GEGLU, **init):
-        first = activated(features, 4 * features, **init)
-        last = nnx.Linear(4 * features, features, **init)
+    def __init__(
+        self,
+        features: int,
+        activated: Callable[..., nnx.Module] = GEGLU,
+        *,
+        hidden: int | None = None,
+        **init,
+    ):
+        hidden = hidden or 4 * features
+        first = activated(features, hidden, **init)
+        last = nnx.Linear(hidden, features, **init)
         self.net = nnx.List([first, Identity(), last])
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:

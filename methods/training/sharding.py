@@ -83,7 +83,7 @@ DIT_RULES: Rules = (
     *_REST,
 )
 
-# Transformers whose image and text attend jointly: FLUX.1's and FLUX.2's double and single blocks.
+# Transformers whose image or video and text attend jointly, in double blocks and single ones.
 # Where the columns of a product are several parts (queries beside a perceptron), the activations
 # are moved into place, not the weights.
 JOINT_RULES: Rules = (
@@ -104,6 +104,30 @@ JOINT_RULES: Rules = (
     ("*_embedder.linear_1.kernel", _COLUMN),
     ("*_embedder.linear_2.kernel", _ROW),
     ("*pos_embed.pos_embed", _P(None, None, "fsdp")),  # an image takes some of its rows
+    *_REST,
+)
+
+COSMOS_RULES: Rules = (
+    ("*.attn[12].to_[qkv].kernel", _COLUMN),
+    ("*.attn[12].to_out.0.kernel", _ROW),
+    *_FEED_FORWARD,
+    ("*norm*.linear_*.kernel", _ROW),  # a modulation is taken apart by columns
+    ("*.t_embedder.linear_1.kernel", _COLUMN),
+    ("*.t_embedder.linear_2.kernel", _ROW),
+    ("*.pos_emb_*", _P(None, "fsdp")),  # a video takes some of its rows
+    *_REST,
+)
+
+# Wan: video attends to itself, and to the text.
+WAN_RULES: Rules = (
+    ("*.attn[12].to_[qkv].kernel", _COLUMN),
+    ("*.attn[12].to_out.0.kernel", _ROW),
+    ("*.ffn.net.0.proj.kernel", _COLUMN),
+    ("*.ffn.net.2.kernel", _ROW),
+    ("*.time_proj.kernel", _ROW),  # modulations, as above
+    ("*scale_shift_table", _P()),
+    ("*_embedder.linear_1.kernel", _COLUMN),
+    ("*_embedder.linear_2.kernel", _ROW),
     *_REST,
 )
 
@@ -147,14 +171,23 @@ MAFT_PLUS_RULES: Rules = (
 STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLIP_RULES)
 
 _CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPModel")
-_OTHERS = ("Dinov2Model", "BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval", "OpenCLIP")
+_OTHERS = (
+    "Dinov2Model",
+    "BlipForImageTextRetrieval",
+    "Blip2ForImageTextRetrieval",
+    "OpenCLIP",
+    "AutoencoderKLCosmos",
+)
 RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "StableDiffusionXLPipeline": STABLE_DIFFUSION_RULES,
     **dict.fromkeys(("UNet2DConditionModel", "UNetMotionModel", "MotionAdapter"), UNET_RULES),
     "DiTTransformer2DModel": DIT_RULES,
     **dict.fromkeys(("FluxTransformer2DModel", "Flux2Transformer2DModel"), JOINT_RULES),
-    "SD3Transformer2DModel": JOINT_RULES,
+    **dict.fromkeys(("SD3Transformer2DModel", "HunyuanVideoTransformer3DModel"), JOINT_RULES),
+    "CosmosTransformer3DModel": COSMOS_RULES,
+    "WanTransformer3DModel": WAN_RULES,
+    "AutoencoderKLWan": DEFAULT_RULES,
     "MaftPlus": MAFT_PLUS_RULES,
     **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), AUTOENCODER_RULES),
     **dict.fromkeys(("T5EncoderModel", "UMT5EncoderModel"), T5_RULES),

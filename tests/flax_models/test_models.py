@@ -8,6 +8,7 @@ torch's error plus 1e-6.  Two float32 programs differ by their order of summatio
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 
@@ -21,6 +22,7 @@ from conceptax.flax_models.autoencoder_kl import (
     AutoencoderKLFlux2,
     AutoencoderKLFlux2Config,
 )
+from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWanConfig
 from conceptax.flax_models.clip import (
     CLIPConfig,
     CLIPTextConfig,
@@ -38,6 +40,7 @@ from conceptax.flax_models.qwen3 import Qwen3Config, Qwen3Model
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 from conceptax.kernels.convolution import convolve_depthwise
 
 ORACLES = {
@@ -92,6 +95,21 @@ ORACLES = {
             "pos_embed_max_size": 7,
         },
     ),
+    "HunyuanVideo": ("hunyuan_video", {}),
+    "HunyuanVideo with other settings": (
+        "hunyuan_video",
+        {
+            "whole_text": True,
+            "guidance_embeds": False,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "out_channels": 3,
+            "patch_size": 1,
+            "patch_size_t": 3,
+            "rope_theta": 300,
+        },
+    ),
     "flux 2": ("flux_2", {}),
     "flux 2 with guidance": (
         "flux_2",
@@ -106,6 +124,33 @@ ORACLES = {
             "timestep_guidance_channels": 64,
         },
     ),
+    "Cosmos from text": ("cosmos", {"in_channels": 4, "concat_padding_mask": False}),
+    "Cosmos from video": ("cosmos", {"patch_size": (3, 2, 2), "num_layers": 1}),
+    "Cosmos-Predict2, of timesteps per frame": (
+        "cosmos",
+        {
+            "frames": True,
+            "fps": None,
+            "out_channels": 3,
+            "extra_pos_embed_type": None,
+            "rope_scale": (1.0, 3.0, 2.0),
+            "mlp_ratio": 2.5,
+            "num_layers": 1,
+        },
+    ),
+    "wan": ("wan", {}),
+    "wan at one time": (
+        "wan",
+        {
+            "times": (),
+            "patch_size": (2, 2, 1),
+            "cross_attn_norm": False,
+            "out_channels": 3,
+            "eps": 1e-3,
+            "num_layers": 1,
+        },
+    ),
+    "wan at times per token": ("wan", {"times": (2, 4, 2, 3)}),
     "autoencoder": ("autoencoder", {}),
     "autoencoder of FLUX.1 and SD 3": (
         "autoencoder",
@@ -123,6 +168,20 @@ ORACLES = {
     ),
     "autoencoder of HunyuanVideo": ("autoencoder_hunyuan_video", {}),
     "autoencoder of HunyuanVideo, in pieces": ("autoencoder_hunyuan_video", {"frames": 21}),
+    "autoencoder of Wan 2.1": ("autoencoder_wan", {}),
+    "autoencoder of Wan 2.2": (
+        "autoencoder_wan",
+        {"shape": (5, 16, 24), **oracles.WAN_2_2_AUTOENCODER},
+    ),
+    "autoencoder of Cosmos": ("autoencoder_cosmos", {}),
+    "autoencoder of Cosmos, 16 pixels and 8 frames per latent": (
+        "autoencoder_cosmos",
+        {
+            "spatial_compression_ratio": 16,
+            "attention_resolutions": (),
+            "encoder_block_out_channels": (8, 8, 8, 12),
+        },
+    ),
     "clip text": ("clip_text", {}),
     "clip text, published end of text": ("clip_text", {"eos_token_id": 2, "hidden_act": "gelu"}),
     "clip text of SD 2": (
@@ -147,6 +206,7 @@ SLOW = (
     "unet odd size",
     "video unet with other settings",
     "autoencoder of HunyuanVideo, in pieces",
+    "autoencoder of Cosmos, 16 pixels and 8 frames per latent",
 )
 
 
@@ -155,8 +215,6 @@ SLOW = (
     [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ORACLES],
 )
 def test_parity(name, torch, tmp_path):
-    import oracles
-
     kind, changes = ORACLES[name]
     oracle = getattr(oracles, kind)(**changes)
     oracle.module.save_pretrained(tmp_path)
@@ -207,8 +265,6 @@ def test_parity(name, torch, tmp_path):
     ],
 )
 def test_remat_changes_nothing(kind, remat, torch, tmp_path):
-    import oracles
-
     oracle = getattr(oracles, kind)()
     oracle.module.save_pretrained(tmp_path)
     plain = load_pytorch(tmp_path)
@@ -398,11 +454,23 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind",
-    ["dit", "flux", "flux_2", "sd3", "unet_motion", "t5", "qwen3", "autoencoder_flux_2"],
+    [
+        "dit",
+        "flux",
+        "flux_2",
+        "sd3",
+        "wan",
+        "hunyuan_video",
+        "unet_motion",
+        "t5",
+        "qwen3",
+        "autoencoder_flux_2",
+        "autoencoder_wan",
+        "cosmos",
+        "autoencoder_cosmos",
+    ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
-    import oracles
-
     oracle = getattr(oracles, kind)()
     oracle.module.save_pretrained(tmp_path)
     model = load_pytorch(tmp_path, **oracle.options)
@@ -527,6 +595,14 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
         (SD3Transformer2DConfig, {"qk_norm": "layer_norm"}, "None or 'rms_norm', received 'layer"),
         (SD3Transformer2DConfig, {"caption_projection_dim": 64}, "must be the 1152 features of 18"),
         (SD3Transformer2DConfig, {"dual_attention_layers": [0, 18]}, "18. are not among the 18"),
+        (WanTransformer3DConfig, {"added_kv_proj_dim": 5120}, "reads an image too .added_kv_pro"),
+        (WanTransformer3DConfig, {"patch_size": [2, 2]}, "three numbers, received .2, 2."),
+        (WanTransformer3DConfig, {"attention_head_dim": 7}, "even number of at least 6, received"),
+        (AutoencoderKLWanConfig, {"z_dim": 4}, "latents_mean takes 4 numbers, .*; received 16"),
+        (AutoencoderKLWanConfig, {"temperal_downsample": [True]}, "takes 3 entries for 4 levels"),
+        (AutoencoderKLWanConfig, {"patch_size": 2}, "in_channels 3 is not a multiple of the 4 pix"),
+        (AutoencoderKLWanConfig, {"scale_factor_spatial": 16}, "spatial is 8 .* received 16"),
+        (AutoencoderKLWanConfig, {"attn_scales": [1.0]}, "attn_scales"),
         (T5Config, {"relative_attention_num_buckets": 6}, "multiple of 4, received 6"),
         (T5Config, {"relative_attention_max_distance": 8}, "over 8, the distances"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "7 heads"),
