@@ -47,7 +47,7 @@ from conceptax.flax_models.layers.attention import GNA
 from conceptax.flax_models.layers.joint_attention import JointSequence, JointTextCondition
 from conceptax.kernels.gna.simulator import measure, simulate_model
 from conceptax.kernels.gna.simulator.whole_model import speedups
-from conceptax.methods.diffusion.text_to_image import sample_latents, to_uint8
+from conceptax.methods.diffusion.text_to_image import Phase, sample_latents, to_uint8
 from conceptax.methods.evaluation.statistics import (
     frechet_distance,
     mean_interval,
@@ -382,7 +382,7 @@ class Seed:
 # ---- drawing ----
 
 
-_sample = jax.jit(sample_latents, static_argnums=0, static_argnames="first")
+_sample = jax.jit(sample_latents, static_argnums=0)
 
 
 def sampler_of(study: Study) -> LinearSampler:
@@ -395,13 +395,15 @@ def sampler_of(study: Study) -> LinearSampler:
 def drawer(world: World, cell: Cell, params: Any) -> Callable[[Sequence[str], Any], jax.Array]:
     """(texts, noise) -> latents."""
     study = world.study
-    graphdef = structure(study.config, cell.attention)
-    first = (structure(study.config, None), study.dense_steps) if cell.starts_dense else None
+    phases = (Phase(structure(study.config, cell.attention)),)
+    if cell.starts_dense:
+        phases = (Phase(structure(study.config, None), study.dense_steps), *phases)
     sampler = sampler_of(study)
 
     def draw(texts: Sequence[str], noise: Any) -> jax.Array:
         condition, negative = world.condition(texts), world.condition([""])
-        return _sample(graphdef, params, condition, negative, noise, sampler, GUIDANCE, first=first)
+        whose = {"denoiser": params}
+        return _sample(phases, whose, condition, negative, noise, sampler, GUIDANCE)
 
     return draw
 

@@ -15,6 +15,7 @@ MODULES = {
     "AutoencoderKL": "autoencoder_kl",
     "AutoencoderKLFlux2": "autoencoder_kl",
     "AutoencoderKLCosmos": "autoencoder_kl_cosmos",
+    "AutoencoderKLWan": "autoencoder_kl_wan",
     "CLIPTextModel": "clip",
     "CLIPTextModelWithProjection": "clip",
     "CLIPVisionModel": "clip",

@@ -132,13 +132,15 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
 
 
 def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
-    side, frames = 4 * config.downsampling, 1 + config.temporal_downsampling
-    video = _normal(rng, 1, frames, side, side, config.in_channels).clip(-1, 1)
-    mode = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist.mode()
-    decoded = module.decode(mode).sample
-    theirs = [x.permute(0, 2, 3, 4, 1) for x in (mode, decoded)]
-    ours = [jax.jit(model.encode)(video)[0], jax.jit(model.decode)(theirs[0].numpy())]
-    return ours, theirs
+    """One frame, then fours, as diffusers takes Wan's; Cosmos' latents have no variance."""
+    side, frames = 4 * config.downsampling, 1 + math.lcm(4, config.temporal_downsampling)
+    video = _normal(rng, 1, frames, side, side, 3).clip(-1, 1)
+    posterior = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist
+    latents = posterior.mode()
+    moments = [latents, *([posterior.logvar] if hasattr(posterior, "logvar") else [])]
+    theirs = [x.permute(0, 2, 3, 4, 1) for x in (*moments, module.decode(latents).sample)]
+    ours = jax.jit(model.encode)(video)[: len(moments)]
+    return [*ours, jax.jit(model.decode)(theirs[0].numpy())], theirs
 
 
 def _ids(config: Any, rng: np.random.Generator) -> np.ndarray:
@@ -276,6 +278,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "AutoencoderKL": _vae,
     "AutoencoderKLFlux2": _vae,
     "AutoencoderKLCosmos": _video_vae,
+    "AutoencoderKLWan": _video_vae,
     "CLIPTextModel": _clip_text,
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,

@@ -176,7 +176,7 @@ def randomized(module: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            norm = parameter.ndim == 1 and name.endswith("weight")
+            norm = name.endswith("gamma") or (parameter.ndim == 1 and name.endswith("weight"))
             parameter.normal_(0.0, 0.1, generator=generator).add_(float(norm))
     return module.eval()
 
@@ -517,6 +517,61 @@ def autoencoder_cosmos(
 
     video = np.random.default_rng(seed).normal(size=(2, *size, 3)).astype(np.float32)
     return Oracle(module, {"video": video}, {}, torch_call, jax_call)
+
+
+def autoencoder_wan(
+    seed: int = 0, shape: tuple[int, int, int] = (5, 6, 8), **changes: Any
+) -> Oracle:
+    """Encoded, as the diffusion model sees it, and decoded from that; frame by frame in diffusers,
+    whose pieces are of four frames."""
+    import diffusers
+    import torch
+
+    rng = np.random.default_rng(seed)
+    settings = {
+        "base_dim": 6,
+        "z_dim": 4,
+        "dim_mult": [1, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True],
+        "latents_mean": [0.1, -0.2, 0.3, -0.4],
+        "latents_std": [0.5, 2.0, 1.5, 0.75],
+        "scale_factor_temporal": 2,
+        "scale_factor_spatial": 2,
+    } | changes
+    module = randomized(diffusers.AutoencoderKLWan(**settings), seed)
+    mean, std = (torch.tensor(settings[f"latents_{name}"]) for name in ("mean", "std"))
+
+    def torch_call(video: Any) -> Any:
+        posterior = module.encode(video.permute(0, 4, 1, 2, 3)).latent_dist
+        latents, logvar = (x.permute(0, 2, 3, 4, 1) for x in (posterior.mean, posterior.logvar))
+        scaled = (latents - mean) / std
+        unscaled = (scaled * std + mean).permute(0, 4, 1, 2, 3)
+        decoded = module.decode(unscaled).sample.permute(0, 2, 3, 4, 1)
+        return torch.cat([x.flatten() for x in (scaled, logvar, decoded)])
+
+    def jax_call(model: Any, video: Any) -> Any:
+        mean, logvar = model.encode(video)
+        scaled = model.scale(mean)
+        decoded = model.decode(model.unscale(scaled))
+        return jnp.concatenate([x.ravel() for x in (scaled, logvar, decoded)])
+
+    video = rng.normal(size=(1, *shape, 3)).astype(np.float32)
+    return Oracle(module, {"video": video}, {}, torch_call, jax_call)
+
+
+# Wan 2.2's in small.
+WAN_2_2_AUTOENCODER: dict[str, Any] = {
+    "base_dim": 4,
+    "decoder_base_dim": 6,
+    "dim_mult": [1, 2, 2],
+    "temperal_downsample": [False, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 8,
+}
 
 
 _TOWER = {

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from ...kernels.attention import dot_product_attention
 from ...kernels.gna import joint_neighborhood_attention, neighborhood_attention
-from ...kernels.gna.problem import PerDimension, windows_of
+from ...kernels.gna.presets import Preset, attention_preset
+from ...kernels.gna.problem import PerDimension, nearest_layout, windows_of
 
 
 class Attention(nnx.Module):
@@ -51,11 +52,12 @@ class GNA:
     """Generalized Neighborhood Attention (arXiv 2504.16922) over a grid of tokens.
 
     It has no parameters: it takes the place of a dense self-attention with the same projections.
-    Each setting is an integer for all dimensions of the grid, or one per dimension, rows first.
+    Each setting is an integer for all dimensions of the grid, or one per dimension, rows first, of
+    videos frames before them.
 
     Attributes:
       window: tokens that a query sees along each dimension, itself in the middle where the borders
-        allow; the whole grid is dense attention.
+        allow; None among them is all of a dimension, and the whole grid is dense attention.
       stride: neighboring queries that share a window, at most `window`. A multiple of a kernel's
         tiles skips most work; 1 is a sliding window.
       dilation: distance between the tokens of a window.
@@ -75,17 +77,20 @@ class GNA:
     def require_fit(self, layout: tuple[int, ...]) -> None:
         """Raise ValueError unless the settings suit a grid of `layout` tokens."""
         names = {"kernel_size": "window"}
+        others = self.stride, self.dilation
         try:
-            windows_of(layout, self.window, self.stride, self.dilation, names=names)
+            windows_of(layout, self.window, *others, names=names)
         except ValueError as error:
+            nearest = nearest_layout(layout, self.window, *others)
+            remedy = f"; the nearest grid that it fits is {_by(nearest)}." if nearest else ""
             given = ", ".join(
                 f"{field.name}={getattr(self, field.name)!r}"
                 for field in dataclasses.fields(self)
                 if getattr(self, field.name) != field.default
             )
-            grid = "x".join(map(str, layout))
+            reason = str(error)[:-1] + remedy if remedy else error
             raise ValueError(
-                f"GNA({given}) does not fit a grid of {grid} tokens: {error}"
+                f"GNA({given}) does not fit a grid of {_by(layout)} tokens: {reason}"
             ) from error
 
     @property
@@ -154,7 +159,12 @@ class GNA:
         )
 
 
-# GNA, a sequence of GNA and None, or None; anything else is refused by name in `per_layer`.
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+# GNA, a sequence of GNA and None, None, or a preset or its text (`kernels.gna.presets`); anything
+# else is refused by name in `per_layer`.
 Neighborhoods: TypeAlias = Any
 
 
@@ -188,13 +198,22 @@ def per_layer(
     """The setting of each of a model's attentions.
 
     Args:
-      attention: one setting for all, `GNA` or None (dense), or a sequence of them.
+      attention: one setting for all, `GNA` or None (dense), or a sequence of them; or a preset, or
+        what `attention_preset` reads: "hunyuan", or "window=16x8x8 stride=4x4x4".
       layers: attentions of the model.
       order: what a sequence's entries are for, for the message.
 
     Raises:
       ValueError: another number of settings, or something else than a setting.
     """
+    if isinstance(attention, str):
+        attention = attention_preset(attention)
+    if isinstance(attention, Preset):
+        each = [
+            one if one is None else GNA(one.window, one.stride, one.dilation)
+            for one in attention.layers or (attention,)
+        ]
+        attention = each if attention.layers else each[0]
     one_each = isinstance(attention, Sequence)
     settings = tuple(attention) if one_each else (attention,) * layers
     if len(settings) != layers:

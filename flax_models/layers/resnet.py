@@ -82,6 +82,13 @@ class Downsample2D(nnx.Module):
         return self.conv(x)
 
 
+def convolved_doubled(conv: nnx.Conv, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W D"]:
+    """A 3x3 convolution, with padding 1, of an image whose pixels are doubled."""
+    assert conv.bias is not None
+    x, kernel, bias = conv.promote_dtype((x, conv.kernel[...], conv.bias[...]), dtype=conv.dtype)
+    return convolve_doubled(x, kernel, conv.precision) + bias
+
+
 class Upsample2D(nnx.Module):
     """Nearest-neighbor resize to `size`, then a convolution."""
 
@@ -91,12 +98,7 @@ class Upsample2D(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"], size: tuple[int, int]) -> Array:
         height, width = x.shape[1:3]
         if size == (2 * height, 2 * width):
-            conv = self.conv
-            assert conv.bias is not None
-            x, kernel, bias = conv.promote_dtype(
-                (x, conv.kernel[...], conv.bias[...]), dtype=conv.dtype
-            )
-            return convolve_doubled(x, kernel, conv.precision) + bias
+            return convolved_doubled(self.conv, x)
         # An odd skip connection: torch's interpolate takes floor(i * in / out).
         x = x[:, jnp.arange(size[0]) * height // size[0]]
         x = x[:, :, jnp.arange(size[1]) * width // size[1]]

@@ -187,6 +187,7 @@ RULES: dict[str, Rules] = {
     "SD3Transformer2DModel": JOINT_RULES,
     "CosmosTransformer3DModel": COSMOS_RULES,
     "WanTransformer3DModel": WAN_RULES,
+    "AutoencoderKLWan": DEFAULT_RULES,
     "MaftPlus": MAFT_PLUS_RULES,
     **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), AUTOENCODER_RULES),
     **dict.fromkeys(("T5EncoderModel", "UMT5EncoderModel"), T5_RULES),

@@ -15,6 +15,7 @@ from flax import nnx
 
 from conceptax.converters import load_pytorch
 from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWanConfig
 from conceptax.flax_models.dit_transformer_2d import (
     GNA,
     DiTTransformer2DConfig,
@@ -214,3 +215,39 @@ def test_sd3_5_medium_output(layers, torch, tmp_path):
         with jax.default_matmul_precision("highest"):
             received = run(state, latents, times, condition)
         assert relative(np.asarray(received), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("version", ["2_1", "2_2"])
+def test_wan_autoencoder(version, torch, tmp_path):
+    """Nine frames of 64x64, in pieces as diffusers and in one pass. About 8 GB for 2.2's."""
+    import diffusers
+
+    config = getattr(AutoencoderKLWanConfig, f"wan_{version}")()
+    video = np.random.default_rng(0).standard_normal((1, 9, 64, 64, 3), np.float32).clip(-1, 1)
+    torch.manual_seed(0)
+    module = diffusers.AutoencoderKLWan(**config.to_dict()).eval()
+    module.save_pretrained(tmp_path / "vae")
+    with torch.no_grad():
+        posterior = module.encode(torch.tensor(video).permute(0, 4, 1, 2, 3)).latent_dist
+        decoded = module.decode(posterior.mean).sample
+    parts = (posterior.mean, posterior.logvar, decoded)
+    expected = [x.permute(0, 2, 3, 4, 1).numpy().copy() for x in parts]
+    del module, posterior, decoded, parts
+    gc.collect()
+
+    model = load_pytorch(tmp_path / "vae")
+    assert model.config == config
+    graphdef, state = nnx.split(model)
+    del model
+    for in_one_pass in (False, True):
+
+        @jax.jit
+        def run(state, video, latents, in_one_pass=in_one_pass):
+            model = nnx.merge(graphdef, state)
+            mean, logvar = model.encode(video, in_one_pass=in_one_pass)
+            return mean, logvar, model.decode(latents, in_one_pass=in_one_pass)
+
+        with jax.default_matmul_precision("highest"):
+            received = run(state, video, expected[0])
+        for ours, theirs in zip(received, expected, strict=True):
+            assert relative(np.asarray(ours), theirs) < TOLERANCE

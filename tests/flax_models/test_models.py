@@ -8,6 +8,7 @@ torch's error plus 1e-6.  Two float32 programs differ by their order of summatio
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 
@@ -21,6 +22,7 @@ from conceptax.flax_models.autoencoder_kl import (
     AutoencoderKLFlux2,
     AutoencoderKLFlux2Config,
 )
+from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWanConfig
 from conceptax.flax_models.clip import (
     CLIPConfig,
     CLIPTextConfig,
@@ -158,6 +160,11 @@ ORACLES = {
             "encoder_block_out_channels": (8, 8, 8, 12),
         },
     ),
+    "autoencoder of Wan 2.1": ("autoencoder_wan", {}),
+    "autoencoder of Wan 2.2": (
+        "autoencoder_wan",
+        {"shape": (5, 16, 24), **oracles.WAN_2_2_AUTOENCODER},
+    ),
     "clip text": ("clip_text", {}),
     "clip text, published end of text": ("clip_text", {"eos_token_id": 2, "hidden_act": "gelu"}),
     "clip text of SD 2": (
@@ -190,8 +197,6 @@ SLOW = (
     [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ORACLES],
 )
 def test_parity(name, torch, tmp_path):
-    import oracles
-
     kind, changes = ORACLES[name]
     oracle = getattr(oracles, kind)(**changes)
     oracle.module.save_pretrained(tmp_path)
@@ -242,8 +247,6 @@ def test_parity(name, torch, tmp_path):
     ],
 )
 def test_remat_changes_nothing(kind, remat, torch, tmp_path):
-    import oracles
-
     oracle = getattr(oracles, kind)()
     oracle.module.save_pretrained(tmp_path)
     plain = load_pytorch(tmp_path)
@@ -443,13 +446,12 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         "t5",
         "qwen3",
         "autoencoder_flux_2",
+        "autoencoder_wan",
         "cosmos",
         "autoencoder_cosmos",
     ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
-    import oracles
-
     oracle = getattr(oracles, kind)()
     oracle.module.save_pretrained(tmp_path)
     model = load_pytorch(tmp_path, **oracle.options)
@@ -577,6 +579,11 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
         (WanTransformer3DConfig, {"added_kv_proj_dim": 5120}, "reads an image too .added_kv_pro"),
         (WanTransformer3DConfig, {"patch_size": [2, 2]}, "three numbers, received .2, 2."),
         (WanTransformer3DConfig, {"attention_head_dim": 7}, "even number of at least 6, received"),
+        (AutoencoderKLWanConfig, {"z_dim": 4}, "latents_mean takes 4 numbers, .*; received 16"),
+        (AutoencoderKLWanConfig, {"temperal_downsample": [True]}, "takes 3 entries for 4 levels"),
+        (AutoencoderKLWanConfig, {"patch_size": 2}, "in_channels 3 is not a multiple of the 4 pix"),
+        (AutoencoderKLWanConfig, {"scale_factor_spatial": 16}, "spatial is 8 .* received 16"),
+        (AutoencoderKLWanConfig, {"attn_scales": [1.0]}, "attn_scales"),
         (T5Config, {"relative_attention_num_buckets": 6}, "multiple of 4, received 6"),
         (T5Config, {"relative_attention_max_distance": 8}, "over 8, the distances"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "7 heads"),

@@ -9,7 +9,7 @@ import pytest
 
 from conceptax.cli import main
 from conceptax.cli.gna.commands import Simulate
-from conceptax.kernels.gna.presets import PRESETS, Preset
+from conceptax.kernels.gna.presets import OF_ALL_LAYERS, PRESETS, Preset
 from conceptax.kernels.gna.simulator import GPUS, simulate_model
 from conceptax.kernels.gna.simulator.whole_model import RATES, speedups
 
@@ -248,5 +248,5 @@ def test_command_refuses_in_one_sentence(arguments, says, capsys):
 def test_command_offers_every_preset():
     hints = get_type_hints(Simulate)
     names = [name for choice in get_args(hints["model"]) for name in get_args(choice)]
-    assert names == list(PRESETS)
+    assert names == list(OF_ALL_LAYERS)
     assert list(get_args(hints["gpu"])) == list(GPUS)
