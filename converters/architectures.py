@@ -22,6 +22,8 @@ MODULES = {
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
+    "LlamaForCausalLM": "llama",
+    "LlamaModel": "llama",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3Model": "qwen3",
     "T5EncoderModel": "t5",

@@ -296,6 +296,8 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,
     "UMT5EncoderModel": _states,
+    "LlamaModel": _states,
+    "LlamaForCausalLM": _states,
     "Qwen3Model": _states,
     "Qwen3ForCausalLM": _states,
     "CLIPVisionModel": _vision,
