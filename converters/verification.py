@@ -132,13 +132,14 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
 
 
 def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
-    """Five frames, of which diffusers takes one, then four."""
-    side = 4 * config.downsampling
-    video = _normal(rng, 1, 5, side, side, 3).clip(-1, 1)
+    side, frames = 4 * config.downsampling, 1 + config.temporal_downsampling
+    video = _normal(rng, 1, frames, side, side, 3).clip(-1, 1)
     posterior = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist
-    decoded = module.decode(posterior.mean).sample
-    parts = [x.permute(0, 2, 3, 4, 1) for x in (posterior.mean, posterior.logvar, decoded)]
-    return [*jax.jit(model.encode)(video), jax.jit(model.decode)(parts[0].numpy())], parts
+    latents, spread = posterior.mode(), getattr(posterior, "logvar", None)
+    given = [latents] if spread is None else [latents, spread]  # Cosmos' has no spread
+    theirs = [x.permute(0, 2, 3, 4, 1) for x in (*given, module.decode(latents).sample)]
+    ours = [*jax.jit(model.encode)(video)][: len(given)]
+    return [*ours, jax.jit(model.decode)(theirs[0].numpy())], theirs
 
 
 def _ids(config: Any, rng: np.random.Generator) -> np.ndarray:
@@ -251,6 +252,19 @@ def _wan(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
     return [jax.jit(model.__call__)(sample, times, text)], [out.permute(0, 2, 3, 4, 1)]
 
 
+def _hunyuan_video(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
+    """Guidance is of a size whose thousandfold torch's frequencies do not magnify."""
+    frames, rows, columns = (2 * size for size in config.patch)
+    latents = _normal(rng, 1, frames, rows, columns, config.in_channels)
+    states, times = _normal(rng, 1, 7, config.text_embed_dim), np.array([501.0], np.float32)
+    pooled, mask = _normal(rng, 1, config.pooled_projection_dim), np.arange(7)[None] < 5
+    guidance = np.array([0.25], np.float32)
+    theirs = latents.transpose(0, 4, 1, 2, 3), times, states, mask, pooled, 1000 * guidance
+    out = module(*_torch(*theirs[: 6 if config.guidance_embeds else 5])).sample
+    condition = JointTextCondition(*map(jnp.asarray, (states, pooled, guidance, mask)))
+    return [jax.jit(model.__call__)(latents, times, condition)], [out.permute(0, 2, 3, 4, 1)]
+
+
 def _video_unet(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
     sample, times, text = _denoised(config, rng, 2)
     theirs = _torch(sample.transpose(0, 4, 1, 2, 3), times, text.repeat(2, 0))
@@ -276,6 +290,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "AutoencoderKL": _vae,
     "AutoencoderKLFlux2": _vae,
     "AutoencoderKLWan": _video_vae,
+    "AutoencoderKLCosmos": _video_vae,
     "CLIPTextModel": _clip_text,
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,
@@ -290,6 +305,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "FluxTransformer2DModel": _flux,
     "Flux2Transformer2DModel": _flux,
     "WanTransformer3DModel": _wan,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "UNetMotionModel": _video_unet,
     "Dinov2Model": _vision,
     "BlipForImageTextRetrieval": _blip,

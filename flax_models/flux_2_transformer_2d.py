@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
-from .layers.attention import GNA, Neighborhoods, per_layer
+from .layers.attention import GNA, Neighborhoods
 from .layers.embeddings import ConditionEmbedding
 from .layers.joint_attention import (
     JointAttention,
@@ -28,6 +28,7 @@ from .layers.joint_attention import (
     in_heads,
     within_half,
 )
+from .layers.joint_blocks import of_blocks, through_blocks
 from .layers.modulation import (
     AdaLayerNormContinuous,
     Modulation,
@@ -37,7 +38,6 @@ from .layers.modulation import (
     with_residual,
     zero_linear,
 )
-from .layers.remat import recomputed
 from .layers.rotary import Rotary, concatenate, rotary_table
 from .pretrained import AttendingModel
 
@@ -237,12 +237,8 @@ class Flux2Transformer2DModel(AttendingModel):
     pytorch_library = "diffusers"
 
     def _build(self, config: Flux2Transformer2DConfig, attention: Neighborhoods, **init):
-        features, double = config.features, config.num_layers
-        settings = per_layer(
-            attention,
-            double + config.num_single_layers,
-            f"one per block, the {double} double blocks before the single ones",
-        )
+        features = config.features
+        doubles, singles = of_blocks(attention, config.num_layers, config.num_single_layers)
         self.time_guidance_embed = ConditionEmbedding(
             features,
             guidance=config.guidance_embeds,
@@ -258,10 +254,10 @@ class Flux2Transformer2DModel(AttendingModel):
             config.joint_attention_dim, features, use_bias=False, **init
         )
         self.transformer_blocks = nnx.List(
-            [Flux2TransformerBlock(config, setting, **init) for setting in settings[:double]]
+            [Flux2TransformerBlock(config, setting, **init) for setting in doubles]
         )
         self.single_transformer_blocks = nnx.List(
-            [Flux2SingleTransformerBlock(config, setting, **init) for setting in settings[double:]]
+            [Flux2SingleTransformerBlock(config, setting, **init) for setting in singles]
         )
         self.norm_out = AdaLayerNormContinuous(features, use_bias=False, epsilon=config.eps, **init)
         self.proj_out = zero_linear(
@@ -300,12 +296,5 @@ class Flux2Transformer2DModel(AttendingModel):
         of_both = self.single_stream_modulation.vectors(embedded)
         image = self.x_embedder(latents.astype(self.dtype)).reshape(batch, height * width, -1)
         text = self.context_embedder(condition.states.astype(self.dtype))
-        for block in self.transformer_blocks:
-            run = recomputed(functools.partial(block.__call__, sequence=sequence), self.remat)
-            image, text = run(image, text, of_image, of_text)
-        x = sequence.join(image, text)
-        for block in self.single_transformer_blocks:
-            run = recomputed(functools.partial(block.__call__, sequence=sequence), self.remat)
-            x = run(x, of_both)
-        image, _ = sequence.split(x)
+        image = through_blocks(self, image, text, (of_image, of_text), (of_both,), sequence)
         return self.proj_out(self.norm_out(image, embedded)).reshape(batch, height, width, -1)

@@ -6,40 +6,32 @@ image sees of itself may be sparse, block by block (`GNA`), which changes no par
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
-from .layers.attention import GNA, Neighborhoods, per_layer
+from .layers.attention import Neighborhoods
 from .layers.embeddings import ConditionEmbedding, Dtype
 from .layers.joint_attention import (
-    JointAttention,
     JointSequence,
     JointTextCondition,
-    SelfProjections,
     check_inputs,
     proportional_scale,
-    within_half,
 )
-from .layers.modulation import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    gated,
-    plain_layer_norm,
-    with_residual,
-    zero_linear,
+from .layers.joint_blocks import (
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+    of_blocks,
+    through_blocks,
 )
-from .layers.remat import Remat, recomputed
+from .layers.modulation import AdaLayerNormContinuous, zero_linear
+from .layers.remat import Remat
 from .layers.rotary import Rotary, concatenate, rotary_table
-from .layers.transformer import GELU, FeedForward
 from .pretrained import Pretrained
 
 _THETA = 10000.0
@@ -99,57 +91,6 @@ class FluxTransformer2DConfig(ModelConfig):
         return cls()
 
 
-class FluxTransformerBlock(nnx.Module):
-    """Double block: image and text attend jointly, each with parameters of its own."""
-
-    def __init__(self, config: FluxTransformer2DConfig, neighborhood: GNA | None, **init):
-        features = config.features
-        self.norm1 = AdaLayerNormZero(features, **init)
-        self.norm1_context = AdaLayerNormZero(features, **init)
-        self.attn = JointAttention(features, config.num_attention_heads, neighborhood, **init)
-        self.norm2 = plain_layer_norm(features, **init)
-        self.ff = FeedForward(features, GELU, **init)
-        self.norm2_context = plain_layer_norm(features, **init)
-        self.ff_context = FeedForward(features, GELU, **init)
-
-    def __call__(
-        self,
-        image: Float[Array, "B N D"],
-        text: Float[Array, "B A D"],
-        condition: Float[Array, "B D"],
-        sequence: JointSequence,
-    ) -> tuple[Float[Array, "B N D"], Float[Array, "B A D"]]:
-        image_in, image_gate, image_perceptron = self.norm1(image, condition)
-        text_in, text_gate, text_perceptron = self.norm1_context(text, condition)
-        seen_by_image, seen_by_text = self.attn(image_in, text_in, sequence)
-        image = image + gated(image_gate, seen_by_image)
-        text = text + gated(text_gate, seen_by_text)
-        image = with_residual(image, self.norm2, self.ff, *image_perceptron)
-        text = with_residual(text, self.norm2_context, self.ff_context, *text_perceptron)
-        return image, within_half(text)
-
-
-class FluxSingleTransformerBlock(nnx.Module):
-    """Single block: attention and perceptron side by side, the same for image and text."""
-
-    def __init__(self, config: FluxTransformer2DConfig, neighborhood: GNA | None, **init):
-        features = config.features
-        self.neighborhood = neighborhood
-        self.norm = AdaLayerNormZeroSingle(features, **init)
-        self.attn = SelfProjections(features, config.num_attention_heads, **init)
-        self.proj_mlp = nnx.Linear(features, 4 * features, **init)
-        self.proj_out = nnx.Linear(5 * features, features, **init)
-
-    def __call__(
-        self, x: Float[Array, "B L D"], condition: Float[Array, "B D"], sequence: JointSequence
-    ) -> Float[Array, "B L D"]:
-        x_in, gate = self.norm(x, condition)
-        attended = sequence.attend(*self.attn.project(x_in), self.neighborhood)
-        hidden = jax.nn.gelu(self.proj_mlp(x_in), approximate=True)
-        parts = jnp.concatenate([attended.reshape(x.shape), hidden], axis=-1)
-        return within_half(x + gated(gate, self.proj_out(parts)))
-
-
 def rotary_of(
     config: FluxTransformer2DConfig, grid: tuple[int, int], text: int, ntk_factor: float
 ) -> Rotary:
@@ -207,12 +148,8 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
             raise ValueError(f"ntk_factor takes a positive number, received {ntk_factor!r}.")
         proportional_scale(attention_scale, 1, config.attention_head_dim)
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        features, double = config.features, config.num_layers
-        settings = per_layer(
-            attention,
-            double + config.num_single_layers,
-            f"one per block, the {double} double blocks before the single ones",
-        )
+        features, heads = config.features, config.num_attention_heads
+        doubles, singles = of_blocks(attention, config.num_layers, config.num_single_layers)
         self.config, self.dtype, self.remat = config, dtype, remat
         self.ntk_factor, self.attention_scale = float(ntk_factor), attention_scale
         self.time_text_embed = ConditionEmbedding(
@@ -224,10 +161,10 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         self.x_embedder = nnx.Linear(config.in_channels, features, **init)
         self.context_embedder = nnx.Linear(config.joint_attention_dim, features, **init)
         self.transformer_blocks = nnx.List(
-            [FluxTransformerBlock(config, setting, **init) for setting in settings[:double]]
+            [FluxTransformerBlock(features, heads, setting, **init) for setting in doubles]
         )
         self.single_transformer_blocks = nnx.List(
-            [FluxSingleTransformerBlock(config, setting, **init) for setting in settings[double:]]
+            [FluxSingleTransformerBlock(features, heads, setting, **init) for setting in singles]
         )
         self.norm_out = AdaLayerNormContinuous(features, **init)
         self.proj_out = zero_linear(features, config.out_channels or config.in_channels, **init)
@@ -265,12 +202,5 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         embedded = self.time_text_embed(timesteps, condition.guidance, condition.pooled)
         image = self.x_embedder(latents.astype(self.dtype)).reshape(batch, tokens, -1)
         text = self.context_embedder(condition.states.astype(self.dtype))
-        for block in self.transformer_blocks:
-            run = recomputed(functools.partial(block.__call__, sequence=sequence), self.remat)
-            image, text = run(image, text, embedded)
-        x = sequence.join(image, text)
-        for block in self.single_transformer_blocks:
-            run = recomputed(functools.partial(block.__call__, sequence=sequence), self.remat)
-            x = run(x, embedded)
-        image, _ = sequence.split(x)
+        image = through_blocks(self, image, text, (embedded,), (embedded,), sequence)
         return self.proj_out(self.norm_out(image, embedded)).reshape(batch, height, width, -1)

@@ -22,25 +22,34 @@ _MANY_LOGITS = 1 << 20
 _TOO_MANY_LOGITS = 1 << 24  # so many are never kept at once, whatever the mask and the lengths
 
 
-def _attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
+def _attend(
+    query: Array, key: Array, value: Array, mask: Array | None, scale: float, with_lse: bool = False
+) -> Any:
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scale
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    output = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return (output, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)) if with_lse else output
 
 
 def _attend_in_chunks(
-    query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float
-) -> Array:
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    is_causal: bool,
+    scale: float,
+    with_lse: bool = False,
+) -> Any:
     queries, keys = query.shape[1], key.shape[1]
 
-    def attend(query: Array, mask: Array | None, first: Array | int) -> Array:
+    def attend(query: Array, mask: Array | None, first: Array | int) -> Any:
         if is_causal:
             places = first + jnp.arange(query.shape[1])
             earlier = (jnp.arange(keys)[None] <= places[:, None])[None, None]
             mask = earlier if mask is None else mask & earlier
-        return _attend(query, key, value, mask, scale)
+        return _attend(query, key, value, mask, scale, with_lse)
 
     if not _are_many(queries, keys):
         return attend(query, mask, 0)
@@ -57,11 +66,14 @@ def _attend_in_chunks(
     )
     count, whole = len(parts), len(parts) * chunk
     given = parts, masks, chunk * jnp.arange(count)
-    attended = jnp.moveaxis(jax.lax.map(lambda each: again(*each), given), 0, 1)
-    attended = attended.reshape(query.shape[0], whole, *attended.shape[3:])
+    attended = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(query.shape[0], whole, *x.shape[3:]),
+        jax.lax.map(lambda each: again(*each), given),
+    )
     if whole == queries:
         return attended
-    return jnp.concatenate([attended, again(rest, rest_mask, whole)], axis=1)
+    both = attended, again(rest, rest_mask, whole)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *both)
 
 
 def _chunks(x: Array, axis: int, chunk: int) -> tuple[Array, Array]:
@@ -226,3 +238,26 @@ def dot_product_attention(
     # What is not run must leave nothing for the backward pass but the operands.
     again = jax.checkpoint(plain)
     return jax.lax.platform_dependent(query, key, value, **branches, default=again)
+
+
+def attention_with_lse(
+    query: Float[Array, "B Q H D"],
+    key: Float[Array, "B K H D"],
+    value: Float[Array, "B K H E"],
+    *,
+    mask: Bool[Array, "#B #H #Q K"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B Q H E"], Float[Array, "B Q H"]]:
+    """Attention to a part of the keys, for `kernels.gna.merge_attentions`.
+
+    Args:
+      query, key, value, mask, scale: as for `dot_product_attention`.
+
+    Returns:
+      What `dot_product_attention` does, in chunks of queries where they are many, and the
+      log-sum-exp of the logits, natural logarithm, float32; next to nothing (-3e38) where the mask
+      hides all keys.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key = _in_one_dtype(query, key)
+    return _attend_in_chunks(query, key, value, mask, False, factor, with_lse=True)

@@ -112,6 +112,25 @@ def vae_bytes(
     return float(batch) * height * width * (first + second) * np.dtype(dtype).itemsize
 
 
+def video_vae_bytes(
+    config: Any, batch: int, frames: int, height: int, width: int, dtype: Any
+) -> float:
+    """What decoding videos holds at its layers' finest resolution: a layer's input and output.
+
+    Of a video autoencoder's `config`; the size is in pixels.
+    """
+    patch = getattr(config, "patch_size", None) or 1
+    if hasattr(config, "base_dim"):  # Wan's, a latent frame at a time
+        channels = 2 * (config.decoder_base_dim or config.base_dim) * config.dim_mult[0]
+        frames = min(frames, config.temporal_downsampling)
+    elif hasattr(config, "decode_block_out_channels"):  # Cosmos', patches of time too
+        channels, frames = 2 * config.decode_block_out_channels[0], math.ceil(frames / patch)
+    else:  # HunyuanVideo's, in pieces of time
+        channels, frames = sum(config.block_out_channels[:2]), min(frames, config.tile_frames)
+    positions = float(batch) * frames * height * width / patch**2
+    return positions * channels * np.dtype(dtype).itemsize
+
+
 def segmenter_bytes(config: Any, batch: int, height: int, width: int) -> float:
     """What MAFT+ holds of images of that size, as it sees them: pixels, and its finest map."""
     channels = config.decoder_config.feature_channels[0]

@@ -2,6 +2,8 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -126,3 +128,16 @@ def operands(rng: np.random.Generator, case: dict, heads: dict) -> list:
     shapes += [(b, a, hk, d), (b, a, hk, dv)] if a else [None, None]
     shapes += [(b, *x, hq, dv), (b, *x, hq)]
     return [None if s is None else rng.standard_normal(s).astype(np.float32) for s in shapes]
+
+
+def dense_under(masks):
+    """Stands in for the dense attention of joint models, [B, L, H, D]: each call takes the next of
+    `masks`, over all tokens and true where a query sees a key, in place of its own."""
+
+    def attend(query, key, value, *, scale, mask):
+        assert scale is None
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        weights = jax.nn.softmax(jnp.where(next(masks), logits, -jnp.inf))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    return attend

@@ -344,6 +344,49 @@ def cosmos(
     return Oracle(module, inputs, {"timesteps": times}, torch_call, jax_call)
 
 
+def hunyuan_video(seed: int = 0, *, whole_text: bool = False, **changes: Any) -> Oracle:
+    """A grid of three lengths; diffusers takes guidance a thousandfold, and always a mask."""
+    import diffusers
+    import torch
+
+    settings = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 2,
+        "text_embed_dim": 12,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 4, 8),
+    } | changes
+    module = randomized(diffusers.HunyuanVideoTransformer3DModel(**settings), seed)
+    rng = np.random.default_rng(seed)
+    mask = np.arange(7) < np.array([[7], [7 if whole_text else 4]])
+
+    def torch_call(sample: Any, text: Any, pooled: Any, timesteps: Any, guidance: Any) -> Any:
+        sample, shown = sample.permute(0, 4, 1, 2, 3), torch.tensor(mask)
+        out = module(sample, timesteps, text, shown, pooled, 1000 * guidance).sample
+        return out.permute(0, 2, 3, 4, 1)
+
+    return Oracle(
+        module,
+        {
+            "sample": rng.normal(size=(2, 3, 4, 6, 4)).astype(np.float32),
+            "text": rng.normal(size=(2, 7, 12)).astype(np.float32),
+            "pooled": rng.normal(size=(2, 8)).astype(np.float32),
+        },
+        {"timesteps": np.array([3, 901]), "guidance": np.array([0.03, 0.25], np.float32)},
+        torch_call,
+        lambda model, sample, text, pooled, timesteps, guidance: model(
+            sample,
+            timesteps,
+            JointTextCondition(text, pooled, guidance, None if whole_text else jnp.asarray(mask)),
+        ),
+    )
+
+
 def wan(seed: int = 0, *, times: tuple[int, ...] = (2,), **changes: Any) -> Oracle:
     """A video of unequal sides; times are one, one per video, or one per token."""
     import diffusers
@@ -484,6 +527,39 @@ def autoencoder_flux_2(seed: int = 0, **changes: Any) -> Oracle:
 
     image = np.random.default_rng(seed).normal(size=(2, 8, 12, 3)).astype(np.float32)
     return Oracle(module, {"image": image}, {}, torch_call, jax_call)
+
+
+def autoencoder_cosmos(
+    seed: int = 0, *, size: tuple[int, int, int] = (9, 32, 48), **changes: Any
+) -> Oracle:
+    """Encoded, and decoded from that; the first blocks of the encoder, the last ones of the decoder
+    attend too."""
+    import diffusers
+    import torch
+
+    settings = {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (8, 8, 12),
+        "decode_block_out_channels": (8, 12, 12, 12),
+        "num_layers": 1,
+        "resolution": 64,
+        "attention_resolutions": (16,),
+        "latents_mean": list(np.linspace(-0.2, 0.3, 16)),
+        "latents_std": list(np.linspace(0.5, 0.9, 16)),
+    } | changes
+    module = randomized(diffusers.AutoencoderKLCosmos(**settings), seed)
+
+    def torch_call(video: Any) -> Any:
+        latents = module.encode(video.permute(0, 4, 1, 2, 3)).latent_dist.mode()
+        decoded = module.decode(latents).sample
+        return torch.cat([x.permute(0, 2, 3, 4, 1).flatten() for x in (latents, decoded)])
+
+    def jax_call(model: Any, video: Any) -> Any:
+        latents, _ = model.encode(video)
+        return jnp.concatenate([x.ravel() for x in (latents, model.decode(latents))])
+
+    video = np.random.default_rng(seed).normal(size=(2, *size, 3)).astype(np.float32)
+    return Oracle(module, {"video": video}, {}, torch_call, jax_call)
 
 
 def autoencoder_wan(

@@ -9,9 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from ...kernels.attention import dot_product_attention
-from ...kernels.gna import joint_neighborhood_attention, neighborhood_attention
-from ...kernels.gna.problem import PerDimension, windows_of
+from ...kernels.attention import attention_with_lse, dot_product_attention
+from ...kernels.gna import (
+    joint_neighborhood_attention,
+    merge_attentions,
+    neighborhood_attention,
+)
+from ...kernels.gna.presets import Preset, attention_preset
+from ...kernels.gna.problem import PerDimension, nearest_layout, windows_of
 
 
 class Attention(nnx.Module):
@@ -36,14 +41,20 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([nnx.Linear(features, features, **init)])
 
     def __call__(
-        self, x: Float[Array, "B L C"], context: Float[Array, "B K E"] | None = None
+        self,
+        x: Float[Array, "B L C"],
+        context: Float[Array, "B K E"] | None = None,
+        *,
+        mask: Bool[Array, "#B #H #L K"] | None = None,
     ) -> Float[Array, "B L C"]:
+        """Attend to the context, or to itself; `mask` is that of `dot_product_attention`."""
         context = x if context is None else context
         heads = (self.heads, -1)
         query = self.to_q(x).reshape(*x.shape[:2], *heads)  # [B, L, H, D]
         key = self.to_k(context).reshape(*context.shape[:2], *heads)
         value = self.to_v(context).reshape(*context.shape[:2], *heads)
-        return self.to_out[0](dot_product_attention(query, key, value).reshape(x.shape))
+        attended = dot_product_attention(query, key, value, mask=mask)
+        return self.to_out[0](attended.reshape(x.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +62,12 @@ class GNA:
     """Generalized Neighborhood Attention (arXiv 2504.16922) over a grid of tokens.
 
     It has no parameters: it takes the place of a dense self-attention with the same projections.
-    Each setting is an integer for all dimensions of the grid, or one per dimension, rows first.
+    Each setting is an integer for all dimensions of the grid, or one per dimension, rows first, of
+    videos frames before them.
 
     Attributes:
       window: tokens that a query sees along each dimension, itself in the middle where the borders
-        allow; the whole grid is dense attention.
+        allow; None among them is all of a dimension, and the whole grid is dense attention.
       stride: neighboring queries that share a window, at most `window`. A multiple of a kernel's
         tiles skips most work; 1 is a sliding window.
       dilation: distance between the tokens of a window.
@@ -75,17 +87,20 @@ class GNA:
     def require_fit(self, layout: tuple[int, ...]) -> None:
         """Raise ValueError unless the settings suit a grid of `layout` tokens."""
         names = {"kernel_size": "window"}
+        others = self.stride, self.dilation
         try:
-            windows_of(layout, self.window, self.stride, self.dilation, names=names)
+            windows_of(layout, self.window, *others, names=names)
         except ValueError as error:
+            nearest = nearest_layout(layout, self.window, *others)
+            remedy = f"; the nearest grid that it fits is {_by(nearest)}." if nearest else ""
             given = ", ".join(
                 f"{field.name}={getattr(self, field.name)!r}"
                 for field in dataclasses.fields(self)
                 if getattr(self, field.name) != field.default
             )
-            grid = "x".join(map(str, layout))
+            reason = str(error)[:-1] + remedy if remedy else error
             raise ValueError(
-                f"GNA({given}) does not fit a grid of {grid} tokens: {error}"
+                f"GNA({given}) does not fit a grid of {_by(layout)} tokens: {reason}"
             ) from error
 
     @property
@@ -127,6 +142,7 @@ class GNA:
         text: tuple[Float[Array, "B A H D"], ...],
         *,
         grid: tuple[int, ...],
+        text_mask: Bool[Array, "B A"] | None = None,
         scale: float | None = None,
     ) -> tuple[Float[Array, "B N H D"], Float[Array, "B A H D"]]:
         """Image queries see their window and all of the text; text queries see everything.
@@ -135,6 +151,7 @@ class GNA:
           image: query, key and value of the image's tokens, row by row.
           text: those of the text.
           grid: the image's tokens along each dimension; their product is N.
+          text_mask: the tokens of the text that are there; the others are seen by none.
           scale: factor of the logits, by default D ** -0.5.
 
         Returns:
@@ -144,17 +161,34 @@ class GNA:
           ValueError: the settings do not fit the grid.
         """
         self.require_fit(grid)
-        query, key, value = image
-        return joint_neighborhood_attention(
-            (query, key, value),
-            (text[0], text[1], text[2]),
-            token_layout=grid,
-            scale=scale,
-            **self._settings,
+        (query, key, value), (text_query, *of_text) = image, text
+        if text_mask is None:
+            return joint_neighborhood_attention(
+                (query, key, value),
+                (text_query, of_text[0], of_text[1]),
+                token_layout=grid,
+                scale=scale,
+                **self._settings,
+            )
+        on_grid = (x.reshape(x.shape[0], *grid, *x.shape[2:]) for x in image)
+        near, lse = neighborhood_attention(*on_grid, scale=scale, return_lse=True, **self._settings)
+        shown = text_mask[:, None, None]
+        said, of_said = attention_with_lse(query, *of_text, mask=shown, scale=scale)
+        near, lse = near.reshape(value.shape), lse.reshape(value.shape[:-1])
+        everything = jnp.concatenate([jnp.ones((*shown.shape[:3], key.shape[1]), bool), shown], -1)
+        joined = (jnp.concatenate(pair, axis=1) for pair in zip(image[1:], of_text, strict=True))
+        return (
+            merge_attentions([near, said], [lse, of_said])[0],
+            dot_product_attention(text_query, *joined, mask=everything, scale=scale),
         )
 
 
-# GNA, a sequence of GNA and None, or None; anything else is refused by name in `per_layer`.
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+# GNA, a sequence of GNA and None, None, or a preset or its text (`kernels.gna.presets`); anything
+# else is refused by name in `per_layer`.
 Neighborhoods: TypeAlias = Any
 
 
@@ -188,13 +222,22 @@ def per_layer(
     """The setting of each of a model's attentions.
 
     Args:
-      attention: one setting for all, `GNA` or None (dense), or a sequence of them.
+      attention: one setting for all, `GNA` or None (dense), or a sequence of them; or a preset, or
+        what `attention_preset` reads: "hunyuan", or "window=16x8x8 stride=4x4x4".
       layers: attentions of the model.
       order: what a sequence's entries are for, for the message.
 
     Raises:
       ValueError: another number of settings, or something else than a setting.
     """
+    if isinstance(attention, str):
+        attention = attention_preset(attention)
+    if isinstance(attention, Preset):
+        each = [
+            one if one is None else GNA(one.window, one.stride, one.dilation)
+            for one in attention.layers or (attention,)
+        ]
+        attention = each if attention.layers else each[0]
     one_each = isinstance(attention, Sequence)
     settings = tuple(attention) if one_each else (attention,) * layers
     if len(settings) != layers:

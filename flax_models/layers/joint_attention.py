@@ -1,8 +1,8 @@
 """Joint attention of an image's and a text's tokens (MMDiT, Esser et al. 2024, section 4).
 
-Both are one sequence, [B, L, D], in which a model puts the text before or behind the image. The
-image's tokens lie on a grid, row by row: with `GNA` its queries see their window and all of the
-text, while the text's queries see everything.
+Both are one sequence, [B, L, D], in which a model puts the text before or behind the image, which
+may be a video. The image's tokens lie on a grid, row by row: with `GNA` its queries see their
+window and all of the text, while the text's queries see everything.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from ...kernels.attention import dot_product_attention
 from .attention import GNA
@@ -29,11 +29,14 @@ class JointTextCondition(NamedTuple):
       states: [B, A, E] states of the text's tokens.
       pooled: [B, P] the text's pooled state, for models that take one.
       guidance: [B] strength of guidance as pipelines count it (3.5), for models distilled from it.
+      mask: [B, A] the text that is there, before padding on its right, for models that take one;
+        None is all of it.
     """
 
     states: Float[Array, "B A E"]
     pooled: Float[Array, "B P"] | None = None
     guidance: Float[Array, " B"] | None = None
+    mask: Bool[Array, "B A"] | None = None
 
 
 def _static(**options: Any) -> Any:
@@ -50,6 +53,7 @@ class JointSequence:
         rest of a sequence is text, or none of it.
       text_first: whether the text comes before the image.
       rotary: angles of all tokens, in the sequence's order; None turns nothing.
+      mask: [B, A] the text's tokens that are seen, by default all.
       scale: factor of the logits, by default D ** -0.5.
       halves: whether an angle turns a feature of a head's first half with that of the second half,
         or else two neighbors.
@@ -58,10 +62,11 @@ class JointSequence:
     grid: tuple[int, ...] = _static()
     text_first: bool = _static(default=True)
     rotary: Rotary | None = None
+    mask: Bool[Array, "B A"] | None = None
     scale: float | None = _static(default=None)
     halves: bool = _static(default=False)
 
-    def join(self, image: Float[Array, "B N *X"], text: Float[Array, "B A *X"]) -> Array:
+    def join(self, image: Shaped[Array, "B N *X"], text: Shaped[Array, "B A *X"]) -> Array:
         """One sequence of the two."""
         return jnp.concatenate((text, image) if self.text_first else (image, text), axis=1)
 
@@ -87,12 +92,17 @@ class JointSequence:
             rotate = rotate_halves if self.halves else rotate_pairs
             query, key = (rotate(x, self.rotary) for x in (query, key))
         if neighborhood is None:
-            return dot_product_attention(query, key, value, scale=self.scale)
+            shown = self.mask
+            if shown is not None:
+                image = jnp.ones((len(shown), math.prod(self.grid)), bool)
+                shown = self.join(image, shown)[:, None, None]
+            return dot_product_attention(query, key, value, mask=shown, scale=self.scale)
         image, text = zip(*map(self.split, (query, key, value)), strict=True)
         if text[0].shape[1] == 0:
             on_grid = (x.reshape(x.shape[0], *self.grid, *x.shape[2:]) for x in image)
             return neighborhood(*on_grid, scale=self.scale).reshape(value.shape)
-        return self.join(*neighborhood.joint(image, text, grid=self.grid, scale=self.scale))
+        options = {"grid": self.grid, "text_mask": self.mask, "scale": self.scale}
+        return self.join(*neighborhood.joint(image, text, **options))
 
 
 def proportional_scale(setting: float | int | str | None, keys: int, dim: int) -> float | None:
@@ -120,26 +130,44 @@ def proportional_scale(setting: float | int | str | None, keys: int, dim: int) -
     return float(setting)
 
 
-def check_inputs(model: Any, latents: Array, condition: JointTextCondition) -> None:
+def check_inputs(
+    model: Any,
+    latents: Array,
+    condition: JointTextCondition,
+    *,
+    axes: str = "B h w C",
+    text_features: int | None = None,
+    masked: bool = False,
+) -> None:
     """Raise ValueError unless latents and the text's states suit a model and each other.
 
     Args:
-      model: whose config has `in_channels` and `joint_attention_dim`.
-      latents: [B, h, w, in_channels].
+      model: whose config has `in_channels` and, unless told here, `joint_attention_dim`.
+      latents: [B, h, w, in_channels], or of other axes.
       condition: of the same batch.
+      axes: of the latents.
+      text_features: of a token's state.
+      masked: whether the model takes a mask of the text.
     """
     name, config = type(model).__name__, model.config
-    check_axes(latents, "B h w C", f"{name}'s latents")
+    check_axes(latents, axes, f"{name}'s latents")
     check_axes(condition.states, "B A E", f"{name}'s text states")
     if latents.shape[-1] != config.in_channels:
+        shape = ", ".join([*axes.split()[:-1], str(config.in_channels)])
+        raise ValueError(f"{name} takes [{shape}] latents, received {latents.shape}.")
+    batch, words, features = condition.states.shape
+    wanted = config.joint_attention_dim if text_features is None else text_features
+    if (batch, features) != (len(latents), wanted):
         raise ValueError(
-            f"{name} takes [B, h, w, {config.in_channels}] latents, received {latents.shape}."
-        )
-    batch, _, features = condition.states.shape
-    if (batch, features) != (len(latents), config.joint_attention_dim):
-        raise ValueError(
-            f"{name} takes text states [{len(latents)}, A, {config.joint_attention_dim}] for a "
+            f"{name} takes text states [{len(latents)}, A, {wanted}] for a "
             f"batch of {len(latents)}, received {condition.states.shape}."
+        )
+    if condition.mask is not None and not masked:
+        raise ValueError(f"{name} reads padding as text, as it learnt to: pass no mask.")
+    if condition.mask is not None and condition.mask.shape != (batch, words):
+        raise ValueError(
+            f"{name} takes a mask [{batch}, {words}] of the text's tokens, received "
+            f"{condition.mask.shape}."
         )
 
 

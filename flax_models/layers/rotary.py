@@ -26,24 +26,29 @@ class Rotary(NamedTuple):
 
 
 def rotary_table(
-    positions: Sequence[np.ndarray], dims: Sequence[int], theta: float | int
+    positions: Sequence[np.ndarray],
+    dims: Sequence[int],
+    theta: float | int,
+    *,
+    dtype: type[np.floating] = np.float64,
 ) -> Rotary:
     """The angles of tokens: position / theta ** (2 i / dim) for the pair i of an axis' features.
 
-    Computed on the host in float64, rounded to float32, each axis by itself: a large grid is put
-    together where the program runs.
+    Computed on the host, rounded to float32, each axis by itself: a large grid is put together
+    where the program runs.
 
     Args:
       positions: of the tokens along each axis, arrays that broadcast to the tokens' layout: rows
         [h, 1] and columns [1, w] give h * w tokens, row by row.
       dims: features of each axis, even numbers.
       theta: the longest wavelength is about theta * 2 pi.
+      dtype: of frequencies and angles, as the model was trained.
     """
     layout = np.broadcast_shapes(*(np.shape(each) for each in positions))
     parts: tuple[list[Array], list[Array]] = ([], [])
     for axis, dim in zip(positions, dims, strict=True):
-        frequencies = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angles = np.asarray(axis, np.float64)[..., None] * frequencies
+        wavelengths = (theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(dtype)
+        angles = np.asarray(axis, dtype)[..., None] * (dtype(1) / wavelengths)
         for part, function in zip(parts, (np.cos, np.sin), strict=True):
             values = jnp.asarray(function(angles).astype(np.float32))
             part.append(jnp.broadcast_to(values, (*layout, dim // 2)))

@@ -42,6 +42,16 @@ class GELU(nnx.Module):
         return jax.nn.gelu(self.proj(x), approximate=self.approximate)
 
 
+class LinearSiLU(nnx.Module):
+    """Linear layer and SiLU: [..., C] -> [..., hidden]."""
+
+    def __init__(self, features: int, hidden: int, **init):
+        self.proj = nnx.Linear(features, hidden, **init)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
+        return jax.nn.silu(self.proj(x))
+
+
 class FeedForward(nnx.Module):
     """Perceptron behind a layer with an activation, by default four times as wide inside."""
 

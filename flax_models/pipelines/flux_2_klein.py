@@ -1,7 +1,6 @@
 """FLUX.2 klein (Black Forest Labs 2026): a transformer on a flow that reads layers of Qwen3."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from ..qwen3 import Qwen3Model
 from .flux import over_tokens
 from .guidance import Predictor, classifier_free
 from .pipeline import Pipeline
+from .tokenizers import masked_tokenize
 
 _SIDE = 128  # latents along each side that the model was trained on
 
@@ -73,21 +73,7 @@ class Flux2KleinPipeline(Pipeline):
             )
             for chat in chats
         ]
-        length = self.max_sequence_length
-        whole = self.tokenizer(texts)["input_ids"]
-        for prompt, ids in zip(prompts, whole, strict=True):
-            if len(ids) > length:
-                warnings.warn(
-                    f"The prompt {prompt!r} is {len(ids)} tokens long with its template and the "
-                    f"text encoder reads {length}; ignored: "
-                    f"{self.tokenizer.decode(ids[length:])!r}.",
-                    stacklevel=3,
-                )
-        found = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length)
-        return (
-            np.asarray(found["input_ids"], np.int32),
-            np.asarray(found["attention_mask"], np.int32),
-        )
+        return masked_tokenize(self.tokenizer, prompts, self.max_sequence_length, texts=texts)
 
     @staticmethod
     def encode(prompt_encoder: Qwen3Model, token_ids: Any) -> JointTextCondition:

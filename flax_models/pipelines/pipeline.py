@@ -1,4 +1,4 @@
-"""`Pipeline`: what every family of text-to-image models answers, and most of them answer alike."""
+"""`Pipeline`: what every family of models that draw answers, and most of them answer alike."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from ..pretrained import Pretrained
 from .guidance import Predictor, classifier_free
@@ -30,7 +30,7 @@ class Pipeline(Pretrained):
     Class attributes:
       * `MODELS`, `TOKENIZERS`: the parts that are one or the other; `OPTIONAL`: those of them that
         a whole pipeline may lack.
-      * `DENOISER`: which of the models is sampled.
+      * `DENOISER`: which of the models is sampled; `DENOISER_2`: another that takes over from it.
       * `TEXT_TOWERS`: parts that read text -> where in `prompt_encoder` their CLIP text model is.
       * `NOT_CARRIED`: parts of diffusers' pipeline that this one does without, unless carried.
       * `SIZES`: how many numbers tell the denoiser of an image's size (`for_size`).
@@ -48,6 +48,7 @@ class Pipeline(Pretrained):
     TOKENIZERS: ClassVar[tuple[str, ...]]
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     DENOISER: ClassVar[str]
+    DENOISER_2: ClassVar[str | None] = None
     TEXT_TOWERS: ClassVar[Mapping[str, str]] = {}
     NOT_CARRIED: ClassVar[tuple[str, ...]] = ()
     SIZES: ClassVar[int] = 0
@@ -62,8 +63,21 @@ class Pipeline(Pretrained):
         return getattr(self, self.DENOISER)
 
     @property
-    def defaults(self) -> tuple[int, float]:
-        """Steps and guidance that images are drawn with unless told otherwise."""
+    def denoisers(self) -> tuple[Any, ...]:
+        """That model, and the one that takes over from it, if there is one."""
+        second = None if self.DENOISER_2 is None else getattr(self, self.DENOISER_2)
+        return (self.denoiser,) if second is None else (self.denoiser, second)
+
+    def steps_of(self, timesteps: Float[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> Sequence[int]:
+        """How many steps of a run each of the `denoisers` takes, in their order."""
+        return (len(timesteps),)
+
+    @property
+    def defaults(self) -> tuple[int, float | tuple[float, ...]]:
+        """Steps and guidance that images are drawn with unless told otherwise.
+
+        Guidance may be one for each of the `denoisers`.
+        """
         return 50, 7.5
 
     # ---- prompts ----
@@ -104,6 +118,30 @@ class Pipeline(Pretrained):
         del height, width, sizes
         return condition
 
+    def given(self, keys: Key[Array, " B"], *, fps: int | None, known: Any) -> Any:
+        """What else the denoiser is told of B images or videos, arrays [B, ...], or None.
+
+        Args:
+          keys: one for each, of what is random in it.
+          fps: frames per second that were asked for.
+          known: what is known of a video's first frames, for families that go on from such.
+
+        Raises:
+          ValueError: it is told of no frame rate.
+        """
+        del keys, known
+        if fps is not None:
+            raise ValueError(
+                f"{type(self).__name__} is told of no frame rate: leave out fps={fps}."
+            )
+        return None
+
+    @staticmethod
+    def with_given(condition: Any, given: Any) -> Any:
+        """A condition with what `given` made."""
+        del given
+        return condition
+
     @staticmethod
     def without_text(condition: Any) -> Any:
         """Zeros in place of what a condition says of texts."""
@@ -112,7 +150,7 @@ class Pipeline(Pretrained):
     # ---- latents ----
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Height, width and channels of the latents that the denoiser was made for.
 
         Raises:
@@ -122,14 +160,14 @@ class Pipeline(Pretrained):
 
     def latent_shape_for(
         self, height: int | None = None, width: int | None = None
-    ) -> tuple[int, int, int]:
+    ) -> tuple[int, ...]:
         """That of the latents of images of a size in pixels; by default the denoiser's own.
 
         Raises:
           ValueError: not a positive multiple of a token's side, or too large.
         """
         factor = self.vae.config.downsampling
-        *own, channels = self.latent_shape
+        *own, channels = self.latent_shape[-3:]
         sides = []
         for name, size, default in zip(("height", "width"), (height, width), own, strict=True):
             token = factor * self.PATCH
@@ -164,6 +202,11 @@ class Pipeline(Pretrained):
         if latents.ndim == 4:
             return decode(latents)
         return jax.lax.map(decode, latents.swapaxes(0, 1)).swapaxes(0, 1)
+
+    @property
+    def data_scale(self) -> float:
+        """What the denoiser's latents are divided by before they are decoded."""
+        return 1.0
 
     # ---- times ----
 

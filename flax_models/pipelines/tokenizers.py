@@ -1,4 +1,4 @@
-"""CLIP's tokenizers: prompts to token ids, and words that stand for several vectors."""
+"""Tokenizers: prompts to token ids, and words of CLIP's that stand for several vectors."""
 
 import warnings
 from collections.abc import Sequence
@@ -40,6 +40,30 @@ def tokenize(
                 stacklevel=2,
             )
     return np.asarray(ids, np.int32)
+
+
+def masked_tokenize(
+    tokenizer: Any, prompts: Sequence[str], length: int, *, texts: Sequence[str] | None = None
+) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
+    """Token ids int32 [B, L], padded to L = `length`, and 1 where they are no padding.
+
+    `texts` are the prompts in their templates, where they have such. What is longer is cut, with a
+    warning that names the part which is lost.
+    """
+    behind = "" if texts is None else " with its template"
+    texts = list(prompts if texts is None else texts)
+    found = tokenizer(texts, padding="max_length", truncation=True, max_length=length)
+    ids, mask = (np.asarray(found[name], np.int32) for name in ("input_ids", "attention_mask"))
+    for prompt, kept, whole in zip(prompts, ids, tokenizer(texts)["input_ids"], strict=True):
+        if len(whole) > length:
+            same = next((n for n in range(length) if kept[n] != whole[n]), length)
+            lost = tokenizer.decode(whole[same : same - length or None])  # not an end that is kept
+            warnings.warn(
+                f"The prompt {prompt!r} is {len(whole)} tokens long{behind} and the text encoder "
+                f"reads {length}; ignored: {lost!r}.",
+                stacklevel=3,
+            )
+    return ids, mask
 
 
 def expanded(tokenizer: Any, prompts: Sequence[str]) -> list[str]:

@@ -179,7 +179,8 @@ def neighborhood_attention(
       query: [B, *X, Hq, D]; float32, bfloat16 or float16, as are the others.
       key: [B, *X, Hkv, D]; query head h reads key head h // (Hq / Hkv).
       value: [B, *X, Hkv, Dv].
-      kernel_size: keys seen along each dimension, an integer or one per dimension, as all four.
+      kernel_size: keys seen along each dimension, an integer or one per dimension, as all four;
+        None among several is all of a dimension.
       stride: queries that share a window; at most `kernel_size`.
       dilation: distance between the keys of a window.
       is_causal: whether no key behind the query is seen.

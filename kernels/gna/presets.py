@@ -1,21 +1,25 @@
 """Attention settings by name, as `--attention` takes them: published presets, and your own.
 
-A preset is a window and a stride; a published one also knows the model and the token layout that it
-is for, how many steps stay dense, and the tiles of kernels. `attention_preset` reads both forms.
-Presets with their figures are from arXiv 2504.16922 unless their `source` says otherwise.
+A preset is a window, a stride and a dilation, or those of each layer; a published one also knows
+the model and the token layout that it is for, how many steps stay dense, and the tiles of kernels.
+`attention_preset` reads both forms. Presets with their figures are from arXiv 2504.16922 unless
+their `source` says otherwise.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .problem import windows_of
+from .problem import nearest_layout, windows_of
 from .tiles import Window, visits
 
 TileClass = Literal["hopper", "blackwell"]
 Tiles = tuple[tuple[int, ...], tuple[int, ...]]  # of queries, and of keys
+
+# Tokens along each dimension, or a number for all; None is all tokens of a dimension.
+Sizes: TypeAlias = int | tuple[int | None, ...] | None
 
 EXAMPLE = "window=32x32 stride=8x8"
 
@@ -90,7 +94,11 @@ class Preset:
     """A neighborhood attention for a model, or for any layout.
 
     Attributes:
-      window, stride: tokens along each dimension of the layout, or a number for all dimensions.
+      window: tokens along each dimension of the layout, or a number for all dimensions; None is all
+        tokens of a dimension.
+      stride, dilation: of the window along each dimension, or numbers for all dimensions.
+      layers: the settings of a model's layers where these differ, and None of a dense one; window,
+        stride and dilation then say nothing.
       name: what it is asked for by; empty for a setting of your own.
       layout: tokens along each dimension that it is made for.
       model: that it is made for.
@@ -101,8 +109,10 @@ class Preset:
       source: of the setting.
     """
 
-    window: int | tuple[int, ...]
+    window: Sizes = None
     stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    layers: tuple["Preset | None", ...] = ()
     name: str = ""
     layout: tuple[int, ...] | None = None
     model: Transformer | None = None
@@ -114,7 +124,17 @@ class Preset:
 
     def __str__(self) -> str:
         name = f" ({self.name})" if self.name else ""
-        return f"a window of {_by(self.window)} at stride {_by(self.stride)}{name}"
+        if self.layers:
+            return f"a window for each of {len(self.layers)} layers{name}"
+        dilated = "" if self.dilation == 1 else f", dilation {_by(self.dilation)}"
+        return f"a window of {_by(self.window)} at stride {_by(self.stride)}{dilated}{name}"
+
+    @property
+    def settings(self) -> tuple["Preset", ...]:
+        """Itself, or the different ones of its layers, in the order in which they come."""
+        if not self.layers:
+            return (self,)
+        return tuple({each: None for each in self.layers if each is not None})
 
     def dense_steps_of(self, steps: int) -> int:
         """How many of `steps` stay dense: the same share of them as of the preset's own."""
@@ -124,22 +144,36 @@ class Preset:
         """One per dimension of a layout.
 
         Raises:
-          ValueError: it does not fit the layout; the message names the nearest that it fits.
+          ValueError: it does not fit the layout; the message names the nearest that it fits. Or it
+            has a window for each layer: ask its `settings`.
         """
-        given = [len(each) for each in (self.window, self.stride) if isinstance(each, tuple)]
+        if self.layers:
+            one = self.settings[0]
+            raise ValueError(
+                f"{self.name or 'this attention'} has windows of their own for each of its "
+                f"{len(self.layers)} layers: take one of these, such as 'window={_by(one.window)} "
+                f"stride={_by(one.stride)} dilation={_by(one.dilation)}'."
+            )
+        parts = (self.window, self.stride, self.dilation)
+        given = [len(each) for each in parts if isinstance(each, tuple)]
         if set(given) - {len(layout)}:
             raise ValueError(
                 f"{self} has {given[0]} dimensions and does not fit a layout of {_by(layout)} "
                 f"tokens, which has {len(layout)}."
             )
-        sizes = self.window if isinstance(self.window, tuple) else (self.window,) * len(layout)
-        least = tuple(map(max, layout, sizes))
-        if least != tuple(layout):
+        nearest = nearest_layout(layout, self.window, self.stride, self.dilation)
+        if nearest not in (None, tuple(layout)):
             raise ValueError(
                 f"{self} does not fit a layout of {_by(layout)} tokens; the nearest that it fits "
-                f"is {self._sized(least)}."
+                f"is {self._sized(nearest)}."
             )
-        return windows_of(tuple(layout), self.window, self.stride, names={"kernel_size": "window"})
+        settings = self.window, self.stride, self.dilation
+        return windows_of(tuple(layout), *settings, names={"kernel_size": "window"})
+
+    def require_fit(self, layout: Sequence[int]) -> None:
+        """Raise the ValueError of `windows` unless all layers' windows fit the layout."""
+        for setting in self.settings:
+            setting.windows(layout)
 
     def advice(self, layout: Sequence[int], tiles: Tiles) -> str:
         """How to do without masks, which cost time, in one sentence; empty where none is needed.
@@ -152,6 +186,9 @@ class Preset:
         Raises:
           ValueError: the window does not fit the layout.
         """
+        if self.layers:
+            every = (setting.advice(layout, tiles) for setting in self.settings)
+            return next(filter(None, every), "")
         nearest = [*map(_mask_free_length, self.windows(layout), *tiles)]
         if nearest == list(layout):
             return ""
@@ -192,6 +229,8 @@ def _crossed(
 FLUX = _joint("FLUX.1", layers=19 + 38, text=512)
 HUNYUAN = _joint("HunyuanVideo", layers=20 + 40, text=256)
 COSMOS = _crossed("Cosmos-Predict1 7B", 32, 28, 6, 1024, 4 * 4096, frames=8)
+COSMOS_2B = _crossed("Cosmos-Predict2 2B", 16, 28, 6, 1024, 4 * 2048)
+COSMOS_14B = _crossed("Cosmos-Predict2 14B", 40, 36, 6, 1024, 4 * 5120)
 WAN = _crossed("Wan 2.1 14B", 40, 40, 6, 5120, 13824)
 
 PAPER = "arXiv 2504.16922"
@@ -203,6 +242,33 @@ COSMOS_TILES: Mapping[TileClass, Tiles] = {
     "hopper": ((4, 4, 8), (4, 4, 8)),
     "blackwell": ((8, 4, 8), (4, 4, 8)),
 }
+
+
+def _by_layers(name: str, model: Transformer, runs: Sequence[tuple[int, str]]) -> Preset:
+    """Cosmos-Predict2's attention: so many layers after each other with a setting of this list.
+
+    From 98 % sparsity, the first far apart, over 95, 92, 77 and 55 % to none; all see all frames.
+    """
+    settings = {
+        "far": Preset((None, 4, 16), dilation=(1, 11, 5), name=name, model=model),
+        "wide": Preset((None, 12, 16), (1, 4, 1), (1, 1, 5), name=name, model=model),
+        **{
+            key: Preset((None, *sides), (1, 4, 8), name=name, model=model)
+            for key, sides in (("92 %", (12, 24)), ("77 %", (20, 40)), ("55 %", (28, 56)))
+        },
+        "dense": None,
+    }
+    return Preset(
+        layers=tuple(settings[key] for count, key in runs for _ in range(count)),
+        name=name,
+        layout=(24, 44, 80),
+        model=model,
+        steps=35,
+        tiles=COSMOS_TILES,
+        source="nvidia-cosmos/cosmos-predict2, config_natten.py, of models trained with it at 720p",
+    )
+
+
 # Among the shapes that NATTEN has for a B200, those of the paper's two windows for HunyuanVideo are
 # told by its simulated column, and (2, 16, 8) by its measured one, too.
 PRESETS: Mapping[str, Preset] = {
@@ -290,15 +356,36 @@ PRESETS: Mapping[str, Preset] = {
             tiles={"hopper": ((4, 4, 8), (4, 4, 8)), "blackwell": ((4, 8, 8), (2, 8, 8))},
             source="chosen as hunyuan's, and its share of dense steps; quality not published",
         ),
+        _by_layers(
+            "cosmos-predict2-2b",
+            COSMOS_2B,
+            [
+                *((2, "far"), (1, "wide"), (2, "92 %"), (1, "wide"), (4, "92 %"), (1, "wide")),
+                *((12, "77 %"), (1, "55 %"), (3, "77 %"), (1, "92 %")),
+            ],
+        ),
+        _by_layers(
+            "cosmos-predict2-14b",
+            COSMOS_14B,
+            [
+                *((11, "far"), (2, "wide"), (10, "92 %"), (1, "77 %"), (1, "55 %"), (1, "77 %")),
+                *((1, "55 %"), (1, "dense"), (1, "55 %"), (2, "77 %"), (2, "55 %"), (1, "77 %")),
+                *((1, "55 %"), (1, "77 %")),
+            ],
+        ),
     )
 }
+
+
+# Those of them that are the same in all layers, of which whole models are simulated.
+OF_ALL_LAYERS = tuple(name for name, preset in PRESETS.items() if not preset.layers)
 
 
 def attention_preset(text: str) -> Preset:
     """The preset that a text names, or a setting of one's own such as `window=32x32 stride=8x8`.
 
-    A single size stands for all dimensions of a layout, which is not known here; the stride is 1
-    unless given.
+    A single size stands for all dimensions of a layout, which is not known here; `all` as a
+    window's size for all tokens of a dimension. Stride and dilation are 1 unless given.
 
     Raises:
       ValueError: the text is neither; one sentence.
@@ -311,46 +398,56 @@ def attention_preset(text: str) -> Preset:
             f"an attention is {', '.join(PRESETS)}, or a setting of your own such as {EXAMPLE!r}; "
             f"received {text!r}."
         )
-    given: dict[str, int | tuple[int, ...]] = {}
+    given: dict[str, tuple[int | None, ...]] = {}
     for word in words:
         name, _, value = word.partition("=")
-        sizes = value.split("x")
-        numbers = tuple(int(size) for size in sizes if size.isdecimal() and int(size) > 0)
-        if name not in ("window", "stride") or name in given or len(numbers) < len(sizes):
+        numbers = tuple(_size(size, name) for size in value.split("x"))
+        names = ("window", "stride", "dilation")
+        if name not in names or name in given or 0 in numbers:
             raise ValueError(
-                "an attention's setting has one window and at most one stride, with a size for "
-                f"each dimension, as in {EXAMPLE!r}; received {word!r} in {text!r}."
+                "an attention's setting has one window and at most one stride and one dilation, "
+                f"with a size for each dimension, as in {EXAMPLE!r}; received {word!r} in {text!r}."
             )
-        given[name] = numbers if len(numbers) > 1 else numbers[0]
+        given[name] = numbers
     if "window" not in given:
         raise ValueError(
             f"an attention's setting has a window, as in {EXAMPLE!r}; received {text!r}."
         )
-    ranks = {len(sizes) for sizes in given.values() if isinstance(sizes, tuple)}
+    ranks = {len(sizes) for sizes in given.values()} - {1}
     if len(ranks) > 1 or max(ranks, default=1) > 3:
         raise ValueError(
-            "an attention's window and stride have the same 1 to 3 dimensions, as in "
+            "an attention's window, stride and dilation have the same 1 to 3 dimensions, as in "
             f"{EXAMPLE!r}; received {text!r}."
         )
-    window, stride = given["window"], given.get("stride", 1)
-    if np.greater(stride, window).any():
+    window, stride = given["window"], given.get("stride", (1,))
+    limits = [np.inf if size is None else size for size in window]
+    if np.greater(stride, limits).any():
         raise ValueError(f"an attention's stride must not exceed its window; received {text!r}.")
-    return Preset(window, stride)
+    return Preset(**{name: one[0] if len(one) == 1 else one for name, one in given.items()})
 
 
-def _by(sizes: int | Sequence[int]) -> str:
-    return "x".join(map(str, sizes)) if isinstance(sizes, Sequence) else str(sizes)
+def _size(text: str, name: str) -> int | None:
+    """A size as it is written, None for all tokens; 0 is none."""
+    if text == "all" and name == "window":
+        return None
+    return int(text) if text.isdecimal() else 0
+
+
+def _by(sizes: Sizes | Sequence[int]) -> str:
+    every = sizes if isinstance(sizes, Sequence) else (sizes,)
+    return "x".join("all" if size is None else str(size) for size in every)
 
 
 def _mask_free_length(window: Window, query_tile: int, key_tile: int) -> int | None:
     """The nearest number of tokens, not below the window, with which no tile needs a mask."""
     for distance in range(4 * max(query_tile, key_tile)):
         for length in (window.length + distance, window.length - distance):
-            if length >= window.kernel_size:
+            if length >= window.kernel_size * window.dilation:
                 other = dataclasses.replace(window, length=length)
-                found = visits(other, length, query_tile, key_tile)
-                if (found.first == found.free_first).all() and (
-                    found.last == found.free_last
-                ).all():
+                found = [visits(other, n, query_tile, key_tile) for n in {*other.group_lengths()}]
+                if all(
+                    (each.first == each.free_first).all() and (each.last == each.free_last).all()
+                    for each in found
+                ):
                     return length
     return None

@@ -227,6 +227,8 @@ def windows_of(
 ) -> tuple[Window, ...]:
     """Checks the settings of each dimension of a token layout; see `Window`.
 
+    None among the sizes of `kernel_size` is all tokens of a dimension.
+
     `names` are what messages call the arguments, where the caller knows them by other names.
 
     Raises:
@@ -242,7 +244,7 @@ def windows_of(
     names = {name: names.get(name, name) for name in arguments}
     of_layout = names["token_layout"].replace("_", " ")
     lengths = per_dimension(names["token_layout"], layout, rank)
-    sizes = per_dimension(names["kernel_size"], kernel_size, rank)
+    sizes = per_dimension(names["kernel_size"], _without_all(kernel_size, lengths), rank)
     strides = per_dimension(names["stride"], stride, rank)
     dilations = per_dimension(names["dilation"], dilation, rank)
     causal = per_dimension(names["is_causal"], is_causal, rank, convert=_as_bool)
@@ -264,6 +266,28 @@ def windows_of(
                 f"dimension {m} ({names['stride']}={strides}, {names['kernel_size']}={sizes})."
             )
     return tuple(map(Window, lengths, sizes, strides, dilations, causal))
+
+
+def nearest_layout(
+    layout: Sequence[int], window: PerDimension, stride: PerDimension, dilation: PerDimension
+) -> tuple[int, ...] | None:
+    """The smallest layout not below `layout` that holds its windows; None if there is none."""
+    rank = len(layout)
+    try:
+        sizes = per_dimension("window", _without_all(window, (1,) * rank), rank)
+        spans = map(math.prod, zip(sizes, per_dimension("dilation", dilation, rank), strict=True))
+        nearest = tuple(map(max, layout, spans))
+        windows_of(nearest, window, stride, dilation)
+    except ValueError:
+        return None
+    return nearest
+
+
+def _without_all(sizes: PerDimension, lengths: Sequence[int]) -> PerDimension:
+    """Windows in which None, for all tokens of a dimension, is their number."""
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != len(lengths):
+        return sizes
+    return tuple(n if size is None else size for size, n in zip(sizes, lengths, strict=True))
 
 
 def _as_size(value: Any) -> int | None:

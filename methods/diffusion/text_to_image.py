@@ -1,277 +1,77 @@
-"""Text to image: a pipeline, of whatever family, sampled with guidance.
+"""Text to image, and to video: a pipeline, of whatever family, sampled with guidance.
 
-`generate` is a pure, jittable function (a `lax.scan` over the sampler's steps) of arrays and split
-modules; `TextToImage` is the same for people: prompts in, uint8 images out. Images and latents are
-`[B, H, W, C]`, token ids `[B, L]`.  What differs between families is the pipeline's to say
-(`flax_models.pipelines`).
+`TextToImage` is `generation.generate` for people: prompts in, uint8 images out, `[N, H, W, 3]`, or
+videos, `[N, F, H, W, 3]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
 
 from ...flax_models.layers.attention import Neighborhoods, with_attention
-from ...flax_models.layers.joint_attention import JointTextCondition
-from ...flax_models.pipelines.guidance import Predictor, classifier_free
 from ...flax_models.pipelines.pipeline import Pipeline
+from ...flax_models.pipelines.video import VideoPipeline
 from ...flax_models.streaming import is_streamed
-from ...flax_models.unet_2d_condition import TextCondition
+from ...kernels.gna.presets import Preset, attention_preset
 from ..estimate import OnEstimate, compile_seconds, run_seconds, work
-from ..memory import available_memory, denoiser_bytes, require_memory, vae_bytes
+from ..memory import available_memory, denoiser_bytes, require_memory, vae_bytes, video_vae_bytes
 from ..sampling import (
+    EDMSchedule,
     FlowMatchSchedule,
     NoiseSchedule,
     Sampler,
+    edm_sampler,
     empirical_mu,
     flow_euler_sampler,
     make_sampler,
     schedule_of,
 )
-from ..seeds import seed_key
+from .generation import (
+    Condition,
+    OnStep,
+    Params,
+    Phase,
+    PipelineStatic,
+    generate,
+    generate_by_steps,
+    generate_over,
+    image_keys,
+    initial_noise,
+    jitted_generate,
+    sample_latents,
+    split_pipeline,
+)
+from .kept_samples import KeptSamples
 
-Params = Mapping[str, Any]  # {"denoiser": …, "vae": …, "text_encoder": …}, each a plain dict pytree
-
-
-# What a model is conditioned on: text states, a `TextCondition` of SDXL, a `JointTextCondition` of
-# a transformer, or a DiT's class labels.
-Condition = Float[Array, "... L D"] | Int[Array, "..."] | TextCondition | JointTextCondition
-
-
-class PipelineStatic(NamedTuple):
-    """The hashable half of a pipeline: its family, and one graph definition per module.
-
-    `text_encoder` is the pipeline's `prompt_encoder`: of SDXL both of them. `downsampling` is in
-    pixels per latent. `vae_tiling` decodes large images in tiles (`AutoencoderKL.decode`). `first`
-    is for steps with another attention, as for `sample_latents`.
-    """
-
-    family: type[Pipeline]
-    denoiser: Any
-    vae: Any
-    text_encoder: Any
-    downsampling: int
-    vae_tiling: bool = False
-    first: tuple[Any, int] | None = None
-
-
-def split_pipeline(pipeline: Pipeline) -> tuple[PipelineStatic, Params]:
-    """Graph definitions and parameters of the three modules, as `generate` takes them."""
-    for name in pipeline.MODELS:
-        if getattr(pipeline, name) is None and name not in pipeline.OPTIONAL:
-            raise ValueError(f"Sampling needs the pipeline's {name}, which was not loaded.")
-    modules = {
-        "denoiser": pipeline.denoiser,
-        "vae": pipeline.vae,
-        "text_encoder": pipeline.prompt_encoder,
-    }
-    graphdefs, params = {}, {}
-    for name, module in modules.items():
-        graphdefs[name], state = nnx.split(module)
-        params[name] = nnx.to_pure_dict(state)
-    downsampling = pipeline.vae.config.downsampling
-    return PipelineStatic(type(pipeline), **graphdefs, downsampling=downsampling), params
-
-
-# ---- pure functions ----
-
-
-def sample_latents(
-    denoiser: Any,
-    params: Any,
-    condition: Condition,
-    negative: Condition | None,
-    noise: Float[Array, "B *X C"],
-    sampler: Sampler,
-    guidance_scale: Float[Array, ""] | float = 1.0,
-    *,
-    keys: Key[Array, " B"] | None = None,
-    predictor: Callable[..., Predictor] = classifier_free,
-    first: tuple[Any, int] | None = None,
-) -> Float[Array, "B *X C"]:
-    """Runs the sampler from unit normal noise to latents, in float32.
-
-    Args:
-      denoiser, params: graph definition and parameters of a UNet, a video UNet or a transformer.
-      condition: what it reads of the prompts; for a DiT, class labels.
-      negative: that of the negative prompts, each [B, ...] or one [...] for all; for a DiT the null
-        class. None samples without guidance.
-      noise: unit normal [B, H, W, C], of videos [B, F, H, W, C]; the sampler scales it.
-      sampler: tables of the run.
-      guidance_scale: strength of the prompt.
-      keys: one per image; the source of fresh noise, needed exactly when `sampler.stochastic`.
-      predictor: the kind of guidance (`flax_models.pipelines.guidance`).
-      first: another graph definition of the same parameters, and how many steps it takes before
-        `denoiser` does: dense attention ahead of sparse (arXiv 2504.16922, section 4.3).
-
-    Raises:
-      ValueError: a stochastic sampler without keys.
-    """
-    if sampler.stochastic and keys is None:
-        raise ValueError("This sampler adds noise at every step: pass `keys`, one per image.")
-
-    def run(graphdef: Any, carry: tuple[Array, Any], steps: Array) -> tuple[Array, Any]:
-        model = nnx.merge(graphdef, params)
-        predict = predictor(model, condition, negative, guidance_scale)
-        if is_streamed(model):
-            for i in steps:
-                carry, _ = step(predict, carry, i)
-            return carry
-        return jax.lax.scan(functools.partial(step, predict), carry, steps)[0]
-
-    def step(predict: Predictor, carry: tuple[Array, Any], i: Array) -> Any:
-        x, memory = carry
-        output = predict(sampler.scale(x, i), jnp.asarray(sampler.timesteps)[i])
-        fresh = None
-        if keys is not None and sampler.stochastic:
-            fresh = _noise(keys, i + 1, x.shape[1:])
-        return sampler.advance(x, output, i, fresh, memory), None
-
-    x = noise.astype(jnp.float32) * sampler.init_noise_sigma
-    carry, steps = (x, sampler.memory(x)), jnp.arange(sampler.num_steps)
-    if first is not None:
-        before, count = first
-        carry, steps = run(before, carry, steps[:count]), steps[count:]
-    return run(denoiser, carry, steps)[0]
-
-
-def generate(
-    static: PipelineStatic,
-    params: Params,
-    token_ids: Any,
-    negative_ids: Any,
-    noise: Float[Array, "B *F h w C"],
-    sampler: Sampler,
-    guidance_scale: Float[Array, ""] | float = 7.5,
-    *,
-    keys: Key[Array, " B"] | None = None,
-    sizes: Float[Array, " 6"] | None = None,
-) -> Float[Array, "B *F H W 3"]:
-    """Images in [-1, 1], float32, of tokenized prompts: encode, sample, decode.
-
-    Pure; jit it with `static` as the only static argument, unless models of it are streamed
-    (`flax_models.streaming`), whose blocks compile one by one.
-
-    Args:
-      static, params: from `split_pipeline`.
-      token_ids: of the prompts, as the family's `tokenize` gives them: [B, L]; for SDXL also
-        [B, 2, L], those of both tokenizers.
-      negative_ids: of the negative prompts, or without the first dimension of one for all; of no
-        text at all, (), which is zeros in place of states; None for no guidance.
-      noise, sampler, guidance_scale, keys: as for `sample_latents`.
-      sizes: SDXL's `TextCondition.time_ids`; by default an uncropped image of the drawn size.
-    """
-    family = static.family
-    encoder = nnx.merge(static.text_encoder, params["text_encoder"])
-    condition = family.encode(encoder, token_ids)
-    negative = None
-    if negative_ids is not None and not jax.tree.leaves(negative_ids):
-        negative = family.without_text(condition)
-    elif negative_ids is not None:
-        negative = family.encode(encoder, jax.tree.map(_batched, negative_ids, token_ids))
-    height, width = (side * static.downsampling for side in noise.shape[-3:-1])
-    condition = family.for_size(condition, height, width, sizes)
-    if negative is not None:
-        negative = family.for_size(negative, height, width, sizes)
-    latents = sample_latents(
-        static.denoiser,
-        params["denoiser"],
-        condition,
-        negative,
-        noise,
-        sampler,
-        guidance_scale,
-        keys=keys,
-        predictor=family.predictor,
-        first=static.first,
-    )
-    return _decode(static, params["vae"], latents)
-
-
-def _batched(one: Array, several: Array) -> Array:
-    return one[None] if one.ndim < several.ndim else one
-
-
-@functools.partial(jax.jit, static_argnums=0)  # also where the rest of `generate` is not
-def _decode(
-    static: PipelineStatic, params: Any, latents: Float[Array, "B *F h w C"]
-) -> Float[Array, "B *F H W 3"]:
-    return static.family.decode(nnx.merge(static.vae, params), latents, tiling=static.vae_tiling)
-
-
-def image_keys(seed: int, indices: Int[Array, " B"] | Int[np.ndarray, " B"]) -> Key[Array, " B"]:
-    """One key per image, a function of the seed and the image's own index alone."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(seed_key(seed), jnp.asarray(indices))
-
-
-def initial_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, " B *shape"]:
-    """The unit normal noise each image starts from, float32 [B, *shape]."""
-    return _noise(keys, 0, shape)
-
-
-def _noise(keys: Key[Array, " B"], use: Array | int, shape: tuple[int, ...]) -> Array:
-    """Unit normal noise of each image's key; `use` is 0 for the start, i + 1 for step i."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, use), shape))(keys)
-
-
-jitted_generate = jax.jit(generate, static_argnums=0)  # equal architectures compile once
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def generate_over(
-    mesh: Mesh,
-    static: PipelineStatic,
-    params: Params,
-    token_ids: Any,
-    negative_ids: Any,
-    noise: Array,
-    sampler: Sampler,
-    guidance_scale: Array | float,
-    *,
-    keys: Array | None = None,
-    sizes: Array | None = None,
-) -> Float[Array, "B *F H W 3"]:
-    """`generate` with the images split over a mesh's axis `data`.
-
-    Each device runs the program of its share alone, so an image does not depend on how many devices
-    there are. `negative_ids` are those of one prompt for all.
-    """
-    one, each = PartitionSpec(), PartitionSpec("data")
-
-    def share(params, token_ids, negative_ids, noise, sampler, guidance_scale, keys, sizes):
-        return generate(
-            static,
-            params,
-            token_ids,
-            negative_ids,
-            noise,
-            sampler,
-            guidance_scale,
-            keys=keys,
-            sizes=sizes,
-        )
-
-    run = jax.shard_map(
-        share,
-        mesh=mesh,
-        in_specs=(one, each, one, each, one, one, each, one),
-        out_specs=each,
-        check_vma=False,
-    )
-    return run(params, token_ids, negative_ids, noise, sampler, guidance_scale, keys, sizes)
-
-
-# ---- for people ----
+__all__ = [
+    "Condition",
+    "Params",
+    "Phase",
+    "PipelineStatic",
+    "TextToImage",
+    "generate",
+    "generate_over",
+    "image_keys",
+    "initial_noise",
+    "jitted_generate",
+    "sample_latents",
+    "split_pipeline",
+    "text_to_image",
+    "to_uint8",
+]
 
 
 def to_uint8(images: Float[Array, "*B H W 3"] | np.ndarray) -> UInt8[np.ndarray, "*B H W 3"]:
@@ -293,8 +93,11 @@ class TextToImage:
     static: PipelineStatic
     params: Params
     pipeline: Pipeline  # read for its tokenizers and settings, not its weights
-    schedule: NoiseSchedule | FlowMatchSchedule
-    frames: int | None = None  # of a video; None draws images
+    schedule: NoiseSchedule | FlowMatchSchedule | EDMSchedule
+    frames: int | None = None  # of a video by an image model; None draws what the family draws
+    dense: tuple[Phase, ...] = ()  # of the steps before those with another attention
+    dense_steps: int = 0
+    preset: Preset | None = None  # of neighborhood attention, if it was asked for by one
 
     @classmethod
     def from_pipeline(
@@ -305,13 +108,13 @@ class TextToImage:
         attention: Neighborhoods = None,
         dense_steps: int = 0,
     ) -> TextToImage:
-        """Splits the modules; with `vae_tiling` large images are decoded in tiles.
+        """Splits the modules; with `vae_tiling` large images and videos are decoded in tiles.
 
         Args:
           pipeline: of any family.
           vae_tiling: decode in tiles the size of what the autoencoder was trained on.
           attention: of a transformer, `GNA` settings in place of dense self-attention, for all
-            layers or one for each (`with_attention`).
+            layers or one for each (`with_attention`); or a preset, or its name.
           dense_steps: how many steps are dense before.
 
         Raises:
@@ -331,15 +134,25 @@ class TextToImage:
                 f"The {pipeline.DENOISER} denoises latents of {denoised} channels, and the "
                 f"autoencoder's have latent_channels={coded}: they belong to different models."
             )
+        if isinstance(attention, str):
+            attention = attention_preset(attention)
+        dense = static.phases if dense_steps and attention is not None else ()
         if attention is not None:
-            sparse = nnx.split(with_attention(pipeline.denoiser, attention))[0]
-            first = (static.denoiser, dense_steps) if dense_steps else None
-            static = static._replace(denoiser=sparse, first=first)
+            graphdefs = (
+                nnx.split(with_attention(denoiser, attention))[0] for denoiser in pipeline.denoisers
+            )
+            phases = zip(static.phases, graphdefs, strict=True)
+            static = static._replace(
+                phases=tuple(phase._replace(denoiser=sparse) for phase, sparse in phases)
+            )
         return cls(
             static=static._replace(vae_tiling=vae_tiling),
             params=params,
             pipeline=pipeline,
             schedule=schedule_of(pipeline.schedule_config),
+            dense=dense,
+            dense_steps=dense_steps if dense else 0,
+            preset=attention if isinstance(attention, Preset) else None,
         )
 
     def __call__(
@@ -348,7 +161,7 @@ class TextToImage:
         *,
         seed: int = 0,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
         negative_prompt: str | None = None,
@@ -357,10 +170,15 @@ class TextToImage:
         sizes: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
+        fps: int | None = None,
+        conditioning: UInt8[np.ndarray, "F H W 3"] | None = None,
         latents: Float[Array, "N *F h w C"] | np.ndarray | None = None,
         first_index: int = 0,
         on_estimate: OnEstimate | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
+        kept: KeptSamples | None = None,
     ) -> UInt8[np.ndarray, "N *F H W 3"]:
         """One image per prompt, uint8 [N, H, W, 3], or one video, [N, F, H, W, 3].
 
@@ -372,7 +190,8 @@ class TextToImage:
             adds one (`sampling.pndm.pndm_sampler`); by default the family's, 50 of Stable
             Diffusion.
           guidance_scale: strength of the prompt; by default the family's, of Stable Diffusion 7.5.
-            No classifier-free guidance (half the time) at 1 or below.
+            No classifier-free guidance (half the time) at 1 or below. Of Wan 2.2's pair of models
+            one for each, or one for both.
           sampler: one of `sampling.SAMPLER_KINDS`; by default what the pipeline's scheduler asks
             for.
           eta: DDIM's fresh noise, 0 to 1.
@@ -384,15 +203,22 @@ class TextToImage:
             serves all.
           mesh: devices, along its axis `data`, that draw a batch each.
           height, width: in pixels, multiples of the autoencoder's downsampling; by default the
-            UNet's own.
+            UNet's own, or the family's.
+          num_frames: of a video, by default the family's.
+          fps: frames per second, for families whose model is told; by default their own.
+          conditioning: frames that a video begins with, for families that go on from such.
           latents: unit normal noise, [N, h, w, C] or [N, F, h, w, C], in place of the seed's.
           first_index: number of the first image.
           on_estimate: called with about how long compiling and drawing will take, before either.
           on_progress: called with (images done, images in all) after each batch.
+          on_step: called with ("sampling" or "decoding", units done, units in all) as each batch
+            goes on. It, `kept`, videos and streamed models have one program per step.
+          kept: where a sample is kept between its steps, to go on from after a kill.
 
         Raises:
           ValueError: no prompt, token ids or sizes that do not fit, settings the sampler does
-            not know.
+            not know; what is `kept` is of other settings.
+          SamplingInterrupted: SIGINT or SIGTERM came, and the sample is `kept`.
           NotEnoughMemoryError: images too large, or too many, for the memory there is.
           FloatingPointError: the model produced NaN or infinity.
         """
@@ -405,10 +231,17 @@ class TextToImage:
         steps, guidance = self.pipeline.defaults
         steps = steps if num_inference_steps is None else num_inference_steps
         guidance_scale = guidance if guidance_scale is None else guidance_scale
-        if not math.isfinite(guidance_scale):
+        strengths = np.ravel(np.asarray(guidance_scale, np.float64))
+        if not np.isfinite(strengths).all():
             raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale}.")
-        frames = () if self.frames is None else (self.frames,)
-        shape = (*frames, *self.pipeline.latent_shape_for(height, width))
+        if len(strengths) not in (1, len(self.static.phases)):
+            raise ValueError(
+                f"guidance_scale takes one number for each of {len(self.static.phases)} models, "
+                f"or one for all; got {guidance_scale}."
+            )
+        shape = self._shape(height, width, num_frames)
+        if self.preset is not None:
+            self.preset.require_fit(self._token_layout(shape))
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(
                 f"latents must be {(len(prompts), *shape)}, one per prompt at this size; "
@@ -421,13 +254,13 @@ class TextToImage:
         total = len(prompts)
         each = min(batch_size, -(-total // devices))  # on a device
         batch_size = devices * each
-        guided = self.pipeline.guides(guidance_scale)
+        guided = any(map(self.pipeline.guides, strengths.tolist()))
         if negative_prompt is not None and not self.pipeline.guides(math.inf):
             raise ValueError(
                 f"{type(self.pipeline).__name__} is not guided away from a negative_prompt here: "
                 "this model learnt its guidance. Leave it out."
             )
-        self._require_memory(shape, total, each, devices, guided)
+        tiling = self._require_memory(shape, total, each, devices, guided)
         ids = self._token_ids(prompts)
         negative = None
         if guided:
@@ -438,24 +271,59 @@ class TextToImage:
         streamed = is_streamed(self.pipeline.denoiser) or is_streamed(self.pipeline.prompt_encoder)
         if streamed and mesh is not None:
             raise ValueError("streamed models draw on one device: leave out mesh.")
-        whole = generate if streamed else jitted_generate
-        program = whole if mesh is None else functools.partial(generate_over, mesh)
-        draw = functools.partial(
-            program, self.static, sizes=None if sizes is None else np.asarray(sizes, np.float32)
-        )
+        by_steps = streamed or isinstance(self.pipeline, VideoPipeline) or bool(on_step or kept)
+        if by_steps and mesh is not None:
+            raise ValueError("videos, and what is told or kept of steps, take no mesh.")
+        static, guidance = self._static(tables, strengths, tiling)
+        known = self._known(conditioning, shape)
+        more: dict[str, Any] = {}
+        if sizes is not None:
+            more["sizes"] = np.asarray(sizes, np.float32)
+        program = jitted_generate if mesh is None else functools.partial(generate_over, mesh)
+        if by_steps:
+            program, more["on_step"] = generate_by_steps, on_step
+        draw = functools.partial(program, static)
+        if kept is not None:
+            told = {
+                "prompts": np.asarray(prompts).tolist(),
+                "seed": seed,
+                "first_index": first_index,
+                "num_inference_steps": steps,
+                "guidance_scale": strengths.tolist(),
+                "negative_prompt": negative_prompt,
+                "sampler": sampler,
+                "eta": eta,
+                "batch_size": batch_size,
+                "sizes": None if sizes is None else list(sizes),
+                "size": list(shape),
+                "fps": fps,
+            }
+            kept.claim(told | self._fingerprints(static, latents=latents, conditioning=known))
         images = []
         for start in range(0, total, batch_size):
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             keys = image_keys(seed, rows + first_index)
             noise = initial_noise(keys, shape) if latents is None else jnp.asarray(latents)[rows]
             own = jax.tree.map(lambda each: jnp.asarray(each[rows]), ids)  # noqa: B023, at once
-            drawn = (self.params, own, negative, noise, tables, float(guidance_scale))
-            fresh = keys if tables.stochastic else None
+            drawn = (self.params, own, negative, noise, tables, guidance)
+            more["keys"] = keys if tables.stochastic else None
+            given = self.pipeline.given(keys, fps=fps, known=known)
+            more |= {} if given is None else {"given": given}
+            if kept is not None:
+                more["kept"] = kept.batch(start)
+            batches = -(-total // batch_size)
             if on_estimate is not None and not images and not streamed:
-                found = work(draw, *drawn, keys=fresh)
-                batches = -(-total // batch_size)
-                on_estimate(compile_seconds(found.equations), run_seconds(found.flops) * batches)
-            batch = np.asarray(draw(*drawn, keys=fresh))[: total - start]
+                if by_steps:
+                    more["on_estimate"] = lambda compiling, running, batches=batches: on_estimate(
+                        compiling, running * batches
+                    )
+                else:
+                    found = work(draw, *drawn, **more)
+                    on_estimate(
+                        compile_seconds(found.equations), run_seconds(found.flops) * batches
+                    )
+            batch = np.asarray(draw(*drawn, **more))[: total - start]
+            more.pop("on_estimate", None)
             if not np.isfinite(batch).all():
                 raise FloatingPointError(
                     f"The model produced NaN or infinite pixels in images {start} to "
@@ -467,27 +335,111 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
+    def _token_layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along each dimension of latents of that shape, frames first."""
+        *frames, rows, columns, _ = shape
+        return (*frames, rows // self.pipeline.PATCH, columns // self.pipeline.PATCH)
+
     def _sampler(self, kind: str | None, steps: int, eta: float, shape: tuple[int, ...]) -> Sampler:
         """The tables of a run for latents of that shape."""
         schedule, pipeline = self.schedule, self.pipeline
         if isinstance(schedule, NoiseSchedule):
             return make_sampler(schedule, kind, num_inference_steps=steps, eta=eta)
         if kind is not None or eta:
+            how = "is denoised" if isinstance(schedule, EDMSchedule) else "follows a flow,"
             raise ValueError(
-                f"{type(pipeline).__name__} follows a flow, by Euler steps: leave out "
+                f"{type(pipeline).__name__} {how} by Euler steps: leave out "
                 f"{'sampler' if kind is not None else 'eta'}."
             )
+        if isinstance(schedule, EDMSchedule):
+            return edm_sampler(schedule, steps, start=schedule.sigma_max)
         mu = None
         if schedule.use_dynamic_shifting:
-            tokens = math.prod(shape[-3:-1]) // pipeline.PATCH**2
+            tokens = math.prod(self._token_layout(shape)[-2:])
             fitted = pipeline.SHIFT == "empirical"
             mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
         return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)
 
+    def _shape(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, ...]:
+        """Of the latents of an image or video of that size."""
+        if isinstance(self.pipeline, VideoPipeline):
+            return self.pipeline.latent_shape_for(height, width, frames)
+        if frames not in (None, self.frames):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} draws images: leave out num_frames={frames}, or "
+                "pass a motion_adapter to text_to_video."
+            )
+        of_time = () if self.frames is None else (self.frames,)
+        return (*of_time, *self.pipeline.latent_shape_for(height, width))
+
+    def _static(
+        self, tables: Sampler, strengths: np.ndarray, tiling: bool
+    ) -> tuple[PipelineStatic, Any]:
+        """What a run is compiled for, and its guidance: one number, or one for each step."""
+        static = self.static._replace(vae_tiling=tiling)
+        counts = self.pipeline.steps_of(np.asarray(tables.timesteps))
+        guidance = float(strengths[0])
+        if len(strengths) > 1:
+            guidance = np.repeat(strengths, counts).astype(np.float32)
+        if len(counts) == 1 and not self.dense:
+            return static, guidance
+        phases, begun = [], 0
+        for number, (phase, count) in enumerate(zip(static.phases, counts, strict=True)):
+            before = min(max(self.dense_steps - begun, 0), count)
+            if before:
+                phases.append(self.dense[number]._replace(steps=before))
+            phases.append(phase._replace(steps=count - before))
+            begun += count
+        phases[-1] = phases[-1]._replace(steps=None)
+        return static._replace(phases=tuple(phases)), guidance
+
+    def _known(
+        self, conditioning: UInt8[np.ndarray, "F H W 3"] | None, shape: tuple[int, ...]
+    ) -> Any:
+        """What a family's models are told of the frames that a video begins with."""
+        takes = isinstance(self.pipeline, VideoPipeline) and self.pipeline.TAKES_FRAMES
+        if takes != (conditioning is not None):
+            name = type(self.pipeline).__name__
+            raise ValueError(
+                f"{name} goes on from frames: pass an image or a video as conditioning."
+                if takes
+                else f"{name} draws from texts alone: leave out conditioning."
+            )
+        if conditioning is None:
+            return None
+        factor = self.static.downsampling
+        size = (shape[-3] * factor, shape[-2] * factor)
+        frames, count = self.pipeline.conditioning_frames(conditioning, shape[0], size)
+        return _encode_frames(self.static, self.params["vae"], frames), count
+
+    def _fingerprints(self, static: PipelineStatic, **arrays: Any) -> dict[str, str | None]:
+        """Of what a sample depends on beside numbers and texts: equal ones give equal digests."""
+        leaves = jax.tree.leaves({name: self.params[name] for name in sorted(self.params)})
+        parts: list[bytes] = [str([(leaf.shape, str(leaf.dtype)) for leaf in leaves]).encode()]
+        few = leaves[:: max(1, len(leaves) // 16)]
+        parts += [
+            np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64]).tobytes() for leaf in few if leaf.ndim
+        ]
+        found: dict[str, str | None] = {"model": _digest(*parts)}
+        settings = [
+            str(getattr(node, "neighborhood", None))
+            for phase in static.phases
+            for _, node in nnx.iter_graph(nnx.merge(phase.denoiser, self.params[phase.part]))
+            if hasattr(node, "neighborhood")
+        ]
+        steps = [phase.steps for phase in static.phases]
+        dtypes = [str(denoiser.dtype) for denoiser in self.pipeline.denoisers]
+        found["attention"] = _digest(str((settings, steps)).encode())
+        found["dtype"] = ", ".join(dtypes)
+        for name, value in arrays.items():
+            leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(value)]
+            found[name] = _digest(*leaves) if leaves else None
+        return found
+
     def _require_memory(
         self, shape: tuple[int, ...], total: int, batch: int, devices: int, guided: bool
-    ) -> None:
-        """Refuse what cannot fit, and say what might.
+    ) -> bool:
+        """Refuse what cannot fit, and say what might; whether to decode in tiles.
 
         Args:
           shape: of a latent, [h, w, C] or [F, h, w, C].
@@ -497,52 +449,73 @@ class TextToImage:
           guided: whether the model sees each twice.
         """
         denoiser, vae = self.pipeline.denoiser, self.pipeline.vae
-        *frames, h, w, _ = shape
-        count, tiling, factor = (
-            math.prod(frames),
-            self.static.vae_tiling,
-            vae.config.downsampling,
-        )
+        *times, h, w, _ = shape
+        factor, tiling = vae.config.downsampling, self.static.vae_tiling
+        count = math.prod(times)
+        whole = isinstance(self.pipeline, VideoPipeline)  # decoded at once, or frame by frame
+        frames = (count - 1) * vae.config.temporal_downsampling + 1 if whole else count
         shared = devices if jax.default_backend() == "cpu" else 1  # all take of the host's
-        video = self.frames is not None
+        video = bool(times)
 
         def needed(batch: int, tiling: bool, h: int, w: int) -> float:
             height, width = (
                 min(side, vae.config.tile_size) if tiling else side
                 for side in (h * factor, w * factor)
             )
-            at_once = 1 if tiling else batch  # of videos frame by frame
+            at_once = 1 if tiling else batch
+            decoding = (
+                video_vae_bytes(vae.config, at_once, frames, height, width, vae.dtype)
+                if whole
+                else vae_bytes(vae.config, at_once, height, width, vae.dtype)
+            )
             return shared * max(
                 denoiser_bytes(denoiser, (1 + guided) * batch * count, h, w, self.pipeline.PATCH),
-                vae_bytes(vae.config, at_once, height, width, vae.dtype)
-                + 12.0 * batch * count * h * w * factor**2,
+                decoding + 12.0 * batch * frames * h * w * factor**2,
             )
 
         what = f"{'a video' if video else 'an image'} of {h * factor}x{w * factor} pixels"
         if video:
-            what = f"{what} and {self.frames} frames"
+            what = f"{what} and {frames} frames"
         require_memory(
-            3.0 * total * count * h * w * factor**2,
+            3.0 * total * frames * h * w * factor**2,
             f"keeping {total} times {what}",
             "draw fewer at a time, or smaller ones with height and width",
             host=True,
         )
         free, most = available_memory(), needed(batch, tiling, h, w)
         if free is None or most <= free:
-            return
+            return tiling
         if fewer := int(free / needed(1, tiling, h, w)):
             remedy = f"batch_size {fewer} may do"
+        elif not tiling and whole and needed(batch, True, h, w) <= free:
+            warnings.warn(
+                f"{what} is decoded in tiles: whole, it takes more memory than is free.",
+                stacklevel=3,
+            )
+            return True
         elif not tiling and not video and needed(1, True, h, w) <= free:
             remedy = "vae_tiling with batch_size 1 may do"
         else:
             side = factor * max(1, int(64 * math.sqrt(free / needed(1, tiling, 64, 64))))
             remedy = f"with batch_size 1, a height and width of up to {side} may do"
+            if whole:
+                remedy = f"{remedy}, or fewer frames"
         require_memory(most, f"drawing {what}, {batch} at a time,", remedy)
+        return tiling
 
     def _token_ids(self, prompts: Sequence[str] | np.ndarray) -> Any:
         if not isinstance(prompts, np.ndarray):
             return self.pipeline.tokenize(prompts)
         return self.pipeline.checked_token_ids(prompts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_frames(static: PipelineStatic, params: Any, frames: Float[Array, "1 F H W 3"]) -> Array:
+    return static.family.encode_frames(nnx.merge(static.vae, params), frames) * static.data_scale
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.blake2s(b"".join(parts), digest_size=8).hexdigest()
 
 
 def text_to_image(

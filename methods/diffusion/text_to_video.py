@@ -1,7 +1,7 @@
-"""Text to video: a text-to-image pipeline, personalized or not, whose frames a motion adapter ties
-together (AnimateDiff, arXiv 2307.04725).
+"""Text to video: by a pipeline of videos, or by one of images, personalized or not, whose frames a
+motion adapter ties together (AnimateDiff, arXiv 2307.04725).
 
-It is drawn as images are (`text_to_image`), from noise of one frame more dimension.
+Videos are drawn as images are (`text_to_image`), from noise of one more dimension, the frames.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from ...flax_models.layers.attention import Neighborhoods
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
+from ...flax_models.pipelines.video import VideoPipeline
 from ...flax_models.unet_motion import MotionAdapter, with_motion
 from ..sampling import NoiseSchedule
 from .text_to_image import TextToImage
@@ -62,30 +64,69 @@ def video_drawer(
 
 
 def text_to_video(
-    pipeline: StableDiffusionPipeline,
-    adapter: MotionAdapter,
-    prompts: str | Sequence[str],
-    *,
-    frames: int = 16,
+    pipeline: VideoPipeline | StableDiffusionPipeline,
+    *arguments: Any,
+    prompts: str | Sequence[str] | None = None,
+    num_frames: int | None = None,
+    motion_adapter: MotionAdapter | None = None,
     beta_schedule: str | None = "linear",
-    num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    attention: Neighborhoods = None,
+    dense_steps: int = 0,
+    vae_tiling: bool = False,
     batch_size: int = 1,
+    adapter: MotionAdapter | None = None,
+    frames: int | None = None,
     **options: Any,
 ) -> UInt8[np.ndarray, "N F H W 3"]:
-    """One uint8 video per prompt.
+    """One uint8 video per prompt: `text_to_video(pipeline, prompts, num_frames=61, ...)`.
 
     Args:
-      pipeline, adapter, frames, beta_schedule: as for `video_drawer`.
+      pipeline: of videos; or of Stable Diffusion, with a motion adapter.
+      arguments: the prompts; as in earlier versions the motion adapter may be before them.
       prompts: one text or several.
-      num_inference_steps, guidance_scale, batch_size, options: as for calling a `TextToImage`.
+      num_frames: by default the family's, with a motion adapter 16.
+      motion_adapter, beta_schedule: as for `video_drawer`.
+      attention, dense_steps, vae_tiling: of pipelines of videos, as for
+        `TextToImage.from_pipeline`. What does not fit the memory whole is decoded in tiles anyway.
+      batch_size: videos at a time.
+      adapter, frames: names of `motion_adapter` and `num_frames` in earlier versions.
+      options: as for calling a `TextToImage`, such as `height`, `num_inference_steps`, `on_step`,
+        or `kept`.
+
+    Raises:
+      TypeError: no prompts, or more arguments.
+      ValueError: an image pipeline without a motion adapter, or a video pipeline with one.
     """
-    drawer = video_drawer(pipeline, adapter, frames=frames, beta_schedule=beta_schedule)
-    return drawer(
-        prompts,
-        sampler="ddim",
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        **options,
+    names = ["prompts"] if isinstance(prompts, str) or prompts is not None else []
+    rest = list(arguments)
+    if rest and isinstance(rest[0], MotionAdapter):
+        adapter = rest.pop(0)
+    if len(rest) + len(names) != 1:
+        raise TypeError(f"text_to_video takes prompts once; got {len(rest) + len(names)} of them.")
+    texts = prompts if names else rest[0]
+    motion_adapter = adapter if motion_adapter is None else motion_adapter
+    num_frames = frames if num_frames is None else num_frames
+    own = isinstance(pipeline, VideoPipeline)
+    if own == (motion_adapter is not None):
+        raise ValueError(
+            f"{type(pipeline).__name__} draws videos by itself: leave out motion_adapter."
+            if own
+            else f"{type(pipeline).__name__} draws images: pass a motion_adapter for videos."
+        )
+    if isinstance(pipeline, VideoPipeline):
+        drawer = TextToImage.from_pipeline(
+            pipeline, vae_tiling=vae_tiling, attention=attention, dense_steps=dense_steps
+        )
+        return drawer(texts, num_frames=num_frames, batch_size=batch_size, **options)
+    if attention is not None or dense_steps or vae_tiling:
+        raise ValueError(
+            "videos of a motion adapter are drawn dense and decoded whole: leave out attention, "
+            "dense_steps and vae_tiling."
+        )
+    drawer = video_drawer(
+        pipeline,
+        motion_adapter,
+        frames=16 if num_frames is None else num_frames,
+        beta_schedule=beta_schedule,
     )
+    return drawer(texts, batch_size=batch_size, **{"sampler": "ddim", **options})

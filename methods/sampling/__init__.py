@@ -7,7 +7,7 @@ from typing import Any
 
 from .ancestral import ddpm_sampler, euler_ancestral_sampler, lcm_sampler
 from .ddim import ddim_sampler
-from .edm import EDMSchedule, edm_sampler
+from .edm import EDM_CLASS, EDMSchedule, edm_sampler
 from .euler import euler_sampler
 from .flow_matching import FLOW_CLASS, FlowMatchSchedule, empirical_mu, flow_euler_sampler
 from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
@@ -79,14 +79,15 @@ def make_sampler(
     return _MAKERS[kind][0](schedule, num_inference_steps, **given)
 
 
-def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule | FlowMatchSchedule:
-    """The schedule of a diffusers `scheduler_config.json`: of a flow, or over a table of betas.
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule | FlowMatchSchedule | EDMSchedule:
+    """The schedule of a diffusers `scheduler_config.json`: over a table of betas, of a flow, or
+    with EDM's preconditioning.
 
     Raises:
       ValueError: what the schedule's `from_config` refuses.
     """
-    flow = config.get("_class_name") == FLOW_CLASS
-    return FlowMatchSchedule.from_config(config) if flow else NoiseSchedule.from_config(config)
+    kinds: dict[Any, Any] = {FLOW_CLASS: FlowMatchSchedule, EDM_CLASS: EDMSchedule}
+    return kinds.get(config.get("_class_name"), NoiseSchedule).from_config(config)
 
 
 __all__ = [

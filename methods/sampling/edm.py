@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from .linear import LinearSampler, linear_sampler
 from .schedule import float32_linspace, read_settings
 from .sigmas import karras_sigmas
 
-_CLASS = "EDMEulerScheduler"
+EDM_CLASS = "EDMEulerScheduler"
 _ACCEPTED = {
     "sigma_schedule": ("karras", "exponential"),
     "prediction_type": ("epsilon", "v_prediction"),
@@ -44,6 +44,8 @@ class EDMSchedule:
     rho: float = 7.0  # of "karras"
     final_sigmas_type: str = "zero"
 
+    closest_sampler: ClassVar[None] = None  # its own steps are known
+
     def __post_init__(self) -> None:
         for name, accepted in _ACCEPTED.items():
             if (value := getattr(self, name)) not in accepted:
@@ -61,19 +63,22 @@ class EDMSchedule:
         Raises:
           ValueError: another class, an unknown setting, or a value that is not supported.
         """
-        return read_settings(cls, _CLASS, config)
+        return read_settings(cls, EDM_CLASS, config)
 
     def to_config(self) -> dict[str, Any]:
         """The `scheduler_config.json` dictionary."""
-        return {"_class_name": _CLASS, **dataclasses.asdict(self)}
+        return {"_class_name": EDM_CLASS, **dataclasses.asdict(self)}
 
 
-def edm_sampler(schedule: EDMSchedule, num_inference_steps: int) -> LinearSampler:
+def edm_sampler(
+    schedule: EDMSchedule, num_inference_steps: int, *, start: float | None = None
+) -> LinearSampler:
     """Tables of an Euler run of n steps.
 
     With `final_sigmas_type="sigma_min"` the last of them goes nowhere, whatever the model says: it
-    is left out, and the model evaluated n − 1 times. The start is √(σmax²+1) times unit normal
-    noise, as the scheduler has it (the Cosmos pipelines of diffusers take σmax times).
+    is left out, and the model evaluated n − 1 times. It starts from `start` times unit normal
+    noise, by default √(σmax²+1), as the scheduler has it; the Cosmos pipelines of diffusers take
+    σmax.
 
     Raises:
       ValueError: a step count below 1, or below 2 where the last step is left out.
@@ -97,7 +102,7 @@ def edm_sampler(schedule: EDMSchedule, num_inference_steps: int) -> LinearSample
     keep = after / sigma
     return linear_sampler(
         timesteps=np.float32(0.25) * np.log(levels[:-1]),
-        init_noise_sigma=math.hypot(high, 1),
+        init_noise_sigma=math.hypot(high, 1) if start is None else start,
         input_scale=1 / total,
         estimate=(
             (schedule.sigma_data / total) ** 2,

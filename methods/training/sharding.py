@@ -83,7 +83,7 @@ DIT_RULES: Rules = (
     *_REST,
 )
 
-# Transformers whose image and text attend jointly: FLUX.1's and FLUX.2's double and single blocks.
+# Transformers whose image or video and text attend jointly, in double blocks and single ones.
 # Where the columns of a product are several parts (queries beside a perceptron), the activations
 # are moved into place, not the weights.
 JOINT_RULES: Rules = (
@@ -171,14 +171,20 @@ MAFT_PLUS_RULES: Rules = (
 STABLE_DIFFUSION_RULES: Rules = (*UNET_RULES[:-1], *AUTOENCODER_RULES[:-1], *CLIP_RULES)
 
 _CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPModel")
-_OTHERS = ("Dinov2Model", "BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval", "OpenCLIP")
+_OTHERS = (
+    "Dinov2Model",
+    "BlipForImageTextRetrieval",
+    "Blip2ForImageTextRetrieval",
+    "OpenCLIP",
+    "AutoencoderKLCosmos",
+)
 RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,
     "StableDiffusionXLPipeline": STABLE_DIFFUSION_RULES,
     **dict.fromkeys(("UNet2DConditionModel", "UNetMotionModel", "MotionAdapter"), UNET_RULES),
     "DiTTransformer2DModel": DIT_RULES,
     **dict.fromkeys(("FluxTransformer2DModel", "Flux2Transformer2DModel"), JOINT_RULES),
-    "SD3Transformer2DModel": JOINT_RULES,
+    **dict.fromkeys(("SD3Transformer2DModel", "HunyuanVideoTransformer3DModel"), JOINT_RULES),
     "CosmosTransformer3DModel": COSMOS_RULES,
     "WanTransformer3DModel": WAN_RULES,
     "AutoencoderKLWan": DEFAULT_RULES,

@@ -166,10 +166,8 @@ def test_nvidias_epsilon_is_written_and_read(params, tmp_path):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("text_to_world_7b", 7_236_192_256),
         ("video_to_world_7b", 7_236_208_640),
         ("text_to_world_14b", 14_267_149_312),
-        ("predict2_2b_text_to_image", 1_956_405_248),
         ("predict2_2b_video_to_world", 1_956_413_440),
     ],
 )

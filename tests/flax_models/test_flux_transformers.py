@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from gna_oracle import full_mask
+from gna_oracle import dense_under, full_mask
 
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.tensors import tensor_specs
@@ -27,6 +27,8 @@ from conceptax.flax_models.flux_transformer_2d import (
 )
 from conceptax.flax_models.layers.attention import GNA
 from conceptax.flax_models.layers.joint_attention import JointTextCondition
+from conceptax.kernels.gna.presets import PRESETS, Preset
+from conceptax.kernels.gna.problem import windows_of
 
 GRID, TEXT = (4, 6), 3
 WINDOWS = ({"window": (2, 3), "stride": (2, 1)}, {"window": (2, 3), "dilation": (2, 1)})
@@ -132,15 +134,8 @@ def test_each_block_sees_its_neighborhoods_and_the_text(family, sparse, dense, m
         case |= {"stride": each.get("stride", ones), "dilation": each.get("dilation", ones)}
         masks.append(np.pad(full_mask(case), (TEXT, 0), constant_values=True))
     order = iter(masks)
-
-    def masked(query, key, value, *, scale):
-        assert scale is None
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-        weights = jax.nn.softmax(jnp.where(next(order), logits, -jnp.inf))
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
     monkeypatch.setattr(
-        "conceptax.flax_models.layers.joint_attention.dot_product_attention", masked
+        "conceptax.flax_models.layers.joint_attention.dot_product_attention", dense_under(order)
     )
     assert_close(family.run(), sparse)
     assert next(order, None) is None
@@ -244,12 +239,23 @@ def test_older_folders_do_not_tell_the_axes():
     assert FluxTransformer2DConfig.from_dict(raw) == FluxTransformer2DConfig.dev()
 
 
+def test_a_preset_is_the_settings_of_its_layers(family):
+    settings = (None, GNA(window=(None, 2), stride=(1, 2)))
+    asked = Preset(layers=(None, Preset((None, 2), (1, 2))))
+    assert family.graph(asked) == family.graph(settings)
+    assert family.graph("window=allx2 stride=1x2") == family.graph(settings[1])
+    layouts = windows_of((4, 6), (None, 2), (1, 2)), windows_of((4, 6), (4, 2), (1, 2))
+    assert layouts[0] == layouts[1]
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("attention", "message"),
         [
             (SPARSE[:1], "or 2, one per block, the 1 double blocks before the single ones; rec"),
             ((), "received 0"),
+            (PRESETS["cosmos-predict2-2b"], "received 28"),
+            ("window=8 strides=4", "has one window and at most one stride"),
             ([None, 8], r"GNA\(\.\.\.\), or None .*; received 8 for layer 1"),
         ],
     )
@@ -261,6 +267,10 @@ class TestErrors:
         ("setting", "message"),
         [
             (GNA(window=5), r"GNA\(window=5\) does not fit a grid of 4x6 tokens: window must"),
+            (
+                GNA(window=(None, 4), dilation=(1, 2)),
+                r"6\)\); the nearest grid that it fits is 4x8\.",
+            ),
             (GNA(window=2, stride=3), "4x6 tokens: stride must not exceed window; received 3 > 2"),
         ],
     )
@@ -284,6 +294,7 @@ class TestErrors:
             states=states[..., 1:],
         )
         refused(r"text states \[2, A, 12\] .* received \(1, 3, 12\)", states=states[:1])
+        refused("reads padding as text, .*: pass no mask", mask=jnp.ones((2, 3), bool))
         refused(r"conditioned on guidance too.*guidance=\.\.\.", guidance=None)
         if family.model is FluxTransformer2DModel:
             refused(r"conditioned on pooled too.*pooled=\.\.\.", pooled=None)

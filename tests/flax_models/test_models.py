@@ -95,6 +95,21 @@ ORACLES = {
             "pos_embed_max_size": 7,
         },
     ),
+    "HunyuanVideo": ("hunyuan_video", {}),
+    "HunyuanVideo with other settings": (
+        "hunyuan_video",
+        {
+            "whole_text": True,
+            "guidance_embeds": False,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "out_channels": 3,
+            "patch_size": 1,
+            "patch_size_t": 3,
+            "rope_theta": 300,
+        },
+    ),
     "flux 2": ("flux_2", {}),
     "flux 2 with guidance": (
         "flux_2",
@@ -156,6 +171,15 @@ ORACLES = {
         "autoencoder_wan",
         {"shape": (5, 16, 24), **oracles.WAN_2_2_AUTOENCODER},
     ),
+    "autoencoder of Cosmos": ("autoencoder_cosmos", {}),
+    "autoencoder of Cosmos, 16 pixels and 8 frames per latent": (
+        "autoencoder_cosmos",
+        {
+            "spatial_compression_ratio": 16,
+            "attention_resolutions": (),
+            "encoder_block_out_channels": (8, 8, 8, 12),
+        },
+    ),
     "clip text": ("clip_text", {}),
     "clip text, published end of text": ("clip_text", {"eos_token_id": 2, "hidden_act": "gelu"}),
     "clip text of SD 2": (
@@ -176,7 +200,11 @@ ORACLES = {
 
 
 # What the others cover in fewer programs.
-SLOW = ("unet odd size", "video unet with other settings")
+SLOW = (
+    "unet odd size",
+    "video unet with other settings",
+    "autoencoder of Cosmos, 16 pixels and 8 frames per latent",
+)
 
 
 @pytest.mark.parametrize(
@@ -429,12 +457,14 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         "flux_2",
         "sd3",
         "wan",
+        "hunyuan_video",
         "unet_motion",
         "t5",
         "qwen3",
         "autoencoder_flux_2",
         "autoencoder_wan",
         "cosmos",
+        "autoencoder_cosmos",
     ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):

@@ -105,7 +105,7 @@ class Blocks:
 
     def seconds(self, gpu: Gpu) -> float:
         """Time from the first block's start to the last one's end."""
-        return float(self.critical_work(gpu) @ _constants(gpu))
+        return float(_seconds(self.critical_work(gpu)[None], gpu)[0])
 
     def critical_work(self, gpu: Gpu) -> Float[np.ndarray, "3"]:
         """Blocks, steps and masked steps of the slot that finishes last."""
@@ -113,11 +113,11 @@ class Blocks:
         slots = gpu.processors * gpu.slots
         if (work == work[0]).all():
             return -(-len(work) * self.repeats // slots) * work[0]
-        owner = _first_free(np.tile(work @ _constants(gpu), self.repeats), slots)
+        owner = _first_free(np.tile(_seconds(work, gpu), self.repeats), slots)
         loads = np.stack(
             [np.bincount(owner, np.tile(column, self.repeats), slots) for column in work.T], axis=1
         )
-        return loads[np.argmax(loads @ _constants(gpu))]
+        return loads[np.argmax(_seconds(loads, gpu))]
 
 
 def fit(runs: Sequence[tuple[Blocks, float]], gpu: Gpu) -> Gpu:
@@ -203,8 +203,10 @@ def scaled_share(attention_share: float, tokens_ratio: float) -> float:
     return odds / (odds + 1 - attention_share)
 
 
-def _constants(gpu: Gpu) -> Float[np.ndarray, "3"]:
-    return np.array([gpu.launch, gpu.step, gpu.step * gpu.mask])
+def _seconds(work: Float[np.ndarray, "rows 3"], gpu: Gpu) -> Float[np.ndarray, " rows"]:
+    """Of blocks, steps and masked steps; a matrix product would round as the machine does."""
+    blocks, steps, masked = work.T
+    return blocks * gpu.launch + steps * gpu.step + masked * (gpu.step * gpu.mask)
 
 
 def _first_free(costs: Float[np.ndarray, " blocks"], slots: int) -> Int[np.ndarray, " blocks"]:

@@ -146,6 +146,13 @@ class Simulation:
         return max(self.dense_makespan, self.memory_floor)
 
     @property
+    def waves(self) -> int:
+        """How often the blocks fill the GPU, the last time perhaps in part."""
+        return -(
+            -self.query_tiles * self.batch * self.heads // (self.gpu.processors * self.gpu.slots)
+        )
+
+    @property
     def wave_speedup(self) -> float:
         """Predicted speed-up of the kernel over dense attention with the same kernel."""
         return self.dense_seconds / self.seconds

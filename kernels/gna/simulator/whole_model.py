@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ..presets import PRESETS, Operations, Preset, Transformer
+from ..presets import OF_ALL_LAYERS, PRESETS, Operations, Preset, Transformer
 from .schedule import Gpu, end_to_end_speedup, find_gpu
 from .simulate import Simulation, simulate
 
@@ -175,7 +175,7 @@ def simulate_model(
     """
     preset = PRESETS.get(model) if isinstance(model, str) else model
     if preset is None or preset.model is None or preset.layout is None:
-        raise ValueError(f"model must be one of {', '.join(PRESETS)}, received {model!r}.")
+        raise ValueError(f"model must be one of {', '.join(OF_ALL_LAYERS)}, received {model!r}.")
     steps = preset.steps if steps is None else steps
     dense_steps = preset.dense_steps_of(steps) if dense_steps is None else dense_steps
     if not (steps >= 1 and 0 <= dense_steps <= steps):
@@ -188,7 +188,8 @@ def simulate_model(
         preset = dataclasses.replace(preset, layout=tuple(layout), attention_share=None)
         tiles = {}
     if attention is not None:
-        own = {name: getattr(attention, name) for name in ("window", "stride", "name", "source")}
+        names = ("window", "stride", "dilation", "layers", "name", "source")
+        own = {name: getattr(attention, name) for name in names}
         preset = dataclasses.replace(preset, **own)
     preset = dataclasses.replace(preset, steps=steps, dense_steps=dense_steps)
     assert preset.model is not None and preset.layout is not None
@@ -201,6 +202,7 @@ def simulate_model(
         preset.layout,
         kernel_size=tuple(window.kernel_size for window in windows),
         stride=tuple(window.stride for window in windows),
+        dilation=tuple(window.dilation for window in windows),
         query_tile=query_tile,
         key_tile=key_tile,
         heads=preset.model.heads,

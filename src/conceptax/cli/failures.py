@@ -16,6 +16,7 @@ _BUG = "This is a bug in conceptax or in a library; run again with --debug for t
 _ALIASES = {
     "num_inference_steps": ("steps",),
     "guidance_scale": ("guidance",),
+    "num_frames": ("frames",),
     "num_steps": ("cycles", "steps"),
     "max_shard_size": ("shard_size",),
     "kernel_size": ("window",),

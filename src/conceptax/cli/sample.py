@@ -1,7 +1,9 @@
 """`conceptax sample`: draw images, or videos, from prompts."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,10 +20,10 @@ from conceptax.cli.options import (
     OptionalText,
     shown,
 )
-from conceptax.reporting.videos import SUFFIXES, encoder, save_video
+from conceptax.reporting.videos import SUFFIXES, encoder, read_frames, save_frames, save_video
 from conceptax.text import write_json
 
-_OF_VIDEOS = ("frames", "fps", "betas")
+_OF_VIDEOS = ("frames", "fps", "betas", "png", "image", "video")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,33 +35,44 @@ class Command:
       prompts: a file of more, one a line; blank lines and those that start with # are skipped.
       output: a .png file (several images become one sheet), or a folder for one file per image. Of
         videos a .gif or .mp4 file for one, or a folder with both files of each.
-      model: a folder of Stable Diffusion 1, 2, XL or 3, of FLUX.1, or of FLUX.2 klein.
+      model: a folder of Stable Diffusion 1, 2, XL or 3, of FLUX.1, or of FLUX.2 klein; of Wan,
+        HunyuanVideo or Cosmos, which draw videos.
       add: a part to draw with, a file or folder: what `conceptax erase` and `conceptax personalize`
         write with --export, a LoRA, an embedding of new tokens; repeat for several.
       add_scale: how much of each LoRA in --add.
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
       steps: denoising steps per image, to which PNDM adds one; by default as the model was
-        published: 50 of Stable Diffusion 1, 2 and XL, 28 of 3 and of FLUX.1 dev, 4 of schnell and
-        of distilled klein.
-      guidance: strength of the prompt, by default 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3,
-        3.5 for FLUX.1 dev; 1 is none and takes half the time where the model did not learn it.
-      sampler: by default what the model's scheduler asks for; videos are drawn by DDIM. Models on a
-        flow have one of their own.
+        published: 50 of Stable Diffusion 1, 2 and XL, of Wan and HunyuanVideo, 36 of Cosmos, 28 of
+        Stable Diffusion 3 and of FLUX.1 dev, 4 of schnell and of distilled klein.
+      guidance: strength of the prompt, by default 7.5 for Stable Diffusion 1, 2 and XL, 7 for 3 and
+        Cosmos, 6 for HunyuanVideo, 5 for Wan, 3.5 for FLUX.1 dev; 1 is none and takes half the time
+        where the model did not learn it.
+      guidance_2: that of the second of two models, which Wan 2.2 has for low noise; by default as
+        published, or --guidance where that is given.
+      sampler: by default what the model's scheduler asks for; with a motion adapter DDIM. Models on
+        a flow have one of their own.
       attention: of a transformer, neighborhood attention in place of the dense one: the name of a
-        preset, such as flux-4k, or windows of your own, "window=32x32 stride=8x8", in tokens.
+        preset, such as flux-4k or hunyuan, or windows of your own, "window=32x32 stride=8x8", in
+        tokens, of videos with frames first: "window=allx24x24 stride=1x8x8".
       dense_steps: how many steps are dense before; by default the preset's share of them.
       count: images per prompt.
       seed: of the noise; image n depends on the prompt, the seed and n alone.
       batch_size: images drawn at a time, by each device; videos are drawn one by one.
       devices: that draw a batch each, at the same time; by default all accelerators, or one CPU.
       vae_tiling: decode images larger than the autoencoder was trained on in overlapping tiles, in
-        the memory of one tile; they differ a little from those decoded whole.
+        the memory of one tile; they differ a little from those decoded whole. Of videos this is
+        done where memory asks for it.
       height: in pixels; by default the model's own.
       width: in pixels; by default the model's own.
-      motion_adapter: an AnimateDiff adapter's folder: draw videos.
-      frames: of a video.
-      fps: frames per second of a video.
+      size: both, such as 480x832.
+      motion_adapter: an AnimateDiff adapter's folder: draw videos with a model of images.
+      frames: of a video; by default the model's own, with a motion adapter 16.
+      fps: frames per second of a video; by default the model's own, with a motion adapter 8.
+      png: of videos in a folder, also every frame as a .png file.
+      image: that a video begins with, for models that go on from images.
+      video: whose frames a video begins with, for models that go on from videos: a .gif or .mp4
+        file, or a folder of .png files.
       betas: the noise schedule that the adapter was trained on: linear, as AnimateDiff's are, or
         the model's own.
       dtype: computation dtype.
@@ -77,6 +90,7 @@ class Command:
     negative_prompt: str = ""
     steps: OptionalInt = None
     guidance: OptionalFloat = None
+    guidance_2: OptionalFloat = None
     sampler: (
         Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
     ) = None
@@ -89,9 +103,13 @@ class Command:
     vae_tiling: bool = False
     height: OptionalInt = None
     width: OptionalInt = None
+    size: OptionalText = None
     motion_adapter: OptionalModel = None
-    frames: int = 16
-    fps: int = 8
+    frames: OptionalInt = None
+    fps: OptionalInt = None
+    png: bool = False
+    image: OptionalPath = None
+    video: OptionalPath = None
     betas: Literal["linear", "model"] = "linear"
     dtype: Literal["float32", "bfloat16"] = "float32"
     stream: bool = False
@@ -101,6 +119,7 @@ class Command:
 def run(command: Command) -> None:
     """Draw, then write one file, or one folder with files of each image and `sample.json`."""
     from conceptax.cli.runs import new_file, new_folder
+    from conceptax.methods.diffusion.kept_samples import KeptSamples
     from conceptax.methods.memory import require_images
     from conceptax.methods.text.phrases import read_phrases
 
@@ -111,6 +130,7 @@ def run(command: Command) -> None:
         raise ValueError("there is nothing to draw: pass at least one --prompt, or --prompts FILE.")
     if command.count < 1:
         raise ValueError(f"--count must be at least 1, received {command.count}.")
+    command = _sized(command)
     require_images(
         len(command.prompt) * command.count,
         "take a smaller --count, --height or --width",
@@ -118,54 +138,100 @@ def run(command: Command) -> None:
         width=command.width or 8,
     )
     prompts = [prompt for prompt in command.prompt for _ in range(command.count)]
-    video = command.motion_adapter is not None
-    output = command.output or Path("sample" if video else "sample.png")
-    _check_output(command, output, len(prompts))
-    if output.suffix:
-        with new_file(command, output) as file:
-            images = _draw(command, prompts)
-            # One row per prompt where each has several images.
-            columns = command.count if command.count > 1 and len(command.prompt) > 1 else None
-            _save(command, images, file, columns)
-    else:
-        with new_folder(command, output, markers=["sample.json"]) as folder:
-            images = _draw(command, prompts)
-            files = {}
-            for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-                for suffix in SUFFIXES if video else (".png",):
-                    name = f"{number:04d}_{_slug(prompt)}{suffix}"
-                    files[name] = prompt
-                    _save(command, image[None], folder / name)
-            write_json(folder / "sample.json", _record(command) | {"files": files})
+    family = _video_family(command.model)
+    draws_videos = family is not None or command.motion_adapter is not None
+    output = command.output or Path("sample" if draws_videos else "sample.png")
+    _check_output(command, output, len(prompts), family)
+    beside = Path(os.path.abspath(output.expanduser()))
+    by_steps = family is not None or command.stream
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if by_steps:  # which ends when the output is in place
+            kept = stack.enter_context(KeptSamples(beside.with_name(f".{beside.name}.sampling")))
+        if output.suffix:
+            with new_file(command, output) as file:
+                images, fps = _draw(command, prompts, kept)
+                # One row per prompt where each has several images.
+                columns = command.count if command.count > 1 and len(command.prompt) > 1 else None
+                _save(command, images, file, fps, columns)
+        else:
+            with new_folder(command, output, markers=["sample.json"]) as folder:
+                images, fps = _draw(command, prompts, kept)
+                files = {}
+                for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                    for suffix in (".png",) if fps is None else SUFFIXES:
+                        name = f"{number:04d}_{_slug(prompt)}{suffix}"
+                        files[name] = prompt
+                        _save(command, image[None], folder / name, fps)
+                    if command.png:
+                        name = f"{number:04d}_{_slug(prompt)}"
+                        files[name] = prompt
+                        save_frames(image, folder / name)
+                record = _record(command, images, fps)
+                write_json(folder / "sample.json", record | {"files": files})
     height, width = images.shape[-3:-1]
-    what = f"videos of {command.frames} frames" if video else "images"
+    what = "images" if fps is None else f"videos of {images.shape[1]} frames"
     print(f"{output}: {len(images)} {what} of {height}x{width} pixels")
 
 
-def _save(command: Command, images: Any, file: Path, columns: int | None = None) -> None:
+def _sized(command: Command) -> Command:
+    """The command with the height and width that --size gives."""
+    if command.size is None:
+        return command
+    found = re.fullmatch(r"(\d+)x(\d+)", command.size)
+    if found is None or command.height is not None or command.width is not None:
+        raise ValueError(
+            "--size takes height and width in pixels, such as 480x832, and goes without --height "
+            f"and --width; received {command.size!r}."
+        )
+    return dataclasses.replace(command, height=int(found[1]), width=int(found[2]))
+
+
+def _video_family(model: Path | None) -> Any:
+    """The class of a folder's pipeline, if it draws videos; None of other folders and files."""
+    from conceptax.converters.architectures import class_of_pipeline
+    from conceptax.converters.pipeline_folder import read_index
+    from conceptax.flax_models.pipelines.video import VideoPipeline
+
+    if model is None or not (model.expanduser() / "model_index.json").is_file():
+        return None
+    folder = model.expanduser()
+    family = class_of_pipeline(read_index(folder), str(model))
+    return family if issubclass(family, VideoPipeline) else None
+
+
+def _save(
+    command: Command, images: Any, file: Path, fps: int | None, columns: int | None = None
+) -> None:
     """Write one video, or one picture of all images."""
     from conceptax.reporting.pictures import save_png, sheet
 
-    if command.motion_adapter is not None:
-        save_video(images[0], file, command.fps)
+    if fps is not None:
+        save_video(images[0], file, fps)
         return
     image = images[0] if len(images) == 1 else sheet(images, columns=columns)
-    save_png(image, file, {"conceptax": json.dumps(_record(command))})
+    save_png(image, file, {"conceptax": json.dumps(_record(command, images, fps))})
 
 
-def _record(command: Command) -> dict[str, Any]:
+def _record(command: Command, images: Any, fps: int | None) -> dict[str, Any]:
     from conceptax.cli.runs import settings_of
 
-    left_out = [] if command.motion_adapter else ["motion_adapter", *_OF_VIDEOS]
-    left_out += [] if command.add else ["add", "add_scale"]
+    left_out = ["size", *(["add", "add_scale"] if not command.add else [])]
+    left_out += [name for name in ("guidance_2", "png") if not getattr(command, name)]
+    if fps is None:
+        left_out += ["motion_adapter", *_OF_VIDEOS]
+    elif command.motion_adapter is None:
+        left_out += ["motion_adapter", "betas"]
     record = settings_of(command, "output", "force", "prompts", *left_out)
+    if fps is not None:
+        record |= {"frames": images.shape[1], "fps": fps}
     return record | {"model": record["model"] or "bundled"}
 
 
-def _check_output(command: Command, output: Path, count: int) -> None:
+def _check_output(command: Command, output: Path, count: int, family: Any) -> None:
     """Raise ValueError for a place that the result does not fit in, and for wants of videos."""
     suffix = output.suffix.lower()
-    if command.motion_adapter is None:
+    if command.motion_adapter is None and family is None:
         if suffix not in ("", ".png"):
             raise ValueError(
                 f"--output takes a .png file or a folder without a suffix, received {output}"
@@ -184,27 +250,54 @@ def _check_output(command: Command, output: Path, count: int) -> None:
             f".mp4 file, received {output} for {count}."
         )
     unfit = {
-        "--sampler": command.sampler not in (None, "ddim"),
         "--devices": command.devices is not None,
-        "--vae-tiling": command.vae_tiling,
-        "--attention": command.attention is not None,
         "--batch-size": command.batch_size != Command.batch_size,
     }
+    if family is None:
+        unfit = {
+            "--sampler": command.sampler not in (None, "ddim"),
+            **unfit,
+            "--vae-tiling": command.vae_tiling,
+            "--attention": command.attention is not None,
+            "--image": command.image is not None,
+            "--video": command.video is not None,
+        }
+        how = "with a motion adapter videos are drawn by DDIM, one by one, whole"
+    else:
+        unfit |= {
+            "--motion-adapter": command.motion_adapter is not None,
+            "--betas": command.betas != Command.betas,
+        }
+        how = f"{family.__name__} draws videos by itself, one by one"
     if given := ", ".join(option for option, is_given in unfit.items() if is_given):
-        raise ValueError(f"videos are drawn by DDIM, one by one, whole: leave out {given}.")
-    if command.fps < 1:
+        raise ValueError(f"{how}: leave out {given}.")
+    if command.fps is not None and command.fps < 1:
         raise ValueError(f"--fps must be at least 1, received {command.fps}.")
+    if command.png and suffix:
+        raise ValueError("--png is for an --output that is a folder: its frames are put there.")
+    begins = [name for name in ("image", "video") if getattr(command, name) is not None]
+    takes = family is not None and family.TAKES_FRAMES
+    if len(begins) != takes:
+        given = " and ".join(f"--{name}" for name in begins)
+        raise ValueError(
+            f"{family.__name__} goes on from frames: pass one of --image and --video."
+            if takes
+            else f"{family.__name__} draws from texts alone: leave out {given}."
+        )
     if suffix != ".gif":
         encoder()
 
 
-def _draw(command: Command, prompts: list[str]) -> Any:
+def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | None]:
+    """The images, or the videos and their frames per second."""
     import jax.numpy as jnp
 
     import conceptax
+    from conceptax.cli.bars import Steps
     from conceptax.cli.confirm import announcing, counting
     from conceptax.cli.streams import print_stage
     from conceptax.converters import load_pytorch
+    from conceptax.flax_models.pipelines.video import VideoPipeline
     from conceptax.flax_models.unet_motion import MotionAdapter
     from conceptax.methods.diffusion.text_to_image import text_to_image
     from conceptax.methods.diffusion.text_to_video import text_to_video
@@ -221,57 +314,105 @@ def _draw(command: Command, prompts: list[str]) -> Any:
         )
     require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
     pipeline = with_additions(pipeline, command.add, command.add_scale)
-    steps, guidance = pipeline.defaults
+    steps = pipeline.defaults[0]
     options: dict[str, Any] = {
         "seed": command.seed,
         "num_inference_steps": steps if command.steps is None else command.steps,
-        "guidance_scale": guidance if command.guidance is None else command.guidance,
+        "guidance_scale": _guidance(command, pipeline),
         "negative_prompt": command.negative_prompt or None,
         "height": command.height,
         "width": command.width,
         "on_estimate": announcing("drawing"),
-        "on_progress": counting("images" if command.motion_adapter is None else "videos"),
     }
-    if command.motion_adapter is None:
-        return text_to_image(
+    if command.motion_adapter is not None:
+        adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
+        videos = text_to_video(
             pipeline,
             prompts,
-            sampler=command.sampler,
-            batch_size=command.batch_size,
-            mesh=_mesh(command.devices),
-            vae_tiling=command.vae_tiling,
-            **_attention(command, options["num_inference_steps"]),
+            motion_adapter=adapter,
+            num_frames=command.frames,
+            beta_schedule="linear" if command.betas == "linear" else None,
+            on_progress=counting("videos"),
             **options,
         )
-    adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
-    betas = "linear" if command.betas == "linear" else None
-    return text_to_video(
-        pipeline, adapter, prompts, frames=command.frames, beta_schedule=betas, **options
-    )
+        return videos, 8 if command.fps is None else command.fps
+    options |= {"vae_tiling": command.vae_tiling, "sampler": command.sampler}
+    draws_videos = isinstance(pipeline, VideoPipeline)
+    size = (command.height, command.width, *([command.frames] if draws_videos else []))
+    if command.attention is not None or command.dense_steps is not None:
+        options |= _attention(command, options["num_inference_steps"], pipeline, size)
+    with Steps("videos" if draws_videos else "images") as bar:
+        if kept is not None:
+            options |= {"kept": kept, "on_step": bar.step, "on_progress": bar.finished}
+        if isinstance(pipeline, VideoPipeline):
+            given = command.image or command.video
+            videos = text_to_video(
+                pipeline,
+                prompts,
+                num_frames=command.frames,
+                fps=command.fps if pipeline.TAKES_FPS else None,
+                conditioning=None if given is None else read_frames(given),
+                **options,
+            )
+            return videos, pipeline.video_size.fps if command.fps is None else command.fps
+        images = text_to_image(
+            pipeline,
+            prompts,
+            batch_size=command.batch_size,
+            mesh=_mesh(command.devices, alone=kept is not None),
+            **{"on_progress": counting("images"), **options},
+        )
+        return images, None
 
 
-def _attention(command: Command, steps: int) -> dict[str, Any]:
-    """What `text_to_image` takes of neighborhood attention; nothing where it is dense."""
-    from conceptax.flax_models.layers.attention import GNA
+def _guidance(command: Command, pipeline: Any) -> Any:
+    """Strength of the prompt: a number, or one for each model of a pair."""
+    own = pipeline.defaults[1]
+    pair = len(pipeline.denoisers) > 1
+    if command.guidance_2 is not None and not pair:
+        raise ValueError(
+            f"--guidance-2 is for two models that take turns, and {type(pipeline).__name__} has "
+            "one here: leave it out."
+        )
+    if not pair:
+        return own if command.guidance is None else command.guidance
+    first, second = own if isinstance(own, tuple) else (own, own)
+    if command.guidance is not None:
+        first = second = command.guidance
+    return first, second if command.guidance_2 is None else command.guidance_2
+
+
+def _attention(
+    command: Command, steps: int, pipeline: Any, size: tuple[int | None, ...]
+) -> dict[str, Any]:
+    """What `text_to_image` takes of neighborhood attention, which fits the size; advice is told."""
+    from conceptax.cli.streams import print_error
     from conceptax.kernels.gna.presets import attention_preset
 
     if command.attention is None:
-        if command.dense_steps is not None:
-            raise ValueError("--dense-steps is for an --attention, before which steps are dense.")
-        return {}
+        raise ValueError("--dense-steps is for an --attention, before which steps are dense.")
     preset = attention_preset(command.attention)
     dense = command.dense_steps
     if dense is None:
         dense = preset.dense_steps_of(steps)
-    return {"attention": GNA(preset.window, preset.stride), "dense_steps": dense}
+    if hasattr(pipeline.denoiser, "BLOCKS"):  # of others, which are told, it is no question
+        *times, rows, columns, _ = pipeline.latent_shape_for(*size)
+        layout = (*times, rows // pipeline.PATCH, columns // pipeline.PATCH)
+        for tiles in dict.fromkeys(preset.tiles.values()):
+            if advice := preset.advice(layout, tiles):
+                print_error(f"conceptax sample: {advice}")
+                break
+    return {"attention": preset, "dense_steps": dense}
 
 
-def _mesh(devices: int | None) -> Any:
-    """A mesh of devices that draw a batch each; None where there is one."""
+def _mesh(devices: int | None, *, alone: bool = False) -> Any:
+    """A mesh of devices that draw a batch each; None where there is one, as for what is `alone`."""
     import jax
 
     from conceptax.methods.training import make_mesh
 
+    if devices is None and alone:
+        return None
     if devices is None:
         devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     elif not 1 <= devices <= jax.device_count():

@@ -131,6 +131,13 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
         conceptax.text_to_image(
             ours, "a three", height=HEIGHT, width=WIDTH, num_inference_steps=1, attention=GNA(9)
         )
+    named = (
+        r"a window of 80x80 .*\(flux-4k\) does not fit .* 4x6 tokens; .* is 80x80 \(1280x1280 px"
+    )
+    with pytest.raises(ValueError, match=named):
+        conceptax.text_to_image(ours, "a three", height=HEIGHT, width=WIDTH, attention="flux-4k")
+    with pytest.raises(ValueError, match=r"attention takes .*; received 28"):
+        conceptax.text_to_image(ours, "a three", attention="cosmos-predict2-2b")
     with pytest.raises(ValueError, match="dense_steps must be at least 0, received -1"):
         conceptax.text_to_image(ours, "a three", attention=GNA(2), dense_steps=-1)
     with pytest.raises(ValueError, match="follows a flow, by Euler steps: leave out sampler"):

@@ -596,6 +596,12 @@ class TestSharding:
                 ("fsdp", "tensor"),
             ),
             (
+                "HunyuanVideoTransformer3DModel",
+                "context_embedder.token_refiner.refiner_blocks.0.ff.net.2.kernel",
+                (12288, 3072),
+                ("tensor", "fsdp"),
+            ),
+            (
                 "StableDiffusionPipeline",
                 "text_encoder.encoder.layers.0.self_attn.q_proj.kernel",
                 (768, 768),

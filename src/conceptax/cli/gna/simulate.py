@@ -42,13 +42,15 @@ def _one_call(command: Simulate) -> tuple[str, dict[str, Any]]:
     if attention is None or layout is None:
         raise ValueError("one attention takes --layout and --window, and a whole model --model.")
     problem = problem_of(command, "dilation", "is_causal", "query_tile", "key_tile")
+    settings = {"kernel_size": attention.window, "stride": attention.stride}
     if command.attention is not None:
-        attention.windows(layout)  # says which layout fits
+        windows = attention.windows(layout)  # says which layout fits
+        settings["kernel_size"] = tuple(window.kernel_size for window in windows)
+        if attention.dilation != 1:
+            problem["dilation"] = attention.dilation
     same = ("tiling", "batch", "heads", "kv_heads", "head_dim", "additional", "additional_queries")
     options = {name: getattr(command, name) for name in (*same, "mask_every_tile", "gpu")}
-    result = simulate(
-        layout, kernel_size=attention.window, stride=attention.stride, **problem, **options
-    )
+    result = simulate(layout, **settings, **problem, **options)
     table = simulation_table(result, command.gpu, command.attention_share, command.replaced)
     record = {"gpu": command.gpu, **simulation_record(result)}
     if command.attention_share is not None:

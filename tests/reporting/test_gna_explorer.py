@@ -1,0 +1,389 @@
+"""The explorer's simulator in JavaScript beside Python's, number for number, and the page."""
+
+import dataclasses
+import math
+import re
+
+import jaxtyping
+import numpy as np
+import pytest
+from javascript import run_in_node
+
+from conceptax.kernels.gna.presets import PRESETS, Preset
+from conceptax.kernels.gna.problem import windows_of
+from conceptax.kernels.gna.simulator import GPUS, search, simulate, simulate_model
+from conceptax.kernels.gna.tiles import visits
+from conceptax.reporting.gna_explorer import SOURCES, explorer_constants
+from conceptax.reporting.gna_tables import model_record
+
+# Calls functions of the simulator by name.
+SCRIPT = """
+const simulator = require(given.source)(given.constants);
+const plain = (_, value) => ArrayBuffer.isView(value) ? [...value] : value;
+const answers = given.calls.map(([name, ...rest]) => simulator[name](...rest));
+console.log(JSON.stringify(answers, plain));
+"""
+
+
+def in_javascript(calls):
+    """What functions of the simulator give: calls are of a name and its arguments."""
+    given = {"source": str(SOURCES / "simulator.js"), "constants": explorer_constants()}
+    return run_in_node(SCRIPT, given | {"calls": calls})
+
+
+@pytest.fixture
+def unchecked():
+    """No type checks, which take six times as long as the simulator; other tests have them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def snake(name):
+    return re.sub(r"[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
+
+
+def draw(rng, most=(60, 16, 8)):
+    """Settings as `simulate` takes them, of 1 to 3 dimensions."""
+    rank = int(rng.integers(1, 4))
+    number = lambda low, high: int(rng.integers(low, high + 1))  # noqa: E731
+    layout = [number(1, most[rank - 1]) for _ in range(rank)]
+    dilation = [number(1, min(3, x)) if rng.random() < 0.3 else 1 for x in layout]
+    window = [number(1, x // d) for x, d in zip(layout, dilation, strict=True)]
+    tiling = ("permuted", "permuted", "fused", "single-dim")[number(0, 3)]
+    tiles = None, None
+    if rng.random() < 0.8:
+        own = 1 if tiling == "single-dim" else rank
+        tiles = tuple(tuple(number(1, 9) for _ in range(own)) for _ in range(2))
+    kv_heads = number(1, 3)
+    additional = number(1, 40) if rng.random() < 0.5 else 0
+    return {
+        "token_layout": tuple(layout),
+        "kernel_size": tuple(window),
+        "stride": tuple(number(1, k) for k in window),
+        "dilation": tuple(dilation),
+        "is_causal": tuple(bool(rng.random() < 0.25) for _ in layout),
+        "query_tile": tiles[0],
+        "key_tile": tiles[1],
+        "tiling": tiling,
+        "batch": number(1, 2),
+        "heads": kv_heads * number(1, 4),
+        "kv_heads": kv_heads,
+        "head_dim": (32, 64, 128, 80)[number(0, 3)],
+        "additional": additional,
+        "additional_queries": bool(rng.random() < 0.5),
+        "mask_every_tile": bool(rng.random() < 0.5),
+        "gpu": list(GPUS)[number(0, len(GPUS) - 1)],
+    }
+
+
+JAVASCRIPT = {
+    "token_layout": "layout",
+    "kernel_size": "window",
+    "is_causal": "causal",
+    "query_tile": "queryTile",
+    "key_tile": "keyTile",
+    "kv_heads": "kvHeads",
+    "head_dim": "headDim",
+    "additional_queries": "additionalQueries",
+    "mask_every_tile": "maskEveryTile",
+}
+
+
+def settings(problem):
+    """The same as the page's simulator takes them."""
+    return {JAVASCRIPT.get(name, name): value for name, value in problem.items()}
+
+
+def assert_equal(found, expected, told):
+    """Numbers are the same, to the last bit; lists and tuples are alike."""
+    if isinstance(expected, tuple | list):
+        assert len(found) == len(expected), told
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other, told)
+    else:
+        assert found == expected, told
+
+
+def test_simulations_are_equal_number_for_number(unchecked):
+    rng = np.random.default_rng(26)
+    problems = [draw(rng) for _ in range(2400)]
+    found = in_javascript([("simulate", settings(problem)) for problem in problems])
+    kinds = set()
+    for problem, one in zip(problems, found, strict=True):
+        expected = simulate(**problem)
+        for name, value in one.items():
+            assert_equal(value, getattr(expected, snake(name)), (name, problem))
+        kinds.add((expected.tiling, len(expected.windows), expected.block_sparse))
+    assert len(kinds) == 18  # all were met
+
+
+def test_published_problems_are_equal(unchecked):
+    """Of thousands of blocks, which are scheduled one by one."""
+    problems = []
+    for preset in PRESETS.values():
+        for gpu in GPUS:
+            for stride in (1, preset.stride):
+                attention = Preset(preset.window, stride)
+                problems.append((preset, attention, gpu))
+    calls = []
+    for preset, attention, gpu in problems:
+        windows = attention.windows(preset.layout)
+        given = {
+            "layout": preset.layout,
+            "window": [w.kernel_size for w in windows],
+            "stride": [w.stride for w in windows],
+            "dilation": [1] * len(windows),
+            "causal": [False] * len(windows),
+            "tiling": "permuted",
+            "maskEveryTile": gpu == "h100",
+            "gpu": gpu,
+        }
+        calls.append(("simulateModel", preset.name, given, preset.steps, preset.dense_steps))
+    for (preset, attention, gpu), one in zip(problems, in_javascript(calls), strict=True):
+        expected = simulate_model(
+            preset.name, attention=attention, gpu=gpu, mask_every_tile=gpu == "h100"
+        )
+        assert_model_equal(one, model_record(expected, gpu), expected)
+
+
+def assert_model_equal(one, record, expected):
+    told = (record["attention"], record["gpu"], record["size"])
+    for name in ("image_alone", "with_text"):
+        camel = "imageAlone" if name == "image_alone" else "withText"
+        for key, value in one[camel].items():
+            assert_equal(value, getattr(getattr(expected, name), snake(key)), (key, told))
+    rows = {(row["tokens"], row["counted"]): row for row in one["rows"]}
+    names = {"image alone": "imageAlone", "with text": "withText"}
+    for row in record["rows"]:
+        found = rows[names[row["tokens"]], row["counted"]]
+        assert found["speedup"] == row["speedup"], told
+        ends = {
+            share: {snake(name): value for name, value in each.items()}
+            for share, each in found["endToEnd"].items()
+        }
+        assert ends == row["end_to_end"], told
+    assert one["shares"] == record["attention_shares"], told
+    assert one["operations"] == {k: float(v) for k, v in record["operations"].items()}, told
+    assert one["forward"] == record["forward_s"], told
+    assert {snake(name): value for name, value in one["sample"].items()} == record["sample_s"]
+
+
+def test_models_are_equal_on_other_layouts_and_steps(unchecked):
+    rng = np.random.default_rng(3)
+    problems = []
+    while len(problems) < 120:
+        name = list(PRESETS)[rng.integers(len(PRESETS))]
+        rank = len(PRESETS[name].layout)
+        problem = draw(rng, most=(60, 48, 16))
+        if len(problem["token_layout"]) != rank or problem["tiling"] == "single-dim":
+            continue
+        ones = {"dilation": (1,) * rank, "is_causal": (False,) * rank, "tiling": "permuted"}
+        problem |= ones
+        steps = int(rng.integers(1, 60))
+        dense = None if rng.random() < 0.5 else int(rng.integers(0, steps + 1))
+        problems.append((name, problem, steps, dense))
+    expected = [
+        simulate_model(
+            name,
+            attention=Preset(problem["kernel_size"], problem["stride"]),
+            layout=problem["token_layout"],
+            steps=steps,
+            dense_steps=dense,
+            **{each: problem[each] for each in ("query_tile", "key_tile", "mask_every_tile")},
+            gpu=problem["gpu"],
+        )
+        for name, problem, steps, dense in problems
+    ]
+    constants = explorer_constants()
+    calls, shares = [], []
+    for (name, problem, steps, _), one in zip(problems, expected, strict=True):
+        dense = one.preset.dense_steps
+        calls.append(("simulateModel", name, settings(problem), steps, dense))
+        shares.append(("denseStepsOf", constants["presets"][name], steps))
+    for one, answer in zip(expected, in_javascript(calls), strict=True):
+        gpu = next(name for name, gpu in GPUS.items() if gpu is one.with_text.gpu)
+        assert_model_equal(answer, model_record(one, gpu), one)
+    found = in_javascript(shares)
+    for (name, _, steps, _), dense in zip(problems, found, strict=True):
+        assert dense == PRESETS[name].dense_steps_of(steps)
+
+
+def test_end_to_end_of_a_share_is_equal(unchecked):
+    rng = np.random.default_rng(4)
+    problems = [draw(rng) for _ in range(50)]
+    simulations = in_javascript([("simulate", settings(problem)) for problem in problems])
+    shares = rng.random((50, 2)).round(3).tolist()
+    calls = [("endToEnd", one, *each) for one, each in zip(simulations, shares, strict=True)]
+    for problem, each, found in zip(problems, shares, in_javascript(calls), strict=True):
+        assert found == simulate(**problem).end_to_end(*each)
+
+
+def test_strides_that_nothing_beats_are_equal(unchecked):
+    rng = np.random.default_rng(5)
+    problems = [draw(rng, most=(60, 24, 12)) for _ in range(300)]
+    for problem in problems:
+        if problem["tiling"] == "single-dim":
+            problem |= {"query_tile": None, "key_tile": None}
+    problems += [
+        {
+            "token_layout": preset.layout,
+            "kernel_size": preset.window,
+            "gpu": gpu,
+            "dilation": (1,) * len(preset.layout),
+            "is_causal": causal,
+            "query_tile": None,
+            "key_tile": None,
+            "stride": preset.stride,
+        }
+        for preset in PRESETS.values()
+        for gpu in ("h200", "b200")
+        for causal in ((False,) * len(preset.layout), (True,) + (False,) * len(preset.layout[1:]))
+    ]
+    keys = ("token_layout", "kernel_size", "dilation", "is_causal", "query_tile", "key_tile", "gpu")
+    found = in_javascript([("search", settings(problem)) for problem in problems])
+    met = 0
+    for problem, choices in zip(problems, found, strict=True):
+        expected = search(**{name: problem[name] for name in keys})
+        assert len(choices) == len(expected), problem
+        for choice, one in zip(choices, expected, strict=True):
+            for field in dataclasses.fields(one):
+                first, *rest = field.name.split("_")
+                value = choice["".join([first, *map(str.capitalize, rest)])]
+                assert_equal(value, getattr(one, field.name), (field.name, problem))
+        met += len(choices) > 3
+    assert met > 50
+    # And the stride that is set, among all.
+    calls = [
+        ("choice", settings(problem | {"stride": choice["stride"]}), *tiles)
+        for problem, choices in zip(problems, found, strict=True)
+        for choice in choices[:1]
+        for tiles in [(choice["queryTile"], choice["keyTile"])]
+    ]
+    firsts = [choices[0] for choices in found]
+    assert in_javascript(calls) == firsts
+
+
+def test_large_searches_thin_out_as_in_python(unchecked, monkeypatch):
+    import importlib
+
+    module = importlib.import_module("conceptax.kernels.gna.simulator.search")
+    monkeypatch.setattr(module, "ALL_ROWS", 20)
+    monkeypatch.setattr(module, "ALL_PRODUCTS", 40)
+    constants = explorer_constants() | {"allRows": 20, "allProducts": 40}
+    rng = np.random.default_rng(6)
+    problems = [draw(rng, most=(60, 24, 12)) for _ in range(60)]
+    keys = ("token_layout", "kernel_size", "dilation", "is_causal", "gpu")
+    for problem in problems:
+        problem |= {"query_tile": None, "key_tile": None}
+    given = {"source": str(SOURCES / "simulator.js"), "constants": constants}
+    calls = [("search", settings(problem)) for problem in problems]
+    for problem, choices in zip(
+        problems, run_in_node(SCRIPT, given | {"calls": calls}), strict=True
+    ):
+        expected = search(**{name: problem[name] for name in keys})
+        assert [tuple(one["stride"]) for one in choices] == [one.stride for one in expected]
+
+
+def test_what_a_query_sees_is_drawn(unchecked):
+    rng = np.random.default_rng(7)
+    problems = [draw(rng) for _ in range(300)]
+    queries = [[int(rng.integers(x)) for x in problem["token_layout"]] for problem in problems]
+    results = [simulate(**problem) for problem in problems]
+    calls = [
+        ("around", settings(problem), query, one.query_tile, one.key_tile)
+        for problem, query, one in zip(problems, queries, results, strict=True)
+    ]
+    for problem, query, one, drawn in zip(
+        problems, queries, results, in_javascript(calls), strict=True
+    ):
+        layout = problem["token_layout"]
+        tokens = np.array(drawn["tokens"]).reshape(layout)
+        seen = [w.mask(np.array([x]))[0] for w, x in zip(one.windows, query, strict=True)]
+        mask = np.array(1)
+        for each in seen:
+            mask = np.multiply.outer(mask, each)
+        np.testing.assert_array_equal((tokens & 4) > 0, mask > 0, str(problem))
+        assert drawn["keys"] == mask.sum()
+        assert tokens[tuple(query)] & 8
+        assert ((tokens & 3) > 0)[mask > 0].all()
+        if problem["tiling"] == "single-dim":
+            tile = np.ravel_multi_index(query, layout) // one.query_tile[0]
+            counts = one.visited_per_tile[0, tile], one.free_per_tile[0, tile]
+            own = np.arange(math.prod(layout)) // one.query_tile[0] == tile
+            np.testing.assert_array_equal((tokens.ravel() & 8) > 0, own)
+            keys = np.arange(math.prod(layout)) // one.key_tile[0]
+            pairs = np.unique(np.stack([keys, tokens.ravel() & 3]), axis=1)
+            assert len(pairs[0]) == len(np.unique(keys))  # a key tile is of one kind
+            kinds = pairs[1]
+            assert ((kinds > 0).sum(), (kinds == 1).sum()) == counts
+            assert (drawn["visited"], drawn["free"]) == counts
+            continue
+        kinds, own, counts = np.array(1), np.array(1), np.array([1, 1])
+        for w, x, tq, tk in zip(one.windows, query, one.query_tile, one.key_tile, strict=True):
+            group, place = x % w.dilation, x // w.dilation
+            length = w.group_lengths()[group]
+            found = visits(w, length, tq, tk, dynamic=problem["tiling"] == "fused")
+            tile = place // tq
+            inside = np.arange(length)
+            # Dynamic tiles begin with the first key that the tile's first query sees.
+            start = w.bounds(length, np.array([tile * tq]))[0][0]
+            key = (inside - start * (problem["tiling"] == "fused")) // tk
+            visited = (key >= found.first[tile]) & (key < found.last[tile])
+            free = (key >= found.free_first[tile]) & (key < found.free_last[tile])
+            along, mine = np.zeros(w.length, int), np.zeros(w.length, int)
+            along[group :: w.dilation] = np.where(visited, 2 - free, 0)
+            mine[group :: w.dilation] = inside // tq == tile
+            kinds = np.minimum(np.multiply.outer(kinds, along), 2)  # free only if free in all
+            own = np.multiply.outer(own, mine)
+            counts = counts * [
+                found.last[tile] - found.first[tile],
+                found.free_last[tile] - found.free_first[tile],
+            ]
+        np.testing.assert_array_equal(tokens & 3, kinds, str(problem))
+        np.testing.assert_array_equal((tokens & 8) > 0, own > 0, str(problem))
+        assert [drawn["visited"], drawn["free"]] == counts.tolist()
+
+
+def test_what_does_not_fit_is_said_in_the_same_words(unchecked):
+    rng = np.random.default_rng(8)
+    calls, expected, refused = [], [], 0
+    while len(calls) < 400:
+        problem = draw(rng)
+        for name in ("kernel_size", "stride", "dilation"):
+            if rng.random() < 0.4:
+                problem[name] = tuple(int(x + rng.integers(0, 4)) for x in problem[name])
+        told = ""
+        try:
+            windows_of(
+                problem["token_layout"],
+                *(problem[name] for name in ("kernel_size", "stride", "dilation")),
+                names={"kernel_size": "window"},
+            )
+        except ValueError as error:
+            told, refused = str(error), refused + 1
+        calls.append(("misfit", settings(problem)))
+        expected.append(told)
+    assert in_javascript(calls) == expected and 100 < refused < 300
+
+
+def test_advice_is_the_same(unchecked):
+    rng = np.random.default_rng(9)
+    calls, expected = [], []
+    models = explorer_constants()["models"]
+    for _ in range(300):
+        problem = draw(rng, most=(40, 30, 20))
+        rank = len(problem["token_layout"])
+        windows = {"dilation": (1,) * rank, "is_causal": (False,) * rank}
+        tiles = [[int(2 ** rng.integers(0, 4)) for _ in range(rank)] for _ in range(2)]
+        preset = Preset(problem["kernel_size"], problem["stride"])
+        name, model = "", None
+        if rank > 1:
+            base = PRESETS["flux-4k" if rank == 2 else "hunyuan"]
+            preset = dataclasses.replace(preset, name=base.name, model=base.model)
+            name, model = base.name, models[base.model.name]
+        calls.append(("advice", settings(problem | windows), *tiles, name, model))
+        expected.append(preset.advice(problem["token_layout"], tuple(map(tuple, tiles))))
+    assert in_javascript(calls) == expected
+    assert "" in expected
+    assert all(any(word in text for text in expected) for word in ("always", " px) needs none"))
