@@ -46,6 +46,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux_2_klein",
+    "WanPipeline": "wan",
 }
 
 
@@ -69,6 +70,11 @@ _PARTS = {
         "transformer": "Flux2Transformer2DModel",
         "vae": "AutoencoderKLFlux2",
         "text_encoder": "Qwen3ForCausalLM",
+    },
+    "WanPipeline": {
+        "transformer": "WanTransformer3DModel",
+        "vae": "AutoencoderKLWan",
+        "text_encoder": "UMT5EncoderModel",
     },
 }
 
