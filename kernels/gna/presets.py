@@ -423,7 +423,8 @@ def attention_preset(text: str) -> Preset:
     limits = [np.inf if size is None else size for size in window]
     if np.greater(stride, limits).any():
         raise ValueError(f"an attention's stride must not exceed its window; received {text!r}.")
-    return Preset(**{name: one[0] if len(one) == 1 else one for name, one in given.items()})
+    settings: dict[str, Any] = {k: v[0] if len(v) == 1 else v for k, v in given.items()}
+    return Preset(**settings)
 
 
 def _size(text: str, name: str) -> int | None:

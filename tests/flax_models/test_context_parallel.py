@@ -52,8 +52,8 @@ def arrays(*shapes):
 def flux():
     config = FluxTransformer2DConfig(
         in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=12,
@@ -62,7 +62,7 @@ def flux():
         guidance_embeds=True,
     )
     latents, states, pooled = arrays((2, 16, 3, 4), (2, 5, 12), (2, 10))
-    attention = (GNA((5, 2), (2, 1)), None) * 2
+    attention = (GNA((5, 2), (2, 1)), None)
     model = FluxTransformer2DModel(
         config, attention=attention, attention_scale="proportional", rngs=nnx.Rngs(0)
     )
