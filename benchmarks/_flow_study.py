@@ -315,14 +315,15 @@ _sample = jax.jit(sample_latents, static_argnums=0)
 
 def drawer(world: World, cell: Cell, params: Any) -> Callable[[Sequence[str], Any], jax.Array]:
     """(texts, noise) -> latents."""
-    study = world.study
-    phases = (Phase(structure(world.kind, study.config, cell.attention)),)
+    made = functools.partial(structure, world.kind, world.study.config)
+    phases = (Phase(made(cell.attention)),)
     if cell.starts_dense:
-        phases = (Phase(structure(world.kind, study.config, None), study.dense_steps), *phases)
+        phases = (Phase(made(None), world.study.dense_steps), *phases)
+    whose = {"denoiser": params}
 
     def draw(texts: Sequence[str], noise: Any) -> jax.Array:
         given = world.condition(texts), world.condition([""]), noise, world.sampler, GUIDANCE
-        return _sample(phases, {"denoiser": params}, *given)
+        return _sample(phases, whose, *given)
 
     return draw
 

@@ -24,11 +24,14 @@ deadline=$((SECONDS + ${SECONDS_IN_ALL:-570}))
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 size=full out=${OUT:-benchmarks/results}
-case "${1:-}" in
-    --dry-run) size=tiny out=${OUT:-$scratch/results} ;;
-    '') ;;
-    *) echo "usage: $0 [--dry-run]" >&2; exit 2 ;;
-esac
+videos=
+for option in "$@"; do
+    case "$option" in
+        --dry-run) size=tiny out=${OUT:-$scratch/results} ;;
+        --videos) videos=1 ;;
+        *) echo "usage: $0 [--dry-run] [--videos]" >&2; exit 2 ;;
+    esac
+done
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 
@@ -83,17 +86,24 @@ sd_in() {
         --dtype bfloat16 --tasks "$1" --engines "${engines[@]}" --image "$3" \
         --output "$out/stable_diffusion_gpu.json"
 }
-gna_in "${types[0]}"
-sd_in unet 100 512
-for type in "${types[@]:1}"; do gna_in "$type"; done
-sd_in step 180 512
-sd_in sampler 60 512
-sd_in unet-xl 150 1024
-sd_in vae 60 512
-sd_in text 60 512
-sd_in step-remat 180 512
-step transformers_gpu 300 "$python" benchmarks/transformer_speed.py --gpu --size "$size" \
-    --output "$out/transformer_speed_gpu.json"
+transformers_in() {
+    step "$1_gpu" "$2" "$python" benchmarks/transformer_speed.py --gpu --size "$size" \
+        --output "$out/transformer_speed_gpu.json" "${@:3}"
+}
+if [ -n "$videos" ]; then
+    transformers_in videos 285 --minutes 3 --models hunyuan cosmos wan
+else
+    gna_in "${types[0]}"
+    sd_in unet 100 512
+    for type in "${types[@]:1}"; do gna_in "$type"; done
+    sd_in step 180 512
+    sd_in sampler 60 512
+    sd_in unet-xl 150 1024
+    sd_in vae 60 512
+    sd_in text 60 512
+    sd_in step-remat 180 512
+    transformers_in transformers 300
+fi
 
 echo
 echo "$SECONDS s; results in $out"

@@ -4,7 +4,7 @@
     python benchmarks/transformer_speed.py --models flux --dtypes float32 --engines jax
     python benchmarks/transformer_speed.py --size tiny            # minutes, to try the script
     python benchmarks/transformer_speed.py --gpu                  # FLUX as a whole, on one H200
-    python benchmarks/transformer_speed.py --gpu --models hunyuan cosmos wan-14b
+    python benchmarks/transformer_speed.py --gpu --models hunyuan cosmos wan
 
 On a CPU: a few blocks of full width with random weights and the published length of text, of videos
 at the published rows and columns and as many frames as fit; torch eager and compiled each in a
@@ -85,7 +85,7 @@ class Subject:
     @functools.cached_property
     def settings(self) -> Any:
         """The config of our class."""
-        return self.kind.config_class(**self.config)
+        return self.kind.config_class.from_dict(dict(self.config))
 
     def shapes(self, grid: Sizes) -> dict[str, Sizes]:
         """Of the arrays that a forward pass reads; a token of a video is 1x2x2 latents."""
@@ -224,7 +224,7 @@ SUBJECTS: Mapping[str, Mapping[str, Subject]] = {
             WAN_PRESETS,
             30,
         ),
-        "wan-14b": Subject("Wan 2.1 14B, 1 block", *WAN, ONE, 512, ((4, 48, 80),), WAN_PRESETS, 40),
+        "wan": Subject("Wan 2.1 14B, 1 block", *WAN, ONE, 512, ((4, 48, 80),), WAN_PRESETS, 40),
     },
     "tiny": {
         "flux": Subject(
@@ -272,7 +272,7 @@ SUBJECTS: Mapping[str, Mapping[str, Subject]] = {
             28,
             timestep=0.5,
         ),
-        "wan-1.3b": Subject(
+        "wan": Subject(
             "tiny Wan",
             *WAN,
             {
@@ -596,17 +596,15 @@ def difference_from_torch(subject: Subject, grid: Sizes) -> float:
 
 def gpu_subjects(size: str) -> dict[str, Subject]:
     """Whole models of images, and blocks of videos at their published layouts."""
-    if size == "tiny":
-        return dict(SUBJECTS[size])
-    klein = ("flux_2_transformer_2d", "Flux2Transformer2DModel")
     from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 
-    small = Flux2Transformer2DConfig.klein_4b()
-    changed = {
-        field.name: getattr(small, field.name)
-        for field in dataclasses.fields(small)
-        if getattr(small, field.name) != field.default
-    }
+    klein = ("flux_2_transformer_2d", "Flux2Transformer2DModel")
+    changed = Flux2Transformer2DConfig.klein_4b().to_dict()
+    if size == "tiny":
+        changed |= ONE_AND_ONE | SMALL | {"in_channels": 8, "joint_attention_dim": 32}
+        changed |= {"axes_dims_rope": (4, 4, 4, 4)}
+        tiny = Subject(*("tiny FLUX.2", *klein, changed, 8, ((32, 32),), FLUX_PRESETS[:1], 2))
+        return {**SUBJECTS[size], "klein": tiny}
     dev = {"guidance_embeds": True}
     found = {
         "flux": Subject(
@@ -753,9 +751,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("--gpu needs a GPU; --gpu --size tiny tries the script without one", file=sys.stderr)
         return 1
     device = "gpu" if arguments.gpu else "cpu"
-    checked = [name for name in SUBJECTS["tiny"] if name in arguments.models]
-    if "wan-14b" in arguments.models and "wan-1.3b" not in checked:
-        checked.append("wan-1.3b")
+    tiny = dict.fromkeys(name.split("-")[0] for name in arguments.models)
+    checked = [name for name in tiny if name in SUBJECTS["tiny"]]
     found = check(checked, against_torch=not arguments.gpu)
     wrong = {name: error for name, error in found.items() if not error < 1e-4}
     if wrong:

@@ -132,7 +132,8 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
 
 
 def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
-    side, frames = 4 * config.downsampling, 1 + config.temporal_downsampling
+    """Diffusers cuts Wan's into the first frame and four at a time."""
+    side, frames = 4 * config.downsampling, 1 + max(4, config.temporal_downsampling)
     video = _normal(rng, 1, frames, side, side, 3).clip(-1, 1)
     posterior = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist
     latents, spread = posterior.mode(), getattr(posterior, "logvar", None)

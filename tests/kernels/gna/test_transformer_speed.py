@@ -1,0 +1,83 @@
+"""What the benchmark of whole transformers asks the simulator: their operations and windows."""
+
+import dataclasses
+import importlib
+import math
+
+import pytest
+
+from conceptax.kernels.gna.presets import PRESETS
+
+# TFLOP of a forward pass at full size, by torch's counter on meta tensors: linear layers and
+# self-attention.
+COUNTED = {
+    "hunyuan": (1569.2, 9828.0),
+    "cosmos": (741.1, 1455.2),
+    "wan-1.3b": (82.1, 200.9),
+    "wan": (785.4, 892.9),
+    "flux": (852.8, 3055.5),
+}
+LAYOUTS = {"wan-1.3b": (21, 30, 52), "wan": (21, 30, 52)}
+
+
+@pytest.fixture(scope="module")
+def speed(repository):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(repository / "benchmarks"))
+        yield importlib.import_module("transformer_speed")
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_operations_are_those_that_torch_counts(speed, name):
+    subject = speed.SUBJECTS["full"][name]
+    model = dataclasses.replace(
+        speed.transformer_of(subject.settings, subject.text), layers=subject.layers
+    )
+    layout = LAYOUTS.get(name, PRESETS[subject.presets[0]].layout)
+    work = model.operations(math.prod(layout))
+    linear, attention = COUNTED[name]
+    assert work.linear / 1e12 == pytest.approx(linear, rel=0.01)
+    assert work.attention / 1e12 == pytest.approx(attention, rel=0.001)
+    for preset in subject.presets if name != "wan-1.3b" else ():
+        theirs = PRESETS[preset].model
+        names = ("name", "pixels", "frames")
+        assert (
+            dataclasses.replace(model, **{each: getattr(theirs, each) for each in names}) == theirs
+        )
+
+
+def test_windows_keep_their_share_of_the_published_layout(speed):
+    for subjects in speed.SUBJECTS.values():
+        for subject in subjects.values():
+            for grid in subject.grids:
+                pairs = zip(subject.presets, subject.windows(grid).values(), strict=True)
+                for preset, (window, stride) in pairs:
+                    layout, published = PRESETS[preset].layout, PRESETS[preset].window
+                    share = math.prod(window) / math.prod(grid)
+                    assert share == pytest.approx(
+                        math.prod(published) / math.prod(layout), rel=0.25
+                    )
+                    assert all(s <= w <= g for s, w, g in zip(stride, window, grid, strict=True))
+            for layout in {PRESETS[preset].layout for preset in subject.presets}:
+                for preset in subject.presets:
+                    if PRESETS[preset].layout == layout:
+                        (found,) = speed.windows(layout, [preset]).values()
+                        assert found == (PRESETS[preset].window, PRESETS[preset].stride)
+
+
+def test_a_sample_is_its_steps(speed):
+    result = speed.simulate_model("cosmos-56")
+    found = speed.whole(result, 10.0, 5.0)
+    assert found["sample_s"] == {
+        "dense": 2 * 35 * 10,
+        "after_dense_steps": 2 * (12 * 10 + 23 * 5),
+        "all_steps": 2 * 35 * 5,
+    }
+    assert found["gain"]["all_steps"] == 2
+
+
+def test_predictions_cover_every_preset_and_device(speed):
+    rows = speed.predictions()
+    assert len(rows) == len(speed.DEVICES) * len(PRESETS)
+    assert all(row["gain"]["after_dense_steps"] > 1 for row in rows)
+    assert speed.typical_error() < 0.03
