@@ -14,6 +14,7 @@ MODULES = {
     "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "AutoencoderKLFlux2": "autoencoder_kl",
+    "AutoencoderKLHunyuanVideo": "autoencoder_kl_hunyuan_video",
     "AutoencoderKLWan": "autoencoder_kl_wan",
     "AutoencoderKLCosmos": "autoencoder_kl_cosmos",
     "CLIPTextModel": "clip",
