@@ -14,6 +14,7 @@ MODULES = {
     "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "AutoencoderKLFlux2": "autoencoder_kl",
+    "AutoencoderKLHunyuanVideo": "autoencoder_kl_hunyuan_video",
     "AutoencoderKLWan": "autoencoder_kl_wan",
     "AutoencoderKLCosmos": "autoencoder_kl_cosmos",
     "CLIPTextModel": "clip",
@@ -45,6 +46,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux_2_klein",
+    "WanPipeline": "wan",
 }
 
 
@@ -68,6 +70,11 @@ _PARTS = {
         "transformer": "Flux2Transformer2DModel",
         "vae": "AutoencoderKLFlux2",
         "text_encoder": "Qwen3ForCausalLM",
+    },
+    "WanPipeline": {
+        "transformer": "WanTransformer3DModel",
+        "vae": "AutoencoderKLWan",
+        "text_encoder": "UMT5EncoderModel",
     },
 }
 

@@ -7,6 +7,7 @@ from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 
 FAMILIES = ("flux-dev", "flux-schnell", "klein", "klein-base", "sd3", "sd3-without-t5")
+VIDEO_FAMILIES = ("wan", "wan-pair")  # at downsampling 2, of time too
 LENGTH = 20  # of CLIP's prompts
 T5_LENGTH = 24
 WORDS = ("three", "red", "on", "brick", "a", "photo", "of")
@@ -75,20 +76,20 @@ def _clip(kind: str, tokenizer: Any, hidden: int, projection: int) -> Any:
     return getattr(transformers, kind)(config).eval()
 
 
-def _t5(width: int, tokenizer: Any) -> Any:
+def _t5(width: int, tokenizer: Any, kind: str = "T5", activation: str = "gated-gelu") -> Any:
     import transformers
 
-    config = transformers.T5Config(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer),
         d_model=width,
         d_kv=4,
         d_ff=24,
         num_heads=3,
         num_layers=2,
-        feed_forward_proj="gated-gelu",
+        feed_forward_proj=activation,
         tie_word_embeddings=False,
     )
-    return transformers.T5EncoderModel(config).eval()
+    return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
 
 def _flux(dev: bool) -> Any:
@@ -187,14 +188,66 @@ def _sd3(t5: bool) -> Any:
     )
 
 
+def _wan(pair: bool) -> Any:
+    import diffusers
+
+    tokenizer = t5_tokenizer()
+    transformers = [
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=12,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        for _ in range(1 + pair)
+    ]
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.2, 1.0],
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    )
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_t5(12, tokenizer, "UMT5"),
+        vae=vae,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=transformers[0],
+        transformer_2=transformers[1] if pair else None,
+        boundary_ratio=0.875 if pair else None,
+    )
+
+
+_MADE = {
+    "flux-dev": lambda: _flux(True),
+    "flux-schnell": lambda: _flux(False),
+    "klein": lambda: _klein(True),
+    "klein-base": lambda: _klein(False),
+    "sd3": lambda: _sd3(True),
+    "sd3-without-t5": lambda: _sd3(False),
+    "wan": lambda: _wan(False),
+    "wan-pair": lambda: _wan(True),
+}
+
+
 def save_pipeline(folder: Path, family: str) -> Any:
-    """Make one of `FAMILIES`, every parameter random, write it, and return it."""
+    """Make one of the families, every parameter random, write it, and return it."""
     import torch
 
     torch.manual_seed(0)
-    kind, _, variant = family.partition("-")
-    make = {"flux": _flux, "klein": _klein, "sd3": _sd3}[kind]
-    pipeline = make(variant in ("dev", "") if kind != "klein" else not variant)
+    pipeline = _MADE[family]()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             with torch.no_grad():

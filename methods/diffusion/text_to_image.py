@@ -173,7 +173,7 @@ class TextToImage:
         num_frames: int | None = None,
         fps: int | None = None,
         conditioning: UInt8[np.ndarray, "F H W 3"] | None = None,
-        latents: Float[Array, "N *F h w C"] | np.ndarray | None = None,
+        latents: Float[Array, "N *T h w C"] | np.ndarray | None = None,
         first_index: int = 0,
         on_estimate: OnEstimate | None = None,
         on_progress: Callable[[int, int], None] | None = None,

@@ -169,6 +169,8 @@ ORACLES = {
         "autoencoder_flux_2",
         {"mid_block_add_attention": False},
     ),
+    "autoencoder of HunyuanVideo": ("autoencoder_hunyuan_video", {}),
+    "autoencoder of HunyuanVideo, in pieces": ("autoencoder_hunyuan_video", {"frames": 21}),
     "autoencoder of Wan 2.1": ("autoencoder_wan", {}),
     "autoencoder of Wan 2.2": (
         "autoencoder_wan",
@@ -211,6 +213,7 @@ ORACLES = {
 SLOW = (
     "unet odd size",
     "video unet with other settings",
+    "autoencoder of HunyuanVideo, in pieces",
     "autoencoder of Cosmos, 16 pixels and 8 frames per latent",
 )
 
