@@ -1,4 +1,4 @@
-"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, SD 2, SDXL, SD 3, FLUX.1 and FLUX.2.
+"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, 2, XL and 3, FLUX.1, FLUX.2 and Wan.
 
 Such a file holds the UNet or transformer, the autoencoder and the text encoders under the names of
 the training code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files
@@ -51,7 +51,8 @@ from .compvis_parts import (
     unet_names_of,
 )
 from .names import Stored, Table, joined
-from .transformer_parts import CLASSES, FLUX, FLUX_2, SD_3, TELLING, table_of, variant
+from .transformer_parts import CLASSES, FLUX, FLUX_2, SD_3, TELLING, WAN, table_of, variant
+from .wan_names import wan_vae_names
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
 PIPELINES = {
@@ -61,6 +62,7 @@ PIPELINES = {
     SD_3: "StableDiffusion3Pipeline",
     FLUX: "FluxPipeline",
     FLUX_2: "Flux2KleinPipeline",
+    WAN: "WanPipeline",
 }
 _PREDICTIONS = ("epsilon", "v_prediction")
 _INPAINTING = 9  # channels: latents, those of the masked image, and the mask
@@ -78,7 +80,8 @@ def open_single_file(path: Path | WeightFile) -> Stored | None:
       CheckpointError: damaged or unsafe files.
     """
     file = opened(path)
-    if file.path.suffix.lower() in (".json", ".msgpack"):
+    suffix = file.path.suffix.lower()
+    if suffix == ".msgpack" or (suffix == ".json" and not file.is_index):
         return None
     stored = open_weights(file, wrappers=WRAPPERS)
     if is_bare_text(stored) and (file.path.parent / "config.json").is_file():
@@ -96,7 +99,7 @@ def load_single_file(
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
 ) -> Any:
-    """Load a Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1 or FLUX.2 model from a single file.
+    """Load a Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1, FLUX.2 or Wan model from a single file.
 
     Copies that training keeps beside the models (moving averages, the noise schedule and others)
     are passed over; `inspect_checkpoint` names them.
@@ -326,10 +329,19 @@ def _scheduler(
 
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
+_WAN_5B = 48  # channels of the latents of Wan 2.2's model of 5 billion parameters
 
 
 def _flow(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     """The published settings of a rectified flow's steps."""
+    if family == WAN:
+        return {
+            "_class_name": "UniPCMultistepScheduler",
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 5.0 if raw["in_channels"] == _WAN_5B else 3.0,
+        }
     dynamic = family == FLUX_2 or (family == FLUX and raw["guidance_embeds"])
     config: dict[str, Any] = {
         "_class_name": _FLOW,
@@ -356,8 +368,8 @@ def save_single_file(
     those choose anew, are kept in the header for `load_single_file`.
 
     Args:
-      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX.1 or FLUX.2; parts that are None are left
-        out, and so are tokenizers, for which such files have no place.
+      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX.1, FLUX.2 or Wan; parts that are None are
+        left out, and so are tokenizers, for which such files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       force: replace an existing file.
@@ -367,6 +379,10 @@ def save_single_file(
         another than readers of such files assume, who would take the model for one that it is not.
     """
     path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise OutputError(
+            "a single file has a place for one transformer, and this model has two. Write a folder."
+        )
     family = _family_of(pipeline)
     tensors = part_tensors(
         {name: getattr(pipeline, name) for name in pipeline.MODELS}, family, kind
@@ -416,13 +432,19 @@ def part_tensors(
         names = table_of(family, transformer.config.to_dict())
         tensors += _named(transformer, UNET, names, dtype)
     if (vae := models.get("vae")) is not None:
-        names = vae_names(len(vae.config.block_out_channels), vae.config.layers_per_block)
-        tensors += _named(vae, VAE, names | FLUX_2_VAE if family == FLUX_2 else names, dtype)
+        tensors += _named(vae, VAE, _vae_names(vae, family), dtype)
     written = {each.component: each for each in reversed(TEXT_ENCODERS[family])}
     for component, encoder in written.items():
         if (model := models.get(component)) is not None:
             tensors += _text(model, encoder, dtype)
     return tensors
+
+
+def _vae_names(vae: Any, family: str) -> Table:
+    if family == WAN:
+        return wan_vae_names(vae.config.to_dict())
+    names = vae_names(len(vae.config.block_out_channels), vae.config.layers_per_block)
+    return names | FLUX_2_VAE if family == FLUX_2 else names
 
 
 def _family_of(pipeline: Any) -> str:
@@ -446,6 +468,7 @@ _ARCHITECTURES = {
     SD_3: "stable-diffusion-3",
     FLUX: "flux-1",
     FLUX_2: "flux-2",
+    WAN: "wan",
 }
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
 # readers of single files take for granted.
