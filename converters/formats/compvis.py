@@ -135,9 +135,12 @@ def load_single_file(
         )
     file = read_single_file(stored, str(path), source.metadata)
     kind = architectures.pipeline_class(PIPELINES[file.family])
-    index = {"_class_name": kind.__name__}
+    index: dict[str, Any] = {"_class_name": kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
         index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
+    wan = file.parts.get("transformer") if file.family == WAN else None
+    if wan is not None and wan.raw["in_channels"] == _WAN_5B:
+        index["expand_timesteps"] = True  # as its published folder says
     accepted = pipeline_components(kind)
     if components is not None and not set(components) <= set(accepted):
         raise ValueError(f"components accepts {accepted}, received {sorted(components)}.")

@@ -1,5 +1,6 @@
 """Single files of FLUX.1 with every part: written, told, read back, and quantized."""
 
+import dataclasses
 import types
 
 import ml_dtypes
@@ -269,6 +270,23 @@ def test_other_families_return(tmp_path, make, kind):
         safetensors.numpy.save_file(content, path)
         found = build_parts(read(path), str(path), ["text_encoder"], **FLOATS)["text_encoder"]
         np.testing.assert_array_equal(weights(found)["text_projection.weight"], np.eye(64))
+
+
+def test_a_pipeline_of_wan_is_made_of_it(tmp_path):
+    models = wan()
+    path = save_single_file(pipeline_of(models, scheduler_config={}), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="holds no tokenizer"):
+        pipeline = load_pytorch(path)
+    assert type(pipeline).__name__ == "WanPipeline" and pipeline.transformer_2 is None
+    same(models, {name: getattr(pipeline, name) for name in models})
+    told = pipeline.scheduler_config
+    assert (told["_class_name"], told["flow_shift"]) == ("UniPCMultistepScheduler", 3.0)
+    assert "expand_timesteps" not in pipeline.model_index
+    wide = dataclasses.replace(models["transformer"].config, in_channels=48, out_channels=48)
+    alone = pipeline_of({"transformer": filled(WanTransformer3DModel, wide)}, scheduler_config={})
+    pipeline = load_pytorch(save_single_file(alone, tmp_path / "5b.safetensors"))
+    assert pipeline.scheduler_config["flow_shift"] == 5.0
+    assert pipeline.model_index["expand_timesteps"]
 
 
 def test_diffusers_reads_what_is_beside_the_transformer(models, single, torch):
