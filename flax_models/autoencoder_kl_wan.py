@@ -528,7 +528,8 @@ class AutoencoderKLWan(RecomputingModel):
         x, patch = videos.astype(self.dtype), config.patch_size or 1
         x = _patchify(x, patch)
         if tiling and max(sides) > _TILE:
-            moments = tiled(encode, x, tile=_TILE, output=_TILE * patch // config.downsampling)
+            output = _TILE * patch // config.downsampling
+            moments = tiled(encode, x, tile=_TILE, output=output)
         else:
             moments = encode(x)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -570,7 +571,10 @@ class AutoencoderKLWan(RecomputingModel):
         x, patch = latents.astype(self.dtype), config.patch_size or 1
         tile = _TILE // config.downsampling
         if tiling and max(x.shape[2:4]) > tile:
-            one = lambda x: tiled(decode, x[None], tile=tile, output=_TILE // patch)[0]  # noqa: E731
+
+            def one(x: Array) -> Array:
+                return tiled(decode, x[None], tile=tile, output=_TILE // patch)[0]
+
             y = jax.lax.map(one, x)
         else:
             y = decode(x)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from ..kernels.attention import dot_product_attention
 from .configs import ModelConfig
+from .layers import slabs
 from .layers.attention import GNA, Neighborhoods, per_layer
 from .layers.checks import check_axes
 from .layers.embeddings import sinusoidal_embedding
@@ -337,9 +338,9 @@ class LearnablePositions(nnx.Module):
         """Of the tokens on a grid, in float32."""
         frames, rows, columns = (
             getattr(self, name)[:count].astype(jnp.float32)
-            for name, count in zip(_POSITIONS, grid, strict=True)
+            for name, count in zip(_POSITIONS, slabs.whole(grid), strict=True)
         )
-        x = frames[:, None, None] + rows[:, None] + columns
+        x = slabs.own(frames)[:, None, None] + rows[:, None] + columns
         square = jnp.mean(x * x, axis=-1, keepdims=True)
         there = square > 0  # a root has no gradient at zero
         length = jnp.where(there, jnp.sqrt(jnp.where(there, square, 1.0)), 0.0)
@@ -364,7 +365,8 @@ def rotary_of(
     Returns:
       Cosines and sines [B, N, D / 2], or [1, N, D / 2] for all alike.
     """
-    places = [jnp.arange(count, dtype=jnp.float32)[None] for count in grid]
+    places = [jnp.arange(count, dtype=jnp.float32)[None] for count in slabs.whole(grid)]
+    places[0] = slabs.own(places[0], axis=1)
     if fps is not None:
         places[0] = places[0] / jnp.asarray(fps, jnp.float32)[:, None] * _FPS
     parts = []
@@ -383,6 +385,7 @@ class CosmosTransformer3DModel(AttendingModel):
     """Diffusion transformer of videos, given a text, and frames that are there."""
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    SPREADS: ClassVar[bool] = True
     config: CosmosTransformer3DConfig
     config_class = CosmosTransformer3DConfig
     pytorch_class = "CosmosTransformer3DModel"
@@ -471,7 +474,7 @@ class CosmosTransformer3DModel(AttendingModel):
                 f"in_channels {config.in_channels} counts; received {latents.shape}."
             )
         most = _most_tokens(config) if config.extra_pos_embed_type is not None else (math.inf,) * 3
-        fitting = zip(sides, config.patch_size, most, strict=True)
+        fitting = zip(slabs.whole(tuple(sides)), config.patch_size, most, strict=True)
         if any(side % p or side // p > n for side, p, n in fitting):
             raise ValueError(
                 f"{name} takes latents whose sides are multiples of patch_size "
@@ -486,12 +489,13 @@ class CosmosTransformer3DModel(AttendingModel):
             )
         shape, parts = (batch, *sides, 1), [latents.astype(self.dtype)]
         if condition.mask is not None:
-            if condition.mask.shape != (batch, sides[0]):
+            frames = slabs.whole((sides[0],))[0]
+            if condition.mask.shape != (batch, frames):
                 raise ValueError(
-                    f"{name} takes a mask of given frames [{batch}, {sides[0]}], received "
+                    f"{name} takes a mask of given frames [{batch}, {frames}], received "
                     f"{condition.mask.shape}."
                 )
-            mask = condition.mask.astype(self.dtype)[..., None, None, None]
+            mask = slabs.own(condition.mask, axis=1).astype(self.dtype)[..., None, None, None]
             parts.append(jnp.broadcast_to(mask, shape))
         if config.concat_padding_mask:
             padding: Array = jnp.zeros((), self.dtype)

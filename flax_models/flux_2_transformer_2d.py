@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
+from .layers import slabs
 from .layers.attention import GNA, Neighborhoods
 from .layers.embeddings import ConditionEmbedding
 from .layers.joint_attention import (
@@ -216,12 +217,12 @@ class Flux2SingleTransformerBlock(nnx.Module):
 
 def rotary_of(config: Flux2Transformer2DConfig, grid: tuple[int, int], text: int) -> Rotary:
     """Angles of [text; image]: the text at (0, 0, 0, place), the image at (0, row, column, 0)."""
-    rows, columns = grid
+    rows, columns = slabs.whole(grid)
     nowhere = np.zeros((1, 1))
     image = (nowhere, np.arange(rows)[:, None], np.arange(columns)[None], nowhere)
     settings = (config.axes_dims_rope, config.rope_theta)
     words = rotary_table((*(np.zeros(text),) * 3, np.arange(text)), *settings)
-    return concatenate(words, rotary_table(image, *settings))
+    return concatenate(words, slabs.own(rotary_table(image, *settings)))
 
 
 class Flux2Transformer2DModel(AttendingModel):
@@ -231,6 +232,7 @@ class Flux2Transformer2DModel(AttendingModel):
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    SPREADS: ClassVar[bool] = True
     config: Flux2Transformer2DConfig
     config_class = Flux2Transformer2DConfig
     pytorch_class = "Flux2Transformer2DModel"

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
+from .layers import slabs
 from .layers.attention import Neighborhoods
 from .layers.embeddings import ConditionEmbedding, Dtype
 from .layers.joint_attention import (
@@ -95,11 +96,11 @@ def rotary_of(
     config: FluxTransformer2DConfig, grid: tuple[int, int], text: int, ntk_factor: float
 ) -> Rotary:
     """Angles of [text; image]: the text stays at (0, 0, 0), the image is at (0, row, column)."""
-    rows, columns = grid
+    rows, columns = slabs.whole(grid)
     image = (np.zeros((1, 1)), np.arange(rows)[:, None], np.arange(columns)[None])
     settings = (config.axes_dims_rope, _THETA * ntk_factor)
     return concatenate(
-        rotary_table((np.zeros(text),) * 3, *settings), rotary_table(image, *settings)
+        rotary_table((np.zeros(text),) * 3, *settings), slabs.own(rotary_table(image, *settings))
     )
 
 
@@ -128,6 +129,7 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    SPREADS: ClassVar[bool] = True
     config_class = FluxTransformer2DConfig
     pytorch_class = "FluxTransformer2DModel"
     pytorch_library = "diffusers"
@@ -195,7 +197,7 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         batch, height, width, _ = latents.shape
         tokens, text_tokens = height * width, condition.states.shape[1]
         rotary = rotary_of(config, (height, width), text_tokens, self.ntk_factor)
-        keys, dim = tokens + text_tokens, config.attention_head_dim
+        keys, dim = tokens * slabs.count() + text_tokens, config.attention_head_dim
         scale = proportional_scale(self.attention_scale, keys, dim)
         sequence = JointSequence((height, width), rotary=rotary, scale=scale)
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))

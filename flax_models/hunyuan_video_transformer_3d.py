@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Num
 
 from .configs import ModelConfig
+from .layers import slabs
 from .layers.attention import Attention, Neighborhoods
 from .layers.embeddings import ConditionEmbedding
 from .layers.joint_attention import JointSequence, JointTextCondition, check_inputs
@@ -166,7 +167,7 @@ class HunyuanVideoTokenRefiner(nnx.Module):
 
 def rotary_of(config: HunyuanVideoTransformer3DConfig, grid: tuple[int, ...], text: int) -> Rotary:
     """Angles of [video; text]: the video is at (frame, row, column), the text is not turned."""
-    frames, rows, columns = grid
+    frames, rows, columns = slabs.whole(grid)
     video = (
         np.arange(frames)[:, None, None],
         np.arange(rows)[None, :, None],
@@ -174,7 +175,7 @@ def rotary_of(config: HunyuanVideoTransformer3DConfig, grid: tuple[int, ...], te
     )
     settings = (config.rope_axes_dim, config.rope_theta)
     return concatenate(
-        rotary_table(video, *settings, dtype=np.float32),
+        slabs.own(rotary_table(video, *settings, dtype=np.float32)),
         rotary_table((np.zeros(text),) * 3, *settings),
     )
 
@@ -188,6 +189,7 @@ class HunyuanVideoTransformer3DModel(AttendingModel):
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    SPREADS: ClassVar[bool] = True
     config: HunyuanVideoTransformer3DConfig
     config_class = HunyuanVideoTransformer3DConfig
     pytorch_class = "HunyuanVideoTransformer3DModel"

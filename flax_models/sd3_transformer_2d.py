@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Num
 
 from .configs import ModelConfig
 from .dit_transformer_2d import axis_embedding
+from .layers import slabs
 from .layers.attention import GNA, Neighborhoods, per_layer
 from .layers.embeddings import ConditionEmbedding
 from .layers.joint_attention import (
@@ -138,10 +139,10 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         tokens = self.proj(latents)
-        grid = tokens.shape[1:3]
+        grid = slabs.whole(tokens.shape[1:3])
         top, left = ((self.side - count) // 2 for count in grid)
         table = self.pos_embed[...].reshape(self.side, self.side, -1)
-        positions = table[top : top + grid[0], left : left + grid[1]]
+        positions = slabs.own(table[top : top + grid[0], left : left + grid[1]])
         return (tokens + positions).astype(tokens.dtype)
 
 
@@ -222,6 +223,7 @@ class SD3Transformer2DModel(AttendingModel):
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    SPREADS: ClassVar[bool] = True
     config: SD3Transformer2DConfig
     config_class = SD3Transformer2DConfig
     pytorch_class = "SD3Transformer2DModel"
@@ -275,7 +277,7 @@ class SD3Transformer2DModel(AttendingModel):
         patch, most = self.config.patch_size, self.config.pos_embed_max_size
         check_inputs(self, latents, condition)
         batch, height, width, _ = latents.shape
-        if height % patch or width % patch or max(height, width) > patch * most:
+        if height % patch or width % patch or max(slabs.whole((height, width))) > patch * most:
             raise ValueError(
                 f"SD3Transformer2DModel takes latents whose sides are multiples of patch_size "
                 f"{patch} and at most {patch * most}, its table of positions; received "

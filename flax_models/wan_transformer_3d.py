@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Num
 
 from ..kernels.attention import dot_product_attention
 from .configs import ModelConfig
+from .layers import slabs
 from .layers.attention import GNA, Neighborhoods, per_layer
 from .layers.checks import check_axes
 from .layers.embeddings import TimestepEmbedding, sinusoidal_embedding
@@ -241,9 +242,9 @@ class WanTransformerBlock(nnx.Module):
 
 def rotary_of(config: WanTransformer3DConfig, grid: tuple[int, int, int]) -> Rotary:
     """Angles of a video's tokens, by frame, row and column."""
-    frames, rows, columns = map(np.arange, grid)
+    frames, rows, columns = map(np.arange, slabs.whole(grid))
     positions = (frames[:, None, None], rows[:, None], columns)
-    return rotary_table(positions, config.axes_dims, _THETA)
+    return slabs.own(rotary_table(positions, config.axes_dims, _THETA))
 
 
 class WanTransformer3DModel(AttendingModel):
@@ -254,6 +255,7 @@ class WanTransformer3DModel(AttendingModel):
     """
 
     BLOCKS: ClassVar[tuple[str, ...]] = ("blocks",)
+    SPREADS: ClassVar[bool] = True
     config: WanTransformer3DConfig
     config_class = WanTransformer3DConfig
     pytorch_class = "WanTransformer3DModel"
@@ -327,8 +329,8 @@ class WanTransformer3DModel(AttendingModel):
         batch, *sides, channels = latents.shape
         patch, largest = config.patch_size, config.rope_max_seq_len
         grid = tuple(side // of for side, of in zip(sides, patch, strict=True))
-        whole = all(side == n * of for side, n, of in zip(sides, grid, patch, strict=True))
-        if channels != config.in_channels or not whole or max(grid) > largest:
+        even = all(side == n * of for side, n, of in zip(sides, grid, patch, strict=True))
+        if channels != config.in_channels or not even or max(slabs.whole(grid)) > largest:
             raise ValueError(
                 f"{name} takes [B, T, Y, X, {config.in_channels}] latents whose sides are "
                 f"multiples of {'x'.join(map(str, patch))}, with at most {largest} tokens along "

@@ -742,8 +742,19 @@ def t5(seed: int = 0, *, name: str = "T5", masked: bool = False, **changes: Any)
     )
 
 
+def llama(seed: int = 0, **changes: Any) -> Oracle:
+    """As `qwen3`, the third-last hidden states."""
+    settings = {"name": "Llama", "lm": False, "read": (-3,), "head_dim": None, "rope_theta": 5e5}
+    return qwen3(seed, **settings | changes)
+
+
 def qwen3(
-    seed: int = 0, *, read: tuple[int, ...] = (1, 2, 4), lm: bool = True, **changes: Any
+    seed: int = 0,
+    *,
+    read: tuple[int, ...] = (1, 2, 4),
+    lm: bool = True,
+    name: str = "Qwen3",
+    **changes: Any,
 ) -> Oracle:
     """Hidden states of five layers, padded on the right; what is not read has no gradient."""
     import torch
@@ -760,9 +771,9 @@ def qwen3(
         "head_dim": 8,
         "rope_theta": 1e6,
     } | changes
-    config = transformers.Qwen3Config(**settings)
-    name = "Qwen3ForCausalLM" if lm else "Qwen3Model"
-    module = randomized(getattr(transformers, name)(config), seed)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    kind = getattr(transformers, name + ("ForCausalLM" if lm else "Model"))
+    module = randomized(kind(config), seed)
 
     def torch_call(ids: Any, mask: Any) -> Any:
         states = module(ids, attention_mask=mask, output_hidden_states=True).hidden_states

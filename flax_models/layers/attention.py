@@ -4,19 +4,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ...kernels.attention import attention_with_lse, dot_product_attention
 from ...kernels.gna import (
+    context_parallel_attention,
     joint_neighborhood_attention,
     merge_attentions,
     neighborhood_attention,
 )
 from ...kernels.gna.presets import Preset, attention_preset
 from ...kernels.gna.problem import PerDimension, nearest_layout, windows_of
+from . import slabs
 
 
 class Attention(nnx.Module):
@@ -131,10 +132,15 @@ class GNA:
         Raises:
           ValueError: the settings do not fit the grid X.
         """
-        self.require_fit(query.shape[1:-2])
-        output = neighborhood_attention(query, key, value, scale=scale, **self._settings)
-        assert isinstance(output, jax.Array)
-        return output
+        self.require_fit(slabs.whole(query.shape[1:-2]))
+        return self._attend(query, key, value, scale=scale)
+
+    def _attend(self, *operands: Array, **options: Any) -> Any:
+        """Of tokens on their grid, or of a slab of them on its part of it."""
+        if slabs.count() == 1:
+            return neighborhood_attention(*operands, **options, **self._settings)
+        options |= {"axis_name": slabs.AXIS, **self._settings}
+        return context_parallel_attention(*operands, **options)
 
     def joint(
         self,
@@ -160,9 +166,9 @@ class GNA:
         Raises:
           ValueError: the settings do not fit the grid.
         """
-        self.require_fit(grid)
+        self.require_fit(slabs.whole(grid))
         (query, key, value), (text_query, *of_text) = image, text
-        if text_mask is None:
+        if text_mask is None and slabs.count() == 1:
             return joint_neighborhood_attention(
                 (query, key, value),
                 (text_query, of_text[0], of_text[1]),
@@ -170,17 +176,19 @@ class GNA:
                 scale=scale,
                 **self._settings,
             )
+        # Image and text apart: keys of the one are on several devices, some of the other hidden.
+        shown = None if text_mask is None else text_mask[:, None, None]
         on_grid = (x.reshape(x.shape[0], *grid, *x.shape[2:]) for x in image)
-        near, lse = neighborhood_attention(*on_grid, scale=scale, return_lse=True, **self._settings)
-        shown = text_mask[:, None, None]
-        said, of_said = attention_with_lse(query, *of_text, mask=shown, scale=scale)
-        near, lse = near.reshape(value.shape), lse.reshape(value.shape[:-1])
-        everything = jnp.concatenate([jnp.ones((*shown.shape[:3], key.shape[1]), bool), shown], -1)
-        joined = (jnp.concatenate(pair, axis=1) for pair in zip(image[1:], of_text, strict=True))
-        return (
-            merge_attentions([near, said], [lse, of_said])[0],
-            dot_product_attention(text_query, *joined, mask=everything, scale=scale),
+        near, lse = self._attend(*on_grid, scale=scale, return_lse=True)
+        near = near.reshape(value.shape), lse.reshape(value.shape[:-1])
+        of_image = slabs.merged(*attention_with_lse(text_query, key, value, scale=scale))
+        image_said, text_said = (
+            attention_with_lse(each, *of_text, mask=shown, scale=scale)
+            for each in (query, text_query)
         )
+        pairs = ((near, image_said), (of_image, text_said))
+        image_out, text_out = (merge_attentions(*zip(*pair, strict=True))[0] for pair in pairs)
+        return image_out, text_out
 
 
 def _by(sizes: Sequence[int]) -> str:

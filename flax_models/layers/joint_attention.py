@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from ...kernels.attention import dot_product_attention
+from . import slabs
 from .attention import GNA
 from .checks import check_axes
 from .rotary import Rotary, rotate_halves, rotate_pairs
@@ -49,8 +50,8 @@ class JointSequence:
     """What the attentions of a forward pass share: where tokens lie, and how they are compared.
 
     Attributes:
-      grid: rows and columns of the image's tokens, or frames, rows and columns of a video's; the
-        rest of a sequence is text, or none of it.
+      grid: rows and columns of the image's tokens, or frames, rows and columns of a video's, here
+        those of one slab of them (`slabs`); the rest of a sequence is text, or none of it.
       text_first: whether the text comes before the image.
       rotary: angles of all tokens, in the sequence's order; None turns nothing.
       mask: [B, A] the text's tokens that are seen, by default all.
@@ -93,8 +94,10 @@ class JointSequence:
             query, key = (rotate(x, self.rotary) for x in (query, key))
         if neighborhood is None:
             shown = self.mask
+            if slabs.count() > 1:
+                key, value = map(self._of_all_slabs, (key, value))
             if shown is not None:
-                image = jnp.ones((len(shown), math.prod(self.grid)), bool)
+                image = jnp.ones((len(shown), math.prod(slabs.whole(self.grid))), bool)
                 shown = self.join(image, shown)[:, None, None]
             return dot_product_attention(query, key, value, mask=shown, scale=self.scale)
         image, text = zip(*map(self.split, (query, key, value)), strict=True)
@@ -103,6 +106,10 @@ class JointSequence:
             return neighborhood(*on_grid, scale=self.scale).reshape(value.shape)
         options = {"grid": self.grid, "text_mask": self.mask, "scale": self.scale}
         return self.join(*neighborhood.joint(image, text, **options))
+
+    def _of_all_slabs(self, x: Heads) -> Float[Array, "B K H D"]:
+        image, text = self.split(x)
+        return self.join(slabs.gathered(image), text)
 
 
 def proportional_scale(setting: float | int | str | None, keys: int, dim: int) -> float | None:

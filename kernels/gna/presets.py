@@ -8,7 +8,7 @@ their `source` says otherwise.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -398,7 +398,7 @@ def attention_preset(text: str) -> Preset:
             f"an attention is {', '.join(PRESETS)}, or a setting of your own such as {EXAMPLE!r}; "
             f"received {text!r}."
         )
-    given: dict[str, tuple[int | None, ...]] = {}
+    given: dict[str, tuple[Any, ...]] = {}
     for word in words:
         name, _, value = word.partition("=")
         numbers = tuple(_size(size, name) for size in value.split("x"))
@@ -409,7 +409,7 @@ def attention_preset(text: str) -> Preset:
                 f"with a size for each dimension, as in {EXAMPLE!r}; received {word!r} in {text!r}."
             )
         given[name] = numbers
-    if "window" not in given:
+    if given.get("window", (None,)) == (None,):
         raise ValueError(
             f"an attention's setting has a window, as in {EXAMPLE!r}; received {text!r}."
         )
@@ -423,7 +423,8 @@ def attention_preset(text: str) -> Preset:
     limits = [np.inf if size is None else size for size in window]
     if np.greater(stride, limits).any():
         raise ValueError(f"an attention's stride must not exceed its window; received {text!r}.")
-    return Preset(**{name: one[0] if len(one) == 1 else one for name, one in given.items()})
+    settings: dict[str, Any] = {k: v[0] if len(v) == 1 else v for k, v in given.items()}
+    return Preset(**settings)
 
 
 def _size(text: str, name: str) -> int | None:

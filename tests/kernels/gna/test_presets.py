@@ -147,6 +147,7 @@ def test_a_setting_of_your_own():
         ("flux-8k", r"is flux-4k, .*, or a setting .* 'window=32x32 stride=8x8'; .* 'flux-8k'\."),
         ("", "received ''"),
         ("stride=8x8", "has a window, as in 'window=32x32 stride=8x8'; received 'stride=8x8'"),
+        ("window=all stride=4", "has a window, as in .*; received 'window=all stride=4'"),
         ("window=32x", "received 'window=32x' in"),
         ("window=0", "received 'window=0' in"),
         ("window=4.5", r"received 'window=4\.5' in"),
