@@ -235,6 +235,9 @@ def row_of(drawn: Drawn) -> dict[str, Any]:
     patch = 2 if hasattr(asked.config, "num_layers") else 1
     denoising = denoiser_bytes(asked, (1 + drawn.guided) * frames, *sides, patch)
     busy = max(denoising, decoding)
+    peak = {"whole": whole + busy}
+    if hasattr(denoiser.kind, "BLOCKS"):
+        peak["streamed"] = streamed + busy
     return {
         "title": drawn.title,
         "size": drawn.size,
@@ -243,7 +246,7 @@ def row_of(drawn: Drawn) -> dict[str, Any]:
         "decoding": decoding,
         "whole": whole,
         "streamed": streamed,
-        "peak": {"whole": whole + busy, "streamed": streamed + busy},
+        "peak": peak,
     }
 
 
@@ -336,7 +339,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for row in rows.values():
         counts, peak = row["parameters"], row["peak"]
         sizes = (2 * row["whole"], row["whole"])
-        busy = (row["denoising"], row["decoding"], *peak.values())
+        busy = (row["denoising"], row["decoding"], peak["whole"])
+        streamed = f"{peak['streamed'] / 1e9:.1f}" if "streamed" in peak else "–"
         lines.append(
             (
                 row["title"],
@@ -344,10 +348,24 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 *(f"{size / 1e9:.1f}" for size in sizes),
                 row["size"],
                 *(f"{size / 1e9:.1f}" for size in busy),
+                streamed,
                 *(fits(row, device) for device in DEVICES),
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measured_table(record: Mapping[str, Any]) -> str:
+    """In Markdown: what was measured here; nothing where nothing was."""
+    if not record["measured"]:
+        return ""
+    lines = [("streamed forward pass of", "tokens", "text", "peak", "time", "day"), ("---",) * 6]
+    for row in record["measured"]:
+        title = record["rows"][row["pipeline"]]["title"]
+        peak = f"{row['peak_gib'] * 2**30 / 1e9:.1f} GB"
+        cells = (row["grid"].replace("x", "×"), str(row["text"]), peak, f"{row['seconds']:.0f} s")
+        lines.append((title, *cells, row["date"]))
+    return "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_page(page: Path, text: str) -> None:
@@ -390,7 +408,7 @@ def main() -> None:
     record |= environment()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_records(options.output, record)
-    text = table(record["rows"])
+    text = table(record["rows"]) + measured_table(record)
     print(text)
     if options.page:
         write_page(options.page, text)

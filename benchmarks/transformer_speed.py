@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -38,7 +39,7 @@ from typing import Any
 from _processes import peak_memory
 from _published import ROWS, typical_error
 
-from conceptax.kernels.gna.presets import PRESETS, Preset, Transformer
+from conceptax.kernels.gna.presets import OF_ALL_LAYERS, PRESETS, Preset, Transformer
 from conceptax.kernels.gna.simulator import simulate_model
 from conceptax.kernels.gna.simulator.whole_model import WholeModel, speedups
 from conceptax.reporting.gna_tables import by
@@ -112,6 +113,20 @@ class Subject:
             return CosmosCondition(arrays["states"], jnp.full((1,), 24.0))
         guidance = None if self.guidance is None else jnp.full((1,), self.guidance)
         return JointTextCondition(arrays["states"], arrays.get("pooled"), guidance)
+
+    @property
+    def torch_kind(self) -> Any:
+        import diffusers
+        from diffusers.models.transformers import transformer_cosmos
+
+        if not hasattr(transformer_cosmos, "transforms"):  # without torchvision
+            # The mask of padding has the latents' size.
+            same = types.SimpleNamespace(resize=lambda mask, size, interpolation: mask)
+            nearest = types.SimpleNamespace(NEAREST="nearest")
+            transformer_cosmos.transforms = types.SimpleNamespace(
+                functional=same, InterpolationMode=nearest
+            )
+        return getattr(diffusers, self.name)
 
     def torch_inputs(self, arrays: Mapping[str, Any], grid: Sizes) -> dict[str, Any]:
         """What torch's class is called with, given tensors."""
@@ -339,10 +354,10 @@ def whole(result: WholeModel, dense: float, sparse: float) -> dict[str, Any]:
 
 
 def predictions() -> list[dict[str, Any]]:
-    """Whole models with their published windows on GPUs, from the simulator."""
+    """Whole models with their presets' windows on GPUs, from the simulator."""
     rows = []
-    for name, preset in PRESETS.items():
-        for device in DEVICES if preset.model else ():
+    for name in OF_ALL_LAYERS:
+        for device in DEVICES:
             result = simulate_model(name, gpu=device)
             seconds = (result.forward_seconds(each) for each in (1.0, result.kernel_speedup))
             rows.append({"device": device, "preset": name, **whole(result, *seconds)})
@@ -505,11 +520,10 @@ def row_of(timing: Any, compiling: float) -> dict[str, Any]:
 def measure_torch(
     subject: Subject, grid: Sizes, dtype: str, rounds: int, *, compiled: bool
 ) -> list[dict[str, Any]]:
-    import diffusers
     import torch
 
     kind = getattr(torch, dtype)
-    model = getattr(diffusers, subject.name)(**subject.config).to(kind).requires_grad_(False)
+    model = subject.torch_kind(**subject.config).to(kind).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
     shapes = subject.shapes(grid)
@@ -567,14 +581,13 @@ def check(names: Sequence[str], *, against_torch: bool) -> dict[str, float]:
 def difference_from_torch(subject: Subject, grid: Sizes) -> float:
     import tempfile
 
-    import diffusers
     import numpy as np
     import torch
 
     from conceptax.converters import load_pytorch
 
     torch.manual_seed(0)
-    module = getattr(diffusers, subject.name)(**subject.config).eval()
+    module = subject.torch_kind(**subject.config).eval()
     arrays = {name: torch.randn(*shape) for name, shape in subject.shapes(grid).items()}
     with torch.inference_mode():
         for parameter in module.parameters():

@@ -14,6 +14,7 @@ MODULES = {
     "MotionAdapter": "unet_motion",
     "AutoencoderKL": "autoencoder_kl",
     "AutoencoderKLFlux2": "autoencoder_kl",
+    "AutoencoderKLHunyuanVideo": "autoencoder_kl_hunyuan_video",
     "AutoencoderKLWan": "autoencoder_kl_wan",
     "AutoencoderKLCosmos": "autoencoder_kl_cosmos",
     "CLIPTextModel": "clip",
@@ -21,6 +22,8 @@ MODULES = {
     "CLIPVisionModel": "clip",
     "CLIPModel": "clip",
     "DiTTransformer2DModel": "dit_transformer_2d",
+    "LlamaForCausalLM": "llama",
+    "LlamaModel": "llama",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3Model": "qwen3",
     "T5EncoderModel": "t5",
@@ -43,9 +46,16 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux_2_klein",
+    "WanPipeline": "wan",
+    "CosmosTextToWorldPipeline": "cosmos_text_to_world",
+    "CosmosVideoToWorldPipeline": "cosmos_video_to_world",
 }
 
-
+_COSMOS = {
+    "transformer": "CosmosTransformer3DModel",
+    "vae": "AutoencoderKLCosmos",
+    "text_encoder": "T5EncoderModel",
+}
 _SD = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _PARTS = {
     "StableDiffusionPipeline": _SD,
@@ -67,6 +77,13 @@ _PARTS = {
         "vae": "AutoencoderKLFlux2",
         "text_encoder": "Qwen3ForCausalLM",
     },
+    "WanPipeline": {
+        "transformer": "WanTransformer3DModel",
+        "vae": "AutoencoderKLWan",
+        "text_encoder": "UMT5EncoderModel",
+    },
+    "CosmosVideoToWorldPipeline": _COSMOS,
+    "CosmosTextToWorldPipeline": _COSMOS,
 }
 
 _FLAX = "Flax"  # how diffusers up to 0.39 and transformers 4 began their names

@@ -132,14 +132,14 @@ def _vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outp
 
 
 def _video_vae(model: Any, module: Any, config: Any, rng: np.random.Generator) -> Outputs:
-    """Diffusers cuts Wan's into the first frame and four at a time."""
+    """One frame, then fours, as diffusers takes Wan's; Cosmos' latents have no variance."""
     side, frames = 4 * config.downsampling, 1 + max(4, config.temporal_downsampling)
     video = _normal(rng, 1, frames, side, side, 3).clip(-1, 1)
     posterior = module.encode(*_torch(video.transpose(0, 4, 1, 2, 3))).latent_dist
-    latents, spread = posterior.mode(), getattr(posterior, "logvar", None)
-    given = [latents] if spread is None else [latents, spread]  # Cosmos' has no spread
-    theirs = [x.permute(0, 2, 3, 4, 1) for x in (*given, module.decode(latents).sample)]
-    ours = [*jax.jit(model.encode)(video)][: len(given)]
+    latents = posterior.mode()
+    moments = [latents, *([posterior.logvar] if hasattr(posterior, "logvar") else [])]
+    theirs = [x.permute(0, 2, 3, 4, 1) for x in (*moments, module.decode(latents).sample)]
+    ours = jax.jit(model.encode)(video)[: len(moments)]
     return [*ours, jax.jit(model.decode)(theirs[0].numpy())], theirs
 
 
@@ -296,6 +296,8 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "CLIPTextModelWithProjection": _clip_text,
     "T5EncoderModel": _states,
     "UMT5EncoderModel": _states,
+    "LlamaModel": _states,
+    "LlamaForCausalLM": _states,
     "Qwen3Model": _states,
     "Qwen3ForCausalLM": _states,
     "CLIPVisionModel": _vision,

@@ -1,86 +1,29 @@
 """Qwen3 (Yang et al. 2025, arXiv 2505.09388) as a text encoder: FLUX.2-klein reads its layers.
 
-Text is `[B, L]` token ids, padded on the right.  Only the layers up to the last one that is read
-are built; the others travel with a checkpoint, unread, so that its folder can be written again.
 Attribute paths are those of transformers' state dicts, behind `model.` in a `Qwen3ForCausalLM`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
-
-from .configs import ModelConfig
-from .layers.attention import dot_product_attention
-from .layers.checks import check_axes
-from .layers.embeddings import Dtype
-from .layers.remat import Remat, recomputed
-from .pretrained import Pretrained
+from .layers.decoder import DecoderConfig, DecoderModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3Config(ModelConfig):
-    """Settings of `Qwen3Model`; the defaults are Qwen3-4B's, FLUX.2-klein 4B's text encoder.
-
-    `num_key_value_heads` of keys and values are shared by as many groups of query heads.
-    """
+class Qwen3Config(DecoderConfig):
+    """Settings of `Qwen3Model`; the defaults are Qwen3-4B's, FLUX.2-klein 4B's text encoder."""
 
     vocab_size: int = 151936
     hidden_size: int = 2560
     intermediate_size: int = 9728
     num_hidden_layers: int = 36
-    num_attention_heads: int = 32
     num_key_value_heads: int = 8
     head_dim: int = 128
-    rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    attention_bias: bool = False
 
     MODEL_TYPE: ClassVar[str | None] = "qwen3"
-    STRICT: ClassVar[bool] = False
-    FIXED: ClassVar[Mapping[str, Any]] = {
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "rope_scaling": None,
-        "use_sliding_window": False,
-    }
-
-    def __post_init__(self):
-        self.require_positive("vocab_size", "hidden_size", "intermediate_size", "head_dim")
-        self.require_positive("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        self.require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"{self.num_attention_heads} heads do not divide into groups for "
-            f"{self.num_key_value_heads} heads of keys and values.",
-        )
-        self.require(
-            self.head_dim % 2 == 0,
-            f"head_dim must be even, received {self.head_dim}: its halves "
-            "are turned against each other.",
-        )
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "Qwen3Config":
-        """Read a parsed `config.json`, of transformers 4 or 5, which name the rotation's settings
-        differently."""
-        rotation = raw.get("rope_parameters") or {}
-        kind, theta = rotation.get("rope_type", "default"), rotation.get("rope_theta")
-        if kind != "default":
-            raise ValueError(
-                f"Qwen3Config cannot represent these settings: rope_type={kind!r} (supported: "
-                "'default')."
-            )
-        return super().from_dict(raw if theta is None else {**raw, "rope_theta": theta})
-
-    def to_dict(self) -> dict[str, Any]:
-        rotation = {"rope_type": "default", "rope_theta": self.rope_theta}
-        return {**super().to_dict(), "rope_parameters": rotation}
+    FIXED: ClassVar[Mapping[str, Any]] = {**DecoderConfig.FIXED, "use_sliding_window": False}
 
     @classmethod
     def qwen3_8b(cls) -> "Qwen3Config":
@@ -88,157 +31,14 @@ class Qwen3Config(ModelConfig):
         return cls(hidden_size=4096, intermediate_size=12288)
 
 
-@functools.lru_cache(maxsize=16)
-def _rotation(length: int, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [L, 1, dim / 2] of each position's angles, float32."""
-    frequencies = (theta ** -(np.arange(0, dim, 2) / dim)).astype(np.float32)
-    angles = np.arange(length, dtype=np.float32)[:, None, None] * frequencies
-    return np.cos(angles), np.sin(angles)
+class Qwen3Model(DecoderModel):
+    """Qwen3 up to the last hidden states that are read, by default FLUX.2-klein's three."""
 
-
-def rotate_halves(x: Float[Array, "B L H D"], theta: float) -> Float[Array, "B L H D"]:
-    """Turn the pairs (x_i, x_i+D/2) of every head's features by their token's position, in float32
-    (RoFormer, Su et al. 2021, in the layout of Llama's checkpoints)."""
-    cos, sin = _rotation(x.shape[1], x.shape[-1], theta)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def _rms_norm(features: int, config: Qwen3Config, **init) -> nnx.RMSNorm:
-    return nnx.RMSNorm(features, epsilon=config.rms_norm_eps, **init)
-
-
-class Qwen3Attention(nnx.Module):
-    """Causal self-attention with grouped queries, normalized and turned head by head."""
-
-    def __init__(self, config: Qwen3Config, **init):
-        width, dim = config.hidden_size, config.head_dim
-        inner, shared = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        linear = functools.partial(nnx.Linear, use_bias=config.attention_bias, **init)
-        self.dim, self.theta = dim, config.rope_theta
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = linear(width, inner)
-        self.k_proj = linear(width, shared)
-        self.v_proj = linear(width, shared)
-        self.o_proj = linear(inner, width)
-        self.q_norm = _rms_norm(dim, config, **init)
-        self.k_norm = _rms_norm(dim, config, **init)
-
-    def __call__(
-        self, x: Float[Array, "B L C"], mask: Bool[Array, "B 1 1 L"] | None
-    ) -> Float[Array, "B L C"]:
-        query, key, value = (
-            project(x).reshape(*x.shape[:2], -1, self.dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query = rotate_halves(self.q_norm(query), self.theta)
-        key = rotate_halves(self.k_norm(key), self.theta)
-        key, value = (jnp.repeat(each, self.groups, axis=2) for each in (key, value))
-        attended = dot_product_attention(query, key, value, mask=mask, is_causal=True)
-        return self.o_proj(attended.reshape(*x.shape[:2], -1))
-
-
-class Qwen3MLP(nnx.Module):
-    """Perceptron gated by a SiLU (Shazeer 2020), without biases."""
-
-    def __init__(self, config: Qwen3Config, **init):
-        width, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nnx.Linear(width, hidden, use_bias=False, **init)
-        self.up_proj = nnx.Linear(width, hidden, use_bias=False, **init)
-        self.down_proj = nnx.Linear(hidden, width, use_bias=False, **init)
-
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Qwen3DecoderLayer(nnx.Module):
-    """Pre-norm transformer layer."""
-
-    def __init__(self, config: Qwen3Config, **init):
-        self.self_attn = Qwen3Attention(config, **init)
-        self.mlp = Qwen3MLP(config, **init)
-        self.input_layernorm = _rms_norm(config.hidden_size, config, **init)
-        self.post_attention_layernorm = _rms_norm(config.hidden_size, config, **init)
-
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Qwen3Model(Pretrained, nnx.Module):
-    """Qwen3 up to the last hidden states that are read.
-
-    Args:
-      config: architecture, of the whole model.
-      read: which hidden states: n is what layer n puts out, 0 the embeddings, and the number of
-        layers the last ones behind the final norm. The default is FLUX.2-klein's.
-      dtype: computation dtype; norms, rotations and softmax compute in float32.
-      param_dtype: dtype of the parameters.
-      remat: recompute each layer's activations in the backward pass; or a policy
-        of `layers.remat`.
-      rngs: source of the initial parameters.
-
-    Raises:
-      ValueError: `read` names no hidden states of the config.
-    """
-
-    BLOCKS: ClassVar[tuple[str, ...]] = ("layers",)
+    QK_NORM: ClassVar[bool] = True
+    READ: ClassVar[tuple[int, ...]] = (9, 18, 27)
+    config: Qwen3Config
     config_class = Qwen3Config
     pytorch_class = "Qwen3Model"
-    pytorch_library = "transformers"
-
-    def __init__(
-        self,
-        config: Qwen3Config,
-        *,
-        read: Sequence[int] = (9, 18, 27),
-        dtype: Dtype = jnp.float32,
-        param_dtype: Dtype = jnp.float32,
-        remat: Remat = False,
-        rngs: nnx.Rngs,
-    ):
-        last = config.num_hidden_layers
-        if not read or not all(isinstance(each, int) and 0 <= each <= last for each in read):
-            raise ValueError(
-                f"read takes numbers of hidden states from 0 to {last}, the layers of the model; "
-                f"received {tuple(read)}."
-            )
-        init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config, self.read, self.dtype, self.remat = config, tuple(read), dtype, remat
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, **init)
-        self.layers = nnx.List([Qwen3DecoderLayer(config, **init) for _ in range(max(read))])
-        if max(read) == last:
-            self.norm = _rms_norm(config.hidden_size, config, **init)
-
-    @property
-    def pytorch_unread(self) -> tuple[str, ...]:
-        """Patterns of the keys of what a checkpoint holds beyond the states that are read."""
-        later = range(len(self.layers), self.config.num_hidden_layers)
-        norm = () if hasattr(self, "norm") else ("norm.weight",)
-        return (*(f"layers.{index}.*" for index in later), *norm, "lm_head.weight")
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "B L"],
-        attention_mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L C"], ...]:
-        """The hidden states of `read`, in its order, each [B, L, hidden_size].
-
-        Args:
-          input_ids: [B, L] int32.
-          attention_mask: [B, L], non-zero for tokens that may be attended to.
-        """
-        check_axes(input_ids, "B L", f"{type(self).__name__}'s input_ids")
-        mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
-        x = self.embed_tokens(input_ids)
-        states = [x]
-        for layer in self.layers:
-            x = recomputed(layer.__call__, self.remat)(x, mask)
-            states.append(x)
-        if hasattr(self, "norm"):
-            states[-1] = self.norm(x)
-        return tuple(states[index] for index in self.read)
 
 
 class Qwen3ForCausalLM(Qwen3Model):

@@ -7,6 +7,8 @@ from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 
 FAMILIES = ("flux-dev", "flux-schnell", "klein", "klein-base", "sd3", "sd3-without-t5")
+# Wan's at downsampling 2, of time too, the others at 4.
+VIDEO_FAMILIES = ("wan", "wan-pair", "cosmos-text", "cosmos-video")
 LENGTH = 20  # of CLIP's prompts
 T5_LENGTH = 24
 WORDS = ("three", "red", "on", "brick", "a", "photo", "of")
@@ -75,20 +77,20 @@ def _clip(kind: str, tokenizer: Any, hidden: int, projection: int) -> Any:
     return getattr(transformers, kind)(config).eval()
 
 
-def _t5(width: int, tokenizer: Any) -> Any:
+def _t5(width: int, tokenizer: Any, kind: str = "T5", activation: str = "gated-gelu") -> Any:
     import transformers
 
-    config = transformers.T5Config(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer),
         d_model=width,
         d_kv=4,
         d_ff=24,
         num_heads=3,
         num_layers=2,
-        feed_forward_proj="gated-gelu",
+        feed_forward_proj=activation,
         tie_word_embeddings=False,
     )
-    return transformers.T5EncoderModel(config).eval()
+    return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
 
 def _flux(dev: bool) -> Any:
@@ -187,21 +189,136 @@ def _sd3(t5: bool) -> Any:
     )
 
 
+def _wan(pair: bool) -> Any:
+    import diffusers
+
+    tokenizer = t5_tokenizer()
+    transformers = [
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=12,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        for _ in range(1 + pair)
+    ]
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.2, 1.0],
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    )
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_t5(12, tokenizer, "UMT5"),
+        vae=vae,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=transformers[0],
+        transformer_2=transformers[1] if pair else None,
+        boundary_ratio=0.875 if pair else None,
+    )
+
+
+def safety_checker() -> Any:
+    """One to which all is safe, in the place of Cosmos' own, which is another package's."""
+
+    class SafetyChecker:
+        def to(self, device: Any) -> None:
+            pass
+
+        def check_text_safety(self, prompt: str) -> bool:
+            return True
+
+        def check_video_safety(self, frames: Any) -> Any:
+            return frames
+
+    return SafetyChecker()
+
+
+def _cosmos(from_video: bool) -> Any:
+    import diffusers
+
+    tokenizer = t5_tokenizer()
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4 + from_video,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=12,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=False,  # for which diffusers needs torchvision
+    )
+    vae = diffusers.AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8,) * 4,
+        decode_block_out_channels=(8,) * 4,
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    kind = diffusers.CosmosVideoToWorldPipeline if from_video else None
+    return (kind or diffusers.CosmosTextToWorldPipeline)(
+        tokenizer=tokenizer,
+        text_encoder=_t5(12, tokenizer, activation="relu"),
+        vae=vae,
+        scheduler=diffusers.EDMEulerScheduler(
+            sigma_max=80.0, sigma_data=0.5, final_sigmas_type="sigma_min"
+        ),
+        transformer=transformer,
+        safety_checker=safety_checker(),
+    )
+
+
+_MADE = {
+    "flux-dev": lambda: _flux(True),
+    "flux-schnell": lambda: _flux(False),
+    "klein": lambda: _klein(True),
+    "klein-base": lambda: _klein(False),
+    "sd3": lambda: _sd3(True),
+    "sd3-without-t5": lambda: _sd3(False),
+    "wan": lambda: _wan(False),
+    "wan-pair": lambda: _wan(True),
+    "cosmos-text": lambda: _cosmos(False),
+    "cosmos-video": lambda: _cosmos(True),
+}
+
+
 def save_pipeline(folder: Path, family: str) -> Any:
-    """Make one of `FAMILIES`, every parameter random, write it, and return it."""
+    """Make one of the families, every parameter random, write it, and return it."""
     import torch
 
     torch.manual_seed(0)
-    kind, _, variant = family.partition("-")
-    make = {"flux": _flux, "klein": _klein, "sd3": _sd3}[kind]
-    pipeline = make(variant in ("dev", "") if kind != "klein" else not variant)
+    pipeline = _MADE[family]()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             with torch.no_grad():
                 for parameter in part.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     pipeline.set_progress_bar_config(disable=True)
+    checker = pipeline.components.get("safety_checker")
+    if checker is not None:  # it is no part of the folder
+        pipeline.register_modules(safety_checker=None)
     pipeline.save_pretrained(folder)
+    if checker is not None:
+        pipeline.register_modules(safety_checker=checker)
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and type(part).__name__ == "CLIPTokenizer":
             write_tokenizer(part, folder / name)

@@ -529,6 +529,37 @@ def autoencoder_flux_2(seed: int = 0, **changes: Any) -> Oracle:
     return Oracle(module, {"image": image}, {}, torch_call, jax_call)
 
 
+def autoencoder_hunyuan_video(seed: int = 0, frames: int = 9, **changes: Any) -> Oracle:
+    """Frames that are not square; of more than 16, encoded and decoded in pieces."""
+    import diffusers
+    import torch
+
+    settings = {
+        "block_out_channels": (8, 8, 12),
+        "down_block_types": ("HunyuanVideoDownBlock3D",) * 3,
+        "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+    } | changes
+    module = randomized(diffusers.AutoencoderKLHunyuanVideo(**settings), seed)
+
+    def torch_call(video: Any) -> Any:
+        posterior = module.encode(video.permute(0, 4, 1, 2, 3)).latent_dist
+        decoded = module.decode(posterior.mean).sample
+        parts = (posterior.mean * module.config.scaling_factor, posterior.logvar, decoded)
+        return torch.cat([x.permute(0, 2, 3, 4, 1).flatten() for x in parts])
+
+    def jax_call(model: Any, video: Any) -> Any:
+        mean, logvar = model.encode(video)
+        scaled = model.scale(mean)
+        decoded = model.decode(model.unscale(scaled))
+        return jnp.concatenate([x.ravel() for x in (scaled, logvar, decoded)])
+
+    video = np.random.default_rng(seed).normal(size=(2, frames, 16, 24, 3)).astype(np.float32)
+    return Oracle(module, {"video": video}, {}, torch_call, jax_call)
+
+
 def autoencoder_cosmos(
     seed: int = 0, *, size: tuple[int, int, int] = (9, 32, 48), **changes: Any
 ) -> Oracle:
@@ -711,8 +742,19 @@ def t5(seed: int = 0, *, name: str = "T5", masked: bool = False, **changes: Any)
     )
 
 
+def llama(seed: int = 0, **changes: Any) -> Oracle:
+    """As `qwen3`, the third-last hidden states."""
+    settings = {"name": "Llama", "lm": False, "read": (-3,), "head_dim": None, "rope_theta": 5e5}
+    return qwen3(seed, **settings | changes)
+
+
 def qwen3(
-    seed: int = 0, *, read: tuple[int, ...] = (1, 2, 4), lm: bool = True, **changes: Any
+    seed: int = 0,
+    *,
+    read: tuple[int, ...] = (1, 2, 4),
+    lm: bool = True,
+    name: str = "Qwen3",
+    **changes: Any,
 ) -> Oracle:
     """Hidden states of five layers, padded on the right; what is not read has no gradient."""
     import torch
@@ -729,9 +771,9 @@ def qwen3(
         "head_dim": 8,
         "rope_theta": 1e6,
     } | changes
-    config = transformers.Qwen3Config(**settings)
-    name = "Qwen3ForCausalLM" if lm else "Qwen3Model"
-    module = randomized(getattr(transformers, name)(config), seed)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    kind = getattr(transformers, name + ("ForCausalLM" if lm else "Model"))
+    module = randomized(kind(config), seed)
 
     def torch_call(ids: Any, mask: Any) -> Any:
         states = module(ids, attention_mask=mask, output_hidden_states=True).hidden_states

@@ -19,7 +19,7 @@ Borders = Literal["edge", "zeros"]
 
 
 def _three(sizes: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    return (sizes,) * 3 if isinstance(sizes, int) else sizes
+    return (sizes, sizes, sizes) if isinstance(sizes, int) else sizes
 
 
 class CausalConv3d(nnx.Conv):

@@ -1,7 +1,7 @@
-"""Large images through a model piece by piece, so that memory does not grow with their size.
+"""Large images and videos through a model piece by piece, in memory that a piece takes.
 
-Tiles overlap by a quarter and are blended there, as in diffusers' `enable_tiling()`.  The result is
-near that of the whole image, not equal to it: norms and attention see a tile at a time.
+Tiles overlap and are blended there, as in diffusers' `enable_tiling()`.  The result is near that of
+the whole, not equal to it: norms and attention see a tile at a time.
 """
 
 import itertools
@@ -14,58 +14,118 @@ from jaxtyping import Array, Float
 
 
 def tiled(
-    function: Callable[[Array], Array], images: Float[Array, "B H W C"], *, tile: int, output: int
-) -> Float[Array, "B Y X D"]:
+    function: Callable[[Array], Array],
+    x: Float[Array, "B *T H W C"],
+    *,
+    tile: int,
+    stride: int,
+    output: int,
+    kept: int,
+) -> Float[Array, "B *S Y X D"]:
     """Apply a function to overlapping tiles, one after the other, and blend the results.
 
+    A tile is blended with the one above, then with the one to the left, both blended before.
+
     Args:
-      function: [B, h, w, C] -> [B, y, x, D], of tiles of `tile` pixels' side and of smaller ones.
-      images: what to cut.
+      function: [B, *T, h, w, C] -> [B, *S, y, x, D], of tiles of `tile` pixels' side and smaller.
+      x: images or videos to cut.
       tile: pixels along a tile's side, at least 2.
+      stride: pixels from one tile to the next, at most `tile`.
       output: pixels along the side of a whole tile's result.
+      kept: of them, those from one tile's result to the next; the others overlap.
 
     Raises:
       ValueError: a tile of less than 2 pixels.
     """
     if tile < 2:
         raise ValueError(f"a tile has at least 2 pixels along its side, received {tile}.")
-    batch, height, width, channels = images.shape
-    step, overlap = tile * 3 // 4, output // 4
-    rows, columns = range(0, height, step), range(0, width, step)
+    height, width = x.shape[-3:-1]
+    overlap, before = output - kept, (0,) * (x.ndim - 3)
+    rows, columns = range(0, height, stride), range(0, width, stride)
     places = defaultdict(list)  # size of a tile -> where such tiles begin; one program for each
-    for y, x in itertools.product(rows, columns):
-        places[min(tile, height - y), min(tile, width - x)].append((y, x))
+    for top, left in itertools.product(rows, columns):
+        places[min(tile, height - top), min(tile, width - left)].append((top, left))
     results = {}
     for size, origins in places.items():
 
         def cut(origin: Array, size: tuple[int, int] = size) -> Array:
-            start = (0, *origin, 0)
-            return function(jax.lax.dynamic_slice(images, start, (batch, *size, channels)))
+            shape = (*x.shape[:-3], *size, x.shape[-1])
+            return function(jax.lax.dynamic_slice(x, (*before, *origin, 0), shape))
 
         results |= dict(zip(origins, jax.lax.map(cut, jnp.asarray(origins)), strict=True))
 
-    kept = output - overlap
     lines = []
-    for y in rows:
+    for top in rows:
         line = []
-        for x in columns:
-            piece = results[y, x]
-            if y > 0:
-                piece = _blend(results[y - step, x], piece, overlap, 1)
-            if x > 0:
-                piece = _blend(results[y, x - step], piece, overlap, 2)
-            results[y, x] = piece
-            line.append(piece[:, :kept, :kept])
-        lines.append(jnp.concatenate(line, axis=2))
-    return jnp.concatenate(lines, axis=1)
+        for left in columns:
+            piece = results[top, left]
+            if top > 0:
+                piece = _blend(results[top - stride, left], piece, overlap, -3)
+            if left > 0:
+                piece = _blend(results[top, left - stride], piece, overlap, -2)
+            results[top, left] = piece
+            line.append(piece[..., :kept, :kept, :])
+        lines.append(jnp.concatenate(line, axis=-2))
+    return jnp.concatenate(lines, axis=-3)
+
+
+def tiled_by_quarters(
+    function: Callable[[Array], Array], x: Float[Array, "B *T H W C"], *, tile: int, output: int
+) -> Float[Array, "B *S Y X D"]:
+    """`tiled`, where tiles overlap by a quarter of their side."""
+    kept = output - output // 4
+    return tiled(function, x, tile=tile, stride=tile * 3 // 4, output=output, kept=kept)
+
+
+def tiled_in_time(
+    function: Callable[[Array], Array],
+    videos: Float[Array, "B T H W C"],
+    *,
+    tile: int,
+    stride: int,
+    kept: int,
+    overlap: int,
+) -> Float[Array, "B S Y X D"]:
+    """Apply a causal function to overlapping pieces of a video, one after the other.
+
+    The first frame of a piece stands alone, as a video's does: of later pieces' results it is
+    dropped, and the frames after it are faded in over the last ones of the piece before.
+
+    Args:
+      function: [B, t, H, W, C] -> [B, s, Y, X, D], of pieces of `tile` frames and of shorter ones.
+      videos: what to cut, of at least `tile` frames.
+      tile: frames of a piece.
+      stride: frames from one piece to the next, less than `tile`.
+      kept: frames from one piece's result to the next.
+      overlap: frames of a piece's result that are blended.
+    """
+    frames = videos.shape[1]
+    starts = range(0, frames - 1, stride)  # a piece of one frame would leave nothing
+    whole = [start for start in starts if frames - start >= tile]
+
+    def following(last: Array, start: Array) -> tuple[Array, tuple[Array, Array]]:
+        piece = function(jax.lax.dynamic_slice_in_dim(videos, start, tile, axis=1))
+        first, rest = jnp.split(piece, [1], axis=1)
+        rest = jnp.where(start == 0, rest, _blend(last, rest, overlap, 1))
+        return rest[:, rest.shape[1] - overlap :], (first, rest[:, :kept])
+
+    shape = jax.eval_shape(function, videos[:, :tile])
+    last = jnp.zeros((shape.shape[0], overlap, *shape.shape[2:]), shape.dtype)
+    last, (first, rest) = jax.lax.scan(following, last, jnp.asarray(whole))
+    pieces = [first[0], jnp.moveaxis(rest, 0, 1).reshape(shape.shape[0], -1, *shape.shape[2:])]
+    for start in starts[len(whole) :]:
+        piece = function(videos[:, start:])[:, 1:]
+        piece = _blend(last, piece, overlap, 1)
+        last = piece[:, max(0, piece.shape[1] - overlap) :]
+        pieces.append(piece[:, :kept])
+    return jnp.concatenate(pieces, axis=1)
 
 
 def _blend(before: Array, after: Array, extent: int, axis: int) -> Array:
-    """`after` with its first rows (or columns) faded in over the last of `before`."""
+    """`after` with its first rows (or columns, or frames) faded in over the last of `before`."""
     extent = min(before.shape[axis], after.shape[axis], extent)
-    fade = (jnp.arange(extent, dtype=after.dtype) / max(extent, 1)).reshape(
-        [-1 if dimension == axis else 1 for dimension in range(after.ndim)]
-    )
+    fade = jnp.arange(extent, dtype=after.dtype) / max(extent, 1)
+    fade = jnp.expand_dims(fade, [i for i in range(after.ndim) if i != axis % after.ndim])
     length = before.shape[axis]
     last = jax.lax.slice_in_dim(before, length - extent, length, axis=axis)
     first, rest = jnp.split(after, [extent], axis=axis)

@@ -231,7 +231,7 @@ def generate(
     params: Params,
     token_ids: Any,
     negative_ids: Any,
-    noise: Float[Array, "B *F h w C"],
+    noise: Float[Array, "B *T h w C"],
     sampler: Sampler,
     guidance_scale: Float[Array, "*n"] | np.ndarray | float = 7.5,
     *,
@@ -307,7 +307,7 @@ def _batched(one: Array, several: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)  # also where the rest of `generate` is not
 def _decode(
-    static: PipelineStatic, params: Any, latents: Float[Array, "B *F h w C"]
+    static: PipelineStatic, params: Any, latents: Float[Array, "B *T h w C"]
 ) -> Float[Array, "B *F H W 3"]:
     latents = latents if static.data_scale == 1 else latents / static.data_scale
     return static.family.decode(nnx.merge(static.vae, params), latents, tiling=static.vae_tiling)
@@ -330,7 +330,7 @@ def generate_by_steps(
     params: Params,
     token_ids: Any,
     negative_ids: Any,
-    noise: Float[Array, "B *F h w C"],
+    noise: Float[Array, "B *T h w C"],
     sampler: Sampler,
     guidance_scale: Float[Array, "*n"] | np.ndarray | float = 7.5,
     *,

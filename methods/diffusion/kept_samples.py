@@ -31,6 +31,7 @@ from ...interrupts import noting
 
 _SETTINGS = "conceptax_sample.json"
 _SHOWN = 4  # settings that a message names
+_SECONDS = 5.0  # between two writes, unless told otherwise
 
 
 class KeptSamplesError(ConceptaxError, ValueError):
@@ -57,11 +58,13 @@ class KeptSamples:
 
     Args:
       folder: its place, which need not be there.
-      every: seconds between two writes of a batch, at least; 0 writes after every step.
+      every: seconds between two writes of a batch, at least; 0 writes after every step, and the
+        default is 5.
     """
 
-    def __init__(self, folder: Path | str, *, every: float = 5.0) -> None:
-        self.folder, self.every = Path(os.path.abspath(Path(folder).expanduser())), every
+    def __init__(self, folder: Path | str, *, every: float | int | None = None) -> None:
+        self.folder = Path(os.path.abspath(Path(folder).expanduser()))
+        self.every = _SECONDS if every is None else every
         self.settings: Mapping[str, Any] = {}
         self.received: list[int] = []
 

@@ -140,7 +140,7 @@ T5_RULES: Rules = (
     *_REST,
 )
 
-QWEN3_RULES: Rules = (
+DECODER_RULES: Rules = (
     ("*.self_attn.[qkv]_proj.kernel", _COLUMN),
     ("*.self_attn.o_proj.kernel", _ROW),
     ("*.mlp.gate_proj.kernel", _COLUMN),
@@ -191,7 +191,8 @@ RULES: dict[str, Rules] = {
     "MaftPlus": MAFT_PLUS_RULES,
     **dict.fromkeys(("AutoencoderKL", "AutoencoderKLFlux2"), AUTOENCODER_RULES),
     **dict.fromkeys(("T5EncoderModel", "UMT5EncoderModel"), T5_RULES),
-    **dict.fromkeys(("Qwen3Model", "Qwen3ForCausalLM"), QWEN3_RULES),
+    **dict.fromkeys(("LlamaModel", "LlamaForCausalLM"), DECODER_RULES),
+    **dict.fromkeys(("Qwen3Model", "Qwen3ForCausalLM"), DECODER_RULES),
     **dict.fromkeys(_CLIPS, CLIP_RULES),
     **dict.fromkeys(_OTHERS, DEFAULT_RULES),
 }

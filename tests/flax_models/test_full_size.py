@@ -219,7 +219,7 @@ def test_sd3_5_medium_output(layers, torch, tmp_path):
 
 @pytest.mark.parametrize("version", ["2_1", "2_2"])
 def test_wan_autoencoder(version, torch, tmp_path):
-    """Nine frames of 64x64, in pieces as diffusers and in one pass. About 8 GB for 2.2's."""
+    """Nine frames of 64x64, in pieces as diffusers and in one pass. About 7 GB for 2.2's."""
     import diffusers
 
     config = getattr(AutoencoderKLWanConfig, f"wan_{version}")()

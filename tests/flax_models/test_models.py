@@ -5,6 +5,8 @@ torch's own float32 error where that is larger; all parameters' gradients togeth
 torch's error plus 1e-6.  Two float32 programs differ by their order of summation.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,7 @@ from conceptax.flax_models.layers.attention import dot_product_attention
 from conceptax.flax_models.layers.checks import check_axes
 from conceptax.flax_models.layers.remat import recomputed
 from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
+from conceptax.flax_models.llama import LlamaConfig, LlamaModel
 from conceptax.flax_models.pretrained import Buffer
 from conceptax.flax_models.qwen3 import Qwen3Config, Qwen3Model
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig
@@ -166,6 +169,8 @@ ORACLES = {
         "autoencoder_flux_2",
         {"mid_block_add_attention": False},
     ),
+    "autoencoder of HunyuanVideo": ("autoencoder_hunyuan_video", {}),
+    "autoencoder of HunyuanVideo, in pieces": ("autoencoder_hunyuan_video", {"frames": 21}),
     "autoencoder of Wan 2.1": ("autoencoder_wan", {}),
     "autoencoder of Wan 2.2": (
         "autoencoder_wan",
@@ -194,6 +199,11 @@ ORACLES = {
     "T5": ("t5", {}),
     "T5 1.0 with a mask": ("t5", {"feed_forward_proj": "relu", "masked": True}),
     "UMT5 with a mask": ("t5", {"name": "UMT5", "masked": True}),
+    "Llama": ("llama", {}),
+    "Llama with a head, to its end": (
+        "llama",
+        {"lm": True, "read": (-1, 0), "num_key_value_heads": None, "head_dim": 6},
+    ),
     "Qwen3": ("qwen3", {}),
     "Qwen3 to its end": ("qwen3", {"read": (5, 0, 3), "lm": False, "attention_bias": True}),
 }
@@ -203,6 +213,7 @@ ORACLES = {
 SLOW = (
     "unet odd size",
     "video unet with other settings",
+    "autoencoder of HunyuanVideo, in pieces",
     "autoencoder of Cosmos, 16 pixels and 8 frames per latent",
 )
 
@@ -312,6 +323,10 @@ def test_published_sizes():
     statistics = 2 * 128  # which PyTorch does not count
     assert count(AutoencoderKLFlux2, AutoencoderKLFlux2Config()) == 84_046_115 + statistics
     assert count(Qwen3Model, Qwen3Config()) == 3_114_088_192
+    whole = functools.partial(LlamaModel, read=(-1,))
+    assert count(whole, LlamaConfig.hunyuan_video()) == 7_505_186_816
+    read = 2 * 218_112_000 + 4096  # without two layers and the norm
+    assert count(LlamaModel, LlamaConfig.hunyuan_video()) == 7_505_186_816 - read
     assert count(T5EncoderModel, T5Config.xxl()) == 4_762_310_656
     assert count(T5EncoderModel, T5Config.t5_11b()) == 4_864_791_552
     assert count(UMT5EncoderModel, UMT5Config.xxl()) == 5_680_910_336
@@ -460,6 +475,7 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         "hunyuan_video",
         "unet_motion",
         "t5",
+        "llama",
         "qwen3",
         "autoencoder_flux_2",
         "autoencoder_wan",
@@ -589,6 +605,9 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
         (Qwen3Config, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
         (Qwen3Config, {"num_key_value_heads": 5}, "32 heads do not divide"),
         (Qwen3Config, {"use_sliding_window": True}, "use_sliding_window"),
+        (LlamaConfig, {"rope_parameters": {"rope_type": "llama3"}}, "LlamaConfig.*'llama3'"),
+        (LlamaConfig, {"mlp_bias": True}, "mlp_bias=True"),
+        (LlamaConfig, {"num_attention_heads": 30, "hidden_size": 90}, "must be even, received 3"),
         (SD3Transformer2DConfig, {"qk_norm": "layer_norm"}, "None or 'rms_norm', received 'layer"),
         (SD3Transformer2DConfig, {"caption_projection_dim": 64}, "must be the 1152 features of 18"),
         (SD3Transformer2DConfig, {"dual_attention_layers": [0, 18]}, "18. are not among the 18"),

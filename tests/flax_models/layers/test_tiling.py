@@ -63,7 +63,7 @@ def test_blending_keeps_what_tiles_agree_on():
     def double(x):
         return 2 * jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
-    received = tiled(double, images, tile=8, output=16)
+    received = tiled(double, images, tile=8, stride=6, output=16, kept=12)
     np.testing.assert_allclose(received, double(images), atol=1e-6)
     with pytest.raises(ValueError, match="at least 2 pixels"):
-        tiled(double, images, tile=1, output=2)
+        tiled(double, images, tile=1, stride=1, output=2, kept=2)
