@@ -46,6 +46,11 @@ class ContextParallel(nnx.Module):
             )
         self.model, self.mesh = model, mesh
 
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
     def __call__(
         self,
         latents: Float[Array, "B n *X C"],
@@ -58,7 +63,7 @@ class ContextParallel(nnx.Module):
           ValueError: as the model, and where its devices do not divide the tokens.
         """
         devices = self.mesh.shape[AXIS]
-        frames, patch = latents.shape[1], _patch(self.model.config)
+        frames, patch = latents.shape[1], _patch(self.config)
         if frames % (devices * patch):
             below = frames // (devices * patch) * devices * patch
             fitting = [str(n) for n in (below, below + devices * patch) if n]
