@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
+from ...flax_models.context_parallel import require_shares
 from ...flax_models.layers.attention import Neighborhoods, with_attention
 from ...flax_models.layers.slabs import AXIS
 from ...flax_models.pipelines.pipeline import Pipeline
@@ -265,6 +266,8 @@ class TextToImage:
                 "this model learnt its guidance. Leave it out."
             )
         parts = 1 if together is None else together.shape[AXIS]
+        if together is not None:
+            require_shares(together, shape, self.pipeline.PATCH if len(shape) == 3 else 1)
         tiling = self._require_memory(shape, total, each, devices, guided, parts)
         ids = self._token_ids(prompts)
         negative = None
