@@ -47,9 +47,15 @@ PIPELINES = {
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux_2_klein",
     "WanPipeline": "wan",
+    "CosmosTextToWorldPipeline": "cosmos_text_to_world",
+    "CosmosVideoToWorldPipeline": "cosmos_video_to_world",
 }
 
-
+_COSMOS = {
+    "transformer": "CosmosTransformer3DModel",
+    "vae": "AutoencoderKLCosmos",
+    "text_encoder": "T5EncoderModel",
+}
 _SD = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _PARTS = {
     "StableDiffusionPipeline": _SD,
@@ -76,6 +82,8 @@ _PARTS = {
         "vae": "AutoencoderKLWan",
         "text_encoder": "UMT5EncoderModel",
     },
+    "CosmosVideoToWorldPipeline": _COSMOS,
+    "CosmosTextToWorldPipeline": _COSMOS,
 }
 
 _FLAX = "Flax"  # how diffusers up to 0.39 and transformers 4 began their names

@@ -14,7 +14,7 @@ from . import architectures
 from .architectures import class_in
 from .errors import CheckpointError, OutputError, listing
 from .files.weights import read_json
-from .tokenizer import CLIP_TOKENS, clip_tokenizer, read_tokenizer
+from .tokenizer import CLIP_TOKENS, clip_tokenizer, kind_of, read_tokenizer
 
 CLIPS_OWN = "CLIP's own, which comes with conceptax, takes its place"  # of a tokenizer
 
@@ -57,6 +57,8 @@ _TOKENIZERS = {  # of text encoders; those of all others are CLIP's
     "UMT5EncoderModel": "T5Tokenizer",
     "Qwen3ForCausalLM": "Qwen2Tokenizer",
     "Qwen3Model": "Qwen2Tokenizer",
+    "LlamaModel": "PreTrainedTokenizerFast",
+    "LlamaForCausalLM": "PreTrainedTokenizerFast",
 }
 
 
@@ -68,7 +70,7 @@ def tokenizer_kind(index: Mapping[str, Any], name: str) -> str:
 
 def tokenizer_entry(tokenizer: Any, entry: Any) -> Any:
     """What a `model_index.json` says of a tokenizer: what it said, if it is no CLIP's."""
-    kind = type(tokenizer).__name__
+    kind = kind_of(tokenizer)
     if kind not in _TOKENIZERS.values():
         return ["transformers", "CLIPTokenizer"]
     return ["transformers", kind] if class_in(entry) is None else entry

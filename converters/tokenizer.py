@@ -17,9 +17,10 @@ _FILES = {
     "BertTokenizer": "vocab.txt",
     "T5Tokenizer": "spiece.model",
     "Qwen2Tokenizer": "vocab.json and merges.txt",
+    "PreTrainedTokenizerFast": "nothing else",  # Llama's: its file tells all
 }
 # Kinds whose files are kept, to be written as they were, and the files that these may be.
-_KEPT = ("T5Tokenizer", "Qwen2Tokenizer")
+_KEPT = ("T5Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast")
 _NAMES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("spiece.model", "vocab.json", "merges.txt", "chat_template.jinja"),
@@ -42,6 +43,12 @@ def _state(tokenizer: Any) -> tuple[Any, ...]:
     return (len(tokenizer), dict(added), {k: str(v) for k, v in special.items()}, *settings)
 
 
+def kind_of(tokenizer: Any) -> str:
+    """The class of a tokenizer, under its name in transformers 4 and 5."""
+    name = type(tokenizer).__name__
+    return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+
+
 def _kind_of(folder: Path) -> str | None:
     """Which kind of tokenizer a folder holds, by its vocabulary; None where that does not tell."""
     try:
@@ -61,7 +68,9 @@ def _kind_of(folder: Path) -> str | None:
 
 
 def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
-    """A folder's tokenizer: a `CLIPTokenizer`, `BertTokenizer`, `T5Tokenizer` or `Qwen2Tokenizer`.
+    """A folder's tokenizer: a `CLIPTokenizer`, `BertTokenizer`, `T5Tokenizer`, `Qwen2Tokenizer`, or
+    `PreTrainedTokenizerFast`, which Llama's is: transformers 5 has a class of that name, which
+    reads the bytes of Llama 3 as the words of Llama 2.
 
     Raises:
       CheckpointError: absent, unreadable, or of another kind.
@@ -74,8 +83,10 @@ def read_tokenizer(folder: Path, kind: str = "CLIPTokenizer") -> Any:
             f"{folder} holds no tokenizer (tokenizer.json, or {_FILES[kind]}). "
             "Check that the download is complete."
         )
-    name = kind.removesuffix("Tokenizer")
-    if (found := _kind_of(folder)) not in (kind, None):
+    llama = kind == "PreTrainedTokenizerFast"
+    name = "Llama" if llama else kind.removesuffix("Tokenizer")
+    found = _kind_of(folder)
+    if found not in (kind, None) and not (llama and found == "Qwen2Tokenizer"):  # both of bytes
         raise CheckpointError(
             f"{folder} holds the tokenizer of a {str(found).removesuffix('Tokenizer')} model, and "
             f"what reads it takes that of a {name} model. Use the tokenizer that belongs to it."
@@ -142,7 +153,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
         for name, content in published.files.items():
             (folder / name).write_bytes(content)
         return
-    clips = type(tokenizer).__name__ not in _KEPT
+    clips = kind_of(tokenizer) not in _KEPT
     try:
         tokenizer.save_pretrained(folder)
         if clips:

@@ -7,7 +7,7 @@ FLUX.1 have an `AutoencoderKL`, FLUX.2 an `AutoencoderKLFlux2`, which scales pat
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +21,7 @@ from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv1x1, conv3x3, group_norm
-from .layers.tiling import tiled
+from .layers.tiling import tiled_by_quarters
 from .pretrained import Buffer, RecomputingModel
 
 _EPSILON = 1e-6
@@ -273,12 +273,6 @@ class Decoder(nnx.Module):
         return _run(self, (self.mid_block, *self.up_blocks), x)
 
 
-def _tiled(function: Callable[[Array], Array], x: Array, *, tile: int, output: int) -> Array:
-    """In tiles of which a quarter overlaps."""
-    kept = output - output // 4
-    return tiled(function, x, tile=tile, stride=tile * 3 // 4, output=output, kept=kept)
-
-
 class _Autoencoder(RecomputingModel):
     """What the two autoencoders share: all between images and unscaled latents."""
 
@@ -329,7 +323,7 @@ class _Autoencoder(RecomputingModel):
 
         images, size = images.astype(self.dtype), self.config.tile_size
         if tiling and max(images.shape[1:3]) > size:
-            moments = _tiled(encode, images, tile=size, output=size // factor)
+            moments = tiled_by_quarters(encode, images, tile=size, output=size // factor)
         else:
             moments = encode(images)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -366,7 +360,7 @@ class _Autoencoder(RecomputingModel):
         def decode_one(latents: Array) -> Array:
             if max(latents.shape[:2]) <= tile:
                 return decode(latents[None])[0]
-            return _tiled(decode, latents[None], tile=tile, output=size)[0]
+            return tiled_by_quarters(decode, latents[None], tile=tile, output=size)[0]
 
         return jax.lax.map(decode_one, latents)
 

@@ -24,7 +24,7 @@ from .layers.causal_conv import CausalConv3d
 from .layers.checks import check_axes
 from .layers.remat import Remat, recomputed
 from .layers.resnet import group_norm
-from .layers.tiling import tiled
+from .layers.tiling import tiled_by_quarters
 from .pretrained import RecomputingModel
 
 _EPSILON = 1e-6
@@ -535,18 +535,9 @@ def _in_tiles(
     if not tiling:
         return function(x)
 
-    def flat(x: Array) -> Array:
-        return x.transpose(0, 2, 3, 1, 4).reshape(x.shape[0], *x.shape[2:4], -1)
-
-    def deep(x: Array, channels: int) -> Array:
-        return x.reshape(*x.shape[:3], -1, channels).transpose(0, 3, 1, 2, 4)
-
-    channels = jax.eval_shape(function, x).shape[-1]
-
     def one(video: Array) -> Array:
         if max(video.shape[1:3]) <= tile:
             return function(video[None])[0]
-        run = lambda part: flat(function(deep(part, video.shape[-1])))  # noqa: E731
-        return deep(tiled(run, flat(video[None]), tile=tile, output=output), channels)[0]
+        return tiled_by_quarters(function, video[None], tile=tile, output=output)[0]
 
     return jax.lax.map(one, x)

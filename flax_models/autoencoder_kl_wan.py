@@ -24,7 +24,7 @@ from .layers.causal_conv import CausalConv3d
 from .layers.checks import check_axes
 from .layers.remat import Remat, recomputed
 from .layers.resnet import conv1x1, conv3x3, convolved_doubled
-from .layers.tiling import tiled
+from .layers.tiling import tiled_by_quarters
 from .layers.transformer import Identity
 from .pretrained import RecomputingModel
 
@@ -470,21 +470,6 @@ def _in_pieces(step: Step, x: Video, size: int, in_one_pass: bool) -> Float[Arra
     return jnp.concatenate([first, rest], axis=1)
 
 
-def _tiled(function: Callable[[Array], Array], x: Video, tile: int, output: int) -> Array:
-    """`tiled`, for videos: frames are features for the time being."""
-    frames = x.shape[1]
-
-    def on_images(images: Array) -> Array:
-        y = function(jnp.moveaxis(images.reshape(*images.shape[:3], frames, -1), 3, 1))
-        return jnp.moveaxis(y, 1, 3).reshape(y.shape[0], *y.shape[2:4], -1)
-
-    images = jnp.moveaxis(x, 1, 3)
-    y = tiled(on_images, images.reshape(*images.shape[:3], -1), tile=tile, output=output)
-    one = (x.shape[0], frames, *(min(tile, side) for side in x.shape[2:4]), x.shape[4])
-    made = jax.eval_shape(function, jax.ShapeDtypeStruct(one, x.dtype)).shape[1]
-    return jnp.moveaxis(y.reshape(*y.shape[:3], made, -1), 3, 1)
-
-
 class AutoencoderKLWan(RecomputingModel):
     """Variational autoencoder between videos and latents, causal in time."""
 
@@ -543,7 +528,8 @@ class AutoencoderKLWan(RecomputingModel):
         x, patch = videos.astype(self.dtype), config.patch_size or 1
         x = _patchify(x, patch)
         if tiling and max(sides) > _TILE:
-            moments = _tiled(encode, x, _TILE, _TILE * patch // config.downsampling)
+            output = _TILE * patch // config.downsampling
+            moments = tiled_by_quarters(encode, x, tile=_TILE, output=output)
         else:
             moments = encode(x)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -585,7 +571,10 @@ class AutoencoderKLWan(RecomputingModel):
         x, patch = latents.astype(self.dtype), config.patch_size or 1
         tile = _TILE // config.downsampling
         if tiling and max(x.shape[2:4]) > tile:
-            one = lambda x: _tiled(decode, x[None], tile, _TILE // patch)[0]  # noqa: E731
+
+            def one(x: Array) -> Array:
+                return tiled_by_quarters(decode, x[None], tile=tile, output=_TILE // patch)[0]
+
             y = jax.lax.map(one, x)
         else:
             y = decode(x)

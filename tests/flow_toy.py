@@ -7,7 +7,8 @@ from conceptax.converters.tokenizer import read_tokenizer, write_tokenizer
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 
 FAMILIES = ("flux-dev", "flux-schnell", "klein", "klein-base", "sd3", "sd3-without-t5")
-VIDEO_FAMILIES = ("wan", "wan-pair")  # at downsampling 2, of time too
+# Wan's at downsampling 2, of time too, the others at 4.
+VIDEO_FAMILIES = ("wan", "wan-pair", "cosmos-text", "cosmos-video")
 LENGTH = 20  # of CLIP's prompts
 T5_LENGTH = 24
 WORDS = ("three", "red", "on", "brick", "a", "photo", "of")
@@ -230,6 +231,62 @@ def _wan(pair: bool) -> Any:
     )
 
 
+def safety_checker() -> Any:
+    """One to which all is safe, in the place of Cosmos' own, which is another package's."""
+
+    class SafetyChecker:
+        def to(self, device: Any) -> None:
+            pass
+
+        def check_text_safety(self, prompt: str) -> bool:
+            return True
+
+        def check_video_safety(self, frames: Any) -> Any:
+            return frames
+
+    return SafetyChecker()
+
+
+def _cosmos(from_video: bool) -> Any:
+    import diffusers
+
+    tokenizer = t5_tokenizer()
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4 + from_video,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=12,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=False,  # for which diffusers needs torchvision
+    )
+    vae = diffusers.AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8,) * 4,
+        decode_block_out_channels=(8,) * 4,
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    kind = diffusers.CosmosVideoToWorldPipeline if from_video else None
+    return (kind or diffusers.CosmosTextToWorldPipeline)(
+        tokenizer=tokenizer,
+        text_encoder=_t5(12, tokenizer, activation="relu"),
+        vae=vae,
+        scheduler=diffusers.EDMEulerScheduler(
+            sigma_max=80.0, sigma_data=0.5, final_sigmas_type="sigma_min"
+        ),
+        transformer=transformer,
+        safety_checker=safety_checker(),
+    )
+
+
 _MADE = {
     "flux-dev": lambda: _flux(True),
     "flux-schnell": lambda: _flux(False),
@@ -239,6 +296,8 @@ _MADE = {
     "sd3-without-t5": lambda: _sd3(False),
     "wan": lambda: _wan(False),
     "wan-pair": lambda: _wan(True),
+    "cosmos-text": lambda: _cosmos(False),
+    "cosmos-video": lambda: _cosmos(True),
 }
 
 
@@ -254,7 +313,12 @@ def save_pipeline(folder: Path, family: str) -> Any:
                 for parameter in part.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     pipeline.set_progress_bar_config(disable=True)
+    checker = pipeline.components.get("safety_checker")
+    if checker is not None:  # it is no part of the folder
+        pipeline.register_modules(safety_checker=None)
     pipeline.save_pretrained(folder)
+    if checker is not None:
+        pipeline.register_modules(safety_checker=checker)
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and type(part).__name__ == "CLIPTokenizer":
             write_tokenizer(part, folder / name)

@@ -90,8 +90,8 @@ class VideoPipeline(Pipeline):
         each = self.vae.config.temporal_downsampling
         count = self.video_size.frames if frames is None else frames
         if not 1 <= count <= MOST_FRAMES or (count - 1) % each:
-            near = [n for n in ((count - 1) // each * each + 1 + k * each for k in (0, 1)) if n > 0]
-            near = [n for n in near if n <= MOST_FRAMES] or [MOST_FRAMES - each + 1]
+            below = (min(max(count, 1), MOST_FRAMES) - 1) // each * each + 1
+            near = [below, below + each] if 1 < count < MOST_FRAMES - each else [below]
             raise ValueError(
                 f"num_frames={count} must be one more than a multiple of {each}, at most "
                 f"{MOST_FRAMES}: {' or '.join(map(str, near))} may do."
@@ -99,7 +99,7 @@ class VideoPipeline(Pipeline):
         return (count - 1) // each + 1, *sides, channels
 
     def conditioning_frames(
-        self, frames: UInt8[np.ndarray, "K H W 3"], times: int, size: tuple[int, int]
+        self, frames: UInt8[np.ndarray, "K Y X 3"], times: int, size: tuple[int, int]
     ) -> tuple[Float[np.ndarray, "1 F H W 3"], int]:
         """Of families that `TAKES_FRAMES`: the frames as `encode_frames` takes them, and how many
         latent frames they make known, of `times` latent frames of videos of `size`."""

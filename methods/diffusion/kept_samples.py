@@ -62,7 +62,7 @@ class KeptSamples:
         default is 5.
     """
 
-    def __init__(self, folder: Path | str, *, every: float | None = None) -> None:
+    def __init__(self, folder: Path | str, *, every: float | int | None = None) -> None:
         self.folder = Path(os.path.abspath(Path(folder).expanduser()))
         self.every = _SECONDS if every is None else every
         self.settings: Mapping[str, Any] = {}

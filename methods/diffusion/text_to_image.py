@@ -172,7 +172,7 @@ class TextToImage:
         width: int | None = None,
         num_frames: int | None = None,
         fps: int | None = None,
-        conditioning: UInt8[np.ndarray, "F H W 3"] | None = None,
+        conditioning: UInt8[np.ndarray, "K Y X 3"] | None = None,
         latents: Float[Array, "N *T h w C"] | np.ndarray | None = None,
         first_index: int = 0,
         on_estimate: OnEstimate | None = None,
@@ -394,7 +394,7 @@ class TextToImage:
         return static._replace(phases=tuple(phases)), guidance
 
     def _known(
-        self, conditioning: UInt8[np.ndarray, "F H W 3"] | None, shape: tuple[int, ...]
+        self, conditioning: UInt8[np.ndarray, "K Y X 3"] | None, shape: tuple[int, ...]
     ) -> Any:
         """What a family's models are told of the frames that a video begins with."""
         takes = isinstance(self.pipeline, VideoPipeline) and self.pipeline.TAKES_FRAMES
@@ -456,11 +456,11 @@ class TextToImage:
         frames = (count - 1) * vae.config.temporal_downsampling + 1 if whole else count
         shared = devices if jax.default_backend() == "cpu" else 1  # all take of the host's
         video = bool(times)
+        tile = getattr(vae.config, "tile_size", 256)  # the smallest of the video autoencoders'
 
         def needed(batch: int, tiling: bool, h: int, w: int) -> float:
             height, width = (
-                min(side, vae.config.tile_size) if tiling else side
-                for side in (h * factor, w * factor)
+                min(side, tile) if tiling else side for side in (h * factor, w * factor)
             )
             at_once = 1 if tiling else batch
             decoding = (

@@ -3,27 +3,57 @@
 import dataclasses
 import json
 import shutil
+import sys
+from typing import Any, NamedTuple
 
 import diffusers
 import jax
 import numpy as np
 import pytest
 import torch
-from flow_toy import VIDEO_FAMILIES, save_pipeline
+from flax import nnx
+from flow_toy import VIDEO_FAMILIES, safety_checker, save_pipeline
+from PIL import Image
 
 import conceptax
 from conceptax.converters import CheckpointError, load_pytorch, save_pytorch
 from conceptax.flax_models.layers.attention import GNA
+from conceptax.flax_models.pipelines.cosmos_text_to_world import CosmosTextToWorldPipeline
+from conceptax.flax_models.pipelines.cosmos_video_to_world import CosmosVideoToWorldPipeline
 from conceptax.flax_models.pipelines.video import VideoPipeline
 from conceptax.flax_models.pipelines.wan import WanPipeline, cleaned
+from conceptax.flax_models.unet_motion import MotionAdapter, MotionAdapterConfig
+from conceptax.methods.diffusion.generation import image_keys
 from conceptax.methods.diffusion.text_to_image import TextToImage
 
 PROMPT = "a red three &amp;amp; on\n brick"
-SIZE = {"height": 16, "width": 32, "num_frames": 5}  # 3 x 4 x 8 tokens
 STEPS = 3
 LENGTH = 16  # of prompts
-KINDS = {"wan": WanPipeline}
-GUIDANCE = {"wan": 5.0, "wan-pair": (4.0, 3.0)}
+
+
+class Expected(NamedTuple):
+    """What is particular about a family, and its toy."""
+
+    kind: type
+    defaults: tuple[Any, Any]
+    size: tuple[int, int, int, int]
+    factor: int = 4  # pixels for a latent along each side, and frames
+    guidance: Any = 5.0
+    evaluations: int = STEPS
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """Three latent frames of 4 x 8 tokens, or of 2 x 4."""
+        return {"height": 16, "width": 32, "num_frames": 2 * self.factor + 1}
+
+
+COSMOS = {"defaults": (36, 7.0), "size": (121, 704, 1280, 30), "guidance": 7.0, "evaluations": 2}
+EXPECTED = {
+    "wan": Expected(WanPipeline, (50, 5.0), (81, 480, 832, 16), 2),
+    "wan-pair": Expected(WanPipeline, (40, (4.0, 3.0)), (81, 720, 1280, 16), 2, (4.0, 3.0)),
+    "cosmos-text": Expected(CosmosTextToWorldPipeline, **COSMOS),
+    "cosmos-video": Expected(CosmosVideoToWorldPipeline, **COSMOS),
+}
 
 
 @pytest.fixture(scope="module", params=VIDEO_FAMILIES)
@@ -36,64 +66,82 @@ def both(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def noise():
-    return np.random.default_rng(0).standard_normal((1, 3, 8, 16, 4), np.float32)
+def drawn(both):
+    """How a sample is drawn in the tests, that they compile once."""
+    expected = EXPECTED[both[0]]
+    sides = (16 // expected.factor, 32 // expected.factor)
+    noise = np.random.default_rng(0).standard_normal((1, 3, *sides, 4), np.float32)
+    given = {}
+    if both[3].TAKES_FRAMES:
+        count = expected.factor + 1  # two latent frames of the three are known
+        frames = np.random.default_rng(1).integers(0, 256, (count, 24, 40, 3), np.uint8)
+        given = {"conditioning": frames}
+    guidance = {"guidance_scale": expected.guidance}
+    return {"num_inference_steps": STEPS, "latents": noise, **expected.drawn, **guidance, **given}
 
 
-def frames_of(family, pipeline, noise):
+def frames_of(family, pipeline, drawn, monkeypatch):
     """Their frames in [0, 1] from our noise."""
-    strengths = np.ravel(GUIDANCE[family])
-    options = {"guidance_scale": float(strengths[0])}
-    if len(strengths) > 1:
-        options["guidance_scale_2"] = float(strengths[1])
+    options = {
+        **drawn,
+        "latents": torch.from_numpy(drawn["latents"].transpose(0, 4, 1, 2, 3).copy()),
+    }
+    first, *others = np.ravel(options.pop("guidance_scale")).tolist()
+    options |= {"guidance_scale": first, **({"guidance_scale_2": others[0]} if others else {})}
+    if (known := options.pop("conditioning", None)) is not None:
+        options["video"] = [Image.fromarray(frame) for frame in known]
+        # They draw noise for known frames in every step, we once.
+        key = jax.random.fold_in(image_keys(0, np.arange(1))[0], 1 << 30)
+        noise = np.asarray(jax.random.normal(key, drawn["latents"].shape[1:])).transpose(3, 0, 1, 2)
+        module = sys.modules[type(pipeline).__module__]
+        fixed = torch.from_numpy(noise.copy())[None]
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: fixed)
     with torch.no_grad():
         return pipeline(
             prompt=[PROMPT],
-            num_inference_steps=STEPS,
+            negative_prompt=[""],
             max_sequence_length=LENGTH,
-            latents=torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy()),
             output_type="np",
-            **SIZE,
             **options,
         ).frames
 
 
-def test_frames_are_diffusers(both, noise):
+def test_frames_are_diffusers(both, drawn, monkeypatch):
     family, theirs, _, ours = both
     told = []
     with jax.default_matmul_precision("highest"):
         videos = conceptax.text_to_video(
-            ours,
-            PROMPT,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE[family],
-            latents=noise,
-            on_step=lambda *state: told.append(state),
-            **SIZE,
+            ours, PROMPT, on_step=lambda *state: told.append(state), **drawn
         )
-    expected = frames_of(family, theirs, noise)
-    assert videos.shape == (1, 5, 16, 32, 3) and videos.std() > 5  # a picture, not a constant
+    expected = frames_of(family, theirs, drawn, monkeypatch)
+    assert videos.shape == (1, drawn["num_frames"], 16, 32, 3)
+    assert videos.std() > 5  # a picture, not a constant
     difference = np.abs(videos.astype(int) - np.round(expected * 255).astype(int))
     assert difference.max() <= 1
-    sampled = [("sampling", step, STEPS) for step in range(STEPS + 1)]
+    steps = EXPECTED[family].evaluations
+    sampled = [("sampling", step, steps) for step in range(steps + 1)]
     assert told == [*sampled, ("decoding", 0, 1), ("decoding", 1, 1)]
 
 
 def test_families_are_told_apart_and_know_their_sizes(both):
     family, _, _, ours = both
-    assert type(ours) is KINDS[family.split("-")[0]] and isinstance(ours, VideoPipeline)
-    defaults = {"wan": (50, 5.0), "wan-pair": (40, (4.0, 3.0))}
-    sizes = {"wan": (81, 480, 832, 16), "wan-pair": (81, 720, 1280, 16)}
-    assert ours.defaults == defaults[family] and ours.video_size == sizes[family]
-    frames, height, width, _ = sizes[family]
-    shape = ((frames - 1) // 2 + 1, height // 2, width // 2, 4)
+    expected = EXPECTED[family]
+    assert type(ours) is expected.kind and isinstance(ours, VideoPipeline)
+    assert ours.defaults == expected.defaults and ours.video_size == expected.size
+    frames, height, width, _ = expected.size
+    factor = expected.factor
+    shape = ((frames - 1) // factor + 1, height // factor, width // factor, 4)
     assert ours.latent_shape_for() == ours.latent_shape == shape
-    assert ours.latent_shape_for(16, 32, 1) == (1, 8, 16, 4)
+    assert ours.latent_shape_for(16, 32, 1) == (1, 16 // factor, 32 // factor, 4)
 
 
-def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
+def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path, monkeypatch):
     _, theirs, folder, ours = both
     save_pytorch(ours, tmp_path / "again")
+    module = sys.modules[type(theirs).__module__]
+    monkeypatch.setattr(module, "CosmosSafetyChecker", safety_checker, raising=False)
+    # Without accelerate diffusers loads none of those that keep parts in float32.
+    monkeypatch.setattr(type(theirs.transformer), "_keep_in_fp32_modules", None)
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert type(again) is type(theirs)
     for name, part in theirs.components.items():
@@ -110,19 +158,33 @@ def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
     assert {k: v for k, v in read[0].items() if k[0] != "_"}.items() <= read[1].items()
 
 
-def test_a_window_of_the_whole_grid_draws_the_dense_video(both, noise):
-    _, _, _, ours = both
-    options = {**SIZE, "num_inference_steps": STEPS, "latents": noise}
-    whole = GNA(window=(3, 4, 8))
-    dense = TextToImage.from_pipeline(ours)([PROMPT], **options)
+def test_a_window_of_the_whole_grid_draws_the_dense_video(both, drawn):
+    family, _, _, ours = both
+    rows, columns = (side // (2 * EXPECTED[family].factor) for side in (16, 32))
+    whole = GNA(window=(3, rows, columns))
+    dense = TextToImage.from_pipeline(ours)([PROMPT], **drawn)
     sparse = TextToImage.from_pipeline(ours, attention=whole, dense_steps=1)
-    assert np.abs(sparse([PROMPT], **options).astype(int) - dense).max() <= 1
+    assert np.abs(sparse([PROMPT], **drawn).astype(int) - dense).max() <= 1
+
+
+@pytest.mark.parametrize("both", ["cosmos-video"], indirect=True)
+def test_a_world_goes_on_from_frames(both, drawn):
+    _, _, _, ours = both
+    with pytest.raises(ValueError, match="goes on from frames: pass an image or a video"):
+        conceptax.text_to_video(ours, PROMPT, **{**drawn, "conditioning": None})
+    frames = drawn["conditioning"]
+    video, count = ours.conditioning_frames(np.repeat(frames, 3, axis=0), 3, (16, 32))
+    assert video.shape == (1, 9, 16, 32, 3) and count == 3  # the last ones
+    video, count = ours.conditioning_frames(frames[:1], 3, (16, 32))
+    assert count == 1 and np.abs(video[0, 1:]).max() == 0 < np.abs(video[0, 0]).max() <= 1
+    slow = conceptax.text_to_video(ours, PROMPT, fps=8, **drawn)
+    assert (slow != conceptax.text_to_video(ours, PROMPT, **drawn)).any()
 
 
 @pytest.mark.parametrize("both", ["wan-pair"], indirect=True)
 def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
     _, _, folder, ours = both
-    draw = conceptax.text_to_video
+    draw, size = conceptax.text_to_video, EXPECTED["wan"].drawn
     for frames, near in ((6, "5 or 7"), (0, "1"), (-3, "1")):
         with pytest.raises(
             ValueError, match=f"num_frames={frames} must be one more .*: {near} may"
@@ -131,15 +193,16 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
     with pytest.raises(ValueError, match="height=18 must be a positive multiple of 4"):
         draw(ours, PROMPT, height=18, width=16)
     with pytest.raises(ValueError, match=r"GNA\(window=9\) does not fit a grid of 3x4x8"):
-        draw(ours, PROMPT, **SIZE, num_inference_steps=1, attention=GNA(9))
+        draw(ours, PROMPT, **size, num_inference_steps=1, attention=GNA(9))
     with pytest.raises(ValueError, match="one number for each of 2 models"):
-        draw(ours, PROMPT, **SIZE, guidance_scale=(4.0, 3.0, 2.0))
+        draw(ours, PROMPT, **size, guidance_scale=(4.0, 3.0, 2.0))
     with pytest.raises(ValueError, match="is told of no frame rate: leave out fps=8"):
-        draw(ours, PROMPT, **SIZE, fps=8, num_inference_steps=1)
+        draw(ours, PROMPT, **size, fps=8, num_inference_steps=1)
     with pytest.raises(ValueError, match="draws from texts alone: leave out conditioning"):
-        draw(ours, PROMPT, **SIZE, conditioning=np.zeros((1, 8, 8, 3), np.uint8))
+        draw(ours, PROMPT, **size, conditioning=np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="draws videos by itself: leave out motion_adapter"):
-        draw(ours, PROMPT, motion_adapter=object())
+        config = MotionAdapterConfig((8,), motion_norm_num_groups=4, motion_num_attention_heads=2)
+        draw(ours, PROMPT, motion_adapter=MotionAdapter(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="transformer_2, which was not loaded"):
         draw(dataclasses.replace(ours, transformer_2=None), PROMPT)
     with pytest.raises(TypeError, match="takes prompts once; got 0"):
