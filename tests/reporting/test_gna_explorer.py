@@ -539,7 +539,7 @@ def test_too_much_is_refused_in_a_sentence(page):
         "up to 4,194,304 tokens": large,
         "too many blocks": large | {"layout": "2000x2000", "heads": 64, "kvHeads": 64, "batch": 9},
         "flattened tokens take too long": large
-        | {"layout": "500x500", "window": "400x400", "tiling": "single-dim"},
+        | {"layout": "1000x1000", "window": "900x900", "tiling": "single-dim"},
         "a multiple of KV heads": large | {"layout": "9x9", "heads": 5, "kvHeads": 2},
     }
     for said, given in cases.items():
@@ -595,7 +595,13 @@ def test_strides_are_taken_from_their_picture(page):
     assert text(page, "#point").startswith("Stride 2×8×8: 11.11×")
     page.key("Enter")
     settled(page, "location.hash.includes('stride=2x8x8')")
-    page.wait("document.querySelector('#pareto .point[aria-current]')")
+    page.wait("document.activeElement.matches('#pareto .point[aria-current]')")  # focus stays
+    page.evaluate("document.querySelectorAll('#times button')[3].focus()")
+    page.key("Enter")
+    settled(page, "location.hash.includes('gpu=b200')")
+    page.wait("document.activeElement.matches('#times [aria-pressed=true]')")
+    page.evaluate("document.querySelectorAll('#times button')[2].click()")
+    settled(page, "location.hash.includes('gpu=h200')")
     page.evaluate("document.getElementById('pareto').scrollIntoView({block: 'center'})")
     x, y = page.evaluate(
         "(({x, y, width, height}) => [x + width / 2, y + height / 2])"

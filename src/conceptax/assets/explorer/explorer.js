@@ -293,6 +293,14 @@
     return simulator.advice(state, call.queryTile, call.keyTile, name, model);
   }
 
+  // Rebuilds a part without losing the focus in it.
+  function keepingFocus(id, rebuild) {
+    const buttons = () => [...find(id).querySelectorAll("button, [role=button]")];
+    const at = buttons().indexOf(document.activeElement);
+    rebuild();
+    if (at >= 0) buttons()[at]?.focus();
+  }
+
   // ---- drawing: figures and tables ----
 
   // A sentence, its `code` set as code.
@@ -1275,9 +1283,9 @@
     say("advice", adviceOf(call));
     showFigures(call);
     drawMap(call);
-    showTimes(answers);
+    keepingFocus("times", () => showTimes(answers));
     pareto = searched(call);
-    showPareto();
+    keepingFocus("pareto", () => keepingFocus("choices", showPareto));
     showModel(answers[state.gpu]);
     showCode();
     keep();
