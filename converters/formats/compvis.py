@@ -1,4 +1,4 @@
-"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, 2, XL and 3, FLUX.1, FLUX.2 and Wan.
+"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, 2, XL and 3, FLUX, Wan and Cosmos.
 
 Such a file holds the UNet or transformer, the autoencoder and the text encoders under the names of
 the training code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files
@@ -50,8 +50,9 @@ from .compvis_parts import (
     stranger,
     unet_names_of,
 )
+from .cosmos_names import cosmos_vae_names
 from .names import Stored, Table, joined
-from .transformer_parts import CLASSES, FLUX, FLUX_2, SD_3, TELLING, WAN, table_of, variant
+from .transformer_parts import CLASSES, COSMOS, FLUX, FLUX_2, SD_3, TELLING, WAN, table_of, variant
 from .wan_names import wan_vae_names
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
@@ -63,7 +64,9 @@ PIPELINES = {
     FLUX: "FluxPipeline",
     FLUX_2: "Flux2KleinPipeline",
     WAN: "WanPipeline",
+    COSMOS: "CosmosTextToWorldPipeline",
 }
+_FROM_VIDEO = "CosmosVideoToWorldPipeline"
 _PREDICTIONS = ("epsilon", "v_prediction")
 _INPAINTING = 9  # channels: latents, those of the masked image, and the mask
 
@@ -99,7 +102,7 @@ def load_single_file(
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
 ) -> Any:
-    """Load a Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1, FLUX.2 or Wan model from a single file.
+    """Load a model of Stable Diffusion 1.x, 2.x, XL or 3, FLUX, Wan or Cosmos from a single file.
 
     Copies that training keeps beside the models (moving averages, the noise schedule and others)
     are passed over; `inspect_checkpoint` names them.
@@ -134,8 +137,8 @@ def load_single_file(
             f" {stranger(open_weights(source, wrappers=WRAPPERS))}".rstrip()
         )
     file = read_single_file(stored, str(path), source.metadata)
-    kind = architectures.pipeline_class(PIPELINES[file.family])
-    index: dict[str, Any] = {"_class_name": kind.__name__}
+    kind = architectures.pipeline_class(_pipeline_of(file))
+    index: dict[str, Any] = {"_class_name": _predict2(file) or kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
         index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
     wan = file.parts.get("transformer") if file.family == WAN else None
@@ -168,6 +171,24 @@ def load_single_file(
         else:
             scheduler = _scheduler(path, file.family, prediction_type, told)
     return kind(**parts, scheduler_config=scheduler, model_index=index)
+
+
+def _pipeline_of(file: SingleFile) -> str:
+    """The pipeline whose models a file holds, or some of them."""
+    raw = file.parts["transformer"].raw if "transformer" in file.parts else {}
+    given = file.family == COSMOS and raw and raw["in_channels"] > raw["out_channels"]
+    return _FROM_VIDEO if given else PIPELINES[file.family]
+
+
+def _predict2(file: SingleFile) -> str:
+    """The class in diffusers of Cosmos-Predict2, which has the same models and other steps."""
+    raw = file.parts["transformer"].raw if "transformer" in file.parts else {}
+    if file.family != COSMOS or not raw or raw["extra_pos_embed_type"] is not None:
+        return ""
+    return "Cosmos2TextToImagePipeline" if _pipeline_of(file) != _FROM_VIDEO else _SECOND_FROM_VIDEO
+
+
+_SECOND_FROM_VIDEO = "Cosmos2VideoToWorldPipeline"
 
 
 def build_parts(
@@ -336,7 +357,7 @@ _WAN_5B = 48  # channels of the latents of Wan 2.2's model of 5 billion paramete
 
 
 def _flow(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The published settings of a rectified flow's steps."""
+    """The published settings of a rectified flow's steps, or of EDM's."""
     if family == WAN:
         return {
             "_class_name": "UniPCMultistepScheduler",
@@ -344,6 +365,20 @@ def _flow(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
             "prediction_type": "flow_prediction",
             "use_flow_sigmas": True,
             "flow_shift": 5.0 if raw["in_channels"] == _WAN_5B else 3.0,
+        }
+    if family == COSMOS:
+        if raw["extra_pos_embed_type"] is None:
+            return {"_class_name": _FLOW, "num_train_timesteps": 1000, "use_karras_sigmas": True}
+        return {
+            "_class_name": "EDMEulerScheduler",
+            "sigma_min": 0.002,
+            "sigma_max": 80.0,
+            "sigma_data": 0.5,
+            "sigma_schedule": "karras",
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+            "rho": 7.0,
+            "final_sigmas_type": "sigma_min",
         }
     dynamic = family == FLUX_2 or (family == FLUX and raw["guidance_embeds"])
     config: dict[str, Any] = {
@@ -371,7 +406,7 @@ def save_single_file(
     those choose anew, are kept in the header for `load_single_file`.
 
     Args:
-      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX.1, FLUX.2 or Wan; parts that are None are
+      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX, Wan or Cosmos; parts that are None are
         left out, and so are tokenizers, for which such files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
@@ -446,6 +481,8 @@ def part_tensors(
 def _vae_names(vae: Any, family: str) -> Table:
     if family == WAN:
         return wan_vae_names(vae.config.to_dict())
+    if family == COSMOS:
+        return cosmos_vae_names(vae.config.to_dict())
     names = vae_names(len(vae.config.block_out_channels), vae.config.layers_per_block)
     return names | FLUX_2_VAE if family == FLUX_2 else names
 
@@ -455,7 +492,8 @@ def _family_of(pipeline: Any) -> str:
         named = {CLASSES[family]: family for family in CLASSES}
         kind = type(pipeline).__name__
         own = getattr(pipeline.transformer, "pytorch_class", "")
-        return named.get(own) or next(f for f, name in PIPELINES.items() if name == kind)
+        kinds = {name: family for family, name in PIPELINES.items()} | {_FROM_VIDEO: COSMOS}
+        return named.get(own) or kinds[kind]
     if "text_encoder_2" in pipeline.MODELS:
         return "SDXL"
     if pipeline.text_encoder is not None:
@@ -472,6 +510,7 @@ _ARCHITECTURES = {
     FLUX: "flux-1",
     FLUX_2: "flux-2",
     WAN: "wan",
+    COSMOS: "cosmos",
 }
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
 # readers of single files take for granted.
@@ -573,6 +612,8 @@ def _meaning(config: Any, name: str) -> Any:
 
 def _same(component: str, name: str, config: Any) -> bool:
     """Whether a setting computes nothing here, whatever it is."""
+    if name == "qk_norm_eps":  # NVIDIA's code has its own
+        return True
     if name == "sample_size":
         return component == "vae" or config.sample_size is None
     if component.startswith("text_encoder"):

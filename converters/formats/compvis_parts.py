@@ -30,8 +30,11 @@ from .compvis_names import (
     unet_names,
     vae_names,
 )
+from .cosmos_names import VAE_KEY as COSMOS_VAE_KEY
+from .cosmos_names import cosmos_vae, cosmos_vae_names
 from .names import Names, Shapes, Stored, count, shapes_of, split
 from .transformer_parts import (
+    COSMOS,
     FLUX,
     FLUX_2,
     SD_3,
@@ -44,9 +47,10 @@ from .transformer_parts import (
     transformer,
     variant,
 )
-from .wan_names import VAE_KEY, wan_vae, wan_vae_names
+from .wan_names import VAE_KEY as WAN_VAE_KEY
+from .wan_names import wan_vae, wan_vae_names
 
-READ = "Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2 and Wan"
+READ = "Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Wan and Cosmos"
 _HEAD = 64
 _PREFIXES = (UNET, VAE, *dict.fromkeys(e.prefix for each in TEXT_ENCODERS.values() for e in each))
 # Of these alone a file is none: LoRAs have them too.
@@ -54,8 +58,8 @@ _BESIDE = "text_encoders."
 _TOKENS = "embeddings.token_embedding.weight"  # of a text encoder with transformers' names
 # Keys of each model that has no prefix, or another one than CompVis's.
 _TELLING = {
-    UNET: ("input_blocks.0.0.weight", *TELLING.values()),
-    VAE: ("decoder.up.0.block.0.conv1.weight", VAE_KEY),
+    UNET: ("input_blocks.0.0.weight", *(key for keys in TELLING.values() for key in keys)),
+    VAE: ("decoder.up.0.block.0.conv1.weight", COSMOS_VAE_KEY, WAN_VAE_KEY),
     UMT5: UMT5_KEYS,
     T5: (_T5_NORM := "encoder.block.0.layer.0.layer_norm.weight", T5_GGUF.format(0)),
 }
@@ -88,7 +92,7 @@ class SingleFile(NamedTuple):
     """What a single file holds.
 
     Attributes:
-      family: "SD 1", "SD 2", "SDXL", "FLUX.1", "FLUX.2", "SD 3" or "Wan".
+      family: "SD 1", "SD 2", "SDXL", "FLUX.1", "FLUX.2", "SD 3", "Wan" or "Cosmos".
       parts: component -> model.
       leftovers: what is known and not loaded -> its keys.
       unknown: the other keys.
@@ -322,11 +326,13 @@ def _width(shapes: Shapes, beginning: str, end: str) -> int:
 def _family(tensors: Stored) -> str:
     """The family by prefixes and sizes, or "" where there is but an autoencoder."""
     shapes = shapes_of(tensors)
-    for family, key in TELLING.items():
-        if UNET + key in shapes:
+    for family, keys in TELLING.items():
+        if any(UNET + key in shapes for key in keys):
             return family
-    if VAE + VAE_KEY in shapes or any(key.startswith(UMT5) for key in shapes):
+    if VAE + WAN_VAE_KEY in shapes or any(key.startswith(UMT5) for key in shapes):
         return WAN
+    if VAE + COSMOS_VAE_KEY in shapes:
+        return COSMOS
     context = _width(shapes, UNET, "attn2.to_k.weight")
     xl = UNET + "label_emb.0.0.weight" in shapes or context == 2048
     if xl or any(key.startswith("conditioner.") for key in shapes):
@@ -359,6 +365,7 @@ def _architecture(metadata: Mapping[str, str]) -> str:
         "flux-1": FLUX,
         "flux-2": FLUX_2,
         "wan": WAN,
+        "cosmos": COSMOS,
     }
     return next((family for form, family in forms.items() if named.startswith(form)), "")
 
@@ -504,9 +511,12 @@ _OPTIONAL = {
 
 def _vae(tensors: Stored, family: str) -> Taken:
     shapes = shapes_of(tensors)
-    if VAE_KEY in shapes:
+    if WAN_VAE_KEY in shapes:
         raw = wan_vae(shapes)
         return raw, *split(tensors, wan_vae_names(raw))
+    if COSMOS_VAE_KEY in shapes:
+        raw = cosmos_vae(shapes)
+        return raw, *split(tensors, cosmos_vae_names(raw))
     levels = count(shapes, "encoder.down.{}.block.0.conv1.weight")
     channels = [shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] for n in range(levels)]
     raw = {

@@ -59,7 +59,7 @@ _RELATIVES = {
 _CONTROL = re.compile(r".+\.(query|key)_norm\.scale")
 # What a module's name begins with -> the pipeline's component.
 _PREFIXES = {
-    r"unet\.|lora_unet_|(model\.)?diffusion_model\.": "unet",
+    r"unet\.|lora_unet_|(model\.)?diffusion_model\.|net\.": "unet",
     r"transformer\.|lora_transformer_(?!2_)": "transformer",
     r"transformer_2\.|lora_transformer_2_": "transformer_2",
     r"text_encoder\.|lora_te1?_|(text_encoders\.)?clip_[lh]\.(transformer\.)?": "text_encoder",
