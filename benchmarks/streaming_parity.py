@@ -4,6 +4,7 @@
     python benchmarks/streaming_parity.py --model flux-schnell --blocks 2+2
     python benchmarks/streaming_parity.py --model flux-2-klein-4b --weights FOLDER/transformer
     python benchmarks/streaming_parity.py --model hunyuan-video --grid 4x6x10 --text 32
+    python benchmarks/streaming_parity.py --model wan-14b --blocks 2
     python benchmarks/streaming_parity.py --model cosmos-video-7b --blocks 2
     python benchmarks/streaming_parity.py --model t5-11b --blocks 1 --text 512   # a text encoder
 
@@ -37,13 +38,14 @@ import numpy as np
 from flax import nnx
 
 from conceptax.converters.files.weights import find_weights, open_weights
-from conceptax.converters.tensors import tensor_specs
+from conceptax.converters.tensors import TensorSpec, tensor_specs
 from conceptax.flax_models import (
     cosmos_transformer_3d,
     flux_2_transformer_2d,
     flux_transformer_2d,
     hunyuan_video_transformer_3d,
     t5,
+    wan_transformer_3d,
 )
 from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.cosmos_transformer_3d import CosmosTransformer3DConfig, Time
@@ -51,6 +53,8 @@ from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
 from conceptax.flax_models.hunyuan_video_transformer_3d import HunyuanVideoTransformer3DConfig
 from conceptax.flax_models.layers.joint_attention import JointSequence
+from conceptax.flax_models.layers.modulation import plain_layer_norm
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 
 Streams = dict[str, Any]  # activations by name, of one side
 Values = Callable[[str, tuple[int, ...]], np.ndarray]  # of a parameter, by key and PyTorch's shape
@@ -59,6 +63,8 @@ SCALE = 0.02  # standard deviation of random parameters
 
 class Block(NamedTuple):
     """A part of a model with a name, a prefix of its keys, and its call on either side.
+
+    It may be a parameter of the model itself, which is then given as an array.
 
     `ours` and `theirs` take the part and the streams, and return those that change, under the same
     names and with the same axes. Blocks of a kind share `ours`, so that they compile once.
@@ -127,8 +133,8 @@ def compare(
         module = _theirs(model, config).eval()
     streams, blocks = family.blocks(module, config, grid, text)
     parts = {block.name: functools.reduce(_part, block.name.split("."), model) for block in blocks}
-    specs = {name: tensor_specs(part) for name, part in parts.items()}
-    ours = {f"{name}.{spec.key}": spec.shape for name, of in specs.items() for spec in of}
+    specs = {name: _specs(part) for name, part in parts.items()}
+    ours = {_key(name, spec): spec.shape for name, of in specs.items() for spec in of}
     tied = getattr(model, "pytorch_tied", {})
     theirs = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in tied}
     if ours != theirs:
@@ -140,9 +146,9 @@ def compare(
     for block in blocks:
         began = time.perf_counter()
         arrays = {
-            spec.key: values(f"{block.name}.{spec.key}", spec.shape) for spec in specs[block.name]
+            spec.key: values(_key(block.name, spec), spec.shape) for spec in specs[block.name]
         }
-        changed = _run_torch(module.get_submodule(block.name), block, arrays, there)
+        changed = _run_torch(module, block, arrays, there)
         there |= changed
         here |= _run_ours(parts[block.name], block, arrays, here)
         seconds = time.perf_counter() - began
@@ -169,10 +175,25 @@ def _part(owner: Any, name: str) -> Any:
     return owner[int(name)] if name.isdigit() else getattr(owner, name)
 
 
-def _run_torch(module: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
+def _specs(part: Any) -> list[TensorSpec]:
+    """Of a module's parameters, or of one parameter, whose key is its name."""
+    if not isinstance(part, nnx.Variable):
+        return tensor_specs(part)
+    shape = tuple(part.get_value().shape)
+    return [TensorSpec("", (), shape, tuple(range(len(shape))))]
+
+
+def _key(block: str, spec: TensorSpec) -> str:
+    return f"{block}.{spec.key}" if spec.key else block
+
+
+def _run_torch(model: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
     import torch
 
     tensors = {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in arrays.items()}
+    if "" in tensors:
+        return block.theirs(tensors[""], streams)
+    module = model.get_submodule(block.name)
     module.load_state_dict(tensors, assign=True)
     with torch.no_grad():
         changed = block.theirs(module, streams)
@@ -181,6 +202,8 @@ def _run_torch(module: Any, block: Block, arrays: Streams, streams: Streams) -> 
 
 
 def _run_ours(part: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
+    if "" in arrays:
+        return _call(None, block.ours, jnp.asarray(arrays[""]), streams)
     graphdef, state = nnx.split(part)
     by_path = {spec.path: jnp.asarray(spec.to_nnx(arrays[spec.key])) for spec in tensor_specs(part)}
     params = jax.tree_util.tree_map_with_path(
@@ -193,7 +216,8 @@ def _run_ours(part: Any, block: Block, arrays: Streams, streams: Streams) -> Str
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _call(graphdef: Any, call: Callable[..., Streams], params: Any, streams: Streams) -> Streams:
     with jax.default_matmul_precision("highest"):
-        return call(nnx.merge(graphdef, params), streams)
+        part = params if graphdef is None else nnx.merge(graphdef, params)
+        return call(part, streams)
 
 
 # How one side's part becomes the next activations.
@@ -434,6 +458,60 @@ def cosmos(
     ]
 
 
+def wan(
+    module: Any, config: WanTransformer3DConfig, grid: tuple[int, int, int], text: int
+) -> tuple[Streams, list[Block]]:
+    """Wan 2.1 and 2.2."""
+    import torch
+
+    sides = tuple(side * size for side, size in zip(grid, config.patch_size, strict=True))
+    streams = {
+        "latents": _tokens(*sides, config.in_channels, seed=1),
+        "states": _tokens(text, config.text_dim, seed=2),
+        "times": np.array([500.0], np.float32),
+    }
+    sequence = JointSequence(grid, rotary=wan_transformer_3d.rotary_of(config, grid))
+    settings = (config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+    rotary = type(module.rope)(*settings)(torch.empty(1, 1, *sides))
+    norm = plain_layer_norm(config.features, config.eps, rngs=nnx.Rngs(0))
+
+    def patches(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["latents"]).reshape(1, -1, config.features)}
+
+    def their_patches(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["latents"].permute(0, 4, 1, 2, 3)).flatten(2).transpose(1, 2)}
+
+    def condition(part: Any, s: Streams) -> Streams:
+        time, of_time, words = part(s["times"][:, None], s["states"])
+        return {"time": time[:, 0], "of_time": of_time[:, 0], "text": words}
+
+    def their_condition(part: Any, s: Streams) -> Streams:
+        time, of_time, words, _ = part(s["times"], s["states"])
+        return {"time": time, "of_time": of_time.unflatten(1, (6, -1)), "text": words}
+
+    def block(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["video"], s["text"], s["of_time"][:, None], sequence)}
+
+    def their_block(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["video"], s["text"], s["of_time"], rotary)}
+
+    def modulated(normalized: Any, table: Any, s: Streams) -> Streams:
+        shift, scale = table[:, :1] + s["time"][:, None], table[:, 1:] + s["time"][:, None]
+        return {"output": normalized * (1 + scale) + shift}
+
+    return streams, [
+        Block("patch_embedding", patches, their_patches),
+        Block("condition_embedder", condition, their_condition),
+        *(Block(f"blocks.{n}", block, their_block) for n in range(config.num_layers)),
+        Block(
+            "scale_shift_table",
+            lambda table, s: modulated(norm(s["video"]), table, s),
+            lambda table, s: modulated(module.norm_out(s["video"]), table, s),
+        ),
+        Block("proj_out", *(_linear("output", "output"),) * 2),
+    ]
+
+
 def t5_encoder(
     module: Any, config: t5.T5Config, grid: tuple[int, ...], text: int
 ) -> tuple[Streams, list[Block]]:
@@ -530,6 +608,16 @@ FAMILIES = {
         t5_encoder,
         {"t5-11b": t5.T5Config.t5_11b, "t5-xxl": t5.T5Config.xxl},
     ),
+    "wan": Family(
+        wan_transformer_3d.WanTransformer3DModel,
+        wan,
+        {
+            "wan-1.3b": WanTransformer3DConfig.t2v_1_3b,
+            "wan-14b": WanTransformer3DConfig.t2v_14b,
+            "wan-2.2-5b": WanTransformer3DConfig.ti2v_5b,
+        },
+        grid=(4, 8, 8),
+    ),
 }
 MODELS = {model: name for name, family in FAMILIES.items() for model in family.published}
 
@@ -565,8 +653,8 @@ def main() -> None:
     family = FAMILIES[MODELS[chosen.model]]
     config = family.published[chosen.model]()
     if chosen.blocks:
-        counts = zip(("num_layers", "num_single_layers"), numbers(chosen.blocks, "+"), strict=False)
-        config = dataclasses.replace(config, **dict(counts))
+        layers = zip(("num_layers", "num_single_layers"), numbers(chosen.blocks, "+"), strict=False)
+        config = dataclasses.replace(config, **dict(layers))
     values = stored(chosen.weights) if chosen.weights else Pool()
     grid = numbers(chosen.grid, "x") if chosen.grid else None
     began = time.perf_counter()

@@ -171,9 +171,14 @@ class WeightFile:
         return ""
 
     @property
+    def is_index(self) -> bool:
+        """Whether it is an index of several files."""
+        return self.path.name.endswith(".json") and ".index." in self.path.name
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The free text in its header; nothing where it has none."""
-        safe = self.content == SAFETENSORS
+        safe = not self.is_index and self.content == SAFETENSORS
         return read_metadata(self.path, self.bytes) if safe else {}
 
     @functools.cached_property

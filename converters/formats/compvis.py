@@ -1,4 +1,4 @@
-"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, 2, XL and 3, FLUX.1, FLUX.2 and Cosmos.
+"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, 2, XL and 3, FLUX, Wan and Cosmos.
 
 Such a file holds the UNet or transformer, the autoencoder and the text encoders under the names of
 the training code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files
@@ -52,7 +52,8 @@ from .compvis_parts import (
 )
 from .cosmos_names import cosmos_vae_names
 from .names import Stored, Table, joined
-from .transformer_parts import CLASSES, COSMOS, FLUX, FLUX_2, SD_3, TELLING, table_of, variant
+from .transformer_parts import CLASSES, COSMOS, FLUX, FLUX_2, SD_3, TELLING, WAN, table_of, variant
+from .wan_names import wan_vae_names
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
 PIPELINES = {
@@ -62,6 +63,7 @@ PIPELINES = {
     SD_3: "StableDiffusion3Pipeline",
     FLUX: "FluxPipeline",
     FLUX_2: "Flux2KleinPipeline",
+    WAN: "WanPipeline",
     COSMOS: "CosmosTextToWorldPipeline",
 }
 _FROM_VIDEO = "CosmosVideoToWorldPipeline"
@@ -81,7 +83,8 @@ def open_single_file(path: Path | WeightFile) -> Stored | None:
       CheckpointError: damaged or unsafe files.
     """
     file = opened(path)
-    if file.path.suffix.lower() in (".json", ".msgpack"):
+    suffix = file.path.suffix.lower()
+    if suffix == ".msgpack" or (suffix == ".json" and not file.is_index):
         return None
     stored = open_weights(file, wrappers=WRAPPERS)
     if is_bare_text(stored) and (file.path.parent / "config.json").is_file():
@@ -99,7 +102,7 @@ def load_single_file(
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
 ) -> Any:
-    """Load a Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1, FLUX.2 or Cosmos model from a file.
+    """Load a model of Stable Diffusion 1.x, 2.x, XL or 3, FLUX, Wan or Cosmos from a single file.
 
     Copies that training keeps beside the models (moving averages, the noise schedule and others)
     are passed over; `inspect_checkpoint` names them.
@@ -135,9 +138,12 @@ def load_single_file(
         )
     file = read_single_file(stored, str(path), source.metadata)
     kind = architectures.pipeline_class(_pipeline_of(file))
-    index = {"_class_name": _predict2(file) or kind.__name__}
+    index: dict[str, Any] = {"_class_name": _predict2(file) or kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
         index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
+    wan = file.parts.get("transformer") if file.family == WAN else None
+    if wan is not None and wan.raw["in_channels"] == _WAN_5B:
+        index["expand_timesteps"] = True  # as its published folder says
     accepted = pipeline_components(kind)
     if components is not None and not set(components) <= set(accepted):
         raise ValueError(f"components accepts {accepted}, received {sorted(components)}.")
@@ -347,10 +353,19 @@ def _scheduler(
 
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
+_WAN_5B = 48  # channels of the latents of Wan 2.2's model of 5 billion parameters
 
 
 def _flow(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     """The published settings of a rectified flow's steps, or of EDM's."""
+    if family == WAN:
+        return {
+            "_class_name": "UniPCMultistepScheduler",
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 5.0 if raw["in_channels"] == _WAN_5B else 3.0,
+        }
     if family == COSMOS:
         if raw["extra_pos_embed_type"] is None:
             return {"_class_name": _FLOW, "num_train_timesteps": 1000, "use_karras_sigmas": True}
@@ -391,7 +406,7 @@ def save_single_file(
     those choose anew, are kept in the header for `load_single_file`.
 
     Args:
-      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX.1, FLUX.2 or Cosmos; parts that are None are
+      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX, Wan or Cosmos; parts that are None are
         left out, and so are tokenizers, for which such files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
@@ -402,6 +417,10 @@ def save_single_file(
         another than readers of such files assume, who would take the model for one that it is not.
     """
     path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise OutputError(
+            "a single file has a place for one transformer, and this model has two. Write a folder."
+        )
     family = _family_of(pipeline)
     tensors = part_tensors(
         {name: getattr(pipeline, name) for name in pipeline.MODELS}, family, kind
@@ -460,6 +479,8 @@ def part_tensors(
 
 
 def _vae_names(vae: Any, family: str) -> Table:
+    if family == WAN:
+        return wan_vae_names(vae.config.to_dict())
     if family == COSMOS:
         return cosmos_vae_names(vae.config.to_dict())
     names = vae_names(len(vae.config.block_out_channels), vae.config.layers_per_block)
@@ -488,6 +509,7 @@ _ARCHITECTURES = {
     SD_3: "stable-diffusion-3",
     FLUX: "flux-1",
     FLUX_2: "flux-2",
+    WAN: "wan",
     COSMOS: "cosmos",
 }
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .cosmos_names import BUFFERS, VAE_BUFFERS
 from .names import Names, Rows, equal_rows, prefixed
-from .transformer_parts import COSMOS, FLUX, FLUX_2, SD_3
+from .transformer_parts import COSMOS, FLUX, FLUX_2, SD_3, WAN
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -89,7 +89,7 @@ class TextEncoder(NamedTuple):
         )
 
 
-T5 = "text_encoders.t5xxl.transformer."
+T5, UMT5 = "text_encoders.t5xxl.transformer.", "text_encoders.umt5xxl.transformer."
 _PROJECTED: dict[str, Any] = {"class_name": "CLIPTextModelWithProjection"}
 # By family; of two for one component the first is written.
 TEXT_ENCODERS = {
@@ -118,6 +118,7 @@ TEXT_ENCODERS = {
         ),
         TextEncoder("text_encoder_3", T5, False, class_name="T5EncoderModel"),
     ),
+    WAN: (TextEncoder("text_encoder", UMT5, False, class_name="UMT5EncoderModel"),),
 }
 
 # What other programs' keys begin with -> CompVis's.
@@ -154,7 +155,7 @@ LEFTOVERS = {
     r"|conditioner\.embedders\.(.*\.(logit_scale|attn_mask)|0\..*text_projection.*)"
     r"|conditioner\.embedders\.1\.model\.visual\..*"
     r"|text_encoders\.(.*\.logit_scale|clip_.*text_projection.*)",
-    "T5's second name for its embedding": r"text_encoders\.t5xxl\..*\.embed_tokens\.weight",
+    "T5's second name for its embedding": r"text_encoders\.u?m?t5xxl\..*\.embed_tokens\.weight",
     "what Cosmos' training kept, and constants": rf"model\.diffusion_model\.({BUFFERS})"
     rf"|first_stage_model\.{VAE_BUFFERS}",
     "a tokenizer, which folders keep apart": r"text_encoders\..*\.spiece_model",
@@ -172,6 +173,9 @@ STRANGERS = {
     "a model of continuous noise levels (CosXL)": ("edm_vpred.",),
     "Chroma": _anywhere("distilled_guidance_layer."),
     "HunyuanVideo": _anywhere("txt_in.individual_token_refiner."),
+    "Wan's VACE": _anywhere("vace_blocks.", "vace_patch_embedding."),
+    "Wan's Animate": _anywhere("motion_encoder.", "face_adapter."),
+    "Wan's image-to-video model": _anywhere("img_emb.", "blocks.0.cross_attn.k_img."),
     "Cosmos-Predict2.5 or Transfer2.5": _anywhere(
         "crossattn_proj.", "img_context_proj.", "control_embedder."
     ),

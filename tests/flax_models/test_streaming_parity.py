@@ -9,6 +9,7 @@ from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
 from conceptax.flax_models.hunyuan_video_transformer_3d import HunyuanVideoTransformer3DConfig
 from conceptax.flax_models.t5 import T5Config
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 
 SMALL = {
     "in_channels": 4,
@@ -86,6 +87,21 @@ def test_small_models_of_equal_blocks_agree(name, streaming, values):
     compared = list(streaming.compare(name, config, values, grid=grid, text=4))
     assert max(each.relative for each in compared) < 1e-5
     assert [each.block for each in compared].count(last) == (1 if name == "cosmos" else 2)
+
+
+def test_a_small_wan_agrees(streaming, values):
+    config = WanTransformer3DConfig(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=3,
+        text_dim=10,
+        ffn_dim=20,
+        num_layers=2,
+    )
+    compared = list(streaming.compare("wan", config, values, grid=(2, 1, 3), text=4))
+    assert max(each.relative for each in compared) < 1e-5
+    assert {each.block for each in compared} >= {"blocks.1", "scale_shift_table", "proj_out"}
 
 
 def test_the_first_block_that_differs_is_named(streaming, values, torch, monkeypatch):
