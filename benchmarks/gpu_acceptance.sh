@@ -91,7 +91,7 @@ transformers_in() {
         --output "$out/transformer_speed_gpu.json" "${@:3}"
 }
 if [ -n "$videos" ]; then
-    transformers_in videos 285 --minutes 3 --models hunyuan cosmos wan
+    transformers_in videos 290 --models hunyuan cosmos wan
 else
     gna_in "${types[0]}"
     sd_in unet 100 512

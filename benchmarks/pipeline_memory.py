@@ -274,7 +274,9 @@ def random_folder(part: Part, folder: Path) -> None:
 
     tensors, held = {}, 0
     for spec in tensor_specs(abstract(part)):
-        tensors[spec.key] = np.resize(pool, spec.shape)
+        count = math.prod(spec.shape)
+        values = pool[:count] if count <= len(pool) else np.resize(pool, count)
+        tensors[spec.key] = values.reshape(spec.shape)
         held += tensors[spec.key].nbytes
         if held > 2e9:
             write(tensors)

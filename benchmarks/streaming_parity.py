@@ -3,6 +3,7 @@
     python benchmarks/streaming_parity.py                            # FLUX.1-dev: minutes, 4 GB
     python benchmarks/streaming_parity.py --model flux-schnell --blocks 2+2
     python benchmarks/streaming_parity.py --model flux-2-klein-4b --weights FOLDER/transformer
+    python benchmarks/streaming_parity.py --model wan-14b --blocks 2
 
 Both models stay without values. Each block in turn is given its values, in PyTorch and here, runs
 on the activations of its own side, and is emptied again; then the activations of both sides are
@@ -33,12 +34,18 @@ import numpy as np
 from flax import nnx
 
 from conceptax.converters.files.weights import find_weights, open_weights
-from conceptax.converters.tensors import tensor_specs
-from conceptax.flax_models import flux_2_transformer_2d, flux_transformer_2d
+from conceptax.converters.tensors import TensorSpec, tensor_specs
+from conceptax.flax_models import (
+    flux_2_transformer_2d,
+    flux_transformer_2d,
+    wan_transformer_3d,
+)
 from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
 from conceptax.flax_models.layers.joint_attention import JointSequence
+from conceptax.flax_models.layers.modulation import plain_layer_norm
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 
 Streams = dict[str, Any]  # activations by name, of one side
 Values = Callable[[str, tuple[int, ...]], np.ndarray]  # of a parameter, by key and PyTorch's shape
@@ -47,6 +54,8 @@ SCALE = 0.02  # standard deviation of random parameters
 
 class Block(NamedTuple):
     """A part of a model with a name, a prefix of its keys, and its call on either side.
+
+    It may be a parameter of the model itself, which is then given as an array.
 
     `ours` and `theirs` take the part and the streams, and return those that change, under the same
     names and with the same axes. Blocks of a kind share `ours`, so that they compile once.
@@ -97,7 +106,7 @@ def compare(
     config: Any,
     values: Values,
     *,
-    grid: tuple[int, int] = (16, 16),
+    grid: tuple[int, ...] | None = None,
     text: int = 64,
 ) -> Iterator[Comparison]:
     """Runs both sides of a model of that family, of batch 1, and yields what differs.
@@ -109,14 +118,15 @@ def compare(
     import torch
 
     family = FAMILIES[name]
+    grid = grid or family.grid
     rngs = OneKey()
     model = nnx.eval_shape(lambda: family.model(config, rngs=rngs))
     with torch.device("meta"):
         module = getattr(diffusers, model.pytorch_class)(**config.to_dict()).eval()
     streams, blocks = family.blocks(module, config, grid, text)
     parts = {block.name: functools.reduce(_part, block.name.split("."), model) for block in blocks}
-    specs = {name: tensor_specs(part) for name, part in parts.items()}
-    ours = {f"{name}.{spec.key}": spec.shape for name, of in specs.items() for spec in of}
+    specs = {name: _specs(part) for name, part in parts.items()}
+    ours = {_key(name, spec): spec.shape for name, of in specs.items() for spec in of}
     theirs = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     if ours != theirs:
         differing = sorted(key for key, _ in ours.items() ^ theirs.items())
@@ -127,9 +137,9 @@ def compare(
     for block in blocks:
         began = time.perf_counter()
         arrays = {
-            spec.key: values(f"{block.name}.{spec.key}", spec.shape) for spec in specs[block.name]
+            spec.key: values(_key(block.name, spec), spec.shape) for spec in specs[block.name]
         }
-        changed = _run_torch(module.get_submodule(block.name), block, arrays, there)
+        changed = _run_torch(module, block, arrays, there)
         there |= changed
         here |= _run_ours(parts[block.name], block, arrays, here)
         seconds = time.perf_counter() - began
@@ -147,10 +157,25 @@ def _part(owner: Any, name: str) -> Any:
     return owner[int(name)] if name.isdigit() else getattr(owner, name)
 
 
-def _run_torch(module: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
+def _specs(part: Any) -> list[TensorSpec]:
+    """Of a module's parameters, or of one parameter, whose key is its name."""
+    if not isinstance(part, nnx.Variable):
+        return tensor_specs(part)
+    shape = tuple(part.get_value().shape)
+    return [TensorSpec("", (), shape, tuple(range(len(shape))))]
+
+
+def _key(block: str, spec: TensorSpec) -> str:
+    return f"{block}.{spec.key}" if spec.key else block
+
+
+def _run_torch(model: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
     import torch
 
     tensors = {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in arrays.items()}
+    if "" in tensors:
+        return block.theirs(tensors[""], streams)
+    module = model.get_submodule(block.name)
     module.load_state_dict(tensors, assign=True)
     with torch.no_grad():
         changed = block.theirs(module, streams)
@@ -159,6 +184,8 @@ def _run_torch(module: Any, block: Block, arrays: Streams, streams: Streams) -> 
 
 
 def _run_ours(part: Any, block: Block, arrays: Streams, streams: Streams) -> Streams:
+    if "" in arrays:
+        return _call(None, block.ours, jnp.asarray(arrays[""]), streams)
     graphdef, state = nnx.split(part)
     by_path = {spec.path: jnp.asarray(spec.to_nnx(arrays[spec.key])) for spec in tensor_specs(part)}
     params = jax.tree_util.tree_map_with_path(
@@ -171,7 +198,8 @@ def _run_ours(part: Any, block: Block, arrays: Streams, streams: Streams) -> Str
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _call(graphdef: Any, call: Callable[..., Streams], params: Any, streams: Streams) -> Streams:
     with jax.default_matmul_precision("highest"):
-        return call(nnx.merge(graphdef, params), streams)
+        part = params if graphdef is None else nnx.merge(graphdef, params)
+        return call(part, streams)
 
 
 # How one side's part becomes the next activations.
@@ -312,12 +340,68 @@ def flux_2(
     return streams, [*first, *doubles, *singles, *last]
 
 
+def wan(
+    module: Any, config: WanTransformer3DConfig, grid: tuple[int, int, int], text: int
+) -> tuple[Streams, list[Block]]:
+    """Wan 2.1 and 2.2."""
+    import torch
+
+    sides = tuple(side * size for side, size in zip(grid, config.patch_size, strict=True))
+    streams = {
+        "latents": _tokens(*sides, config.in_channels, seed=1),
+        "states": _tokens(text, config.text_dim, seed=2),
+        "times": np.array([500.0], np.float32),
+    }
+    sequence = JointSequence(grid, rotary=wan_transformer_3d.rotary_of(config, grid))
+    settings = (config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+    rotary = type(module.rope)(*settings)(torch.empty(1, 1, *sides))
+    norm = plain_layer_norm(config.features, config.eps, rngs=nnx.Rngs(0))
+
+    def patches(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["latents"]).reshape(1, -1, config.features)}
+
+    def their_patches(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["latents"].permute(0, 4, 1, 2, 3)).flatten(2).transpose(1, 2)}
+
+    def condition(part: Any, s: Streams) -> Streams:
+        time, of_time, words = part(s["times"][:, None], s["states"])
+        return {"time": time[:, 0], "of_time": of_time[:, 0], "text": words}
+
+    def their_condition(part: Any, s: Streams) -> Streams:
+        time, of_time, words, _ = part(s["times"], s["states"])
+        return {"time": time, "of_time": of_time.unflatten(1, (6, -1)), "text": words}
+
+    def block(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["video"], s["text"], s["of_time"][:, None], sequence)}
+
+    def their_block(part: Any, s: Streams) -> Streams:
+        return {"video": part(s["video"], s["text"], s["of_time"], rotary)}
+
+    def modulated(normalized: Any, table: Any, s: Streams) -> Streams:
+        shift, scale = table[:, :1] + s["time"][:, None], table[:, 1:] + s["time"][:, None]
+        return {"output": normalized * (1 + scale) + shift}
+
+    return streams, [
+        Block("patch_embedding", patches, their_patches),
+        Block("condition_embedder", condition, their_condition),
+        *(Block(f"blocks.{n}", block, their_block) for n in range(config.num_layers)),
+        Block(
+            "scale_shift_table",
+            lambda table, s: modulated(norm(s["video"]), table, s),
+            lambda table, s: modulated(module.norm_out(s["video"]), table, s),
+        ),
+        Block("proj_out", *(_linear("output", "output"),) * 2),
+    ]
+
+
 class Family(NamedTuple):
-    """A model class, its function that says its blocks, and its published settings by name."""
+    """A model class, its function that says its blocks, its published settings by name, and how
+    many tokens along each side it is compared on."""
 
     model: Any
     blocks: Callable[..., tuple[Streams, list[Block]]]
     published: dict[str, Callable[[], Any]]
+    grid: tuple[int, ...] = (16, 16)
 
 
 FAMILIES = {
@@ -338,6 +422,16 @@ FAMILIES = {
             "flux-2-dev": Flux2Transformer2DConfig,
         },
     ),
+    "wan": Family(
+        wan_transformer_3d.WanTransformer3DModel,
+        wan,
+        {
+            "wan-1.3b": WanTransformer3DConfig.t2v_1_3b,
+            "wan-14b": WanTransformer3DConfig.t2v_14b,
+            "wan-2.2-5b": WanTransformer3DConfig.ti2v_5b,
+        },
+        grid=(4, 8, 8),
+    ),
 }
 MODELS = {model: name for name, family in FAMILIES.items() for model in family.published}
 
@@ -357,16 +451,15 @@ def report(comparisons: Iterator[Comparison], tolerance: float) -> str | None:
     return beyond
 
 
-def two_numbers(text: str, by: str) -> tuple[int, int]:
-    first, second = text.split(by)
-    return int(first), int(second)
+def numbers(text: str, by: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in text.split(by))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="flux-dev")
-    parser.add_argument("--blocks", help="double + single, such as 2+2; by default all")
-    parser.add_argument("--grid", default="16x16", help="tokens of the image")
+    parser.add_argument("--blocks", help="double + single, such as 2+2; 2 of Wan; by default all")
+    parser.add_argument("--grid", help="tokens of the image or video; by default 256 in all")
     parser.add_argument("--text", type=int, default=64, help="tokens of the text")
     parser.add_argument("--weights", type=Path, help="a component's folder; by default random")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="relative error")
@@ -374,10 +467,10 @@ def main() -> None:
     family = FAMILIES[MODELS[chosen.model]]
     config = family.published[chosen.model]()
     if chosen.blocks:
-        double, single = two_numbers(chosen.blocks, "+")
-        config = dataclasses.replace(config, num_layers=double, num_single_layers=single)
+        layers = zip(("num_layers", "num_single_layers"), numbers(chosen.blocks, "+"), strict=False)
+        config = dataclasses.replace(config, **dict(layers))
     values = stored(chosen.weights) if chosen.weights else Pool()
-    grid = two_numbers(chosen.grid, "x")
+    grid = numbers(chosen.grid, "x") if chosen.grid else None
     began = time.perf_counter()
     comparisons = compare(MODELS[chosen.model], config, values, grid=grid, text=chosen.text)
     beyond = report(comparisons, chosen.tolerance)

@@ -290,6 +290,7 @@ _RULES: Mapping[str, Callable[..., Outputs]] = {
     "UNet2DConditionModel": _unet,
     "AutoencoderKL": _vae,
     "AutoencoderKLFlux2": _vae,
+    "AutoencoderKLHunyuanVideo": _video_vae,
     "AutoencoderKLWan": _video_vae,
     "AutoencoderKLCosmos": _video_vae,
     "CLIPTextModel": _clip_text,

@@ -21,7 +21,7 @@ from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.remat import Remat, recomputed
 from .layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D, conv1x1, conv3x3, group_norm
-from .layers.tiling import tiled_by_quarters
+from .layers.tiling import tiled
 from .pretrained import Buffer, RecomputingModel
 
 _EPSILON = 1e-6
@@ -323,7 +323,7 @@ class _Autoencoder(RecomputingModel):
 
         images, size = images.astype(self.dtype), self.config.tile_size
         if tiling and max(images.shape[1:3]) > size:
-            moments = tiled_by_quarters(encode, images, tile=size, output=size // factor)
+            moments = tiled(encode, images, tile=size, output=size // factor)
         else:
             moments = encode(images)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -360,7 +360,7 @@ class _Autoencoder(RecomputingModel):
         def decode_one(latents: Array) -> Array:
             if max(latents.shape[:2]) <= tile:
                 return decode(latents[None])[0]
-            return tiled_by_quarters(decode, latents[None], tile=tile, output=size)[0]
+            return tiled(decode, latents[None], tile=tile, output=size)[0]
 
         return jax.lax.map(decode_one, latents)
 

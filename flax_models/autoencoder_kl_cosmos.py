@@ -24,7 +24,7 @@ from .layers.causal_conv import CausalConv3d
 from .layers.checks import check_axes
 from .layers.remat import Remat, recomputed
 from .layers.resnet import group_norm
-from .layers.tiling import tiled_by_quarters
+from .layers.tiling import tiled
 from .pretrained import RecomputingModel
 
 _EPSILON = 1e-6
@@ -538,6 +538,6 @@ def _in_tiles(
     def one(video: Array) -> Array:
         if max(video.shape[1:3]) <= tile:
             return function(video[None])[0]
-        return tiled_by_quarters(function, video[None], tile=tile, output=output)[0]
+        return tiled(function, video[None], tile=tile, output=output)[0]
 
     return jax.lax.map(one, x)

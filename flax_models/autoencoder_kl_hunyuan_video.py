@@ -47,7 +47,6 @@ class AutoencoderKLHunyuanVideoConfig(ModelConfig):
 
     # Of the tiles, in pixels and frames; diffusers' own.
     tile_size: ClassVar[int] = 256
-    tile_stride: ClassVar[int] = 192
     tile_frames: ClassVar[int] = 16
     tile_frames_stride: ClassVar[int] = 12
 
@@ -347,28 +346,24 @@ class AutoencoderKLHunyuanVideo(RecomputingModel):
         """
         config = self.config
 
-        def sizes(tile: int, stride: int, factor: int) -> tuple[int, ...]:
-            """Tile and stride of what is given, and of what is made."""
-            large, small = (tile, stride), (tile // factor, stride // factor)
-            return (*small, *large) if up else (*large, *small)
+        def sizes(large: int, factor: int) -> tuple[int, int]:
+            """Of what is given, and of what is made."""
+            return (large // factor, large) if up else (large, large // factor)
 
-        tile, stride, output, kept = sizes(
-            config.tile_size, config.tile_stride, config.downsampling
-        )
+        tile, output = sizes(config.tile_size, config.downsampling)
 
         def code_frames(x: Array) -> Array:
             if not tiling or max(x.shape[2:4]) <= tile:
                 return code(x)
-            return tiled(code, x, tile=tile, stride=stride, output=output, kept=kept)
+            return tiled(code, x, tile=tile, output=output)
 
-        frames, step, made, length = sizes(
-            config.tile_frames, config.tile_frames_stride, config.temporal_downsampling
-        )
+        frames, made = sizes(config.tile_frames, config.temporal_downsampling)
+        stride, kept = sizes(config.tile_frames_stride, config.temporal_downsampling)
         if x.shape[1] <= frames:
             return code_frames(x)
         total = (config.frames_of if up else config.latent_frames_of)(x.shape[1])
         return tiled_in_time(
-            code_frames, x, tile=frames + 1, stride=step, kept=length, overlap=made - length
+            code_frames, x, tile=frames + 1, stride=stride, kept=kept, overlap=made - kept
         )[:, :total]
 
     def scale(self, latents: Float[Array, "*s"]) -> Float[Array, "*s"]:

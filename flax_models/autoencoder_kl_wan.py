@@ -24,7 +24,7 @@ from .layers.causal_conv import CausalConv3d
 from .layers.checks import check_axes
 from .layers.remat import Remat, recomputed
 from .layers.resnet import conv1x1, conv3x3, convolved_doubled
-from .layers.tiling import tiled_by_quarters
+from .layers.tiling import tiled
 from .layers.transformer import Identity
 from .pretrained import RecomputingModel
 
@@ -529,7 +529,7 @@ class AutoencoderKLWan(RecomputingModel):
         x = _patchify(x, patch)
         if tiling and max(sides) > _TILE:
             output = _TILE * patch // config.downsampling
-            moments = tiled_by_quarters(encode, x, tile=_TILE, output=output)
+            moments = tiled(encode, x, tile=_TILE, output=output)
         else:
             moments = encode(x)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -573,7 +573,7 @@ class AutoencoderKLWan(RecomputingModel):
         if tiling and max(x.shape[2:4]) > tile:
 
             def one(x: Array) -> Array:
-                return tiled_by_quarters(decode, x[None], tile=tile, output=_TILE // patch)[0]
+                return tiled(decode, x[None], tile=tile, output=_TILE // patch)[0]
 
             y = jax.lax.map(one, x)
         else:

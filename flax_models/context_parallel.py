@@ -46,6 +46,11 @@ class ContextParallel(nnx.Module):
             )
         self.model, self.mesh = model, mesh
 
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
     def __call__(
         self,
         latents: Float[Array, "B n *X C"],
@@ -57,15 +62,7 @@ class ContextParallel(nnx.Module):
         Raises:
           ValueError: as the model, and where its devices do not divide the tokens.
         """
-        devices = self.mesh.shape[AXIS]
-        frames, patch = latents.shape[1], _patch(self.model.config)
-        if frames % (devices * patch):
-            below = frames // (devices * patch) * devices * patch
-            fitting = [str(n) for n in (below, below + devices * patch) if n]
-            raise ValueError(
-                f"{devices} devices cannot share the {frames} {_called(latents)} of these latents "
-                f"alike: take {' or '.join(fitting)}, or another number of devices."
-            )
+        require_shares(self.mesh, latents.shape[1:], _patch(self.config))
         graphdef, state = nnx.split(self.model)
         times = jnp.asarray(timesteps)
         same, slab = PartitionSpec(), PartitionSpec(None, AXIS)
@@ -83,11 +80,24 @@ class ContextParallel(nnx.Module):
         return spread(state, latents, times, condition)
 
 
+def require_shares(mesh: Mesh, shape: tuple[int, ...], patch: int) -> None:
+    """Raise ValueError unless the devices of a mesh can have as many tokens each.
+
+    Args:
+      mesh: with an axis `context`.
+      shape: of the latents of a video [T, h, w, C], or an image [h, w, C].
+      patch: latents along the first dimension that are a token.
+    """
+    devices, count = mesh.shape[AXIS], shape[0]
+    each = devices * patch
+    if count % each:
+        fitting = [str(n) for n in (count // each * each, (count // each + 1) * each) if n]
+        raise ValueError(
+            f"{devices} devices cannot share the {count} {'frames' if len(shape) == 4 else 'rows'} "
+            f"of these latents alike: take {' or '.join(fitting)}, or another number of devices."
+        )
+
+
 def _patch(config: Any) -> int:
-    """Latents along the first dimension that are a token."""
     patch = getattr(config, "patch_size_t", None) or getattr(config, "patch_size", 1)
     return patch[0] if isinstance(patch, tuple) else patch
-
-
-def _called(latents: Array) -> str:
-    return "frames" if latents.ndim == 5 else "rows"

@@ -1,6 +1,8 @@
-"""Convolutions of images `[B, H, W, C]`, written for where XLA's own are slow."""
+"""Convolutions of images `[B, H, W, C]` and videos `[B, T, H, W, C]`, where XLA's own are slow."""
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +93,92 @@ def convolve_doubled(
     parts = [parts[2 * i + j][:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)]
     rows = [jnp.stack(parts[i : i + 2], axis=3) for i in (0, 2)]
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
+
+
+_PIXELS_AT_ONCE = 512  # of a video, whose products with a kernel's taps stay in a CPU's cache
+_MANY_PIXELS = 2048  # of a video, from which that pays for its compilation
+_VIDEOS = ("NDHWC", "DHWIO", "NDHWC")
+
+
+def convolve_video(
+    x: Float[Array, "B T H W C"],
+    kernel: Float[Array, "t h w C D"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    **options,
+) -> Float[Array, "B S Y X D"]:
+    """`jax.lax.conv_general_dilated`; on a CPU, where it is slow, a sum of products.
+
+    That sum is of large videos of many channels, without strides.
+    """
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, precision=precision, **options
+        )
+
+    batch, *out, _ = jax.eval_shape(convolution, x, kernel).shape
+    many = batch * math.prod(out) >= _MANY_PIXELS and kernel.shape[3] >= 16
+    if not many or any(stride != 1 for stride in strides) or math.prod(kernel.shape[:3]) == 1:
+        return convolution(x, kernel)
+    products = functools.partial(_tap_products, padding=tuple(padding), precision=precision)
+    return jax.lax.platform_dependent(x, kernel, cpu=products, default=convolution)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _tap_products(
+    x: Array, kernel: Array, padding: tuple[tuple[int, int], ...], precision: jax.lax.PrecisionLike
+) -> Array:
+    """Of a few rows at a time, the sum of the kernel's taps times the pixels that they see."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    batch, *sides, channels = x.shape
+    depth, height, width, _, features = kernel.shape
+    frames, rows, columns = (
+        side - size + 1 for side, size in zip(sides, kernel.shape, strict=False)
+    )
+    count = -(-rows // max(1, _PIXELS_AT_ONCE // columns))  # of pieces, of equal rows
+    piece = -(-rows // count)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, count * piece - rows), (0, 0), (0, 0)))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    taps = kernel.astype(wide)
+
+    def convolved(index: Array) -> Array:
+        video, place = index // (frames * count), index % (frames * count)
+        start = (video, place // count, place % count * piece, 0, 0)
+        shape = (1, depth, piece + height - 1, sides[2], channels)
+        seen = jax.lax.dynamic_slice(x, start, shape)[0].astype(wide)
+        terms = (
+            jnp.dot(
+                seen[t, i : i + piece, j : j + columns].reshape(-1, channels),
+                taps[t, i, j],
+                precision=precision,
+            )
+            for t, i, j in itertools.product(range(depth), range(height), range(width))
+        )
+        return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+    pieces = jax.lax.map(convolved, jnp.arange(batch * frames * count))
+    return pieces.reshape(batch, frames, count * piece, columns, features)[:, :, :rows]
+
+
+def _tap_products_forward(x: Array, kernel: Array, *settings: Any) -> tuple[Array, Any]:
+    return _tap_products(x, kernel, *settings), (x, kernel)
+
+
+def _tap_products_backward(
+    padding: Any, precision: Any, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    def convolution(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1, 1), padding, dimension_numbers=_VIDEOS, precision=precision
+        )
+
+    return jax.vjp(convolution, *saved)[1](g)
+
+
+_tap_products.defvjp(_tap_products_forward, _tap_products_backward)
 
 
 def _padded(x: Array, kernel: Array) -> Array:

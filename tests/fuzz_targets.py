@@ -189,40 +189,64 @@ _OPEN_CLIP = words(
 _TRANSFORMER = words(
     """model.diffusion_model. double_blocks. single_blocks. joint_blocks. 0. 1. 99999999999.
     img_attn. txt_attn. qkv. norm.query_norm.scale img_mod.lin. x_block. context_block. attn. ln_q.
-    adaLN_modulation.1. linear1. weight bias scale final_layer.linear. img_in. txt_in. pos_embed
-    text_encoders.t5xxl.transformer. shared. encoder.block. layer. SelfAttention. q. wo."""
+    adaLN_modulation.1. linear1. blocks. ffn.0. weight bias scale final_layer.linear. img_in.
+    txt_in. pos_embed text_encoders.t5xxl.transformer. shared. encoder.block. layer. SelfAttention.
+    q. wo."""
 )
-_TRANSFORMER_KEYS = [
-    f"model.diffusion_model.{key}"
-    for key in (
-        "double_blocks.0.img_mod.lin.weight",
-        "double_blocks.0.img_attn.qkv.weight",
-        "double_blocks.0.img_attn.norm.query_norm.scale",
-        "double_blocks.0.img_mlp.2.weight",
-        "double_stream_modulation_img.lin.weight",
-        "img_in.weight",
-        "txt_in.weight",
-        "vector_in.in_layer.weight",
-        "time_in.in_layer.weight",
-        "final_layer.linear.weight",
-        "final_layer.adaLN_modulation.1.weight",
-        "joint_blocks.0.x_block.adaLN_modulation.1.weight",
-        "joint_blocks.0.x_block.attn.qkv.weight",
-        "x_embedder.proj.weight",
-        "pos_embed",
-        "context_embedder.weight",
-        "y_embedder.mlp.0.weight",
-    )
-] + [
-    f"text_encoders.t5xxl.transformer.{key}"
-    for key in (
-        "shared.weight",
-        "encoder.block.0.layer.0.layer_norm.weight",
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        "encoder.block.0.layer.0.SelfAttention.q.weight",
-        "encoder.block.0.layer.1.DenseReluDense.wo.weight",
-    )
-]
+_TRANSFORMER_KEYS = (
+    [
+        f"model.diffusion_model.{key}"
+        for key in (
+            "double_blocks.0.img_mod.lin.weight",
+            "double_blocks.0.img_attn.qkv.weight",
+            "double_blocks.0.img_attn.norm.query_norm.scale",
+            "double_blocks.0.img_mlp.2.weight",
+            "double_stream_modulation_img.lin.weight",
+            "img_in.weight",
+            "txt_in.weight",
+            "vector_in.in_layer.weight",
+            "time_in.in_layer.weight",
+            "final_layer.linear.weight",
+            "final_layer.adaLN_modulation.1.weight",
+            "joint_blocks.0.x_block.adaLN_modulation.1.weight",
+            "joint_blocks.0.x_block.attn.qkv.weight",
+            "x_embedder.proj.weight",
+            "pos_embed",
+            "context_embedder.weight",
+            "y_embedder.mlp.0.weight",
+            "head.modulation",
+            "head.head.weight",
+            "patch_embedding.weight",
+            "text_embedding.0.weight",
+            "time_embedding.0.weight",
+            "blocks.0.ffn.0.weight",
+        )
+    ]
+    + [
+        f"text_encoders.t5xxl.transformer.{key}"
+        for key in (
+            "shared.weight",
+            "encoder.block.0.layer.0.layer_norm.weight",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "encoder.block.0.layer.1.DenseReluDense.wo.weight",
+        )
+    ]
+    + [
+        f"first_stage_model.{key}"
+        for key in (
+            "decoder.middle.0.residual.0.gamma",
+            "encoder.conv1.weight",
+            "encoder.downsamples.0.residual.2.weight",
+            "encoder.downsamples.0.residual.6.weight",
+            "encoder.downsamples.0.downsamples.0.residual.6.weight",
+            "encoder.downsamples.1.resample.1.weight",
+            "decoder.head.0.gamma",
+            "decoder.head.2.weight",
+            "conv2.weight",
+        )
+    ]
+)
 _SCALES = words(
     """a. b. weight scale_weight weight_scale scale_input comfy_quant scaled_fp8 weight_scale_2"""
 )

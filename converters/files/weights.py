@@ -171,9 +171,14 @@ class WeightFile:
         return ""
 
     @property
+    def is_index(self) -> bool:
+        """Whether it is an index of several files."""
+        return self.path.name.endswith(".json") and ".index." in self.path.name
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The free text in its header; nothing where it has none."""
-        safe = self.content == SAFETENSORS
+        safe = not self.is_index and self.content == SAFETENSORS
         return read_metadata(self.path, self.bytes) if safe else {}
 
     @functools.cached_property
@@ -327,10 +332,16 @@ def _refuse_compression(file: WeightFile) -> None:
                 for entry in archive.infolist()
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size
             ]
+            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise CheckpointError(
             f"{path} is not a PyTorch file of plain tensors: {error}. Use a fresh download."
         ) from error
+    if program:
+        raise CheckpointError(
+            f"{path} is a TorchScript program, which is not run. Use a file of the same model's "
+            "tensors, such as the model.pt or .safetensors beside it."
+        )
     if packed:
         raise CheckpointError(
             f"{path} is compressed ({listing(sorted(packed))[:200]}), which no PyTorch file is: it "

@@ -1,4 +1,4 @@
-"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, SD 2, SDXL, SD 3, FLUX.1 and FLUX.2.
+"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, 2, XL and 3, FLUX, Wan and Cosmos.
 
 Such a file holds the UNet or transformer, the autoencoder and the text encoders under the names of
 the training code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files
@@ -50,8 +50,10 @@ from .compvis_parts import (
     stranger,
     unet_names_of,
 )
+from .cosmos_names import cosmos_vae_names
 from .names import Stored, Table, joined
-from .transformer_parts import CLASSES, FLUX, FLUX_2, SD_3, TELLING, table_of, variant
+from .transformer_parts import CLASSES, COSMOS, FLUX, FLUX_2, SD_3, TELLING, WAN, table_of, variant
+from .wan_names import wan_vae_names
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
 PIPELINES = {
@@ -61,7 +63,10 @@ PIPELINES = {
     SD_3: "StableDiffusion3Pipeline",
     FLUX: "FluxPipeline",
     FLUX_2: "Flux2KleinPipeline",
+    WAN: "WanPipeline",
+    COSMOS: "CosmosTextToWorldPipeline",
 }
+_FROM_VIDEO = "CosmosVideoToWorldPipeline"
 _PREDICTIONS = ("epsilon", "v_prediction")
 _INPAINTING = 9  # channels: latents, those of the masked image, and the mask
 
@@ -78,7 +83,8 @@ def open_single_file(path: Path | WeightFile) -> Stored | None:
       CheckpointError: damaged or unsafe files.
     """
     file = opened(path)
-    if file.path.suffix.lower() in (".json", ".msgpack"):
+    suffix = file.path.suffix.lower()
+    if suffix == ".msgpack" or (suffix == ".json" and not file.is_index):
         return None
     stored = open_weights(file, wrappers=WRAPPERS)
     if is_bare_text(stored) and (file.path.parent / "config.json").is_file():
@@ -96,7 +102,7 @@ def load_single_file(
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
 ) -> Any:
-    """Load a Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1 or FLUX.2 model from a single file.
+    """Load a model of Stable Diffusion 1.x, 2.x, XL or 3, FLUX, Wan or Cosmos from a single file.
 
     Copies that training keeps beside the models (moving averages, the noise schedule and others)
     are passed over; `inspect_checkpoint` names them.
@@ -131,10 +137,13 @@ def load_single_file(
             f" {stranger(open_weights(source, wrappers=WRAPPERS))}".rstrip()
         )
     file = read_single_file(stored, str(path), source.metadata)
-    kind = architectures.pipeline_class(PIPELINES[file.family])
-    index = {"_class_name": kind.__name__}
+    kind = architectures.pipeline_class(_pipeline_of(file))
+    index: dict[str, Any] = {"_class_name": _predict2(file) or kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
         index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
+    wan = file.parts.get("transformer") if file.family == WAN else None
+    if wan is not None and wan.raw["in_channels"] == _WAN_5B:
+        index["expand_timesteps"] = True  # as its published folder says
     accepted = pipeline_components(kind)
     if components is not None and not set(components) <= set(accepted):
         raise ValueError(f"components accepts {accepted}, received {sorted(components)}.")
@@ -162,6 +171,24 @@ def load_single_file(
         else:
             scheduler = _scheduler(path, file.family, prediction_type, told)
     return kind(**parts, scheduler_config=scheduler, model_index=index)
+
+
+def _pipeline_of(file: SingleFile) -> str:
+    """The pipeline whose models a file holds, or some of them."""
+    raw = file.parts["transformer"].raw if "transformer" in file.parts else {}
+    given = file.family == COSMOS and raw and raw["in_channels"] > raw["out_channels"]
+    return _FROM_VIDEO if given else PIPELINES[file.family]
+
+
+def _predict2(file: SingleFile) -> str:
+    """The class in diffusers of Cosmos-Predict2, which has the same models and other steps."""
+    raw = file.parts["transformer"].raw if "transformer" in file.parts else {}
+    if file.family != COSMOS or not raw or raw["extra_pos_embed_type"] is not None:
+        return ""
+    return "Cosmos2TextToImagePipeline" if _pipeline_of(file) != _FROM_VIDEO else _SECOND_FROM_VIDEO
+
+
+_SECOND_FROM_VIDEO = "Cosmos2VideoToWorldPipeline"
 
 
 def build_parts(
@@ -326,10 +353,33 @@ def _scheduler(
 
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
+_WAN_5B = 48  # channels of the latents of Wan 2.2's model of 5 billion parameters
 
 
 def _flow(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The published settings of a rectified flow's steps."""
+    """The published settings of a rectified flow's steps, or of EDM's."""
+    if family == WAN:
+        return {
+            "_class_name": "UniPCMultistepScheduler",
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 5.0 if raw["in_channels"] == _WAN_5B else 3.0,
+        }
+    if family == COSMOS:
+        if raw["extra_pos_embed_type"] is None:
+            return {"_class_name": _FLOW, "num_train_timesteps": 1000, "use_karras_sigmas": True}
+        return {
+            "_class_name": "EDMEulerScheduler",
+            "sigma_min": 0.002,
+            "sigma_max": 80.0,
+            "sigma_data": 0.5,
+            "sigma_schedule": "karras",
+            "num_train_timesteps": 1000,
+            "prediction_type": "epsilon",
+            "rho": 7.0,
+            "final_sigmas_type": "sigma_min",
+        }
     dynamic = family == FLUX_2 or (family == FLUX and raw["guidance_embeds"])
     config: dict[str, Any] = {
         "_class_name": _FLOW,
@@ -356,8 +406,8 @@ def save_single_file(
     those choose anew, are kept in the header for `load_single_file`.
 
     Args:
-      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX.1 or FLUX.2; parts that are None are left
-        out, and so are tokenizers, for which such files have no place.
+      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX, Wan or Cosmos; parts that are None are
+        left out, and so are tokenizers, for which such files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       force: replace an existing file.
@@ -367,6 +417,10 @@ def save_single_file(
         another than readers of such files assume, who would take the model for one that it is not.
     """
     path, kind = Path(path).expanduser(), None if dtype is None else np.dtype(dtype)
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise OutputError(
+            "a single file has a place for one transformer, and this model has two. Write a folder."
+        )
     family = _family_of(pipeline)
     tensors = part_tensors(
         {name: getattr(pipeline, name) for name in pipeline.MODELS}, family, kind
@@ -416,8 +470,7 @@ def part_tensors(
         names = table_of(family, transformer.config.to_dict())
         tensors += _named(transformer, UNET, names, dtype)
     if (vae := models.get("vae")) is not None:
-        names = vae_names(len(vae.config.block_out_channels), vae.config.layers_per_block)
-        tensors += _named(vae, VAE, names | FLUX_2_VAE if family == FLUX_2 else names, dtype)
+        tensors += _named(vae, VAE, _vae_names(vae, family), dtype)
     written = {each.component: each for each in reversed(TEXT_ENCODERS[family])}
     for component, encoder in written.items():
         if (model := models.get(component)) is not None:
@@ -425,12 +478,22 @@ def part_tensors(
     return tensors
 
 
+def _vae_names(vae: Any, family: str) -> Table:
+    if family == WAN:
+        return wan_vae_names(vae.config.to_dict())
+    if family == COSMOS:
+        return cosmos_vae_names(vae.config.to_dict())
+    names = vae_names(len(vae.config.block_out_channels), vae.config.layers_per_block)
+    return names | FLUX_2_VAE if family == FLUX_2 else names
+
+
 def _family_of(pipeline: Any) -> str:
     if "transformer" in pipeline.MODELS:
         named = {CLASSES[family]: family for family in CLASSES}
         kind = type(pipeline).__name__
         own = getattr(pipeline.transformer, "pytorch_class", "")
-        return named.get(own) or next(f for f, name in PIPELINES.items() if name == kind)
+        kinds = {name: family for family, name in PIPELINES.items()} | {_FROM_VIDEO: COSMOS}
+        return named.get(own) or kinds[kind]
     if "text_encoder_2" in pipeline.MODELS:
         return "SDXL"
     if pipeline.text_encoder is not None:
@@ -446,6 +509,8 @@ _ARCHITECTURES = {
     SD_3: "stable-diffusion-3",
     FLUX: "flux-1",
     FLUX_2: "flux-2",
+    WAN: "wan",
+    COSMOS: "cosmos",
 }
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
 # readers of single files take for granted.
@@ -547,6 +612,8 @@ def _meaning(config: Any, name: str) -> Any:
 
 def _same(component: str, name: str, config: Any) -> bool:
     """Whether a setting computes nothing here, whatever it is."""
+    if name == "qk_norm_eps":  # NVIDIA's code has its own
+        return True
     if name == "sample_size":
         return component == "vae" or config.sample_size is None
     if component.startswith("text_encoder"):

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from .cosmos_names import BUFFERS, VAE_BUFFERS
 from .names import Names, Rows, equal_rows, prefixed
-from .transformer_parts import FLUX, FLUX_2, SD_3
+from .transformer_parts import COSMOS, FLUX, FLUX_2, SD_3, WAN
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -88,7 +89,7 @@ class TextEncoder(NamedTuple):
         )
 
 
-T5 = "text_encoders.t5xxl.transformer."
+T5, UMT5 = "text_encoders.t5xxl.transformer.", "text_encoders.umt5xxl.transformer."
 _PROJECTED: dict[str, Any] = {"class_name": "CLIPTextModelWithProjection"}
 # By family; of two for one component the first is written.
 TEXT_ENCODERS = {
@@ -109,6 +110,7 @@ TEXT_ENCODERS = {
         TextEncoder("text_encoder_2", T5, False, class_name="T5EncoderModel"),
     ),
     FLUX_2: (),
+    COSMOS: (),  # T5, which its files hold apart
     SD_3: (
         TextEncoder("text_encoder", "text_encoders.clip_l.transformer.", False, **_PROJECTED),
         TextEncoder(
@@ -116,11 +118,13 @@ TEXT_ENCODERS = {
         ),
         TextEncoder("text_encoder_3", T5, False, class_name="T5EncoderModel"),
     ),
+    WAN: (TextEncoder("text_encoder", UMT5, False, class_name="UMT5EncoderModel"),),
 }
 
 # What other programs' keys begin with -> CompVis's.
 ALIASES = {
     "diffusion_model.": UNET,
+    "net.": UNET,
     "vae.": VAE,
     "cond_stage_model.clip_l.transformer.": "cond_stage_model.transformer.",
     "cond_stage_model.clip_h.transformer.": "cond_stage_model.transformer.",
@@ -151,7 +155,9 @@ LEFTOVERS = {
     r"|conditioner\.embedders\.(.*\.(logit_scale|attn_mask)|0\..*text_projection.*)"
     r"|conditioner\.embedders\.1\.model\.visual\..*"
     r"|text_encoders\.(.*\.logit_scale|clip_.*text_projection.*)",
-    "T5's second name for its embedding": r"text_encoders\.t5xxl\..*\.embed_tokens\.weight",
+    "T5's second name for its embedding": r"text_encoders\.u?m?t5xxl\..*\.embed_tokens\.weight",
+    "what Cosmos' training kept, and constants": rf"model\.diffusion_model\.({BUFFERS})"
+    rf"|first_stage_model\.{VAE_BUFFERS}",
     "a tokenizer, which folders keep apart": r"text_encoders\..*\.spiece_model",
 }
 
@@ -167,6 +173,12 @@ STRANGERS = {
     "a model of continuous noise levels (CosXL)": ("edm_vpred.",),
     "Chroma": _anywhere("distilled_guidance_layer."),
     "HunyuanVideo": _anywhere("txt_in.individual_token_refiner."),
+    "Wan's VACE": _anywhere("vace_blocks.", "vace_patch_embedding."),
+    "Wan's Animate": _anywhere("motion_encoder.", "face_adapter."),
+    "Wan's image-to-video model": _anywhere("img_emb.", "blocks.0.cross_attn.k_img."),
+    "Cosmos-Predict2.5 or Transfer2.5": _anywhere(
+        "crossattn_proj.", "img_context_proj.", "control_embedder."
+    ),
     "FLUX.3": _anywhere("early_stream_modulations.", "content_mode_blocks."),
     "Stable Cascade": ("clip_txt_mapper.", "down_blocks.0.0.channelwise."),
     "SDXL's refiner": ("conditioner.embedders.0.model.",),

@@ -5,6 +5,7 @@ heads, and 32 groups.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from .compvis_names import (
     STRANGERS,
     T5,
     TEXT_ENCODERS,
+    UMT5,
     UNET,
     VAE,
     TextEncoder,
@@ -28,10 +30,27 @@ from .compvis_names import (
     unet_names,
     vae_names,
 )
+from .cosmos_names import VAE_KEY as COSMOS_VAE_KEY
+from .cosmos_names import cosmos_vae, cosmos_vae_names
 from .names import Names, Shapes, Stored, count, shapes_of, split
-from .transformer_parts import FLUX, FLUX_2, SD_3, T5_GGUF, TELLING, Taken, t5, transformer, variant
+from .transformer_parts import (
+    COSMOS,
+    FLUX,
+    FLUX_2,
+    SD_3,
+    T5_GGUF,
+    TELLING,
+    UMT5_KEYS,
+    WAN,
+    Taken,
+    t5,
+    transformer,
+    variant,
+)
+from .wan_names import VAE_KEY as WAN_VAE_KEY
+from .wan_names import wan_vae, wan_vae_names
 
-READ = "Stable Diffusion 1, 2, XL and 3, FLUX.1 and FLUX.2"
+READ = "Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Wan and Cosmos"
 _HEAD = 64
 _PREFIXES = (UNET, VAE, *dict.fromkeys(e.prefix for each in TEXT_ENCODERS.values() for e in each))
 # Of these alone a file is none: LoRAs have them too.
@@ -39,8 +58,9 @@ _BESIDE = "text_encoders."
 _TOKENS = "embeddings.token_embedding.weight"  # of a text encoder with transformers' names
 # Keys of each model that has no prefix, or another one than CompVis's.
 _TELLING = {
-    UNET: ("input_blocks.0.0.weight", *TELLING.values()),
-    VAE: ("decoder.up.0.block.0.conv1.weight",),
+    UNET: ("input_blocks.0.0.weight", *(key for keys in TELLING.values() for key in keys)),
+    VAE: ("decoder.up.0.block.0.conv1.weight", COSMOS_VAE_KEY, WAN_VAE_KEY),
+    UMT5: UMT5_KEYS,
     T5: (_T5_NORM := "encoder.block.0.layer.0.layer_norm.weight", T5_GGUF.format(0)),
 }
 _CHANNELS = {
@@ -48,6 +68,7 @@ _CHANNELS = {
     7: "the x4 upscaler",
     8: "an InstructPix2Pix or Zero123 model",
 }
+_WAN_FIRST, _WAN_LAST = "patch_embedding.weight", "head.head.weight"
 _PROJECTION = "text_projection.weight"  # beside a text tower, not in it
 # Settings of the autoencoder's latents by family; SD 1's and 2's are the first.
 _LATENTS = {
@@ -71,7 +92,7 @@ class SingleFile(NamedTuple):
     """What a single file holds.
 
     Attributes:
-      family: "SD 1", "SD 2", "SDXL", "FLUX.1", "FLUX.2" or "SD 3".
+      family: "SD 1", "SD 2", "SDXL", "FLUX.1", "FLUX.2", "SD 3", "Wan" or "Cosmos".
       parts: component -> model.
       leftovers: what is known and not loaded -> its keys.
       unknown: the other keys.
@@ -116,7 +137,8 @@ def is_single_file(stored: Stored) -> bool:
     """Whether tensors have the names of CompVis's single files, with their prefixes or without."""
     names = _canonical(stored).values()
     own = [name for name in names if name.startswith(_PREFIXES) and "lora_" not in name]
-    return any(not name.startswith(_BESIDE) for name in own) or T5 + "shared.weight" in own
+    alone = {T5 + "shared.weight", UMT5 + "shared.weight", UMT5 + UMT5_KEYS[0]}
+    return any(not name.startswith(_BESIDE) for name in own) or not alone.isdisjoint(own)
 
 
 def is_bare_text(keys: Collection[str]) -> bool:
@@ -263,7 +285,7 @@ def read_single_file(
 def _taken(group: Stored, prefix: str, family: str, encoder: TextEncoder | None) -> Taken:
     """The settings of one model, under their published names, its tensors, and keys of no place."""
     if encoder is not None:
-        return t5(group) if prefix == T5 else _text(group, encoder)
+        return t5(group) if prefix in (T5, UMT5) else _text(group, encoder)
     if prefix == VAE:
         return _vae(group, family)
     return transformer(group, family) if family in TELLING else _unet(group)
@@ -286,6 +308,9 @@ def _other_model(tensors: Stored) -> str:
     first = shapes.get(UNET + "input_blocks.0.0.weight", ())
     if len(first) == 4 and first[1] in _CHANNELS:
         return f"{_CHANNELS[first[1]]} ({first[1]} channels in)"
+    first, last = (shapes.get(UNET + key, ()) for key in (_WAN_FIRST, _WAN_LAST))
+    if len(first) == 5 and last and last[0] != math.prod(first[1:]):
+        return f"Wan's image-to-video model ({first[1]} channels in)"
     if UNET + "label_emb.0.0.weight" in shapes:
         other = {1024: "Stable Diffusion 2 unCLIP", 1280: "SDXL's refiner"}
         return other.get(_width(shapes, UNET, "attn2.to_k.weight"), "")
@@ -301,9 +326,13 @@ def _width(shapes: Shapes, beginning: str, end: str) -> int:
 def _family(tensors: Stored) -> str:
     """The family by prefixes and sizes, or "" where there is but an autoencoder."""
     shapes = shapes_of(tensors)
-    for family, key in TELLING.items():
-        if UNET + key in shapes:
+    for family, keys in TELLING.items():
+        if any(UNET + key in shapes for key in keys):
             return family
+    if VAE + WAN_VAE_KEY in shapes or any(key.startswith(UMT5) for key in shapes):
+        return WAN
+    if VAE + COSMOS_VAE_KEY in shapes:
+        return COSMOS
     context = _width(shapes, UNET, "attn2.to_k.weight")
     xl = UNET + "label_emb.0.0.weight" in shapes or context == 2048
     if xl or any(key.startswith("conditioner.") for key in shapes):
@@ -335,6 +364,8 @@ def _architecture(metadata: Mapping[str, str]) -> str:
         "stable-diffusion-3": SD_3,
         "flux-1": FLUX,
         "flux-2": FLUX_2,
+        "wan": WAN,
+        "cosmos": COSMOS,
     }
     return next((family for form, family in forms.items() if named.startswith(form)), "")
 
@@ -480,6 +511,12 @@ _OPTIONAL = {
 
 def _vae(tensors: Stored, family: str) -> Taken:
     shapes = shapes_of(tensors)
+    if WAN_VAE_KEY in shapes:
+        raw = wan_vae(shapes)
+        return raw, *split(tensors, wan_vae_names(raw))
+    if COSMOS_VAE_KEY in shapes:
+        raw = cosmos_vae(shapes)
+        return raw, *split(tensors, cosmos_vae_names(raw))
     levels = count(shapes, "encoder.down.{}.block.0.conv1.weight")
     channels = [shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] for n in range(levels)]
     raw = {

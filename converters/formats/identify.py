@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 from .. import architectures
 from ..errors import CheckpointError, listing
 from ..files.safetensors_file import StoredTensor
-from ..files.weights import WeightFile, is_orbax, open_weights, read_json, visible
+from ..files.weights import (
+    WeightFile,
+    find_weights,
+    is_orbax,
+    open_weights,
+    read_json,
+    visible,
+)
 from ..hub import local
 from .compvis import WRAPPERS, open_single_file
 from .compvis_parts import stranger
@@ -97,7 +104,9 @@ def _folder(path: Path) -> Identity:
     if _present(path / _INDEX):
         return Identity(PIPELINE, path)
     if _present(path / _CONFIG):
-        return Identity(COMPONENT, path)
+        return (
+            _file(find_weights(path, "diffusers")) if _is_wan(path) else Identity(COMPONENT, path)
+        )
     if holds_lora(path):
         return _lora(path)
     if files := personalized_files(path):
@@ -122,6 +131,14 @@ def _folder(path: Path) -> Identity:
     )
 
 
+def _is_wan(folder: Path) -> bool:
+    """Whether it is Wan's publisher's, whose settings have other names and are not read."""
+    try:
+        return read_json(folder / _CONFIG).get("_class_name") == "WanModel"
+    except CheckpointError:
+        return False  # whoever reads it says what is wrong with it
+
+
 def _present(file: Path) -> bool:
     """Whether there is something, be it a pipe or a link to nothing, which its reader reports."""
     return file.exists() or file.is_symlink()
@@ -129,12 +146,12 @@ def _present(file: Path) -> bool:
 
 def _file(path: Path) -> Identity:
     beside = (path.parent / _CONFIG).is_file()
-    index = path.name.endswith(".json") and ".index." in path.name
     file = WeightFile(path)
-    if not index:
+    if not file.is_index:
         _ = file.content  # refuses what is no weights
-        if open_single_file(file) is not None:
-            return Identity(SINGLE, path, file)
+    if open_single_file(file) is not None:
+        return Identity(SINGLE, path, file)
+    if not file.is_index:
         if loader_of(file) is not None:
             return Identity(SEGMENTATION, path, file)
         if path.suffix.lower() != ".msgpack" and (kind := personal_kind(file)):

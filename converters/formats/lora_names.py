@@ -59,14 +59,15 @@ _RELATIVES = {
 _CONTROL = re.compile(r".+\.(query|key)_norm\.scale")
 # What a module's name begins with -> the pipeline's component.
 _PREFIXES = {
-    r"unet\.|lora_unet_|(model\.)?diffusion_model\.": "unet",
-    r"transformer\.|lora_transformer_": "transformer",
+    r"unet\.|lora_unet_|(model\.)?diffusion_model\.|net\.": "unet",
+    r"transformer\.|lora_transformer_(?!2_)": "transformer",
+    r"transformer_2\.|lora_transformer_2_": "transformer_2",
     r"text_encoder\.|lora_te1?_|(text_encoders\.)?clip_[lh]\.(transformer\.)?": "text_encoder",
     r"text_encoder_2\.|lora_te2_|(text_encoders\.)?clip_g\.(transformer\.)?": "text_encoder_2",
     r"text_encoder_3\.|lora_te3_|(text_encoders\.)?t5xxl\.(transformer\.)?": "text_encoder_3",
 }
 COMPONENTS = tuple(_PREFIXES.values())
-_KOHYA = dict(zip(COMPONENTS, ("unet", "unet", "te1", "te2", "te3"), strict=True))
+_KOHYA = dict(zip(COMPONENTS, ("unet", "unet", "transformer_2", "te1", "te2", "te3"), strict=True))
 PEFT = "base_model.model."
 TEXT = "text_model."
 # The attention of text encoders, by diffusers' names of 2023.

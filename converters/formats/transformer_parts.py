@@ -1,41 +1,61 @@
-"""Sizes of FLUX.1, FLUX.2, Stable Diffusion 3 and T5 told by the shapes in a single file.
+"""Sizes of FLUX.1, FLUX.2, Stable Diffusion 3, Wan and T5 told by the shapes in a single file.
 
 What shapes do not tell is as published: the split of a head's features among the axes of the
-rotary embedding, heads of 64 features where Stable Diffusion 3 has no norm of its own for them.
+rotary embedding, heads of 64 features where Stable Diffusion 3 has no norm of its own for them, and
+of 128 in Wan.
 """
 
 import math
 from typing import Any
 
+from .cosmos_names import PREDICT1_KEY, PREDICT2_KEY, cosmos, cosmos_names
 from .names import Shapes, Stored, Table, count, shapes_of, split
 from .transformer_names import flux_2_names, flux_names, sd_3_names, t5_gguf_names
+from .wan_names import TRANSFORMER_KEY, UMT5_KEY, umt5_names, wan, wan_names
 
 Taken = tuple[dict[str, Any], Stored, list[str]]  # settings, tensors, keys of no place
 
-FLUX, FLUX_2, SD_3 = "FLUX.1", "FLUX.2", "SD 3"
-# A key of each that no other model has, behind the prefix.
+FLUX, FLUX_2, SD_3, WAN, COSMOS = "FLUX.1", "FLUX.2", "SD 3", "Wan", "Cosmos"
+# Keys of each that no other model has, behind the prefix.
 TELLING = {
-    FLUX: "double_blocks.0.img_mod.lin.weight",
-    FLUX_2: "double_stream_modulation_img.lin.weight",
-    SD_3: "joint_blocks.0.x_block.adaLN_modulation.1.weight",
+    FLUX: ("double_blocks.0.img_mod.lin.weight",),
+    FLUX_2: ("double_stream_modulation_img.lin.weight",),
+    SD_3: ("joint_blocks.0.x_block.adaLN_modulation.1.weight",),
+    WAN: (TRANSFORMER_KEY,),
+    COSMOS: (PREDICT1_KEY, PREDICT2_KEY),
 }
 CLASSES = {
     FLUX: "FluxTransformer2DModel",
     FLUX_2: "Flux2Transformer2DModel",
     SD_3: "SD3Transformer2DModel",
+    WAN: "WanTransformer3DModel",
+    COSMOS: "CosmosTransformer3DModel",
 }
 _DOUBLE, _SINGLE = "double_blocks.{}.img_attn.qkv.weight", "single_blocks.{}.linear1.weight"
 _JOINT = "joint_blocks.{}.x_block.attn.qkv.weight"
 _HEAD = 64  # of Stable Diffusion 3
+_WAN_SIZES = {(12, 16): "2.1 1.3B", (40, 16): "14B", (24, 48): "2.2 5B"}  # by heads and channels
+_FROM_TEXT = {"Predict1": "Text2World", "Predict2": "Text2Image"}
 _T5_LAYER = "encoder.block.{}.layer.0.layer_norm.weight"
 _T5_ATTENTION = "encoder.block.0.layer.0.SelfAttention"
 T5_GGUF = "enc.blk.{}.attn_norm.weight"
+_UMT5_LAYER = "blocks.{}.pos_embedding.embedding.weight"
+# A layer behind the first has a bias of its own in UMT5 alone.
+UMT5_KEYS = (
+    UMT5_KEY,
+    "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+    "enc.blk.1.attn_rel_b.weight",
+)
 
 
 def table_of(family: str, raw: dict[str, Any]) -> Table:
     """The names of a transformer with these settings, its publisher's -> diffusers'."""
     if family == SD_3:
         return sd_3_names(raw["num_layers"], raw["dual_attention_layers"])
+    if family == WAN:
+        return wan_names(raw["num_layers"])
+    if family == COSMOS:
+        return cosmos_names(raw)
     names = flux_names if family == FLUX else flux_2_names
     return names(raw["num_layers"], raw["num_single_layers"])
 
@@ -47,7 +67,8 @@ def transformer(tensors: Stored, family: str) -> Taken:
       KeyError, IndexError, ValueError: a tensor that tells a size is missing, or has an odd shape.
     """
     shapes = shapes_of(tensors)
-    raw = {FLUX: _flux, FLUX_2: _flux_2, SD_3: _sd_3}[family](shapes)
+    told = {FLUX: _flux, FLUX_2: _flux_2, SD_3: _sd_3, WAN: wan, COSMOS: cosmos}
+    raw = told[family](shapes)
     return {"_class_name": CLASSES[family], **raw}, *split(tensors, table_of(family, raw))
 
 
@@ -58,6 +79,12 @@ def variant(family: str, raw: dict[str, Any]) -> str:
         return extra or ("dev" if raw["guidance_embeds"] else "schnell")
     if family == FLUX_2:
         return "dev" if raw["guidance_embeds"] else "klein"
+    if family == WAN:
+        return _WAN_SIZES.get((raw["num_attention_heads"], raw["in_channels"]), "")
+    if family == COSMOS:
+        generation = "Predict1" if raw["extra_pos_embed_type"] else "Predict2"
+        kind = "Video2World" if raw["in_channels"] > raw["out_channels"] else _FROM_TEXT[generation]
+        return f"{generation} {kind}"
     if raw["qk_norm"] is None:
         return "medium"
     return "3.5 medium" if raw["dual_attention_layers"] else "3.5 large"
@@ -136,9 +163,12 @@ def _sd_3(shapes: Shapes) -> dict[str, Any]:
 def t5(tensors: Stored) -> Taken:
     """Of an encoder of T5 what `transformer` tells of a transformer."""
     odd: list[str] = []
+    kind = "T5" if tensors.keys().isdisjoint(UMT5_KEYS) else "UMT5"
     if T5_GGUF.format(0) in tensors:
         layers = count(shapes_of(tensors), T5_GGUF)
         tensors, odd = split(tensors, t5_gguf_names(layers))
+    elif UMT5_KEY in tensors:
+        tensors, odd = split(tensors, umt5_names(count(shapes_of(tensors), _UMT5_LAYER)))
     shapes = shapes_of(tensors)
     vocabulary, width = shapes["shared.weight"]
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
@@ -147,8 +177,8 @@ def t5(tensors: Stored) -> Taken:
     if heads < 1 or inner % heads:
         raise ValueError(f"{inner} features in {heads} heads")
     raw = {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
+        "architectures": [f"{kind}EncoderModel"],
+        "model_type": kind.lower(),
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": inner // heads,

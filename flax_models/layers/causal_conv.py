@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ...kernels.convolution import convolve_video
+
 Borders = Literal["edge", "zeros"]
 
 
@@ -55,7 +57,13 @@ class CausalConv3d(nnx.Conv):
         self.time, self.space = time, space
         pads = ((0, 0), *(self.around if space == "zeros" else ((0, 0),) * 2))
         super().__init__(
-            in_channels, out_channels, size, strides=_three(strides), padding=pads, **init
+            in_channels,
+            out_channels,
+            size,
+            strides=_three(strides),
+            padding=pads,
+            conv_general_dilated=convolve_video,
+            **init,
         )
 
     def __call__(  # type: ignore[override]

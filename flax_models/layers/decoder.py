@@ -22,6 +22,7 @@ from .attention import dot_product_attention
 from .checks import check_axes
 from .embeddings import Dtype
 from .remat import Remat, recomputed
+from .rotary import Rotary, rotary_table, rotate_halves
 
 Config = TypeVar("Config", bound="DecoderConfig")
 
@@ -90,23 +91,6 @@ class DecoderConfig(ModelConfig):
         return {**super().to_dict(), "rope_parameters": rotation}
 
 
-@functools.lru_cache(maxsize=16)
-def _rotation(length: int, dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [L, 1, dim / 2] of each position's angles, float32."""
-    frequencies = (theta ** -(np.arange(0, dim, 2) / dim)).astype(np.float32)
-    angles = np.arange(length, dtype=np.float32)[:, None, None] * frequencies
-    return np.cos(angles), np.sin(angles)
-
-
-def rotate_halves(x: Float[Array, "B L H D"], theta: float) -> Float[Array, "B L H D"]:
-    """Turn the pairs (x_i, x_i+D/2) of every head's features by their token's position, in float32
-    (RoFormer, Su et al. 2021, in the layout of Llama's checkpoints)."""
-    cos, sin = _rotation(x.shape[1], x.shape[-1], theta)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
 def _rms_norm(features: int, config: DecoderConfig, **init) -> nnx.RMSNorm:
     return nnx.RMSNorm(features, epsilon=config.rms_norm_eps, **init)
 
@@ -118,7 +102,7 @@ class DecoderAttention(nnx.Module):
         width, dim = config.hidden_size, config.head_dim
         inner, shared = config.num_attention_heads * dim, config.num_key_value_heads * dim
         linear = functools.partial(nnx.Linear, use_bias=config.attention_bias, **init)
-        self.dim, self.theta = dim, config.rope_theta
+        self.dim = dim
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.q_proj = linear(width, inner)
         self.k_proj = linear(width, shared)
@@ -128,7 +112,7 @@ class DecoderAttention(nnx.Module):
             self.q_norm, self.k_norm = (_rms_norm(dim, config, **init) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "B L C"], mask: Bool[Array, "B 1 1 L"] | None
+        self, x: Float[Array, "B L C"], mask: Bool[Array, "B 1 1 L"] | None, rotary: Rotary
     ) -> Float[Array, "B L C"]:
         query, key, value = (
             project(x).reshape(*x.shape[:2], -1, self.dim)
@@ -136,7 +120,7 @@ class DecoderAttention(nnx.Module):
         )
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = (rotate_halves(each, self.theta) for each in (query, key))
+        query, key = (rotate_halves(each, rotary) for each in (query, key))
         key, value = (jnp.repeat(each, self.groups, axis=2) for each in (key, value))
         attended = dot_product_attention(query, key, value, mask=mask, is_causal=True)
         return self.o_proj(attended.reshape(*x.shape[:2], -1))
@@ -164,8 +148,8 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = _rms_norm(config.hidden_size, config, **init)
         self.post_attention_layernorm = _rms_norm(config.hidden_size, config, **init)
 
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), mask)
+    def __call__(self, x: Array, mask: Array | None, rotary: Rotary) -> Array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, rotary)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -243,10 +227,12 @@ class DecoderModel(Pretrained, nnx.Module):
         """
         check_axes(input_ids, "B L", f"{type(self).__name__}'s input_ids")
         mask = None if attention_mask is None else (attention_mask != 0)[:, None, None, :]
+        dim, places = self.config.head_dim, np.arange(input_ids.shape[1])
+        rotary = rotary_table((places,), (dim,), self.config.rope_theta, dtype=np.float32)
         x = self.embed_tokens(input_ids)
         states = [x]
         for layer in self.layers:
-            x = recomputed(layer.__call__, self.remat)(x, mask)
+            x = recomputed(layer.__call__, self.remat)(x, mask, rotary)
             states.append(x)
         if hasattr(self, "norm"):
             states[-1] = self.norm(x)

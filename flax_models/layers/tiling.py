@@ -18,21 +18,18 @@ def tiled(
     x: Float[Array, "B *T H W C"],
     *,
     tile: int,
-    stride: int,
     output: int,
-    kept: int,
 ) -> Float[Array, "B *S Y X D"]:
     """Apply a function to overlapping tiles, one after the other, and blend the results.
 
-    A tile is blended with the one above, then with the one to the left, both blended before.
+    Tiles overlap by a quarter. One is blended with that above, then with that to the left, both
+    blended before.
 
     Args:
       function: [B, *T, h, w, C] -> [B, *S, y, x, D], of tiles of `tile` pixels' side and smaller.
       x: images or videos to cut.
       tile: pixels along a tile's side, at least 2.
-      stride: pixels from one tile to the next, at most `tile`.
       output: pixels along the side of a whole tile's result.
-      kept: of them, those from one tile's result to the next; the others overlap.
 
     Raises:
       ValueError: a tile of less than 2 pixels.
@@ -40,7 +37,7 @@ def tiled(
     if tile < 2:
         raise ValueError(f"a tile has at least 2 pixels along its side, received {tile}.")
     height, width = x.shape[-3:-1]
-    overlap, before = output - kept, (0,) * (x.ndim - 3)
+    stride, overlap, before = tile * 3 // 4, output // 4, (0,) * (x.ndim - 3)
     rows, columns = range(0, height, stride), range(0, width, stride)
     places = defaultdict(list)  # size of a tile -> where such tiles begin; one program for each
     for top, left in itertools.product(rows, columns):
@@ -54,6 +51,7 @@ def tiled(
 
         results |= dict(zip(origins, jax.lax.map(cut, jnp.asarray(origins)), strict=True))
 
+    kept = output - overlap
     lines = []
     for top in rows:
         line = []
@@ -67,14 +65,6 @@ def tiled(
             line.append(piece[..., :kept, :kept, :])
         lines.append(jnp.concatenate(line, axis=-2))
     return jnp.concatenate(lines, axis=-3)
-
-
-def tiled_by_quarters(
-    function: Callable[[Array], Array], x: Float[Array, "B *T H W C"], *, tile: int, output: int
-) -> Float[Array, "B *S Y X D"]:
-    """`tiled`, where tiles overlap by a quarter of their side."""
-    kept = output - output // 4
-    return tiled(function, x, tile=tile, stride=tile * 3 // 4, output=output, kept=kept)
 
 
 def tiled_in_time(

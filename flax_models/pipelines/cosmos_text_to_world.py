@@ -88,7 +88,7 @@ class CosmosTextToWorldPipeline(VideoPipeline):
 
     @staticmethod
     def predictor(
-        denoiser: CosmosTransformer3DModel,
+        denoiser: Any,
         condition: Any,
         negative: Any,
         guidance_scale: Float[Array, ""] | float,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt8
 from PIL import Image
 
-from ..cosmos_transformer_3d import CosmosCondition, CosmosTransformer3DModel
+from ..cosmos_transformer_3d import CosmosCondition
 from .cosmos_text_to_world import CosmosTextToWorldPipeline
 from .guidance import Predictor, classifier_free
 
@@ -103,7 +103,7 @@ class CosmosVideoToWorldPipeline(CosmosTextToWorldPipeline):
 
     @staticmethod
     def predictor(
-        denoiser: CosmosTransformer3DModel,
+        denoiser: Any,
         condition: KnownFrames,
         negative: KnownFrames | None,
         guidance_scale: Float[Array, ""] | float,

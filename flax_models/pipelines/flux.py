@@ -132,7 +132,7 @@ class FluxPipeline(Pipeline):
 
     @staticmethod
     def predictor(
-        denoiser: FluxTransformer2DModel,
+        denoiser: Any,
         condition: JointTextCondition,
         negative: None,
         guidance_scale: Float[Array, ""] | float,

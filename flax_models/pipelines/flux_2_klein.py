@@ -92,7 +92,7 @@ class Flux2KleinPipeline(Pipeline):
 
     @staticmethod
     def predictor(
-        denoiser: Flux2Transformer2DModel,
+        denoiser: Any,
         condition: JointTextCondition,
         negative: JointTextCondition | None,
         guidance_scale: Float[Array, ""] | float,

@@ -10,6 +10,7 @@ ids `[B, L]`.  What differs between families is the pipeline's to say (`flax_mod
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from ...flax_models.context_parallel import ContextParallel
 from ...flax_models.layers.joint_attention import JointTextCondition
 from ...flax_models.pipelines.guidance import Predictor, classifier_free
 from ...flax_models.pipelines.pipeline import Pipeline
@@ -63,7 +65,8 @@ class PipelineStatic(NamedTuple):
 
     `phases` are of its denoisers, in the order in which they run. `text_encoder` is the pipeline's
     `prompt_encoder`: of SDXL both of them. `downsampling` is in pixels per latent. `vae_tiling`
-    decodes large images in tiles (`AutoencoderKL.decode`). `data_scale` is the pipeline's.
+    decodes large images in tiles (`AutoencoderKL.decode`). `data_scale` is the pipeline's. `mesh`
+    is of devices over which the denoiser's tokens are spread (`ContextParallel`), if they are.
     """
 
     family: type[Pipeline]
@@ -73,6 +76,24 @@ class PipelineStatic(NamedTuple):
     downsampling: int
     vae_tiling: bool = False
     data_scale: float = 1.0
+    mesh: Mesh | None = None
+
+    @property
+    def predictor(self) -> Callable[..., Predictor]:
+        """The family's, of its denoiser or of what spreads that over devices."""
+        own = self.family.predictor
+        return own if self.mesh is None else _Spread(own, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """A predictor whose model runs on several devices at once."""
+
+    predictor: Callable[..., Predictor]
+    mesh: Mesh
+
+    def __call__(self, model: Any, *given: Any) -> Predictor:
+        return self.predictor(ContextParallel(model, self.mesh), *given)
 
 
 def split_pipeline(pipeline: Pipeline) -> tuple[PipelineStatic, Params]:
@@ -246,7 +267,7 @@ def generate(
         sampler,
         guidance_scale,
         keys=keys,
-        predictor=static.family.predictor,
+        predictor=static.predictor,
     )
     return _decode(static, params["vae"], latents)
 
@@ -353,7 +374,7 @@ def generate_by_steps(
     }
 
     def of_step(phase: Phase, carry: Any, i: Any) -> tuple[Any, ...]:
-        own = (static.family.predictor, phase.denoiser, params[phase.part])
+        own = (static.predictor, phase.denoiser, params[phase.part])
         return (*own, condition, negative, sampler, guidance_scale, keys, carry, i)
 
     if on_estimate is not None and not any(streamed.values()):

@@ -21,7 +21,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
+from ...flax_models.context_parallel import require_shares
 from ...flax_models.layers.attention import Neighborhoods, with_attention
+from ...flax_models.layers.slabs import AXIS
 from ...flax_models.pipelines.pipeline import Pipeline
 from ...flax_models.pipelines.video import VideoPipeline
 from ...flax_models.streaming import is_streamed
@@ -201,7 +203,8 @@ class TextToImage:
             and left of the crop, height and width of the target; by default those of the image.
           batch_size: images at a time on each device; the last batch is padded, so one program
             serves all.
-          mesh: devices, along its axis `data`, that draw a batch each.
+          mesh: devices, along its axis `data`, that draw a batch each; or along its axis `context`,
+            that draw a video, or an image, together, each a part of its tokens.
           height, width: in pixels, multiples of the autoencoder's downsampling; by default the
             UNet's own, or the family's.
           num_frames: of a video, by default the family's.
@@ -250,6 +253,8 @@ class TextToImage:
         if sizes is not None and len(sizes) != (self.pipeline.SIZES or None):
             raise ValueError(f"sizes are six numbers of pixels, for SDXL; got {sizes}.")
         tables = self._sampler(sampler, steps, eta, shape)
+        together = mesh if mesh is not None and AXIS in mesh.shape else None
+        mesh = None if together is not None else mesh
         devices = 1 if mesh is None else mesh.shape["data"]
         total = len(prompts)
         each = min(batch_size, -(-total // devices))  # on a device
@@ -260,7 +265,10 @@ class TextToImage:
                 f"{type(self.pipeline).__name__} is not guided away from a negative_prompt here: "
                 "this model learnt its guidance. Leave it out."
             )
-        tiling = self._require_memory(shape, total, each, devices, guided)
+        parts = 1 if together is None else together.shape[AXIS]
+        if together is not None:
+            require_shares(together, shape, self.pipeline.PATCH if len(shape) == 3 else 1)
+        tiling = self._require_memory(shape, total, each, devices, guided, parts)
         ids = self._token_ids(prompts)
         negative = None
         if guided:
@@ -269,12 +277,16 @@ class TextToImage:
             negative = jax.tree.map(jnp.asarray, negative)
 
         streamed = is_streamed(self.pipeline.denoiser) or is_streamed(self.pipeline.prompt_encoder)
-        if streamed and mesh is not None:
+        if streamed and (mesh or together) is not None:
             raise ValueError("streamed models draw on one device: leave out mesh.")
         by_steps = streamed or isinstance(self.pipeline, VideoPipeline) or bool(on_step or kept)
         if by_steps and mesh is not None:
-            raise ValueError("videos, and what is told or kept of steps, take no mesh.")
+            raise ValueError(
+                "videos, and what is told or kept of steps, take no mesh that divides a batch; "
+                f"one with an axis {AXIS!r} draws them together."
+            )
         static, guidance = self._static(tables, strengths, tiling)
+        static = static._replace(mesh=together)
         known = self._known(conditioning, shape)
         more: dict[str, Any] = {}
         if sizes is not None:
@@ -438,7 +450,13 @@ class TextToImage:
         return found
 
     def _require_memory(
-        self, shape: tuple[int, ...], total: int, batch: int, devices: int, guided: bool
+        self,
+        shape: tuple[int, ...],
+        total: int,
+        batch: int,
+        devices: int,
+        guided: bool,
+        parts: int,
     ) -> bool:
         """Refuse what cannot fit, and say what might; whether to decode in tiles.
 
@@ -448,6 +466,7 @@ class TextToImage:
           batch: at a time on each device.
           devices: that draw at the same time.
           guided: whether the model sees each twice.
+          parts: in which as many devices denoise each together.
         """
         denoiser, vae = self.pipeline.denoiser, self.pipeline.vae
         *times, h, w, _ = shape
@@ -455,7 +474,8 @@ class TextToImage:
         count = math.prod(times)
         whole = isinstance(self.pipeline, VideoPipeline)  # decoded at once, or frame by frame
         frames = (count - 1) * vae.config.temporal_downsampling + 1 if whole else count
-        shared = devices if jax.default_backend() == "cpu" else 1  # all take of the host's
+        on_host = jax.default_backend() == "cpu"  # all take of the host's memory
+        shared, parts = (devices, 1) if on_host else (1, parts)
         video = bool(times)
         tile = getattr(vae.config, "tile_size", 256)  # the smallest of the video autoencoders'
 
@@ -470,7 +490,8 @@ class TextToImage:
                 else vae_bytes(vae.config, at_once, height, width, vae.dtype)
             )
             return shared * max(
-                denoiser_bytes(denoiser, (1 + guided) * batch * count, h, w, self.pipeline.PATCH),
+                denoiser_bytes(denoiser, (1 + guided) * batch * count, h, w, self.pipeline.PATCH)
+                / parts,
                 decoding + 12.0 * batch * frames * h * w * factor**2,
             )
 

@@ -177,6 +177,7 @@ _OTHERS = (
     "Blip2ForImageTextRetrieval",
     "OpenCLIP",
     "AutoencoderKLCosmos",
+    "AutoencoderKLHunyuanVideo",
 )
 RULES: dict[str, Rules] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION_RULES,

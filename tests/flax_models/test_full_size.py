@@ -27,6 +27,10 @@ from conceptax.flax_models.sd3_transformer_2d import (
     SD3Transformer2DConfig,
     SD3Transformer2DModel,
 )
+from conceptax.flax_models.wan_transformer_3d import (
+    WanTransformer3DConfig,
+    WanTransformer3DModel,
+)
 
 TOLERANCE = 1e-5  # relative, float32 at the highest matmul precision
 
@@ -215,6 +219,49 @@ def test_sd3_5_medium_output(layers, torch, tmp_path):
         with jax.default_matmul_precision("highest"):
             received = run(state, latents, times, condition)
         assert relative(np.asarray(received), expected) < TOLERANCE
+
+
+def test_wan_1_3b_output(torch, tmp_path):
+    """The whole transformer on 384 tokens: three latent frames of 16x32, a time for each token."""
+    import diffusers
+
+    config = WanTransformer3DConfig.t2v_1_3b()
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((1, 3, 16, 32, 16), np.float32)
+    text = rng.standard_normal((1, 512, 4096), np.float32)
+    times = np.full((1, 3, 8, 16), 617)
+    times[:, 0] = 0  # a frame that is given
+
+    module = diffusers.WanTransformer3DModel(**config.to_dict()).eval()
+    module.save_pretrained(tmp_path / "wan")
+    inputs = torch.tensor(latents).permute(0, 4, 1, 2, 3), torch.tensor(text)
+    expected = []
+    for each in (torch.tensor([617]), torch.tensor(times).flatten(1)):
+        with torch.no_grad():
+            output = module(inputs[0], each, inputs[1]).sample
+        expected.append(output.permute(0, 2, 3, 4, 1).numpy().copy())
+    del module, output
+    gc.collect()
+
+    model = load_pytorch(tmp_path / "wan")
+    assert model.config == config
+    state = nnx.state(model)
+    del model
+    window = GNA(window=(3, 8, 16), stride=(1, 4, 8))  # of all tokens: dense, through the kernels
+    for attention, each, wanted in (
+        (None, 617, expected[0]),
+        (None, times, expected[1]),
+        (window, 617, expected[0]),
+    ):
+        make = lambda: WanTransformer3DModel(config, attention=attention, rngs=nnx.Rngs(0))  # noqa: B023, E731
+        graphdef = nnx.split(nnx.eval_shape(make))[0]
+        run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))  # noqa: B023
+        with jax.default_matmul_precision("highest"):
+            received = run(state, latents, each, text)
+        error = relative(np.asarray(received), wanted)
+        print(f"{attention}, times of shape {np.shape(each)}: relative error {error:.1e}")
+        assert error < TOLERANCE
 
 
 @pytest.mark.parametrize("version", ["2_1", "2_2"])

@@ -6,6 +6,7 @@ import pytest
 
 from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 
 SMALL = {
     "in_channels": 4,
@@ -50,6 +51,21 @@ def test_small_models_agree(name, streaming, values, capsys):
     }
     assert streaming.report(iter(compared), 1e-5) is None
     assert capsys.readouterr().out.count("transformer_blocks.0") == 4  # image and text
+
+
+def test_a_small_wan_agrees(streaming, values):
+    config = WanTransformer3DConfig(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=3,
+        text_dim=10,
+        ffn_dim=20,
+        num_layers=2,
+    )
+    compared = list(streaming.compare("wan", config, values, grid=(2, 1, 3), text=4))
+    assert max(each.relative for each in compared) < 1e-5
+    assert {each.block for each in compared} >= {"blocks.1", "scale_shift_table", "proj_out"}
 
 
 def test_the_first_block_that_differs_is_named(streaming, values, torch, monkeypatch):

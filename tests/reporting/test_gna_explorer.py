@@ -1,19 +1,24 @@
 """The explorer's simulator in JavaScript beside Python's, number for number, and the page."""
 
 import dataclasses
+import importlib
+import importlib.util
+import itertools
 import math
 import re
 
 import jaxtyping
 import numpy as np
 import pytest
+from browser import browser_page
 from javascript import run_in_node
 
+from conceptax.cli import main
 from conceptax.kernels.gna.presets import PRESETS, Preset
 from conceptax.kernels.gna.problem import windows_of
 from conceptax.kernels.gna.simulator import GPUS, search, simulate, simulate_model
 from conceptax.kernels.gna.tiles import visits
-from conceptax.reporting.gna_explorer import SOURCES, explorer_constants
+from conceptax.reporting.gna_explorer import SOURCES, explorer_constants, explorer_page
 from conceptax.reporting.gna_tables import model_record
 
 # Calls functions of the simulator by name.
@@ -265,8 +270,6 @@ def test_strides_that_nothing_beats_are_equal(unchecked):
 
 
 def test_large_searches_thin_out_as_in_python(unchecked, monkeypatch):
-    import importlib
-
     module = importlib.import_module("conceptax.kernels.gna.simulator.search")
     monkeypatch.setattr(module, "ALL_ROWS", 20)
     monkeypatch.setattr(module, "ALL_PRODUCTS", 40)
@@ -387,3 +390,319 @@ def test_advice_is_the_same(unchecked):
     assert in_javascript(calls) == expected
     assert "" in expected
     assert all(any(word in text for text in expected) for word in ("always", " px) needs none"))
+
+
+# --- the page ---
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page as the command writes it, opened from disk; its file and the browser's page."""
+    folder = tmp_path_factory.mktemp("explorer")
+    file = folder / "explorer.html"
+    assert main(["gna", "explore", "--output", str(file)]) == 0
+    with browser_page(folder / "profile") as opened:
+        opened.file = file
+        yield opened
+
+
+def show(page, **changes):
+    """Open the page with settings in its address, and wait for the answers."""
+    given = {"preset": "hunyuan"} | changes
+    address = "&".join(f"{name}={value}" for name, value in given.items())
+    page.open("about:blank")
+    page.errors.clear()
+    page.open(f"{page.file.as_uri()}#{address}")
+    page.wait("document.querySelector('#times tr') || !document.getElementById('refused').hidden")
+
+
+def text(page, selector):
+    return page.evaluate(f"document.querySelector('{selector}').innerText")
+
+
+def texts(page, selector):
+    return page.evaluate(
+        f"[...document.querySelectorAll('{selector}')].map((one) => one.textContent)"
+    )
+
+
+def settled(page, condition):
+    """Wait until the address holds what was changed."""
+    page.wait(f"{condition} && document.getElementById('refused').hidden")
+
+
+def test_page_says_what_the_simulator_does(page):
+    show(page)
+    expected = simulate_model("hunyuan").with_text
+    assert texts(page, "#figures .value") == [
+        f"{expected.flop_speedup:.2f}×",
+        f"{expected.tile_speedup:.2f}×",
+        f"{expected.worst_tile_speedup:.2f}×",
+        "none",
+        f"{expected.wave_speedup:.2f}×",
+    ]
+    rows = [row.split("\t") for row in text(page, "#times tbody").splitlines()]
+    for name, row in zip(GPUS, rows, strict=True):
+        one = simulate_model("hunyuan", gpu=name).with_text
+        assert row[0] == name.upper()
+        assert row[3:6] == [f"{one.wave_speedup:.2f}×", f"{one.speedup:.2f}×", str(one.waves)]
+        assert float(row[1].removesuffix(" ms")) == pytest.approx(1e3 * one.seconds, rel=1e-3)
+    assert "457 s with 15 of 50 steps dense" in text(page, "#whole-told")
+    assert page.errors == []
+
+
+def test_page_needs_nothing_else(page):
+    page.requests.clear()
+    show(page)
+    asked = {url.split("#")[0] for url in page.requests}
+    assert asked <= {page.file.as_uri(), "about:blank", "data:,"}
+    held = page.file.read_text(encoding="utf-8")
+    assert held == explorer_page() and len(held) < 3e6
+    assert not re.search(r"/\* [\w.]+ \*/", held)  # every part is in its place
+
+
+def test_address_holds_all_settings(page):
+    given = {
+        "preset": "own", "layout": "40x50", "window": "9x12", "stride": "2x3", "dilation": "1x2",
+        "causal": "10", "queryTile": "4x8", "keyTile": "8x4", "tiling": "fused",
+        "maskEveryTile": "1", "gpu": "b200", "heads": "12", "kvHeads": "4", "headDim": "64",
+        "batch": "2", "additional": "77", "additionalQueries": "1", "steps": "20",
+        "denseSteps": "5", "share": "42.5", "query": "11x13",
+    }  # fmt: skip
+    show(page, **given)
+    page.key("Tab")
+    page.evaluate("document.getElementById('link').click()")
+    held = page.evaluate("location.hash")
+    assert held == "#" + "&".join(f"{name}={value}" for name, value in given.items())
+    expected = simulate(
+        (40, 50),
+        kernel_size=(9, 12),
+        stride=(2, 3),
+        dilation=(1, 2),
+        is_causal=(True, False),
+        query_tile=(4, 8),
+        key_tile=(8, 4),
+        tiling="fused",
+        mask_every_tile=True,
+        gpu="b200",
+        heads=12,
+        kv_heads=4,
+        head_dim=64,
+        batch=2,
+        additional=77,
+        additional_queries=True,
+    )
+    assert texts(page, "#figures .value")[:2] == [
+        f"{expected.flop_speedup:.2f}×",
+        f"{expected.tile_speedup:.2f}×",
+    ]
+    end = expected.end_to_end(0.425, 1 - 5 / 20)
+    assert f"{end:.2f}× with 5 of 20 steps dense" in text(page, "#whole-told")
+    show(page, stride="2x2x", gpu="tpu", layout="30x48x80")
+    assert "stride, gpu could not be read and stay as the preset has them" in text(page, "#advice")
+    assert page.evaluate("document.getElementById('gpu').value") == "h200"
+
+
+def test_form_changes_what_is_shown(page):
+    page.look(1200, 900)
+    show(page)
+    stride = "document.getElementById('stride-0')"
+    page.evaluate(f"{stride}.select(), {stride}.focus()")
+    page.type("2")
+    settled(page, "location.hash.includes('stride=2x8x8')")
+    assert "no masks" in text(page, "#point") and "Stride 2×8×8" in text(page, "#point")
+    page.evaluate(f"{stride}.select()")
+    page.type("19")
+    page.wait("!document.getElementById('refused').hidden")
+    assert text(page, "#refused").startswith("Stride must not exceed window; received 19 > 18")
+    assert page.evaluate("document.getElementById('results').inert")
+    page.evaluate(f"{stride}.select()")
+    page.type("-")
+    page.wait("document.getElementById('stride-0').getAttribute('aria-invalid') === 'true'")
+    page.wait("document.getElementById('refused').textContent.includes('whole number')")
+    # A layout whose sides do not divide by the tiles.
+    show(page, layout="30x45x80", stride="2x8x8")
+    assert "30x48x80 (117 frames of 768x1280 px) needs none" in text(page, "#advice")
+    # Another number of dimensions is nobody's preset.
+    page.evaluate(
+        "document.getElementById('rank').value = '1';"
+        "document.getElementById('rank').dispatchEvent(new Event('change'))"
+    )
+    settled(page, "location.hash.startsWith('#preset=own&layout=80&')")
+    assert page.errors == []
+
+
+def test_too_much_is_refused_in_a_sentence(page):
+    large = {"preset": "own", "layout": "9000x9000", "window": "8x8", "stride": "1x1"}
+    large |= {"dilation": "1x1", "causal": "00", "query": "0x0"}
+    cases = {
+        "up to 4,194,304 tokens": large,
+        "too many blocks": large | {"layout": "2000x2000", "heads": 64, "kvHeads": 64, "batch": 9},
+        "flattened tokens take too long": large
+        | {"layout": "1000x1000", "window": "900x900", "tiling": "single-dim"},
+        "a multiple of KV heads": large | {"layout": "9x9", "heads": 5, "kvHeads": 2},
+    }
+    for said, given in cases.items():
+        show(page, **given)
+        assert said in text(page, "#refused"), said
+        assert text(page, "#refused").endswith(".")
+    assert page.errors == []
+
+
+def test_map_follows_pointer_and_keys(page):
+    page.look(1200, 900)
+    show(page, preset="flux-2k")
+    page.evaluate("document.getElementById('map').scrollIntoView({block: 'center'})")
+    left, top, width = page.evaluate(
+        "(({x, y, width}) => [x, y, width])(document.getElementById('map').getBoundingClientRect())"
+    )
+    scale = min(width / 128, 620 / 128)
+    page.point(left + 20.5 * scale, top + 100.5 * scale)
+    page.wait(
+        "document.getElementById('told').textContent.startsWith('Query (100, 20) sees 2,304')"
+    )
+    page.evaluate("document.getElementById('map').focus()")
+    for name, shift, query in (
+        ("ArrowRight", False, "(100, 21)"),
+        ("ArrowUp", False, "(99, 21)"),
+        ("ArrowDown", True, "(115, 21)"),
+        ("Home", False, "(115, 0)"),
+        ("ArrowLeft", False, "(115, 0)"),
+        ("End", False, "(115, 127)"),
+    ):
+        page.key(name, shift=shift)
+        assert f"Query {query}" in text(page, "#told")
+    expected = simulate_model("flux-2k").image_alone
+    tile = 115 // 16 * 16 + 127 // 8
+    visited, free = (each[0, tile] for each in (expected.visited_per_tile, expected.free_per_tile))
+    assert f"visits {visited} key tiles: {free} without a mask" in text(page, "#told")
+    show(page)
+    page.evaluate("document.getElementById('map').focus()")
+    page.key("PageDown")
+    assert "Query (16, 24, 40)" in text(page, "#told")
+    assert page.errors == []
+
+
+def test_strides_are_taken_from_their_picture(page):
+    page.look(1200, 900)
+    show(page)
+    strides = [one.stride for one in search((30, 48, 80), kernel_size=(18, 24, 24))]
+    assert [text.split()[0] for text in texts(page, "#choices tbody button")] == [
+        "×".join(map(str, stride)) for stride in strides
+    ]
+    page.evaluate("document.querySelector('#pareto .point').focus()")
+    page.key("End")
+    assert text(page, "#point").startswith("Stride 2×8×8: 11.11×")
+    page.key("Enter")
+    settled(page, "location.hash.includes('stride=2x8x8')")
+    page.wait("document.activeElement.matches('#pareto .point[aria-current]')")  # focus stays
+    page.evaluate("document.querySelectorAll('#times button')[3].focus()")
+    page.key("Enter")
+    settled(page, "location.hash.includes('gpu=b200')")
+    page.wait("document.activeElement.matches('#times [aria-pressed=true]')")
+    page.evaluate("document.querySelectorAll('#times button')[2].click()")
+    settled(page, "location.hash.includes('gpu=h200')")
+    page.evaluate("document.getElementById('pareto').scrollIntoView({block: 'center'})")
+    x, y = page.evaluate(
+        "(({x, y, width, height}) => [x + width / 2, y + height / 2])"
+        "(document.querySelector('#pareto .point circle').getBoundingClientRect())"
+    )
+    page.point(x, y, press=True)
+    settled(page, "location.hash.includes('stride=1x1x1')")
+    assert page.errors == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"preset": "flux-4k", "gpu": "b200"},
+        {"preset": "cosmos-56", "stride": "1x8x1", "layout": "16x40x80", "denseSteps": "3"},
+        {"preset": "wan-720p", "dilation": "2x1x1", "gpu": "a100"},
+        {"preset": "own", "layout": "500", "window": "64", "stride": "16", "dilation": "2",
+         "causal": "1", "heads": "8", "kvHeads": "2", "additional": "9", "query": "0",
+         "additionalQueries": "0"},
+    ],
+)  # fmt: skip
+def test_copied_code_gives_the_same_numbers(page, given, capsys):
+    show(page, **given)
+    attend, simulated, command = texts(page, "#code pre")
+    compile(attend, "attend", "exec")
+    names = {}
+    exec(simulated, names)
+    result = names["result"]
+    result = getattr(result, "with_text", result)
+    assert texts(page, "#figures .value")[:3] == [
+        f"{value:.2f}×"
+        for value in (result.flop_speedup, result.tile_speedup, result.worst_tile_speedup)
+    ]
+    assert f"{result.wave_speedup:.2f}×" == texts(page, "#figures .value")[4]
+    assert main(command.replace("\\\n", " ").split()[1:]) == 0
+    said = capsys.readouterr().out
+    assert f"{result.flop_speedup:.2f} x" in said and f"{result.tile_speedup:.2f} x" in said
+
+
+@pytest.mark.parametrize("width", [320, 390, 760, 1024, 1400])
+def test_page_fits_windows_of_every_width(page, width):
+    for dark, preset in ((False, "hunyuan"), (True, "flux-4k"), (False, "own")):
+        page.look(width, 800, dark=dark, phone=width < 500)
+        line = {"layout": "32768", "window": "2048", "stride": "256", "query": "500"}
+        line |= {"dilation": "1", "causal": "0"}
+        show(page, preset=preset, **(line if preset == "own" else {}))
+        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.errors == []
+    small = page.evaluate(
+        "[...document.querySelectorAll('button, select, input[type=number]')]"
+        ".filter((one) => one.offsetParent && one.getBoundingClientRect().height < 31)"
+        ".map((one) => one.outerHTML)"
+    )
+    assert small == []
+
+
+def luminance(color):
+    values = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colors_are_legible_in_both_modes():
+    """Texts at WCAG's 4.5 to 1, what is drawn at 3 to 1 where it must be told apart."""
+    style = (SOURCES / "explorer.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in
+                   style.split("prefers-color-scheme: dark", 1))  # fmt: skip
+    assert light.keys() == {*dark}
+    for colors in (light, dark):
+        for ink, paper in itertools.product(("ink", "quiet", "accent"), ("page", "card")):
+            assert contrast(colors[ink], colors[paper]) >= 4.5, (ink, paper)
+        assert contrast(colors["bad"], colors["bad-card"]) >= 4.5
+        assert contrast(colors["ink"], colors["tip"]) >= 4.5
+        for seen in ("free", "masked"):
+            assert contrast(colors[seen], colors["card"]) >= 3, seen
+            assert contrast(colors[seen], colors["skipped"]) >= 2.4, seen
+        assert contrast(colors["query"], colors["card"]) >= 3
+
+
+def test_command_writes_html_only(tmp_path, capsys):
+    assert main(["gna", "explore", "--output", str(tmp_path / "page.txt")]) == 2
+    assert "--output takes a .html file, received" in capsys.readouterr().err
+
+
+def test_site_has_the_page_of_today(repository):
+    """It is made with the site, not kept."""
+    config = (repository / "mkdocs.yml").read_text(encoding="utf-8")
+    assert ".ci/explorer.py" in config and not (repository / "docs" / "explorer.html").exists()
+    structure = pytest.importorskip("mkdocs.structure.files")
+    defaults = importlib.import_module("mkdocs.config.defaults")
+    path = repository / ".ci" / "explorer.py"
+    spec = importlib.util.spec_from_file_location("explorer_hook", path)
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    settings = defaults.MkDocsConfig()
+    settings.load_dict({"site_name": "conceptax"})
+    files = hook.on_files(structure.Files([]), config=settings)
+    assert files.get_file_from_path("explorer.html").content_string == explorer_page()

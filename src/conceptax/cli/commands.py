@@ -212,6 +212,15 @@ COMMANDS = {
         ),
         ("--layout", "--window", "--sparsity", "--gpu", "--limit", "--output", "--force"),
     ),
+    "gna explore": Declared(
+        "write a page to try layouts, windows, strides and GPUs in a browser",
+        (
+            "conceptax gna explore",
+            "conceptax gna explore --output attention.html",
+            "conceptax gna explore --force",
+        ),
+        ("--output", "--force"),
+    ),
     "gna bench": Declared(
         "measure a neighborhood attention here, beside what is predicted",
         (

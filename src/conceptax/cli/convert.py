@@ -17,9 +17,9 @@ class Command:
 
     Reads diffusers and transformers folders (`.safetensors`, sharded or not, `.bin`, and Flax's
     `.msgpack` of earlier versions), a whole pipeline or one component; and single files of Stable
-    Diffusion 1.x, 2.x, XL and 3, FLUX.1 and FLUX.2 (`.ckpt`, `.safetensors`, `.gguf`), also of a
-    part of one: what holds one model becomes the folder of that component. Nothing in a pickle is
-    executed.
+    Diffusion 1.x, 2.x, XL and 3, FLUX.1, FLUX.2 and Wan (`.ckpt`, `.pth`, `.safetensors`, `.gguf`),
+    also of a part of one: what holds one model becomes the folder of that component. Nothing in a
+    pickle is executed.
 
     With --add, what was trained elsewhere is merged into a pipeline: LoRA files (of PEFT,
     diffusers, kohya, OneTrainer and ComfyUI), embeddings of new tokens (textual inversions, also

@@ -60,6 +60,8 @@ class Command:
       seed: of the noise; image n depends on the prompt, the seed and n alone.
       batch_size: images drawn at a time, by each device; videos are drawn one by one.
       devices: that draw a batch each, at the same time; by default all accelerators, or one CPU.
+        Of a model of videos, that draw each video together, a part of its frames each; by default
+        one.
       vae_tiling: decode images larger than the autoencoder was trained on in overlapping tiles, in
         the memory of one tile; they differ a little from those decoded whole. Of videos this is
         done where memory asks for it.
@@ -250,13 +252,13 @@ def _check_output(command: Command, output: Path, count: int, family: Any) -> No
             f".mp4 file, received {output} for {count}."
         )
     unfit = {
-        "--devices": command.devices is not None,
         "--batch-size": command.batch_size != Command.batch_size,
     }
     named = getattr(family, "__name__", "")
     if family is None:
         unfit = {
             "--sampler": command.sampler not in (None, "ddim"),
+            "--devices": command.devices is not None,
             **unfit,
             "--vae-tiling": command.vae_tiling,
             "--attention": command.attention is not None,
@@ -353,6 +355,7 @@ def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | N
                 num_frames=command.frames,
                 fps=command.fps if pipeline.TAKES_FPS else None,
                 conditioning=None if given is None else read_frames(given),
+                mesh=_mesh(command.devices, alone=True, axis="context"),
                 **options,
             )
             return videos, pipeline.video_size.fps if command.fps is None else command.fps
@@ -406,8 +409,9 @@ def _attention(
     return {"attention": preset, "dense_steps": dense}
 
 
-def _mesh(devices: int | None, *, alone: bool = False) -> Any:
-    """A mesh of devices that draw a batch each; None where there is one, as for what is `alone`."""
+def _mesh(devices: int | None, *, alone: bool = False, axis: str = "data") -> Any:
+    """A mesh of devices that draw a batch each, or together; None where there is one, as for what
+    is `alone` unless they are asked for."""
     import jax
 
     from conceptax.methods.training import make_mesh
@@ -418,7 +422,9 @@ def _mesh(devices: int | None, *, alone: bool = False) -> Any:
         devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     elif not 1 <= devices <= jax.device_count():
         raise ValueError(f"--devices accepts 1 to {jax.device_count()} here, received {devices}.")
-    return None if devices == 1 else make_mesh(devices)
+    if devices == 1 or axis == "data":
+        return None if devices == 1 else make_mesh(devices)
+    return jax.make_mesh((devices,), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def _slug(prompt: str) -> str:

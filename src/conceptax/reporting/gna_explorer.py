@@ -5,6 +5,7 @@ takes every constant, presets, models, GPUs, tiles and rates, from here.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,21 @@ def explorer_constants() -> dict[str, Any]:
             "all_products": ALL_PRODUCTS,
         }
     )
+
+
+def explorer_page() -> str:
+    """The whole page, which needs nothing beside it."""
+    page = (SOURCES / "explorer.html").read_text(encoding="utf-8")
+    constants = json.dumps(explorer_constants(), ensure_ascii=False, separators=(",", ":"))
+    parts = {
+        "explorer.css": (SOURCES / "explorer.css").read_text(encoding="utf-8"),
+        "simulator.js": (SOURCES / "simulator.js").read_text(encoding="utf-8"),
+        "constants": f"const CONSTANTS = {constants};\n".replace("</", "<\\/"),
+        "explorer.js": (SOURCES / "explorer.js").read_text(encoding="utf-8"),
+    }
+    for name, text in parts.items():
+        page = page.replace(f"/* {name} */", text, 1)
+    return page
 
 
 def _fields(each: Any) -> dict[str, Any]:

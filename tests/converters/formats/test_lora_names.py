@@ -23,6 +23,10 @@ from conceptax.converters.formats.lora_names import Place, place_of
 from conceptax.converters.formats.lora_settings import supported
 from conceptax.converters.tensors import tensor_specs
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
+from conceptax.flax_models.cosmos_transformer_3d import (
+    CosmosTransformer3DConfig,
+    CosmosTransformer3DModel,
+)
 from conceptax.flax_models.flux_2_transformer_2d import (
     Flux2Transformer2DConfig,
     Flux2Transformer2DModel,
@@ -33,6 +37,7 @@ from conceptax.flax_models.flux_transformer_2d import (
 )
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig, WanTransformer3DModel
 
 RANK = 2
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.1"
@@ -311,17 +316,35 @@ def sd_3_parts():
     return small_parts(SD3Transformer2DModel, config)
 
 
+def wan_parts():
+    config = WanTransformer3DConfig(
+        num_attention_heads=1, attention_head_dim=12, text_dim=10, ffn_dim=20, num_layers=2
+    )
+    return small_parts(WanTransformer3DModel, config)
+
+
+def cosmos_parts():
+    config = CosmosTransformer3DConfig(
+        num_attention_heads=2, attention_head_dim=12, num_layers=2, text_embed_dim=10
+    )
+    return small_parts(CosmosTransformer3DModel, config)
+
+
 BLOCKS = r".*transformer_blocks\..*"
 FAMILIES = {
     "SD 1": (sd_parts, "unet", "StableDiffusionPipeline", r".*attn[12]\.(to_q|to_out\.0)"),
     "SD 3": (sd_3_parts, "transformer", "StableDiffusion3Pipeline", BLOCKS),
     "FLUX.1": (flux_parts, "transformer", "FluxPipeline", BLOCKS),
+    "Wan": (wan_parts, "transformer", "WanPipeline", r"blocks\..*"),
+    "Cosmos": (cosmos_parts, "transformer", "Cosmos2_5_PredictBasePipeline", BLOCKS),
     "FLUX.2": (flux_2_parts, "transformer", "Flux2KleinPipeline", BLOCKS),
 }
 # What its loader makes of kohya's names of these lacks the prefix that it then asks for.
 EMBEDDERS = r"x_embedder|time_text_embed\.text_embedder\.linear_1|norm_out\.linear|proj_out"
-# What diffusers has no names for: kohya's of SD 3, and a text encoder of FLUX.2.
-UNREAD = {("SD 3", "kohya"), ("FLUX.2", True)}
+# What diffusers has no names for: kohya's of SD 3 and Cosmos, a text encoder of these but SD 3.
+UNREAD = {("SD 3", "kohya"), ("Cosmos", "kohya")} | {
+    (family, True) for family in ("FLUX.2", "Wan", "Cosmos")
+}
 _THEIRS = re.compile(
     r"(?P<component>unet|transformer|text_encoder)\.(?P<module>.+?)"
     r"\.(?:lora_linear_layer\.|lora\.|lora_)?(?P<kind>A|B|down|up)\.weight"

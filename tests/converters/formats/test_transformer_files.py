@@ -1,5 +1,6 @@
 """Single files of FLUX.1 with every part: written, told, read back, and quantized."""
 
+import dataclasses
 import types
 
 import ml_dtypes
@@ -31,6 +32,7 @@ from conceptax.flax_models.autoencoder_kl import (
     AutoencoderKLFlux2,
     AutoencoderKLFlux2Config,
 )
+from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWan, AutoencoderKLWanConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from conceptax.flax_models.flux_2_transformer_2d import (
     Flux2Transformer2DConfig,
@@ -41,7 +43,8 @@ from conceptax.flax_models.flux_transformer_2d import (
     FluxTransformer2DModel,
 )
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
-from conceptax.flax_models.t5 import T5Config, T5EncoderModel
+from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig, WanTransformer3DModel
 
 UNET, CLIP, T5 = "model.diffusion_model.", "text_encoders.clip_l.", "text_encoders.t5xxl."
 FLOATS = {"dtype": np.float32, "param_dtype": None, "sharding": None}
@@ -216,9 +219,34 @@ def sd_3():
     }
 
 
+def wan(z_dim=16):
+    config = WanTransformer3DConfig(
+        num_attention_heads=1, num_layers=2, text_dim=12, ffn_dim=8, freq_dim=6
+    )
+    latents = AutoencoderKLWanConfig()
+    vae = AutoencoderKLWanConfig(
+        base_dim=4,
+        dim_mult=(1, 2, 2),
+        num_res_blocks=1,
+        temperal_downsample=(False, True),
+        z_dim=z_dim,
+        latents_mean=latents.latents_mean[:z_dim],
+        latents_std=latents.latents_std[:z_dim],
+        scale_factor_temporal=2,
+        scale_factor_spatial=4,
+    )
+    umt5 = UMT5Config(vocab_size=9, d_model=12, d_kv=3, d_ff=20, num_layers=2, num_heads=5)
+    return {
+        "transformer": filled(WanTransformer3DModel, config),
+        "vae": filled(AutoencoderKLWan, vae),
+        "text_encoder": filled(UMT5EncoderModel, umt5),
+    }
+
+
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
+        (wan, "single file of Wan"),
         (flux_2, "single file of FLUX.2 klein"),
         (sd_3, "single file of SD 3 3.5 medium, without vae and text_encoder_3"),
     ],
@@ -242,6 +270,23 @@ def test_other_families_return(tmp_path, make, kind):
         safetensors.numpy.save_file(content, path)
         found = build_parts(read(path), str(path), ["text_encoder"], **FLOATS)["text_encoder"]
         np.testing.assert_array_equal(weights(found)["text_projection.weight"], np.eye(64))
+
+
+def test_a_pipeline_of_wan_is_made_of_it(tmp_path):
+    models = wan()
+    path = save_single_file(pipeline_of(models, scheduler_config={}), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="holds no tokenizer"):
+        pipeline = load_pytorch(path)
+    assert type(pipeline).__name__ == "WanPipeline" and pipeline.transformer_2 is None
+    same(models, {name: getattr(pipeline, name) for name in models})
+    told = pipeline.scheduler_config
+    assert (told["_class_name"], told["flow_shift"]) == ("UniPCMultistepScheduler", 3.0)
+    assert "expand_timesteps" not in pipeline.model_index
+    wide = dataclasses.replace(models["transformer"].config, in_channels=48, out_channels=48)
+    alone = pipeline_of({"transformer": filled(WanTransformer3DModel, wide)}, scheduler_config={})
+    pipeline = load_pytorch(save_single_file(alone, tmp_path / "5b.safetensors"))
+    assert pipeline.scheduler_config["flow_shift"] == 5.0
+    assert pipeline.model_index["expand_timesteps"]
 
 
 def test_diffusers_reads_what_is_beside_the_transformer(models, single, torch):

@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2 and Stable Diffusion 3 under their publishers' names, against diffusers."""
+"""FLUX.1, FLUX.2, Stable Diffusion 3 and Wan under their publishers' names, against diffusers."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from conceptax.converters import CheckpointError, OutputError
 from conceptax.converters.files.safetensors_file import PendingTensor, StoredTensor
 from conceptax.converters.formats.compvis_parts import read_single_file
 from conceptax.converters.formats.names import Rows, joined, split
-from conceptax.converters.formats.transformer_parts import FLUX, FLUX_2, SD_3, table_of
+from conceptax.converters.formats.transformer_parts import FLUX, FLUX_2, SD_3, WAN, table_of
 
 UNET = "model.diffusion_model."
 # diffusers' classes at their published sizes, and what tells which they are.
@@ -55,11 +55,19 @@ PUBLISHED = {
             "dual_attention_layers": tuple(range(13)),
         },
     ),
+    "Wan 2.1 1.3B": (WAN, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    "Wan 14B": (WAN, {}),
+    "Wan 2.2 5B": (
+        WAN,
+        {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
+        | {"in_channels": 48, "out_channels": 48},
+    ),
 }
 CONVERTERS = {
     FLUX: ("FluxTransformer2DModel", "convert_flux_transformer_checkpoint_to_diffusers"),
     FLUX_2: ("Flux2Transformer2DModel", "convert_flux2_transformer_checkpoint_to_diffusers"),
     SD_3: ("SD3Transformer2DModel", "convert_sd3_transformer_checkpoint_to_diffusers"),
+    WAN: ("WanTransformer3DModel", "convert_wan_transformer_to_diffusers"),
 }
 _SD_3_SIZES = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "sample_size": 128}
 
@@ -129,6 +137,7 @@ def test_values_come_where_diffusers_puts_them(torch, family):
         SD_3: PUBLISHED["SD 3 3.5 medium"][1]
         | {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
         | {"dual_attention_layers": (0,), "pos_embed_max_size": 4},
+        WAN: {"num_layers": 2, "num_attention_heads": 1, "ffn_dim": 8, "text_dim": 6},
     }[family]
     model = on_meta(torch, family, settings)
     rng = np.random.default_rng(0)

@@ -66,3 +66,31 @@ def test_a_video_in_pieces_is_the_whole(options, first):
     np.testing.assert_array_equal(past, last)
     with pytest.raises(ValueError, match=f"continues after {conv.before} frames, received 4"):
         conv(x, x[:, :4])
+
+
+@pytest.mark.parametrize(("size", "sides"), [((3, 3, 3), (3, 27, 26)), ((2, 1, 1), (4, 9, 300))])
+def test_a_large_video_is_convolved_by_products(size, sides):
+    conv = CausalConv3d(16, 5, size, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, *sides, 16))
+    graphdef, params = nnx.split(conv)
+
+    def expected(params, x):
+        padding = [(each - 1, 0) if i == 0 else (each // 2,) * 2 for i, each in enumerate(size)]
+        y = jax.lax.conv_general_dilated(
+            x,
+            params["kernel"][...],
+            (1, 1, 1),
+            padding,
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        )
+        return y + params["bias"][...]
+
+    def both(function):
+        out, pull = jax.vjp(function, params, x)
+        return jax.tree.leaves((out, pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))))
+
+    call = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+    if jax.default_backend() == "cpu":
+        assert " convolution(" not in call.lower(params, x).compile().as_text()
+    for received, wanted in zip(both(call), both(expected), strict=True):
+        np.testing.assert_allclose(received, wanted, rtol=1e-5, atol=2e-5 * np.abs(wanted).max())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conceptax.converters import load_pytorch
-from conceptax.flax_models.layers.tiling import tiled
+from conceptax.flax_models.layers.tiling import tiled, tiled_in_time
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,51 @@ def test_blending_keeps_what_tiles_agree_on():
     def double(x):
         return 2 * jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
-    received = tiled(double, images, tile=8, stride=6, output=16, kept=12)
+    received = tiled(double, images, tile=8, output=16)
     np.testing.assert_allclose(received, double(images), atol=1e-6)
     with pytest.raises(ValueError, match="at least 2 pixels"):
-        tiled(double, images, tile=1, stride=1, output=2, kept=2)
+        tiled(double, images, tile=1, output=2)
+
+
+def test_videos_are_cut_in_time_and_space_as_diffusers_cuts_them(torch, tmp_path, monkeypatch):
+    """Of 6 latent frames pieces at 0 and 3, of 6 columns tiles at 0 and 3."""
+    import oracles
+
+    theirs = oracles.autoencoder_hunyuan_video(mid_block_add_attention=False).module
+    theirs.save_pretrained(tmp_path)
+    ours = load_pytorch(tmp_path)
+    monkeypatch.setattr(type(ours.config), "tile_size", 32)
+    theirs.enable_tiling(32, 32, None, 24, 24)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(2, 6, 3, 6, 4)).astype(np.float32)
+    videos = rng.normal(size=(1, 5, 24, 48, 3)).astype(np.float32)
+    with torch.no_grad():
+        decoded = theirs.decode(torch.from_numpy(latents).permute(0, 4, 1, 2, 3)).sample
+        posterior = theirs.encode(torch.from_numpy(videos).permute(0, 4, 1, 2, 3)).latent_dist
+    with jax.default_matmul_precision("highest"):
+        received = jax.jit(lambda x: ours.decode(x, tiling=True))(latents)
+        mean, logvar = jax.jit(lambda x: ours.encode(x, tiling=True))(videos)
+    assert received.shape[1] == ours.config.frames_of(6) == 21
+    for one, other in ((received, decoded), (mean, posterior.mean), (logvar, posterior.logvar)):
+        np.testing.assert_allclose(one, other.permute(0, 2, 3, 4, 1), atol=5e-5)
+
+
+def test_memory_of_long_videos_is_that_of_a_piece():
+    def temporary(frames):
+        def run(x):
+            wide = jnp.sin(jnp.repeat(x, 64, axis=-1))
+            return jnp.cumsum(wide, axis=1).reshape(*x.shape, 64).sum(-1)
+
+        cut = {"tile": 5, "stride": 3, "kept": 3, "overlap": 1}
+        video = jax.ShapeDtypeStruct((1, frames, 16, 16, 3), jnp.float32)
+        compiled = jax.jit(lambda x: tiled_in_time(run, x, **cut)).lower(video).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(62) < 1.5 * temporary(11)
+
+
+@pytest.mark.parametrize("frames", [5, 6, 7, 8, 12])
+def test_pieces_in_time_that_agree_are_the_whole(frames):
+    video = jax.random.normal(jax.random.key(0), (2, frames, 2, 3, 1))
+    received = tiled_in_time(lambda x: 2 * x, video, tile=5, stride=3, kept=3, overlap=1)
+    np.testing.assert_allclose(received[:, :frames], 2 * video, atol=1e-6)

@@ -121,6 +121,22 @@ def test_a_window_of_the_whole_grid_draws_the_dense_image(both, noise):
     assert np.abs(sparse.astype(int) - dense.astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("both", ["flux-dev", "sd3"], indirect=True)
+def test_devices_draw_an_image_together(both, noise):
+    _, _, _, ours = both
+    options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "latents": noise}
+    drawer = TextToImage.from_pipeline(ours, attention=GNA((3, 2)), dense_steps=1)
+    one = drawer(PROMPTS, **options)
+    four, eight = (
+        jax.make_mesh((count,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+        for count in (4, 8)
+    )
+    together = drawer(PROMPTS, mesh=four, **options)
+    assert np.abs(together.astype(int) - one.astype(int)).max() <= 1
+    with pytest.raises(ValueError, match="8 devices cannot share the 8 rows of these latents"):
+        drawer(PROMPTS, mesh=eight, **options)
+
+
 @pytest.mark.parametrize("both", ["flux-schnell", "klein", "sd3"], indirect=True)
 def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
     _, _, folder, ours = both

@@ -172,6 +172,20 @@ def test_a_window_of_the_whole_grid_draws_the_dense_video(both, drawn):
     assert np.abs(sparse([PROMPT], **drawn).astype(int) - dense).max() <= 1
 
 
+@pytest.mark.parametrize("both", ["wan-pair", "cosmos-video"], indirect=True)
+def test_devices_draw_a_video_together(both, drawn):
+    _, _, _, ours = both
+    drawer = TextToImage.from_pipeline(ours, attention="window=allx2x2 stride=1x2x1", dense_steps=1)
+    meshes = [
+        jax.make_mesh((count,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+        for count in (3, 2)
+    ]
+    together = drawer([PROMPT], mesh=meshes[0], **drawn)
+    assert np.abs(together.astype(int) - drawer([PROMPT], **drawn)).max() <= 1
+    with pytest.raises(ValueError, match="2 devices cannot share the 3 frames of these latents"):
+        drawer([PROMPT], mesh=meshes[1], **drawn)
+
+
 @pytest.mark.parametrize("both", ["cosmos-video"], indirect=True)
 def test_a_world_goes_on_from_frames(both, drawn):
     _, _, _, ours = both

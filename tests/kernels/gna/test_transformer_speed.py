@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import math
+import types
 
 import pytest
 
 from conceptax.kernels.gna.presets import OF_ALL_LAYERS, PRESETS
+from conceptax.kernels.gna.simulator.measure import Timing
 
 # TFLOP of a forward pass at full size, by torch's counter on meta tensors: linear layers, and
 # self-attention, with Wan's cross-attention in it.
@@ -75,6 +77,23 @@ def test_a_sample_is_its_steps(speed):
         "all_steps": 2 * 35 * 5,
     }
     assert found["gain"]["all_steps"] == 2
+
+
+def test_blocks_at_the_published_layout_are_counted_as_often_as_the_model_has_them(speed):
+    subject = speed.gpu_subjects("full")["hunyuan"]
+    (grid,) = subject.grids
+    name, other = subject.windows(grid)
+    model = types.SimpleNamespace(subject=subject, grid=grid, predicted=lambda *_: {})
+    seconds = {"dense": 0.6, speed.OWN: 0.5, name: 0.1}
+    timings = {each: Timing(9.0, (time,)) for each, time in seconds.items()}
+    timings |= {f"attention, {each}": timing for each, timing in timings.items()}
+    rows = [{"model": subject.title, "contender": each} for each in (name, other, "dense")]
+    speed.add_gains(rows, model, timings)
+    assert rows[0]["gain"] == pytest.approx(5) and "gain" not in rows[1] and "gain" not in rows[2]
+    found = rows[0]["measured_whole"]  # 60 blocks, two at a time, in 50 steps, 15 of them dense
+    assert found["sample_s"]["dense"] == pytest.approx(30 * 50 * 0.5)
+    assert found["sample_s"]["after_dense_steps"] == pytest.approx(30 * (15 * 0.5 + 35 * 0.1))
+    assert found["model"] == "HunyuanVideo" and found["size"] == "117 frames of 768x1280 px"
 
 
 def test_predictions_cover_every_preset_and_device(speed):

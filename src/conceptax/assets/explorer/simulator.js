@@ -18,7 +18,11 @@ const createSimulator = (constants) => {
   // One object {length, size, stride, dilation, causal} for each dimension of `settings`.
   const windowsOf = ({ layout, window, stride, dilation, causal }) =>
     layout.map((length, m) => ({
-      length, size: window[m], stride: stride[m], dilation: dilation[m], causal: causal[m],
+      length,
+      size: window[m],
+      stride: stride[m],
+      dilation: dilation[m],
+      causal: causal[m],
     }));
 
   const groupLength = (window, group) => ceilDiv(window.length - group, window.dilation);
@@ -102,20 +106,20 @@ const createSimulator = (constants) => {
     return found;
   }
 
-  // Whether each token along a dimension is a key of query `x`.
-  function maskOf(window, x) {
+  // How many of some queries see each key along a dimension.
+  function tally(window, queries) {
     const { length, dilation } = window;
-    const group = x % dilation;
-    const mask = new Uint8Array(length);
-    const [start, end] = bounds(floorDiv(x, dilation), groupLength(window, group), window);
-    for (let j = start; j < end; j++) mask[j * dilation + group] = 1;
-    return mask;
+    const counts = new Uint32Array(length);
+    for (const x of queries) {
+      const group = x % dilation;
+      const [start, end] = bounds(floorDiv(x, dilation), groupLength(window, group), window);
+      for (let j = start; j < end; j++) counts[j * dilation + group]++;
+    }
+    return counts;
   }
 
-  const combined = (masks, combine) => masks.reduce((a, b) => a.map((x, n) => combine(x, b[n])));
-
-  // Calls `visit(flat, inside)` for each token, `inside` being whether all dimensions' masks hold.
-  function eachToken(masks, visit) {
+  // Calls `visit(first, end)` for each run of flattened tokens that all dimensions' masks hold.
+  function eachRun(masks, visit) {
     let outside = [1];
     for (const mask of masks.slice(0, -1)) {
       const wider = new Uint8Array(outside.length * mask.length);
@@ -123,43 +127,60 @@ const createSimulator = (constants) => {
       outside = wider;
     }
     const last = masks[masks.length - 1];
+    const runs = [];
+    last.forEach((inside, x) => {
+      if (inside && x && last[x - 1]) runs[runs.length - 1][1]++;
+      else if (inside) runs.push([x, x + 1]);
+    });
     outside.forEach((row, n) => {
-      if (row) last.forEach((inside, x) => inside && visit(n * last.length + x));
+      const base = n * last.length;
+      if (row) runs.forEach(([first, end]) => visit(base + first, base + end));
     });
   }
+
+  // The same for each token.
+  const eachToken = (masks, visit) =>
+    eachRun(masks, (first, end) => {
+      for (let flat = first; flat < end; flat++) visit(flat);
+    });
 
   // Of one query tile, a run of flattened tokens: which key tiles it visits, and which need no mask.
   function flatTile(windows, tile, queryTile, keyTile) {
     const layout = windows.map((window) => window.length);
     const tokens = product(layout);
-    const tiles = ceilDiv(tokens, keyTile);
-    const queries = [];
-    const end = Math.min((tile + 1) * queryTile, tokens);
-    for (let flat = tile * queryTile; flat < end; flat++) queries.push(unravel(flat, layout));
-    const rank = layout.length;
-    const visited = new Uint8Array(tiles);
-    // Queries of one row of the last dimension see a box of keys together.
+    const last = layout.length - 1;
+    const visited = new Uint8Array(ceilDiv(tokens, keyTile));
+    const seen = new Float64Array(visited.length); // by every query
     const rows = new Map();
-    for (const query of queries) {
+    const places = layout.map(() => new Set());
+    const past = Math.min((tile + 1) * queryTile, tokens);
+    for (let flat = tile * queryTile; flat < past; flat++) {
+      const query = unravel(flat, layout);
       const row = query.slice(0, -1).join();
-      rows.set(row, [...(rows.get(row) ?? []), query]);
+      if (!rows.has(row)) rows.set(row, []);
+      rows.get(row).push(query);
+      query.forEach((x, m) => places[m].add(x));
     }
+    // Queries of one row of the last dimension see a box of keys together.
     for (const row of rows.values()) {
-      const masks = windows.map((window, m) => maskOf(window, row[0][m]));
-      const along = row.map((query) => maskOf(windows[rank - 1], query[rank - 1]));
-      masks[rank - 1] = combined(along, (a, b) => a | b);
-      eachToken(masks, (flat) => { visited[floorDiv(flat, keyTile)] = 1; });
+      const masks = windows.map((window, m) =>
+        tally(window, m < last ? [row[0][m]] : row.map((query) => query[m])),
+      );
+      eachRun(masks, (first, end) => {
+        for (let key = floorDiv(first, keyTile); key * keyTile < end; key++) visited[key] = 1;
+      });
     }
     // Keys that every query sees are one box; those past the end need no mask.
-    const every = windows.map((window, m) => {
-      const places = [...new Set(queries.map((query) => query[m]))];
-      return combined(places.map((x) => maskOf(window, x)), (a, b) => a & b);
+    const every = windows.map((window, m) =>
+      tally(window, places[m]).map((count) => Number(count === places[m].size)),
+    );
+    eachRun(every, (first, end) => {
+      for (let key = floorDiv(first, keyTile); key * keyTile < end; key++) {
+        seen[key] += Math.min(end, (key + 1) * keyTile) - Math.max(first, key * keyTile);
+      }
     });
-    const seen = new Float64Array(tiles);
-    eachToken(every, (flat) => { seen[floorDiv(flat, keyTile)]++; });
-    const size = (n) => Math.min((n + 1) * keyTile, tokens) - n * keyTile;
-    const free = visited.map((_, n) => Number(seen[n] === size(n)));
-    return { visited, free };
+    const size = (key) => Math.min((key + 1) * keyTile, tokens) - key * keyTile;
+    return { visited, free: visited.map((_, key) => Number(seen[key] === size(key))) };
   }
 
   const counted = new Map(); // GPUs share tiles, and a model's two calls do
@@ -299,7 +320,11 @@ const createSimulator = (constants) => {
     };
     const denseCount = ceilDiv(queries, querySize);
     const dense = new Float64Array(denseCount).fill(unit * denseRow);
-    const denseBlocks = { steps: dense, masked: new Float64Array(denseCount), repeats: batch * heads };
+    const denseBlocks = {
+      steps: dense,
+      masked: new Float64Array(denseCount),
+      repeats: batch * heads,
+    };
 
     const extraPairs = additional * (tokens + (settings.additionalQueries ? everything : 0));
     const pairs = product(windows.map(pairsOf)) + extraPairs;
@@ -319,8 +344,20 @@ const createSimulator = (constants) => {
     const flopSpeedup = densePairs / pairs;
     const tileSpeedup = denseTiles / visitedTiles;
     return {
-      queryTile, keyTile, pairs, densePairs, queryTiles: seen.length, denseTiles, visitedTiles,
-      freeTiles, blockSparse, memoryFloor, permutation, seconds, denseSeconds, flopSpeedup,
+      queryTile,
+      keyTile,
+      pairs,
+      densePairs,
+      queryTiles: seen.length,
+      denseTiles,
+      visitedTiles,
+      freeTiles,
+      blockSparse,
+      memoryFloor,
+      permutation,
+      seconds,
+      denseSeconds,
+      flopSpeedup,
       tileSpeedup,
       sparsity: 1 - pairs / densePairs,
       meanVisits: sum(held) / held.length + extra,
@@ -342,17 +379,21 @@ const createSimulator = (constants) => {
     1 / (1 - share + share * (1 - replaced + replaced * relative + permutation));
 
   // Of a model that spends a share of its time in dense attention like this.
-  const endToEnd = (simulation, share, replaced) => amdahl(
-    share,
-    simulation.seconds / simulation.denseSeconds,
-    replaced,
-    (replaced * simulation.permutation) / simulation.denseSeconds,
-  );
+  const endToEnd = (simulation, share, replaced) =>
+    amdahl(
+      share,
+      simulation.seconds / simulation.denseSeconds,
+      replaced,
+      (replaced * simulation.permutation) / simulation.denseSeconds,
+    );
 
   // Floating-point operations of a transformer's forward pass, which may exceed 2^53.
   function operations(model, tokens) {
     const [layers, width, text, own] = [
-      model.layers, model.heads * model.headDim, model.text, tokens,
+      model.layers,
+      model.heads * model.headDim,
+      model.text,
+      tokens,
     ].map(BigInt);
     const read = model.joint ? own + text : own;
     const linear = 2n * (BigInt(model.weights) * own + BigInt(model.textWeights) * text);
@@ -392,8 +433,12 @@ const createSimulator = (constants) => {
     const call = {
       ...settings,
       ...(tiles ? { queryTile: tiles[0], keyTile: tiles[1] } : {}),
-      batch: 1, heads: model.heads, kvHeads: model.heads, headDim: model.headDim,
-      additional: 0, additionalQueries: false,
+      batch: 1,
+      heads: model.heads,
+      kvHeads: model.heads,
+      headDim: model.headDim,
+      additional: 0,
+      additionalQueries: false,
     };
     const imageAlone = simulate(call);
     const withText = model.joint
@@ -401,8 +446,9 @@ const createSimulator = (constants) => {
       : imageAlone;
     const counted = operations(model, product(settings.layout));
     const { linear, attention } = constants.rates[settings.gpu];
-    const forward = (speedup) => counted.linear / linear.flops
-      + (counted.cross + counted.attention / speedup) / attention.flops;
+    const forward = (speedup) =>
+      counted.linear / linear.flops +
+      (counted.cross + counted.attention / speedup) / attention.flops;
     const replaced = 1 - denseSteps / steps;
     const kernel = speedups(withText).kernel;
     const sample = (dense) =>
@@ -412,14 +458,24 @@ const createSimulator = (constants) => {
     const rows = [];
     for (const [tokens, simulation] of Object.entries({ imageAlone, withText })) {
       for (const [what, speedup] of Object.entries(speedups(simulation))) {
-        const ends = Object.entries(shares).map(([known, share]) => [known, {
-          allSteps: amdahl(share, 1 / speedup), afterDenseSteps: amdahl(share, 1 / speedup, replaced),
-        }]);
+        const ends = Object.entries(shares).map(([known, share]) => [
+          known,
+          {
+            allSteps: amdahl(share, 1 / speedup),
+            afterDenseSteps: amdahl(share, 1 / speedup, replaced),
+          },
+        ]);
         rows.push({ tokens, counted: what, speedup, endToEnd: Object.fromEntries(ends) });
       }
     }
     return {
-      preset, model, operations: counted, imageAlone, withText, shares, rows,
+      preset,
+      model,
+      operations: counted,
+      imageAlone,
+      withText,
+      shares,
+      rows,
       forward: { dense: forward(1), sparse: forward(kernel) },
       sample: { dense: sample(steps), afterDenseSteps: sample(denseSteps), allSteps: sample(0) },
     };
@@ -460,8 +516,10 @@ const createSimulator = (constants) => {
   function undominated(rows) {
     const kept = [];
     for (const row of rows) {
-      const beaten = kept.some((rival) => rival.visited <= row.visited && rival.free >= row.free
-        && rival.pairs >= row.pairs);
+      const beaten = kept.some(
+        (rival) =>
+          rival.visited <= row.visited && rival.free >= row.free && rival.pairs >= row.pairs,
+      );
       if (!beaten) kept.push(row);
     }
     return kept;
@@ -470,8 +528,9 @@ const createSimulator = (constants) => {
   // Points {speedup, pairs, coarseness} that no other reaches in speed-up and pairs at the same or
   // a smaller coarseness.
   function pareto(points) {
-    const order = [...points].sort((a, b) =>
-      a.coarseness - b.coarseness || b.speedup - a.speedup || b.pairs - a.pairs);
+    const order = [...points].sort(
+      (a, b) => a.coarseness - b.coarseness || b.speedup - a.speedup || b.pairs - a.pairs,
+    );
     const kept = [];
     let finer = []; // speed-ups falling, pairs rising
     for (let first = 0; first < order.length;) {
@@ -488,10 +547,12 @@ const createSimulator = (constants) => {
         }
       }
       kept.push(...level);
-      const merged = [...finer, ...level].sort((a, b) =>
-        b.speedup - a.speedup || b.pairs - a.pairs);
-      finer = merged.filter((point, n) =>
-        !merged.slice(0, n).some((other) => other.pairs >= point.pairs));
+      const merged = [...finer, ...level].sort(
+        (a, b) => b.speedup - a.speedup || b.pairs - a.pairs,
+      );
+      finer = merged.filter(
+        (point, n) => !merged.slice(0, n).some((other) => other.pairs >= point.pairs),
+      );
       first = last;
     }
     return kept;
@@ -501,17 +562,26 @@ const createSimulator = (constants) => {
     const tokens = product(settings.layout);
     const [querySize, keySize] = [product(queryTile), product(keyTile)];
     const dense = ceilDiv(tokens, querySize) * ceilDiv(tokens, keySize);
-    const [visited, free, pairs, most, coarseness] = ["visited", "free", "pairs", "most", "stride"]
-      .map((name) => product(rows.map((row) => row[name])));
+    const [visited, free, pairs, most, coarseness] = [
+      "visited",
+      "free",
+      "pairs",
+      "most",
+      "stride",
+    ].map((name) => product(rows.map((row) => row[name])));
     return {
-      kernelSize: settings.window, stride: rows.map((row) => row.stride), queryTile, keyTile,
+      kernelSize: settings.window,
+      stride: rows.map((row) => row.stride),
+      queryTile,
+      keyTile,
       sparsity: 1 - pairs / tokens ** 2,
       flopSpeedup: tokens ** 2 / pairs,
       tileSpeedup: dense / visited,
       worstTileSpeedup: ceilDiv(tokens, keySize) / most,
       speedup: dense / (visited + mask * (visited - free)),
       blockSparse: visited === free,
-      pairs, coarseness,
+      pairs,
+      coarseness,
     };
   };
 
@@ -525,7 +595,8 @@ const createSimulator = (constants) => {
       let tables = [];
       for (const thin of [false, true]) {
         tables = windows.map((window, m) =>
-          undominated(tabulate(window, tiles[0][m], tiles[1][m], thin)));
+          undominated(tabulate(window, tiles[0][m], tiles[1][m], thin)),
+        );
         if (product(tables.map((table) => table.length)) <= constants.allProducts) break;
       }
       if (product(tables.map((table) => table.length)) > limit) return null;
@@ -546,8 +617,11 @@ const createSimulator = (constants) => {
     const rows = windowsOf(settings).map((window, m) => {
       const own = tilesAlong(window, queryTile[m], keyTile[m], false);
       return {
-        stride: window.stride, pairs: pairsOf(window), visited: sum(own.visited),
-        free: sum(own.free), most: own.visited.reduce((a, b) => Math.max(a, b)),
+        stride: window.stride,
+        pairs: pairsOf(window),
+        visited: sum(own.visited),
+        free: sum(own.free),
+        most: own.visited.reduce((a, b) => Math.max(a, b)),
       };
     });
     return choiceOf(settings, [queryTile, keyTile], rows, constants.gpus[settings.gpu].mask);
@@ -563,17 +637,24 @@ const createSimulator = (constants) => {
       const [k, s, d] = [window[m], stride[m], dilation[m]];
       if (k * d > length) {
         // Windows and dilations of 1 fit every layout.
-        const given = [["window", k, window], ["dilation", d, dilation]].filter((one) => one[1] > 1);
+        const given = [
+          ["window", k, window],
+          ["dilation", d, dilation],
+        ].filter((one) => one[1] > 1);
         const numbers = given.map((one) => one[1]).join(" * ");
         const received = given.length > 1 ? `${numbers} = ${k * d}` : numbers;
         const every = given.map(([name, , values]) => `${name}=${tuple(values)}`).join(", ");
-        return `${given.map((one) => one[0]).join(" times ")} must not exceed the tokens along a `
-          + `dimension; received ${received} > ${length} in dimension ${m} (${every}, token layout `
-          + `${tuple(layout)}).`;
+        return (
+          `${given.map((one) => one[0]).join(" times ")} must not exceed the tokens along a ` +
+          `dimension; received ${received} > ${length} in dimension ${m} (${every}, token layout ` +
+          `${tuple(layout)}).`
+        );
       }
       if (s > k) {
-        return `stride must not exceed window; received ${s} > ${k} in dimension ${m} `
-          + `(stride=${tuple(stride)}, window=${tuple(window)}).`;
+        return (
+          `stride must not exceed window; received ${s} > ${k} in dimension ${m} ` +
+          `(stride=${tuple(stride)}, window=${tuple(window)}).`
+        );
       }
     }
     return "";
@@ -600,15 +681,15 @@ const createSimulator = (constants) => {
   function sizeOf(model, layout) {
     const [rows, columns] = layout.slice(-2);
     const pixels = `${rows * model.pixels}x${columns * model.pixels} px`;
-    return layout.length < 3 ? pixels
-      : `${(layout[0] - 1) * model.frames + 1} frames of ${pixels}`;
+    return layout.length < 3 ? pixels : `${(layout[0] - 1) * model.frames + 1} frames of ${pixels}`;
   }
 
   // How to do without masks, in a sentence; empty where none is needed. Without dilation, in tiles
   // on a grid of the layout.
   function advice(settings, queryTile, keyTile, name = "", model = null) {
     const nearest = windowsOf(settings).map((window, m) =>
-      maskFreeLength(window, queryTile[m], keyTile[m]));
+      maskFreeLength(window, queryTile[m], keyTile[m]),
+    );
     if (by(nearest) === by(settings.layout)) return "";
     const named = name ? ` (${name})` : "";
     const it = `a window of ${by(settings.window)} at stride ${by(settings.stride)}${named}`;
@@ -627,7 +708,7 @@ const createSimulator = (constants) => {
     const { tiling, layout } = settings;
     const windows = windowsOf(settings);
     const tokens = new Uint8Array(product(layout));
-    const masks = windows.map((window, m) => maskOf(window, query[m]));
+    const masks = windows.map((window, m) => tally(window, [query[m]]));
     let counts;
     if (tiling === "single-dim") {
       const flat = query.reduce((total, x, m) => total * layout[m] + x, 0);
@@ -663,16 +744,32 @@ const createSimulator = (constants) => {
       eachToken(kinds, (flat) => {
         tokens[flat] = Math.max(...unravel(flat, layout).map((x, m) => kinds[m][x]));
       });
-      eachToken(own, (flat) => { tokens[flat] += 8; });
+      eachToken(own, (flat) => {
+        tokens[flat] += 8;
+      });
     }
     let keys = 0;
-    eachToken(masks, (flat) => { tokens[flat] += 4; keys++; });
+    eachToken(masks, (flat) => {
+      tokens[flat] += 4;
+      keys++;
+    });
     return { tokens, keys, ...counts };
   }
 
   return {
-    advice, around, by, choice, denseStepsOf, endToEnd, misfit, product, search, simulate,
-    simulateModel, sizeOf, speedups,
+    advice,
+    around,
+    by,
+    choice,
+    denseStepsOf,
+    endToEnd,
+    misfit,
+    product,
+    search,
+    simulate,
+    simulateModel,
+    sizeOf,
+    speedups,
   };
 };
 

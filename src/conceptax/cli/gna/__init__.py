@@ -1,15 +1,15 @@
-"""`conceptax gna simulate`, `gna search` and `gna bench`: what neighborhood attention saves.
+"""`conceptax gna simulate`, `search`, `explore` and `bench`: what neighborhood attention saves.
 
-The first two need no GPU; the last one measures where it runs.
+All but the last need no GPU; that one measures where it runs.
 """
 
 from importlib import import_module
 
-from .commands import Bench, Search, Simulate
+from .commands import Bench, Explore, Search, Simulate
 
-COMMANDS = {"simulate": Simulate, "search": Search, "bench": Bench}
+COMMANDS = {"simulate": Simulate, "search": Search, "explore": Explore, "bench": Bench}
 
 
-def run(command: Simulate | Search | Bench) -> None:
+def run(command: Simulate | Search | Explore | Bench) -> None:
     """Print what was asked for; a search with an output draws it, too."""
     import_module(f".{type(command).__name__.lower()}", __name__).run(command)

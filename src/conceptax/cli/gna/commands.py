@@ -1,6 +1,7 @@
-"""Flags of `conceptax gna simulate`, `gna search` and `gna bench`, and how sizes are written."""
+"""Flags of `conceptax gna simulate`, `search`, `explore` and `bench`, and how sizes are written."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -131,6 +132,22 @@ class Search:
     gpu: Name = "h200"
     limit: int = 20
     output: OptionalPath = None
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Explore:
+    """Write a page that simulates while you choose, with the windows and tiles drawn.
+
+    One HTML file, which opens from disk in any browser and needs no server. Its address holds what
+    is chosen, to be passed on.
+
+    Attributes:
+      output: a .html file for the page.
+      force: replace an earlier file.
+    """
+
+    output: Path = Path("explorer.html")
     force: bool = False
 
 
