@@ -224,7 +224,10 @@ class _Coder(nnx.Module):
             config.block_out_channels[-1], groups, attends=config.mid_block_add_attention, **init
         )
         pairs = zip((channels[0], *channels), channels, config.factors, strict=False)
-        blocks = [Block(*ends, layers, groups, factors, up=up, **init) for *ends, factors in pairs]
+        blocks = [
+            Block(first, last, layers, groups, factors, up=up, **init)
+            for first, last, factors in pairs
+        ]
         self.mid_block = middle
         if up:
             self.up_blocks = nnx.List(blocks)

@@ -102,6 +102,7 @@ def text_to_video(
         adapter = texts.pop(0)
     if len(texts) != 1:
         raise TypeError(f"text_to_video takes prompts once; got them {len(texts)} times.")
+    (text,) = texts
     motion_adapter = adapter if motion_adapter is None else motion_adapter
     num_frames = frames if num_frames is None else num_frames
     if isinstance(pipeline, VideoPipeline):
@@ -112,7 +113,7 @@ def text_to_video(
         drawer = TextToImage.from_pipeline(
             pipeline, vae_tiling=vae_tiling, attention=attention, dense_steps=dense_steps
         )
-        return drawer(texts[0], num_frames=num_frames, batch_size=batch_size, **options)
+        return drawer(text, num_frames=num_frames, batch_size=batch_size, **options)
     if motion_adapter is None:
         raise ValueError(
             f"{type(pipeline).__name__} draws images: pass a motion_adapter for videos."
@@ -128,4 +129,4 @@ def text_to_video(
         frames=16 if num_frames is None else num_frames,
         beta_schedule=beta_schedule,
     )
-    return drawer(texts[0], batch_size=batch_size, **{"sampler": "ddim", **options})
+    return drawer(text, batch_size=batch_size, **{"sampler": "ddim", **options})

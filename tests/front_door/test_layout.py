@@ -50,7 +50,6 @@ RUNS = {
     ),
     "flax_models/test_models.py": (
         "flax_models",
-        "flax_models.layers",
         "flax_models.pipelines",
         "flax_models.layers.embeddings",
         "flax_models.layers.transformer",

@@ -235,6 +235,20 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
         load_pytorch(broken)
 
 
+@pytest.mark.parametrize("both", ["wan"], indirect=True)
+def test_wan_that_expands_timesteps_draws_the_same_from_text(both, drawn, monkeypatch):
+    """They tell every token the time, which is the same for all without an image."""
+    _, theirs, _, ours = both
+    ours = dataclasses.replace(ours, model_index={**ours.model_index, "expand_timesteps": True})
+    assert ours.video_size == (121, 704, 1280, 24)
+    theirs.register_to_config(expand_timesteps=True)
+    expected = frames_of("wan", theirs, drawn, monkeypatch)
+    theirs.register_to_config(expand_timesteps=False)
+    with jax.default_matmul_precision("highest"):
+        videos = conceptax.text_to_video(ours, PROMPT, **drawn)
+    assert np.abs(videos.astype(int) - np.round(expected * 255).astype(int)).max() <= 1
+
+
 @pytest.mark.parametrize("both", ["wan-pair"], indirect=True)
 def test_streamed_models_draw_the_same(both, drawn):
     _, _, folder, ours = both
