@@ -4,6 +4,7 @@
     python benchmarks/streaming_parity.py --model flux-schnell --blocks 2+2
     python benchmarks/streaming_parity.py --model flux-2-klein-4b --weights FOLDER/transformer
     python benchmarks/streaming_parity.py --model wan-14b --blocks 2
+    python benchmarks/streaming_parity.py --model hunyuan-video --grid 4x6x10 --text 32
 
 Both models stay without values. Each block in turn is given its values, in PyTorch and here, runs
 on the activations of its own side, and is emptied again; then the activations of both sides are
@@ -38,11 +39,13 @@ from conceptax.converters.tensors import TensorSpec, tensor_specs
 from conceptax.flax_models import (
     flux_2_transformer_2d,
     flux_transformer_2d,
+    hunyuan_video_transformer_3d,
     wan_transformer_3d,
 )
 from conceptax.flax_models.abstract import OneKey
 from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
+from conceptax.flax_models.hunyuan_video_transformer_3d import HunyuanVideoTransformer3DConfig
 from conceptax.flax_models.layers.joint_attention import JointSequence
 from conceptax.flax_models.layers.modulation import plain_layer_norm
 from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
@@ -251,33 +254,16 @@ def flux(
         guidance = (1000 * s["guidance"],) if guided else ()
         return {"condition": part(s["times"], *guidance, s["pooled"])}
 
-    def double(part: Any, s: Streams) -> Streams:
-        image, words = part(s["image"], s["text"], s["condition"], sequence)
-        return {"image": image, "text": words}
-
-    def single(part: Any, s: Streams) -> Streams:
-        x = part(sequence.join(s["image"], s["text"]), s["condition"], sequence)
-        return dict(zip(("image", "text"), sequence.split(x), strict=True))
-
     def theirs(part: Any, s: Streams) -> Streams:
         words, image = part(s["image"], s["text"], s["condition"], rotary)
         return {"image": image, "text": words}
-
-    def norm(part: Any, s: Streams) -> Streams:
-        return {"output": part(s["image"], s["condition"])}
 
     embedders = [
         Block("time_text_embed", condition, their_condition),
         Block("x_embedder", *(_linear("latents", "image"),) * 2),
         Block("context_embedder", *(_linear("states", "text"),) * 2),
     ]
-    doubles = [Block(f"transformer_blocks.{n}", double, theirs) for n in range(config.num_layers)]
-    singles = [
-        Block(f"single_transformer_blocks.{n}", single, theirs)
-        for n in range(config.num_single_layers)
-    ]
-    last = [Block("norm_out", norm, norm), Block("proj_out", *(_linear("output", "output"),) * 2)]
-    return streams, [*embedders, *doubles, *singles, *last]
+    return streams, [*embedders, *_joint(config, sequence, theirs)]
 
 
 def flux_2(
@@ -394,6 +380,80 @@ def wan(
     ]
 
 
+def hunyuan_video(
+    module: Any, config: HunyuanVideoTransformer3DConfig, grid: tuple[int, int, int], text: int
+) -> tuple[Streams, list[Block]]:
+    """HunyuanVideo, the last quarter of whose text is padding."""
+    import torch
+
+    sides = tuple(side * size for side, size in zip(grid, config.patch, strict=True))
+    mask = np.arange(text)[None] < text - text // 4
+    streams = {
+        "latents": _tokens(*sides, config.in_channels, seed=1),
+        "states": _tokens(text, config.text_embed_dim, seed=2),
+        "pooled": _tokens(config.pooled_projection_dim, seed=3),
+        "mask": mask,
+        "times": np.array([500.0], np.float32),
+        "guidance": np.array([6.0], np.float32),
+    }
+    rotary = hunyuan_video_transformer_3d.rotary_of(config, grid, text)
+    sequence = JointSequence(grid, text_first=False, rotary=rotary, mask=jnp.asarray(mask))
+    their_rotary = module.rope(torch.empty(1, 1, *sides))
+    shown = torch.from_numpy(np.pad(mask, ((0, 0), (math.prod(grid), 0)), constant_values=True))
+    guided = config.guidance_embeds
+
+    def condition(part: Any, s: Streams) -> Streams:
+        return {"condition": part(s["times"], s["guidance"], s["pooled"])}
+
+    def their_condition(part: Any, s: Streams) -> Streams:
+        guidance = 1000 * s["guidance"] if guided else None
+        return {"condition": part(s["times"], s["pooled"], guidance)[0]}
+
+    def patches(part: Any, s: Streams) -> Streams:
+        return {"image": part(s["latents"]).reshape(1, -1, config.features)}
+
+    def their_patches(part: Any, s: Streams) -> Streams:
+        return {"image": part(s["latents"].permute(0, 4, 1, 2, 3))}
+
+    def refined(part: Any, s: Streams) -> Streams:
+        return {"text": part(s["states"], s["times"], s["mask"])}
+
+    def theirs(part: Any, s: Streams) -> Streams:
+        sees = shown[:, None, None]
+        image, words = part(s["image"], s["text"], s["condition"], sees, their_rotary)
+        return {"image": image, "text": words}
+
+    first = [
+        Block("time_text_embed", condition, their_condition),
+        Block("x_embedder", patches, their_patches),
+        Block("context_embedder", refined, refined),
+    ]
+    return streams, [*first, *_joint(config, sequence, theirs)]
+
+
+def _joint(config: Any, sequence: JointSequence, theirs: Any) -> list[Block]:
+    """FLUX.1's double and single blocks, and what follows."""
+
+    def double(part: Any, s: Streams) -> Streams:
+        image, words = part(s["image"], s["text"], s["condition"], sequence)
+        return {"image": image, "text": words}
+
+    def single(part: Any, s: Streams) -> Streams:
+        x = part(sequence.join(s["image"], s["text"]), s["condition"], sequence)
+        return dict(zip(("image", "text"), sequence.split(x), strict=True))
+
+    def norm(part: Any, s: Streams) -> Streams:
+        return {"output": part(s["image"], s["condition"])}
+
+    doubles = [Block(f"transformer_blocks.{n}", double, theirs) for n in range(config.num_layers)]
+    singles = [
+        Block(f"single_transformer_blocks.{n}", single, theirs)
+        for n in range(config.num_single_layers)
+    ]
+    last = [Block("norm_out", norm, norm), Block("proj_out", *(_linear("output", "output"),) * 2)]
+    return [*doubles, *singles, *last]
+
+
 class Family(NamedTuple):
     """A model class, its function that says its blocks, its published settings by name, and how
     many tokens along each side it is compared on."""
@@ -430,6 +490,12 @@ FAMILIES = {
             "wan-14b": WanTransformer3DConfig.t2v_14b,
             "wan-2.2-5b": WanTransformer3DConfig.ti2v_5b,
         },
+        grid=(4, 8, 8),
+    ),
+    "hunyuan-video": Family(
+        hunyuan_video_transformer_3d.HunyuanVideoTransformer3DModel,
+        hunyuan_video,
+        {"hunyuan-video": HunyuanVideoTransformer3DConfig},
         grid=(4, 8, 8),
     ),
 }

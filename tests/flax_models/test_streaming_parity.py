@@ -6,6 +6,7 @@ import pytest
 
 from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
+from conceptax.flax_models.hunyuan_video_transformer_3d import HunyuanVideoTransformer3DConfig
 from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 
 SMALL = {
@@ -21,6 +22,14 @@ CONFIGS = {
         **SMALL, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8), guidance_embeds=True
     ),
     "flux-2": Flux2Transformer2DConfig(**SMALL, axes_dims_rope=(2, 4, 4, 6)),
+    "hunyuan-video": HunyuanVideoTransformer3DConfig(
+        **{key: value for key, value in SMALL.items() if key != "joint_attention_dim"},
+        out_channels=3,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        pooled_projection_dim=10,
+        rope_axes_dim=(4, 4, 8),
+    ),
 }
 SIZES = {"grid": (2, 3), "text": 4}
 
@@ -42,7 +51,8 @@ def values(streaming):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_small_models_agree(name, streaming, values, capsys):
-    compared = list(streaming.compare(name, CONFIGS[name], values, **SIZES))
+    sizes = SIZES | ({"grid": (2, 1, 3)} if name == "hunyuan-video" else {})
+    compared = list(streaming.compare(name, CONFIGS[name], values, **sizes))
     assert max(each.relative for each in compared) < 1e-5
     assert {each.block for each in compared} >= {
         "transformer_blocks.1",
