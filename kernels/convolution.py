@@ -54,7 +54,7 @@ def convolve(
     return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
 
 
-def _halves(kernel: Array, axis: int) -> tuple[Array, Array]:
+def halves(kernel: Array, axis: int) -> tuple[Array, Array]:
     """The two taps along an axis that each of two equal neighbors has, of a kernel's three."""
     before, here, after = jnp.split(kernel, 3, axis)
     pairs = ((before, here + after), (before + here, after))
@@ -79,7 +79,7 @@ def convolve_doubled(
             x, kernel, (1, 1), ((1, 1), (1, 1)), precision=precision, dimension_numbers=_LAYOUT
         )
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    taps = [quarter for half in _halves(wide, 0) for quarter in _halves(half, 1)]
+    taps = [quarter for half in halves(wide, 0) for quarter in halves(half, 1)]
     pixels = convolve(
         x,
         jnp.concatenate(taps, -1).astype(kernel.dtype),

@@ -208,6 +208,7 @@ def _sd_3(shapes: Shapes) -> dict[str, Any]:
 def t5(tensors: Stored) -> Taken:
     """Of an encoder of T5 what `transformer` tells of a transformer."""
     odd: list[str] = []
+    kind = "T5" if tensors.keys().isdisjoint(UMT5_KEYS) else "UMT5"
     if T5_GGUF.format(0) in tensors:
         layers = count(shapes_of(tensors), T5_GGUF)
         tensors, odd = split(tensors, t5_gguf_names(layers))
@@ -220,7 +221,6 @@ def t5(tensors: Stored) -> Taken:
     inner = shapes[f"{_T5_ATTENTION}.q.weight"][0]
     if heads < 1 or inner % heads:
         raise ValueError(f"{inner} features in {heads} heads")
-    kind = "UMT5" if UMT5_KEYS[1] in shapes else "T5"
     raw = {
         "architectures": [f"{kind}EncoderModel"],
         "model_type": kind.lower(),

@@ -155,7 +155,7 @@ def sample_latents(
     carry = _start(noise, sampler, keys)
     for phase, steps in _spans(phases, sampler.num_steps):
         model = nnx.merge(phase.denoiser, params[phase.part])
-        given = (condition, negative, sampler, guidance_scale, keys)
+        given: tuple[Any, ...] = (condition, negative, sampler, guidance_scale, keys)
         if is_streamed(model):
             for i in steps:
                 carry = _step(predictor, model, *given, carry, i)

@@ -65,7 +65,7 @@ RUNS = {
         "kernels.gna.backends.triton_geometry",
         "kernels.gna.backends.triton_kernels",
     ),
-    "kernels/gna/test_simulator.py": ("reporting.gna_pictures", "reporting.gna_tables"),
+    "kernels/gna/test_simulator.py": ("reporting.gna_pictures",),
     "methods/erasing/test_erasing.py": ("methods.settings", "methods.text"),
     "methods/erasing/test_sage.py": ("methods.vectors",),
     "methods/evaluation/test_evaluation.py": ("reporting.evaluating", "reporting.evaluation"),

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import jaxtyping
 import numpy as np
@@ -688,7 +689,7 @@ def test_colors_are_legible_in_both_modes():
 
 
 def test_command_writes_html_only(tmp_path, capsys):
-    assert main(["gna", "explore", "--output", str(tmp_path / "page.txt")]) == 2
+    assert main(["gna", "explore", "--output", str(tmp_path / "page.txt")]) == 1
     assert "--output takes a .html file, received" in capsys.readouterr().err
 
 
@@ -697,12 +698,11 @@ def test_site_has_the_page_of_today(repository):
     config = (repository / "mkdocs.yml").read_text(encoding="utf-8")
     assert ".ci/explorer.py" in config and not (repository / "docs" / "explorer.html").exists()
     structure = pytest.importorskip("mkdocs.structure.files")
-    defaults = importlib.import_module("mkdocs.config.defaults")
     path = repository / ".ci" / "explorer.py"
     spec = importlib.util.spec_from_file_location("explorer_hook", path)
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
-    settings = defaults.MkDocsConfig()
-    settings.load_dict({"site_name": "conceptax"})
+    plugins = SimpleNamespace(_current_plugin=None)
+    settings = SimpleNamespace(site_dir="site", use_directory_urls=True, plugins=plugins)
     files = hook.on_files(structure.Files([]), config=settings)
     assert files.get_file_from_path("explorer.html").content_string == explorer_page()

@@ -23,6 +23,7 @@ from conceptax.flax_models.flux_transformer_2d import (
 )
 from conceptax.flax_models.layers.joint_attention import JointTextCondition
 from conceptax.flax_models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig, WanTransformer3DModel
 from conceptax.methods import training
 from conceptax.methods.training.sharding import RULES
 
@@ -54,6 +55,14 @@ DIT = DiTTransformer2DConfig(
     num_layers=2,
     attention_head_dim=8,
     num_attention_heads=8,
+)
+WAN = WanTransformer3DConfig(
+    num_attention_heads=8,
+    attention_head_dim=8,
+    text_dim=64,
+    freq_dim=64,
+    ffn_dim=128,
+    num_layers=2,
 )
 GATHER = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather")
 
@@ -123,6 +132,11 @@ def dit():
     return of_values(DiTTransformer2DModel, DIT, drawn(np.empty((8, 8, 8, 4))), jnp.arange(8))
 
 
+def wan():
+    latents, states = map(drawn, map(np.empty, ((8, 2, 4, 4, 16), (8, 8, 64))))
+    return of_values(WanTransformer3DModel, WAN, latents, states)
+
+
 @pytest.fixture(scope="module", params=[unet, flux])
 def model(request):
     return request.param()
@@ -170,7 +184,7 @@ def test_nothing_is_gathered_over_the_data_axis(model):
     assert not gathered(text)
 
 
-@pytest.mark.parametrize("make", [unet, flux, dit])
+@pytest.mark.parametrize("make", [unet, flux, dit, wan])
 def test_a_mesh_of_all_axes_predicts_what_one_device_does(make):
     model = make()
     given = model.on(training.make_mesh(2, 2, 2))

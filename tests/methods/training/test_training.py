@@ -602,6 +602,25 @@ class TestSharding:
                 ("tensor", "fsdp"),
             ),
             (
+                "WanTransformer3DModel",
+                "blocks.3.attn2.to_out.0.kernel",
+                (5120, 5120),
+                ("tensor", "fsdp"),
+            ),
+            (
+                "WanTransformer3DModel",
+                "blocks.3.ffn.net.0.proj.kernel",
+                (5120, 13824),
+                ("fsdp", "tensor"),
+            ),
+            (
+                "WanTransformer3DModel",
+                "condition_embedder.time_proj.kernel",
+                (5120, 30720),
+                ("tensor", "fsdp"),
+            ),
+            ("WanTransformer3DModel", "blocks.3.scale_shift_table", (1, 6, 5120), ()),
+            (
                 "StableDiffusionPipeline",
                 "text_encoder.encoder.layers.0.self_attn.q_proj.kernel",
                 (768, 768),
