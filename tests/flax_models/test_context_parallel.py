@@ -27,9 +27,9 @@ from conceptax.flax_models.hunyuan_video_transformer_3d import (
     HunyuanVideoTransformer3DConfig,
     HunyuanVideoTransformer3DModel,
 )
+from conceptax.flax_models.layers import slabs
 from conceptax.flax_models.layers.attention import GNA, with_attention
 from conceptax.flax_models.layers.joint_attention import JointTextCondition
-from conceptax.flax_models.layers.slabs import count, gathered, merged, own, whole
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
 from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig, WanTransformer3DModel
 from conceptax.kernels.attention import attention_with_lse
@@ -236,11 +236,13 @@ def test_queries_of_all_slabs_see_the_keys_of_all():
     query, key, value = arrays((1, 3, 2, 4), (1, 16, 2, 4), (1, 16, 2, 4))
 
     def attend(query, key, value):
-        assert count() == 8 and whole((2, 3)) == (16, 3)
-        everything = gathered(key)
-        assert everything.shape == (1, 16, 2, 4) and own(everything, axis=1).shape == key.shape
+        assert slabs.count() == 8 and slabs.whole((2, 3)) == (16, 3)
+        everything = slabs.gathered(key)
+        assert (
+            everything.shape == (1, 16, 2, 4) and slabs.own(everything, axis=1).shape == key.shape
+        )
         output, lse = attention_with_lse(query, key, value)
-        return merged(output, lse)
+        return slabs.merged(output, lse)
 
     same, slab = PartitionSpec(), PartitionSpec(None, "context")
     spread = jax.shard_map(
@@ -250,7 +252,7 @@ def test_queries_of_all_slabs_see_the_keys_of_all():
         spread(query, key, value), attention_with_lse(query, key, value), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    assert count() == 1 and whole((2, 3)) == (2, 3) and own(key) is key
+    assert slabs.count() == 1 and slabs.whole((2, 3)) == (2, 3) and slabs.own(key) is key
 
 
 @pytest.mark.parametrize(
