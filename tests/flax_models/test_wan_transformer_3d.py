@@ -110,8 +110,8 @@ def test_each_block_sees_its_neighborhoods(params, sparse, dense, monkeypatch):
         masks.append(full_mask(case))
     order = iter(masks)
 
-    def masked(query, key, value, *, scale):
-        assert scale is None
+    def masked(query, key, value, *, scale, mask=None):
+        assert scale is None and mask is None
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
         weights = jax.nn.softmax(jnp.where(next(order), logits, -jnp.inf))
         return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
