@@ -280,9 +280,9 @@ def main() -> None:
     # On the model's own betas, on which this adapter was trained.
     together = text_to_video(
         pipeline,
-        adapter,
         texts,
-        frames=frames,
+        motion_adapter=adapter,
+        num_frames=frames,
         beta_schedule=None,
         latents=noise,
         batch_size=4,

@@ -3,7 +3,10 @@
     python benchmarks/streaming_parity.py                            # FLUX.1-dev: minutes, 4 GB
     python benchmarks/streaming_parity.py --model flux-schnell --blocks 2+2
     python benchmarks/streaming_parity.py --model flux-2-klein-4b --weights FOLDER/transformer
+    python benchmarks/streaming_parity.py --model hunyuan-video --grid 4x6x10 --text 32
     python benchmarks/streaming_parity.py --model wan-14b --blocks 2
+    python benchmarks/streaming_parity.py --model cosmos-video-7b --blocks 2
+    python benchmarks/streaming_parity.py --model t5-11b --blocks 1 --text 512   # a text encoder
 
 Both models stay without values. Each block in turn is given its values, in PyTorch and here, runs
 on the activations of its own side, and is emptied again; then the activations of both sides are
@@ -20,6 +23,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import importlib
 import math
 import resource
 import sys
@@ -36,13 +40,18 @@ from flax import nnx
 from conceptax.converters.files.weights import find_weights, open_weights
 from conceptax.converters.tensors import TensorSpec, tensor_specs
 from conceptax.flax_models import (
+    cosmos_transformer_3d,
     flux_2_transformer_2d,
     flux_transformer_2d,
+    hunyuan_video_transformer_3d,
+    t5,
     wan_transformer_3d,
 )
 from conceptax.flax_models.abstract import OneKey
+from conceptax.flax_models.cosmos_transformer_3d import CosmosTransformer3DConfig, Time
 from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
+from conceptax.flax_models.hunyuan_video_transformer_3d import HunyuanVideoTransformer3DConfig
 from conceptax.flax_models.layers.joint_attention import JointSequence
 from conceptax.flax_models.layers.modulation import plain_layer_norm
 from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
@@ -114,7 +123,6 @@ def compare(
     Raises:
       ValueError: the blocks do not have the keys and shapes of diffusers' model.
     """
-    import diffusers
     import torch
 
     family = FAMILIES[name]
@@ -122,12 +130,13 @@ def compare(
     rngs = OneKey()
     model = nnx.eval_shape(lambda: family.model(config, rngs=rngs))
     with torch.device("meta"):
-        module = getattr(diffusers, model.pytorch_class)(**config.to_dict()).eval()
+        module = _theirs(model, config).eval()
     streams, blocks = family.blocks(module, config, grid, text)
     parts = {block.name: functools.reduce(_part, block.name.split("."), model) for block in blocks}
     specs = {name: _specs(part) for name, part in parts.items()}
     ours = {_key(name, spec): spec.shape for name, of in specs.items() for spec in of}
-    theirs = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    tied = getattr(model, "pytorch_tied", {})
+    theirs = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in tied}
     if ours != theirs:
         differing = sorted(key for key, _ in ours.items() ^ theirs.items())
         raise ValueError(f"keys or shapes differ from diffusers': {', '.join(differing[:5])}, ...")
@@ -151,6 +160,15 @@ def compare(
             relative = np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-30)
             largest = float(np.abs(difference).max())
             yield Comparison(block.name, stream, largest, float(relative), seconds)
+
+
+def _theirs(model: Any, config: Any) -> Any:
+    """The model of diffusers or transformers of that class, whose config is an object there."""
+    library = importlib.import_module(model.pytorch_library)
+    kind, settings = getattr(library, model.pytorch_class), config.to_dict()
+    if model.pytorch_library == "diffusers":
+        return kind(**settings)
+    return kind(kind.config_class(**settings))
 
 
 def _part(owner: Any, name: str) -> Any:
@@ -251,33 +269,16 @@ def flux(
         guidance = (1000 * s["guidance"],) if guided else ()
         return {"condition": part(s["times"], *guidance, s["pooled"])}
 
-    def double(part: Any, s: Streams) -> Streams:
-        image, words = part(s["image"], s["text"], s["condition"], sequence)
-        return {"image": image, "text": words}
-
-    def single(part: Any, s: Streams) -> Streams:
-        x = part(sequence.join(s["image"], s["text"]), s["condition"], sequence)
-        return dict(zip(("image", "text"), sequence.split(x), strict=True))
-
     def theirs(part: Any, s: Streams) -> Streams:
         words, image = part(s["image"], s["text"], s["condition"], rotary)
         return {"image": image, "text": words}
-
-    def norm(part: Any, s: Streams) -> Streams:
-        return {"output": part(s["image"], s["condition"])}
 
     embedders = [
         Block("time_text_embed", condition, their_condition),
         Block("x_embedder", *(_linear("latents", "image"),) * 2),
         Block("context_embedder", *(_linear("states", "text"),) * 2),
     ]
-    doubles = [Block(f"transformer_blocks.{n}", double, theirs) for n in range(config.num_layers)]
-    singles = [
-        Block(f"single_transformer_blocks.{n}", single, theirs)
-        for n in range(config.num_single_layers)
-    ]
-    last = [Block("norm_out", norm, norm), Block("proj_out", *(_linear("output", "output"),) * 2)]
-    return streams, [*embedders, *doubles, *singles, *last]
+    return streams, [*embedders, *_joint(config, sequence, theirs)]
 
 
 def flux_2(
@@ -340,6 +341,123 @@ def flux_2(
     return streams, [*first, *doubles, *singles, *last]
 
 
+def hunyuan_video(
+    module: Any, config: HunyuanVideoTransformer3DConfig, grid: tuple[int, int, int], text: int
+) -> tuple[Streams, list[Block]]:
+    """HunyuanVideo, the last quarter of whose text is padding."""
+    import torch
+
+    sides = tuple(side * size for side, size in zip(grid, config.patch, strict=True))
+    mask = np.arange(text)[None] < text - text // 4
+    streams = {
+        "latents": _tokens(*sides, config.in_channels, seed=1),
+        "states": _tokens(text, config.text_embed_dim, seed=2),
+        "pooled": _tokens(config.pooled_projection_dim, seed=3),
+        "mask": mask,
+        "times": np.array([500.0], np.float32),
+        "guidance": np.array([6.0], np.float32),
+    }
+    rotary = hunyuan_video_transformer_3d.rotary_of(config, grid, text)
+    sequence = JointSequence(grid, text_first=False, rotary=rotary, mask=jnp.asarray(mask))
+    their_rotary = module.rope(torch.empty(1, 1, *sides))
+    shown = torch.from_numpy(np.pad(mask, ((0, 0), (math.prod(grid), 0)), constant_values=True))
+    guided = config.guidance_embeds
+
+    def condition(part: Any, s: Streams) -> Streams:
+        return {"condition": part(s["times"], s["guidance"], s["pooled"])}
+
+    def their_condition(part: Any, s: Streams) -> Streams:
+        guidance = 1000 * s["guidance"] if guided else None
+        return {"condition": part(s["times"], s["pooled"], guidance)[0]}
+
+    def patches(part: Any, s: Streams) -> Streams:
+        return {"image": part(s["latents"]).reshape(1, -1, config.features)}
+
+    def their_patches(part: Any, s: Streams) -> Streams:
+        return {"image": part(s["latents"].permute(0, 4, 1, 2, 3))}
+
+    def refined(part: Any, s: Streams) -> Streams:
+        return {"text": part(s["states"], s["times"], s["mask"])}
+
+    def theirs(part: Any, s: Streams) -> Streams:
+        sees = shown[:, None, None]
+        image, words = part(s["image"], s["text"], s["condition"], sees, their_rotary)
+        return {"image": image, "text": words}
+
+    first = [
+        Block("time_text_embed", condition, their_condition),
+        Block("x_embedder", patches, their_patches),
+        Block("context_embedder", refined, refined),
+    ]
+    return streams, [*first, *_joint(config, sequence, theirs)]
+
+
+def cosmos(
+    module: Any, config: CosmosTransformer3DConfig, grid: tuple[int, int, int], text: int
+) -> tuple[Streams, list[Block]]:
+    """Cosmos, whose masks are channels of its latents here."""
+    import torch
+
+    sides = tuple(side * size for side, size in zip(grid, config.patch_size, strict=True))
+    channels = config.in_channels + config.concat_padding_mask
+    streams = {
+        "latents": _tokens(*sides, channels, seed=1),
+        "text": _tokens(text, config.text_embed_dim, seed=2),
+        "times": np.array([0.3], np.float32),
+    }
+    rotary = cosmos_transformer_3d.rotary_of(config, grid, jnp.full(1, 24.0))
+    sequence = JointSequence(grid, rotary=rotary, halves=True)
+    their_latents = torch.empty(1, 1, *sides)
+    their_rotary = module.rope(their_latents, fps=24)
+    learnt = config.extra_pos_embed_type is not None
+
+    def patches(part: Any, s: Streams) -> Streams:
+        return {"x": part(s["latents"]).reshape(1, -1, config.features)}
+
+    def their_patches(part: Any, s: Streams) -> Streams:
+        return {"x": part(s["latents"].permute(0, 4, 1, 2, 3)).flatten(1, 3)}
+
+    def positions(part: Any, s: Streams) -> Streams:
+        return {"positions": part(grid)}
+
+    def their_positions(part: Any, s: Streams) -> Streams:
+        return {"positions": part(their_latents)}
+
+    def time(part: Any, s: Streams) -> Streams:
+        return part(s["times"][:, None])._asdict()
+
+    def their_time(part: Any, s: Streams) -> Streams:
+        shared, embedded = part(s["x"], s["times"])
+        return {"shared": shared[:, None], "embedded": embedded[:, None]}
+
+    def block(part: Any, s: Streams) -> Streams:
+        told = Time(s["shared"], s["embedded"])
+        return {"x": part(s["x"], s["text"], told, s.get("positions"), sequence)}
+
+    def their_block(part: Any, s: Streams) -> Streams:
+        told = s["embedded"][:, 0], s["shared"][:, 0]
+        return {"x": part(s["x"], s["text"], *told, their_rotary, s.get("positions"))}
+
+    def norm(part: Any, s: Streams) -> Streams:
+        return {"output": part(s["x"], Time(s["shared"], s["embedded"]))[0]}
+
+    def their_norm(part: Any, s: Streams) -> Streams:
+        return {"output": part(s["x"], s["embedded"][:, 0], s["shared"][:, 0])}
+
+    learned = [Block("learnable_pos_embed", positions, their_positions)] if learnt else []
+    blocks = [
+        Block(f"transformer_blocks.{n}", block, their_block) for n in range(config.num_layers)
+    ]
+    return streams, [
+        Block("patch_embed", patches, their_patches),
+        *learned,
+        Block("time_embed", time, their_time),
+        *blocks,
+        Block("norm_out", norm, their_norm),
+        Block("proj_out", *(_linear("output", "output"),) * 2),
+    ]
+
+
 def wan(
     module: Any, config: WanTransformer3DConfig, grid: tuple[int, int, int], text: int
 ) -> tuple[Streams, list[Block]]:
@@ -394,6 +512,52 @@ def wan(
     ]
 
 
+def t5_encoder(
+    module: Any, config: t5.T5Config, grid: tuple[int, ...], text: int
+) -> tuple[Streams, list[Block]]:
+    """An encoder of texts, whose first block's bias of distances is all blocks'."""
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (1, text))
+
+    def block(part: Any, s: Streams) -> Streams:
+        bias = s["bias"][0] if "bias" in s else None
+        x, bias = part(s["x"], None, bias)
+        return {"x": x, "bias": bias[None]}
+
+    def their_block(part: Any, s: Streams) -> Streams:
+        x, bias, _ = part(s["x"], position_bias=s.get("bias"))
+        return {"x": x, "bias": bias}
+
+    blocks = [Block(f"encoder.block.{n}", block, their_block) for n in range(config.num_layers)]
+    return {"ids": ids}, [
+        Block("shared", *(_linear("ids", "x"),) * 2),
+        *blocks,
+        Block("encoder.final_layer_norm", *(_linear("x", "output"),) * 2),
+    ]
+
+
+def _joint(config: Any, sequence: JointSequence, theirs: Any) -> list[Block]:
+    """FLUX.1's double and single blocks, and what follows."""
+
+    def double(part: Any, s: Streams) -> Streams:
+        image, words = part(s["image"], s["text"], s["condition"], sequence)
+        return {"image": image, "text": words}
+
+    def single(part: Any, s: Streams) -> Streams:
+        x = part(sequence.join(s["image"], s["text"]), s["condition"], sequence)
+        return dict(zip(("image", "text"), sequence.split(x), strict=True))
+
+    def norm(part: Any, s: Streams) -> Streams:
+        return {"output": part(s["image"], s["condition"])}
+
+    doubles = [Block(f"transformer_blocks.{n}", double, theirs) for n in range(config.num_layers)]
+    singles = [
+        Block(f"single_transformer_blocks.{n}", single, theirs)
+        for n in range(config.num_single_layers)
+    ]
+    last = [Block("norm_out", norm, norm), Block("proj_out", *(_linear("output", "output"),) * 2)]
+    return [*doubles, *singles, *last]
+
+
 class Family(NamedTuple):
     """A model class, its function that says its blocks, its published settings by name, and how
     many tokens along each side it is compared on."""
@@ -421,6 +585,28 @@ FAMILIES = {
             "flux-2-klein-9b": Flux2Transformer2DConfig.klein_9b,
             "flux-2-dev": Flux2Transformer2DConfig,
         },
+    ),
+    "hunyuan-video": Family(
+        hunyuan_video_transformer_3d.HunyuanVideoTransformer3DModel,
+        hunyuan_video,
+        {"hunyuan-video": HunyuanVideoTransformer3DConfig},
+        grid=(4, 8, 8),
+    ),
+    "cosmos": Family(
+        cosmos_transformer_3d.CosmosTransformer3DModel,
+        cosmos,
+        {
+            "cosmos-text-7b": CosmosTransformer3DConfig.text_to_world_7b,
+            "cosmos-video-7b": CosmosTransformer3DConfig.video_to_world_7b,
+            "cosmos-text-14b": CosmosTransformer3DConfig.text_to_world_14b,
+            "cosmos-2-video-2b": CosmosTransformer3DConfig.predict2_2b_video_to_world,
+        },
+        grid=(4, 8, 8),
+    ),
+    "t5": Family(
+        t5.T5EncoderModel,
+        t5_encoder,
+        {"t5-11b": t5.T5Config.t5_11b, "t5-xxl": t5.T5Config.xxl},
     ),
     "wan": Family(
         wan_transformer_3d.WanTransformer3DModel,
@@ -458,7 +644,7 @@ def numbers(text: str, by: str) -> tuple[int, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="flux-dev")
-    parser.add_argument("--blocks", help="double + single, such as 2+2; 2 of Wan; by default all")
+    parser.add_argument("--blocks", help="how many, double + single such as 2+2; by default all")
     parser.add_argument("--grid", help="tokens of the image or video; by default 256 in all")
     parser.add_argument("--text", type=int, default=64, help="tokens of the text")
     parser.add_argument("--weights", type=Path, help="a component's folder; by default random")

@@ -46,6 +46,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
     "Flux2KleinPipeline": "flux_2_klein",
+    "HunyuanVideoPipeline": "hunyuan_video",
     "WanPipeline": "wan",
     "CosmosTextToWorldPipeline": "cosmos_text_to_world",
     "CosmosVideoToWorldPipeline": "cosmos_video_to_world",
@@ -76,6 +77,12 @@ _PARTS = {
         "transformer": "Flux2Transformer2DModel",
         "vae": "AutoencoderKLFlux2",
         "text_encoder": "Qwen3ForCausalLM",
+    },
+    "HunyuanVideoPipeline": {
+        "transformer": "HunyuanVideoTransformer3DModel",
+        "vae": "AutoencoderKLHunyuanVideo",
+        "text_encoder": "LlamaModel",
+        "text_encoder_2": "CLIPTextModel",
     },
     "WanPipeline": {
         "transformer": "WanTransformer3DModel",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..kernels.attention import dot_product_attention
+from ..kernels.attention import frame_causal_attention
 from .configs import ModelConfig
 from .layers.attention import Attention
 from .layers.causal_conv import CausalConv3d
@@ -123,9 +123,7 @@ class Upsample(nnx.Module):
         self.conv = Conv(channels, channels, **init)
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B S Y X C"]:
-        for axis, factor in enumerate(self.factors, 1):
-            x = jnp.repeat(x, factor, axis=axis)
-        return self.conv(x[:, self.factors[0] - 1 :])
+        return self.conv.conv.of_doubled(x, self.factors)
 
 
 class ResnetBlock(nnx.Module):
@@ -153,15 +151,10 @@ class AttentionBlock(Attention):
         self.group_norm = group_norm(channels, groups, _EPSILON, **init)
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-        batch, frames, height, width, channels = x.shape
-        tokens = self.group_norm(x).reshape(batch, -1, 1, channels)  # [B, T*H*W, 1, C]
+        tokens = self.group_norm(x).reshape(*x.shape[:2], -1, 1, x.shape[-1])  # [B, T, H*W, 1, C]
         query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        ends = [height * width * (frame + 1) for frame in range(frames)]
-        attended = [  # a frame at a time: keys grow, and no mask is needed
-            dot_product_attention(query[:, end - ends[0] : end], key[:, :end], value[:, :end])
-            for end in ends
-        ]
-        return x + self.to_out[0](jnp.concatenate(attended, 1).reshape(x.shape))
+        attended = frame_causal_attention(query, key, value)
+        return x + self.to_out[0](attended.reshape(x.shape))
 
 
 class MidBlock(nnx.Module):
@@ -231,7 +224,10 @@ class _Coder(nnx.Module):
             config.block_out_channels[-1], groups, attends=config.mid_block_add_attention, **init
         )
         pairs = zip((channels[0], *channels), channels, config.factors, strict=False)
-        blocks = [Block(*ends, layers, groups, factors, up=up, **init) for *ends, factors in pairs]
+        blocks = [
+            Block(first, last, layers, groups, factors, up=up, **init)
+            for first, last, factors in pairs
+        ]
         self.mid_block = middle
         if up:
             self.up_blocks = nnx.List(blocks)

@@ -215,7 +215,7 @@ class TimeEmbedding(nnx.Module):
             timesteps.reshape(-1), self.norm.num_features, flip_sin_to_cos=True, freq_shift=0
         )
         features = features.astype(self.dtype).reshape(*timesteps.shape, -1)
-        return Time(self.t_embedder(features), jax.nn.silu(self.norm(features)))
+        return Time(self.t_embedder(features), self.norm(features))
 
 
 class AdaLayerNorm(nnx.Module):
@@ -233,7 +233,7 @@ class AdaLayerNorm(nnx.Module):
         self.norm = plain_layer_norm(features, **init)
 
     def __call__(self, x: Float[Array, "B N D"], time: Time) -> tuple[Array, ...]:
-        vectors = self.linear_2(self.linear_1(time.embedded))
+        vectors = self.linear_2(self.linear_1(jax.nn.silu(time.embedded)))
         vectors = vectors + time.shared[..., : vectors.shape[-1]]
         if (frames := vectors.shape[1]) > 1:
             vectors = jnp.repeat(vectors, x.shape[1] // frames, axis=1)

@@ -261,3 +261,45 @@ def attention_with_lse(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     query, key = _in_one_dtype(query, key)
     return _attend_in_chunks(query, key, value, mask, False, factor, with_lse=True)
+
+
+def frame_causal_attention(
+    query: Float[Array, "B T N H D"],
+    key: Float[Array, "B T N H D"],
+    value: Float[Array, "B T N H D"],
+) -> Float[Array, "B T N H D"]:
+    """Attention of videos' tokens to those of their own frame and of earlier ones.
+
+    Frames are attended from one by one, to keys that grow, so that nothing is masked.  Large videos
+    where a program is lowered for a CPU take `kernels.gna`, with a neighborhood of all of that, as
+    in `dot_product_attention`.
+
+    Args:
+      query, key, value: tokens of a frame third-to-last, in one dtype.
+    """
+    batch, frames, tokens, heads, features = query.shape
+
+    def grown(query: Array, key: Array, value: Array) -> Array:
+        flat = [x.reshape(batch, -1, heads, features) for x in (key, value)]
+        attended = [
+            dot_product_attention(query[:, t], *(x[:, : (t + 1) * tokens] for x in flat))
+            for t in range(frames)
+        ]
+        return jnp.stack(attended, axis=1)
+
+    def in_cache(query: Array, key: Array, value: Array) -> Array:
+        attended = neighborhood_attention(
+            query, key, value, kernel_size=(frames, tokens), is_causal=(True, False)
+        )
+        assert isinstance(attended, jax.Array)
+        return attended
+
+    known = query.dtype == key.dtype == value.dtype and query.dtype.name in DTYPES
+    if (
+        not known
+        or default_platform() != "cpu"
+        or not _are_many(batch, heads, *2 * (frames, tokens))
+    ):
+        return grown(query, key, value)
+    again = jax.checkpoint(grown)
+    return jax.lax.platform_dependent(query, key, value, cpu=in_cache, default=again)

@@ -8,7 +8,7 @@ from conceptax.methods.glyphs.tokenizer import build_tokenizer
 
 FAMILIES = ("flux-dev", "flux-schnell", "klein", "klein-base", "sd3", "sd3-without-t5")
 # Wan's at downsampling 2, of time too, the others at 4.
-VIDEO_FAMILIES = ("wan", "wan-pair", "cosmos-text", "cosmos-video")
+VIDEO_FAMILIES = ("wan", "wan-pair", "hunyuan", "cosmos-text", "cosmos-video")
 LENGTH = 20  # of CLIP's prompts
 T5_LENGTH = 24
 WORDS = ("three", "red", "on", "brick", "a", "photo", "of")
@@ -59,7 +59,37 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def _clip(kind: str, tokenizer: Any, hidden: int, projection: int) -> Any:
+def llama_tokenizer() -> Any:
+    """A tokenizer of the words of HunyuanVideo's template, each of which is one token, and a few
+    more; it begins texts, and pads them on the right."""
+    import tokenizers
+    import transformers
+    from tokenizers import models, pre_tokenizers, processors
+
+    from conceptax.flax_models.pipelines.hunyuan_video import TEMPLATE
+
+    marks = ["<s>", "<pad>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    split = pre_tokenizers.Whitespace()
+    words = [word for word, _ in split.pre_tokenize_str(TEMPLATE)]
+    words = list(dict.fromkeys([*marks, "<unk>", *words, *WORDS]))
+    model = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens(marks)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="right",
+        model_max_length=512,
+    )
+
+
+def _clip(kind: str, tokenizer: Any, hidden: int, projection: int, length: int = LENGTH) -> Any:
     import transformers
 
     config = transformers.CLIPTextConfig(
@@ -72,7 +102,7 @@ def _clip(kind: str, tokenizer: Any, hidden: int, projection: int) -> Any:
         projection_dim=projection,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
     )
     return getattr(transformers, kind)(config).eval()
 
@@ -231,6 +261,52 @@ def _wan(pair: bool) -> Any:
     )
 
 
+def _hunyuan() -> Any:
+    import diffusers
+    import transformers
+
+    tokenizer, clip = llama_tokenizer(), build_tokenizer(max_length=77)
+    llama = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=4,  # of which the first two are read
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        pooled_projection_dim=16,
+        rope_axes_dim=(4, 4, 4),
+    )
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8,) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=4,
+    )
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=transformers.LlamaModel(llama).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=_clip("CLIPTextModel", clip, 16, 16, 77),
+        tokenizer_2=clip,
+    )
+
+
 def safety_checker() -> Any:
     """One to which all is safe, in the place of Cosmos' own, which is another package's."""
 
@@ -296,6 +372,7 @@ _MADE = {
     "sd3-without-t5": lambda: _sd3(False),
     "wan": lambda: _wan(False),
     "wan-pair": lambda: _wan(True),
+    "hunyuan": _hunyuan,
     "cosmos-text": lambda: _cosmos(False),
     "cosmos-video": lambda: _cosmos(True),
 }

@@ -11,17 +11,27 @@ What precedes the first frame, and what surrounds a frame, differs between the a
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ...kernels.convolution import convolve_video
+from ...kernels.convolution import convolve_video, halves
 
 Borders = Literal["edge", "zeros"]
 
 
 def _three(sizes: int | tuple[int, int, int]) -> tuple[int, int, int]:
     return (sizes, sizes, sizes) if isinstance(sizes, int) else sizes
+
+
+def _alternating(first: Array, second: Array, axis: int, size: int) -> Array:
+    """Two arrays that take turns along an axis; in space, the second starts one pixel later."""
+    starts = zip((first, second), (0, int(axis > 1)), strict=True)
+    pair = [jax.lax.slice_in_dim(x, start, start + size, axis=axis) for x, start in starts]
+    return jnp.stack(pair, axis + 1).reshape(
+        *first.shape[:axis], 2 * size, *first.shape[axis + 1 :]
+    )
 
 
 class CausalConv3d(nnx.Conv):
@@ -101,3 +111,40 @@ class CausalConv3d(nnx.Conv):
         if self.space == "edge" and any(map(any, self.around)):
             y = jnp.pad(x, ((0, 0), (0, 0), *self.around, (0, 0)), mode="edge")
         return super().__call__(y), x[:, x.shape[1] - self.before :]
+
+    def of_doubled(
+        self, x: Float[Array, "B T H W C"], factors: tuple[int, int, int]
+    ) -> Float[Array, "B S Y X D"]:
+        """The convolution of a video whose pixels and frames are doubled, its first frame is not.
+
+        It is done from the video as it is.  Each of the eight pixels that come of one sees 2x2x2
+        others, and the kernel's taps that meet there add up: 8 products, the doubled takes 27.
+
+        Args:
+          x: what to double, for a kernel of 3x3x3 and borders that repeat.
+          factors: 2 or 1 along time, height and width, 1 for what stays as it is.
+        """
+        assert self.kernel_size == (3, 3, 3) and self.time == self.space == "edge"
+        assert self.bias is not None
+        x, kernel, bias = self.promote_dtype(
+            (x, self.kernel[...], self.bias[...]), dtype=self.dtype
+        )
+        kernels = [kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))]
+        for axis, factor in enumerate(factors):
+            if factor == 2:  # of two frames the first sees more of those before
+                step = -1 if axis == 0 else 1
+                kernels = [half for each in kernels for half in halves(each, axis)[::step]]
+        y = convolve_video(
+            jnp.pad(x, ((0, 0), (3 - factors[0], 0), *((1, 1),) * 2, (0, 0)), mode="edge"),
+            jnp.concatenate(kernels, -1).astype(kernel.dtype),
+            (1, 1, 1),
+            ((0, 0),) * 3,
+            precision=self.precision,
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        )
+        parts = jnp.split(y, len(kernels), -1)
+        for axis in (3, 2, 1):
+            if factors[axis - 1] == 2:
+                pairs = zip(parts[::2], parts[1::2], strict=True)
+                parts = [_alternating(*pair, axis, x.shape[axis]) for pair in pairs]
+        return parts[0][:, factors[0] - 1 :] + bias

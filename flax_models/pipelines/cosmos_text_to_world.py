@@ -17,6 +17,8 @@ from .guidance import Predictor, classifier_free
 from .tokenizers import masked_tokenize
 from .video import PaddedTextEncoder, VideoPipeline, VideoSize
 
+EDM_CLASS = "EDMEulerScheduler"
+
 
 @dataclasses.dataclass
 class CosmosTextToWorldPipeline(VideoPipeline):
@@ -58,6 +60,21 @@ class CosmosTextToWorldPipeline(VideoPipeline):
     def data_scale(self) -> float:
         """The standard deviation of what the transformer's latents are without noise."""
         return float(self.scheduler_config.get("sigma_data", 0.5))
+
+    @property
+    def schedule_config(self) -> Mapping[str, Any]:
+        """The scheduler's settings.
+
+        Raises:
+          ValueError: they are not of EDM's steps, which Predict1's transformers were trained for.
+        """
+        kind = self.scheduler_config.get("_class_name")
+        if kind != EDM_CLASS:
+            raise ValueError(
+                f"Cosmos-Predict1 is drawn with by the steps of an {EDM_CLASS}, received {kind}: "
+                "Predict2, whose steps are others, is converted, but not drawn with."
+            )
+        return super().schedule_config
 
     @property
     def prompt_encoder(self) -> PaddedTextEncoder | None:

@@ -43,16 +43,21 @@ def tokenize(
 
 
 def masked_tokenize(
-    tokenizer: Any, prompts: Sequence[str], length: int, *, texts: Sequence[str] | None = None
+    tokenizer: Any,
+    prompts: Sequence[str],
+    length: int,
+    *,
+    texts: Sequence[str] | None = None,
+    **options: Any,
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
     """Token ids int32 [B, L], padded to L = `length`, and 1 where they are no padding.
 
-    `texts` are the prompts in their templates, where they have such. What is longer is cut, with a
-    warning that names the part which is lost.
+    `texts` are the prompts in their templates, where they have such, and `options` the tokenizer's.
+    What is longer is cut, with a warning that names the part which is lost.
     """
     behind = "" if texts is None else " with its template"
     texts = list(prompts if texts is None else texts)
-    found = tokenizer(texts, padding="max_length", truncation=True, max_length=length)
+    found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, **options)
     ids, mask = (np.asarray(found[name], np.int32) for name in ("input_ids", "attention_mask"))
     for prompt, kept, whole in zip(prompts, ids, tokenizer(texts)["input_ids"], strict=True):
         if len(whole) > length:

@@ -155,14 +155,15 @@ def sample_latents(
     carry = _start(noise, sampler, keys)
     for phase, steps in _spans(phases, sampler.num_steps):
         model = nnx.merge(phase.denoiser, params[phase.part])
-        given = (condition, negative, sampler, guidance_scale, keys)
+        given = (predictor, model, condition, negative, sampler, guidance_scale, keys)
+        one = functools.partial(_step, *given)
         if is_streamed(model):
             for i in steps:
-                carry = _step(predictor, model, *given, carry, i)
+                carry = one(carry, i)
             continue
 
-        def step(carry: Any, i: Array, model: Any = model, given: Any = given) -> tuple[Any, None]:
-            return _step(predictor, model, *given, carry, i), None
+        def step(carry: Any, i: Array, one: Any = one) -> tuple[Any, None]:
+            return one(carry, i), None
 
         carry = jax.lax.scan(step, carry, jnp.asarray(steps))[0]
     return carry[0]

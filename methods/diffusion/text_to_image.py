@@ -267,7 +267,9 @@ class TextToImage:
             )
         parts = 1 if together is None else together.shape[AXIS]
         if together is not None:
-            require_shares(together, shape, self.pipeline.PATCH if len(shape) == 3 else 1)
+            video = isinstance(self.pipeline, VideoPipeline)
+            frames = self.pipeline.vae.config.temporal_downsampling if video else None
+            require_shares(together, shape, 1 if video else self.pipeline.PATCH, frames)
         tiling = self._require_memory(shape, total, each, devices, guided, parts)
         ids = self._token_ids(prompts)
         negative = None
@@ -409,9 +411,10 @@ class TextToImage:
         self, conditioning: UInt8[np.ndarray, "K Y X 3"] | None, shape: tuple[int, ...]
     ) -> Any:
         """What a family's models are told of the frames that a video begins with."""
-        takes = isinstance(self.pipeline, VideoPipeline) and self.pipeline.TAKES_FRAMES
+        pipeline: Any = self.pipeline
+        takes = isinstance(pipeline, VideoPipeline) and pipeline.TAKES_FRAMES
         if takes != (conditioning is not None):
-            name = type(self.pipeline).__name__
+            name = type(pipeline).__name__
             raise ValueError(
                 f"{name} goes on from frames: pass an image or a video as conditioning."
                 if takes
@@ -421,7 +424,7 @@ class TextToImage:
             return None
         factor = self.static.downsampling
         size = (shape[-3] * factor, shape[-2] * factor)
-        frames, count = self.pipeline.conditioning_frames(conditioning, shape[0], size)
+        frames, count = pipeline.conditioning_frames(conditioning, shape[0], size)
         return _encode_frames(self.static, self.params["vae"], frames), count
 
     def _fingerprints(self, static: PipelineStatic, **arrays: Any) -> dict[str, str | None]:
@@ -532,7 +535,8 @@ class TextToImage:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_frames(static: PipelineStatic, params: Any, frames: Float[Array, "1 F H W 3"]) -> Array:
-    return static.family.encode_frames(nnx.merge(static.vae, params), frames) * static.data_scale
+    family: Any = static.family
+    return family.encode_frames(nnx.merge(static.vae, params), frames) * static.data_scale
 
 
 def _digest(*parts: bytes) -> str:

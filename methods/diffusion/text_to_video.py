@@ -97,27 +97,27 @@ def text_to_video(
       TypeError: no prompts, or more arguments.
       ValueError: an image pipeline without a motion adapter, or a video pipeline with one.
     """
-    names = ["prompts"] if isinstance(prompts, str) or prompts is not None else []
-    rest = list(arguments)
-    if rest and isinstance(rest[0], MotionAdapter):
-        adapter = rest.pop(0)
-    if len(rest) + len(names) != 1:
-        raise TypeError(f"text_to_video takes prompts once; got {len(rest) + len(names)} of them.")
-    texts = prompts if names else rest[0]
+    texts: list[Any] = [*arguments, *([] if prompts is None else [prompts])]
+    if texts and isinstance(texts[0], MotionAdapter):
+        adapter = texts.pop(0)
+    if len(texts) != 1:
+        raise TypeError(f"text_to_video takes prompts once; got them {len(texts)} times.")
+    (text,) = texts
     motion_adapter = adapter if motion_adapter is None else motion_adapter
     num_frames = frames if num_frames is None else num_frames
-    own = isinstance(pipeline, VideoPipeline)
-    if own == (motion_adapter is not None):
-        raise ValueError(
-            f"{type(pipeline).__name__} draws videos by itself: leave out motion_adapter."
-            if own
-            else f"{type(pipeline).__name__} draws images: pass a motion_adapter for videos."
-        )
     if isinstance(pipeline, VideoPipeline):
+        if motion_adapter is not None:
+            raise ValueError(
+                f"{type(pipeline).__name__} draws videos by itself: leave out motion_adapter."
+            )
         drawer = TextToImage.from_pipeline(
             pipeline, vae_tiling=vae_tiling, attention=attention, dense_steps=dense_steps
         )
-        return drawer(texts, num_frames=num_frames, batch_size=batch_size, **options)
+        return drawer(text, num_frames=num_frames, batch_size=batch_size, **options)
+    if motion_adapter is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} draws images: pass a motion_adapter for videos."
+        )
     if attention is not None or dense_steps or vae_tiling:
         raise ValueError(
             "videos of a motion adapter are drawn dense and decoded whole: leave out attention, "
@@ -129,4 +129,4 @@ def text_to_video(
         frames=16 if num_frames is None else num_frames,
         beta_schedule=beta_schedule,
     )
-    return drawer(texts, batch_size=batch_size, **{"sampler": "ddim", **options})
+    return drawer(text, batch_size=batch_size, **{"sampler": "ddim", **options})

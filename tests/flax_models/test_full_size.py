@@ -15,6 +15,7 @@ from flax import nnx
 
 from conceptax.converters import load_pytorch
 from conceptax.converters.tensors import tensor_specs
+from conceptax.flax_models.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideoConfig
 from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWanConfig
 from conceptax.flax_models.dit_transformer_2d import (
     GNA,
@@ -298,3 +299,37 @@ def test_wan_autoencoder(version, torch, tmp_path):
             received = run(state, video, expected[0])
         for ours, theirs in zip(received, expected, strict=True):
             assert relative(np.asarray(ours), theirs) < TOLERANCE
+
+
+def test_hunyuan_video_autoencoder(torch, tmp_path):
+    """Nine frames of 64x64, and five latent frames, which are decoded in two pieces."""
+    import diffusers
+
+    rng = np.random.default_rng(0)
+    video = rng.standard_normal((1, 9, 64, 64, 3), np.float32).clip(-1, 1)
+    latents = rng.standard_normal((1, 5, 8, 8, 16), np.float32)
+    torch.manual_seed(0)
+    module = diffusers.AutoencoderKLHunyuanVideo().eval()
+    module.save_pretrained(tmp_path / "vae")
+    with torch.no_grad():
+        posterior = module.encode(torch.tensor(video).permute(0, 4, 1, 2, 3)).latent_dist
+        decoded = module.decode(torch.tensor(latents).permute(0, 4, 1, 2, 3)).sample
+    parts = (posterior.mean, posterior.logvar, decoded)
+    expected = [x.permute(0, 2, 3, 4, 1).numpy().copy() for x in parts]
+    del module, posterior, decoded, parts
+    gc.collect()
+
+    model = load_pytorch(tmp_path / "vae")
+    assert model.config == AutoencoderKLHunyuanVideoConfig()
+    graphdef, state = nnx.split(model)
+    del model
+
+    @jax.jit
+    def run(state, video, latents):
+        model = nnx.merge(graphdef, state)
+        return *model.encode(video), model.decode(latents)
+
+    with jax.default_matmul_precision("highest"):
+        received = run(state, video, latents)
+    for ours, theirs in zip(received, expected, strict=True):
+        assert relative(np.asarray(ours), theirs) < TOLERANCE

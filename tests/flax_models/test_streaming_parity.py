@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from conceptax.flax_models.cosmos_transformer_3d import CosmosTransformer3DConfig
 from conceptax.flax_models.flux_2_transformer_2d import Flux2Transformer2DConfig
 from conceptax.flax_models.flux_transformer_2d import FluxTransformer2DConfig
+from conceptax.flax_models.hunyuan_video_transformer_3d import HunyuanVideoTransformer3DConfig
+from conceptax.flax_models.t5 import T5Config
 from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig
 
 SMALL = {
@@ -21,6 +24,29 @@ CONFIGS = {
         **SMALL, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8), guidance_embeds=True
     ),
     "flux-2": Flux2Transformer2DConfig(**SMALL, axes_dims_rope=(2, 4, 4, 6)),
+    "hunyuan-video": HunyuanVideoTransformer3DConfig(
+        **{key: value for key, value in SMALL.items() if key != "joint_attention_dim"},
+        out_channels=3,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        pooled_projection_dim=10,
+        rope_axes_dim=(4, 4, 8),
+    ),
+}
+# What has blocks of one kind, the last of which is named.
+PLAIN = {
+    "cosmos": (
+        CosmosTransformer3DConfig(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=2,
+            text_embed_dim=10,
+            adaln_lora_dim=4,
+            max_size=(4, 16, 16),
+        ),
+        "transformer_blocks.1",
+    ),
+    "t5": (T5Config(vocab_size=9, d_model=8, d_kv=6, d_ff=12, num_layers=2), "encoder.block.1"),
 }
 SIZES = {"grid": (2, 3), "text": 4}
 
@@ -42,7 +68,8 @@ def values(streaming):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_small_models_agree(name, streaming, values, capsys):
-    compared = list(streaming.compare(name, CONFIGS[name], values, **SIZES))
+    sizes = SIZES | ({"grid": (2, 1, 3)} if name == "hunyuan-video" else {})
+    compared = list(streaming.compare(name, CONFIGS[name], values, **sizes))
     assert max(each.relative for each in compared) < 1e-5
     assert {each.block for each in compared} >= {
         "transformer_blocks.1",
@@ -51,6 +78,15 @@ def test_small_models_agree(name, streaming, values, capsys):
     }
     assert streaming.report(iter(compared), 1e-5) is None
     assert capsys.readouterr().out.count("transformer_blocks.0") == 4  # image and text
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_small_models_of_equal_blocks_agree(name, streaming, values):
+    config, last = PLAIN[name]
+    grid = (2, 1, 3) if name == "cosmos" else None
+    compared = list(streaming.compare(name, config, values, grid=grid, text=4))
+    assert max(each.relative for each in compared) < 1e-5
+    assert [each.block for each in compared].count(last) == (1 if name == "cosmos" else 2)
 
 
 def test_a_small_wan_agrees(streaming, values):

@@ -50,7 +50,6 @@ RUNS = {
     ),
     "flax_models/test_models.py": (
         "flax_models",
-        "flax_models.layers",
         "flax_models.pipelines",
         "flax_models.layers.embeddings",
         "flax_models.layers.transformer",
@@ -65,7 +64,7 @@ RUNS = {
         "kernels.gna.backends.triton_geometry",
         "kernels.gna.backends.triton_kernels",
     ),
-    "kernels/gna/test_simulator.py": ("reporting.gna_pictures", "reporting.gna_tables"),
+    "kernels/gna/test_simulator.py": ("reporting.gna_pictures",),
     "methods/erasing/test_erasing.py": ("methods.settings", "methods.text"),
     "methods/erasing/test_sage.py": ("methods.vectors",),
     "methods/evaluation/test_evaluation.py": ("reporting.evaluating", "reporting.evaluation"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conceptax.kernels import attention
-from conceptax.kernels.attention import dot_product_attention
+from conceptax.kernels.attention import dot_product_attention, frame_causal_attention
 
 FORWARD, BACKWARD = "custom_call @__cudnn$fmhaSoftmax(", "custom_call @__cudnn$fmhaSoftmaxBackward("
 FLUX_4K = (1, 256**2 + 512, 24, 128)
@@ -150,3 +150,25 @@ def test_chunks_are_exported_with_any_batch():
     exported = jax.export.export(jax.jit(dot_product_attention), platforms=("cpu", "cuda"))
     text = exported(query, keys, keys).mlir_module()
     assert "1x256x4096xf32>" in text and "4099x4096xf32>" not in text
+
+
+@pytest.mark.parametrize("many", [1, 1 << 30])
+def test_frames_attend_to_themselves_and_earlier_ones(many, monkeypatch):
+    monkeypatch.setattr(attention, "_MANY_LOGITS", many)
+    operands = [
+        jax.random.normal(key, (2, 3, 5, 2, 4)) for key in jax.random.split(jax.random.key(0), 3)
+    ]
+    frames = jnp.repeat(jnp.arange(3), 5)
+    mask = (frames[None] <= frames[:, None])[None, None]
+
+    def masked(*operands):
+        flat = (x.reshape(2, 15, 2, 4) for x in operands)
+        return attention._attend(*flat, mask, 0.5).reshape(2, 3, 5, 2, 4)
+
+    def both(function):
+        out, pull = jax.vjp(function, *operands)
+        return out, *pull(jnp.cos(jnp.arange(float(out.size))).reshape(out.shape))
+
+    received = both(jax.jit(frame_causal_attention))
+    for one, other in zip(received, both(masked), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)

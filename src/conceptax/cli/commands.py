@@ -144,10 +144,12 @@ COMMANDS = {
             'conceptax sample --prompt "a red three on brick"',
             'conceptax sample --model erased --prompt "a street by van gogh" --count 4 --seed 7',
             "conceptax sample --model path/to/sd --prompts prompts.txt --output drawn",
+            'conceptax sample --model path/to/wan --prompt "a cat walks" --frames 61 '
+            "--output clip.mp4",
         ),
         (
             *("--prompt", "--prompts", "--model", "--output", "--count", "--seed"),
-            *("--steps", "--guidance", "--sampler", "--add", "--force"),
+            *("--steps", "--guidance", "--sampler", "--size", "--frames", "--add", "--force"),
         ),
     ),
     "convert": Declared(

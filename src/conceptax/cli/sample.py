@@ -254,6 +254,7 @@ def _check_output(command: Command, output: Path, count: int, family: Any) -> No
     unfit = {
         "--batch-size": command.batch_size != Command.batch_size,
     }
+    named = getattr(family, "__name__", "")
     if family is None:
         unfit = {
             "--sampler": command.sampler not in (None, "ddim"),
@@ -270,7 +271,7 @@ def _check_output(command: Command, output: Path, count: int, family: Any) -> No
             "--motion-adapter": command.motion_adapter is not None,
             "--betas": command.betas != Command.betas,
         }
-        how = f"{family.__name__} draws videos by itself, one by one"
+        how = f"{named} draws videos by itself, one by one"
     if given := ", ".join(option for option, is_given in unfit.items() if is_given):
         raise ValueError(f"{how}: leave out {given}.")
     if command.fps is not None and command.fps < 1:
@@ -278,13 +279,13 @@ def _check_output(command: Command, output: Path, count: int, family: Any) -> No
     if command.png and suffix:
         raise ValueError("--png is for an --output that is a folder: its frames are put there.")
     begins = [name for name in ("image", "video") if getattr(command, name) is not None]
-    takes = family is not None and family.TAKES_FRAMES
+    takes = getattr(family, "TAKES_FRAMES", False)
     if len(begins) != takes:
         given = " and ".join(f"--{name}" for name in begins)
         raise ValueError(
-            f"{family.__name__} goes on from frames: pass one of --image and --video."
+            f"{named} goes on from frames: pass one of --image and --video."
             if takes
-            else f"{family.__name__} draws from texts alone: leave out {given}."
+            else f"{named} draws from texts alone: leave out {given}."
         )
     if suffix != ".gif":
         encoder()

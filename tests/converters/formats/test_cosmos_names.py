@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from filled_models import filled, weights
 
-from conceptax.converters import CheckpointError, inspect_checkpoint, save_single_file
+from conceptax.converters import (
+    CheckpointError,
+    inspect_checkpoint,
+    load_pytorch,
+    save_single_file,
+)
 from conceptax.converters.files.safetensors_file import PendingTensor, StoredTensor
 from conceptax.converters.formats.compvis import build_parts, open_single_file
 from conceptax.converters.formats.compvis_parts import read_single_file
@@ -23,6 +28,7 @@ from conceptax.flax_models.cosmos_transformer_3d import (
     CosmosTransformer3DConfig,
     CosmosTransformer3DModel,
 )
+from conceptax.methods.sampling import EDMSchedule
 
 FLOATS = {"dtype": np.float32, "param_dtype": None, "sharding": None}
 PUBLISHED = {
@@ -186,6 +192,31 @@ def test_both_in_one_file(tmp_path):
     assert (file.kind, file.unknown) == ("single file of Cosmos Predict1 Text2World", [])
     for name, found in build_parts(file, str(path), list(models), **FLOATS).items():
         same(models[name], found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "drawn"),
+    [
+        ({"in_channels": 17}, "CosmosVideoToWorldPipeline", True),
+        ({"extra_pos_embed_type": None}, "Cosmos2TextToImagePipeline", False),
+    ],
+)
+def test_a_pipeline_is_made_of_it(kind, named, drawn, tmp_path):
+    from safetensors.numpy import save_file
+
+    config = dataclasses.replace(SMALL, **kind)
+    content = original(filled(CosmosTransformer3DModel, config), cosmos_names(config.to_dict()))
+    path = tmp_path / "model.safetensors"
+    save_file({f"net.{key}": value for key, value in content.items()}, path)
+    pipeline = load_pytorch(path)
+    assert pipeline.model_index["_class_name"] == named
+    assert type(pipeline).__name__ == (named if drawn else "CosmosTextToWorldPipeline")
+    if drawn:
+        schedule = EDMSchedule.from_config(pipeline.schedule_config)
+        assert (schedule.final_sigmas_type, schedule.sigma_data) == ("sigma_min", 0.5)
+    else:
+        with pytest.raises(ValueError, match="Predict2, whose steps are others, is converted"):
+            _ = pipeline.schedule_config
 
 
 @pytest.mark.parametrize("prefix", ["net.", "diffusion_model.", "transformer."])

@@ -68,6 +68,18 @@ def test_a_video_in_pieces_is_the_whole(options, first):
         conv(x, x[:, :4])
 
 
+@pytest.mark.parametrize("factors", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
+def test_a_doubled_video_is_convolved_before_it_is_doubled(factors):
+    conv = CausalConv3d(3, 4, 3, time="edge", space="edge", rngs=nnx.Rngs(0))
+    conv.bias.set_value(jnp.arange(4.0))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5, 3))
+    doubled = x
+    for axis, factor in enumerate(factors, 1):
+        doubled = jnp.repeat(doubled, factor, axis=axis)
+    expected = conv(doubled[:, factors[0] - 1 :])
+    np.testing.assert_allclose(conv.of_doubled(x, factors), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("size", "sides"), [((3, 3, 3), (3, 27, 26)), ((2, 1, 1), (4, 9, 300))])
 def test_a_large_video_is_convolved_by_products(size, sides):
     conv = CausalConv3d(16, 5, size, rngs=nnx.Rngs(0))

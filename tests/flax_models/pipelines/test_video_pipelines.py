@@ -20,9 +20,12 @@ from conceptax.converters import CheckpointError, load_pytorch, save_pytorch
 from conceptax.flax_models.layers.attention import GNA
 from conceptax.flax_models.pipelines.cosmos_text_to_world import CosmosTextToWorldPipeline
 from conceptax.flax_models.pipelines.cosmos_video_to_world import CosmosVideoToWorldPipeline
+from conceptax.flax_models.pipelines.hunyuan_video import HunyuanVideoPipeline
 from conceptax.flax_models.pipelines.video import VideoPipeline
 from conceptax.flax_models.pipelines.wan import WanPipeline, cleaned
 from conceptax.flax_models.unet_motion import MotionAdapter, MotionAdapterConfig
+from conceptax.methods import memory
+from conceptax.methods.diffusion import text_to_image
 from conceptax.methods.diffusion.generation import image_keys
 from conceptax.methods.diffusion.text_to_image import TextToImage
 
@@ -51,6 +54,7 @@ COSMOS = {"defaults": (36, 7.0), "size": (121, 704, 1280, 30), "guidance": 7.0, 
 EXPECTED = {
     "wan": Expected(WanPipeline, (50, 5.0), (81, 480, 832, 16), 2),
     "wan-pair": Expected(WanPipeline, (40, (4.0, 3.0)), (81, 720, 1280, 16), 2, (4.0, 3.0)),
+    "hunyuan": Expected(HunyuanVideoPipeline, (50, 6.0), (129, 720, 1280, 24), guidance=6.0),
     "cosmos-text": Expected(CosmosTextToWorldPipeline, **COSMOS),
     "cosmos-video": Expected(CosmosVideoToWorldPipeline, **COSMOS),
 }
@@ -96,10 +100,11 @@ def frames_of(family, pipeline, drawn, monkeypatch):
         module = sys.modules[type(pipeline).__module__]
         fixed = torch.from_numpy(noise.copy())[None]
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: fixed)
+    if "hunyuan" not in family:
+        options["negative_prompt"] = [""]
     with torch.no_grad():
         return pipeline(
             prompt=[PROMPT],
-            negative_prompt=[""],
             max_sequence_length=LENGTH,
             output_type="np",
             **options,
@@ -219,7 +224,7 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
         draw(ours, PROMPT, motion_adapter=MotionAdapter(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="transformer_2, which was not loaded"):
         draw(dataclasses.replace(ours, transformer_2=None), PROMPT)
-    with pytest.raises(TypeError, match="takes prompts once; got 0"):
+    with pytest.raises(TypeError, match="takes prompts once; got them 0 times"):
         draw(ours)
     with pytest.warns(UserWarning, match="ignored: "):
         ours.tokenize(["three " * 100])
@@ -228,6 +233,46 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
     shutil.rmtree(broken / "transformer_2")
     with pytest.raises(CheckpointError, match="transformer_2"):
         load_pytorch(broken)
+
+
+@pytest.mark.parametrize("both", ["wan"], indirect=True)
+def test_wan_that_expands_timesteps_draws_the_same_from_text(both, drawn, monkeypatch):
+    """They tell every token the time, which is the same for all without an image."""
+    _, theirs, _, ours = both
+    ours = dataclasses.replace(ours, model_index={**ours.model_index, "expand_timesteps": True})
+    assert ours.video_size == (121, 704, 1280, 24)
+    theirs.register_to_config(expand_timesteps=True)
+    expected = frames_of("wan", theirs, drawn, monkeypatch)
+    theirs.register_to_config(expand_timesteps=False)
+    with jax.default_matmul_precision("highest"):
+        videos = conceptax.text_to_video(ours, PROMPT, **drawn)
+    assert np.abs(videos.astype(int) - np.round(expected * 255).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("both", ["wan-pair"], indirect=True)
+def test_streamed_models_draw_the_same(both, drawn):
+    _, _, folder, ours = both
+    streamed = dataclasses.replace(load_pytorch(folder, stream=True), max_sequence_length=LENGTH)
+    videos = conceptax.text_to_video(streamed, PROMPT, **drawn)
+    whole = conceptax.text_to_video(ours, PROMPT, **drawn)
+    assert np.abs(videos.astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("both", ["wan"], indirect=True)
+def test_what_memory_asks_for_is_told(both, monkeypatch):
+    drawer = TextToImage.from_pipeline(both[3])
+    free = [2e7]
+    for module in (memory, text_to_image):
+        monkeypatch.setattr(module, "available_memory", lambda **_: int(free[0]))
+    with pytest.raises(memory.NotEnoughMemoryError, match=r"5 frames, 1 at .* or fewer frames\."):
+        drawer([PROMPT], height=1024, width=1024, num_frames=5)
+    # Of 3 x 256 x 256 tokens 5 arrays of 24 features take 94 MB; two frames of 1024 x 1024 pixels
+    # and 8 channels, and the pixels of five, 130 MB, and those of a tile 67 MB.
+    free[0] = 1e8
+    with pytest.warns(UserWarning, match="1024x1024 pixels and 5 frames is decoded in tiles"):
+        assert drawer._require_memory((3, 512, 512, 4), 1, 1, 1, False)
+    free[0] = 1.4e8
+    assert not drawer._require_memory((3, 512, 512, 4), 1, 1, 1, False)
 
 
 def test_prompts_of_wan_are_cleaned():
