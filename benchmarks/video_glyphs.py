@@ -42,6 +42,7 @@ from _flow_study import (
     tenth,
     time_table,
 )
+from PIL import Image
 from scipy import ndimage
 from transformer_speed import preset_of
 
@@ -136,10 +137,10 @@ class Study:
     layers: int = 6
     heads: int = 3
     clips: int = 2000
-    image_steps: int = 1600
+    image_steps: int = 2400
     image_batch: int = 24
     image_rate: float = 2e-3
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 4
     learning_rate: float = 1.5e-3
     ema: float = 0.995
@@ -479,7 +480,7 @@ in *all three*, clip by clip from the same prompt and noise, with a 95 % interva
 that of rendered clips; *background* is by how much the median pixel changes from frame to frame,
 of 255. *Rendered* are clips of the same prompts in handwriting that no model saw, *autoencoded*
 these after the autoencoder."""
-PICTURED = 5  # prompts of the GIF
+PICTURED, SHRUNK = 4, 96  # prompts of the GIF; pixels along a side of a frame there
 
 
 def page(record: Mapping[str, Any], path: Path, world: ClipWorld) -> str:
@@ -511,10 +512,13 @@ def page(record: Mapping[str, Any], path: Path, world: ClipWorld) -> str:
 
 def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
     """One video [F,H,W,3]: a row of clips for each cell; a column shares prompt and noise."""
-    around = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
-    lines = [
-        np.concatenate(np.pad(row, around, constant_values=255), axis=2) for row in map(list, rows)
-    ]
+    small = (SHRUNK, SHRUNK)
+
+    def shrunk(clip: np.ndarray) -> np.ndarray:
+        frames = [np.asarray(Image.fromarray(frame).resize(small)) for frame in clip]
+        return np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+
+    lines = [np.concatenate([shrunk(clip) for clip in row], axis=2) for row in rows]
     return np.concatenate(lines, axis=1)
 
 

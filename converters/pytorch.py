@@ -79,8 +79,8 @@ def load_pytorch(
     **model_options: Any,
 ) -> Any:
     """Load a component folder, a pipeline folder, one weight file beside its `config.json`, a
-    single file of Stable Diffusion or FLUX (`.ckpt`, `.safetensors`, `.gguf`, with the publisher's
-    names), or one of OpenCLIP (with a ConvNeXt tower), MAFT+ or FC-CLIP.
+    single file of Stable Diffusion, FLUX or HunyuanVideo (`.ckpt`, `.safetensors`, `.pt`, `.gguf`,
+    with the publisher's names), or one of OpenCLIP (with a ConvNeXt tower), MAFT+ or FC-CLIP.
 
     The weights may be `.safetensors`, several of them behind an index, `.bin` pickles (these need
     torch; nothing in them is executed), or Flax's `.msgpack` of earlier versions.  They are

@@ -80,21 +80,27 @@ class ContextParallel(nnx.Module):
         return spread(state, latents, times, condition)
 
 
-def require_shares(mesh: Mesh, shape: tuple[int, ...], patch: int) -> None:
+def require_shares(
+    mesh: Mesh, shape: tuple[int, ...], patch: int, frames: int | None = None
+) -> None:
     """Raise ValueError unless the devices of a mesh can have as many tokens each.
 
     Args:
       mesh: with an axis `context`.
       shape: of the latents of a video [T, h, w, C], or an image [h, w, C].
       patch: latents along the first dimension that are a token.
+      frames: of a video, for each of its latents but the first, where it is asked for by them.
     """
     devices, count = mesh.shape[AXIS], shape[0]
     each = devices * patch
     if count % each:
-        fitting = [str(n) for n in (count // each * each, (count // each + 1) * each) if n]
+        fitting = [n for n in (count // each * each, (count // each + 1) * each) if n]
+        said = " or ".join(map(str, fitting))
+        if frames is not None:
+            said += f", {' or '.join(str((n - 1) * frames + 1) for n in fitting)} frames of video"
         raise ValueError(
             f"{devices} devices cannot share the {count} {'frames' if len(shape) == 4 else 'rows'} "
-            f"of these latents alike: take {' or '.join(fitting)}, or another number of devices."
+            f"of these latents alike: take {said}, or another number of devices."
         )
 
 

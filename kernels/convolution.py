@@ -132,6 +132,7 @@ def _tap_products(
     x: Array, kernel: Array, padding: tuple[tuple[int, int], ...], precision: jax.lax.PrecisionLike
 ) -> Array:
     """Of a few rows at a time, the sum of the kernel's taps times the pixels that they see."""
+    anything = x[0, 0, 0, 0, 0]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, *sides, channels = x.shape
     depth, height, width, _, features = kernel.shape
@@ -144,7 +145,7 @@ def _tap_products(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     taps = kernel.astype(wide)
 
-    def convolved(index: Array) -> Array:
+    def store(index: Array, pieces: Array) -> Array:
         video, place = index // (frames * count), index % (frames * count)
         start = (video, place // count, place % count * piece, 0, 0)
         shape = (1, depth, piece + height - 1, sides[2], channels)
@@ -157,9 +158,12 @@ def _tap_products(
             )
             for t, i, j in itertools.product(range(depth), range(height), range(width))
         )
-        return functools.reduce(jnp.add, terms).astype(x.dtype)
+        made = functools.reduce(jnp.add, terms).astype(x.dtype)
+        return jax.lax.dynamic_update_index_in_dim(pieces, made, index, 0)
 
-    pieces = jax.lax.map(convolved, jnp.arange(batch * frames * count))
+    # Were it filled with a constant, XLA would make the results of all layers at the beginning.
+    pieces = jnp.full((batch * frames * count, piece * columns, features), anything)
+    pieces = jax.lax.fori_loop(0, len(pieces), store, pieces)
     return pieces.reshape(batch, frames, count * piece, columns, features)[:, :, :rows]
 
 

@@ -1,4 +1,4 @@
-"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1, 2, XL and 3, FLUX, Wan and Cosmos.
+"""Single files (`.ckpt`, `.safetensors`, GGUF) of SD 1 to 3, FLUX, HunyuanVideo, Wan and Cosmos.
 
 Such a file holds the UNet or transformer, the autoencoder and the text encoders under the names of
 the training code, and no settings: `compvis_parts` reads the sizes from the tensors' shapes. Files
@@ -52,7 +52,18 @@ from .compvis_parts import (
 )
 from .cosmos_names import cosmos_vae_names
 from .names import Stored, Table, joined
-from .transformer_parts import CLASSES, COSMOS, FLUX, FLUX_2, SD_3, TELLING, WAN, table_of, variant
+from .transformer_parts import (
+    CLASSES,
+    COSMOS,
+    FLUX,
+    FLUX_2,
+    HUNYUAN,
+    SD_3,
+    TELLING,
+    WAN,
+    table_of,
+    variant,
+)
 from .wan_names import wan_vae_names
 
 WRAPPERS = ("state_dict", "module", "model", "ema")
@@ -65,6 +76,7 @@ PIPELINES = {
     FLUX_2: "Flux2KleinPipeline",
     WAN: "WanPipeline",
     COSMOS: "CosmosTextToWorldPipeline",
+    HUNYUAN: "HunyuanVideoPipeline",
 }
 _FROM_VIDEO = "CosmosVideoToWorldPipeline"
 _PREDICTIONS = ("epsilon", "v_prediction")
@@ -102,7 +114,7 @@ def load_single_file(
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
 ) -> Any:
-    """Load a model of Stable Diffusion 1.x, 2.x, XL or 3, FLUX, Wan or Cosmos from a single file.
+    """Load a model of Stable Diffusion, FLUX, HunyuanVideo, Wan or Cosmos from a single file.
 
     Copies that training keeps beside the models (moving averages, the noise schedule and others)
     are passed over; `inspect_checkpoint` names them.
@@ -380,14 +392,15 @@ def _flow(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
             "rho": 7.0,
             "final_sigmas_type": "sigma_min",
         }
+    shift = {SD_3: 3.0, HUNYUAN: 7.0}.get(family)
     dynamic = family == FLUX_2 or (family == FLUX and raw["guidance_embeds"])
     config: dict[str, Any] = {
         "_class_name": _FLOW,
         "num_train_timesteps": 1000,
-        "shift": 3.0 if dynamic or family == SD_3 else 1.0,
+        "shift": shift or (3.0 if dynamic else 1.0),
         "use_dynamic_shifting": dynamic,
     }
-    if family == SD_3:
+    if shift is not None:
         return config
     lengths = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
     return config | {"base_shift": 0.5, "max_shift": 1.15, **lengths}
@@ -406,8 +419,9 @@ def save_single_file(
     those choose anew, are kept in the header for `load_single_file`.
 
     Args:
-      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX, Wan or Cosmos; parts that are None are
-        left out, and so are tokenizers, for which such files have no place.
+      pipeline: of Stable Diffusion 1, 2, XL or 3, FLUX, Wan or Cosmos, or of HunyuanVideo its
+        transformer alone; parts that are None are left out, and so are tokenizers, for which such
+        files have no place.
       path: the file; its folder exists.
       dtype: dtype to store (float32, float16, bfloat16); None keeps each parameter's own.
       force: replace an existing file.
@@ -436,8 +450,8 @@ def save_single_file(
     metadata["modelspec.architecture"] = _ARCHITECTURES[family]
     unet = getattr(pipeline, "unet", None)
     if unet is None and (transformer := getattr(pipeline, "transformer", None)) is not None:
-        told = variant(family, transformer.config.to_dict())
-        metadata["modelspec.architecture"] += f"-{told.replace(' ', '-').lower()}"
+        told = f"-{variant(family, transformer.config.to_dict())}".rstrip("-")
+        metadata["modelspec.architecture"] += told.replace(" ", "-").lower()
     sizes = getattr(getattr(unet, "config", None), "sample_size", None)
     if sizes is not None:
         levels = 4 if pipeline.vae is None else len(pipeline.vae.config.block_out_channels)
@@ -463,6 +477,12 @@ def part_tensors(
     Raises:
       OutputError: a parameter that has no place in such a file.
     """
+    others = sorted(n for n, model in models.items() if model is not None and n != "transformer")
+    if family == HUNYUAN and others:
+        raise OutputError(
+            f"a single file of HunyuanVideo holds its transformer alone, and no {listing(others)}: "
+            "write a folder, or load the transformer alone first."
+        )
     tensors = []
     if (unet := models.get("unet")) is not None:
         tensors += _named(unet, UNET, unet_names_of(unet.config.to_dict()), dtype)
@@ -511,6 +531,7 @@ _ARCHITECTURES = {
     FLUX_2: "flux-2",
     WAN: "wan",
     COSMOS: "cosmos",
+    HUNYUAN: "hunyuan-video",
 }
 # Settings of a scheduler that belong to the model: defaults of diffusers' classes, and what all
 # readers of single files take for granted.

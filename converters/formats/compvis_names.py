@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .cosmos_names import BUFFERS, VAE_BUFFERS
 from .names import Names, Rows, equal_rows, prefixed
-from .transformer_parts import COSMOS, FLUX, FLUX_2, SD_3, WAN
+from .transformer_parts import COSMOS, FLUX, FLUX_2, HUNYUAN, SD_3, WAN
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -111,6 +111,7 @@ TEXT_ENCODERS = {
     ),
     FLUX_2: (),
     COSMOS: (),  # T5, which its files hold apart
+    HUNYUAN: (),
     SD_3: (
         TextEncoder("text_encoder", "text_encoders.clip_l.transformer.", False, **_PROJECTED),
         TextEncoder(
@@ -172,7 +173,6 @@ STRANGERS = {
     "Playground 2.5, whose latents are scaled in another way": ("edm_mean", "edm_std"),
     "a model of continuous noise levels (CosXL)": ("edm_vpred.",),
     "Chroma": _anywhere("distilled_guidance_layer."),
-    "HunyuanVideo": _anywhere("txt_in.individual_token_refiner."),
     "Wan's VACE": _anywhere("vace_blocks.", "vace_patch_embedding."),
     "Wan's Animate": _anywhere("motion_encoder.", "face_adapter."),
     "Wan's image-to-video model": _anywhere("img_emb.", "blocks.0.cross_attn.k_img."),

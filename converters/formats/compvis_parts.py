@@ -37,6 +37,7 @@ from .transformer_parts import (
     COSMOS,
     FLUX,
     FLUX_2,
+    HUNYUAN,
     SD_3,
     T5_GGUF,
     TELLING,
@@ -50,7 +51,7 @@ from .transformer_parts import (
 from .wan_names import VAE_KEY as WAN_VAE_KEY
 from .wan_names import wan_vae, wan_vae_names
 
-READ = "Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Wan and Cosmos"
+READ = "Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, HunyuanVideo, Wan and Cosmos"
 _HEAD = 64
 _PREFIXES = (UNET, VAE, *dict.fromkeys(e.prefix for each in TEXT_ENCODERS.values() for e in each))
 # Of these alone a file is none: LoRAs have them too.
@@ -68,7 +69,11 @@ _CHANNELS = {
     7: "the x4 upscaler",
     8: "an InstructPix2Pix or Zero123 model",
 }
-_WAN_FIRST, _WAN_LAST = "patch_embedding.weight", "head.head.weight"
+# First and last weights of video models, by which those that continue an image are told.
+_VIDEO_ENDS = {
+    "Wan": ("patch_embedding.weight", "head.head.weight"),
+    "HunyuanVideo": ("img_in.proj.weight", "final_layer.linear.weight"),
+}
 _PROJECTION = "text_projection.weight"  # beside a text tower, not in it
 # Settings of the autoencoder's latents by family; SD 1's and 2's are the first.
 _LATENTS = {
@@ -92,7 +97,7 @@ class SingleFile(NamedTuple):
     """What a single file holds.
 
     Attributes:
-      family: "SD 1", "SD 2", "SDXL", "FLUX.1", "FLUX.2", "SD 3", "Wan" or "Cosmos".
+      family: "SD 1", "SD 2", "SDXL", "FLUX.1", "FLUX.2", "SD 3", "HunyuanVideo", "Wan" or "Cosmos".
       parts: component -> model.
       leftovers: what is known and not loaded -> its keys.
       unknown: the other keys.
@@ -308,9 +313,10 @@ def _other_model(tensors: Stored) -> str:
     first = shapes.get(UNET + "input_blocks.0.0.weight", ())
     if len(first) == 4 and first[1] in _CHANNELS:
         return f"{_CHANNELS[first[1]]} ({first[1]} channels in)"
-    first, last = (shapes.get(UNET + key, ()) for key in (_WAN_FIRST, _WAN_LAST))
-    if len(first) == 5 and last and last[0] != math.prod(first[1:]):
-        return f"Wan's image-to-video model ({first[1]} channels in)"
+    for name, ends in _VIDEO_ENDS.items():
+        first, last = (shapes.get(UNET + key, ()) for key in ends)
+        if len(first) == 5 and last and last[0] != math.prod(first[1:]):
+            return f"{name}'s image-to-video model ({first[1]} channels in)"
     if UNET + "label_emb.0.0.weight" in shapes:
         other = {1024: "Stable Diffusion 2 unCLIP", 1280: "SDXL's refiner"}
         return other.get(_width(shapes, UNET, "attn2.to_k.weight"), "")
@@ -366,6 +372,7 @@ def _architecture(metadata: Mapping[str, str]) -> str:
         "flux-2": FLUX_2,
         "wan": WAN,
         "cosmos": COSMOS,
+        "hunyuan-video": HUNYUAN,
     }
     return next((family for form, family in forms.items() if named.startswith(form)), "")
 

@@ -1,4 +1,4 @@
-"""The names of FLUX.1, FLUX.2 and Stable Diffusion 3 in their publishers' files beside diffusers'.
+"""The names of FLUX, HunyuanVideo and Stable Diffusion 3 in their publishers' files and diffusers'.
 
 Tables as `names` reads them, of paths behind `model.diffusion_model.`, made from how many layers
 there are.  What a name alone does not tell: queries, keys and values are fused, a single block's
@@ -45,10 +45,11 @@ _SINGLE_NORMS = {
     "norm.query_norm.scale": "attn.norm_q.weight",
     "norm.key_norm.scale": "attn.norm_k.weight",
 }
+# The perceptron is four times as wide as the tokens.
+_QKV_MLP = Rows({**_QKV.parts, "proj_mlp": 4})
 _FLUX_SINGLE = {
     "modulation.lin": "norm.linear",
-    # The perceptron is four times as wide as the tokens.
-    "linear1": Rows({**_QKV.parts, "proj_mlp": 4}),
+    "linear1": _QKV_MLP,
     "linear2": "proj_out",
     **_SINGLE_NORMS,
 }
@@ -77,6 +78,55 @@ _FLUX_2_SINGLE = {
     "linear1": "attn.to_qkv_mlp_proj",
     "linear2": "attn.to_out",
     **_SINGLE_NORMS,
+}
+
+# HunyuanVideo, whose token refiner's modulations only gate.
+_HUNYUAN = {
+    "img_in.proj": "x_embedder.proj",
+    "time_in.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.mlp.0": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.mlp.2": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+    "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
+    "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    **_FINAL,
+}
+_HUNYUAN_DOUBLE = {
+    "img_mod.linear": "norm1.linear",
+    "txt_mod.linear": "norm1_context.linear",
+    "img_attn_qkv": _QKV,
+    "txt_attn_qkv": _ADDED,
+    "img_attn_q_norm": "attn.norm_q",
+    "img_attn_k_norm": "attn.norm_k",
+    "txt_attn_q_norm": "attn.norm_added_q",
+    "txt_attn_k_norm": "attn.norm_added_k",
+    "img_attn_proj": "attn.to_out.0",
+    "txt_attn_proj": "attn.to_add_out",
+    "img_mlp.fc1": "ff.net.0.proj",
+    "img_mlp.fc2": "ff.net.2",
+    "txt_mlp.fc1": "ff_context.net.0.proj",
+    "txt_mlp.fc2": "ff_context.net.2",
+}
+_HUNYUAN_SINGLE = {
+    "modulation.linear": "norm.linear",
+    "linear1": _QKV_MLP,
+    "linear2": "proj_out",
+    "q_norm": "attn.norm_q",
+    "k_norm": "attn.norm_k",
+}
+_HUNYUAN_REFINER = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "self_attn_qkv": _QKV,
+    "self_attn_proj": "attn.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm_out.linear",
 }
 
 # Stable Diffusion 3 and 3.5
@@ -146,6 +196,16 @@ def flux_names(double: int, single: int) -> Table:
 def flux_2_names(double: int, single: int) -> Table:
     """Black Forest Labs' paths in FLUX.2 of so many double and single blocks -> diffusers'."""
     return _FLUX_2 | _blocks(double, single, _FLUX_2_DOUBLE, _FLUX_2_SINGLE)
+
+
+def hunyuan_names(double: int, single: int, refiner: int) -> Table:
+    """Tencent's paths in HunyuanVideo of so many blocks of each kind -> diffusers'."""
+    table = _HUNYUAN | _blocks(double, single, _HUNYUAN_DOUBLE, _HUNYUAN_SINGLE)
+    for layer in range(refiner):
+        old = f"txt_in.individual_token_refiner.blocks.{layer}"
+        new = f"context_embedder.token_refiner.refiner_blocks.{layer}"
+        table |= prefixed(old, new, _HUNYUAN_REFINER)
+    return table
 
 
 def sd_3_names(layers: int, dual: Collection[int]) -> Table:

@@ -1,4 +1,4 @@
-"""Sizes of FLUX.1, FLUX.2, Stable Diffusion 3, Wan and T5 told by the shapes in a single file.
+"""Sizes of FLUX, HunyuanVideo, Stable Diffusion 3, Wan and T5 told by shapes in a single file.
 
 What shapes do not tell is as published: the split of a head's features among the axes of the
 rotary embedding, heads of 64 features where Stable Diffusion 3 has no norm of its own for them, and
@@ -10,17 +10,25 @@ from typing import Any
 
 from .cosmos_names import PREDICT1_KEY, PREDICT2_KEY, cosmos, cosmos_names
 from .names import Shapes, Stored, Table, count, shapes_of, split
-from .transformer_names import flux_2_names, flux_names, sd_3_names, t5_gguf_names
+from .transformer_names import (
+    flux_2_names,
+    flux_names,
+    hunyuan_names,
+    sd_3_names,
+    t5_gguf_names,
+)
 from .wan_names import TRANSFORMER_KEY, UMT5_KEY, umt5_names, wan, wan_names
 
 Taken = tuple[dict[str, Any], Stored, list[str]]  # settings, tensors, keys of no place
 
 FLUX, FLUX_2, SD_3, WAN, COSMOS = "FLUX.1", "FLUX.2", "SD 3", "Wan", "Cosmos"
+HUNYUAN = "HunyuanVideo"
 # Keys of each that no other model has, behind the prefix.
 TELLING = {
     FLUX: ("double_blocks.0.img_mod.lin.weight",),
     FLUX_2: ("double_stream_modulation_img.lin.weight",),
     SD_3: ("joint_blocks.0.x_block.adaLN_modulation.1.weight",),
+    HUNYUAN: ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.weight",),
     WAN: (TRANSFORMER_KEY,),
     COSMOS: (PREDICT1_KEY, PREDICT2_KEY),
 }
@@ -30,9 +38,11 @@ CLASSES = {
     SD_3: "SD3Transformer2DModel",
     WAN: "WanTransformer3DModel",
     COSMOS: "CosmosTransformer3DModel",
+    HUNYUAN: "HunyuanVideoTransformer3DModel",
 }
 _DOUBLE, _SINGLE = "double_blocks.{}.img_attn.qkv.weight", "single_blocks.{}.linear1.weight"
 _JOINT = "joint_blocks.{}.x_block.attn.qkv.weight"
+_REFINER = "txt_in.individual_token_refiner.blocks.{}.self_attn_qkv.weight"
 _HEAD = 64  # of Stable Diffusion 3
 _WAN_SIZES = {(12, 16): "2.1 1.3B", (40, 16): "14B", (24, 48): "2.2 5B"}  # by heads and channels
 _FROM_TEXT = {"Predict1": "Text2World", "Predict2": "Text2Image"}
@@ -56,8 +66,10 @@ def table_of(family: str, raw: dict[str, Any]) -> Table:
         return wan_names(raw["num_layers"])
     if family == COSMOS:
         return cosmos_names(raw)
-    names = flux_names if family == FLUX else flux_2_names
-    return names(raw["num_layers"], raw["num_single_layers"])
+    layers = raw["num_layers"], raw["num_single_layers"]
+    if family == HUNYUAN:
+        return hunyuan_names(*layers, raw["num_refiner_layers"])
+    return (flux_names if family == FLUX else flux_2_names)(*layers)
 
 
 def transformer(tensors: Stored, family: str) -> Taken:
@@ -68,6 +80,7 @@ def transformer(tensors: Stored, family: str) -> Taken:
     """
     shapes = shapes_of(tensors)
     told = {FLUX: _flux, FLUX_2: _flux_2, SD_3: _sd_3, WAN: wan, COSMOS: cosmos}
+    told[HUNYUAN] = _hunyuan
     raw = told[family](shapes)
     return {"_class_name": CLASSES[family], **raw}, *split(tensors, table_of(family, raw))
 
@@ -79,6 +92,8 @@ def variant(family: str, raw: dict[str, Any]) -> str:
         return extra or ("dev" if raw["guidance_embeds"] else "schnell")
     if family == FLUX_2:
         return "dev" if raw["guidance_embeds"] else "klein"
+    if family == HUNYUAN:
+        return ""
     if family == WAN:
         return _WAN_SIZES.get((raw["num_attention_heads"], raw["in_channels"]), "")
     if family == COSMOS:
@@ -113,13 +128,43 @@ def _blocks(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _axes(head: int) -> list[int]:
+    """16, 56 and 56 of 128."""
+    first = head // 16 * 2
+    return [first, *[(head - first) // 2] * 2]
+
+
 def _flux(shapes: Shapes) -> dict[str, Any]:
     raw = _blocks(shapes)
-    first = raw["attention_head_dim"] // 16 * 2  # 16, 56 and 56 of 128
-    rest = (raw["attention_head_dim"] - first) // 2
     return raw | {
         "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "axes_dims_rope": [first, rest, rest],
+        "axes_dims_rope": _axes(raw["attention_head_dim"]),
+    }
+
+
+def _hunyuan(shapes: Shapes) -> dict[str, Any]:
+    width, channels, frames, patch, _ = shapes["img_in.proj.weight"]
+    (head,) = shapes["double_blocks.0.img_attn_q_norm.weight"]
+    out, odd = divmod(shapes["final_layer.linear.weight"][0], max(frames * patch**2, 1))
+    if odd:
+        raise ValueError("final_layer.linear")
+    return {
+        "in_channels": channels,
+        "out_channels": out,
+        "num_layers": count(shapes, "double_blocks.{}.img_attn_qkv.weight"),
+        "num_single_layers": count(shapes, _SINGLE),
+        "num_refiner_layers": count(shapes, _REFINER),
+        "mlp_ratio": 4.0,
+        "patch_size": patch,
+        "patch_size_t": frames,
+        "qk_norm": "rms_norm",
+        "guidance_embeds": "guidance_in.mlp.0.weight" in shapes,
+        "text_embed_dim": shapes["txt_in.input_embedder.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "rope_theta": 256.0,
+        "rope_axes_dim": _axes(head),
+        "image_condition_type": None,
+        **_heads(width, head),
     }
 
 

@@ -267,7 +267,9 @@ class TextToImage:
             )
         parts = 1 if together is None else together.shape[AXIS]
         if together is not None:
-            require_shares(together, shape, self.pipeline.PATCH if len(shape) == 3 else 1)
+            video = isinstance(self.pipeline, VideoPipeline)
+            frames = self.pipeline.vae.config.temporal_downsampling if video else None
+            require_shares(together, shape, 1 if video else self.pipeline.PATCH, frames)
         tiling = self._require_memory(shape, total, each, devices, guided, parts)
         ids = self._token_ids(prompts)
         negative = None

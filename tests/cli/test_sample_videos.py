@@ -122,7 +122,11 @@ def test_unfit_wishes_are_told(command, folder, tmp_path, capsys):
         ([*model, *out, "--size", "16x32", "--width", 8], "goes without --height and --width"),
         ([*model, *out, "--size", "18x32"], "--height 18 must be a positive multiple of 4"),
         ([*model, *out, "--batch-size", 2], "by itself, one by one: leave out --batch-size"),
-        ([*model, *out, "--devices", 2], "2 devices cannot share the 3 frames of these latents"),
+        (
+            [*model, *out, "--devices", 2],
+            "2 devices cannot share the 41 frames of these latents alike: take 40 or 42, 79 or 83 "
+            "frames of video, or another number of devices.",
+        ),
         ([*model, *out, "--devices", 99], "--devices accepts 1 to 8 here, received 99"),
         ([*model, *out, "--png"], "--png is for an --output that is a folder"),
         ([*model, *out, "--image", folder / "x.png"], "draws from texts alone: leave out --image"),

@@ -237,8 +237,10 @@ def test_queries_of_all_slabs_see_the_keys_of_all():
 
     def attend(query, key, value):
         assert slabs.count() == 8 and slabs.whole((2, 3)) == (16, 3)
-        np_like = slabs.gathered(key)
-        assert np_like.shape == (1, 16, 2, 4) and slabs.own(np_like, axis=1).shape == key.shape
+        everything = slabs.gathered(key)
+        assert (
+            everything.shape == (1, 16, 2, 4) and slabs.own(everything, axis=1).shape == key.shape
+        )
         output, lse = attention_with_lse(query, key, value)
         return slabs.merged(output, lse)
 

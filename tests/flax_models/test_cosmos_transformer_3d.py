@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from gna_oracle import full_mask
+from gna_oracle import dense_under, full_mask
 
 from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.converters.tensors import tensor_specs
@@ -121,14 +121,8 @@ def test_each_block_sees_its_neighborhoods_and_the_text(params, sparse, dense, m
         for each in WINDOWS
     )
 
-    def masked(query, key, value, *, scale):
-        assert scale is None
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-        weights = jax.nn.softmax(jnp.where(next(masks), logits, -jnp.inf))
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
     monkeypatch.setattr(
-        "conceptax.flax_models.layers.joint_attention.dot_product_attention", masked
+        "conceptax.flax_models.layers.joint_attention.dot_product_attention", dense_under(masks)
     )
     assert_close(run(params), sparse)
     assert next(masks, None) is None

@@ -24,6 +24,10 @@ from conceptax.flax_models.autoencoder_kl import (
     AutoencoderKLFlux2,
     AutoencoderKLFlux2Config,
 )
+from conceptax.flax_models.autoencoder_kl_hunyuan_video import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideoConfig,
+)
 from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWanConfig
 from conceptax.flax_models.clip import (
     CLIPConfig,
@@ -322,6 +326,8 @@ def test_published_sizes():
     assert count(AutoencoderKL, AutoencoderKLConfig.flux_1()) == 83_819_683
     statistics = 2 * 128  # which PyTorch does not count
     assert count(AutoencoderKLFlux2, AutoencoderKLFlux2Config()) == 84_046_115 + statistics
+    config = AutoencoderKLHunyuanVideoConfig()
+    assert count(AutoencoderKLHunyuanVideo, config) == 246_478_803
     assert count(Qwen3Model, Qwen3Config()) == 3_114_088_192
     whole = functools.partial(LlamaModel, read=(-1,))
     assert count(whole, LlamaConfig.hunyuan_video()) == 7_505_186_816
@@ -478,6 +484,7 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         "llama",
         "qwen3",
         "autoencoder_flux_2",
+        pytest.param("autoencoder_hunyuan_video", marks=pytest.mark.slow),
         "autoencoder_wan",
         "cosmos",
         "autoencoder_cosmos",
@@ -602,6 +609,8 @@ def test_a_doubled_image_is_convolved_before_it_is_doubled():
         ),
         (AutoencoderKLFlux2Config, {"decoder_block_out_channels": [32]}, "must be 4, one per bl"),
         (AutoencoderKLFlux2Config, {"patch_size": [2, 1]}, "two equal numbers"),
+        (AutoencoderKLHunyuanVideoConfig, {"temporal_compression_ratio": 8}, "supported: 4"),
+        (AutoencoderKLHunyuanVideoConfig, {"spatial_compression_ratio": 12}, "received 12"),
         (Qwen3Config, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
         (Qwen3Config, {"num_key_value_heads": 5}, "32 heads do not divide"),
         (Qwen3Config, {"use_sliding_window": True}, "use_sliding_window"),

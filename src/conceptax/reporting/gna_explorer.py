@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import conceptax
-from conceptax.kernels.gna.presets import PRESETS, Preset, Transformer
+from conceptax.kernels.gna.presets import OF_ALL_LAYERS, PRESETS, Preset, Transformer
 from conceptax.kernels.gna.simulator.schedule import GPUS
 from conceptax.kernels.gna.simulator.search import ALL_PRODUCTS, ALL_ROWS
 from conceptax.kernels.gna.simulator.simulate import BYTES
@@ -22,7 +22,8 @@ SOURCES = Path(conceptax.__file__).parent / "assets" / "explorer"
 
 def explorer_constants() -> dict[str, Any]:
     """What the page's simulator is given, in plain values, by the names that it knows."""
-    models = {preset.model.name: preset.model for preset in PRESETS.values() if preset.model}
+    presets = {name: PRESETS[name] for name in OF_ALL_LAYERS}  # the page draws one window
+    models = {preset.model.name: preset.model for preset in presets.values() if preset.model}
     return _plain(
         {
             "gpus": {name: _fields(gpu) for name, gpu in GPUS.items()},
@@ -31,7 +32,7 @@ def explorer_constants() -> dict[str, Any]:
                 for name, rates in RATES.items()
             },
             "models": {name: _fields(model) for name, model in models.items()},
-            "presets": {name: _preset(preset) for name, preset in PRESETS.items()},
+            "presets": {name: _preset(preset) for name, preset in presets.items()},
             "bytes": BYTES,
             "all_rows": ALL_ROWS,
             "all_products": ALL_PRODUCTS,
@@ -60,7 +61,9 @@ def _fields(each: Any) -> dict[str, Any]:
 
 def _preset(preset: Preset) -> dict[str, Any]:
     model = preset.model.name if isinstance(preset.model, Transformer) else None
-    return _fields(preset) | {"model": model}
+    fields = _fields(preset) | {"model": model}
+    del fields["layers"]
+    return fields
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from conceptax.converters.formats.lora import (
 )
 from conceptax.converters.formats.lora_names import Place, place_of
 from conceptax.converters.formats.lora_settings import supported
+from conceptax.converters.formats.transformer_parts import table_of
 from conceptax.converters.tensors import tensor_specs
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel
 from conceptax.flax_models.cosmos_transformer_3d import (
@@ -34,6 +35,10 @@ from conceptax.flax_models.flux_2_transformer_2d import (
 from conceptax.flax_models.flux_transformer_2d import (
     FluxTransformer2DConfig,
     FluxTransformer2DModel,
+)
+from conceptax.flax_models.hunyuan_video_transformer_3d import (
+    HunyuanVideoTransformer3DConfig,
+    HunyuanVideoTransformer3DModel,
 )
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel
@@ -330,6 +335,14 @@ def cosmos_parts():
     return small_parts(CosmosTransformer3DModel, config)
 
 
+def hunyuan_video_parts():
+    """A block of each kind, as wide as diffusers takes for granted."""
+    config = HunyuanVideoTransformer3DConfig(
+        num_layers=1, num_single_layers=1, num_refiner_layers=1
+    )
+    return small_parts(HunyuanVideoTransformer3DModel, config)
+
+
 BLOCKS = r".*transformer_blocks\..*"
 FAMILIES = {
     "SD 1": (sd_parts, "unet", "StableDiffusionPipeline", r".*attn[12]\.(to_q|to_out\.0)"),
@@ -337,13 +350,14 @@ FAMILIES = {
     "FLUX.1": (flux_parts, "transformer", "FluxPipeline", BLOCKS),
     "Wan": (wan_parts, "transformer", "WanPipeline", r"blocks\..*"),
     "Cosmos": (cosmos_parts, "transformer", "Cosmos2_5_PredictBasePipeline", BLOCKS),
+    "HunyuanVideo": (hunyuan_video_parts, "transformer", "HunyuanVideoPipeline", BLOCKS),
     "FLUX.2": (flux_2_parts, "transformer", "Flux2KleinPipeline", BLOCKS),
 }
 # What its loader makes of kohya's names of these lacks the prefix that it then asks for.
 EMBEDDERS = r"x_embedder|time_text_embed\.text_embedder\.linear_1|norm_out\.linear|proj_out"
-# What diffusers has no names for: kohya's of SD 3 and Cosmos, a text encoder of these but SD 3.
-UNREAD = {("SD 3", "kohya"), ("Cosmos", "kohya")} | {
-    (family, True) for family in ("FLUX.2", "Wan", "Cosmos")
+# What diffusers has no names for: kohya's of some, and a text encoder of those but SD 3.
+UNREAD = {(family, "kohya") for family in ("SD 3", "Cosmos", "HunyuanVideo")} | {
+    (family, True) for family in ("FLUX.2", "Wan", "Cosmos", "HunyuanVideo")
 }
 _THEIRS = re.compile(
     r"(?P<component>unet|transformer|text_encoder)\.(?P<module>.+?)"
@@ -436,6 +450,51 @@ def test_diffusers_applies_every_key_that_is_written(family, naming, text, tmp_p
             assert alpha == rank[module]
     found = {place: (pair["A"], pair["B"]) for place, pair in products_of(theirs).items()}
     same_products(pairs, found, rng)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model."])
+def test_hunyuan_videos_original_names(prefix, tmp_path, torch):
+    """Every layer, against diffusers, but for two kinds in which it cuts A too: the refiner's fused
+    projections and the last modulation, which are B A cut here."""
+    from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
+
+    parts, rng = hunyuan_video_parts(), np.random.default_rng(0)
+    own = {spec.key: spec.shape for spec in tensor_specs(parts.transformer)}
+    layers = {}
+    for old, entry in table_of("HunyuanVideo", parts.transformer.config.to_dict()).items():
+        paths = [entry] if isinstance(entry, str) else list(entry.parts)
+        if all(len(own.get(f"{path}.weight", ())) == 2 for path in paths):
+            layers[old] = paths
+    pairs = {}
+    for old, paths in layers.items():
+        shapes = [own[f"{path}.weight"] for path in paths]
+        pairs[old] = random_pair((sum(out for out, _ in shapes), shapes[0][1]), rng)
+    content = {
+        f"{prefix}{old}.lora_{kind}.weight": values
+        for old, pair in pairs.items()
+        for kind, values in zip("AB", pair, strict=True)
+    }
+    safetensors.numpy.save_file(content, tmp_path / "a.safetensors")
+    found = load_lora(tmp_path / "a.safetensors", parts)
+    assert set(found) == {"transformer"}
+    received, apart = found["transformer"], ("txt_in.individual_token_refiner", "final_layer.adaLN")
+    matrices = {key.removesuffix(".weight") for key, shape in own.items() if len(shape) == 2}
+    assert received.keys() == matrices
+    for old, (down, up) in pairs.items():
+        if old.startswith(apart[1]):
+            up = np.roll(up, len(up) // 2, axis=0)
+        probe = rng.standard_normal((down.shape[1], 3)).astype(np.float32)
+        cut = [b @ (a @ probe) for a, b in (received[path] for path in layers[old])]
+        np.testing.assert_allclose(
+            np.concatenate(cut), up @ (down @ probe), rtol=1e-3, atol=1e-3, err_msg=old
+        )
+    theirs = _convert_hunyuan_video_lora_to_diffusers(
+        {k: torch.from_numpy(v) for k, v in content.items() if not k.startswith(apart, len(prefix))}
+    )
+    products = products_of(theirs)
+    kept = {path for old in layers if not old.startswith(apart) for path in layers[old]}
+    mine = {"transformer": {path: received[path] for path in kept}}
+    same_products(mine, {k: (pair["A"], pair["B"]) for k, pair in products.items()}, rng)
 
 
 def test_layers_exist_in_diffusers_transformer(torch):

@@ -42,6 +42,10 @@ from conceptax.flax_models.flux_transformer_2d import (
     FluxTransformer2DConfig,
     FluxTransformer2DModel,
 )
+from conceptax.flax_models.hunyuan_video_transformer_3d import (
+    HunyuanVideoTransformer3DConfig,
+    HunyuanVideoTransformer3DModel,
+)
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig, WanTransformer3DModel
@@ -243,10 +247,27 @@ def wan(z_dim=16):
     }
 
 
+def hunyuan_video():
+    config = HunyuanVideoTransformer3DConfig(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=1,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 14, 14),
+    )
+    return {"transformer": filled(HunyuanVideoTransformer3DModel, config)}
+
+
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
         (wan, "single file of Wan"),
+        (hunyuan_video, "single file of HunyuanVideo, transformer alone"),
         (flux_2, "single file of FLUX.2 klein"),
         (sd_3, "single file of SD 3 3.5 medium, without vae and text_encoder_3"),
     ],
@@ -287,6 +308,37 @@ def test_a_pipeline_of_wan_is_made_of_it(tmp_path):
     pipeline = load_pytorch(save_single_file(alone, tmp_path / "5b.safetensors"))
     assert pipeline.scheduler_config["flow_shift"] == 5.0
     assert pipeline.model_index["expand_timesteps"]
+
+
+def test_tencents_checkpoint(tmp_path, torch):
+    """As published: a pickle with the tensors under "module", of which nothing is executed."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    models = hunyuan_video()
+    written = save_single_file(pipeline_of(models), tmp_path / "a.safetensors")
+    content = safetensors.numpy.load_file(written)
+    own = {key.removeprefix(UNET): torch.from_numpy(value) for key, value in content.items()}
+    assert infer_diffusers_model_type(dict(own)) == "hunyuan-video"
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": own}, path)
+    assert identify(path).kind == SINGLE
+    (part,) = inspect_checkpoint(path).parts
+    assert (part.name, part.architecture) == ("transformer", "HunyuanVideoTransformer3DModel")
+    file = read(path)
+    assert (file.family, file.unknown) == ("HunyuanVideo", [])
+    found = build_parts(file, str(path), ["transformer"], **FLOATS)
+    same(models, found)
+    again = save_single_file(pipeline_of(found), tmp_path / "again.safetensors")
+    assert again.read_bytes() == written.read_bytes()
+    vae = pipeline_of({**models, "vae": models["transformer"]})
+    with pytest.raises(OutputError, match="holds its transformer alone, and no vae: write a fold"):
+        save_single_file(vae, tmp_path / "b.safetensors")
+    first = torch.zeros(32, 9, 1, 2, 2)  # channels of an image beside the noise
+    torch.save({"module": {**own, "img_in.proj.weight": first}}, path)
+    with pytest.raises(
+        CheckpointError, match=r"HunyuanVideo's image-to-video model \(9 channels in"
+    ):
+        read(path)
 
 
 def test_diffusers_reads_what_is_beside_the_transformer(models, single, torch):

@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2, Stable Diffusion 3 and Wan under their publishers' names, against diffusers."""
+"""FLUX, HunyuanVideo, Stable Diffusion 3 and Wan under their publishers' names, and diffusers."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,14 @@ from conceptax.converters import CheckpointError, OutputError
 from conceptax.converters.files.safetensors_file import PendingTensor, StoredTensor
 from conceptax.converters.formats.compvis_parts import read_single_file
 from conceptax.converters.formats.names import Rows, joined, split
-from conceptax.converters.formats.transformer_parts import FLUX, FLUX_2, SD_3, WAN, table_of
+from conceptax.converters.formats.transformer_parts import (
+    FLUX,
+    FLUX_2,
+    HUNYUAN,
+    SD_3,
+    WAN,
+    table_of,
+)
 
 UNET = "model.diffusion_model."
 # diffusers' classes at their published sizes, and what tells which they are.
@@ -25,6 +32,7 @@ PUBLISHED = {
             "joint_attention_dim": 7680,
         },
     ),
+    "HunyuanVideo": (HUNYUAN, {}),
     "SD 3 medium": (
         SD_3,
         {
@@ -68,6 +76,7 @@ CONVERTERS = {
     FLUX_2: ("Flux2Transformer2DModel", "convert_flux2_transformer_checkpoint_to_diffusers"),
     SD_3: ("SD3Transformer2DModel", "convert_sd3_transformer_checkpoint_to_diffusers"),
     WAN: ("WanTransformer3DModel", "convert_wan_transformer_to_diffusers"),
+    HUNYUAN: ("HunyuanVideoTransformer3DModel", "convert_hunyuan_video_transformer_to_diffusers"),
 }
 _SD_3_SIZES = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "sample_size": 128}
 
@@ -134,6 +143,7 @@ def test_values_come_where_diffusers_puts_them(torch, family):
         FLUX: {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
         FLUX_2: {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
         | {"num_attention_heads": 2, "axes_dims_rope": (4, 4, 4, 4)},
+        HUNYUAN: {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1},
         SD_3: PUBLISHED["SD 3 3.5 medium"][1]
         | {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
         | {"dual_attention_layers": (0,), "pos_embed_max_size": 4},
