@@ -158,7 +158,7 @@ def sample_latents(
         given = (predictor, model, condition, negative, sampler, guidance_scale, keys)
         one = functools.partial(_step, *given)
         if is_streamed(model):
-            for i in steps:
+            for i in map(int, steps):
                 carry = one(carry, i)
             continue
 
@@ -379,7 +379,7 @@ def generate_by_steps(
         return (*own, condition, negative, sampler, guidance_scale, keys, carry, i)
 
     if on_estimate is not None and not any(streamed.values()):
-        found = [(work(jitted_step, *of_step(p, carry, s[0])), len(s)) for p, s in spans]
+        found = [(work(jitted_step, *of_step(p, carry, int(s[0]))), len(s)) for p, s in spans]
         found += [(work(_decode, static, params["vae"], carry[0]), 1)]
         on_estimate(
             compile_seconds(sum(each.equations for each, _ in found)),
@@ -389,13 +389,13 @@ def generate_by_steps(
     with contextlib.ExitStack() as stack:
         for phase, steps in spans:
             step = _split_step if streamed[phase.part] else jitted_step
-            for i in steps:
+            for i in map(int, steps):
                 carry = jax.block_until_ready(step(*of_step(phase, carry, i)))
                 if kept is not None:
                     if i == done:  # until here a signal stops at once: nothing is lost
                         stack.enter_context(kept.stoppable(total))
-                    kept.save(carry, int(i) + 1, total)
-                told("sampling", int(i) + 1, total)
+                    kept.save(carry, i + 1, total)
+                told("sampling", i + 1, total)
     told("decoding", 0, 1)
     images = jax.block_until_ready(_decode(static, params["vae"], carry[0]))
     told("decoding", 1, 1)

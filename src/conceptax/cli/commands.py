@@ -149,7 +149,7 @@ COMMANDS = {
         ),
         (
             *("--prompt", "--prompts", "--model", "--output", "--count", "--seed"),
-            *("--steps", "--guidance", "--sampler", "--size", "--frames", "--add", "--force"),
+            *("--steps", "--guidance", "--sampler", "--add", "--force"),
         ),
     ),
     "convert": Declared(

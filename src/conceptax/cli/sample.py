@@ -28,7 +28,7 @@ _OF_VIDEOS = ("frames", "fps", "betas", "png", "image", "video")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Draw images from prompts, or with a motion adapter videos.
+    """Draw images or videos from prompts.
 
     Attributes:
       prompt: what to draw; repeat for several.

@@ -270,9 +270,9 @@ def test_what_memory_asks_for_is_told(both, monkeypatch):
     # and 8 channels, and the pixels of five, 130 MB, and those of a tile 67 MB.
     free[0] = 1e8
     with pytest.warns(UserWarning, match="1024x1024 pixels and 5 frames is decoded in tiles"):
-        assert drawer._require_memory((3, 512, 512, 4), 1, 1, 1, False)
+        assert drawer._require_memory((3, 512, 512, 4), 1, 1, 1, False, 1)
     free[0] = 1.4e8
-    assert not drawer._require_memory((3, 512, 512, 4), 1, 1, 1, False)
+    assert not drawer._require_memory((3, 512, 512, 4), 1, 1, 1, False, 1)
 
 
 def test_prompts_of_wan_are_cleaned():
