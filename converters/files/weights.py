@@ -202,13 +202,17 @@ class WeightFile:
         """
         return _load_pickle(self)
 
+    @functools.cached_property
+    def _indexed(self) -> dict[str, StoredTensor]:
+        return _open_index(self.path)
+
     def tensors(
         self, wrappers: Sequence[str] = (), *, scaled: bool = True
     ) -> dict[str, StoredTensor]:
         """Name -> stored tensor, as for `open_weights`; `scaled` False leaves scales apart."""
         path, suffix = self.path, self.path.suffix.lower()
         if suffix == ".json":
-            return _open_index(path)
+            return dict(self._indexed)
         if suffix == ".msgpack":
             return open_flax(path, self.bytes)
         content = self.content

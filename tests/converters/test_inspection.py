@@ -12,6 +12,7 @@ import safetensors.numpy
 from conceptax import bundled_model
 from conceptax.cli import main
 from conceptax.converters import CheckpointError, inspect_checkpoint, load_pytorch, merge_lora
+from conceptax.converters.architectures import PIPELINES
 from conceptax.converters.inspection import Inspection
 from conceptax.reporting.instruments import load_classifier
 
@@ -237,9 +238,8 @@ ZOO = {
     "number for a class": (lambda t: linked(t / "m", _class_name=5), "has 5 as its _class_name"),
     "another model": (
         lambda t: linked(t / "m", _class_name="ChromaPipeline", unet=[None, None]),
-        "'ChromaPipeline' pipeline; known are those with the models of StableDiffusionPipeline, "
-        "StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline, Flux2KleinPipeline, "
-        "and its unet (none) differ",
+        "'ChromaPipeline' pipeline; known are those with the models of "
+        f"{', '.join(PIPELINES)}, and its unet (none) differ",
     ),
     "checker not there": (lambda t: linked(t / "m", safety_checker=["a", "Checker"]), None),
     "moving average": (
