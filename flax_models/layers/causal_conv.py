@@ -46,7 +46,6 @@ class CausalConv3d(nnx.Conv):
         video's size where strides are 1, which is k - 1 frames before.
       time: what is before the first frame: repetitions of it ("edge"), or "zeros".
       space: what is around each frame, likewise.
-      init: dtypes and rngs, as `nnx.Conv`.
     """
 
     def __init__(
