@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each model's own tests have its published size
+
 # Counted on PyTorch's meta device from the original classes, text encoders as far as they are read.
 PUBLISHED = {
     "flux": {"text": 4_762_310_656 + 123_060_480, "vae": 83_819_683},

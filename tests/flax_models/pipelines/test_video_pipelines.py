@@ -163,6 +163,14 @@ def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path, 
     assert {k: v for k, v in read[0].items() if k[0] != "_"}.items() <= read[1].items()
 
 
+@pytest.mark.parametrize(
+    "both",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] * (each not in ("hunyuan", "wan-pair")))
+        for each in EXPECTED
+    ],
+    indirect=True,
+)
 def test_a_window_of_the_whole_grid_draws_the_dense_video(both, drawn):
     family, _, _, ours = both
     rows, columns = (side // (2 * EXPECTED[family].factor) for side in (16, 32))
@@ -172,7 +180,9 @@ def test_a_window_of_the_whole_grid_draws_the_dense_video(both, drawn):
     assert np.abs(sparse([PROMPT], **drawn).astype(int) - dense).max() <= 1
 
 
-@pytest.mark.parametrize("both", ["wan-pair", "cosmos-video"], indirect=True)
+@pytest.mark.parametrize(
+    "both", ["wan-pair", pytest.param("cosmos-video", marks=pytest.mark.slow)], indirect=True
+)
 def test_devices_draw_a_video_together(both, drawn):
     _, _, _, ours = both
     drawer = TextToImage.from_pipeline(ours, attention="window=allx2x2 stride=1x2x1", dense_steps=1)
