@@ -111,7 +111,11 @@ def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
     assert {k: v for k, v in read[0].items() if k[0] != "_"}.items() <= read[1].items()
 
 
-@pytest.mark.parametrize("both", ["flux-dev", "klein", "sd3"], indirect=True)
+@pytest.mark.parametrize(
+    "both",
+    ["sd3", *(pytest.param(each, marks=pytest.mark.slow) for each in ("flux-dev", "klein"))],
+    indirect=True,
+)
 def test_a_window_of_the_whole_grid_draws_the_dense_image(both, noise):
     _, _, _, ours = both
     options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "latents": noise}
@@ -121,7 +125,9 @@ def test_a_window_of_the_whole_grid_draws_the_dense_image(both, noise):
     assert np.abs(sparse.astype(int) - dense.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("both", ["flux-dev", "sd3"], indirect=True)
+@pytest.mark.parametrize(
+    "both", ["flux-dev", pytest.param("sd3", marks=pytest.mark.slow)], indirect=True
+)
 def test_devices_draw_an_image_together(both, noise):
     _, _, _, ours = both
     options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "latents": noise}
