@@ -79,8 +79,14 @@ def transformer(tensors: Stored, family: str) -> Taken:
       KeyError, IndexError, ValueError: a tensor that tells a size is missing, or has an odd shape.
     """
     shapes = shapes_of(tensors)
-    told = {FLUX: _flux, FLUX_2: _flux_2, SD_3: _sd_3, WAN: wan, COSMOS: cosmos}
-    told[HUNYUAN] = _hunyuan
+    told = {
+        FLUX: _flux,
+        FLUX_2: _flux_2,
+        SD_3: _sd_3,
+        HUNYUAN: _hunyuan,
+        WAN: wan,
+        COSMOS: cosmos,
+    }
     raw = told[family](shapes)
     return {"_class_name": CLASSES[family], **raw}, *split(tensors, table_of(family, raw))
 

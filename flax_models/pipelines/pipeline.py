@@ -179,6 +179,11 @@ class Pipeline(Pretrained):
             sides.append(default if size is None else size // factor)
         return sides[0], sides[1], channels
 
+    def token_layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along each dimension of latents of a shape [h, w, C] or [T, h, w, C]."""
+        *times, rows, columns, _ = shape
+        return (*times, rows // self.PATCH, columns // self.PATCH)
+
     @staticmethod
     def predictor(
         denoiser: Any, condition: Any, negative: Any, guidance_scale: Float[Array, ""] | float

@@ -244,7 +244,7 @@ class TextToImage:
             )
         shape = self._shape(height, width, num_frames)
         if self.preset is not None:
-            self.preset.require_fit(self._token_layout(shape))
+            self.preset.require_fit(self.pipeline.token_layout(shape))
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise ValueError(
                 f"latents must be {(len(prompts), *shape)}, one per prompt at this size; "
@@ -349,11 +349,6 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
-    def _token_layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens along each dimension of latents of that shape, frames first."""
-        *frames, rows, columns, _ = shape
-        return (*frames, rows // self.pipeline.PATCH, columns // self.pipeline.PATCH)
-
     def _sampler(self, kind: str | None, steps: int, eta: float, shape: tuple[int, ...]) -> Sampler:
         """The tables of a run for latents of that shape."""
         schedule, pipeline = self.schedule, self.pipeline
@@ -369,7 +364,7 @@ class TextToImage:
             return edm_sampler(schedule, steps, start=schedule.sigma_max)
         mu = None
         if schedule.use_dynamic_shifting:
-            tokens = math.prod(self._token_layout(shape)[-2:])
+            tokens = math.prod(self.pipeline.token_layout(shape)[-2:])
             fitted = pipeline.SHIFT == "empirical"
             mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
         return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)

@@ -400,8 +400,7 @@ def _attention(
     if dense is None:
         dense = preset.dense_steps_of(steps)
     if hasattr(pipeline.denoiser, "BLOCKS"):  # of others, which are told, it is no question
-        *times, rows, columns, _ = pipeline.latent_shape_for(*size)
-        layout = (*times, rows // pipeline.PATCH, columns // pipeline.PATCH)
+        layout = pipeline.token_layout(pipeline.latent_shape_for(*size))
         for tiles in dict.fromkeys(preset.tiles.values()):
             if advice := preset.advice(layout, tiles):
                 print_error(f"conceptax sample: {advice}")
