@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import training_toy as toy
 
-from conceptax.cli.processes import join_processes
+from conceptax.cli import processes
 from conceptax.converters.files.safetensors_file import PendingTensor, write_safetensors
 from conceptax.converters.parameters import on_host
 from conceptax.methods import training
@@ -35,7 +35,9 @@ from conceptax.methods.training import checkpoints
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    join_processes()
+    if "SIGKILL" in sys.argv:
+        processes._HEARTBEAT_SECONDS = 10  # that a test waits for it
+    processes.join_processes()
     me = jax.process_index()
     what, number = (sys.argv[2], int(sys.argv[3])) if me == 1 and len(sys.argv) > 2 else ("", 0)
     if what in ("UNREADABLE", "MISFIT"):

@@ -88,7 +88,13 @@ def run(params, attention=None, mask=None, **options):
     return output, *gradients
 
 
-@pytest.fixture(scope="module", params=[None, MASK], ids=["whole text", "padded text"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(None, id="whole text", marks=pytest.mark.slow),
+        pytest.param(MASK, id="padded text"),
+    ],
+)
 def mask(request):
     return request.param
 

@@ -271,8 +271,8 @@ def test_parity(name, torch, tmp_path):
     [
         pytest.param("unet", True, marks=pytest.mark.slow),
         ("dit", "dots_saveable"),
-        ("flux", True),
-        ("autoencoder", True),
+        pytest.param("flux", True, marks=pytest.mark.slow),
+        pytest.param("autoencoder", True, marks=pytest.mark.slow),
         ("clip_text", "dots_with_no_batch_dims_saveable"),
     ],
 )
@@ -310,6 +310,7 @@ def test_remat_policies_keep_what_they_say():
         recomputed(jnp.sin, "dots")
 
 
+@pytest.mark.slow  # traces whole models; tests of families compare their keys and shapes too
 def test_published_sizes():
     def count(model_class, config):
         keys = OneKey()
@@ -470,24 +471,18 @@ def test_a_large_batch_is_encoded_in_parts(masked, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)  # of up to 20
 
 
+# Each writes a folder, for its class there, and reads it; parity is the business of others.
 @pytest.mark.parametrize(
     "kind",
     [
-        "dit",
-        "flux",
-        "flux_2",
-        "sd3",
-        "wan",
-        "hunyuan_video",
-        "unet_motion",
-        "t5",
-        "llama",
-        "qwen3",
-        "autoencoder_flux_2",
-        pytest.param("autoencoder_hunyuan_video", marks=pytest.mark.slow),
-        "autoencoder_wan",
-        "cosmos",
-        "autoencoder_cosmos",
+        *("dit", "flux", "unet_motion", "t5", "cosmos", "autoencoder_cosmos"),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (
+                *("flux_2", "sd3", "wan", "hunyuan_video", "llama", "qwen3"),
+                *("autoencoder_flux_2", "autoencoder_hunyuan_video", "autoencoder_wan"),
+            )
+        ),
     ],
 )
 def test_verify_runs_both_frameworks(kind, torch, tmp_path):
