@@ -12,13 +12,13 @@ from conceptax.methods.evaluation.statistics import rate
 
 PAGE = """# What SAGE withstands, and what it does not
 
+![Erasing against retention](erasing_pareto.png)
+
 `python benchmarks/erasing_studies.py table pareto ablations concepts --write` makes this page.
 
 ## All methods, all attacks
 <!-- table -->
 <!-- end of table -->
-
-![Erasing against retention](erasing_pareto.png)
 
 ![Success against the attacker's budget](erasing_budgets.png)
 

@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = 24  # tokens of a caption
 GUIDANCE, CAPTION_DROPOUT = 3.0, 0.1
 # What a training's seed adds to the study's, so that no two see the same noise.
-OFFSETS = {"training": 0, "tuning": 1000, "images": 2000}
+OFFSETS = {"training": 0, "tuning": 1000, "images": 2000, "small": 2000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,7 @@ class World:
       kind: the model's class.
       cells: by name; a sparse one's attention is that of all.
       stages: the trainings, among the study's `recipes`, that lead to the dense model.
+      shared: those of them that are done once, for all seeds.
       grid: tokens along each dimension.
       latent_shape: of what is drawn.
       shift: of the training's noise levels towards noise.
@@ -89,6 +90,7 @@ class World:
     kind: ClassVar[Any]
     cells: ClassVar[dict[str, Cell]]
     stages: ClassVar[tuple[str, ...]] = ("training",)
+    shared: ClassVar[tuple[str, ...]] = ()
     grid: tuple[int, ...]
     latent_shape: tuple[int, ...]
     shift: ClassVar[float] = 1.0
@@ -289,22 +291,25 @@ class Seed:
 
     @functools.cached_property
     def dense(self) -> Any:
-        model = self.world.kind(self.world.study.config, rngs=nnx.Rngs(self.seed))
+        first = 0 if self.world.shared else self.seed
+        model = self.world.kind(self.world.study.config, rngs=nnx.Rngs(first))
         params = nnx.to_pure_dict(nnx.state(model))
         for name in self.world.stages:
-            params = fit(self.world, name, None, params, self.seed + OFFSETS[name])
+            params = fit(self.world, name, None, params, self.of(name))
         return params
+
+    def of(self, name: str) -> int:
+        """The seed of one of its trainings."""
+        return OFFSETS[name] + (0 if name in self.world.shared else self.seed)
 
     def params(self, cell: Cell) -> Any:
         if not cell.tuned:
             return self.dense
-        return fit(self.world, "tuning", cell.attention, self.dense, self.seed + OFFSETS["tuning"])
+        return fit(self.world, "tuning", cell.attention, self.dense, self.of("tuning"))
 
     def records(self) -> dict[str, Any]:
         names = (*self.world.stages, "tuning")
-        return {
-            name: training_record(self.world, name, self.seed + OFFSETS[name]) for name in names
-        }
+        return {name: training_record(self.world, name, self.of(name)) for name in names}
 
 
 # ---- drawing ----

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from conceptax.converters.files.weights import read_json
 from conceptax.reporting.report import Number, Table, markdown_table
 
@@ -25,6 +27,8 @@ TASKS = {
 ENGINES = {"jax": "JAX", "eager": "PyTorch", "compile": "torch.compile"}
 
 PAGE = """# Speed and memory
+
+![Seconds of Stable Diffusion's models, in JAX and in PyTorch](speed.png)
 
 Written by `benchmarks/speed_page.py` from the figures in `benchmarks/results`.
 
@@ -52,16 +56,40 @@ command to its end, beside `cp -r`; the second time is until the bytes are on th
 `benchmarks/load_save.py`, {dates}."""
 
 
+def measured(report: Mapping[str, Any]) -> tuple[dict[tuple[str, str], Any], list[str]]:
+    """Rows by task and engine, and the tasks that all engines did."""
+    rows = {(row["task"], row["engine"]): row for row in report["rows"] if "error" not in row}
+    return rows, [task for task in TASKS if all((task, engine) in rows for engine in ENGINES)]
+
+
+def plot(report: Mapping[str, Any]) -> Figure:
+    """Bars of the models' seconds, one group a task."""
+    rows, known = measured(report)
+    figure = Figure(figsize=(8, 0.5 + 0.7 * len(known)), layout="constrained")
+    axes = figure.subplots()
+    for shift, (engine, name) in enumerate(ENGINES.items()):
+        places = [place + 0.25 * (shift - 1) for place in range(len(known))]
+        bars = axes.barh(
+            places, [rows[task, engine]["median_s"] for task in known], 0.23, label=name
+        )
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_yticks(range(len(known)), [TASKS[task] for task in known])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds, less is better")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
 def models(report: Mapping[str, Any]) -> Table:
     """The part on models."""
-    rows = {(row["task"], row["engine"]): row for row in report["rows"] if "error" not in row}
+    rows, known = measured(report)
 
     def cell(task: str, engine: str) -> Number:
         row = rows[task, engine]
         aside = f"{row['peak_gib']:.1f} GiB, first {row['first_s']:.0f} s"
         return Number(f"{row['median_s']:.2f} s", aside)
 
-    known = [task for task in TASKS if all((task, engine) in rows for engine in ENGINES)]
     lines = []
     for task in known:
         fastest = min(rows[task, engine]["median_s"] for engine in ("eager", "compile"))
@@ -177,7 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "speed.md")
     page = parser.parse_args().page
-    tables = [models(read_json(RESULTS / "stable_diffusion_full_float32.json"))]
+    report = read_json(RESULTS / "stable_diffusion_full_float32.json")
+    plot(report).savefig(page.with_suffix(".png"), dpi=120)
+    tables = [models(report)]
     if (report := RESULTS / "transformer_speed_cpu_full.json").exists():
         tables += [part(read_json(report)) for part in (blocks, wholes)]
     tables.append(files(read_json(RESULTS / "load_save.json")))

@@ -137,8 +137,12 @@ def library_of(
 
 
 def _name(target: str, architecture: str | None) -> str:
-    """A library's name up to the digest of its content."""
-    options = command(target, architecture)
+    """A library's name up to the digest of its content.
+
+    Where compiler and headers lie is not in it: a library may be built for another machine.
+    """
+    _, *options = command(target, architecture)
+    options.remove(jax.ffi.include_dir())
     digest = hashlib.sha256(shlex.join(options).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".h", ".cc", ".cu"):

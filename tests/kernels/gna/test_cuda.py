@@ -303,6 +303,11 @@ def test_libraries_are_built_once(fake_compiler, monkeypatch):
     assert library.parent == fake_compiler / "cache" / "conceptax"
     assert "gna_cpu.cc" in library.read_text() and "-std=c++17" in library.read_text()
     assert build.build("cpu") == library and runs() == 1
+    # It may be for another machine, whose compiler and headers lie elsewhere.
+    moved = (fake_compiler / "c++").rename(fake_compiler / "moved")
+    monkeypatch.setenv("CXX", str(moved))
+    monkeypatch.setattr(build.jax.ffi, "include_dir", lambda: "/elsewhere")
+    assert build.build("cpu") == library and runs() == 1
     # Another machine, and other sources, have libraries of their own.
     monkeypatch.setattr(build, "_instructions", lambda: "sse")
     assert build.build("cpu") != library and runs() == 2

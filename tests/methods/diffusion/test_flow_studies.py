@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-STUDIES = {"flux_glyphs": ("quarter", 4 * 3, "png"), "video_glyphs": ("frame", 8 * 3, "gif")}
+STUDIES = {"flux_glyphs": ("whole", 3, "png"), "video_glyphs": ("frame", 8 * 3, "gif")}
 
 
 @pytest.fixture(scope="module")
@@ -81,27 +81,26 @@ def test_seeds_are_pooled_and_compared_drawing_by_drawing(benchmarks):
     study = benchmarks("flux_glyphs")
 
     def cell(*right):
-        count = {"count": sum(right), "of": 4 * len(right)}
-        names = (*study.ATTRIBUTES, "quarter", "scene")
+        count = {"count": sum(right), "of": len(right)}
+        names = (*study.ATTRIBUTES, "whole")
         return {"right": list(right), "distance": len(right), **dict.fromkeys(names, count)}
 
-    seeds = ([cell(4, 4), cell(4, 2)], [cell(4, 4), cell(3, 3)])
+    seeds = ([cell(1, 1), cell(1, 0)], [cell(0, 1), cell(0, 1)])
     cells = [dict(zip(("dense", "sparse"), seed, strict=True)) for seed in seeds]
     record = {"seeds": {name: {"cells": each} for name, each in zip("03", cells, strict=True)}}
     found = study.pooled(record, "sparse")
-    assert (found["quarter"]["count"], found["quarter"]["of"]) == (12, 16)
+    assert (found["whole"]["count"], found["whole"]["of"]) == (2, 4)
     assert found["difference"]["mean"] == -0.25 and found["difference"]["of"] == 4
     assert study.pooled(record, "dense")["difference"]["low"] == 0
 
 
-def test_a_scene_is_four_handwritings_of_its_digit(benchmarks):
+def test_a_digit_is_enlarged_and_comes_back(benchmarks):
     study = benchmarks("flux_glyphs")
-    (image,) = study.rendered([(3, 0, 1)], "judge_test")
-    parts = study.quarters(image[None])
-    np.testing.assert_array_equal(parts[1], image[:64, 64:])
-    red = (parts[..., 0].astype(int) - parts[..., 1] > 100).mean(axis=(1, 2))
-    assert (red > 0.05).all()
-    assert len({part.tobytes() for part in parts}) == 4
+    images = study.rendered([(3, 0, 1), (8, 2, 0)], "judge_test", 0)
+    large = study.enlarged(images)
+    assert large.shape == (2, 128, 128, 3)
+    apart = study.reduced(large).astype(int) - images
+    assert np.abs(apart).mean() < 3  # what a texture's finest grain loses
 
 
 def test_a_digit_goes_the_way_that_is_named_and_is_found(benchmarks):
