@@ -7,7 +7,8 @@ A backend is a module with three functions:
     forward(problem, operands) -> (output, lse)
     backward(problem, residuals, d_output, delta) -> Operands, the gradients
 
-and, where something must be built before its first call,
+and, for blocks of queries that see listed blocks of keys, a second such module (`LIST_BACKENDS`);
+where something must be built before its first call,
 
     prepare(platform) -> None                        RuntimeError if that fails
 
@@ -28,10 +29,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import cuda
-from .backends import reference, triton, xla
+from .backends import reference, reference_lists, triton, xla, xla_lists
+from .cuda import lists as cuda_lists
 from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
 from .platforms import default_platform
-from .problem import Number, Operands, PerDimension, Problem, Residuals, Size, describe, windows_of
+from .problem import (
+    AnyProblem,
+    ListOperands,
+    ListProblem,
+    Number,
+    Operands,
+    PerDimension,
+    Problem,
+    Residuals,
+    Size,
+    describe,
+    windows_of,
+)
 from .tiles import Window
 from .varying import vary_alike
 
@@ -40,6 +54,13 @@ BACKENDS: dict[str, ModuleType] = {
     "xla": xla,
     "cuda": cuda,
     "triton": triton,
+}
+
+# Those of a `ListProblem`.
+LIST_BACKENDS: dict[str, ModuleType] = {
+    "reference": reference_lists,
+    "xla": xla_lists,
+    "cuda": cuda_lists,
 }
 
 # What must be at hand beside jax, on a platform; what is not is said as `unsupported` does.
@@ -56,25 +77,41 @@ PREFERENCES = {
 }
 
 
-def unsupported(implementation: str, problem: Problem, platform: str | None = None) -> str | None:
+def unsupported(
+    implementation: str, problem: AnyProblem, platform: str | None = None
+) -> str | None:
     """Why an implementation cannot do a problem, or None if it can.
 
     Args:
       implementation: a key of `BACKENDS`.
-      problem: what `describe` returns.
+      problem: what `describe` or `describe_lists` returns.
       platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
 
     Raises:
       ValueError: if `implementation` names none.
     """
     platform = platform or default_platform()
-    reason = _backend(implementation).unsupported(problem, platform)
+    reason = unable(implementation, problem, platform)
     if reason is None and implementation in NEEDS:
         reason = NEEDS[implementation](platform)
     return reason
 
 
-def select(problem: Problem, implementation: str | None = None) -> str:
+def unable(implementation: str, problem: AnyProblem, platform: str) -> str | None:
+    """`unsupported`, but for what is not at hand.
+
+    Raises:
+      ValueError: if `implementation` names none.
+    """
+    backend = _backend(implementation)
+    if isinstance(problem, ListProblem):
+        if implementation not in LIST_BACKENDS:
+            return "it takes no block lists"
+        backend = LIST_BACKENDS[implementation]
+    return backend.unsupported(problem, platform)
+
+
+def select(problem: AnyProblem, implementation: str | None = None) -> str:
     """The implementation that runs a problem on jax's default device.
 
     Raises:
@@ -314,29 +351,43 @@ def joint_neighborhood_attention(
     return of_image.reshape(*image[0].shape[:-1], -1), of_text
 
 
-def _attend(problem: Problem, implementation: str, operands: Operands) -> tuple[Array, Array]:
-    run = _foldable(BACKENDS[implementation].forward, problem, FORWARD)
+def _run(problem: AnyProblem, implementation: str, name: str, axes: Any) -> Callable[..., Any]:
+    """A backend's `forward` or `backward`."""
+    table = LIST_BACKENDS if isinstance(problem, ListProblem) else BACKENDS
+    return _foldable(getattr(table[implementation], name), problem, axes[type(problem)])
+
+
+def _attend(
+    problem: AnyProblem, implementation: str, operands: Operands | ListOperands
+) -> tuple[Array, Array]:
+    run = _run(problem, implementation, "forward", FORWARD)
     query = operands.query
     output, lse = (sharded_as(x, query, query.ndim - 1) for x in run(operands))
     return output, lse
 
 
-def _attend_forward(problem: Problem, implementation: str, operands: Operands) -> Any:
+def _attend_forward(
+    problem: AnyProblem, implementation: str, operands: Operands | ListOperands
+) -> Any:
     output, lse = _attend(problem, implementation, operands)
     return (output, lse), Residuals(operands, output, lse)
 
 
 def _attend_backward(
-    problem: Problem, implementation: str, residuals: Residuals, cotangents: tuple[Array, Array]
+    problem: AnyProblem, implementation: str, residuals: Residuals, cotangents: tuple[Array, Array]
 ) -> Any:
     d_output, d_lse = cotangents
     # P depends on the scores through the log-sum-exp, and the log-sum-exp is itself a result: its
     # own cotangent enters where the output's does, so merged attentions differentiate.
     product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
     delta = product.sum(-1) - d_lse
-    run = _foldable(BACKENDS[implementation].backward, problem, BACKWARD)
+    run = _run(problem, implementation, "backward", BACKWARD)
     gradients = run(residuals, d_output, delta)
-    return (jax.tree.map(lambda g, x: sharded_as(g, x, x.ndim), gradients, residuals.operands),)
+
+    def laid_out(gradient: Array | None, x: Array | None) -> Array | None:
+        return gradient if x is None or gradient is None else sharded_as(gradient, x, x.ndim)
+
+    return (jax.tree.map(laid_out, gradients, residuals.operands, is_leaf=lambda g: g is None),)
 
 
 _differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
@@ -345,12 +396,14 @@ _differentiable.defvjp(_attend_forward, _attend_backward)
 
 # One function for all calls, so that a problem is traced and compiled once, also outside of `jit`.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def attend(problem: Problem, implementation: str, operands: Operands) -> tuple[Array, Array]:
+def attend(
+    problem: AnyProblem, implementation: str, operands: Operands | ListOperands
+) -> tuple[Array, Array]:
     """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
     return _differentiable(problem, implementation, operands)
 
 
-def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:
+def _foldable(run: Callable[..., Any], problem: AnyProblem, axes: Any) -> Callable[..., Any]:
     """A backend's function of arrays [B, ...], whose vmapped axes become part of B."""
     call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 
