@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .api import attend, select
@@ -84,7 +85,7 @@ class BlockMask:
                 "mask must be bool [batch or 1, heads or 1, query blocks, key blocks], or the last "
                 f"two; received {mask.dtype} of shape {mask.shape}."
             )
-        traced = isinstance(mask, jax.core.Tracer)
+        traced = isinstance(mask, Tracer)
         xp = jnp if traced else np
         mask = xp.asarray(mask).reshape((1, 1, *mask.shape)[-4:])
         counts = mask.sum(-1, dtype=xp.int32)
@@ -96,9 +97,9 @@ class BlockMask:
                     f"{most}."
                 )
             most = most or needed
-        most = min(most or mask.shape[-1], mask.shape[-1])
-        blocks = xp.argsort(~mask, axis=-1, stable=True)[..., :most].astype(xp.int32)
-        counts = xp.minimum(counts, most)
+        room = min(most or mask.shape[-1], mask.shape[-1])
+        blocks = xp.argsort(~mask, axis=-1, stable=True)[..., :room].astype(xp.int32)
+        counts = xp.minimum(counts, room)
         return cls(jnp.asarray(blocks), jnp.asarray(counts), query_block, key_block)
 
     @classmethod
@@ -218,7 +219,7 @@ def block_sparse_attention(
     shape = (problem.batch, problem.heads, problem.query_blocks)
     given = [with_whole_tokens(x) for x in (query, key, value)]
     lists = [jnp.broadcast_to(x, (*shape, *x.shape[3:])) for x in _in_order(problem, block_mask)]
-    operands = ListOperands(*given, additional_keys, additional_values, *lists)
+    operands = ListOperands._make((*given, additional_keys, additional_values, *lists))
     output, lse = attend(problem, select(problem, implementation), vary_alike(operands))
     output = sharded_as(output, query, query.ndim - 1)
     if not return_lse:

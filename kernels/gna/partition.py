@@ -47,7 +47,7 @@ Axes = tuple[str, ...]
 
 
 def _backward(operands: Any, gradients: Any) -> tuple[Any, Any]:
-    return (Residuals(operands, _OUTPUT, _LSE), _OUTPUT, _LSE), gradients
+    return (Residuals._make((operands, _OUTPUT, _LSE)), _OUTPUT, _LSE), gradients
 
 
 # What goes into a backend's function, and what comes out, by the kind of the problem.

@@ -71,7 +71,7 @@ class ListOperands(NamedTuple):
 class Residuals(NamedTuple):
     """What the forward pass leaves for the backward pass; the probabilities are computed again."""
 
-    operands: Operands | ListOperands
+    operands: Any  # Operands or ListOperands
     output: Array  # [B, *X, Hq, Dv]
     lse: Array  # [B, *X, Hq], float32
 

@@ -57,7 +57,7 @@ def backward(
     product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
 
     def run(*inputs: Array | None) -> tuple[Array, Array]:
-        return forward(problem, ListOperands(*inputs, blocks, counts))
+        return forward(problem, ListOperands._make((*inputs, blocks, counts)))
 
     _, pull = jax.vjp(run, *inputs)
-    return ListOperands(*pull((d_output, product.sum(-1) - delta)), None, None)
+    return ListOperands._make((*pull((d_output, product.sum(-1) - delta)), None, None))

@@ -140,7 +140,7 @@ def backward(
     d_query = tokens_of(d_query, problem.tokens)
     given = (d_query, d_key, d_value, d_more_keys, d_more_values)
     cast = (None if x is None else x.astype(query.dtype) for x in given)
-    return ListOperands(*cast, None, None)
+    return ListOperands._make((*cast, None, None))
 
 
 def _by_query(problem: ListProblem, operands: ListOperands) -> _Lists:

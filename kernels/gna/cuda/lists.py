@@ -44,7 +44,7 @@ def backward(
     given = [*_given(operands), residuals.lse, d_output, delta]
     gradients = call(LISTS_BACKWARD, results, given, _attributes(problem))
     more = gradients[3:] if problem.additional else (None, None)
-    return ListOperands(*gradients[:3], *more, None, None)
+    return ListOperands._make((*gradients[:3], *more, None, None))
 
 
 def _given(operands: ListOperands) -> list[Array]:
