@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from .api import attend, select
+from .api import attend, choose
 from .partition import sharded_as, with_whole_tokens
 from .problem import (
     ListOperands,
@@ -220,7 +220,7 @@ def block_sparse_attention(
     given = [with_whole_tokens(x) for x in (query, key, value)]
     lists = [jnp.broadcast_to(x, (*shape, *x.shape[3:])) for x in _in_order(problem, block_mask)]
     operands = ListOperands._make((*given, additional_keys, additional_values, *lists))
-    output, lse = attend(problem, select(problem, implementation), vary_alike(operands))
+    output, lse = attend(problem, choose(problem, implementation), vary_alike(operands))
     output = sharded_as(output, query, query.ndim - 1)
     if not return_lse:
         return output

@@ -251,6 +251,11 @@ def _explicit_mesh(*arrays: Array) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if AxisType.Explicit in (mesh.axis_types or ())), None)
 
 
+def is_in_mesh(*arrays: Array) -> bool:
+    """Whether the devices of a mesh are known as a program is traced, not only to a compiler."""
+    return bool(_explicit_mesh(*arrays) is not None or jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def _spec(x: Array) -> tuple[Axes, ...]:
     """The Explicit axes that divide each dimension."""
     return _entries(jax.typeof(x).sharding.spec, x.ndim)

@@ -111,13 +111,20 @@ def prepare(platform: str) -> None:
         jax.ffi.register_ffi_target(name, handler, platform=PLATFORMS[platform])
 
 
+def is_built(platform: str) -> bool:
+    """Whether the library of a platform is there, so that nothing would be compiled."""
+    with contextlib.suppress(OSError, RuntimeError):
+        return build.library_of(platform) is not None
+    return False
+
+
 def prepare_what_is_built() -> None:
     """Registers the CPU's calls if their library is there, as programs that are not traced need.
 
     Such are programs that were compiled or exported in another process.
     """
     with contextlib.suppress(OSError, RuntimeError):
-        if build.library_of("cpu") is not None:
+        if is_built("cpu"):
             prepare("cpu")
 
 

@@ -6,6 +6,7 @@
 // (`Plan`, `Neighborhood`) or of listed blocks (`ListPlan`, `ListedBlocks`).
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <memory>
@@ -55,6 +56,7 @@ struct Rows {
 
   const int keys, dim, width, copies;
   const Memory data;
+  std::atomic<bool> finite{true};  // all of them
 };
 
 // Calls visit(row, numbers) in parallel for all rows of `rows`, of its first copy, and their `dim`
@@ -85,6 +87,7 @@ template <typename T, typename Plan>
 bool pack(ffi::ThreadPool& pool, const Plan& plan, const T* from, const T* additional, Rows& to) {
   return visit_rows(pool, plan, to, from, additional, [&](float* row, const T* source) {
     for (int d = 0; d < to.dim; ++d) row[d] = to_float(source[d]);
+    if (!all_finite(row, to.dim)) to.finite.store(false, std::memory_order_relaxed);
   });
 }
 
@@ -159,6 +162,25 @@ struct Pointers {
   }
 };
 
+// Whether all rows of a block are finite.
+bool are_finite(const Rows& rows, const Pointers& block, int count) {
+  if (rows.finite) return true;
+  return std::all_of(block.row, block.row + count,
+                     [&](const float* row) { return all_finite(row, rows.dim); });
+}
+
+// Calls visit(key, lane) for the pairs of a block that see each other. Products over whole blocks
+// take others times zero, which is not zero of NaN or infinity: where any of them is at hand,
+// products are summed pair by pair.
+template <typename Visit>
+void visit_seen(const uint64_t* masks, int count, int lanes, const Visit& visit) {
+  for (int n = 0; n < count; ++n) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (masks[n] >> lane & 1) visit(n, lane);
+    }
+  }
+}
+
 template <typename Near, typename T, typename Plan>
 bool forward(ffi::ThreadPool& pool, const Plan& plan, const T* query, const T* key, const T* value,
              const T* more_keys, const T* more_values, T* output, float* lse) {
@@ -211,7 +233,14 @@ bool forward(ffi::ThreadPool& pool, const Plan& plan, const T* query, const T* k
           store(top + c, most);
           store(factor + c, kept);
         }
-        multiply_columns(v.row, problem.value_dim, count, scores.get(), lanes, factor, sums.get());
+        const bool pairwise = masks && !are_finite(values, v, count);
+        multiply_columns(v.row, problem.value_dim, pairwise ? 0 : count, scores.get(), lanes,
+                         factor, sums.get());
+        if (!pairwise) return;
+        visit_seen(masks, count, lanes, [&](int n, int c) {
+          const float p = scores.get()[n * lanes + c];
+          for (int d = 0; d < problem.value_dim; ++d) sums.get()[d * lanes + c] += p * v.row[n][d];
+        });
       });
       for (int n = 0; n < lanes; ++n) {
         factor[n] = total[n] == 0 ? 0 : 1 / total[n];  // a query may see nothing
@@ -275,6 +304,9 @@ bool backward(ffi::ThreadPool& pool, const Plan& plan, const T* query, const T* 
             shift[n] = present ? delta[token * problem.heads + head] : 0.0f;
           }
           std::fill_n(d_q.get(), dim * lanes, 0.0f);
+          const bool finite = all_finite(q.get(), int64_t{dim} * lanes) &&
+                              all_finite(d_out.get(), int64_t{value_dim} * lanes) &&
+                              all_finite(shift, lanes);
           visit_blocks(near, [&](int first, int count, const uint64_t* masks) {
             const int* chosen = &near.keys[first];
             const Pointers k(keys.of(lane), keys.width, chosen, count);
@@ -291,6 +323,19 @@ bool backward(ffi::ThreadPool& pool, const Plan& plan, const T* query, const T* 
                 store(s, one);
                 store(g, one * (load(g) - load(shift + c)));
               }
+            }
+            if (masks &&
+                !(finite && are_finite(keys, k, count) && are_finite(values, v, count))) {
+              visit_seen(masks, count, lanes, [&](int n, int c) {
+                const float one = p_rows.row[n][c], g = ds_rows.row[n][c];
+                const float* to = d_out_rows.get() + c * values.width;
+                for (int d = 0; d < value_dim; ++d) dv.row[n][d] += one * to[d];
+                for (int d = 0; d < dim; ++d) {
+                  dk.row[n][d] += g * q_rows.get()[c * keys.width + d];
+                  d_q.get()[d * lanes + c] += g * k.row[n][d];
+                }
+              });
+              return;
             }
             multiply_rows<true>(p_rows.row, count, lanes, d_out_rows.get(), values.width, dv.row);
             multiply_rows<true>(ds_rows.row, count, lanes, q_rows.get(), keys.width, dk.row);
