@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .gna import neighborhood_attention
-from .gna.platforms import default_platform
+from .gna import cudnn, neighborhood_attention
+from .gna.platforms import default_platform, traced_for
 from .gna.problem import DTYPES
 
 # With this many logits in all, a CPU spends its time on carrying them to and from memory.  With as
@@ -90,86 +90,12 @@ def _attend_in_cache(
     """By a kernel that asks for one dtype."""
     kernels_own = query.dtype == key.dtype == value.dtype and value.dtype.name in DTYPES
     operands = (x if kernels_own else x.astype(jnp.float32) for x in (query, key, value))
-    attended = neighborhood_attention(
-        *operands, kernel_size=query.shape[1], is_causal=is_causal, scale=scale
-    )
+    with traced_for("cpu"):
+        attended = neighborhood_attention(
+            *operands, kernel_size=query.shape[1], is_causal=is_causal, scale=scale
+        )
     assert isinstance(attended, jax.Array)
     return attended.astype(value.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend_by_cudnn(
-    is_causal: bool, scale: float, query: Array, key: Array, value: Array
-) -> Array:
-    return _foldable(functools.partial(_by_cudnn, is_causal, scale))(query, key, value)
-
-
-def _forward(is_causal: bool, scale: float, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _attend_by_cudnn(is_causal, scale, *operands), operands
-
-
-def _backward(
-    is_causal: bool, scale: float, operands: tuple[Array, ...], cotangent: Array
-) -> tuple[Array, ...]:
-    # What the forward pass leaves beside the operands is recomputed: its form is jax's own affair.
-    def pull(cotangent: Array, *operands: Array) -> tuple[Array, ...]:
-        return jax.vjp(functools.partial(_by_cudnn, is_causal, scale), *operands)[1](cotangent)
-
-    return _foldable(pull)(cotangent, *operands)
-
-
-_attend_by_cudnn.defvjp(_forward, _backward)
-
-
-def _by_cudnn(is_causal: bool, scale: float, query: Array, key: Array, value: Array) -> Array:
-    return jax.nn.dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=scale, implementation="cudnn"
-    )
-
-
-def _foldable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays [B, ...] whose vmapped axes become part of B.
-
-    jax's own rule for cuDNN asks that all operands are mapped, and along their first axes.
-    """
-    call = jax.custom_batching.custom_vmap(function)
-
-    @call.def_vmap
-    def _(size: int, mapped: list[bool], *arrays: Array) -> tuple[Any, Any]:
-        everywhere = (
-            x if own else jnp.broadcast_to(x, (size, *x.shape))
-            for x, own in zip(arrays, mapped, strict=True)
-        )
-        results = _foldable(function)(*(x.reshape(-1, *x.shape[2:]) for x in everywhere))
-        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return call
-
-
-@functools.cache
-def _cudnn_takes(query: Any, key: Any, value: Any, is_causal: bool) -> bool:
-    """Whether jax and the GPUs here would hand such operands to cuDNN, with a gradient."""
-    if not (
-        query.dtype == key.dtype == value.dtype
-        and query.dtype in (jnp.bfloat16, jnp.float16)
-        and key.shape == value.shape
-        and (not is_causal or query.shape[1] == key.shape[1])  # of others, versions differ
-    ):
-        return False
-    devices = jax.local_devices() if default_platform() == "gpu" else ()
-    if any(float(getattr(device, "compute_capability", 0)) < 8 for device in devices):
-        return False  # older than Ampere
-    try:
-        jax.eval_shape(
-            functools.partial(jax.vjp, functools.partial(_by_cudnn, is_causal, 1.0)),
-            query,
-            key,
-            value,
-        )
-    except RuntimeError:  # there is no cuDNN, or NotImplementedError: it has no such kernel
-        return False
-    return True
 
 
 def _are_many(*sizes: Any) -> bool:
@@ -229,8 +155,8 @@ def dot_product_attention(
         if here and queries == keys and jnp.float64 not in (query.dtype, value.dtype):
             branches["cpu"] = lambda q, k, v: _attend_in_cache(q, k, v, is_causal, factor)
         kinds = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
-        if _cudnn_takes(*kinds, is_causal):
-            branches["cuda"] = functools.partial(_attend_by_cudnn, is_causal, float(factor))
+        if cudnn.takes(*kinds, is_causal):
+            branches["cuda"] = functools.partial(cudnn.attend, is_causal, float(factor))
             if here:
                 branches.setdefault("cpu", plain)
     if not branches:
@@ -288,9 +214,10 @@ def frame_causal_attention(
         return jnp.stack(attended, axis=1)
 
     def in_cache(query: Array, key: Array, value: Array) -> Array:
-        attended = neighborhood_attention(
-            query, key, value, kernel_size=(frames, tokens), is_causal=(True, False)
-        )
+        with traced_for("cpu"):
+            attended = neighborhood_attention(
+                query, key, value, kernel_size=(frames, tokens), is_causal=(True, False)
+            )
         assert isinstance(attended, jax.Array)
         return attended
 

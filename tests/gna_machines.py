@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conceptax.kernels.gna import cuda
+from conceptax.kernels.gna import backends, cuda
 from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.cuda import build
 
@@ -60,6 +61,15 @@ def interpreter(folder: Path) -> Iterator[Callable]:
     process.stdin.close()
     process.wait(10)
     process.stdout.close()
+
+
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The kernels imported apart from the hook that checks annotations, which wraps functions."""
+    pytest.importorskip("triton")
+    module = gna_interpreter.load(ROOT / "kernels/gna/backends")
+    monkeypatch.setitem(sys.modules, "conceptax.kernels.gna.backends.triton_kernels", module)
+    monkeypatch.setattr(backends, "triton_kernels", module, raising=False)
+    return module
 
 
 @contextlib.contextmanager

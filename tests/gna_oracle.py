@@ -39,12 +39,16 @@ def full_mask(case: dict) -> np.ndarray:
 
 def attention(case: dict, q, k, v, ak=None, av=None, d_output=None, d_lse=None, scale=None):
     """Output and log-sum-exp; with their cotangents also the gradients of q, k, v, ak, av."""
+    return masked(full_mask(case), q, k, v, ak, av, d_output, d_lse, scale)
+
+
+def masked(mask, q, k, v, ak=None, av=None, d_output=None, d_lse=None, scale=None):
+    """The same for any mask [..., queries, keys]."""
     arrays = [None if x is None else np.asarray(x, np.float64) for x in (q, k, v, ak, av)]
     q, k, v, ak, av = arrays
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     batch, heads, kv_heads = q.shape[0], q.shape[-2], k.shape[-2]
-    mask = full_mask(case)
-    tokens = mask.shape[0]
+    tokens = mask.shape[-1]
 
     def rows(x):  # [B, heads, tokens, dim]
         return np.moveaxis(x.reshape(batch, -1, *x.shape[-2:]), 2, 1)
@@ -54,11 +58,14 @@ def attention(case: dict, q, k, v, ak=None, av=None, d_output=None, d_lse=None, 
         return np.repeat(x, heads // kv_heads, axis=1)
 
     qr, kr, vr = rows(q), keys(k, ak), keys(v, av)
-    mask = np.pad(mask, ((0, 0), (0, kr.shape[2] - tokens)), constant_values=True)
+    widths = ((0, 0),) * (mask.ndim - 1)
+    mask = np.pad(mask, (*widths, (0, kr.shape[2] - tokens)), constant_values=True)
     scores = np.where(mask, np.einsum("bhqd,bhkd->bhqk", qr, kr) * scale, -np.inf)
-    top = scores.max(-1, keepdims=True)
-    lse = np.log(np.exp(scores - top).sum(-1, keepdims=True)) + top
-    p = np.exp(scores - lse)
+    with np.errstate(divide="ignore"):  # of a query that sees nothing
+        top = np.maximum(scores.max(-1, keepdims=True), -1e300)
+        total = np.exp(scores - top).sum(-1, keepdims=True)
+        lse = np.log(total) + top
+    p = np.exp(scores - np.where(total == 0, 0, lse))
     out = p @ vr
 
     def back(x, shape):

@@ -7,9 +7,11 @@ A backend is a module with three functions:
     forward(problem, operands) -> (output, lse)
     backward(problem, residuals, d_output, delta) -> Operands, the gradients
 
-and, where something must be built before its first call,
+and, for blocks of queries that see listed blocks of keys, a second such module (`LIST_BACKENDS`);
+where something must be built before its first call,
 
     prepare(platform) -> None                        RuntimeError if that fails
+    is_built(platform) -> bool                       whether it is there already
 
 It sees raw operands in the layout of the call, with vmapped axes folded into the batch, and need
 have neither derivatives nor batching rules of its own.
@@ -21,17 +23,39 @@ import math
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from . import cuda
-from .backends import reference, triton, xla
-from .partition import BACKWARD, FORWARD, fold, partitioned, sharded_as, unfold, with_whole_tokens
-from .platforms import default_platform
-from .problem import Number, Operands, PerDimension, Problem, Residuals, Size, describe, windows_of
+from . import cuda, cudnn
+from .backends import reference, reference_lists, triton, xla, xla_lists
+from .cuda import lists as cuda_lists
+from .partition import (
+    BACKWARD,
+    FORWARD,
+    fold,
+    is_in_mesh,
+    partitioned,
+    sharded_as,
+    unfold,
+    with_whole_tokens,
+)
+from .platforms import default_platform, platform_dependent, platforms_at_hand
+from .problem import (
+    AnyProblem,
+    ListOperands,
+    ListProblem,
+    Number,
+    Operands,
+    PerDimension,
+    Problem,
+    Residuals,
+    Size,
+    describe,
+    windows_of,
+)
 from .tiles import Window
 from .varying import vary_alike
 
@@ -41,6 +65,16 @@ BACKENDS: dict[str, ModuleType] = {
     "cuda": cuda,
     "triton": triton,
 }
+
+# Those of a `ListProblem`.
+LIST_BACKENDS: dict[str, ModuleType] = {
+    "reference": reference_lists,
+    "xla": xla_lists,
+    "cuda": cuda_lists,
+}
+
+# An implementation, or one for each of several platforms.
+Choice: TypeAlias = str | tuple[tuple[str, str], ...]
 
 # What must be at hand beside jax, on a platform; what is not is said as `unsupported` does.
 NEEDS: dict[str, Callable[[str], str | None]] = {
@@ -56,25 +90,41 @@ PREFERENCES = {
 }
 
 
-def unsupported(implementation: str, problem: Problem, platform: str | None = None) -> str | None:
+def unsupported(
+    implementation: str, problem: AnyProblem, platform: str | None = None
+) -> str | None:
     """Why an implementation cannot do a problem, or None if it can.
 
     Args:
       implementation: a key of `BACKENDS`.
-      problem: what `describe` returns.
+      problem: what `describe` or `describe_lists` returns.
       platform: "cpu", "gpu" or "tpu"; by default that of jax's default device.
 
     Raises:
       ValueError: if `implementation` names none.
     """
     platform = platform or default_platform()
-    reason = _backend(implementation).unsupported(problem, platform)
+    reason = unable(implementation, problem, platform)
     if reason is None and implementation in NEEDS:
         reason = NEEDS[implementation](platform)
     return reason
 
 
-def select(problem: Problem, implementation: str | None = None) -> str:
+def unable(implementation: str, problem: AnyProblem, platform: str) -> str | None:
+    """`unsupported`, but for what is not at hand.
+
+    Raises:
+      ValueError: if `implementation` names none.
+    """
+    backend = _backend(implementation)
+    if isinstance(problem, ListProblem):
+        if implementation not in LIST_BACKENDS:
+            return "it takes no block lists"
+        backend = LIST_BACKENDS[implementation]
+    return backend.unsupported(problem, platform)
+
+
+def select(problem: AnyProblem, implementation: str | None = None) -> str:
     """The implementation that runs a problem on jax's default device.
 
     Raises:
@@ -82,25 +132,57 @@ def select(problem: Problem, implementation: str | None = None) -> str:
       NotImplementedError: if the one asked for cannot do the problem; another is never taken.
     """
     if implementation is None:
-        platform = default_platform()
-        names = PREFERENCES.get(platform, PREFERENCES["tpu"])
-        able = (name for name in names if unsupported(name, problem, platform) is None)
-        return next(name for name in able if _is_ready(name, platform))
+        return _best(problem, default_platform())
     reason = unsupported(implementation, problem)
     if reason is not None:
-        raise NotImplementedError(
-            f"the implementation {implementation!r} cannot do this: {reason}. With "
-            "implementation=None one that can is chosen."
-        )
+        raise _refusal(implementation, reason)
     return implementation
 
 
+def choose(problem: AnyProblem, implementation: str | None = None) -> Choice:
+    """What runs a problem on each platform that it may be lowered for here.
+
+    Raises:
+      ValueError: if `implementation` names none.
+      NotImplementedError: if the one asked for can do the problem on none of them.
+    """
+    platforms = platforms_at_hand()
+    if implementation is None:
+        chosen = {platform: _best(problem, platform) for platform in platforms}
+    else:
+        reasons = {each: unsupported(implementation, problem, each) for each in platforms}
+        chosen = {each: implementation for each, reason in reasons.items() if reason is None}
+        if not chosen:
+            raise _refusal(implementation, reasons[default_platform()])
+    return tuple(chosen.items()) if len(chosen) > 1 else next(iter(chosen.values()))
+
+
+def _refusal(implementation: str, reason: str | None) -> NotImplementedError:
+    return NotImplementedError(
+        f"the implementation {implementation!r} cannot do this: {reason}. With "
+        "implementation=None one that can is chosen."
+    )
+
+
+def _best(problem: AnyProblem, platform: str) -> str:
+    """The first that can do a problem on a platform."""
+    names = PREFERENCES.get(platform, PREFERENCES["tpu"])
+    able = (name for name in names if unsupported(name, problem, platform) is None)
+    is_default = platform == default_platform()
+    return next(name for name in able if _is_ready(name, platform, is_default))
+
+
 @functools.cache
-def _is_ready(implementation: str, platform: str) -> bool:
-    """Whether a backend that is not asked for by name can be built; it is said once if not."""
+def _is_ready(implementation: str, platform: str, is_default: bool) -> bool:
+    """Whether a backend that is not asked for by name can be built; it is said once if not.
+
+    For devices that may never be used nothing is built, which takes its time.
+    """
     prepare = getattr(BACKENDS[implementation], "prepare", None)
     if prepare is None:
         return True
+    if not is_default and not BACKENDS[implementation].is_built(platform):
+        return False
     try:
         prepare(platform)
     except (RuntimeError, OSError) as error:
@@ -210,13 +292,16 @@ def neighborhood_attention(
         is_causal=is_causal,
         scale=scale,
     )
-    implementation = select(problem, implementation)
+    chosen = choose(problem, implementation)
     problem = seen_by_backends(problem)
     layout = (problem.batch, *problem.layout)
     operands = [with_whole_tokens(x) for x in (query, key, value)]
     operands = [x.reshape(*layout, *x.shape[-2:]) for x in operands]
     operands = vary_alike(Operands._make((*operands, additional_keys, additional_values)))
-    output, lse = attend(problem, implementation, operands)
+    if not return_lse and implementation in (None, "xla") and _is_cudnns(problem, operands):
+        output = _attend_by_cudnn(problem, chosen, operands)
+        return output.reshape(*query.shape[:-1], problem.value_dim)
+    output, lse = attend(problem, chosen, operands)
     output = output.reshape(*query.shape[:-1], problem.value_dim)
     output = sharded_as(output, query, query.ndim - 1)
     if not return_lse:
@@ -314,29 +399,82 @@ def joint_neighborhood_attention(
     return of_image.reshape(*image[0].shape[:-1], -1), of_text
 
 
-def _attend(problem: Problem, implementation: str, operands: Operands) -> tuple[Array, Array]:
-    run = _foldable(BACKENDS[implementation].forward, problem, FORWARD)
+def _in_rows(operands: Operands) -> tuple[Any, Any, Any]:
+    """Queries, all keys and all values of dense attention, [B, L, H, D]."""
+    query, key, value, *additional = operands
+    query, key, value = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
+    pairs = zip((key, value), additional, strict=True)
+    return query, *(x if a is None else jnp.concatenate([x, a], axis=1) for x, a in pairs)
+
+
+def _is_cudnns(problem: Problem, operands: Operands) -> bool:
+    """Whether cuDNN is to do a problem where it is lowered for CUDA."""
+    if not problem.is_dense or is_in_mesh(*jax.tree.leaves(operands)):
+        return False
+    rows = jax.eval_shape(_in_rows, operands)
+    return "gpu" in platforms_at_hand() and cudnn.takes(*rows, False)
+
+
+def _attend_by_cudnn(problem: Problem, chosen: Choice, operands: Operands) -> Array:
+    """The output of dense attention, by cuDNN where it is lowered for CUDA."""
+
+    def by_cudnn(operands: Operands) -> Array:
+        output = cudnn.attend(False, problem.scale, *_in_rows(operands))
+        return output.reshape(*operands.query.shape[:-1], problem.value_dim)
+
+    # What is not run must leave nothing for the backward pass but the operands.
+    @jax.checkpoint
+    def by_backends(operands: Operands) -> Array:
+        return attend(problem, chosen, operands)[0]
+
+    return jax.lax.platform_dependent(operands, cuda=by_cudnn, default=by_backends)
+
+
+def _run(problem: AnyProblem, chosen: Choice, name: str, axes: Any) -> Callable[..., Any]:
+    """The `forward` or `backward` of what is chosen."""
+    table = LIST_BACKENDS if isinstance(problem, ListProblem) else BACKENDS
+    if isinstance(chosen, str):
+        return _foldable(getattr(table[chosen], name), problem, axes[type(problem)])
+
+    def run(problem: AnyProblem, *operands: Any) -> Any:
+        branches = {
+            platform: functools.partial(getattr(table[each], name), problem)
+            for platform, each in chosen
+        }
+        return platform_dependent(branches, *operands)
+
+    return _foldable(run, problem, axes[type(problem)])
+
+
+def _attend(
+    problem: AnyProblem, chosen: Choice, operands: Operands | ListOperands
+) -> tuple[Array, Array]:
+    run = _run(problem, chosen, "forward", FORWARD)
     query = operands.query
     output, lse = (sharded_as(x, query, query.ndim - 1) for x in run(operands))
     return output, lse
 
 
-def _attend_forward(problem: Problem, implementation: str, operands: Operands) -> Any:
-    output, lse = _attend(problem, implementation, operands)
+def _attend_forward(problem: AnyProblem, chosen: Choice, operands: Operands | ListOperands) -> Any:
+    output, lse = _attend(problem, chosen, operands)
     return (output, lse), Residuals(operands, output, lse)
 
 
 def _attend_backward(
-    problem: Problem, implementation: str, residuals: Residuals, cotangents: tuple[Array, Array]
+    problem: AnyProblem, chosen: Choice, residuals: Residuals, cotangents: tuple[Array, Array]
 ) -> Any:
     d_output, d_lse = cotangents
     # P depends on the scores through the log-sum-exp, and the log-sum-exp is itself a result: its
     # own cotangent enters where the output's does, so merged attentions differentiate.
     product = d_output.astype(jnp.float32) * residuals.output.astype(jnp.float32)
     delta = product.sum(-1) - d_lse
-    run = _foldable(BACKENDS[implementation].backward, problem, BACKWARD)
+    run = _run(problem, chosen, "backward", BACKWARD)
     gradients = run(residuals, d_output, delta)
-    return (jax.tree.map(lambda g, x: sharded_as(g, x, x.ndim), gradients, residuals.operands),)
+
+    def laid_out(gradient: Array | None, x: Array | None) -> Array | None:
+        return gradient if x is None or gradient is None else sharded_as(gradient, x, x.ndim)
+
+    return (jax.tree.map(laid_out, gradients, residuals.operands, is_leaf=lambda g: g is None),)
 
 
 _differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
@@ -345,12 +483,14 @@ _differentiable.defvjp(_attend_forward, _attend_backward)
 
 # One function for all calls, so that a problem is traced and compiled once, also outside of `jit`.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def attend(problem: Problem, implementation: str, operands: Operands) -> tuple[Array, Array]:
-    """Output and log-sum-exp of a checked problem by a backend, with their derivatives."""
-    return _differentiable(problem, implementation, operands)
+def attend(
+    problem: AnyProblem, chosen: Choice, operands: Operands | ListOperands
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp of a checked problem by what `choose` says, with their derivatives."""
+    return _differentiable(problem, chosen, operands)
 
 
-def _foldable(run: Callable[..., Any], problem: Problem, axes: Any) -> Callable[..., Any]:
+def _foldable(run: Callable[..., Any], problem: AnyProblem, axes: Any) -> Callable[..., Any]:
     """A backend's function of arrays [B, ...], whose vmapped axes become part of B."""
     call = jax.custom_batching.custom_vmap(partitioned(run, problem, axes))
 

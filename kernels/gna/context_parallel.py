@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .api import attend, select
+from .api import attend, choose
 from .problem import Operands, Settings, describe
 from .tiles import Window, key_rows
 from .varying import vary_alike
@@ -70,7 +70,7 @@ def context_parallel_attention(
         problem = dataclasses.replace(problem, shards=shards, axis_name=axis_name)
         key, value = (exchange(x, problem.windows[0], axis_name) for x in (key, value))
     operands = Operands(query, key, value, additional_keys, additional_values)
-    output, lse = attend(problem, select(problem, implementation), vary_alike(operands))
+    output, lse = attend(problem, choose(problem, implementation), vary_alike(operands))
     return (output, lse) if return_lse else output
 
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .api import BACKENDS, PREFERENCES
-from .problem import Problem, windows_of
+from .api import BACKENDS, PREFERENCES, unable
+from .problem import AnyProblem, Attention, ListProblem, Problem, windows_of
 
 BEGIN, END = "<!-- features: begin -->", "<!-- features: end -->"
 PLATFORMS = {"cpu": "CPU", "gpu": "NVIDIA GPU", "tpu": "TPU"}
@@ -60,16 +60,25 @@ FEATURES: dict[str, dict[str, Any]] = {
     "values of another dimension": _dims(64, 96),
 }
 
+# Another problem that is asked of it.
+LISTS = "block lists"
+
+
+def _problem(feature: str) -> AnyProblem:
+    if feature != LISTS:
+        return dataclasses.replace(BASE, **FEATURES[feature])
+    shared = {field.name: getattr(BASE, field.name) for field in dataclasses.fields(Attention)}
+    return ListProblem(tokens=1024, keys=1024, query_block=64, key_block=64, most=4, **shared)
+
 
 def table() -> str:
     """The features of every backend in Markdown, and what is taken where."""
     columns: dict[tuple[str, tuple[str | None, ...]], list[str]] = {}
-    for name, backend in BACKENDS.items():
+    features = [*FEATURES, LISTS]
+    problems = [_problem(feature) for feature in features]
+    for name in BACKENDS:
         for platform in PLATFORMS:
-            reasons = tuple(
-                backend.unsupported(dataclasses.replace(BASE, **changes), platform)
-                for changes in FEATURES.values()
-            )
+            reasons = tuple(unable(name, problem, platform) for problem in problems)
             if any(reason is None for reason in reasons):
                 columns.setdefault((name, reasons), []).append(PLATFORMS[platform])
     heads = [
@@ -78,7 +87,7 @@ def table() -> str:
     ]
     notes: dict[str, int] = {}
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for n, feature in enumerate(FEATURES):
+    for n, feature in enumerate(features):
         cells = [
             "✓" if reason is None else f"– ({_note(reason, notes)})"
             for reason in (reasons[n] for _, reasons in columns)

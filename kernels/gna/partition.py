@@ -25,18 +25,40 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from .problem import Operands, Problem, Residuals, Size
+from .problem import (
+    AnyProblem,
+    ListOperands,
+    ListProblem,
+    Operands,
+    Problem,
+    Residuals,
+    Size,
+)
 
-# Axes of the operands and results: batch, tokens, query heads, key heads, dims, additional keys.
-_QUERY, _KEY, _VALUE = "b x h d", "b x g d", "b x g e"
+# Axes of the operands and results: batch, tokens, query heads, key heads, dims, additional keys;
+# tokens of keys in a row of their own, blocks of queries and the places of their lists.
 _ADDITIONAL = ("b a g d", "b a g e")
 _OUTPUT, _LSE = "b x h e", "b x h"
-_OPERANDS = Operands._make((_QUERY, _KEY, _VALUE, *_ADDITIONAL))
-
-FORWARD = ((_OPERANDS,), (_OUTPUT, _LSE))
-BACKWARD = ((Residuals._make((_OPERANDS, _OUTPUT, _LSE)), _OUTPUT, _LSE), _OPERANDS)
+_OPERANDS = Operands._make(("b x h d", "b x g d", "b x g e", *_ADDITIONAL))
+_LISTS = ("b h i j", "b h i")
+_LIST_OPERANDS = ListOperands._make(("b x h d", "b y g d", "b y g e", *_ADDITIONAL, *_LISTS))
 
 Axes = tuple[str, ...]
+
+
+def _backward(operands: Any, gradients: Any) -> tuple[Any, Any]:
+    return (Residuals._make((operands, _OUTPUT, _LSE)), _OUTPUT, _LSE), gradients
+
+
+# What goes into a backend's function, and what comes out, by the kind of the problem.
+FORWARD = {
+    Problem: ((_OPERANDS,), (_OUTPUT, _LSE)),
+    ListProblem: ((_LIST_OPERANDS,), (_OUTPUT, _LSE)),
+}
+BACKWARD = {
+    Problem: _backward(_OPERANDS, _OPERANDS),
+    ListProblem: _backward(_LIST_OPERANDS, _LIST_OPERANDS._replace(blocks=None, counts=None)),
+}
 
 # A compiled program keeps what jax asked when it partitioned it, of no use any more: that cannot be
 # pickled, and must not keep `jax.experimental.serialize_executable` from saving the program.
@@ -46,14 +68,14 @@ if _ASKED is not None:
 
 
 def partitioned(
-    run: Callable[..., Any], problem: Problem, axes: tuple[Any, Any]
+    run: Callable[..., Any], problem: AnyProblem, axes: tuple[Any, Any]
 ) -> Callable[..., Any]:
     """`run(problem, *operands)` as a function of the operands that divides over devices.
 
     Args:
       run: a backend's `forward` or `backward`.
       problem: the whole problem; a device is given its part of it.
-      axes: `FORWARD` or `BACKWARD`.
+      axes: of `FORWARD` or `BACKWARD`.
     """
 
     def absent(names: str) -> bool:
@@ -104,9 +126,9 @@ def partitioned(
     return call
 
 
-def _rule(problem: Problem, tables: list[Any], operands: Any, results: Any) -> dict[str, Any]:
+def _rule(problem: AnyProblem, tables: list[Any], operands: Any, results: Any) -> dict[str, Any]:
     """What may be divided, in the terms of `custom_partitioning`."""
-    tokens = [f"x{m}" for m in range(len(problem.windows))]
+    tokens = [f"x{m}" for m in range(len(problem.layout))]
     repeated, several = problem.repeats > 1, problem.kv_heads > 1
     heads = ("(h r)" if several else "r") if repeated else "h"
     named = {"x": " ".join(tokens), "h": heads, "g": "h"}
@@ -115,10 +137,9 @@ def _rule(problem: Problem, tables: list[Any], operands: Any, results: Any) -> d
         return ", ".join(" ".join(named.get(n, n) for n in each.split()) for each in names)
 
     of_tables = [" ".join(f"t{i}{m}" for m in range(x.ndim)) for i, x in enumerate(tables)]
-    # In the order in which they appear, as the verifier wants them.
-    whole = [name for names in of_tables for name in names.split()]
-    whole += [*tokens, *("r" * repeated), "d", "e", *("a" * (problem.additional > 0))]
     given = listed(of_tables + jax.tree.leaves(operands))
+    # In the order in which they appear, as the verifier wants them.
+    whole = [name for name in dict.fromkeys(re.findall(r"\w+", given)) if name not in ("b", "h")]
     return {
         "sharding_rule": f"{given} -> {listed(jax.tree.leaves(results))}",
         "need_replication_factors": tuple(whole),
@@ -127,8 +148,8 @@ def _rule(problem: Problem, tables: list[Any], operands: Any, results: Any) -> d
 
 
 def _divided(
-    problem: Problem, mesh: Mesh | AbstractMesh, batch: Axes, heads: Axes
-) -> tuple[Problem, Callable[[str], PartitionSpec]]:
+    problem: AnyProblem, mesh: Mesh | AbstractMesh, batch: Axes, heads: Axes
+) -> tuple[AnyProblem, Callable[[str], PartitionSpec]]:
     """A device's part of a problem, and the partition of an operand or result by its axes' names.
 
     Of the mesh axes along the batch and the heads of a query those are used that divide evenly.
@@ -142,7 +163,7 @@ def _divided(
         heads=problem.heads // along_heads,
         kv_heads=problem.kv_heads // along_heads,
     )
-    tokens = (None,) * len(problem.windows)
+    tokens = (None,) * len(problem.layout)
 
     def spec(names: str) -> PartitionSpec:
         where = {"b": (batch or None,), "x": tokens, "h": (heads or None,), "g": (heads or None,)}
@@ -160,7 +181,7 @@ def _dividing(size: Size, mesh: Mesh | AbstractMesh, axes: Axes) -> Axes:
 # What the key of a program in the compilation cache is made from
 
 
-def _fingerprint(run: Callable[..., Any], problem: Problem, program: Any) -> list[Array]:
+def _fingerprint(run: Callable[..., Any], problem: AnyProblem, program: Any) -> list[Array]:
     """Numbers that stand for all that a call does, in every process the same.
 
     A program that is yet to be partitioned shows of the call only its operands, and the key of the
@@ -230,6 +251,11 @@ def _explicit_mesh(*arrays: Array) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if AxisType.Explicit in (mesh.axis_types or ())), None)
 
 
+def is_in_mesh(*arrays: Array) -> bool:
+    """Whether the devices of a mesh are known as a program is traced, not only to a compiler."""
+    return bool(_explicit_mesh(*arrays) is not None or jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def _spec(x: Array) -> tuple[Axes, ...]:
     """The Explicit axes that divide each dimension."""
     return _entries(jax.typeof(x).sharding.spec, x.ndim)
@@ -273,7 +299,7 @@ def unfold(x: Array, shape: tuple[Size, Size], like: Array, query: Array) -> Arr
 
 def _over_explicit_axes(
     run: Callable[..., Any],
-    problem: Problem,
+    problem: AnyProblem,
     operands: Any,
     results: Any,
     mesh: AbstractMesh,

@@ -1,7 +1,8 @@
 """`Problem`: the checked, hashable description of one neighborhood attention.
 
 Everything a kernel's shape depends on is static and stands in `Problem`, so that backends may build
-tables, compile and cache by it.  Arguments are checked here, once, for all backends.
+tables, compile and cache by it.  Arguments are checked here, once, for all backends.  A
+`ListProblem` is that of attention whose queries see listed blocks of keys in place of a window.
 """
 
 import dataclasses
@@ -52,21 +53,35 @@ class Operands(NamedTuple):
     additional_values: Array | None  # [B, A, Hkv, Dv]
 
 
+class ListOperands(NamedTuple):
+    """The operands of a `ListProblem`, or the gradients of them, None for the lists.
+
+    The first `counts` of a list are blocks of keys in their order, each once.
+    """
+
+    query: Array  # [B, N, Hq, D]
+    key: Array  # [B, M, Hkv, D]
+    value: Array  # [B, M, Hkv, Dv]
+    additional_keys: Array | None  # [B, A, Hkv, D]
+    additional_values: Array | None  # [B, A, Hkv, Dv]
+    blocks: Array | None  # [B, Hq, query blocks, most], int32
+    counts: Array | None  # [B, Hq, query blocks], int32
+
+
 class Residuals(NamedTuple):
     """What the forward pass leaves for the backward pass; the probabilities are computed again."""
 
-    operands: Operands
+    operands: Any  # Operands or ListOperands
     output: Array  # [B, *X, Hq, Dv]
     lse: Array  # [B, *X, Hq], float32
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Problem:
-    """One neighborhood attention.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """What `Problem` and `ListProblem` have in common.
 
     Attributes:
       batch: B; vmapped axes are folded into it. It may be symbolic.
-      windows: the token layout and what is seen along each of its 1 to 3 dimensions.
       heads: query heads Hq.
       kv_heads: key and value heads Hkv; query head h reads key head h // (Hq / Hkv).
       head_dim: D, of queries and keys.
@@ -74,13 +89,9 @@ class Problem:
       dtype: of all operands: "float32", "bfloat16" or "float16".
       additional: number of additional keys, seen by every query; 0 is none.
       scale: factor of the scores.
-      shards: devices that share the first dimension. Above 1, queries are a device's own rows and
-        keys are these and its neighbors' (`context_parallel`).
-      axis_name: the mesh axis of these devices.
     """
 
     batch: Size
-    windows: tuple[Window, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -88,6 +99,30 @@ class Problem:
     dtype: str
     additional: int
     scale: float
+
+    @property
+    def known_batch(self) -> int:
+        """What the batch is known to be a multiple of: itself, or 1 where it is symbolic."""
+        return self.batch if isinstance(self.batch, int) else 1
+
+    @property
+    def repeats(self) -> int:
+        """Query heads per key head."""
+        return self.heads // self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Problem(Attention):
+    """One neighborhood attention.
+
+    Attributes:
+      windows: the token layout and what is seen along each of its 1 to 3 dimensions.
+      shards: devices that share the first dimension. Above 1, queries are a device's own rows and
+        keys are these and its neighbors' (`context_parallel`).
+      axis_name: the mesh axis of these devices.
+    """
+
+    windows: tuple[Window, ...]
     shards: int = 1
     axis_name: str | None = None
 
@@ -102,19 +137,46 @@ class Problem:
         return math.prod(self.layout)
 
     @property
-    def known_batch(self) -> int:
-        """What the batch is known to be a multiple of: itself, or 1 where it is symbolic."""
-        return self.batch if isinstance(self.batch, int) else 1
-
-    @property
-    def repeats(self) -> int:
-        """Query heads per key head."""
-        return self.heads // self.kv_heads
-
-    @property
     def is_dense(self) -> bool:
         """Whether every query sees every key."""
         return self.shards == 1 and all(w.is_dense() for w in self.windows)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ListProblem(Attention):
+    """One attention of blocks of queries to listed blocks of keys; the last ones may be ragged.
+
+    Attributes:
+      tokens: queries N, in a row.
+      keys: keys M, likewise.
+      query_block: queries that share a list.
+      key_block: keys of a block.
+      most: blocks that a list has room for.
+    """
+
+    tokens: int
+    keys: int
+    query_block: int
+    key_block: int
+    most: int
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Queries along their only dimension."""
+        return (self.tokens,)
+
+    @property
+    def query_blocks(self) -> int:
+        """Blocks of queries, so many lists for each head."""
+        return -(-self.tokens // self.query_block)
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of keys."""
+        return -(-self.keys // self.key_block)
+
+
+AnyProblem: TypeAlias = Problem | ListProblem
 
 
 def describe(
@@ -135,6 +197,30 @@ def describe(
     Raises:
       ValueError: naming the argument, what was received and what is accepted.
     """
+    fields = checked(query, key, value, additional_keys, additional_values, scale)
+    windows = windows_of(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    return Problem(windows=windows, **fields)
+
+
+def checked(
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    additional_keys: Operand | None,
+    additional_values: Operand | None,
+    scale: Number | None,
+    *,
+    in_rows: bool = False,
+) -> dict[str, Any]:
+    """Checks the operands of an attention; the fields of `Attention`.
+
+    Args:
+      in_rows: queries and keys are rows of tokens [B, N, H, D] and [B, M, H, D], instead of lying
+        on one layout of 1 to 3 dimensions.
+
+    Raises:
+      ValueError: as `describe`.
+    """
     operands = {"query": query, "key": key, "value": value}
     given = {"additional_keys": additional_keys, "additional_values": additional_values}
     additional = {name: x for name, x in given.items() if x is not None}
@@ -145,6 +231,10 @@ def describe(
                 f"shape {x.shape}."
             )
     for name, x in operands.items():
+        if in_rows and x.ndim != 4:
+            raise ValueError(
+                f"{name} must be [batch, tokens, heads, head_dim]; received shape {x.shape}."
+            )
         if not 4 <= x.ndim <= 6:
             raise ValueError(
                 f"{name} must be [batch, *layout, heads, head_dim] with a layout of 1 to 3 "
@@ -154,9 +244,14 @@ def describe(
             raise ValueError(f"{name} must not be empty; received shape {x.shape}.")
     for name, x in (("key", key), ("value", value)):
         if x.ndim != query.ndim or x.shape[:-2] != query.shape[:-2]:
+            if in_rows and x.shape[:2] == (query.shape[0], key.shape[1]):
+                continue
+            what = (
+                "batch, and key and value the same tokens" if in_rows else "batch and token layout"
+            )
             raise ValueError(
-                f"query and {name} must have the same batch and token layout; received shapes "
-                f"{query.shape} and {x.shape}."
+                f"query and {name} must have the same {what}; received shapes {query.shape} and "
+                f"{x.shape}."
             )
     heads, head_dim = query.shape[-2:]
     kv_heads, value_dim = value.shape[-2:]
@@ -203,17 +298,16 @@ def describe(
         raise ValueError(
             f"scale must be a positive number, or None for head_dim ** -0.5; received {scale!r}."
         )
-    return Problem(
-        batch=query.shape[0],
-        windows=windows_of(query.shape[1:-2], kernel_size, stride, dilation, is_causal),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=dtypes["query"],
-        additional=0 if additional_keys is None else additional_keys.shape[1],
-        scale=float(scale),
-    )
+    return {
+        "batch": query.shape[0],
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "dtype": dtypes["query"],
+        "additional": 0 if additional_keys is None else additional_keys.shape[1],
+        "scale": float(scale),
+    }
 
 
 def windows_of(

@@ -55,6 +55,10 @@ RUNS = {
         "flax_models.layers.transformer",
     ),
     "kernels/gna/test_api.py": ("kernels.gna.backends.reference",),
+    "kernels/gna/test_block_sparse.py": (
+        "kernels.gna.backends.lists",
+        "kernels.gna.backends.reference_lists",
+    ),
     "kernels/gna/test_transformations.py": (
         "kernels.gna.context_parallel",
         "kernels.gna.merge",

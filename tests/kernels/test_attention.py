@@ -11,6 +11,7 @@ import pytest
 
 from conceptax.kernels import attention
 from conceptax.kernels.attention import dot_product_attention, frame_causal_attention
+from conceptax.kernels.gna import cudnn as by_cudnn
 
 FORWARD, BACKWARD = "custom_call @__cudnn$fmhaSoftmax(", "custom_call @__cudnn$fmhaSoftmaxBackward("
 FLUX_4K = (1, 256**2 + 512, 24, 128)
@@ -21,7 +22,7 @@ def cudnn(monkeypatch):
     """As if cuDNN were installed: its version is all that jax asks of it before a program runs."""
     from jax._src.cudnn import fused_attention_stablehlo
 
-    takes = attention._cudnn_takes
+    takes = by_cudnn.takes
     takes.cache_clear()
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
     yield
@@ -137,7 +138,7 @@ def test_a_cpus_program_is_the_same_with_and_without_cudnn(keys, cudnn, monkeypa
         return body, jax.device_get(program(*operands))
 
     program, gradients = compiled()
-    monkeypatch.setattr(attention, "_cudnn_takes", lambda *_: False)
+    monkeypatch.setattr(by_cudnn, "takes", lambda *_: False)
     before, expected = compiled()
     assert "cudnn" not in program and program == before
     for one, other in zip(gradients, expected, strict=True):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..nonfinite import contained, contained_backward
 from ..problem import Operands, Problem, Residuals
 from ..tiles import Window
 
@@ -51,7 +52,7 @@ def _scores(
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
-    query, key, value, additional_keys, additional_values = operands
+    query, key, value, additional_keys, additional_values = contained(operands)
     values = _keys(problem, value, additional_values)
     scores = _scores(problem, query, _keys(problem, key, additional_keys))
     lse = jax.nn.logsumexp(scores, axis=-1)
@@ -70,6 +71,7 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
       delta: sum of d_output * output over Dv, minus the cotangent of the log-sum-exp; [B, *X, Hq],
         float32.
     """
+    residuals, d_output, delta = contained_backward(residuals, d_output, delta)
     (query, key, value, additional_keys, additional_values), _, lse = residuals
     keys = _keys(problem, key, additional_keys)
     values = _keys(problem, value, additional_values)
@@ -78,7 +80,8 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
         return jnp.moveaxis(_flat(problem, x[..., None]), 1, 3)
 
     d_out = _flat(problem, d_output)
-    p = jnp.exp(_scores(problem, query, keys) - rows(lse))
+    scores = _scores(problem, query, keys)
+    p = jnp.where(jnp.isneginf(scores), 0, jnp.exp(scores - rows(lse)))
     d_values = _einsum("bhrqk,bqhrd->bkhd", p, d_out)
     d_p = _einsum("bqhrd,bkhd->bhrqk", d_out, values)
     d_scores = p * (d_p - rows(delta)) * problem.scale

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..platforms import default_platform
+from ..nonfinite import contained, contained_backward
+from ..platforms import local_devices
 from ..problem import Operands, Problem, Residuals
 from ..varying import vary, varying_axes
 from .triton_blocks import Blocks, blocks_of, largest_dim, padded, tiling
@@ -53,10 +54,12 @@ def missing(platform: str) -> str | None:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
-    query = operands.query
+    query, how = operands.query, launch(problem, "forward")
+    if how.static["has_masked"]:
+        operands = contained(operands)
     output, lse = call(
         "forward",
-        launch(problem, "forward"),
+        how,
         _without_gaps(operands),
         [
             jax.ShapeDtypeStruct((*query.shape[:-1], problem.value_dim), query.dtype),
@@ -68,6 +71,9 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
 
 def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Operands:
     """Gradients of the inputs; see `reference.backward`."""
+    of_query, of_keys = (launch(problem, name) for name in ("backward_query", "backward_keys"))
+    if of_query.static["has_masked"] or of_keys.static["has_masked"]:
+        residuals, d_output, delta = contained_backward(residuals, d_output, delta)
     operands, _, lse = residuals
     query, key, value, *additional = _without_gaps(operands)
     lse, delta = (jnp.moveaxis(x, -1, 1) for x in (lse * math.log2(math.e), delta))
@@ -75,13 +81,13 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
     cotangents = (d_output, lse, delta)
     (d_query,) = call(
         "backward_query",
-        launch(problem, "backward_query"),
+        of_query,
         (query, key, value, *additional, *cotangents),
         [jax.ShapeDtypeStruct(query.shape, query.dtype)],
     )
     d_key, d_value = call(
         "backward_keys",
-        launch(problem, "backward_keys"),
+        of_keys,
         (query, key, value, *cotangents),
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
     )
@@ -147,9 +153,10 @@ def blocks_here(problem: Problem, kernel: str) -> Blocks:
 
 def _capability() -> int:
     """Compute capability to lower for, such as 90 for 9.0."""
-    if default_platform() != "gpu":
+    device = next(iter(local_devices("gpu")), None)
+    if device is None:
         return 90
-    major, minor = str(jax.devices()[0].compute_capability).split(".")
+    major, minor = str(device.compute_capability).split(".")
     return 10 * int(major) + int(minor)
 
 

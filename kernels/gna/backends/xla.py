@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..nonfinite import contained, contained_backward
 from ..platforms import default_platform
 from ..problem import Operands, Problem, Residuals, Size
 from ..varying import vary, varying_axes
 from .boxes import Loop, Plan, plan
 
-# Scores of a step: on a CPU they should stay in its cache, elsewhere fill the device.
-BUDGET = {"cpu": 1 << 18}
+# Scores of a step: on a CPU they should stay in its cache, on a GPU in that of the second level,
+# elsewhere fill the device.
+BUDGET = {"cpu": 1 << 18, "gpu": 1 << 22}
 DEFAULT_BUDGET = 1 << 24
 
 # Masks that are made in advance, if all of them together are no larger than this many steps.
@@ -67,6 +69,8 @@ class _Step(NamedTuple):
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """Output [B, *X, Hq, Dv] in the dtype of the query, and its log-sum-exp [B, *X, Hq]."""
     work, query = plan_of(problem), operands.query
+    if _has_masks(work):
+        operands = contained(operands)
     queries = _grouped(problem, work.dilation, work.queries, query)
     # With one step per tile its result is final; otherwise results are merged in float32.
     once = operands.additional_keys is None and all(
@@ -109,8 +113,11 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 
     One pass: a step adds to the gradients of its tile of queries and of its box of keys.
     """
+    work = plan_of(problem)
+    if _has_masks(work):
+        residuals, d_output, delta = contained_backward(residuals, d_output, delta)
     operands, _, lse = residuals
-    work, query = plan_of(problem), operands.query
+    query = operands.query
     queries, d_outputs, lses, deltas = (
         _grouped(problem, work.dilation, work.queries, x)
         for x in (query, d_output, lse[..., None], delta[..., None])
@@ -150,8 +157,12 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 
 
 def plan_of(problem: Problem) -> Plan:
-    """The steps that this backend takes on jax's default device."""
+    """The steps that this backend takes on the platform that is traced for."""
     return plan(problem, _budget())
+
+
+def _has_masks(work: Plan) -> bool:
+    return any(limits is not None for loop in work.loops for limits in loop.masks)
 
 
 def _budget() -> int:

@@ -19,13 +19,21 @@ import numpy as np
 from jaxtyping import Array
 
 from ..platforms import default_platform
-from ..problem import Operands, Problem, Residuals
+from ..problem import ListOperands, Operands, Problem, Residuals
 from ..tiles import Costs, Window, cheapest, cut, sizes_up_to
 from ..varying import vary, varying_axes
 from . import build
 
 FORWARD, BACKWARD = "conceptax_gna_forward", "conceptax_gna_backward"
+LISTS_FORWARD, LISTS_BACKWARD = "conceptax_gna_lists_forward", "conceptax_gna_lists_backward"
 PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
+
+# The calls of each platform's library, and their symbols in it.
+SYMBOLS = {"gpu": {FORWARD: "GnaForward", BACKWARD: "GnaBackward"}}
+SYMBOLS["cpu"] = SYMBOLS["gpu"] | {
+    LISTS_FORWARD: "GnaListsForward",
+    LISTS_BACKWARD: "GnaListsBackward",
+}
 
 # Places in what `tiles` returns, as in `TileKind` in `problem.h`.
 CPU_TILE, FORWARD_TILE = 0, 1
@@ -64,25 +72,30 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
         jax.ShapeDtypeStruct(shape, query.dtype),
         jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
     ]
-    output, lse = _call(FORWARD, problem, results, _without_gaps(operands))
+    output, lse = call(FORWARD, results, without_gaps(operands), _attributes(problem))
     return output, lse
 
 
 def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Array) -> Operands:
     """Gradients of the inputs; see `reference.backward`."""
-    operands = _without_gaps(residuals.operands)
+    operands = without_gaps(residuals.operands)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    gradients = _call(BACKWARD, problem, results, [*operands, residuals.lse, d_output, delta])
+    given = [*operands, residuals.lse, d_output, delta]
+    gradients = call(BACKWARD, results, given, _attributes(problem))
     return Operands(*gradients[:3], *(gradients[3:] if problem.additional else (None, None)))
 
 
-def _call(
-    target: str, problem: Problem, results: list[jax.ShapeDtypeStruct], operands: list[Array]
+def call(
+    target: str,
+    results: list[jax.ShapeDtypeStruct],
+    operands: list[Array],
+    attributes: dict[str, Any],
 ) -> list[Array]:
+    """The results of a custom call, whose library is built if need be."""
     prepare(default_platform())
-    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    run = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     axes = varying_axes(*operands)
-    return [vary(x, axes) for x in call(*operands, **_attributes(problem))]
+    return [vary(x, axes) for x in run(*operands, **attributes)]
 
 
 @functools.cache
@@ -93,8 +106,16 @@ def prepare(platform: str) -> None:
       RuntimeError: if there is no compiler, or it fails.
     """
     library = build.load(platform)
-    for name, symbol in ((FORWARD, library.GnaForward), (BACKWARD, library.GnaBackward)):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform=PLATFORMS[platform])
+    for name, symbol in SYMBOLS[platform].items():
+        handler = jax.ffi.pycapsule(getattr(library, symbol))
+        jax.ffi.register_ffi_target(name, handler, platform=PLATFORMS[platform])
+
+
+def is_built(platform: str) -> bool:
+    """Whether the library of a platform is there, so that nothing would be compiled."""
+    with contextlib.suppress(OSError, RuntimeError):
+        return build.library_of(platform) is not None
+    return False
 
 
 def prepare_what_is_built() -> None:
@@ -103,13 +124,13 @@ def prepare_what_is_built() -> None:
     Such are programs that were compiled or exported in another process.
     """
     with contextlib.suppress(OSError, RuntimeError):
-        if build.library_of("cpu") is not None:
+        if is_built("cpu"):
             prepare("cpu")
 
 
-def _without_gaps(operands: Operands) -> list[Array]:
+def without_gaps(operands: Operands | ListOperands) -> list[Array]:
     """The call always takes additional keys and values, maybe none of them."""
-    query, key, value, *additional = operands
+    query, key, value, *additional = operands[:5]
     given = zip((key, value), additional, strict=True)
     more = (x[:, :0].reshape(len(x), 0, *x.shape[-2:]) if a is None else a for x, a in given)
     return [query, key, value, *more]

@@ -2,9 +2,11 @@
 //
 // Keys and values are packed once per batch entry and key head into rows of float32. A task takes a
 // tile of at most 64 queries, lists the keys that any of them sees, those that all see first, and
-// goes through them in blocks that stay in the first-level cache.
+// goes through them in blocks that stay in the first-level cache. The keys are those of windows
+// (`Plan`, `Neighborhood`) or of listed blocks (`ListPlan`, `ListedBlocks`).
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <memory>
@@ -12,6 +14,7 @@
 #include <numeric>
 
 #include "bindings.h"
+#include "lists.h"
 #include "numbers.h"
 #include "problem.h"
 #include "threads.h"
@@ -44,19 +47,21 @@ int padded(int dim) { return (dim + 15) / 16 * 16; }
 
 // Packed rows of one kind (keys or values, or their gradients) for each batch entry and key head.
 struct Rows {
+  template <typename Plan>
   Rows(const Plan& plan, int dim, int copies = 1)
-      : keys(plan.keys()), dim(dim), width(padded(dim)), copies(copies),
+      : keys(plan.key_tokens() + plan.problem.additional), dim(dim), width(padded(dim)), copies(copies),
         data(memory(int64_t{copies} * plan.problem.batch * plan.problem.kv_heads * keys * width)) {}
 
   float* of(int64_t lane) const { return data.get() + lane * keys * width; }
 
   const int keys, dim, width, copies;
   const Memory data;
+  std::atomic<bool> finite{true};  // all of them
 };
 
 // Calls visit(row, numbers) in parallel for all rows of `rows`, of its first copy, and their `dim`
 // numbers among those of the layout [B, tokens, Hkv, dim] or the additional ones [B, A, Hkv, dim].
-template <typename T, typename Visit>
+template <typename T, typename Plan, typename Visit>
 bool visit_rows(ffi::ThreadPool& pool, const Plan& plan, const Rows& rows, T* own, T* additional,
                 const Visit& visit) {
   const Problem& p = plan.problem;
@@ -66,26 +71,28 @@ bool visit_rows(ffi::ThreadPool& pool, const Plan& plan, const Rows& rows, T* ow
       const int64_t lane = i / runs, run = i % runs;
       const int64_t batch = lane / p.kv_heads, head = lane % p.kv_heads;
       const bool more = run + 1 == runs;
-      const Run r = more ? Run{p.tokens, 0, 1, p.additional} : plan.runs[run];
+      const Run r = more ? Run{plan.key_tokens(), 0, 1, p.additional} : plan.runs[run];
       T* numbers = more ? additional : own;
       float* first = rows.of(lane * rows.copies) + int64_t{r.packed} * rows.width;
       for (int64_t n = 0; n < r.count; ++n) {
-        const int64_t token = batch * (more ? p.additional : p.tokens) + r.token + n * r.step;
+        const int64_t tokens = more ? p.additional : plan.key_tokens();
+        const int64_t token = batch * tokens + r.token + n * r.step;
         visit(first + n * rows.width, numbers + (token * p.kv_heads + head) * rows.dim);
       }
     }
   });
 }
 
-template <typename T>
+template <typename T, typename Plan>
 bool pack(ffi::ThreadPool& pool, const Plan& plan, const T* from, const T* additional, Rows& to) {
   return visit_rows(pool, plan, to, from, additional, [&](float* row, const T* source) {
     for (int d = 0; d < to.dim; ++d) row[d] = to_float(source[d]);
+    if (!all_finite(row, to.dim)) to.finite.store(false, std::memory_order_relaxed);
   });
 }
 
 // The sum over all copies, times a factor, in the operands' order.
-template <typename T>
+template <typename T, typename Plan>
 bool unpack(ffi::ThreadPool& pool, const Plan& plan, const Rows& from, float factor, T* to,
             T* additional) {
   const int64_t copy = int64_t{from.keys} * from.width;
@@ -99,8 +106,8 @@ bool unpack(ffi::ThreadPool& pool, const Plan& plan, const Rows& from, float fac
 
 // The rows of a tile's queries [B, tokens, Hq, dim], times a factor, as columns [dim, lanes] and,
 // if asked for, as rows [lanes, padded dim]; zero for lanes without a query.
-template <typename T>
-void gather(const Plan& plan, const Neighborhood& near, int64_t batch, int head, const T* from,
+template <typename T, typename Plan, typename Near>
+void gather(const Plan& plan, const Near& near, int64_t batch, int head, const T* from,
             int dim, float factor, float* columns, float* rows) {
   const Problem& p = plan.problem;
   for (int lane = 0; lane < plan.lanes; ++lane) {
@@ -116,8 +123,8 @@ void gather(const Plan& plan, const Neighborhood& near, int64_t batch, int head,
 }
 
 // The inverse of `gather` for columns [dim, lanes]; each lane has its own factor.
-template <typename T>
-void scatter(const Plan& plan, const Neighborhood& near, int64_t batch, int head,
+template <typename T, typename Plan, typename Near>
+void scatter(const Plan& plan, const Near& near, int64_t batch, int head,
              const float* columns, int dim, const float* factor, T* to) {
   const Problem& p = plan.problem;
   for (int lane = 0; lane < plan.lanes; ++lane) {
@@ -131,8 +138,8 @@ void scatter(const Plan& plan, const Neighborhood& near, int64_t batch, int head
 }
 
 // Calls visit(first, count, masks) for blocks of keys, masks null where all lanes see all of them.
-template <typename Visit>
-void visit_blocks(const Neighborhood& near, const Visit& visit) {
+template <typename Near, typename Visit>
+void visit_blocks(const Near& near, const Visit& visit) {
   const int all = static_cast<int>(near.keys.size());
   for (int k = 0; k < near.free; k += kBlock) {
     visit(k, std::min(kBlock, near.free - k), static_cast<const uint64_t*>(nullptr));
@@ -155,18 +162,37 @@ struct Pointers {
   }
 };
 
-template <typename T>
-bool forward(ffi::ThreadPool& pool, const Problem& problem, const T* query, const T* key,
-             const T* value, const T* more_keys, const T* more_values, T* output, float* lse) {
-  const Plan plan(problem);
+// Whether all rows of a block are finite.
+bool are_finite(const Rows& rows, const Pointers& block, int count) {
+  if (rows.finite) return true;
+  return std::all_of(block.row, block.row + count,
+                     [&](const float* row) { return all_finite(row, rows.dim); });
+}
+
+// Calls visit(key, lane) for the pairs of a block that see each other. Products over whole blocks
+// take others times zero, which is not zero of NaN or infinity: where any of them is at hand,
+// products are summed pair by pair.
+template <typename Visit>
+void visit_seen(const uint64_t* masks, int count, int lanes, const Visit& visit) {
+  for (int n = 0; n < count; ++n) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (masks[n] >> lane & 1) visit(n, lane);
+    }
+  }
+}
+
+template <typename Near, typename T, typename Plan>
+bool forward(ffi::ThreadPool& pool, const Plan& plan, const T* query, const T* key, const T* value,
+             const T* more_keys, const T* more_values, T* output, float* lse) {
+  const Problem& problem = plan.problem;
   Rows keys(plan, problem.dim), values(plan, problem.value_dim);
   if (!pack(pool, plan, key, more_keys, keys)) return false;
   if (!pack(pool, plan, value, more_values, values)) return false;
-  const int64_t tiles = plan.tiles.size();
+  const int64_t tiles = plan.tile_count();
   const int lanes = plan.lanes;
 
   auto work = [&](Counter& counter) {
-    Neighborhood near;
+    Near near;
     const Memory queries = memory(problem.dim * lanes), sums = memory(problem.value_dim * lanes);
     const Memory scores = memory(kBlock * lanes), state = memory(3 * lanes);
     float *top = state.get(), *total = top + lanes, *factor = total + lanes;
@@ -175,7 +201,7 @@ bool forward(ffi::ThreadPool& pool, const Problem& problem, const T* query, cons
       const int64_t entry = i / tiles / problem.heads;
       const int head = static_cast<int>(i / tiles % problem.heads);
       const int64_t lane = entry * problem.kv_heads + head / problem.repeats();
-      near.find(plan, plan.tiles[i % tiles]);
+      near.find(plan, i % tiles, entry, head);
       gather(plan, near, entry, head, query, problem.dim, problem.scale * kLog2e, queries.get(),
              nullptr);
       std::fill_n(sums.get(), problem.value_dim * lanes, 0.0f);
@@ -207,10 +233,17 @@ bool forward(ffi::ThreadPool& pool, const Problem& problem, const T* query, cons
           store(top + c, most);
           store(factor + c, kept);
         }
-        multiply_columns(v.row, problem.value_dim, count, scores.get(), lanes, factor, sums.get());
+        const bool pairwise = masks && !are_finite(values, v, count);
+        multiply_columns(v.row, problem.value_dim, pairwise ? 0 : count, scores.get(), lanes,
+                         factor, sums.get());
+        if (!pairwise) return;
+        visit_seen(masks, count, lanes, [&](int n, int c) {
+          const float p = scores.get()[n * lanes + c];
+          for (int d = 0; d < problem.value_dim; ++d) sums.get()[d * lanes + c] += p * v.row[n][d];
+        });
       });
       for (int n = 0; n < lanes; ++n) {
-        factor[n] = 1 / total[n];
+        factor[n] = total[n] == 0 ? 0 : 1 / total[n];  // a query may see nothing
         if (near.token[n] < 0) continue;
         const int64_t token = entry * problem.tokens + near.token[n];
         lse[token * problem.heads + head] = top[n] / kLog2e + std::log(total[n]);
@@ -228,14 +261,14 @@ int64_t parts_of(int64_t lanes, int64_t threads, int64_t tiles) {
   return std::min(threads / std::gcd(lanes, threads), tiles);
 }
 
-template <typename T>
-bool backward(ffi::ThreadPool& pool, const Problem& problem, const T* query, const T* key,
-              const T* value, const T* more_keys, const T* more_values, const float* lse,
-              const T* d_output, const float* delta, T* d_query, T* d_key, T* d_value,
-              T* d_more_keys, T* d_more_values) {
-  const Plan plan(problem);
+template <typename Near, typename T, typename Plan>
+bool backward(ffi::ThreadPool& pool, const Plan& plan, const T* query, const T* key, const T* value,
+              const T* more_keys, const T* more_values, const float* lse, const T* d_output,
+              const float* delta, T* d_query, T* d_key, T* d_value, T* d_more_keys,
+              T* d_more_values) {
+  const Problem& problem = plan.problem;
   const int dim = problem.dim, value_dim = problem.value_dim, lanes = plan.lanes;
-  const int64_t tiles = plan.tiles.size(), sources = int64_t{problem.batch} * problem.kv_heads;
+  const int64_t tiles = plan.tile_count(), sources = int64_t{problem.batch} * problem.kv_heads;
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int parts = static_cast<int>(parts_of(sources, threads, tiles));
   Rows keys(plan, dim), values(plan, value_dim);
@@ -244,7 +277,7 @@ bool backward(ffi::ThreadPool& pool, const Problem& problem, const T* query, con
   if (!pack(pool, plan, value, more_values, values)) return false;
 
   auto work = [&](Counter& counter) {
-    Neighborhood near;
+    Near near;
     const Memory q = memory(dim * lanes), q_rows = zeros(keys.width * lanes);
     const Memory d_out = memory(value_dim * lanes), d_out_rows = zeros(values.width * lanes);
     const Memory p = memory(kBlock * lanes), ds = memory(kBlock * lanes);
@@ -257,9 +290,9 @@ bool backward(ffi::ThreadPool& pool, const Problem& problem, const T* query, con
       std::fill_n(d_keys.of(i), int64_t{keys.keys} * keys.width, 0.0f);
       std::fill_n(d_values.of(i), int64_t{keys.keys} * values.width, 0.0f);
       for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
-        near.find(plan, plan.tiles[t]);
         for (int r = 0; r < problem.repeats(); ++r) {
           const int head = static_cast<int>(lane % problem.kv_heads) * problem.repeats() + r;
+          if (r == 0 || Near::kPerHead) near.find(plan, t, entry, head);
           gather(plan, near, entry, head, query, dim, problem.scale * kLog2e, q.get(),
                  q_rows.get());
           gather(plan, near, entry, head, d_output, value_dim, 1.0f, d_out.get(),
@@ -271,6 +304,9 @@ bool backward(ffi::ThreadPool& pool, const Problem& problem, const T* query, con
             shift[n] = present ? delta[token * problem.heads + head] : 0.0f;
           }
           std::fill_n(d_q.get(), dim * lanes, 0.0f);
+          const bool finite = all_finite(q.get(), int64_t{dim} * lanes) &&
+                              all_finite(d_out.get(), int64_t{value_dim} * lanes) &&
+                              all_finite(shift, lanes);
           visit_blocks(near, [&](int first, int count, const uint64_t* masks) {
             const int* chosen = &near.keys[first];
             const Pointers k(keys.of(lane), keys.width, chosen, count);
@@ -287,6 +323,19 @@ bool backward(ffi::ThreadPool& pool, const Problem& problem, const T* query, con
                 store(s, one);
                 store(g, one * (load(g) - load(shift + c)));
               }
+            }
+            if (masks &&
+                !(finite && are_finite(keys, k, count) && are_finite(values, v, count))) {
+              visit_seen(masks, count, lanes, [&](int n, int c) {
+                const float one = p_rows.row[n][c], g = ds_rows.row[n][c];
+                const float* to = d_out_rows.get() + c * values.width;
+                for (int d = 0; d < value_dim; ++d) dv.row[n][d] += one * to[d];
+                for (int d = 0; d < dim; ++d) {
+                  dk.row[n][d] += g * q_rows.get()[c * keys.width + d];
+                  d_q.get()[d * lanes + c] += g * k.row[n][d];
+                }
+              });
+              return;
             }
             multiply_rows<true>(p_rows.row, count, lanes, d_out_rows.get(), values.width, dv.row);
             multiply_rows<true>(ds_rows.row, count, lanes, q_rows.get(), keys.width, dk.row);
@@ -328,6 +377,16 @@ ffi::Error read(Problem& problem, const ffi::AnyBuffer& q, const ffi::AnyBuffer&
   return error.failure() ? error : set_tile(problem, tiles, kCpuTile, kMostQueries);
 }
 
+// The operands of a call, read and written as numbers of one type.
+template <typename T>
+const T* in(const ffi::AnyBuffer& x) {
+  return static_cast<const T*>(x.untyped_data());
+}
+template <typename T>
+T* out(ffi::Result<ffi::AnyBuffer>& x) {
+  return static_cast<T*>(x->untyped_data());
+}
+
 ffi::Error run_forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                        ffi::AnyBuffer ak, ffi::AnyBuffer av, ffi::Result<ffi::AnyBuffer> output,
                        ffi::ResultBuffer<ffi::F32> lse, ffi::Span<const int64_t> windows,
@@ -337,9 +396,8 @@ ffi::Error run_forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
   if (error.failure()) return error;
   return dispatch(q.element_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    auto in = [](const ffi::AnyBuffer& x) { return static_cast<const T*>(x.untyped_data()); };
-    return forward<T>(pool, problem, in(q), in(k), in(v), in(ak), in(av),
-                      static_cast<T*>(output->untyped_data()), lse->typed_data());
+    return forward<Neighborhood>(pool, Plan(problem), in<T>(q), in<T>(k), in<T>(v), in<T>(ak),
+                                 in<T>(av), out<T>(output), lse->typed_data());
   });
 }
 
@@ -355,11 +413,46 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k
   if (error.failure()) return error;
   return dispatch(q.element_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    auto in = [](const ffi::AnyBuffer& x) { return static_cast<const T*>(x.untyped_data()); };
-    auto out = [](ffi::Result<ffi::AnyBuffer>& x) { return static_cast<T*>(x->untyped_data()); };
-    return backward<T>(pool, problem, in(q), in(k), in(v), in(ak), in(av), lse.typed_data(),
-                       in(d_output), delta.typed_data(), out(dq), out(dk), out(dv), out(dak),
-                       out(dav));
+    return backward<Neighborhood>(pool, Plan(problem), in<T>(q), in<T>(k), in<T>(v), in<T>(ak),
+                                  in<T>(av), lse.typed_data(), in<T>(d_output), delta.typed_data(),
+                                  out<T>(dq), out<T>(dk), out<T>(dv), out<T>(dak), out<T>(dav));
+  });
+}
+
+ffi::Error run_lists_forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
+                             ffi::AnyBuffer v, ffi::AnyBuffer ak, ffi::AnyBuffer av,
+                             ffi::Buffer<ffi::S32> blocks, ffi::Buffer<ffi::S32> counts,
+                             ffi::Result<ffi::AnyBuffer> output, ffi::ResultBuffer<ffi::F32> lse,
+                             ffi::Span<const int64_t> sizes, float scale) {
+  Problem problem;
+  Lists lists;
+  ffi::Error error = decode_lists(problem, lists, q, k, v, ak, blocks, counts, sizes, scale);
+  if (error.failure()) return error;
+  return dispatch(q.element_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return forward<ListedBlocks>(pool, ListPlan(problem, lists), in<T>(q), in<T>(k), in<T>(v),
+                                 in<T>(ak), in<T>(av), out<T>(output), lse->typed_data());
+  });
+}
+
+ffi::Error run_lists_backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
+                              ffi::AnyBuffer v, ffi::AnyBuffer ak, ffi::AnyBuffer av,
+                              ffi::Buffer<ffi::S32> blocks, ffi::Buffer<ffi::S32> counts,
+                              ffi::Buffer<ffi::F32> lse, ffi::AnyBuffer d_output,
+                              ffi::Buffer<ffi::F32> delta, ffi::Result<ffi::AnyBuffer> dq,
+                              ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
+                              ffi::Result<ffi::AnyBuffer> dak, ffi::Result<ffi::AnyBuffer> dav,
+                              ffi::Span<const int64_t> sizes, float scale) {
+  Problem problem;
+  Lists lists;
+  ffi::Error error = decode_lists(problem, lists, q, k, v, ak, blocks, counts, sizes, scale);
+  if (error.failure()) return error;
+  return dispatch(q.element_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return backward<ListedBlocks>(pool, ListPlan(problem, lists), in<T>(q), in<T>(k), in<T>(v),
+                                  in<T>(ak), in<T>(av), lse.typed_data(), in<T>(d_output),
+                                  delta.typed_data(), out<T>(dq), out<T>(dk), out<T>(dv),
+                                  out<T>(dak), out<T>(dav));
   });
 }
 
@@ -367,3 +460,4 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k
 }  // namespace gna
 
 GNA_DEFINE_HANDLERS(xla::ffi::ThreadPool);
+GNA_DEFINE_LIST_HANDLERS(xla::ffi::ThreadPool);

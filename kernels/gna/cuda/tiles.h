@@ -63,7 +63,8 @@ struct Plan {
     return (x * axis[1].length + y) * axis[2].length + z;
   }
 
-  int keys() const { return problem.tokens + problem.additional; }
+  int64_t tile_count() const { return tiles.size(); }
+  int key_tokens() const { return problem.tokens; }
 
   const Problem& problem;
   const int lanes;  // queries of a tile, up to a multiple of 16
@@ -72,14 +73,17 @@ struct Plan {
   std::vector<Tile> tiles;
 };
 
-// The queries of a tile and the keys that any of them sees.
+// The queries of a tile and the keys that any of them sees, the same in all heads and entries.
 struct Neighborhood {
+  static constexpr bool kPerHead = false;
+
   int token[kMostQueries];     // of each lane in the layout, -1 where there is none
   std::vector<int> keys;       // packed; first those that all lanes see, then those that some see
   std::vector<uint64_t> masks; // lanes that see each of the latter
   int free;                    // keys that all lanes see
 
-  void find(const Plan& plan, const Tile& tile) {
+  void find(const Plan& plan, int64_t number, int64_t, int) {
+    const Tile& tile = plan.tiles[number];
     const Group& group = plan.groups[tile.group];
     const int t[3] = {plan.problem.axis[0].tile, plan.problem.axis[1].tile,
                       plan.problem.axis[2].tile};

@@ -54,6 +54,17 @@ inline Floats where(uint64_t mask, int v, Floats x, Floats hidden) {
   return (bits & bit) != 0 ? x : hidden;
 }
 
+// Whether none of the numbers is NaN or infinite.
+inline bool all_finite(const float* x, int64_t count) {
+  int32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    found |= (bits & 0x7f800000) == 0x7f800000;
+  }
+  return !found;
+}
+
 // out[r][:] (+)= sum over i of in[r][i] * table[i][:], for R rows of V vectors.
 template <int R, int V, bool Add>
 inline void row_block(const float* const* in, int inner, const float* table, int columns,

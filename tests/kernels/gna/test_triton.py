@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 
-import gna_interpreter
 import gna_machines
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from gna_oracle import attention, full_mask, operands, random_case
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import backends, tuning
+from conceptax.kernels.gna import tuning
 from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.backends import triton as backend
 from conceptax.kernels.gna.backends.triton_blocks import TUNED, padded, tiling
@@ -158,13 +157,8 @@ def count(mask, windows, tiles):
 
 
 @pytest.fixture
-def kernels(repository, monkeypatch):
-    """The kernels imported apart from the hook that checks annotations, which wraps functions."""
-    pytest.importorskip("triton")
-    module = gna_interpreter.load(repository / "kernels/gna/backends")
-    monkeypatch.setitem(sys.modules, "conceptax.kernels.gna.backends.triton_kernels", module)
-    monkeypatch.setattr(backends, "triton_kernels", module, raising=False)
-    return module
+def kernels(monkeypatch):
+    return gna_machines.triton_kernels(monkeypatch)
 
 
 def test_lowers_for_a_gpu_that_is_not_here(kernels, monkeypatch):
