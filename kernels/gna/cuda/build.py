@@ -140,9 +140,10 @@ def _name(target: str, architecture: str | None) -> str:
     """A library's name up to the digest of its content."""
     options = command(target, architecture)
     digest = hashlib.sha256(shlex.join(options).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".h", ".cc", ".cu"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            name = path.relative_to(SOURCES).as_posix()
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     version = _version(tuple(_found(target)))
     digest.update(version.encode() + importlib.metadata.version("jaxlib").encode())
     if target == "cpu":
