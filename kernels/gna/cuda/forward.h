@@ -5,8 +5,6 @@
 
 namespace gna {
 
-constexpr float kLog2e = 1.44269504088896f;
-
 template <typename T>
 struct ForwardArguments {
   Problem p;

@@ -1,11 +1,13 @@
 // The GPU target of the custom calls, for 16-bit operands on NVIDIA GPUs from sm_80.
 //
-// The operands stay in the layout of the call: copies of 16 bytes gather the rows of a tile from
-// wherever they lie, so that nothing is permuted before or after, and tiles of keys need no grid.
+// The operands stay in the layout of the call: nothing is permuted before or after, and tiles of keys
+// need no grid. On sm_90a boxes of tokens are copied at a time (hopper/); elsewhere, and where boxes
+// do not say what a tile meets, copies of 16 bytes gather its rows from wherever they lie.
 
 #include "backward.h"
 #include "bindings.h"
 #include "forward.h"
+#include "hopper/forward.h"
 #include "problem.h"
 
 namespace gna {
@@ -60,7 +62,19 @@ ffi::Error run_forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, 
                        ffi::Span<const int64_t> tiles, float scale) {
   Problem p;
   ffi::Error error = decode(p, q, v, ak, windows, tiles, scale);
-  if (error.success()) error = set_tile(p, tiles, kForwardTile, kMostRows);
+  if (error.failure()) return error;
+  if (boxes_do(p)) {
+    error = set_tile(p, tiles, kHopperForward, kMostRows);
+    if (error.failure()) return error;
+    return dispatch(p, q.element_type(), [&](auto number, auto dim) {
+      using T = decltype(number);
+      constexpr int kD = decltype(dim)::value;
+      return launch_hopper_forward<T, (kD > kPanel ? 128 : kPanel)>(
+          p, TileShape(tiles, kHopperForward + 1).size, in<T>(q), in<T>(k, &ak), in<T>(v, &av),
+          out<T>(output), lse->typed_data(), stream);
+    });
+  }
+  error = set_tile(p, tiles, kForwardTile, kMostRows);
   if (error.failure()) return error;
   return dispatch(p, q.element_type(), [&](auto number, auto dim) {
     using T = decltype(number);
@@ -109,7 +123,13 @@ ffi::Error run_backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k,
   });
 }
 
+// Loads the kernels, which may not happen while a graph of calls is recorded.
+ffi::Error initialize() { return result(load(forward_kernel<BFloat16, 64>)); }
+
 }  // namespace
 }  // namespace gna
 
-GNA_DEFINE_HANDLERS(xla::ffi::PlatformStream<cudaStream_t>);
+GNA_DEFINE_HANDLERS(xla::ffi::PlatformStream<cudaStream_t>,
+                    xla::ffi::Traits::kCmdBufferCompatible);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GnaInitialize, gna::initialize, xla::ffi::Ffi::BindInitialize());

@@ -15,6 +15,26 @@ namespace gna {
 constexpr int kPanel = 64;      // columns of a panel
 constexpr int kMostGroups = 64; // dilation groups whose maps are passed to a kernel
 
+// The shape of boxes of columns: powers of two, the last at least 8, so that every 8 columns differ
+// in the last dimension only. Counted by 8, columns change along a dimension every `unit` and recur
+// with `repeat`, which has a bit for each time.
+struct BoxShape {
+  int size[3], unit[3];
+  uint32_t repeat[3];
+};
+
+inline BoxShape box_shape(const int (&size)[3]) {
+  BoxShape shape{};
+  int period = 1;
+  for (int m = 2; m >= 0; --m) {
+    shape.size[m] = size[m];
+    shape.unit[m] = period;
+    period *= m == 2 ? size[m] / 8 : size[m];
+    for (int n = 0; n < 32; n += period) shape.repeat[m] |= 1u << n;
+  }
+  return shape;
+}
+
 // What of a step's columns is met: all by all rows, by each row its own, or so many by all rows.
 enum Met { kMetAll = 0, kMetOwn = -1 };
 
@@ -36,7 +56,7 @@ struct Boxes {
 
   // False if the tile is empty. Tiles of a head come before those of the next.
   template <bool kKeys>
-  GNA_DEVICE bool find(const Problem& p, int tiles, int heads, const int (&shape)[3],
+  GNA_DEVICE bool find(const Problem& p, int tiles, int heads, const BoxShape& shape,
                        int additional_keys) {
     int rest = blockIdx.x % tiles;
     head = blockIdx.x / tiles % heads;
@@ -60,7 +80,7 @@ struct Boxes {
       const int last = first[m] + axis.tile - 1;
       const Interval a = met<kKeys>(axis, length[m], first[m]);
       const Interval b = met<kKeys>(axis, length[m], last);
-      box[m] = shape[m];
+      box[m] = shape.size[m];
       columns *= box[m];
       start[m] = a.start;
       along[m] = ceil_div(b.end - a.start, box[m]);
@@ -131,6 +151,18 @@ struct Boxes {
     return inside ? token : -1;
   }
 
+  // What the rows of a tile meet along each dimension, [3, rows]; every thread writes of some rows.
+  template <bool kKeys, int kRows>
+  GNA_DEVICE void meet_rows(const Problem& p, Interval (&rows)[3][kRows]) const {
+    const int row = threadIdx.x, t1 = p.axis[1].tile, t2 = p.axis[2].tile;
+    if (row >= kRows) return;
+    const int place[3] = {row / (t1 * t2), row / t2 % t1, row % t2};
+#pragma unroll
+    for (int m = 0; m < 3; ++m) {
+      rows[m][row] = met<kKeys>(p.axis[m], length[m], first[m] + place[m]);
+    }
+  }
+
   // Where the copies of a box begin in its map: column and head, then the tokens' places.
   GNA_DEVICE void corner(int (&at)[5], const Problem& p, const int (&place)[3], int head_of) const {
     at[1] = head_of;
@@ -141,6 +173,37 @@ struct Boxes {
   // The number of the tile's maps; see `make_maps`.
   GNA_DEVICE int map(const Problem& p) const {
     return maps_by_batch(p) ? group * p.batch + batch : group;
+  }
+
+  // Calls visit(column, met) of a row for the columns 8 n + 2 t + c of thread 4 g + t of a warp;
+  // `met` of a row is what it meets along the dimensions.
+  template <int kColumns, typename Visit>
+  static GNA_DEVICE void visit_mask(const Step& step, const BoxShape& shape,
+                                    const Interval (&met)[3], const Visit& visit) {
+    int start[3], end[3];
+    uint32_t bits[2], outer = ~0u;
+#pragma unroll
+    for (int m = 0; m < 3; ++m) {
+      start[m] = at_most(at_least(met[m].start - step.place[m], 0), shape.size[m]);
+      end[m] = at_most(at_least(met[m].end - step.place[m], 0), shape.size[m]);
+      if (m < 2) {
+        outer &= shape.repeat[m] *
+                 bit_range(start[m] * shape.unit[m], (end[m] - start[m]) * shape.unit[m]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      // Of 8 columns this one is `column`: the first and the last 8 of which it is met.
+      const int column = threadIdx.x % 4 * 2 + c;
+      const int from = (start[2] + 7 - column) >> 3, to = (end[2] + 7 - column) >> 3;
+      bits[c] = step.more ? bit_range(0, (step.met + 7 - column) >> 3)
+                          : outer & shape.repeat[2] * bit_range(from, to - from);
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) visit(n * 8 + c, (bits[c] >> n & 1) != 0);
+    }
   }
 
   // A batch's first dimension goes on in the next batch's, unless dilation leaves a remainder.

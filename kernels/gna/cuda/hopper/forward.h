@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../forward.h"
+#include "../repair.h"
 #include "maps.h"
 
 namespace gna {
@@ -12,7 +13,7 @@ template <typename T>
 struct HopperForwardArguments {
   Problem p;
   int tiles;
-  int box[3];  // of keys
+  BoxShape box;  // of keys
   Operand<const T> query, key, value;
   Operand<T> output;
   float* lse;
@@ -41,51 +42,8 @@ struct HopperForward {
 // Named barriers: the turns of the two warpgroups.
 constexpr int kTurn = 1;
 
-// Where columns of a box that a row meets along a dimension stand among all of the box's columns:
-// they change every `unit` columns and recur every `period`, powers of two. `word` is of 32.
-GNA_DEVICE uint32_t columns_met(Interval met, int from, int size, int unit, int word) {
-  const int period = size * unit, base = word * 32 & (period - 1);
-  const int start = at_least(at_most(met.start - from, size), 0) * unit - base;
-  const int end = at_least(at_most(met.end - from, size), 0) * unit - base;
-  const int low = at_least(start, 0);
-  uint32_t bits = bit_range(low, at_least(end - low, 0));
-  for (int n = period; n < 32; n *= 2) bits |= bits << n;
-  return bits;
-}
-
-// Scores of what a row does not meet become -infinity; `first` is the row of s[.. + 0].
-template <int kColumns>
-GNA_DEVICE void mask(float (&s)[kColumns / 2], const Step& step, const int (&box)[3],
-                     const Interval (&met)[3][128], int first) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first + 8 * half;
-#pragma unroll
-    for (int word = 0; word < kColumns / 32; ++word) {
-      uint32_t bits;
-      if (step.met > 0) {
-        bits = bit_range(0, at_least(step.met - word * 32, 0));
-      } else {
-        bits = columns_met(met[2][row], step.place[2], box[2], 1, word) &
-               columns_met(met[1][row], step.place[1], box[1], box[2], word) &
-               columns_met(met[0][row], step.place[0], box[0], box[1] * box[2], word);
-      }
-      bits >>= threadIdx.x % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[(word * 4 + n) * 4 + 2 * half + c];
-          if (!(bits >> (n * 8 + c) & 1)) x = -INFINITY;
-        }
-      }
-    }
-  }
-}
-
 template <typename T, int kD>
-__global__ void __launch_bounds__(384, 1)
-    hopper_forward(const __grid_constant__ HopperForwardArguments<T> a) {
+GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
   using Shape = HopperForward<kD>;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kStages = Shape::kStages;
   constexpr int kPanels = Shape::kPanels;
@@ -104,15 +62,7 @@ __global__ void __launch_bounds__(384, 1)
     }
     publish_barriers();
   }
-  if (threadIdx.x < kRows) {
-    const int row = threadIdx.x;
-    const int place[3] = {row / (p.axis[1].tile * p.axis[2].tile),
-                          row / p.axis[2].tile % p.axis[1].tile, row % p.axis[2].tile};
-#pragma unroll
-    for (int m = 0; m < 3; ++m) {
-      shared.met[m][row] = window(p.axis[m], boxes.length[m], boxes.first[m] + place[m]);
-    }
-  }
+  boxes.meet_rows<false>(p, shared.met);
   block_barrier();
 
   if (warpgroup == 0) {
@@ -178,7 +128,17 @@ __global__ void __launch_bounds__(384, 1)
   };
   // Probabilities up to a factor, which `kept` brings up to date for what came before.
   const auto probabilities = [&](const Step& step) {
-    if (step.met != kMetAll) mask<kColumns>(s, step, a.box, shared.met, first);
+    if (step.met != kMetAll) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first + 8 * half;
+        const Interval met[3] = {shared.met[0][row], shared.met[1][row], shared.met[2][row]};
+        Boxes::visit_mask<kColumns>(step, a.box, met, [&](int column, bool met) {
+          float& x = s[column / 8 * 4 + 2 * half + column % 2];
+          x = met ? x : -INFINITY;
+        });
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = top[half];
@@ -256,20 +216,40 @@ __global__ void __launch_bounds__(384, 1)
     sum += exchange(sum, 1);
     sum += exchange(sum, 2);
     const int token = boxes.token(p, first + 8 * half);
-    if (token < 0) continue;
-    if (lane % 4 == 0) {
-      const int64_t at = (int64_t{boxes.batch} * p.tokens + token) * p.heads + boxes.head;
-      a.lse[at] = top[half] * p.scale + logf(sum);
-    }
-    T* const row = a.output.row(p, boxes.batch, token, boxes.head);
-    const float factor = 1 / sum;
+    float strange = 0;  // not 0 if any of the sums is not finite
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n) {
-      if (n * 8 >= p.value_dim) continue;
-      reinterpret_cast<uint32_t*>(row)[n * 4 + lane % 4] =
-          pack(sums[n * 4 + 2 * half] * factor, sums[n * 4 + 2 * half + 1] * factor, T{});
+      strange += sums[n * 4 + 2 * half] * 0 + sums[n * 4 + 2 * half + 1] * 0;
+    }
+    if (token >= 0) {
+      if (lane % 4 == 0) {
+        a.lse[place_of(p, boxes.batch, token, boxes.head)] = top[half] * p.scale + logf(sum);
+      }
+      T* const row = a.output.row(p, boxes.batch, token, boxes.head);
+      const float factor = 1 / sum;
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+        if (n * 8 >= p.value_dim) continue;
+        reinterpret_cast<uint32_t*>(row)[n * 4 + lane % 4] =
+            pack(sums[n * 4 + 2 * half] * factor, sums[n * 4 + 2 * half + 1] * factor, T{});
+      }
+    }
+    const uint32_t rows = votes(token >= 0 && strange != 0 && sum > 0);
+    if (rows == 0) continue;
+    warp_barrier();  // the rows are written
+    for (int n = 0; n < 8; ++n) {
+      if ((rows >> 4 * n & 15) == 0) continue;
+      const int strange_token = boxes.token(p, me * 64 + warp * 16 + half * 8 + n);
+      repair_output(p, a.query, a.key, a.value, a.output, a.lse, boxes.batch, strange_token,
+                    boxes.head);
     }
   }
+}
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(384, 1)
+    hopper_forward(const __grid_constant__ HopperForwardArguments<T> a) {
+  if constexpr (kHasBoxes) hopper_forward_tile<T, kD>(a);
 }
 
 // The host's side: output and log-sum-exp of a problem whose tiles of queries have 128 tokens, as
@@ -280,7 +260,7 @@ cudaError_t launch_hopper_forward(const Problem& p, const int (&box)[3],
                                   const Operand<const T>& value, const Operand<T>& output,
                                   float* lse, cudaStream_t stream) {
   using Shape = HopperForward<kD>;
-  HopperForwardArguments<T> a{p, layout_tiles(p), {box[0], box[1], box[2]}, query, key, value, output,
+  HopperForwardArguments<T> a{p, layout_tiles(p), box_shape(box), query, key, value, output,
                               lse};
   const int tile[3] = {p.axis[0].tile, p.axis[1].tile, p.axis[2].tile};
   cudaError_t error = make_maps(a.queries, p, query, tile);

@@ -78,15 +78,6 @@ GNA_DEVICE void copy_box(void* to, const TensorMap& map, Barrier& barrier, const
       : "memory");
 }
 
-// What a product reads from shared memory: rows of a panel from a multiple of 8 on and 16 columns
-// from a multiple of 16 bytes on. `along` is the distance of the next 64 columns, where a product
-// reads columns of more than one panel.
-GNA_DEVICE uint64_t operand_at(const void* rows, int along = 16) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = 1024;
-  return kSwizzle128 | kEightRows >> 4 << 32 | uint64_t(along >> 4) << 16 |
-         (shared_address(rows) & 0x3ffff) >> 4;
-}
-
 // Before a group's first product, and after registers that it reads or adds to have changed.
 GNA_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 GNA_DEVICE void end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -127,6 +118,16 @@ GNA_DEVICE uint32_t bit_range(int start, int width) {
   return bits;
 }
 
+// Whether the current device is such a machine.
+inline bool has_boxes() {
+  int device = 0, major = 0, minor = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  return known && major == 9 && minor == 0;
+}
+
 // A map of an array of 16-bit numbers: sizes, distances in bytes from the second dimension on, and
 // the sizes of a box. The driver makes it, and is found at run time, so that nothing links to it.
 inline cudaError_t make_map(TensorMap& map, bool bfloat, const void* base,
@@ -154,3 +155,23 @@ inline cudaError_t make_map(TensorMap& map, bool bfloat, const void* base,
 }  // namespace gna
 
 #endif
+
+namespace gna {
+
+// Whether code is compiled for such a machine; kernels are empty elsewhere.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasBoxes = false;
+#else
+constexpr bool kHasBoxes = true;
+#endif
+
+// What a product reads from shared memory: rows of a panel from a multiple of 8 on and 16 columns
+// from a multiple of 16 bytes on. `along` is the distance of the next 64 columns, where a product
+// reads columns of more than one panel.
+GNA_DEVICE uint64_t operand_at(const void* rows, int along = 16) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = 1024;
+  return kSwizzle128 | kEightRows >> 4 << 32 | uint64_t(along >> 4) << 16 |
+         (shared_address(rows) & 0x3ffff) >> 4;
+}
+
+}  // namespace gna

@@ -18,10 +18,14 @@ GNA_BOTH int many_maps(const Problem& p) {
   return p.groups() * (Boxes::maps_by_batch(p) ? p.batch : 1);
 }
 
+// Whether boxes say what a problem's tiles meet, here.
+inline bool boxes_do(const Problem& p) { return has_boxes() && many_maps(p) <= kMostGroups; }
+
 // Maps of an operand [B, *X, heads, dim], whose boxes have the shape `box` of tokens.
 template <typename T>
 cudaError_t make_maps(Maps& maps, const Problem& p, const Operand<const T>& x, const int (&box)[3]) {
   const bool by_batch = Boxes::maps_by_batch(p);
+  if (many_maps(p) > kMostGroups) return cudaErrorInvalidValue;
   const uint64_t row = uint64_t(x.heads) * x.dim * 2;
   uint64_t step[3];  // bytes between tokens along each dimension
   step[2] = row;

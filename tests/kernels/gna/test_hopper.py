@@ -1,0 +1,184 @@
+"""The kernels for sm_90a, without a GPU: on an emulator of the machine, and by the compiler's log.
+
+The emulator has what the kernels ask of TMA, wgmma and barriers in shared memory, with copies and
+products that end late, early or out of order; see `tests/hopper_emulator.h`.
+"""
+
+import functools
+import math
+
+import hopper_machine
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gna_oracle import attention, full_mask, operands, random_case
+from hopper_machine import EmulatorError, Spoiled
+
+from conceptax.kernels.gna.cuda import LEAST_SEEN
+from conceptax.kernels.gna.tiles import shapes_of
+
+# Against float64: rounding of results, and of the probabilities.
+TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
+ROWS = 128
+
+
+def random_problem(seed: int, dims: tuple[int, ...] = (8, 32, 40, 64, 72, 96, 128)):
+    """Settings, sizes, operands of 16 bits with cotangents, a generator for what else is drawn."""
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, most=300)
+    weights = np.array([3.0] + [1.0] * (len(dims) - 1))
+    dim, value_dim = (int(x) for x in rng.choice(dims, 2, p=weights / weights.sum()))
+    kv_heads = int(rng.integers(1, 3))
+    heads = {
+        "batch": int(rng.integers(1, 3)) if math.prod(case["dilation"]) <= 32 else 1,
+        "heads": kv_heads * int(rng.integers(1, 3)),
+        "kv_heads": kv_heads,
+        "dim": dim,
+        "value_dim": value_dim if rng.integers(2) else dim,
+        "additional": int(rng.choice([0, 0, 0, 3, 128, 150])),
+    }
+    dtype = jnp.bfloat16 if rng.integers(2) else jnp.float16
+    arrays = operands(rng, case, heads)
+    arrays = [None if x is None else np.asarray(x).astype(dtype) for x in arrays[:6]]
+    return rng, case, heads, arrays
+
+
+def drawn_shapes(rng, case, *tokens):
+    """A shape of so many tokens each, such as boxes may have."""
+    shapes = (shapes_of(n, len(case["layout"])) for n in tokens)
+    shapes = ([shape for shape in one if shape[-1] >= LEAST_SEEN] for one in shapes)
+    return [one[rng.integers(len(one))] for one in shapes]
+
+
+def compare(got, expected, dtype, message):
+    for n, (one, other) in enumerate(zip(got, expected, strict=True)):
+        np.testing.assert_allclose(
+            np.asarray(one, float),
+            other,
+            rtol=TOLERANCE[dtype],
+            atol=TOLERANCE[dtype] * max(1, np.abs(other).max()),
+            err_msg=f"result {n} of {message}",
+        )
+
+
+@functools.cache
+def expected_forward(seed):
+    _, case, _, arrays = random_problem(seed)
+    return attention(case, *(None if x is None else x.astype(float) for x in arrays[:5]))
+
+
+def check_forward(seed, spoiled=Spoiled()):
+    rng, case, heads, arrays = random_problem(seed)
+    tile, box = drawn_shapes(rng, case, ROWS, ROWS)
+    hopper_machine.begin(seed, spoiled)
+    got = hopper_machine.forward(case, heads, arrays[:5], tile, box)
+    compare(got, expected_forward(seed), arrays[0].dtype.name, f"{case} {heads} {tile} {box}")
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_forward_of_random_problems(part):
+    for n in range(26):
+        check_forward(part * 1000 + n)
+
+
+# How each instruction is spoiled; what the numbers say is in `hopper_emulator.h`. Columns of a
+# product's operand in registers come of more than one panel, those of another's never.
+CHANGES = {
+    "wait": [1],
+    "arrive": [1],
+    "arrive_expecting": [-128, 128],
+    "start_barrier": [1, -1],
+    "publish_barriers": [1],
+    "block_barrier": [1],
+    "copy_box": [1, 2, 3, 4, 5, 6],
+    "begin_products": [1],
+    "end_group": [1],
+    "wait_for_products": [1],
+    "multiply_shared": [1, 2, 4, 5],
+    "multiply_registers": [1, 2, 3, 4, 5],
+    "meet": [1],
+    "signal": [1],
+    "give_registers": [1],
+    "bit_range": [1, 2, 3],
+}
+
+# Between them: many steps, masks along every dimension, additional keys, two panels.
+SPOILED_FORWARD = [
+    ((2, 9, 40), (2, 5, 33), (1, 2, 1), 3, (2, 8, 8), (1, 8, 16)),
+    ((3, 3, 60), (2, 3, 60), (1, 3, 7), 130, (2, 4, 16), (4, 4, 8)),
+]
+
+
+def missed(check, seeds, spoiled):
+    """Whether a spoiled instruction shows in nothing."""
+    for seed in seeds:
+        try:
+            check(seed, spoiled)
+        except (EmulatorError, AssertionError):
+            return False
+    return True
+
+
+@functools.cache
+def spoiled_forward(n):
+    """A problem of two panels with what is to come of it."""
+    layout, kernel, stride, additional, tile, box = SPOILED_FORWARD[n]
+    case = {"layout": layout, "kernel_size": kernel, "stride": stride}
+    case |= {"dilation": (1, 1, 1), "is_causal": (False, False, False)}
+    heads = {"batch": 1, "heads": 2, "kv_heads": 2, "dim": 72, "value_dim": 72}
+    heads["additional"] = additional
+    arrays = operands(np.random.default_rng(n), case, heads)[:5]
+    arrays = [x.astype(jnp.bfloat16) for x in arrays]
+    return case, heads, arrays, tile, box, attention(case, *(x.astype(float) for x in arrays))
+
+
+def check_spoiled_forward(seed, spoiled):
+    case, heads, arrays, tile, box, expected = spoiled_forward(seed % len(SPOILED_FORWARD))
+    hopper_machine.begin(seed, spoiled)
+    got = hopper_machine.forward(case, heads, arrays, tile, box)
+    compare(got, expected, "bfloat16", spoiled)
+
+
+def test_what_is_spoiled_in_the_forward_kernel_shows():
+    """Every instruction that orders events, lays out an operand or bounds a mask is needed."""
+    seeds = range(6)
+    with hopper_machine.sites() as sites:
+        for seed in seeds:
+            check_spoiled_forward(seed, Spoiled())
+    spoiled = [Spoiled(*site, change) for site in sites for change in CHANGES[site[0]]]
+    assert len(spoiled) > 60
+    assert not [one for one in spoiled if missed(check_spoiled_forward, seeds, one)]
+
+
+def seen_attention(case, heads, q, k, v, ak, av):
+    """Output and log-sum-exp where what a query does not see is no number at all."""
+    mask = full_mask(case)
+    tokens, repeats = len(mask), heads["heads"] // heads["kv_heads"]
+    batch = len(q)
+    output = np.zeros((batch, tokens, heads["heads"], heads["value_dim"]))
+    lse = np.zeros(output.shape[:-1])
+    q, k, v = (x.reshape(batch, tokens, *x.shape[-2:]).astype(float) for x in (q, k, v))
+    for b, t, h in np.ndindex(lse.shape):
+        keys, values = k[b, mask[t], h // repeats], v[b, mask[t], h // repeats]
+        if ak is not None:
+            keys = np.concatenate([keys, ak[b, :, h // repeats].astype(float)])
+            values = np.concatenate([values, av[b, :, h // repeats].astype(float)])
+        scores = keys @ q[b, t, h] * heads["dim"] ** -0.5
+        lse[b, t, h] = np.logaddexp.reduce(scores)
+        output[b, t, h] = np.exp(scores - lse[b, t, h]) @ values
+    shape = (batch, *case["layout"])
+    return output.reshape(*shape, *output.shape[-2:]), lse.reshape(*shape, lse.shape[-1])
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_finite_reaches_those_who_see_it_only(seed):
+    rng, case, heads, arrays = random_problem(seed)
+    for n in (0, 1, 2, 2, 2):
+        x = arrays[n].reshape(-1, arrays[n].shape[-1])
+        x[rng.integers(len(x)), rng.integers(x.shape[1])] = rng.choice([np.nan, np.inf, -np.inf])
+    tile, box = drawn_shapes(rng, case, ROWS, ROWS)
+    hopper_machine.begin(seed)
+    got = hopper_machine.forward(case, heads, arrays[:5], tile, box)
+    expected = seen_attention(case, heads, *arrays[:5])
+    compare(got, expected, arrays[0].dtype.name, f"{case} {heads} {tile} {box}")
