@@ -37,7 +37,7 @@ struct Product {
   const uint32_t* a;  // null: in shared memory, at `a_at`
   uint64_t a_at, b_at;
   bool add;
-  float (*number)(uint16_t);
+  void (*numbers)(const uint16_t (&)[8], float*);
 };
 
 struct Box {
@@ -239,40 +239,54 @@ class Hopper : public Engine {
     for (int t = 0; t < 128; ++t) threads[t].groups.pop_front();
   }
 
-  // Element of an operand in shared memory: of row `row` among those that its columns are summed
-  // over with, or, `transposed`, of row `k` and column `row`.
-  float element(const Product& product, uint64_t at, int row, int k, bool transposed) const {
-    if (at >> 62 != 1 || (at >> 49 & 7) != 0) machine().fail("an operand is laid out otherwise");
+  // Eight numbers of an operand in shared memory: of row `row` from column `k` on, among the rows
+  // that its 16 columns are summed over with, or, `transposed`, of row `k` from column `row` on.
+  void eight(const Product& product, uint64_t at, int row, int k, bool transposed,
+             float* x) const {
     const uint32_t start = (at & 0x3fff) << 4, along = (at >> 16 & 0x3fff) << 4;
-    const uint32_t eight = (at >> 32 & 0x3fff) << 4;
+    const uint32_t rows = (at >> 32 & 0x3fff) << 4;
     const uint32_t place =
-        transposed ? start + row / 64 * along + k / 8 * eight + k % 8 * 128 + row % 64 * 2
-                   : start + row / 8 * eight + row % 8 * 128 + k * 2;
-    uint16_t bits = 0x7fff;  // NaN
-    if (place >= kBase && place - kBase + 2 <= machine().bytes.size() - 1024) {
-      std::memcpy(&bits, shuffled(place), 2);
+        transposed ? start + row / 64 * along + k / 8 * rows + k % 8 * 128 + row % 64 * 2
+                   : start + row / 8 * rows + row % 8 * 128 + k * 2;
+    uint16_t bits[8];
+    std::fill_n(bits, 8, 0x7fff);  // NaN
+    if (place >= kBase && place - kBase + 16 <= machine().bytes.size() - 1024) {
+      std::memcpy(bits, shuffled(place), 16);
     }
-    return product.number(bits);
+    product.numbers(bits, x);
   }
 
   void multiply(Thread* threads, size_t n) {
     const Product& one = threads[0].groups.front()[n];
     static float a[64][16], b[16][256], c[256];
     ++products;
+    for (uint64_t at : {one.b_at, one.a ? one.b_at : one.a_at}) {
+      if (at >> 62 != 1 || (at >> 49 & 7) != 0) machine().fail("an operand is laid out otherwise");
+    }
     for (int row = 0; row < 64; ++row) {
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < 16; k += 8) {
         if (one.a == nullptr) {
-          a[row][k] = element(one, one.a_at, row, k, false);
+          eight(one, one.a_at, row, k, false, &a[row][k]);
           continue;
         }
-        const int t = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-        const uint32_t word = threads[t].groups.front()[n].a[row / 8 % 2 + k / 8 * 2];
-        a[row][k] = one.number(word >> (k % 2 * 16));
+        uint16_t bits[8];
+        for (int i = 0; i < 8; ++i) {
+          const int t = row / 16 * 32 + row % 8 * 4 + i / 2;
+          const uint32_t word = threads[t].groups.front()[n].a[row / 8 % 2 + k / 8 * 2];
+          bits[i] = static_cast<uint16_t>(word >> (i % 2 * 16));
+        }
+        one.numbers(bits, &a[row][k]);
       }
     }
-    for (int k = 0; k < 16; ++k) {
-      for (int column = 0; column < one.columns; ++column) {
-        b[k][column] = element(one, one.b_at, column, k, one.a != nullptr);
+    for (int column = 0; column < one.columns; column += one.a ? 8 : 1) {
+      for (int k = 0; k < 16; k += one.a ? 1 : 8) {
+        if (one.a) {
+          eight(one, one.b_at, column, k, true, &b[k][column]);
+          continue;
+        }
+        float x[8];
+        eight(one, one.b_at, column, k, false, x);
+        for (int i = 0; i < 8; ++i) b[k + i][column] = x[i];
       }
     }
     for (int row = 0; row < 64; ++row) {
@@ -399,8 +413,8 @@ template <int kN>
 void changed(float (&)[kN]) {}
 
 template <typename T>
-float number_of(uint16_t bits) {
-  return to_float(T{bits});
+void numbers_of(const uint16_t (&bits)[8], float* x) {
+  for (int i = 0; i < 8; ++i) x[i] = to_float(T{bits[i]});
 }
 // Spoiled: the first row, the distance of eight rows, that of panels, the swizzle, or `add`.
 inline uint64_t spoil_operand(uint64_t at, int change) {
@@ -414,13 +428,13 @@ template <int kN, typename T>
 void multiply(float (&sums)[kN], uint64_t a, uint64_t b, bool add, T, GNA_SITE) {
   const int change = emulator::hopper().change("multiply_shared", line, file);
   emulator::hopper().add({sums, 2 * kN, nullptr, a, spoil_operand(b, change), add != (change == 5),
-                          number_of<T>});
+                          numbers_of<T>});
 }
 template <int kN, typename T>
 void multiply(float (&sums)[kN], const uint32_t (&a)[4], uint64_t b, bool add, T, GNA_SITE) {
   const int change = emulator::hopper().change("multiply_registers", line, file);
   emulator::hopper().add({sums, 2 * kN, a, 0, spoil_operand(b, change), add != (change == 5),
-                          number_of<T>});
+                          numbers_of<T>});
 }
 
 inline void meet(int barrier, int threads, GNA_SITE) {
