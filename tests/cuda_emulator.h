@@ -352,6 +352,7 @@ inline float exchange(float x, int mask) {
   })[0]);
 }
 
+inline int uniform(int x) { return x; }
 inline void block_barrier(GNA_SITE) {
   emulator::Machine& machine = emulator::machine();
   if (machine.engine && machine.engine->change("block_barrier", line, file)) return;

@@ -32,6 +32,27 @@ cudaError_t forward(const Problem& p, const int* box, void* const* arrays) {
       operand<T>(arrays, 5, 0, p.heads, p.value_dim), static_cast<float*>(arrays[6]), nullptr);
 }
 
+template <typename T, int kD>
+cudaError_t backward(const Problem& by_query, const int* keys, const Problem& by_key,
+                     const int* queries, void* const* arrays) {
+  const Problem& p = by_query;
+  const auto q = operand<const T>(arrays, 0, 0, p.heads, p.dim);
+  const auto k = operand<const T>(arrays, 1, 3, p.kv_heads, p.dim);
+  const auto v = operand<const T>(arrays, 2, 4, p.kv_heads, p.value_dim);
+  const auto d_output = operand<const T>(arrays, 5, 0, p.heads, p.value_dim);
+  const auto *lse = static_cast<float*>(arrays[6]), *delta = static_cast<float*>(arrays[7]);
+  const cudaError_t error = launch_hopper_gradients<T, kD, false>(
+      by_query, {keys[0], keys[1], keys[2]},
+      Pairs<T>{q, d_output, k, v, operand<T>(arrays, 8, 0, p.heads, p.dim), {}, lse, delta},
+      nullptr);
+  if (error != cudaSuccess) return error;
+  return launch_hopper_gradients<T, kD, true>(
+      by_key, {queries[0], queries[1], queries[2]},
+      Pairs<T>{k, v, q, d_output, operand<T>(arrays, 9, 11, p.kv_heads, p.dim),
+               operand<T>(arrays, 10, 12, p.kv_heads, p.value_dim), lse, delta},
+      nullptr);
+}
+
 }  // namespace
 }  // namespace gna
 
@@ -45,6 +66,22 @@ extern "C" const char* hopper_forward(const int* problem, float scale, bool bflo
     using T = decltype(number);
     if (dim <= 64) return forward<T, 64>(p, box, arrays);
     return forward<T, 128>(p, box, arrays);
+  };
+  const cudaError_t error = bfloat ? run(BFloat16{}) : run(Float16{});
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Likewise; `arrays` are query, key, value, additional keys and values, the output's cotangent,
+// log-sum-exp and delta, then the gradients of the first five.
+extern "C" const char* hopper_backward(const int* by_query, const int* keys, const int* by_key,
+                                       const int* queries, float scale, bool bfloat, int dim,
+                                       void* const* arrays) {
+  using namespace gna;
+  const Problem one = problem_of(by_query, scale), other = problem_of(by_key, scale);
+  const auto run = [&](auto number) {
+    using T = decltype(number);
+    if (dim <= 64) return backward<T, 64>(one, keys, other, queries, arrays);
+    return backward<T, 128>(one, keys, other, queries, arrays);
   };
   const cudaError_t error = bfloat ? run(BFloat16{}) : run(Float16{});
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

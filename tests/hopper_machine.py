@@ -29,6 +29,7 @@ def library() -> ctypes.CDLL:
     """The kernels, compiled for the emulator."""
     found = gna_machines.emulated_library()
     found.hopper_forward.restype = ctypes.c_char_p
+    found.hopper_backward.restype = ctypes.c_char_p
     found.hopper_sites.restype = ctypes.c_char_p
     return found
 
@@ -102,3 +103,33 @@ def forward(
     )
     check(error)
     return output, lse
+
+
+def backward(
+    case: dict,
+    heads: dict,
+    arrays: Sequence[np.ndarray | None],
+    tiles: Sequence[Sequence[int]],
+    scale: float | None = None,
+) -> list[np.ndarray]:
+    """Gradients of q, k, v, and additional keys and values if there are.
+
+    `arrays` are these five and the output's cotangent, in 16 bits, log-sum-exp and delta; `tiles`
+    the shapes of a tile of queries and of the boxes of keys that it meets, then of a tile of keys
+    and of boxes of queries.
+    """
+    gradients = [None if x is None else np.full_like(x, np.nan) for x in arrays[:5]]
+    query = arrays[0]
+    assert query is not None
+    error = library().hopper_backward(
+        problem_numbers(case, heads, tiles[0]),
+        shape_of(tiles[1]),
+        problem_numbers(case, heads, tiles[2]),
+        shape_of(tiles[3]),
+        ctypes.c_float(heads["dim"] ** -0.5 if scale is None else scale),
+        query.dtype.name == "bfloat16",
+        max(heads["dim"], heads["value_dim"]),
+        pointers([*arrays, *gradients]),
+    )
+    check(error)
+    return [x for x in gradients if x is not None]

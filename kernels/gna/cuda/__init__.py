@@ -37,7 +37,7 @@ COSTS = Costs(start=64, met=1)  # preparing a tile, in tokens met
 
 # On sm_90a a tile and what it meets come in boxes: of so many tokens, met by so many, and whether
 # the tile's are keys. The last dimension of what is met has at least so many.
-BOXES = [(128, 128, False)]
+BOXES = [(128, 128, False), (128, 64, True), (128, 128, True)]
 BOX_COSTS = Costs(start=2, step=1, mask=0.3)
 LEAST_SEEN = 8
 GPU_DTYPES = ("bfloat16", "float16")

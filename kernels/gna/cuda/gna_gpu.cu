@@ -7,6 +7,7 @@
 #include "backward.h"
 #include "bindings.h"
 #include "forward.h"
+#include "hopper/backward.h"
 #include "hopper/forward.h"
 #include "problem.h"
 
@@ -96,6 +97,31 @@ ffi::Error run_backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k,
   Problem by_query;
   ffi::Error error = decode(by_query, q, v, ak, windows, tiles, scale);
   Problem by_key = by_query;
+  if (error.success() && boxes_do(by_query)) {
+    return dispatch(by_query, q.element_type(), [&](auto number, auto dim) {
+      using T = decltype(number);
+      constexpr int kD = decltype(dim)::value > kPanel ? 128 : kPanel;
+      constexpr int kKeyTile =
+          HopperBackward<kD, true>::kColumns == 64 ? kHopperKeys : kHopperKeysWide;
+      const TileShape query_tile(tiles, kHopperForward), key_tile(tiles, kKeyTile);
+      for (int m = 0; m < 3; ++m) {
+        by_query.axis[m].tile = query_tile.size[m];
+        by_key.axis[m].tile = key_tile.size[m];
+      }
+      const float *norms = lse.typed_data(), *shifts = delta.typed_data();
+      const cudaError_t failed = launch_hopper_gradients<T, kD, false>(
+          by_query, TileShape(tiles, kHopperForward + 1).size,
+          Pairs<T>{in<T>(q), in<T>(d_output), in<T>(k, &ak), in<T>(v, &av), out<T>(dq), {}, norms,
+                   shifts},
+          stream);
+      if (failed != cudaSuccess) return failed;
+      return launch_hopper_gradients<T, kD, true>(
+          by_key, TileShape(tiles, kKeyTile + 1).size,
+          Pairs<T>{in<T>(k, &ak), in<T>(v, &av), in<T>(q), in<T>(d_output), out<T>(dk, &dak),
+                   out<T>(dv, &dav), norms, shifts},
+          stream);
+    });
+  }
   if (error.success()) error = set_tile(by_query, tiles, kQueryTile, Backward<128>::kRows);
   if (error.success()) error = set_tile(by_key, tiles, kKeyTile, Backward<128>::kRows);
   if (error.failure()) return error;

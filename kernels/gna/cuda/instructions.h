@@ -104,6 +104,8 @@ GNA_DEVICE float power_of_two(float x) {
 GNA_DEVICE uint32_t votes(bool yes) { return __ballot_sync(~0u, yes); }
 // The value of lane (this lane ^ mask).
 GNA_DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+// x, which all lanes of the warp have the same: the compiler does not know.
+GNA_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 GNA_DEVICE void block_barrier() { __syncthreads(); }
 GNA_DEVICE void warp_barrier() { __syncwarp(); }
 

@@ -16,8 +16,10 @@ enum TileKind {
   kForwardTile,
   kQueryTile,
   kKeyTile,
-  kHopperForward,  // and what these meet, of kind + 1
-  kTileKinds = kHopperForward + 2
+  kHopperForward,  // queries, and what these meet, of kind + 1, in both passes
+  kHopperKeys = kHopperForward + 2,      // keys that meet 64 queries at a time
+  kHopperKeysWide = kHopperKeys + 2,     // or 128
+  kTileKinds = kHopperKeysWide + 2
 };
 
 struct Problem {

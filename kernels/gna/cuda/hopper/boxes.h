@@ -13,7 +13,7 @@
 namespace gna {
 
 constexpr int kPanel = 64;      // columns of a panel
-constexpr int kMostGroups = 64; // dilation groups whose maps are passed to a kernel
+constexpr int kMostGroups = 60; // dilation groups whose maps are passed to a kernel, 4 of each
 
 // The shape of boxes of columns: powers of two, the last at least 8, so that every 8 columns differ
 // in the last dimension only. Counted by 8, columns change along a dimension every `unit` and recur
@@ -147,6 +147,42 @@ struct Boxes {
     for (int m = 0; m < 3; ++m) {
       inside &= place[m] < length[m];
       token = token * p.axis[m].length + place[m] * p.axis[m].dilation + offset[m];
+    }
+    return inside ? token : -1;
+  }
+
+  // Steps one after the other, of which `done` were before: first all boxes in their order, of
+  // which `next` is this one, then additional keys.
+  GNA_DEVICE int boxes() const { return along[0] * along[1] * along[2]; }
+  GNA_DEVICE int steps() const { return boxes() + ceil_div(additional, columns); }
+  GNA_DEVICE Step take(int done, int (&next)[3]) const {
+    const int from = (done - boxes()) * columns, rest = additional - from;
+    if (from >= 0) return {{from, 0, 0}, rest < columns ? rest : kMetAll, true};
+    Step step{{}, kMetAll, false};
+#pragma unroll
+    for (int m = 0; m < 3; ++m) {
+      step.place[m] = start[m] + next[m] * box[m];
+      const int free = next[m] - free_start[m];
+      if (free < 0 || free >= free_along[m]) step.met = kMetOwn;
+    }
+    if (++next[2] == along[2]) next[2] = 0, ++next[1];
+    if (next[1] == along[1]) next[1] = 0, ++next[0];
+    return step;
+  }
+
+  // The token of a step's column, -1 where there is none.
+  GNA_DEVICE int column_token(const Problem& p, const Step& step, int column) const {
+    if (step.more) {
+      const int token = step.place[0] + column;
+      return token < additional ? token : -1;
+    }
+    const int place[3] = {column / (box[1] * box[2]), column / box[2] % box[1], column % box[2]};
+    int token = 0;
+    bool inside = true;
+#pragma unroll
+    for (int m = 0; m < 3; ++m) {
+      inside &= step.place[m] + place[m] < length[m];
+      token = token * p.axis[m].length + (step.place[m] + place[m]) * p.axis[m].dilation + offset[m];
     }
     return inside ? token : -1;
   }

@@ -174,4 +174,10 @@ GNA_DEVICE uint64_t operand_at(const void* rows, int along = 16) {
          (shared_address(rows) & 0x3ffff) >> 4;
 }
 
+// The same, some bytes further.
+GNA_DEVICE uint64_t further(uint64_t operand, int bytes) {
+  constexpr uint64_t kHigh = ~uint64_t{0} << 32;
+  return (operand & kHigh) | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
+
 }  // namespace gna
