@@ -33,6 +33,7 @@ struct HopperForward {
     char key[kStages][kPanels][kColumns * 128];
     char value[kStages][kPanels][kColumns * 128];
     Interval met[3][kRows];  // columns that each row meets along the dimensions
+    int token[kRows];        // -1 where there is none
     Step step[kStages];
     Barrier query_here, key_here[kStages], value_here[kStages];
     Barrier key_read[kStages], value_read[kStages];
@@ -63,6 +64,7 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
     publish_barriers();
   }
   boxes.meet_rows<false>(p, shared.met);
+  if (threadIdx.x < kRows) shared.token[threadIdx.x] = boxes.token(p, threadIdx.x);
   block_barrier();
 
   if (warpgroup == 0) {
@@ -215,7 +217,7 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
     float& sum = total[half];
     sum += exchange(sum, 1);
     sum += exchange(sum, 2);
-    const int token = boxes.token(p, first + 8 * half);
+    const int token = shared.token[first + 8 * half];
     float strange = 0;  // not 0 if any of the sums is not finite
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n) {
@@ -239,9 +241,8 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
     warp_barrier();  // the rows are written
     for (int n = 0; n < 8; ++n) {
       if ((rows >> 4 * n & 15) == 0) continue;
-      const int strange_token = boxes.token(p, me * 64 + warp * 16 + half * 8 + n);
-      repair_output(p, a.query, a.key, a.value, a.output, a.lse, boxes.batch, strange_token,
-                    boxes.head);
+      repair_output(p, a.query, a.key, a.value, a.output, a.lse, boxes.batch,
+                    shared.token[me * 64 + warp * 16 + half * 8 + n], boxes.head);
     }
   }
 }
