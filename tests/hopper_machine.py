@@ -5,7 +5,6 @@ import ctypes
 import functools
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,6 @@ from typing import NamedTuple
 import gna_machines
 import numpy as np
 import pytest
-
 
 
 class Spoiled(NamedTuple):
@@ -140,20 +138,19 @@ def backward(
     return [x for x in gradients if x is not None]
 
 
-def loops(binary: Path) -> list[Counter[str]]:
-    """Instructions of a compiled file's loops, in the order of their ends: how many of each."""
+def loops(binary: Path) -> list[list[str]]:
+    """The instructions of a compiled file's loops, in the order of their ends."""
     folder = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin"
     command = [folder / "nvdisasm", "-c", binary]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names, labels, found = [], {}, []
+    codes, labels, found = [], {}, []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(names)
-        if not (code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)):
+            labels[label[1]] = len(codes)
+        if not (code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)):
             continue
-        name = re.sub(r"^@!?U?P\w+\s+", "", code[1]).split()[0].split(".")[0]
-        names.append(name)
+        codes.append(code[1].strip())
         jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", code[1])
         if jump and jump[1] in labels:
-            found.append(Counter(names[labels[jump[1]] :]))
+            found.append(codes[labels[jump[1]] :])
     return found

@@ -198,6 +198,7 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
     changed(s);
     if (speaks) arrive(shared.key_read[slot]);
     probabilities(step);
+    keep_before(total[0] + total[1]);  // or the compiler waits for the other products first
     wait_for_products<0>();
     changed(sums);
     if (speaks) arrive(shared.value_read[before]);
