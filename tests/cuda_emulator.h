@@ -4,10 +4,12 @@
 // wait or barrier shows in the results.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -23,8 +25,11 @@
 #include "xla/ffi/api/ffi.h"
 
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define GNA_DEVICE inline
+// Where an instruction is called: last among the parameters of what stands for it.
+#define GNA_SITE int line = __builtin_LINE(), const char* file = __builtin_FILE()
 #define threadIdx (emulator::machine().thread_index())
 #define blockIdx (emulator::machine().block_index)
 
@@ -36,8 +41,8 @@ struct alignas(16) int4 {
 };
 struct EmulatedStream;
 using cudaStream_t = EmulatedStream*;
-enum cudaError_t { cudaSuccess };
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+const char* cudaGetErrorString(cudaError_t);
 
 namespace xla::ffi {
 template <>
@@ -59,11 +64,13 @@ struct Copy {
   bool present;
 };
 
+// A thread. It starts on a stack of its own and hands over by jumps, which need no system call.
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  std::jmp_buf place;
   std::vector<Copy> copies;
-  bool done = false;
+  bool started = false, done = false;
+  const int* word = nullptr;  // it waits while this has the value
+  int value;
 };
 
 // Threads that wait for each other; the last one to come does the work of all.
@@ -82,65 +89,93 @@ struct Warp {
   uint32_t result[32][4];
 };
 
+// What goes on beside the threads: copies and products that were started.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  // Lets something end if anything is under way; `must`: nothing else can go on.
+  virtual bool proceed(bool must) = 0;
+  virtual void start_block(int threads) = 0;
+  virtual void end_block() = 0;
+  // How the instruction at a site is spoiled by a test, 0 if it is not.
+  virtual int change(const char* what, int line, const char* file) = 0;
+};
+
 class Machine {
  public:
   Index block_index;
   std::vector<char> bytes;
+  Engine* engine = nullptr;
+  std::string failure;  // of the last launch
+  std::mt19937 random{0};
 
   Index thread_index() const { return {static_cast<unsigned>(current_)}; }
   int lane() const { return current_ % 32; }
+  int threads() const { return static_cast<int>(fibers_.size()); }
   Fiber& fiber() { return fibers_[current_]; }
   Warp& warp() { return warps_[current_ / 32]; }
 
-  void run_block(int threads, int shared_bytes, const std::function<void()>& body) {
+  // False if the block failed.
+  bool run_block(int threads, int shared_bytes, const std::function<void()>& body) {
     body_ = &body;
-    bytes.assign(shared_bytes + 128, static_cast<char>(0xff));  // NaN, in any format
-    fibers_ = std::vector<Fiber>(threads);
+    bytes.assign(shared_bytes + 1024, static_cast<char>(0xff));  // NaN, in any format
+    fibers_.assign(threads, Fiber{});
     warps_ = std::vector<Warp>(threads / 32);
     block_ = Gathering{};
     alive_ = threads;
-    for (Fiber& fiber : fibers_) {
-      constexpr size_t kStack = 1 << 18;
-      fiber.stack.reset(new char[kStack]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &main_;
-      makecontext(&fiber.context, &Machine::enter, 0);
-    }
+    failure.clear();
+    while (stacks_.size() < static_cast<size_t>(threads)) stacks_.emplace_back(new char[kStack]);
     std::vector<int> order(threads);
     std::iota(order.begin(), order.end(), 0);
-    while (alive_ > 0) {
-      std::shuffle(order.begin(), order.end(), random_);
-      const int64_t before = progress_;
-      for (int n : order) {
-        if (fibers_[n].done) continue;
-        current_ = n;
-        swapcontext(&main_, &fibers_[n].context);
+    if (engine) engine->start_block(threads);
+    if (_setjmp(failed_) == 0) {
+      while (alive_ > 0) {
+        std::shuffle(order.begin(), order.end(), random);
+        bool moved = false;
+        for (int n : order) {
+          Fiber& fiber = fibers_[n];
+          if (fiber.done || (fiber.word && *fiber.word == fiber.value)) continue;
+          fiber.word = nullptr;
+          current_ = n;
+          moved = true;
+          enter();
+        }
+        if (engine) moved |= engine->proceed(!moved);
+        if (!moved) fail("threads wait for each other");
       }
-      if (progress_ == before) fail("threads wait for each other");
+      if (engine) engine->end_block();
     }
+    return failure.empty();
   }
 
-  void wait() { swapcontext(&fiber().context, &main_); }
+  // Lets others run until `word` has another value.
+  void wait(const int& word, int value) {
+    if (word != value) return;
+    fiber().word = &word;
+    fiber().value = value;
+    pause();
+  }
+  void pause() {
+    if (_setjmp(fiber().place) == 0) std::longjmp(scheduler_, 1);
+  }
 
   template <typename Work>
   void meet(Gathering& place, int threads, const Work& work) {
-    ++progress_;
     const int generation = place.generation;
     if (++place.arrived == threads) {
       work();
       place.arrived = 0;
       ++place.generation;
     } else {
-      while (place.generation == generation) wait();
+      wait(place.generation, generation);
     }
   }
   void meet_block() { meet(block_, alive_, [] {}); }
 
-  [[noreturn]] static void fail(const char* why) {
-    std::fprintf(stderr, "cuda emulator: %s\n", why);
-    std::abort();
+  // Gives up the block: its launch fails.
+  [[noreturn]] void fail(const std::string& why) {
+    failure = why;
+    std::longjmp(failed_, 1);
   }
 
   static Machine& get() {
@@ -149,23 +184,39 @@ class Machine {
   }
 
  private:
-  static void enter() {
-    Machine& machine = get();
-    (*machine.body_)();
-    if (!machine.fiber().copies.empty()) fail("a thread ends without waiting for its copies");
-    machine.fiber().done = true;
-    --machine.alive_;
-    ++machine.progress_;
+  static constexpr size_t kStack = 1 << 18;
+
+  void enter() {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber().started) std::longjmp(fiber().place, 1);
+    fiber().started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks_[current_].get();
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, &Machine::run, 0);
+    setcontext(&context);
   }
 
-  ucontext_t main_;
+  static void run() {
+    Machine& machine = get();
+    (*machine.body_)();
+    if (!machine.fiber().copies.empty()) {
+      machine.fail("a thread ends without waiting for its copies");
+    }
+    machine.fiber().done = true;
+    --machine.alive_;
+    std::longjmp(machine.scheduler_, 1);
+  }
+
+  std::jmp_buf scheduler_, failed_;
   const std::function<void()>* body_;
+  std::vector<std::unique_ptr<char[]>> stacks_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   Gathering block_;
   int current_ = 0, alive_ = 0;
-  int64_t progress_ = 0;
-  std::mt19937 random_{0};
 };
 
 inline Machine& machine() { return Machine::get(); }
@@ -181,6 +232,11 @@ uint32_t (&collect(const Lane& given, const Work& work))[4] {
 
 }  // namespace emulator
 
+inline const char* cudaGetErrorString(cudaError_t) {
+  const std::string& failure = emulator::machine().failure;
+  return failure.empty() ? "a wrong argument" : failure.c_str();
+}
+
 namespace gna {
 
 inline char* shared_memory() {
@@ -190,7 +246,7 @@ inline char* shared_memory() {
 
 inline void start_copy(void* to, const void* from, int bytes, bool present) {
   const auto address = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
-  if (address % bytes) emulator::Machine::fail("a copy is not aligned");
+  if (address % bytes) emulator::machine().fail("a copy is not aligned");
   emulator::machine().fiber().copies.push_back({to, from, bytes, present});
 }
 inline void copy_16(void* to, const void* from, bool present) {
@@ -271,6 +327,11 @@ uint32_t pack(float low, float high, T) {
   return x.bits | static_cast<uint32_t>(y.bits) << 16;
 }
 
+template <typename T>
+float number(T x) {
+  return to_float(x);
+}
+
 inline float power_of_two(float x) { return std::exp2(x); }
 
 inline uint32_t votes(bool yes) {
@@ -291,17 +352,30 @@ inline float exchange(float x, int mask) {
   })[0]);
 }
 
-inline void block_barrier() { emulator::machine().meet_block(); }
+inline int uniform(int x) { return x; }
+inline void block_barrier(GNA_SITE) {
+  emulator::Machine& machine = emulator::machine();
+  if (machine.engine && machine.engine->change("block_barrier", line, file)) return;
+  machine.meet_block();
+}
 inline void warp_barrier() { votes(true); }
 
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, int bytes, cudaStream_t,
                    const Arguments& arguments) {
   emulator::Machine& machine = emulator::machine();
+  if (bytes > 227 * 1024) return cudaErrorInvalidConfiguration;
   for (int64_t n = 0; n < blocks; ++n) {
     machine.block_index.x = static_cast<unsigned>(n);
-    machine.run_block(threads, bytes, [&] { kernel(arguments); });
+    if (!machine.run_block(threads, bytes, [&] { kernel(arguments); })) {
+      return cudaErrorInvalidValue;
+    }
   }
+  return cudaSuccess;
+}
+
+template <typename Arguments>
+cudaError_t load(void (*)(Arguments)) {
   return cudaSuccess;
 }
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,9 +74,14 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def emulator() -> Iterator[None]:
-    """The custom calls by the GPU's sources, compiled for the emulator."""
-    library = _emulator()
+def emulator(hopper: bool = False) -> Iterator[None]:
+    """The custom calls by the GPU's sources, compiled for the emulators.
+
+    Args:
+      hopper: whether the machine is one for the kernels of `cuda/hopper`.
+    """
+    library = emulated_library()
+    library.hopper_is_here(hopper)
     with pytest.MonkeyPatch.context() as patch:
         for name, symbol in (("FORWARD", library.GnaForward), ("BACKWARD", library.GnaBackward)):
             target = f"emulated_{name.lower()}"
@@ -88,31 +94,28 @@ def emulator() -> Iterator[None]:
 
 
 @functools.cache
-def _emulator() -> ctypes.CDLL:
+def emulated_library() -> ctypes.CDLL:
+    """The GPU's sources compiled for the emulators, once for all processes that test them."""
     compiler = build.compiler("cpu")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "gna.so"
-        subprocess.run(
-            [
-                compiler,
-                "-x",
-                "c++",
-                "-std=c++17",
-                "-O2",
-                "-shared",
-                "-fPIC",
-                "-w",
-                "-isystem",
-                jax.ffi.include_dir(),
-                "-I",
-                build.SOURCES,
-                f'-DGNA_INSTRUCTIONS="{ROOT}/tests/cuda_emulator.h"',
-                build.SOURCES / "gna_gpu.cu",
-                "-o",
-                library,
-            ],
-            check=True,
-        )
+    tests, cache = ROOT / "tests", ROOT / ".cache"
+    options = ["-x", "c++", "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-w"]
+    options += ["-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-isystem", jax.ffi.include_dir()]
+    options += ["-I", str(build.SOURCES), f'-DGNA_INSTRUCTIONS="{tests}/cuda_emulator.h"']
+    options += [f'-DGNA_HOPPER_MACHINE="{tests}/hopper_emulator.h"', str(tests / "hopper_entry.cc")]
+    digest = hashlib.sha256(" ".join([compiler, *options]).encode())
+    sources = [*build.SOURCES.rglob("*.h"), *build.SOURCES.glob("*.cu"), *tests.glob("*emulator.h")]
+    for path in sorted([*sources, tests / "hopper_entry.cc"]):
+        digest.update(path.read_bytes())
+    library = cache / f"emulated-{digest.hexdigest()[:20]}.so"
+    cache.mkdir(exist_ok=True)
+    with open(cache / "emulated.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in cache.glob("emulated-*.so"):
+                old.unlink()
+            scratch = cache / "emulated.scratch"
+            subprocess.run([compiler, *options, "-o", str(scratch)], check=True)
+            scratch.replace(library)
         return ctypes.CDLL(str(library))

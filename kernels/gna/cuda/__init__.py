@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from ..platforms import default_platform
 from ..problem import ListOperands, Operands, Problem, Residuals
-from ..tiles import Costs, Window, cheapest, cut, sizes_up_to
+from ..tiles import Costs, Window, cheapest, cut, shapes_of, sizes_up_to
 from ..varying import vary, varying_axes
 from . import build
 
@@ -42,8 +42,15 @@ CPU_TILE, FORWARD_TILE = 0, 1
 # short rows of vectors run below full speed.
 CPU_WEIGHTS = {16: 1.3, 32: 2.1, 48: 3.0, 64: 4.0}
 COSTS = Costs(start=64, met=1)  # preparing a tile, in tokens met
+
+# On sm_90a a tile and what it meets come in boxes: of so many tokens, met by so many, and whether
+# the tile's are keys. The last dimension of what is met has at least so many.
+BOXES = [(128, 128, False), (128, 64, True), (128, 128, True)]
+BOX_COSTS = Costs(start=2, step=1, mask=0.3)
+LEAST_SEEN = 8
 GPU_DTYPES = ("bfloat16", "float16")
 GPU_MOST_DIM = 128
+LEAST_CAPABILITY = 80
 
 
 def unsupported(problem: Problem, platform: str) -> str | None:
@@ -54,6 +61,12 @@ def unsupported(problem: Problem, platform: str) -> str | None:
         return "it does not attend from a shard of the tokens"
     if platform == "gpu":
         dims = (problem.head_dim, problem.value_dim)
+        least = min(map(int, build.capabilities()), default=LEAST_CAPABILITY)
+        if least < LEAST_CAPABILITY:
+            return (
+                f"it needs NVIDIA GPUs of compute capability {LEAST_CAPABILITY / 10} or later, not "
+                f"{least / 10}"
+            )
         if problem.dtype not in GPU_DTYPES:
             return f"on a GPU it takes {' and '.join(GPU_DTYPES)}, not {problem.dtype}"
         if any(dim % 8 or dim > GPU_MOST_DIM for dim in dims):
@@ -107,8 +120,10 @@ def prepare(platform: str) -> None:
     """
     library = build.load(platform)
     for name, symbol in SYMBOLS[platform].items():
-        handler = jax.ffi.pycapsule(getattr(library, symbol))
-        jax.ffi.register_ffi_target(name, handler, platform=PLATFORMS[platform])
+        stages = {"execute": jax.ffi.pycapsule(getattr(library, symbol))}
+        if platform == "gpu":
+            stages["initialize"] = jax.ffi.pycapsule(library.GnaInitialize)
+        jax.ffi.register_ffi_target(name, stages, platform=PLATFORMS[platform])
 
 
 def is_built(platform: str) -> bool:
@@ -151,14 +166,29 @@ def _attributes(problem: Problem) -> dict[str, Any]:
 def tiles(windows: tuple[Window, ...]) -> list[tuple[int, ...]]:
     """Shapes of the tiles whose work is least, in the order of `TileKind` in `problem.h`.
 
-    Queries on a CPU; on a GPU queries in the forward pass, queries and keys in the backward pass.
+    Queries on a CPU; on a GPU queries in the forward pass, queries and keys in the backward pass;
+    then on sm_90a pairs of what a block works on and of the boxes in which the other side comes.
     """
     return [
         _best_tile(windows, CPU_WEIGHTS),
         _best_tile(windows, {128: 1.0}),
         _best_tile(windows, {64: 1.0}),
         _best_tile(windows, {64: 1.0}, by_key=True),
+        *(shape for one in BOXES for shape in _best_boxes(windows, *one)),
     ]
+
+
+def _best_boxes(
+    windows: tuple[Window, ...], own: int, seen: int, by_key: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of tiles of `own` tokens, and of boxes of `seen` that they meet, for the least
+    steps."""
+    rank = len(windows)
+    side = functools.cache(functools.partial(cut, inverse=by_key))
+    boxes = [shape for shape in shapes_of(seen, rank) if shape[-1] >= LEAST_SEEN]
+    pairs = itertools.product(shapes_of(own, rank), boxes)
+    best = cheapest((tuple(map(side, windows, *pair)) for pair in pairs), BOX_COSTS)
+    return tuple(one.own for one in best), tuple(one.seen for one in best)
 
 
 def _best_tile(

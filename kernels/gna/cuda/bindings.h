@@ -14,8 +14,9 @@ using Integers = xla::ffi::Span<const int64_t>;
 
 }  // namespace gna
 
-// Defines `GnaForward` and `GnaBackward` from `run_forward` and `run_backward`.
-#define GNA_DEFINE_HANDLERS(Context)                                                              \
+// Defines `GnaForward` and `GnaBackward` from `run_forward` and `run_backward`; after the context
+// that they are given may come their traits.
+#define GNA_DEFINE_HANDLERS(Context, ...)                                                         \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                  \
       GnaForward, gna::run_forward,                                                               \
       xla::ffi::Ffi::Bind()                                                                       \
@@ -25,7 +26,8 @@ using Integers = xla::ffi::Span<const int64_t>;
           .Ret<gna::AnyArray>().Ret<gna::FloatArray>() /* output, lse */                          \
           .Attr<gna::Integers>("windows")                                                         \
           .Attr<gna::Integers>("tiles")                                                           \
-          .Attr<float>("scale"));                                                                 \
+          .Attr<float>("scale"),                                                                  \
+      {__VA_ARGS__});                                                                             \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                  \
       GnaBackward, gna::run_backward,                                                             \
       xla::ffi::Ffi::Bind()                                                                       \
@@ -38,7 +40,8 @@ using Integers = xla::ffi::Span<const int64_t>;
           .Ret<gna::AnyArray>().Ret<gna::AnyArray>() /* dak, dav */                               \
           .Attr<gna::Integers>("windows")                                                         \
           .Attr<gna::Integers>("tiles")                                                           \
-          .Attr<float>("scale"))
+          .Attr<float>("scale"),                                                                  \
+      {__VA_ARGS__})
 
 // Defines `GnaListsForward` and `GnaListsBackward` from `run_lists_forward` and
 // `run_lists_backward`: the same with lists of blocks, and no windows.

@@ -25,7 +25,10 @@ import jax
 
 SOURCES = Path(__file__).parent
 TARGETS = {"cpu": "gna_cpu.cc", "gpu": "gna_gpu.cu"}
-SYMBOLS = ("GnaForward", "GnaBackward")
+SYMBOLS = {
+    "cpu": ("GnaForward", "GnaBackward"),
+    "gpu": ("GnaForward", "GnaBackward", "GnaInitialize"),
+}
 
 # What a build that was killed leaves is cleared by one that starts so many seconds later.
 ABANDONED = 3600
@@ -94,10 +97,19 @@ def missing(target: str) -> str | None:
     )
 
 
-def architecture() -> str:
-    """What nvcc is to compile for: that of the first GPU, "80" to "90a"."""
-    capability = jax.devices("gpu")[0].compute_capability.replace(".", "")
-    return f"{capability}a" if int(capability) >= 90 else capability
+def capabilities() -> list[str]:
+    """Compute capabilities of this process's own GPUs, "80" to "103"; none without a GPU."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return []
+    return sorted({x.compute_capability.replace(".", "") for x in devices}, key=int)
+
+
+def architectures() -> str | None:
+    """What nvcc is to compile for: that of each GPU at hand, such as "80,90a"."""
+    names = (f"{one}a" if int(one) >= 90 else one for one in capabilities())
+    return ",".join(names) or None
 
 
 def command(target: str, architecture: str | None = None) -> list[str]:
@@ -118,7 +130,9 @@ def command(target: str, architecture: str | None = None) -> list[str]:
         native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
         options = [native, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread"]
     else:
-        options = [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+        if architecture is None:
+            raise RuntimeError("the cuda implementation cannot be built: there is no NVIDIA GPU.")
+        options = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in architecture.split(",")]
         options += ["-Xcompiler", "-fPIC"]
     return [*found, *shared, *options]
 
@@ -144,9 +158,10 @@ def _name(target: str, architecture: str | None) -> str:
     _, *options = command(target, architecture)
     options.remove(jax.ffi.include_dir())
     digest = hashlib.sha256(shlex.join(options).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".h", ".cc", ".cu"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            name = path.relative_to(SOURCES).as_posix()
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     version = _version(tuple(_found(target)))
     digest.update(version.encode() + importlib.metadata.version("jaxlib").encode())
     if target == "cpu":
@@ -159,7 +174,7 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
 
     Args:
       target: "cpu" or "gpu".
-      architecture: of the GPU, such as "80" or "90a"; unused for the CPU.
+      architecture: of the GPUs, such as "90a" or "80,90a"; unused for the CPU.
       folder: where libraries are kept, by default `conceptax` in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
@@ -245,10 +260,10 @@ def load(target: str) -> ctypes.CDLL:
     Raises:
       RuntimeError: if it cannot be built, or the system does not load it.
     """
-    path = build(target, architecture() if target == "gpu" else None)
+    path = build(target, architectures() if target == "gpu" else None)
     try:
         library = ctypes.CDLL(str(path))
-        for symbol in SYMBOLS:
+        for symbol in SYMBOLS[target]:
             getattr(library, symbol)
     except (OSError, AttributeError) as error:
         raise RuntimeError(

@@ -6,6 +6,8 @@
 
 namespace gna {
 
+constexpr float kLog2e = 1.44269504088896f;
+
 // One operand of the call: [B, tokens, heads, dim], and maybe additional tokens of it.
 template <typename T>
 struct Operand {

@@ -1,11 +1,14 @@
 // The GPU target of the custom calls, for 16-bit operands on NVIDIA GPUs from sm_80.
 //
-// The operands stay in the layout of the call: copies of 16 bytes gather the rows of a tile from
-// wherever they lie, so that nothing is permuted before or after, and tiles of keys need no grid.
+// The operands stay in the layout of the call: nothing is permuted before or after, and tiles of keys
+// need no grid. On sm_90a boxes of tokens are copied at a time (hopper/); elsewhere, and where boxes
+// do not say what a tile meets, copies of 16 bytes gather its rows from wherever they lie.
 
 #include "backward.h"
 #include "bindings.h"
 #include "forward.h"
+#include "hopper/backward.h"
+#include "hopper/forward.h"
 #include "problem.h"
 
 namespace gna {
@@ -60,7 +63,19 @@ ffi::Error run_forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, 
                        ffi::Span<const int64_t> tiles, float scale) {
   Problem p;
   ffi::Error error = decode(p, q, v, ak, windows, tiles, scale);
-  if (error.success()) error = set_tile(p, tiles, kForwardTile, kMostRows);
+  if (error.failure()) return error;
+  if (boxes_do(p)) {
+    error = set_tile(p, tiles, kHopperForward, kMostRows);
+    if (error.failure()) return error;
+    return dispatch(p, q.element_type(), [&](auto number, auto dim) {
+      using T = decltype(number);
+      constexpr int kD = decltype(dim)::value;
+      return launch_hopper_forward<T, (kD > kPanel ? 128 : kPanel)>(
+          p, TileShape(tiles, kHopperForward + 1).size, in<T>(q), in<T>(k, &ak), in<T>(v, &av),
+          out<T>(output), lse->typed_data(), stream);
+    });
+  }
+  error = set_tile(p, tiles, kForwardTile, kMostRows);
   if (error.failure()) return error;
   return dispatch(p, q.element_type(), [&](auto number, auto dim) {
     using T = decltype(number);
@@ -82,6 +97,31 @@ ffi::Error run_backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k,
   Problem by_query;
   ffi::Error error = decode(by_query, q, v, ak, windows, tiles, scale);
   Problem by_key = by_query;
+  if (error.success() && boxes_do(by_query)) {
+    return dispatch(by_query, q.element_type(), [&](auto number, auto dim) {
+      using T = decltype(number);
+      constexpr int kD = decltype(dim)::value > kPanel ? 128 : kPanel;
+      constexpr int kKeyTile =
+          HopperBackward<kD, true>::kColumns == 64 ? kHopperKeys : kHopperKeysWide;
+      const TileShape query_tile(tiles, kHopperForward), key_tile(tiles, kKeyTile);
+      for (int m = 0; m < 3; ++m) {
+        by_query.axis[m].tile = query_tile.size[m];
+        by_key.axis[m].tile = key_tile.size[m];
+      }
+      const float *norms = lse.typed_data(), *shifts = delta.typed_data();
+      const cudaError_t failed = launch_hopper_gradients<T, kD, false>(
+          by_query, TileShape(tiles, kHopperForward + 1).size,
+          Pairs<T>{in<T>(q), in<T>(d_output), in<T>(k, &ak), in<T>(v, &av), out<T>(dq), {}, norms,
+                   shifts},
+          stream);
+      if (failed != cudaSuccess) return failed;
+      return launch_hopper_gradients<T, kD, true>(
+          by_key, TileShape(tiles, kKeyTile + 1).size,
+          Pairs<T>{in<T>(k, &ak), in<T>(v, &av), in<T>(q), in<T>(d_output), out<T>(dk, &dak),
+                   out<T>(dv, &dav), norms, shifts},
+          stream);
+    });
+  }
   if (error.success()) error = set_tile(by_query, tiles, kQueryTile, Backward<128>::kRows);
   if (error.success()) error = set_tile(by_key, tiles, kKeyTile, Backward<128>::kRows);
   if (error.failure()) return error;
@@ -109,7 +149,13 @@ ffi::Error run_backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k,
   });
 }
 
+// Loads the kernels, which may not happen while a graph of calls is recorded.
+ffi::Error initialize() { return result(load(forward_kernel<BFloat16, 64>)); }
+
 }  // namespace
 }  // namespace gna
 
-GNA_DEFINE_HANDLERS(xla::ffi::PlatformStream<cudaStream_t>);
+GNA_DEFINE_HANDLERS(xla::ffi::PlatformStream<cudaStream_t>,
+                    xla::ffi::Traits::kCmdBufferCompatible);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GnaInitialize, gna::initialize, xla::ffi::Ffi::BindInitialize());

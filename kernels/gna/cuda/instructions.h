@@ -87,6 +87,13 @@ GNA_DEVICE uint32_t pack(float low, float high, BFloat16) {
   return x;
 }
 
+GNA_DEVICE float number(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+GNA_DEVICE float number(Float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
 GNA_DEVICE float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -97,6 +104,8 @@ GNA_DEVICE float power_of_two(float x) {
 GNA_DEVICE uint32_t votes(bool yes) { return __ballot_sync(~0u, yes); }
 // The value of lane (this lane ^ mask).
 GNA_DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+// x, which all lanes of the warp have the same: the compiler does not know.
+GNA_DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 GNA_DEVICE void block_barrier() { __syncthreads(); }
 GNA_DEVICE void warp_barrier() { __syncwarp(); }
 
@@ -107,9 +116,21 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, int b
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch, which is good, would report it
+    return error;
+  }
   kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments);
   return cudaGetLastError();
+}
+
+// Loads the code that a kernel is part of onto the current device.
+template <typename Arguments>
+cudaError_t load(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 }  // namespace gna

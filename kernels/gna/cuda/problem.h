@@ -11,7 +11,16 @@ namespace gna {
 namespace ffi = xla::ffi;
 
 // The order of kinds in the attribute `tiles`.
-enum TileKind { kCpuTile, kForwardTile, kQueryTile, kKeyTile, kTileKinds };
+enum TileKind {
+  kCpuTile,
+  kForwardTile,
+  kQueryTile,
+  kKeyTile,
+  kHopperForward,  // queries, and what these meet, of kind + 1, in both passes
+  kHopperKeys = kHopperForward + 2,      // keys that meet 64 queries at a time
+  kHopperKeysWide = kHopperKeys + 2,     // or 128
+  kTileKinds = kHopperKeysWide + 2
+};
 
 struct Problem {
   int batch, heads, kv_heads, dim, value_dim;
@@ -56,20 +65,30 @@ inline ffi::Error decode(Problem& problem, const ffi::AnyBuffer& query, const ff
     }
     tokens *= axis.length;
   }
-  if (tokens + problem.additional > INT32_MAX) {
-    return ffi::Error::InvalidArgument("gna: more than 2^31 tokens");
+  // Half of what an int holds, so that sums of tokens and tiles do too.
+  if (tokens + problem.additional > INT32_MAX / 2) {
+    return ffi::Error::InvalidArgument("gna: more than 2^30 tokens");
   }
   problem.tokens = static_cast<int>(tokens);
   return ffi::Error::Success();
 }
 
+// The tokens along always three dimensions of a kind of tiles.
+struct TileShape {
+  int size[3];
+  TileShape(ffi::Span<const int64_t> tiles, int kind) : size{1, 1, 1} {
+    const int rank = static_cast<int>(tiles.size()) / kTileKinds;
+    for (int m = 0; m < rank; ++m) {
+      size[3 - rank + m] = static_cast<int>(tiles.begin()[kind * rank + m]);
+    }
+  }
+};
+
 // The problem with tiles of one kind, at most `most` tokens.
 inline ffi::Error set_tile(Problem& problem, ffi::Span<const int64_t> tiles, TileKind kind,
                            int most) {
-  const int rank = static_cast<int>(tiles.size()) / kTileKinds;
-  for (int m = 0; m < rank; ++m) {
-    problem.axis[3 - rank + m].tile = static_cast<int>(tiles.begin()[kind * rank + m]);
-  }
+  const TileShape shape(tiles, kind);
+  for (int m = 0; m < 3; ++m) problem.axis[m].tile = shape.size[m];
   if (problem.tile() <= most) return ffi::Error::Success();
   return ffi::Error::InvalidArgument("gna: a tile has too many tokens");
 }
