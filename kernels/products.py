@@ -33,9 +33,10 @@ def fast_bfloat16() -> bool:
         text = _CPU_INFO.read_text()
     except OSError:
         return False
-    lines = dict(
-        (part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line
-    )
+    lines: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        lines[name.strip()] = value.strip()
     flags = lines.get("flags", "").split()
     return "amx_bf16" in flags or (
         "avx512_bf16" in flags and lines.get("vendor_id") == "AuthenticAMD"
