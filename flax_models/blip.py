@@ -19,6 +19,7 @@ from .layers.attention import dot_product_attention
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
 from .layers.checks import check_axes
 from .layers.encoder import ACTIVATIONS, MLP, EncoderConfig, layer_norm
+from .layers.linear import linear
 from .pretrained import PretrainedModel
 
 
@@ -109,8 +110,8 @@ class BlipVisionAttention(nnx.Module):
     def __init__(self, config: BlipVisionConfig, **init):
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.qkv = nnx.Linear(width, 3 * width, **init)
-        self.projection = nnx.Linear(width, width, **init)
+        self.qkv = linear(width, 3 * width, **init)
+        self.projection = linear(width, width, **init)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         parts = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)  # [B, T, 3, H, D]
@@ -255,9 +256,9 @@ class BlipForImageTextRetrieval(PretrainedModel):
         shared = config.image_text_hidden_size
         self.vision_model = BlipVisionModel(config.vision_config, **init)
         self.text_encoder = BlipTextModel(config.text_config, image, **init)
-        self.vision_proj = nnx.Linear(image, shared, **init)
-        self.text_proj = nnx.Linear(text, shared, **init)
-        self.itm_head = nnx.Linear(text, 2, **init)
+        self.vision_proj = linear(image, shared, **init)
+        self.text_proj = linear(text, shared, **init)
+        self.itm_head = linear(text, 2, **init)
 
     def get_image_features(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
         """Unit vectors in the shared space."""

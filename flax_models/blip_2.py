@@ -21,6 +21,7 @@ from .configs import ModelConfig
 from .layers.bert import BertAttention, Dense, Mask, Output, token_mask
 from .layers.checks import check_axes
 from .layers.encoder import ACTIVATIONS, EncoderConfig, layer_norm
+from .layers.linear import linear
 from .pretrained import PretrainedModel
 
 
@@ -184,9 +185,9 @@ class Blip2ForImageTextRetrieval(PretrainedModel):
         self.qformer = Blip2QFormerModel(
             config.qformer_config, config.vision_config.hidden_size, **init
         )
-        self.vision_projection = nnx.Linear(width, shared, **init)
-        self.text_projection = nnx.Linear(width, shared, **init)
-        self.itm_head = nnx.Linear(width, 2, **init)
+        self.vision_projection = linear(width, shared, **init)
+        self.text_projection = linear(width, shared, **init)
+        self.itm_head = linear(width, 2, **init)
 
     def _queries(self, batch: int) -> Float[Array, "B Q C"]:
         tokens = self.query_tokens[...]

@@ -19,6 +19,7 @@ from .layers.attention import dot_product_attention
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype
 from .layers.encoder import MLP, EncoderConfig, layer_norm
+from .layers.linear import linear
 from .layers.remat import Remat, recomputed
 from .pretrained import Pretrained, RecomputingModel
 
@@ -158,10 +159,10 @@ class CLIPAttention(nnx.Module):
         width = config.hidden_size
         self.is_causal = isinstance(config, CLIPTextConfig)
         self.heads = config.num_attention_heads
-        self.q_proj = nnx.Linear(width, width, **init)
-        self.k_proj = nnx.Linear(width, width, **init)
-        self.v_proj = nnx.Linear(width, width, **init)
-        self.out_proj = nnx.Linear(width, width, **init)
+        self.q_proj = linear(width, width, **init)
+        self.k_proj = linear(width, width, **init)
+        self.v_proj = linear(width, width, **init)
+        self.out_proj = linear(width, width, **init)
 
     def __call__(
         self, x: Float[Array, "B L C"], mask: Bool[Array, "B 1 1 L"] | None
@@ -328,7 +329,7 @@ class CLIPTextModelWithProjection(Pretrained, nnx.Module):
     ):
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = CLIPTextModel(config, remat=remat, **init)
-        self.text_projection = nnx.Linear(
+        self.text_projection = linear(
             config.hidden_size, config.projection_dim, use_bias=False, **init
         )
 
@@ -415,10 +416,10 @@ class CLIPModel(RecomputingModel):
     def _build(self, config: CLIPConfig, *, remat: Remat, **init):
         self.text_model = CLIPTextModel(config.text_config, remat=remat, **init)
         self.vision_model = CLIPVisionModel(config.vision_config, remat=remat, **init)
-        self.text_projection = nnx.Linear(
+        self.text_projection = linear(
             config.text_config.hidden_size, config.projection_dim, use_bias=False, **init
         )
-        self.visual_projection = nnx.Linear(
+        self.visual_projection = linear(
             config.vision_config.hidden_size, config.projection_dim, use_bias=False, **init
         )
         self.logit_scale = nnx.Param(

@@ -17,6 +17,7 @@ from ..kernels.convolution import convolve_depthwise
 from .configs import ModelConfig
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype
+from .layers.linear import linear
 from .layers.remat import Remat, recomputed
 
 _KERNEL = 7
@@ -71,8 +72,8 @@ class Mlp(nnx.Module):
     def __init__(
         self, features: int, hidden: int, out: int, *, last_bias: bool = True, **init: Any
     ):
-        self.fc1 = nnx.Linear(features, hidden, kernel_init=_TRUNCATED, **init)
-        self.fc2 = nnx.Linear(hidden, out, use_bias=last_bias, kernel_init=_TRUNCATED, **init)
+        self.fc1 = linear(features, hidden, kernel_init=_TRUNCATED, **init)
+        self.fc2 = linear(hidden, out, use_bias=last_bias, kernel_init=_TRUNCATED, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

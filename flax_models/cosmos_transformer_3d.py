@@ -25,6 +25,7 @@ from .layers.attention import GNA, Neighborhoods, per_layer
 from .layers.checks import check_axes
 from .layers.embeddings import sinusoidal_embedding
 from .layers.joint_attention import JointSequence, SelfProjections
+from .layers.linear import linear
 from .layers.modulation import plain_layer_norm, zero_linear
 from .layers.remat import recomputed
 from .layers.rotary import Rotary
@@ -195,8 +196,8 @@ class TimestepEmbedding(nnx.Module):
     """Two-layer SiLU perceptron without biases, three times as wide at its end."""
 
     def __init__(self, features: int, **init):
-        self.linear_1 = nnx.Linear(features, features, use_bias=False, **init)
-        self.linear_2 = nnx.Linear(features, 3 * features, use_bias=False, **init)
+        self.linear_1 = linear(features, features, use_bias=False, **init)
+        self.linear_2 = linear(features, 3 * features, use_bias=False, **init)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B M"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -228,7 +229,7 @@ class AdaLayerNorm(nnx.Module):
     def __init__(self, config: CosmosTransformer3DConfig, parts: int, **init):
         features, inner = config.features, config.adaln_lora_dim
         self.parts = parts
-        self.linear_1 = nnx.Linear(features, inner, use_bias=False, **init)
+        self.linear_1 = linear(features, inner, use_bias=False, **init)
         self.linear_2 = zero_linear(inner, parts * features, use_bias=False, **init)
         self.norm = plain_layer_norm(features, **init)
 
@@ -247,7 +248,7 @@ class SelfAttention(SelfProjections):
     def __init__(self, config: CosmosTransformer3DConfig, neighborhood: GNA | None, **init):
         super().__init__(**_attention(config), **init)
         self.neighborhood = neighborhood
-        self.to_out = nnx.List([nnx.Linear(config.features, config.features, **_plain(init))])
+        self.to_out = nnx.List([linear(config.features, config.features, **_plain(init))])
 
     def __call__(self, x: Float[Array, "B N D"], sequence: JointSequence) -> Float[Array, "B N D"]:
         attended = sequence.attend(*self.project(x), self.neighborhood)
@@ -259,7 +260,7 @@ class CrossAttention(SelfProjections):
 
     def __init__(self, config: CosmosTransformer3DConfig, **init):
         super().__init__(**_attention(config), context_features=config.text_embed_dim, **init)
-        self.to_out = nnx.List([nnx.Linear(config.features, config.features, **_plain(init))])
+        self.to_out = nnx.List([linear(config.features, config.features, **_plain(init))])
 
     def __call__(
         self, x: Float[Array, "B N D"], text: Float[Array, "B A E"]
@@ -316,7 +317,7 @@ class PatchEmbed(nnx.Module):
     def __init__(self, config: CosmosTransformer3DConfig, **init):
         self.patch = config.patch_size
         inputs = (config.in_channels + config.concat_padding_mask) * math.prod(self.patch)
-        self.proj = nnx.Linear(inputs, config.features, **_plain(init))
+        self.proj = linear(inputs, config.features, **_plain(init))
 
     def __call__(self, latents: Float[Array, "B T Y X C"]) -> Float[Array, "B t y x D"]:
         sides = zip(latents.shape[1:4], self.patch, strict=True)

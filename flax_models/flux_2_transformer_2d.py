@@ -30,6 +30,7 @@ from .layers.joint_attention import (
     within_half,
 )
 from .layers.joint_blocks import of_blocks, through_blocks
+from .layers.linear import linear
 from .layers.modulation import (
     AdaLayerNormContinuous,
     Modulation,
@@ -129,8 +130,8 @@ class Flux2FeedForward(nnx.Module):
 
     def __init__(self, config: Flux2Transformer2DConfig, **init):
         features, hidden = config.features, config.hidden
-        self.linear_in = nnx.Linear(features, 2 * hidden, use_bias=False, **init)
-        self.linear_out = nnx.Linear(hidden, features, use_bias=False, **init)
+        self.linear_in = linear(features, 2 * hidden, use_bias=False, **init)
+        self.linear_out = linear(hidden, features, use_bias=False, **init)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return self.linear_out(swiglu(self.linear_in(x)))
@@ -183,13 +184,11 @@ class Flux2ParallelSelfAttention(nnx.Module):
     def __init__(self, config: Flux2Transformer2DConfig, neighborhood: GNA | None, **init):
         features, hidden = config.features, config.hidden
         self.heads, self.neighborhood = config.num_attention_heads, neighborhood
-        self.to_qkv_mlp_proj = nnx.Linear(
-            features, 3 * features + 2 * hidden, use_bias=False, **init
-        )
+        self.to_qkv_mlp_proj = linear(features, 3 * features + 2 * hidden, use_bias=False, **init)
         self.norm_q, self.norm_k = (
             nnx.RMSNorm(config.attention_head_dim, epsilon=config.eps, **init) for _ in range(2)
         )
-        self.to_out = nnx.Linear(features + hidden, features, use_bias=False, **init)
+        self.to_out = linear(features + hidden, features, use_bias=False, **init)
 
     def __call__(self, x: Float[Array, "B L D"], sequence: JointSequence) -> Float[Array, "B L D"]:
         features = x.shape[-1]
@@ -251,10 +250,8 @@ class Flux2Transformer2DModel(AttendingModel):
         self.double_stream_modulation_img = Modulation(features, 6, use_bias=False, **init)
         self.double_stream_modulation_txt = Modulation(features, 6, use_bias=False, **init)
         self.single_stream_modulation = Modulation(features, 3, use_bias=False, **init)
-        self.x_embedder = nnx.Linear(config.in_channels, features, use_bias=False, **init)
-        self.context_embedder = nnx.Linear(
-            config.joint_attention_dim, features, use_bias=False, **init
-        )
+        self.x_embedder = linear(config.in_channels, features, use_bias=False, **init)
+        self.context_embedder = linear(config.joint_attention_dim, features, use_bias=False, **init)
         self.transformer_blocks = nnx.List(
             [Flux2TransformerBlock(config, setting, **init) for setting in doubles]
         )

@@ -30,6 +30,7 @@ from .layers.joint_blocks import (
     of_blocks,
     through_blocks,
 )
+from .layers.linear import linear
 from .layers.modulation import AdaLayerNormContinuous, zero_linear
 from .layers.remat import Remat
 from .layers.rotary import Rotary, concatenate, rotary_table
@@ -160,8 +161,8 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
             guidance=config.guidance_embeds,
             **init,
         )
-        self.x_embedder = nnx.Linear(config.in_channels, features, **init)
-        self.context_embedder = nnx.Linear(config.joint_attention_dim, features, **init)
+        self.x_embedder = linear(config.in_channels, features, **init)
+        self.context_embedder = linear(config.joint_attention_dim, features, **init)
         self.transformer_blocks = nnx.List(
             [FluxTransformerBlock(features, heads, setting, **init) for setting in doubles]
         )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from .configs import ModelConfig
 from .layers.checks import check_axes
+from .layers.linear import linear
 from .layers.resnet import conv3x3, group_norm
 
 
@@ -65,10 +66,10 @@ class GlyphClassifier(nnx.Module):
             self.convs.append(conv3x3(inputs, outputs, stride=stride, **init))
             self.norms.append(group_norm(outputs, config.groups, 1e-5, **init))
             side = (side - 1) // stride + 1
-        self.hidden = nnx.Linear(side * side * widths[-1], config.features, **init)
-        self.digit = nnx.Linear(config.features, config.digits, **init)
-        self.color = nnx.Linear(config.features, config.colors, **init)
-        self.texture = nnx.Linear(config.features, config.textures, **init)
+        self.hidden = linear(side * side * widths[-1], config.features, **init)
+        self.digit = linear(config.features, config.digits, **init)
+        self.color = linear(config.features, config.colors, **init)
+        self.texture = linear(config.features, config.textures, **init)
 
     def features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
         """What the heads read: the hidden layer after its activation."""

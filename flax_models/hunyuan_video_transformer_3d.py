@@ -26,6 +26,7 @@ from .layers.joint_blocks import (
     of_blocks,
     through_blocks,
 )
+from .layers.linear import linear
 from .layers.modulation import AdaLayerNormContinuous, Modulation, gated, zero_linear
 from .layers.rotary import Rotary, concatenate, rotary_table
 from .layers.transformer import FeedForward, LinearSiLU, layer_norm
@@ -141,7 +142,7 @@ class HunyuanVideoTokenRefiner(nnx.Module):
         features, states = config.features, config.text_embed_dim
         self.dtype = init["dtype"]
         self.time_text_embed = ConditionEmbedding(features, pooled_features=states, **init)
-        self.proj_in = nnx.Linear(states, features, **init)
+        self.proj_in = linear(states, features, **init)
         self.token_refiner = HunyuanVideoIndividualTokenRefiner(
             features, config.num_attention_heads, config.num_refiner_layers, **init
         )

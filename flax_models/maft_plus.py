@@ -22,6 +22,7 @@ from .configs import ModelConfig
 from .layers.attention import MultiheadAttention
 from .layers.bilinear import resize
 from .layers.embeddings import Dtype
+from .layers.linear import linear
 from .layers.remat import Remat
 from .layers.transformer import layer_norm
 from .mask2former import (
@@ -139,7 +140,7 @@ class _CrossAttention(nnx.Module):
         self.multihead_attn = MultiheadAttention(dim, heads, **init)
         self.norm = layer_norm(dim, **init)
         self.MLP = (
-            nnx.Linear(dim, dim, **zero, **init)
+            linear(dim, dim, **zero, **init)
             if form == "panoptic"
             else torch_linear(dim, dim, **init)
         )

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from .configs import ModelConfig
 from .layers.attention import MultiheadAttention
 from .layers.bilinear import Layout, resize, sample_levels
+from .layers.linear import linear
 from .layers.resnet import group_norm
 from .layers.transformer import layer_norm
 
@@ -91,9 +92,7 @@ def torch_linear(
     def uniform(key: Array, shape: Sequence[int], dtype: Any, *_: Any) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return nnx.Linear(
-        inputs, outputs, kernel_init=kernel_init or uniform, bias_init=uniform, **init
-    )
+    return linear(inputs, outputs, kernel_init=kernel_init or uniform, bias_init=uniform, **init)
 
 
 # ---- pixel decoder ----
@@ -117,12 +116,10 @@ class MSDeformAttn(nnx.Module):
             grid = np.broadcast_to(ways[:, None, None] * steps, (heads, _LEVELS, points, 2))
             return jnp.asarray(grid.reshape(shape), dtype)
 
-        self.sampling_offsets = nnx.Linear(
-            width, 2 * count, kernel_init=zeros, bias_init=star, **init
-        )
-        self.attention_weights = nnx.Linear(width, count, kernel_init=zeros, **init)
-        self.value_proj = nnx.Linear(width, width, kernel_init=_XAVIER, **init)
-        self.output_proj = nnx.Linear(width, width, kernel_init=_XAVIER, **init)
+        self.sampling_offsets = linear(width, 2 * count, kernel_init=zeros, bias_init=star, **init)
+        self.attention_weights = linear(width, count, kernel_init=zeros, **init)
+        self.value_proj = linear(width, width, kernel_init=_XAVIER, **init)
+        self.output_proj = linear(width, width, kernel_init=_XAVIER, **init)
 
     def __call__(
         self, query: Float[Array, "B L C"], tokens: Float[Array, "B L C"], layout: Layout

@@ -19,6 +19,7 @@ from .configs import ModelConfig
 from .convnext import ConvNeXt, ConvNeXtConfig, Mlp
 from .layers.attention import MultiheadAttention
 from .layers.checks import check_axes
+from .layers.linear import linear
 from .layers.remat import Remat
 from .layers.transformer import layer_norm
 from .pretrained import RecomputingModel
@@ -86,8 +87,8 @@ class OpenCLIPConfig(ModelConfig):
 
 class _MLP(nnx.Module):
     def __init__(self, width: int, **init: Any):
-        self.c_fc = nnx.Linear(width, 4 * width, **init)
-        self.c_proj = nnx.Linear(4 * width, width, **init)
+        self.c_fc = linear(width, 4 * width, **init)
+        self.c_proj = linear(4 * width, width, **init)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=False))
@@ -119,7 +120,7 @@ class Transformer(nnx.Module):
 
 class _LinearHead(nnx.Module):
     def __init__(self, features: int, out: int, **init: Any):
-        self.proj = nnx.Linear(features, out, use_bias=False, **init)
+        self.proj = linear(features, out, use_bias=False, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
         return self.proj(x)

@@ -25,6 +25,7 @@ from .layers.joint_attention import (
     SelfProjections,
     check_inputs,
 )
+from .layers.linear import linear
 from .layers.modulation import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
@@ -153,7 +154,7 @@ class SelfAttention(SelfProjections):
         super().__init__(features, heads, **options)
         self.neighborhood = neighborhood
         init = {name: options[name] for name in ("dtype", "param_dtype", "rngs")}
-        self.to_out = nnx.List([nnx.Linear(features, features, **init)])
+        self.to_out = nnx.List([linear(features, features, **init)])
 
     def __call__(self, x: Float[Array, "B N D"], sequence: JointSequence) -> Float[Array, "B N D"]:
         attended = sequence.attend(*self.project(x), self.neighborhood)
@@ -235,7 +236,7 @@ class SD3Transformer2DModel(AttendingModel):
         self.time_text_embed = ConditionEmbedding(
             features, pooled_features=config.pooled_projection_dim, **init
         )
-        self.context_embedder = nnx.Linear(config.joint_attention_dim, features, **init)
+        self.context_embedder = linear(config.joint_attention_dim, features, **init)
         self.transformer_blocks = nnx.List(
             [
                 JointTransformerBlock(

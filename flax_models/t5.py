@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .configs import ModelConfig
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype
+from .layers.linear import linear
 from .layers.remat import Remat, recomputed
 from .pretrained import RecomputingModel
 
@@ -129,10 +130,10 @@ class T5Attention(nnx.Module):
         unscaled = nnx.initializers.normal((width * config.d_kv) ** -0.5)
         self.heads = config.num_heads
         self.distances = config.relative_attention_max_distance
-        self.q = nnx.Linear(width, inner, use_bias=False, kernel_init=unscaled, **init)
-        self.k = nnx.Linear(width, inner, use_bias=False, **init)
-        self.v = nnx.Linear(width, inner, use_bias=False, **init)
-        self.o = nnx.Linear(inner, width, use_bias=False, **init)
+        self.q = linear(width, inner, use_bias=False, kernel_init=unscaled, **init)
+        self.k = linear(width, inner, use_bias=False, **init)
+        self.v = linear(width, inner, use_bias=False, **init)
+        self.o = linear(inner, width, use_bias=False, **init)
         if biased:
             buckets = config.relative_attention_num_buckets
             self.relative_attention_bias = nnx.Embed(buckets, config.num_heads, **init)
@@ -181,11 +182,11 @@ class T5FeedForward(nnx.Module):
         wide = init | ({"dtype": jnp.float32} if init["dtype"] == jnp.float16 else {})
         sizes = {"in_features": config.d_model, "out_features": config.d_ff, "use_bias": False}
         if config.feed_forward_proj == "relu":
-            self.wi = nnx.Linear(**sizes, **init)
+            self.wi = linear(**sizes, **init)
         else:
-            self.wi_0 = nnx.Linear(**sizes, **init)
-            self.wi_1 = nnx.Linear(**sizes, **init)
-        self.wo = nnx.Linear(config.d_ff, config.d_model, use_bias=False, **wide)
+            self.wi_0 = linear(**sizes, **init)
+            self.wi_1 = linear(**sizes, **init)
+        self.wo = linear(config.d_ff, config.d_model, use_bias=False, **wide)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         if hasattr(self, "wi"):

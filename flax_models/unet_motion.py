@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Num
 from .abstract import OneKey
 from .configs import ModelConfig
 from .layers.embeddings import Dtype
+from .layers.linear import linear
 from .layers.resnet import group_norm
 from .layers.transformer import BasicTransformerBlock
 from .pretrained import Buffer, PretrainedModel
@@ -254,11 +255,11 @@ class AnimateDiffTransformer3D(nnx.Module):
     ):
         self.max_frames = max_frames
         self.norm = group_norm(features, groups, 1e-6, **init)
-        self.proj_in = nnx.Linear(features, features, **init)
+        self.proj_in = linear(features, features, **init)
         self.transformer_blocks = nnx.List(
             [MotionTransformerBlock(features, heads, max_frames, **init) for _ in range(layers)]
         )
-        self.proj_out = nnx.Linear(features, features, **init)
+        self.proj_out = linear(features, features, **init)
 
     def __call__(self, x: Float[Array, "N H W C"], frames: int) -> Float[Array, "N H W C"]:
         if frames > self.max_frames:

@@ -25,6 +25,7 @@ from .layers.attention import GNA, Neighborhoods, per_layer
 from .layers.checks import check_axes
 from .layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from .layers.joint_attention import JointSequence, in_heads
+from .layers.linear import linear
 from .layers.modulation import plain_layer_norm, zero_linear
 from .layers.remat import recomputed
 from .layers.rotary import Rotary, rotary_table
@@ -134,7 +135,7 @@ class WanTimeTextImageEmbedding(nnx.Module):
         self.time_features = config.freq_dim
         wide = init | {"dtype": jnp.float32}
         self.time_embedder = TimestepEmbedding(config.freq_dim, features, **wide)
-        self.time_proj = nnx.Linear(features, 6 * features, **init)
+        self.time_proj = linear(features, 6 * features, **init)
         self.text_embedder = TextProjection(config.text_dim, features, **init)
 
     def __call__(
@@ -157,8 +158,8 @@ class WanAttention(nnx.Module):
     def __init__(self, config: WanTransformer3DConfig, **init):
         features = config.features
         self.heads = config.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nnx.Linear(features, features, **init) for _ in range(3))
-        self.to_out = nnx.List([nnx.Linear(features, features, **init)])
+        self.to_q, self.to_k, self.to_v = (linear(features, features, **init) for _ in range(3))
+        self.to_out = nnx.List([linear(features, features, **init)])
         self.norm_q, self.norm_k = (
             nnx.RMSNorm(features, epsilon=config.eps, **init) for _ in range(2)
         )

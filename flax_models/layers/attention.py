@@ -18,6 +18,7 @@ from ...kernels.gna import (
 from ...kernels.gna.presets import Preset, attention_preset
 from ...kernels.gna.problem import PerDimension, nearest_layout, windows_of
 from . import slabs
+from .linear import linear
 
 
 class Attention(nnx.Module):
@@ -36,10 +37,10 @@ class Attention(nnx.Module):
             raise ValueError(f"Attention: {features} features do not divide into {heads} heads.")
         context_features = context_features or features
         self.heads = heads
-        self.to_q = nnx.Linear(features, features, use_bias=use_bias, **init)
-        self.to_k = nnx.Linear(context_features, features, use_bias=use_bias, **init)
-        self.to_v = nnx.Linear(context_features, features, use_bias=use_bias, **init)
-        self.to_out = nnx.List([nnx.Linear(features, features, **init)])
+        self.to_q = linear(features, features, use_bias=use_bias, **init)
+        self.to_k = linear(context_features, features, use_bias=use_bias, **init)
+        self.to_v = linear(context_features, features, use_bias=use_bias, **init)
+        self.to_out = nnx.List([linear(features, features, **init)])
 
     def __call__(
         self,
@@ -280,7 +281,7 @@ class MultiheadAttention(nnx.Module):
             xavier(rngs.params(), (3 * features, features), param_dtype)
         )
         self.in_proj_bias = nnx.Param(jnp.zeros((3 * features,), param_dtype))
-        self.out_proj = nnx.Linear(features, features, kernel_init=xavier, **init)
+        self.out_proj = linear(features, features, kernel_init=xavier, **init)
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from .attention import dot_product_attention
 from .encoder import EncoderConfig, layer_norm
+from .linear import linear
 
 Mask = Bool[Array, "B K"]
 
@@ -24,9 +25,9 @@ class Projections(nnx.Module):
         features = config.hidden_size
         context_features = context_features or features
         self.heads = config.num_attention_heads
-        self.query = nnx.Linear(features, features, use_bias=use_bias, **init)
-        self.key = nnx.Linear(context_features, features, use_bias=use_bias, **init)
-        self.value = nnx.Linear(context_features, features, use_bias=use_bias, **init)
+        self.query = linear(features, features, use_bias=use_bias, **init)
+        self.key = linear(context_features, features, use_bias=use_bias, **init)
+        self.value = linear(context_features, features, use_bias=use_bias, **init)
 
     def __call__(
         self,
@@ -48,7 +49,7 @@ class Dense(nnx.Module):
     """A linear layer one name further down."""
 
     def __init__(self, features: int, out_features: int, **init):
-        self.dense = nnx.Linear(features, out_features, **init)
+        self.dense = linear(features, out_features, **init)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
         return self.dense(x)
@@ -58,7 +59,7 @@ class Output(nnx.Module):
     """Project, add what came before, normalize."""
 
     def __init__(self, config: EncoderConfig, features: int, **init):
-        self.dense = nnx.Linear(features, config.hidden_size, **init)
+        self.dense = linear(features, config.hidden_size, **init)
         self.LayerNorm = layer_norm(config, **init)
 
     def __call__(

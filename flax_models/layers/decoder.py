@@ -21,6 +21,7 @@ from ..pretrained import Pretrained
 from .attention import dot_product_attention
 from .checks import check_axes
 from .embeddings import Dtype
+from .linear import linear
 from .remat import Remat, recomputed
 from .rotary import Rotary, rotary_table, rotate_halves
 
@@ -101,13 +102,13 @@ class DecoderAttention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, qk_norm: bool, **init):
         width, dim = config.hidden_size, config.head_dim
         inner, shared = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        linear = functools.partial(nnx.Linear, use_bias=config.attention_bias, **init)
+        project = functools.partial(linear, use_bias=config.attention_bias, **init)
         self.dim = dim
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = linear(width, inner)
-        self.k_proj = linear(width, shared)
-        self.v_proj = linear(width, shared)
-        self.o_proj = linear(inner, width)
+        self.q_proj = project(width, inner)
+        self.k_proj = project(width, shared)
+        self.v_proj = project(width, shared)
+        self.o_proj = project(inner, width)
         if qk_norm:
             self.q_norm, self.k_norm = (_rms_norm(dim, config, **init) for _ in range(2))
 
@@ -131,9 +132,9 @@ class DecoderMLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, **init):
         width, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nnx.Linear(width, hidden, use_bias=False, **init)
-        self.up_proj = nnx.Linear(width, hidden, use_bias=False, **init)
-        self.down_proj = nnx.Linear(hidden, width, use_bias=False, **init)
+        self.gate_proj = linear(width, hidden, use_bias=False, **init)
+        self.up_proj = linear(width, hidden, use_bias=False, **init)
+        self.down_proj = linear(hidden, width, use_bias=False, **init)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

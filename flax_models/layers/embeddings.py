@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from .linear import linear
+
 Dtype = jnp.dtype | type
 
 
@@ -44,8 +46,8 @@ class TimestepEmbedding(nnx.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, **init):
-        self.linear_1 = nnx.Linear(in_features, out_features, **init)
-        self.linear_2 = nnx.Linear(out_features, out_features, **init)
+        self.linear_1 = linear(in_features, out_features, **init)
+        self.linear_2 = linear(out_features, out_features, **init)
 
     def __call__(self, features: Float[Array, "B in"]) -> Float[Array, "B out"]:
         return self.linear_2(jax.nn.silu(self.linear_1(features)))

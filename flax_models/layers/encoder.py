@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..configs import ModelConfig
+from .linear import linear
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -44,8 +45,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: EncoderConfig, hidden: int, **init):
         self.activation = config.hidden_act
-        self.fc1 = nnx.Linear(config.hidden_size, hidden, **init)
-        self.fc2 = nnx.Linear(hidden, config.hidden_size, **init)
+        self.fc1 = linear(config.hidden_size, hidden, **init)
+        self.fc2 = linear(hidden, config.hidden_size, **init)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))

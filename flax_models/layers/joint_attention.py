@@ -18,6 +18,7 @@ from ...kernels.attention import dot_product_attention
 from . import slabs
 from .attention import GNA
 from .checks import check_axes
+from .linear import linear
 from .rotary import Rotary, rotate_halves, rotate_pairs
 
 Heads = Float[Array, "B L H D"]
@@ -218,7 +219,7 @@ class SelfProjections(nnx.Module):
         self.heads = heads
         attended = context_features or features
         self.to_q, self.to_k, self.to_v = (
-            nnx.Linear(width, features, use_bias=use_bias, **init)
+            linear(width, features, use_bias=use_bias, **init)
             for width in (features, attended, attended)
         )
         if qk_norm:
@@ -269,15 +270,15 @@ class JointAttention(SelfProjections):
         )
         self.neighborhood = neighborhood
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (
-            nnx.Linear(features, features, use_bias=use_bias, **init) for _ in range(3)
+            linear(features, features, use_bias=use_bias, **init) for _ in range(3)
         )
         if qk_norm:
             self.norm_added_q, self.norm_added_k = (
                 nnx.RMSNorm(features // heads, epsilon=epsilon, **init) for _ in range(2)
             )
-        self.to_out = nnx.List([nnx.Linear(features, features, use_bias=use_bias, **init)])
+        self.to_out = nnx.List([linear(features, features, use_bias=use_bias, **init)])
         if text_output:
-            self.to_add_out = nnx.Linear(features, features, use_bias=use_bias, **init)
+            self.to_add_out = linear(features, features, use_bias=use_bias, **init)
 
     def project_text(self, text: Float[Array, "B A C"]) -> tuple[Heads, Heads, Heads]:
         """Query, key and value of the text's tokens."""

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from .attention import GNA, Neighborhoods, per_layer
 from .joint_attention import JointAttention, JointSequence, SelfProjections, within_half
+from .linear import linear
 from .modulation import (
     AdaLayerNormZero,
     AdaLayerNormZeroSingle,
@@ -61,8 +62,8 @@ class FluxSingleTransformerBlock(nnx.Module):
         self.neighborhood = neighborhood
         self.norm = AdaLayerNormZeroSingle(features, **init)
         self.attn = SelfProjections(features, heads, **init)
-        self.proj_mlp = nnx.Linear(features, 4 * features, **init)
-        self.proj_out = nnx.Linear(5 * features, features, **init)
+        self.proj_mlp = linear(features, 4 * features, **init)
+        self.proj_out = linear(5 * features, features, **init)
 
     def __call__(
         self, x: Float[Array, "B L D"], condition: Float[Array, "B D"], sequence: JointSequence

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .linear import linear
 from .transformer import layer_norm
 
 
@@ -24,7 +25,7 @@ def plain_layer_norm(features: int, epsilon: float = 1e-6, **init) -> nnx.LayerN
 
 def zero_linear(features: int, out_features: int, **init) -> nnx.Linear:
     """A linear layer that starts at zero."""
-    return nnx.Linear(features, out_features, kernel_init=nnx.initializers.zeros, **init)
+    return linear(features, out_features, kernel_init=nnx.initializers.zeros, **init)
 
 
 def _for_tokens(vector: Float[Array, "B D"], x: Float[Array, "B *X D"]) -> Float[Array, "B ..."]:

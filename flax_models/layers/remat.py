@@ -6,6 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ...kernels.bfloat16 import convolution_p
+from ...kernels.products import product_p
+
 # False keeps everything, True recomputes a layer from its input; a name is that of a policy in
 # `jax.checkpoint_policies` without arguments, such as "dots_saveable", which keeps the results of
 # matrix products.
@@ -21,6 +24,9 @@ POLICIES = (
 )
 
 
+_OF_LINEAR = {"dimension_numbers": (((1,), (0,)), ((), ()))}
+
+
 def recomputed(run: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`run`, whose backward pass recomputes what `remat` says.
 
@@ -33,7 +39,14 @@ def recomputed(run: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
         raise ValueError(
             f"remat accepts True, False, or one of {', '.join(POLICIES)}; received {remat!r}."
         )
-    return jax.checkpoint(run, policy=getattr(jax.checkpoint_policies, remat))
+    policy = getattr(jax.checkpoint_policies, remat)
+
+    def keeps(primitive: Any, *operands: Any, **settings: Any) -> Any:
+        if primitive in (product_p, convolution_p):  # of one batch, whatever their own settings
+            primitive, settings = jax.lax.dot_general_p, _OF_LINEAR
+        return policy(primitive, *operands, **settings)
+
+    return jax.checkpoint(run, policy=keeps)
 
 
 def set_remat(model: nnx.Module, remat: Remat) -> None:

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ...kernels.convolution import convolve, convolve_doubled
+from .linear import linear
 
 
 def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding: int = 1, **init):
@@ -24,7 +25,14 @@ def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding: in
 
 def conv1x1(in_channels: int, out_channels: int, **init) -> nnx.Conv:
     """Pointwise convolution."""
-    return nnx.Conv(in_channels, out_channels, (1, 1), padding="VALID", **init)
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        (1, 1),
+        padding=((0, 0), (0, 0)),
+        conv_general_dilated=convolve,
+        **init,
+    )
 
 
 def group_norm(channels: int, groups: int, epsilon: float, **init) -> nnx.GroupNorm:
@@ -52,7 +60,7 @@ class ResnetBlock2D(nnx.Module):
         self.norm1 = group_norm(in_channels, groups, epsilon, **init)
         self.conv1 = conv3x3(in_channels, out_channels, **init)
         if time_features is not None:
-            self.time_emb_proj = nnx.Linear(time_features, out_channels, **init)
+            self.time_emb_proj = linear(time_features, out_channels, **init)
         self.norm2 = group_norm(out_channels, groups, epsilon, **init)
         self.conv2 = conv3x3(out_channels, out_channels, **init)
         if in_channels != out_channels:

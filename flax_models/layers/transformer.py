@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .attention import Attention
+from .linear import linear
 from .resnet import conv1x1, group_norm
 
 
@@ -24,7 +25,7 @@ class GEGLU(nnx.Module):
     """Linear layer gated by an exact GELU (Shazeer 2020): [..., C] -> [..., hidden]."""
 
     def __init__(self, features: int, hidden: int, **init):
-        self.proj = nnx.Linear(features, 2 * hidden, **init)
+        self.proj = linear(features, 2 * hidden, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -36,7 +37,7 @@ class GELU(nnx.Module):
 
     def __init__(self, features: int, hidden: int, *, approximate: bool = True, **init):
         self.approximate = approximate
-        self.proj = nnx.Linear(features, hidden, **init)
+        self.proj = linear(features, hidden, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
         return jax.nn.gelu(self.proj(x), approximate=self.approximate)
@@ -46,7 +47,7 @@ class LinearSiLU(nnx.Module):
     """Linear layer and SiLU: [..., C] -> [..., hidden]."""
 
     def __init__(self, features: int, hidden: int, **init):
-        self.proj = nnx.Linear(features, hidden, **init)
+        self.proj = linear(features, hidden, **init)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... hidden"]:
         return jax.nn.silu(self.proj(x))
@@ -65,7 +66,7 @@ class FeedForward(nnx.Module):
     ):
         hidden = hidden or 4 * features
         first = activated(features, hidden, **init)
-        last = nnx.Linear(hidden, features, **init)
+        last = linear(hidden, features, **init)
         self.net = nnx.List([first, Identity(), last])
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
@@ -109,7 +110,7 @@ class Transformer2DModel(nnx.Module):
         linear_projection: bool,
         **init,
     ):
-        project = nnx.Linear if linear_projection else conv1x1
+        project = linear if linear_projection else conv1x1
         self.norm = group_norm(features, groups, 1e-6, **init)
         self.proj_in = project(features, features, **init)
         self.transformer_blocks = nnx.List(
