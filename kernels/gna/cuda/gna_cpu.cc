@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "bindings.h"
+#include "list_bindings.h"
 #include "lists.h"
 #include "numbers.h"
 #include "problem.h"
