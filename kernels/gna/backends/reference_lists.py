@@ -26,8 +26,8 @@ def forward(problem: ListProblem, operands: ListOperands) -> tuple[Array, Array]
     assert blocks is not None and counts is not None
     lists, _ = whole_lists(problem, blocks, counts)
     # [B, Hq, query blocks, listed blocks, keys of a block]
-    seen = jnp.arange(problem.key_block) < jnp.asarray(key_limits(problem))[lists][..., None]
-    seen = seen[:, :, :, None]
+    place = jnp.arange(problem.key_block, dtype=jnp.int32)[None, None, None, None]
+    seen = (place < jnp.asarray(key_limits(problem))[lists][..., None])[:, :, :, None]
 
     def listed(own: Array, additional: Array | None) -> Array:
         x = key_blocks(problem, own.astype(jnp.float32), additional)

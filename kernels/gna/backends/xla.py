@@ -77,20 +77,20 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
         len(np.unique(loop.queries, axis=0)) == len(loop.queries) for loop in work.loops
     )
     shape = (*queries.shape[:-1], problem.value_dim)
-    output = _full(shape, 0.0, query.dtype if once else jnp.float32, query)
-    lse = _full((*shape[:-1], 1), HIDDEN, jnp.float32, query)
+    output = full(shape, 0.0, query.dtype if once else jnp.float32, query)
+    lse = full((*shape[:-1], 1), HIDDEN, jnp.float32, query)
 
     def step(source: _Source, at: _Step, state: Any) -> Any:
         output, lse = state
         key, value = _read(source.key, at.keys), _read(source.value, at.keys)
-        scores = _dot("lqd,lkd->lqk", _read(queries, at.queries), key) * problem.scale
+        scores = dot("lqd,lkd->lqk", _read(queries, at.queries), key) * problem.scale
         if at.seen is not None:
             by_head = scores.reshape(len(scores), -1, problem.repeats, scores.shape[-1])
             scores = jnp.where(at.seen, by_head, HIDDEN).reshape(scores.shape)
         top = scores.max(-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = p.sum(-1, keepdims=True)
-        part = _dot("lqk,lkd->lqd", p.astype(value.dtype), value) / total
+        part = dot("lqk,lkd->lqd", p.astype(value.dtype), value) / total
         part_lse = top + jnp.log(total)
         if not once:
             old, old_lse = _read(output, at.queries), _read(lse, at.queries)
@@ -128,22 +128,22 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
         q, do = _read(queries, at.queries), _read(d_outputs, at.queries)
         at_lse, at_delta = (_read(x, at.queries)[:, None, :, 0] for x in (lses, deltas))
         key = _read(source.key, at.keys)
-        p = jnp.exp(_dot("lkd,lqd->lkq", key, q) * problem.scale - at_lse)
+        p = jnp.exp(dot("lkd,lqd->lkq", key, q) * problem.scale - at_lse)
         if at.seen is not None:
             by_head = p.reshape(*p.shape[:2], -1, problem.repeats)
             p = jnp.where(at.seen, by_head, 0).reshape(p.shape)
-        d_p = _dot("lkd,lqd->lkq", _read(source.value, at.keys), do)
+        d_p = dot("lkd,lqd->lkq", _read(source.value, at.keys), do)
         d_scores = (p * (d_p - at_delta) * problem.scale).astype(q.dtype)
         return (
-            _add(d_query, at.queries, _dot("lkq,lkd->lqd", d_scores, key)),
-            _add(d_key, at.keys, _dot("lkq,lqd->lkd", d_scores, q)),
-            _add(d_value, at.keys, _dot("lkq,lqd->lkd", p.astype(do.dtype), do)),
+            _add(d_query, at.queries, dot("lkq,lkd->lqd", d_scores, key)),
+            _add(d_key, at.keys, dot("lkq,lqd->lkd", d_scores, q)),
+            _add(d_value, at.keys, dot("lkq,lqd->lkd", p.astype(do.dtype), do)),
         )
 
-    d_query = _full(queries.shape, 0.0, jnp.float32, query)
+    d_query = full(queries.shape, 0.0, jnp.float32, query)
     gradients = []
     for source in _sources(problem, work, operands):
-        d_keys = [_full(x.shape, 0.0, jnp.float32, query) for x in (source.key, source.value)]
+        d_keys = [full(x.shape, 0.0, jnp.float32, query) for x in (source.key, source.value)]
         for loop in source.loops:
             call = functools.partial(step, source)
             d_query, *d_keys = _run(problem, loop, call, (d_query, *d_keys), queries_first=False)
@@ -158,14 +158,15 @@ def backward(problem: Problem, residuals: Residuals, d_output: Array, delta: Arr
 
 def plan_of(problem: Problem) -> Plan:
     """The steps that this backend takes on the platform that is traced for."""
-    return plan(problem, _budget())
+    return plan(problem, budget())
 
 
 def _has_masks(work: Plan) -> bool:
     return any(limits is not None for loop in work.loops for limits in loop.masks)
 
 
-def _budget() -> int:
+def budget() -> int:
+    """Scores of a step on the platform that is traced for."""
     return BUDGET.get(default_platform(), DEFAULT_BUDGET)
 
 
@@ -219,7 +220,7 @@ def _run(
     """All steps of a loop; the state passes through them."""
     count = len(loop.queries)
     scores = problem.repeats * math.prod(loop.tile) * math.prod(loop.box)
-    heads, entries = _lanes(problem, max(1, _budget() // (2 * scores)))
+    heads, entries = _lanes(problem, max(1, budget() // (2 * scores)))
     queries, seen = jnp.asarray(loop.queries), _masks(loop, queries_first)
     keys, mask = (_of_shard(problem, table) for table in (loop.keys, loop.mask))
     across = problem.kv_heads // heads
@@ -242,13 +243,14 @@ def _run(
 
 def _lanes(problem: Problem, most: int) -> tuple[int, int]:
     """Key heads and batch entries of a step: at most so many pairs, heads first."""
-    heads = _divisor(problem.kv_heads, most)
+    heads = divisor(problem.kv_heads, most)
     if heads < problem.kv_heads:
         return heads, 1
-    return heads, _divisor(problem.known_batch, most // heads)
+    return heads, divisor(problem.known_batch, most // heads)
 
 
-def _divisor(number: int, most: int) -> int:
+def divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
     return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
@@ -288,13 +290,13 @@ def _masks(
         return seen.reshape((-1, 1, keys) if queries_first else (keys, -1, 1))
 
     count = next(len(limits) for limits in loop.masks if limits is not None)
-    if count * keys * math.prod(tile) > MASKS * _budget():
+    if count * keys * math.prod(tile) > MASKS * budget():
         return make
     made = jax.vmap(make)(jnp.arange(count))
     return lambda mask: made[mask]
 
 
-def _dot(equation: str, a: Array, b: Array) -> Array:
+def dot(equation: str, a: Array, b: Array) -> Array:
     """A product summed in float32; operands in float32 are not rounded to less."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -321,6 +323,6 @@ def _add(x: Float[Array, "B *GY K r D"], at: _Box, new: Float[Array, "l N D"]) -
     return _write(x, at, _read(x, at) + new)
 
 
-def _full(shape: tuple[Size, ...], value: float, dtype: Any, like: Array) -> Array:
+def full(shape: tuple[Size, ...], value: float, dtype: Any, like: Array) -> Array:
     """A constant that varies over the mesh axes that `like` varies over, as a loop's state must."""
     return vary(jnp.full(shape, value, dtype), varying_axes(like))

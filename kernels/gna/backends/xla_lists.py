@@ -26,11 +26,7 @@ from .lists import (
     tokens_of,
     whole_lists,
 )
-from .xla import HIDDEN
-from .xla import _budget as budget
-from .xla import _divisor as divisor
-from .xla import _dot as dot
-from .xla import _full as full
+from .xla import HIDDEN, budget, divisor, dot, full
 
 # Tokens that a step gathers for each block: enough for products, and few enough for what lists
 # shorter than their neighbors' leave unused.
@@ -191,7 +187,7 @@ def _by_rows(
             place = n * per_step + jnp.arange(per_step, dtype=jnp.int32)[None]
             entry = lists.entries.at[first[:, None] + place].get(mode="clip")
             entry = jnp.where(place < length[:, None], entry, empty)
-            seen = jnp.arange(lists.block) < limits[entry][..., None]
+            seen = jnp.arange(lists.block, dtype=jnp.int32)[None, None] < limits[entry][..., None]
             return lane[:, None] * len(limits) + entry, seen.reshape(count, -1)
 
         return run((length.max() + per_step - 1) // per_step, gather, *own)

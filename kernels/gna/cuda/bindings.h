@@ -9,7 +9,6 @@ namespace gna {
 
 using AnyArray = xla::ffi::AnyBuffer;
 using FloatArray = xla::ffi::Buffer<xla::ffi::F32>;
-using IntArray = xla::ffi::Buffer<xla::ffi::S32>;
 using Integers = xla::ffi::Span<const int64_t>;
 
 }  // namespace gna
@@ -42,30 +41,3 @@ using Integers = xla::ffi::Span<const int64_t>;
           .Attr<gna::Integers>("tiles")                                                           \
           .Attr<float>("scale"),                                                                  \
       {__VA_ARGS__})
-
-// Defines `GnaListsForward` and `GnaListsBackward` from `run_lists_forward` and
-// `run_lists_backward`: the same with lists of blocks, and no windows.
-#define GNA_DEFINE_LIST_HANDLERS(Context)                                                         \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                  \
-      GnaListsForward, gna::run_lists_forward,                                                    \
-      xla::ffi::Ffi::Bind()                                                                       \
-          .Ctx<Context>()                                                                         \
-          .Arg<gna::AnyArray>().Arg<gna::AnyArray>().Arg<gna::AnyArray>() /* q, k, v */           \
-          .Arg<gna::AnyArray>().Arg<gna::AnyArray>() /* ak, av */                                 \
-          .Arg<gna::IntArray>().Arg<gna::IntArray>() /* blocks, counts */                         \
-          .Ret<gna::AnyArray>().Ret<gna::FloatArray>() /* output, lse */                          \
-          .Attr<gna::Integers>("sizes")                                                           \
-          .Attr<float>("scale"));                                                                 \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                  \
-      GnaListsBackward, gna::run_lists_backward,                                                  \
-      xla::ffi::Ffi::Bind()                                                                       \
-          .Ctx<Context>()                                                                         \
-          .Arg<gna::AnyArray>().Arg<gna::AnyArray>().Arg<gna::AnyArray>() /* q, k, v */           \
-          .Arg<gna::AnyArray>().Arg<gna::AnyArray>() /* ak, av */                                 \
-          .Arg<gna::IntArray>().Arg<gna::IntArray>() /* blocks, counts */                         \
-          .Arg<gna::FloatArray>() /* lse */                                                       \
-          .Arg<gna::AnyArray>().Arg<gna::FloatArray>() /* d_output, delta */                      \
-          .Ret<gna::AnyArray>().Ret<gna::AnyArray>().Ret<gna::AnyArray>() /* dq, dk, dv */        \
-          .Ret<gna::AnyArray>().Ret<gna::AnyArray>() /* dak, dav */                               \
-          .Attr<gna::Integers>("sizes")                                                           \
-          .Attr<float>("scale"))

@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "bindings.h"
+#include "list_bindings.h"
 #include "lists.h"
 #include "numbers.h"
 #include "problem.h"
@@ -49,7 +50,8 @@ int padded(int dim) { return (dim + 15) / 16 * 16; }
 struct Rows {
   template <typename Plan>
   Rows(const Plan& plan, int dim, int copies = 1)
-      : keys(plan.key_tokens() + plan.problem.additional), dim(dim), width(padded(dim)), copies(copies),
+      : keys(plan.key_tokens() + plan.problem.additional), dim(dim), width(padded(dim)),
+        copies(copies),
         data(memory(int64_t{copies} * plan.problem.batch * plan.problem.kv_heads * keys * width)) {}
 
   float* of(int64_t lane) const { return data.get() + lane * keys * width; }

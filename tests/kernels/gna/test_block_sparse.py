@@ -388,6 +388,28 @@ def test_a_symbolic_batch():
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_strict_promotion(implementation):
+    """No operand is brought to another rank or dtype without being told, also where jax counts in
+    64 bits."""
+
+    def call(*x):
+        scores = gna.pooled_scores(*x[:2], query_block=4, key_block=5)
+        block_mask = BlockMask.from_scores(scores, 3, query_block=4, key_block=5)
+        output, lse = attend(*x, block_mask=block_mask, implementation=implementation)
+        return output.sum() + lse.sum()
+
+    step = jax.value_and_grad(call, range(5))
+    inputs = arrays(*SHAPES)
+    expected = jax.jit(step, compiler_options=FAST)(*inputs)
+    strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    with strict[0], strict[1], jax.enable_x64(True):
+        received = jax.jit(step, compiler_options=FAST)(*inputs)
+    for one, other in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_memory_is_linear_in_tokens(training):
     """What the compiler reserves beside the operands, for lists of equal length."""
