@@ -190,6 +190,18 @@ class TextCondition(NamedTuple):
     time_ids: Num[Array, "B T"]
 
 
+def text_states(condition: Any) -> Float[Array, "B L E"]:
+    """The states of the text's tokens in what a UNet reads of it."""
+    return condition.encoder_hidden_states if isinstance(condition, TextCondition) else condition
+
+
+def with_text_states(condition: Any, states: Float[Array, "B L E"]) -> Any:
+    """What a UNet reads of a text, with other states of its tokens."""
+    if isinstance(condition, TextCondition):
+        return condition._replace(encoder_hidden_states=states)
+    return states
+
+
 @dataclasses.dataclass(frozen=True)
 class _Level:
     """What the layers of one resolution have in common."""
@@ -405,7 +417,7 @@ class UNet2DConditionModel(RecomputingModel):
                 f"{'text states' if config.addition_embed_type is None else 'a TextCondition'}, "
                 f"received {type(text).__name__}."
             )
-        states = text.encoder_hidden_states if isinstance(text, TextCondition) else text
+        states = text_states(text)
         check_axes(states, "B L E", f"{name}'s text states")
         if states.shape[-1] != config.cross_attention_dim:
             raise ValueError(

@@ -16,10 +16,31 @@ from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from .. import settings
 from ..seeds import check_seed
 from ..text.phrases import Retained
-from . import advunlearn, esd, sage, uce
+from . import (
+    advunlearn,
+    concept_ablation,
+    esd,
+    mace,
+    rece,
+    receler,
+    sage,
+    salun,
+    speed,
+    spm,
+    stereo,
+    uce,
+)
 from .advunlearn import AdvUnlearnConfig
 from .common import trained
+from .concept_ablation import ConceptAblationConfig
 from .esd import EsdUConfig, EsdXConfig
+from .mace import MaceConfig
+from .rece import ReceConfig
+from .receler import RecelerConfig
+from .salun import SalUnConfig
+from .speed import SpeedConfig
+from .spm import SpmConfig
+from .stereo import StereoConfig
 from .uce import UceConfig
 from .word import WordConfig
 
@@ -33,24 +54,42 @@ class Method(settings.Method):
       edits: the part of the pipeline that it changes.
       trains: whether it runs the training loop and takes its options.
       retains: whether it protects the retained phrases, or only puts them around the concept.
+      lora: whether what it changes is a LoRA of its settings' `rank`.
     """
 
     erase: Callable[..., StableDiffusionPipeline]
     edits: Literal["text_encoder", "unet"]
     trains: bool = True
     retains: bool = True
+    lora: bool = False
 
 
 _esd = functools.partial(trained, esd.esd_step, esd.prepare)
 _advunlearn = functools.partial(trained, advunlearn.adversarial_step, advunlearn.prepare)
+_ablation = functools.partial(trained, concept_ablation.ablation_step, concept_ablation.prepare)
+_salun = functools.partial(trained, salun.salun_step, salun.prepare)
+_mace = functools.partial(trained, mace.mace_step, mace.prepare)
+_receler = functools.partial(trained, receler.receler_step, receler.prepare)
+_stereo = functools.partial(trained, stereo.stereo_step, stereo.prepare)
+_spm = functools.partial(trained, spm.spm_step, spm.prepare)
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "sage": Method("SAGE", sage.SageConfig, sage.erase, "text_encoder"),
         "esd-x": Method("ESD-x", EsdXConfig, _esd, "unet", retains=False),
         "esd-u": Method("ESD-u", EsdUConfig, _esd, "unet", retains=False),
         "uce": Method("UCE", UceConfig, uce.erase, "unet", trains=False),
+        "rece": Method("RECE", ReceConfig, rece.erase, "unet", trains=False),
+        "speed": Method("SPEED", SpeedConfig, speed.erase, "unet", trains=False),
         "word": Method("word erasure", WordConfig, sage.erase, "text_encoder"),
         "advunlearn": Method("AdvUnlearn", AdvUnlearnConfig, _advunlearn, "text_encoder"),
+        "concept-ablation": Method(
+            "Concept Ablation", ConceptAblationConfig, _ablation, "unet", retains=False
+        ),
+        "salun": Method("SalUn", SalUnConfig, _salun, "unet"),
+        "spm": Method("SPM", SpmConfig, _spm, "unet", lora=True),
+        "mace": Method("MACE", MaceConfig, _mace, "unet"),
+        "receler": Method("Receler", RecelerConfig, _receler, "unet", retains=False, lora=True),
+        "stereo": Method("STEREO", StereoConfig, _stereo, "unet", retains=False),
     }
 )
 # The method that some settings belong to; ValueError: they are of no method.
@@ -87,9 +126,17 @@ def erase(
 __all__ = [
     "METHODS",
     "AdvUnlearnConfig",
+    "ConceptAblationConfig",
     "EsdUConfig",
     "EsdXConfig",
+    "MaceConfig",
     "Method",
+    "ReceConfig",
+    "RecelerConfig",
+    "SalUnConfig",
+    "SpeedConfig",
+    "SpmConfig",
+    "StereoConfig",
     "UceConfig",
     "WordConfig",
     "erase",

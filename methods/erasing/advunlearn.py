@@ -44,6 +44,7 @@ from .common import (
     EncoderStatic,
     Frozen,
     assembled,
+    descended,
     draw_latents,
     draw_prompts,
     erasing_prompts,
@@ -113,25 +114,17 @@ def attack(
     words = jax.random.randint(start_key, size, 0, now.config.vocab_size)
     start = before.embed_tokens(words).astype(jnp.float32)
 
-    def objective(prefix: Array, latents: Array, times: Array) -> Array:
+    def objective(prefix: Array, key: Array) -> Array:
+        latents, times = constrain_batch(
+            draw_latents(static, frozen, key, len(tokens), model=unet, condition=drawn)
+        )
         states = now(inputs_embeds=with_prefix(embeddings, prefix), eos_positions=ends)
         predicted = unet(latents, times, states.condition)
         return prediction_loss(predicted, unet(latents, times, concept))
 
     optimizer = OPTIMIZERS[config.attack_optimizer](config.attack_rate)
-
-    def advance(carry: tuple[Array, Any], key: Array) -> tuple[tuple[Array, Any], Array]:
-        prefix, memory = carry
-        latents, times = constrain_batch(
-            draw_latents(static, frozen, key, len(tokens), model=unet, condition=drawn)
-        )
-        loss, gradient = jax.value_and_grad(objective)(prefix, latents, times)
-        updates, memory = optimizer.update(gradient, memory)
-        return (prefix + frozen["embedding_rms"] * updates, memory), loss
-
     keys = jax.random.split(steps_key, config.attack_steps)
-    (prefix, _), losses = jax.lax.scan(advance, (start, optimizer.init(start)), keys)
-    last = losses[-1].astype(jnp.float32) if config.attack_steps else jnp.zeros(())
+    prefix, last = descended(objective, start, keys, optimizer, frozen["embedding_rms"])
     return jax.lax.stop_gradient(with_prefix(embeddings, prefix)), last
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,21 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..memory import require_unet_memory
-from ..sampling import NoiseSchedule, denoise_until, make_sampler, noise_latents
+from ..sampling import (
+    NoiseSchedule,
+    denoise_until,
+    make_sampler,
+    noise_latents,
+    noised_latents,
+)
 from ..seeds import seed_key
-from ..settings import check_min_timestep, check_settings
+from ..settings import check_min_timestep, check_settings, fixed
 from ..text.phrases import (
     Encoders,
     PhraseSettings,
     Retained,
     TemplatedConcepts,
+    conditions,
     empty_condition,
     encode_phrases,
     encoder_patterns,
@@ -83,6 +90,38 @@ class TrainedSettings(PhraseSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class UnetSettings(TrainedSettings):
+    """The settings of erasers that train the UNet.
+
+    Attributes:
+      untrained: patterns of parameters among the trainable ones that do not train.
+      guidance: of the runs that draw "edited" latents, or images.
+    """
+
+    prompts: int = 8
+    trainable: tuple[str, ...] = ("*.attn2",)
+    untrained: tuple[str, ...] = ()
+    guidance: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, least={"guidance": 0})
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings(UnetSettings):
+    """The settings of erasers that train the UNet on noised images, which the original draws.
+
+    There is one for each prompt, drawn in `ddim_steps`.
+    """
+
+    eta: float = fixed(0.0)
+    latents: Literal["images"] = fixed("images")
+    ddim_steps: int = 20
+    min_timestep: float = fixed(0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class EncoderSettings(TrainedSettings):
     """The settings of erasers that train the text encoder.
 
@@ -110,15 +149,27 @@ class ErasingStatic:
       unet: structure of the UNet.
       optimizer: of the trained parameters.
       config: the method's settings.
-      timesteps: number of training timesteps of the schedule.
+      schedule: of the noise.
       latent_shape: [h, w, c] of a latent.
     """
 
     unet: nnx.GraphDef[Any]
     optimizer: optax.GradientTransformation
     config: Any
-    timesteps: int
+    schedule: NoiseSchedule
     latent_shape: tuple[int, int, int]
+
+    def edited(self, params: Any, frozen: Frozen) -> Any:
+        """The UNet with the trained `params`."""
+        return nnx.merge(self.unet, params, frozen["unet"])
+
+    def original(self, frozen: Frozen) -> Any:
+        """The UNet as it was."""
+        return nnx.merge(self.unet, frozen["original"])
+
+    def result(self, params: Any, frozen: Frozen) -> Any:
+        """The UNet that a run ends with."""
+        return self.edited(params, frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +219,15 @@ def assembled(
     pipeline: StableDiffusionPipeline,
     config: TrainedSettings,
     *,
-    untrained: Sequence[str] = (),
     rows: int = 0,
     what: str = "",
 ) -> tuple[Any, TrainState, dict[str, Any]]:
     """Static, state and the models' frozen parameters of a run: "unet", "original" and "text".
 
-    `EncoderSettings` train the text encoder and other settings the UNet, a float32 copy of either.
+    `EncoderSettings` train the text encoder and `UnetSettings` the UNet, a float32 copy of either.
 
     Args:
       pipeline, config: as of a method's `prepare`.
-      untrained: patterns of parameters among the trainable ones that do not train.
       rows: that the UNet predicts at a time, besides one for each prompt.
       what: takes them besides the prompts, in words.
 
@@ -188,16 +237,15 @@ def assembled(
         does not have.
     """
     model, trainable, updates = pipeline.unet, config.trainable, config.cycles
+    untrained = config.untrained if isinstance(config, UnetSettings) else ()
     if isinstance(config, EncoderSettings):
         model, updates = pipeline.prompt_encoder, updates * config.erase_updates
         trainable = encoder_patterns(pipeline, trainable, config.edit)
-    cycle = f"a cycle of {config.prompts} prompts{what}"
-    require_unet_memory(pipeline, config.prompts + rows, cycle, "take fewer")
-    structure, trained, rest = split_trainable(model, trainable, tuple(untrained))
+    require_rows(pipeline, config, rows, what)
+    structure, trained, rest = split_trainable(model, trainable, untrained)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     optimizer = cosine_adamw(config.learning_rate, config.weight_decay, updates)
-    schedule = NoiseSchedule.from_config(pipeline.scheduler_config)
-    settings = optimizer, config, schedule.num_train_timesteps, pipeline.latent_shape
+    settings = optimizer, config, *schedule_and_shape(pipeline)
     frozen = {"original": nnx.to_pure_dict(nnx.state(model))}
     if isinstance(config, EncoderSettings):
         unet, params = nnx.split(pipeline.unet)
@@ -207,6 +255,34 @@ def assembled(
         static = ErasingStatic(structure, *settings)
         frozen |= {"unet": rest}
     return static, init_state(trained, optimizer), jax.tree.map(jnp.asarray, frozen)
+
+
+def require_rows(
+    pipeline: StableDiffusionPipeline, config: TrainedSettings, rows: int, what: str
+) -> None:
+    """Refuse a cycle that the UNet has no room for; arguments as of `assembled`."""
+    cycle = f"a cycle of {config.prompts} prompts{what}"
+    require_unet_memory(pipeline, config.prompts + rows, cycle, "take fewer")
+
+
+def schedule_and_shape(pipeline: StableDiffusionPipeline) -> tuple[Any, tuple[int, int, int]]:
+    """The noise schedule and the latents' shape [h, w, c]."""
+    return NoiseSchedule.from_config(pipeline.scheduler_config), pipeline.latent_shape
+
+
+def prompt_conditions(pipeline: StableDiffusionPipeline, rows: Int[np.ndarray, "*N L"]) -> Any:
+    """All that the UNet reads of prompts, leaves [*N, ...]."""
+    flat = conditions(pipeline.prompt_encoder, rows.reshape(-1, rows.shape[-1]))
+    return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:-1], *leaf.shape[1:]), flat)
+
+
+def some_rows(
+    rows: Int[np.ndarray, "N L"], count: int, seed: int, weights: np.ndarray | None = None
+) -> Int[np.ndarray, "M L"]:
+    """At most `count` different rows, drawn with probability in proportion to their weights."""
+    chance = None if weights is None else weights / weights.sum()
+    size = min(count, len(rows))
+    return rows[np.random.default_rng(seed).choice(len(rows), size, replace=False, p=chance)]
 
 
 # ---- latents ----
@@ -282,7 +358,8 @@ def draw_latents(
     """
     config = static.config
     if config.latents == "noise":
-        return noise_latents(key, size, static.latent_shape, static.timesteps, config.min_timestep)
+        timesteps = static.schedule.num_train_timesteps
+        return noise_latents(key, size, static.latent_shape, timesteps, config.min_timestep)
     first, second = jax.random.split(key)
     if config.latents == "ddim":
         cached, times = frozen["latents"], frozen["latent_times"]
@@ -295,6 +372,48 @@ def draw_latents(
     latents = denoise_until(model, sampler, noise, count, condition, empty, config.guidance)
     times = jnp.full((size,), jnp.asarray(sampler.timesteps)[count])
     return jax.lax.stop_gradient(latents), times
+
+
+def drawn_images(
+    pipeline: StableDiffusionPipeline,
+    rows: Int[np.ndarray, "*N L"],
+    config: UnetSettings,
+    seed: int,
+) -> Float[Array, "*N h w c"]:
+    """Latents of images that the pipeline draws, one for each prompt, float32.
+
+    Args:
+      pipeline: the original.
+      rows: token ids of the prompts.
+      config: `prompts` are drawn at a time, in `ddim_steps`, with `guidance`.
+      seed: of the noise.
+    """
+    schedule, shape = schedule_and_shape(pipeline)
+    sampler = make_sampler(schedule, "ddim", num_inference_steps=config.ddim_steps)
+    graphdef, state = nnx.split(pipeline.unet)
+    flat = rows.reshape(-1, rows.shape[-1])
+    every, size = conditions(pipeline.prompt_encoder, flat), config.prompts
+
+    @jax.jit
+    def draw(params: Any, key: PRNGKeyArray, some: Any, empty: Any) -> Array:
+        noise, unet = jax.random.normal(key, (size, *shape)), nnx.merge(graphdef, params)
+        steps = config.ddim_steps
+        return denoise_until(unet, sampler, noise, steps, some, empty, config.guidance)
+
+    params, empty = nnx.to_pure_dict(state), empty_condition(pipeline)
+    images, key = [], seed_key(seed)
+    for start in range(0, len(flat), size):
+        places = np.minimum(np.arange(start, start + size), len(flat) - 1)  # the last is filled up
+        some = jax.tree.map(lambda leaf, places=places: leaf[places], every)
+        images.append(draw(params, jax.random.fold_in(key, start), some, empty))
+    return jnp.concatenate(images)[: len(flat)].reshape(*rows.shape[:-1], *shape)
+
+
+def noised(
+    static: ErasingStatic, images: Float[Array, "B h w c"], key: PRNGKeyArray
+) -> tuple[Array, Array, Array]:
+    """Images at random times of the whole schedule, the times, and what a model should predict."""
+    return noised_latents(static.schedule, images, key, 0, static.schedule.num_train_timesteps)
 
 
 # ---- the run ----
@@ -315,6 +434,44 @@ def draw_prompts(
     return which, constrain_batch(jax.tree.map(lambda leaf: leaf[which, rows], every))
 
 
+def descended(
+    objective: Callable[[Array, Array], Array],
+    start: Float[Array, "*S"],
+    keys: Array,
+    optimizer: optax.GradientTransformation,
+    unit: Array | float,
+) -> tuple[Float[Array, "*S"], Float[Array, ""]]:
+    """Where an attack ends, and its last loss (0 without steps).
+
+    Args:
+      objective: what falls, of the attacked array and a step's key.
+      start: the array.
+      keys: one for each step.
+      optimizer: whose updates are in `unit`.
+      unit: of a step, a number or one for each entry of the last axis.
+    """
+
+    def advance(carry: tuple[Array, Any], key: Array) -> tuple[tuple[Array, Any], Array]:
+        place, memory = carry
+        loss, gradient = jax.value_and_grad(objective)(place, key)
+        move: Any
+        move, memory = optimizer.update(gradient, memory)
+        return (place + unit * move, memory), loss
+
+    (end, _), losses = jax.lax.scan(advance, (start, optimizer.init(start)), keys)
+    return end, losses[-1].astype(jnp.float32) if len(keys) else jnp.zeros(())
+
+
+def stepped(
+    static: ErasingStatic,
+    state: TrainState,
+    loss_of: Callable[[Any], tuple[Array, dict[str, Array]]],
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after one update on a loss of the parameters, and its metrics."""
+    (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    return apply_gradients(state, gradients, static.optimizer), metrics
+
+
 def updated(
     static: EncoderStatic,
     state: TrainState,
@@ -327,9 +484,7 @@ def updated(
     """
 
     def update(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
-        loss = functools.partial(loss_of, key)
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return apply_gradients(state, gradients, static.optimizer), metrics
+        return stepped(static, state, functools.partial(loss_of, key))
 
     keys = jax.random.split(key, static.config.erase_updates)
     after, metrics = jax.lax.scan(update, state, keys)
@@ -362,4 +517,4 @@ def trained(
     if isinstance(static, EncoderStatic):
         encoder, _, _ = static.models(state.params, frozen)
         return pipeline.with_prompt_encoder(encoder)
-    return dataclasses.replace(pipeline, unet=nnx.merge(static.unet, state.params, frozen["unet"]))
+    return dataclasses.replace(pipeline, unet=static.result(state.params, frozen))

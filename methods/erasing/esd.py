@@ -22,48 +22,36 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import erase_target, prediction_loss
-from ..settings import check_settings
-from ..text.phrases import Retained, conditions
-from ..training import TrainState, apply_gradients, constrain_batch
+from ..text.phrases import Retained
+from ..training import TrainState, constrain_batch
 from .common import (
     ErasingStatic,
     Frozen,
-    TrainedSettings,
+    UnetSettings,
     assembled,
     draw_latents,
     draw_prompts,
     erasing_prompts,
     latent_sources,
+    prompt_conditions,
+    stepped,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class EsdXConfig(TrainedSettings):
+class EsdXConfig(UnetSettings):
     """All settings of an ESD run; ESD-x by default.
 
     The paper's anchor is empty. ESD retains nothing: words of the vocabulary fill `contexts`.
-
-    Attributes:
-      untrained: patterns of parameters among the trainable ones that do not train.
-      guidance: of the runs that draw "edited" latents.
     """
 
     cycles: int = 300
-    prompts: int = 8
-    trainable: tuple[str, ...] = ("*.attn2",)
     latents: Literal["edited", "noise"] = "edited"
-    untrained: tuple[str, ...] = ()
-    guidance: float = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_settings(self, least={"guidance": 0})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +102,18 @@ def esd_step(
     concept_key, prompt_key, latent_key = jax.random.split(key, 3)
     names = ("states", "anchor_states")
     _, (concept, anchor) = draw_prompts(static, frozen, names, concept_key, prompt_key)
-    before = nnx.merge(static.unet, frozen["original"])
-    current = nnx.merge(static.unet, jax.lax.stop_gradient(state.params), frozen["unet"])
+    before = static.original(frozen)
+    current = static.edited(jax.lax.stop_gradient(state.params), frozen)
     latents, times = constrain_batch(
         draw_latents(static, frozen, latent_key, config.prompts, model=current, condition=concept)
     )
 
-    def loss_of(params: Any) -> Array:
-        now = nnx.merge(static.unet, params, frozen["unet"])
-        return esd_loss(now, before, latents, times, concept, anchor, config.eta)
+    def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
+        now = static.edited(params, frozen)
+        loss = esd_loss(now, before, latents, times, concept, anchor, config.eta)
+        return loss, {"loss": loss}
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.params)
-    return apply_gradients(state, gradients, static.optimizer), {"loss": loss}
+    return stepped(static, state, loss_of)
 
 
 def prepare(
@@ -147,16 +135,11 @@ def prepare(
       ConceptError: no or unusable concepts.
       ValueError: a pattern of parameters that matches nothing.
     """
-    static, state, frozen = assembled(pipeline, config, untrained=config.untrained)
+    static, state, frozen = assembled(pipeline, config)
     prompts, _ = erasing_prompts(pipeline, concepts, config, retain, seed)
-
-    def states(rows: np.ndarray) -> Any:
-        flat = conditions(pipeline.prompt_encoder, rows.reshape(-1, rows.shape[-1]))
-        return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:2], *leaf.shape[1:]), flat)
-
     texts = {
-        "states": states(prompts.tokens),  # [C, T, L, D]
-        "anchor_states": states(prompts.without),
+        "states": prompt_conditions(pipeline, prompts.tokens),  # [C, T, L, D]
+        "anchor_states": prompt_conditions(pipeline, prompts.without),
         **latent_sources(pipeline, config),
     }
     return static, state, frozen | jax.tree.map(jnp.asarray, texts)

@@ -34,8 +34,8 @@ Config = TypeVar("Config")
 class Command(Generic[Config]):
     """Erase concepts from a text-to-image model.
 
-    SAGE, word erasure and AdvUnlearn edit the text encoder (of SDXL those that --edit names); ESD
-    and UCE edit the UNet. What follows --force are the settings of the chosen method: `--method
+    SAGE, word erasure and AdvUnlearn edit the text encoder (of SDXL those that --edit names), all
+    others the UNet. What follows --force are the settings of the chosen method: `--method
     NAME --help` lists those of another.
 
     Writes a folder: what --export asks for, with erasing.json, which records settings, seed,
@@ -48,10 +48,10 @@ class Command(Generic[Config]):
       output: the folder to write.
       method: how.
       model: a folder of Stable Diffusion 1, 2 or XL.
-      retain: file of phrases to preserve, one a line; by default the tokenizer's own words. ESD
-        preserves nothing and only puts them beside the concept.
-      export: the pipeline, the edited part alone (text-encoder or unet), or the changed tensors
-        alone, as one safetensors file.
+      retain: file of phrases to preserve, one a line; by default the tokenizer's own words. ESD,
+        Concept Ablation, Receler and STEREO only put them beside the concept.
+      export: the pipeline, the edited part alone (text-encoder or unet), the changed tensors alone,
+        as one safetensors file, or a LoRA, by methods that train one.
       seed: of everything random in the run.
       checkpoint_every: save after every n-th cycle, and when interrupted; 0 keeps none.
       dtype: computation dtype; parameters keep the dtype they are stored in. auto takes the one
@@ -64,7 +64,22 @@ class Command(Generic[Config]):
 
     concept: tyro.conf.UseAppendAction[tuple[str, ...]]
     output: Path = Path("erased")
-    method: Literal["sage", "esd-x", "esd-u", "uce", "word", "advunlearn"] = "sage"
+    method: Literal[
+        "sage",
+        "esd-x",
+        "esd-u",
+        "uce",
+        "rece",
+        "speed",
+        "word",
+        "advunlearn",
+        "concept-ablation",
+        "salun",
+        "spm",
+        "mace",
+        "receler",
+        "stereo",
+    ] = "sage"
     model: Model = None
     retain: OptionalPath = None
     export: Export = "pipeline"
@@ -130,7 +145,13 @@ def run(command: Command[Any]) -> None:
 
 def _check_options(command: Command[Any], method: Method) -> None:
     part = method.edits.replace("_", "-")
-    if command.export not in ("pipeline", "changes", part):
+    if command.export == "lora" and not method.lora:
+        names = ", ".join(name for name, each in METHODS.items() if each.lora)
+        raise ValueError(
+            f"{method.title} trains no LoRA: --export lora is for {names}. What differs is written "
+            "as one by conceptax convert --form lora."
+        )
+    if command.export not in ("pipeline", "changes", "lora", part):
         raise ValueError(
             f"{method.title} edits the {part} and leaves the {command.export} as it was: "
             f"--export takes pipeline, {part} or changes."

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from conceptax.converters import save_changes, save_pytorch
+from conceptax.converters import save_changes, save_lora, save_pytorch
 from conceptax.converters.files.weights import read_json
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.erasing import erase, method_of
@@ -20,7 +20,9 @@ from conceptax.reporting.runs import NOT_KEPT, Kept, Run
 RECORD = "erasing.json"
 _SHOWN = 12  # near phrases that are printed; all are recorded
 
-Export = Literal["pipeline", "text-encoder", "unet", "changes"]
+_LORA = "pytorch_lora_weights.safetensors"
+
+Export = Literal["pipeline", "text-encoder", "unet", "changes", "lora"]
 
 
 def erase_into(
@@ -74,9 +76,13 @@ def erase_into(
     rules = RULES["StableDiffusionPipeline"]
     with run.training(kept, rules=rules) if method.trains else run.timed() as options:
         edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
+    exact = edited.unet  # before the sums are rounded to what the original is stored in
     parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
     edited = dataclasses.replace(edited, **parts)
-    if export == "changes":
+    if export == "lora":
+        found = save_lora(exact, pipeline.unet, folder / _LORA, rank=config.rank)
+        run.record["lora"] = {"rank": config.rank, "relative_error": found.error}
+    elif export == "changes":
         changed = {
             name: save_changes(
                 part, getattr(pipeline, name), folder / f"{name}_changes.safetensors"

@@ -12,7 +12,15 @@ from conceptax.converters import load_pytorch, save_pytorch
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.erasing import (
     AdvUnlearnConfig,
+    ConceptAblationConfig,
     EsdXConfig,
+    MaceConfig,
+    ReceConfig,
+    RecelerConfig,
+    SalUnConfig,
+    SpeedConfig,
+    SpmConfig,
+    StereoConfig,
     UceConfig,
     WordConfig,
     erase,
@@ -38,6 +46,20 @@ METHODS = {
     ),
     "esd-x": (EsdXConfig(**_RUN, ddim_steps=2), {"unet"}),
     "uce": (UceConfig(**_SMALL, frames=0), {"unet"}),
+    "rece": (ReceConfig(**_SMALL, frames=0), {"unet"}),
+    "speed": (SpeedConfig(**_SMALL, frames=0, threshold=10.0), {"unet"}),
+    "concept-ablation": (ConceptAblationConfig(**_RUN, ddim_steps=2), {"unet"}),
+    "salun": (
+        SalUnConfig(**_CYCLE, ddim_steps=2, saliency_batches=1, retain_images=2, retain_rows=2),
+        {"unet"},
+    ),
+    "spm": (SpmConfig(**_CYCLE, ddim_steps=2, anchors=2, anchor_rows=2), {"unet"}),
+    "mace": (MaceConfig(**_CYCLE, ddim_steps=2, mask_threshold=0.3), {"unet"}),
+    "receler": (RecelerConfig(**_RUN, ddim_steps=2, rank=2, attack_steps=1), {"unet"}),
+    "stereo": (
+        StereoConfig(**_RUN, ddim_steps=2, search_rounds=1, search_cycles=1, inversion_steps=2),
+        {"unet"},
+    ),
 }
 
 
@@ -64,7 +86,10 @@ def changed_parts(before, after):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("sage", "uce") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+    [
+        n if n in ("sage", "uce", "rece", "speed") else pytest.param(n, marks=pytest.mark.slow)
+        for n in METHODS
+    ],
 )
 def test_each_method_edits_its_parts_of_sdxl(pipeline, name):
     config, parts = METHODS[name]

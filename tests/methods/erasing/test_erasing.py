@@ -9,36 +9,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from erasing_toy import tiny_pipeline
+from erasing_toy import PHRASES, agree, moved, one, tiny_pipeline
 from flax import nnx
 
 from conceptax.converters import OutputError, save_changes, save_pytorch
 from conceptax.methods.erasing import (
     METHODS,
     AdvUnlearnConfig,
+    ConceptAblationConfig,
     EsdUConfig,
     EsdXConfig,
+    MaceConfig,
+    ReceConfig,
+    RecelerConfig,
+    SalUnConfig,
+    SpeedConfig,
+    SpmConfig,
+    StereoConfig,
     UceConfig,
     WordConfig,
     advunlearn,
+    closed_form,
     erase,
     esd,
     method_of,
+    rece,
     sage,
-    uce,
+    speed,
 )
 from conceptax.methods.erasing.common import draw_latents
 from conceptax.methods.sampling import NoiseSchedule, denoise_until, make_sampler
 from conceptax.methods.text.phrases import (
     ConceptError,
     Retained,
+    encode_phrases,
     retained_phrases,
     stacked_prompts,
 )
 from conceptax.methods.training import leaf_paths, matches
 
-PHRASES = {"vocabulary": 40, "similarity_cap": 1.0, "templates": ("a {}", "a photo of a {}")}
-ESD = {**PHRASES, "contexts": 0, "cycles": 2, "prompts": 2, "ddim_steps": 4}
+RUN = {**PHRASES, "contexts": 0, "cycles": 2, "prompts": 2}
+ESD = {**RUN, "ddim_steps": 4}
 TINY = {
     "sage": sage.SageConfig(
         **PHRASES,
@@ -56,6 +67,18 @@ TINY = {
     "esd-x": EsdXConfig(**ESD),
     "esd-u": EsdUConfig(**ESD),
     "uce": UceConfig(**PHRASES, contexts=3),
+    "rece": ReceConfig(**PHRASES, contexts=3, epochs=2),
+    "speed": SpeedConfig(**PHRASES, contexts=3, threshold=0.5, augmentations=2),
+    "concept-ablation": ConceptAblationConfig(**RUN, ddim_steps=2),
+    "salun": SalUnConfig(
+        **RUN, ddim_steps=2, frames=0, saliency_batches=1, retain_images=3, retain_rows=2
+    ),
+    "spm": SpmConfig(**RUN, ddim_steps=2, anchors=4, anchor_rows=2, frames=0),
+    "mace": MaceConfig(**RUN, ddim_steps=2, frames=0, mask_threshold=0.3),
+    "receler": RecelerConfig(**RUN, ddim_steps=2, rank=2, attack_steps=1),
+    "stereo": StereoConfig(
+        **RUN, ddim_steps=2, search_rounds=1, search_cycles=1, inversion_steps=2
+    ),
     "advunlearn": AdvUnlearnConfig(
         **PHRASES,
         contexts=0,
@@ -79,24 +102,6 @@ def pipeline():
     return tiny_pipeline()
 
 
-def moved(params, size=0.02):
-    """Parameters away from the original's, where no gradient vanishes."""
-    return jax.tree.map(lambda p: p + size * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
-
-
-def agree(ours, theirs, tolerance=2e-5):
-    """Two gradients, against the largest entry of the whole."""
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
-    assert scale > 0
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(one, other, atol=tolerance * scale)
-
-
-def one(unet, latent, time, hidden):
-    """A prediction for one prompt alone."""
-    return unet(latent[None], time, hidden[None])[0]
-
-
 def changed_paths(before, after):
     old, new = (nnx.to_pure_dict(nnx.state(model)) for model in (before, after))
     pairs = zip(leaf_paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
@@ -107,7 +112,17 @@ def changed_paths(before, after):
 
 
 # What tests of their equations cover in smaller programs.
-SLOW = ("advunlearn", "esd-x", "word")
+SLOW = (
+    "advunlearn",
+    "esd-x",
+    "word",
+    "concept-ablation",
+    "salun",
+    "spm",
+    "mace",
+    "receler",
+    "stereo",
+)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +366,7 @@ def test_uce_solves_the_least_squares_problem():
     rng = np.random.default_rng(0)
     c, star, kept = rng.normal(size=(5, 8)), rng.normal(size=(5, 8)), rng.normal(size=(40, 8))
     weights = {"erase_weight": 2.0, "preserve_weight": 0.5, "regularization": 0.1}
-    matrix = uce.edit_matrix(c, star, kept.T @ kept / 40, **weights)
+    matrix = closed_form.edit_matrix(c, star, kept.T @ kept / 40, **weights)
     for out in (3, 8):  # projections of two sizes, one matrix
         old = rng.normal(size=(out, 8))
         # Every term of the objective as rows of one dense problem  min |A W'^T - B|^2.
@@ -375,7 +390,7 @@ def test_uce_with_sums_is_the_papers_formula():
     for cj in kept:
         numerator = numerator + old @ np.outer(cj, cj)
         denominator = denominator + np.outer(cj, cj)
-    matrix = uce.edit_matrix(
+    matrix = closed_form.edit_matrix(
         c, star, kept.T @ kept / 9, erase_weight=4.0, preserve_weight=9.0, regularization=0.3
     )
     np.testing.assert_allclose(old @ matrix, numerator @ np.linalg.inv(denominator), atol=1e-10)
@@ -398,7 +413,7 @@ def test_uce_pairs_states_from_the_concept_on(pipeline):
         states = [
             np.asarray(text(jnp.asarray(rows[0]))[0]) for rows in (prompts.tokens, prompts.without)
         ]
-        return states, uce.paired_states(pipeline, prompts)
+        return states, closed_form.paired_states(pipeline, prompts)
 
     # start a red three on grass end -> start a on grass end: from "three" and "a", both to the end
     (with_, without), (concept, anchor) = pairs("")
@@ -421,13 +436,141 @@ def test_uce_rewrites_the_projections_of_cross_attention(pipeline):
     prompts = stacked_prompts(
         pipeline.tokenizer, ["three"], [], strong, length=pipeline.max_length, seed=0
     )
-    concept, anchor = uce.paired_states(pipeline, prompts)
+    concept, anchor = closed_form.paired_states(pipeline, prompts)
     attention = lambda p: p.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2  # noqa: E731
     old, new = (np.asarray(attention(p).to_v.kernel[...]) for p in (pipeline, edited))
     near = np.linalg.norm(concept @ new - anchor @ old)
     assert near < 0.5 * np.linalg.norm(concept @ old - anchor @ old)
     with pytest.raises(ValueError, match="reads no text states"):
         erase(pipeline, ["three"], dataclasses.replace(strong, edited=("conv_in",)))
+
+
+# ---- RECE ----
+
+
+def test_rece_finds_what_the_edited_projections_take_for_the_concept():
+    """The derived state as a least squares problem over all projections, one state at a time."""
+    rng = np.random.default_rng(2)
+    old = [rng.normal(size=(out, 6)) for out in (4, 5, 9)]
+    matrix, states = rng.normal(size=(6, 6)), rng.normal(size=(3, 6))
+    gram = sum(weight.T @ weight for weight in old)
+    found = rece.adversarial_states(states, matrix, gram, 0.3)
+    left = np.concatenate([*(weight @ matrix for weight in old), np.sqrt(0.3) * np.eye(6)])
+    for state, ours in zip(states, found, strict=True):
+        right = np.concatenate([*(weight @ state for weight in old), np.zeros(6)])
+        np.testing.assert_allclose(ours, np.linalg.lstsq(left, right, rcond=None)[0], atol=1e-9)
+
+
+def test_rece_goes_on_from_uce_and_erases_what_it_finds(pipeline):
+    """Two epochs of the paper, projection by projection, by sums over all of its layers."""
+    uce = dataclasses.replace(
+        TINY["rece"], contexts=0, frames=0, epochs=0, search_regularization=0.1
+    )
+    retain = Retained(("four", "red", "brick"))
+    first = erase(pipeline, ["three"], uce, retain=retain)
+    plain = UceConfig(**PHRASES, contexts=0, frames=0)
+    kernels = [
+        [
+            np.float64(leaf)
+            for path, leaf in zip(
+                leaf_paths(each.unet),
+                jax.tree.leaves(nnx.to_pure_dict(nnx.state(each.unet))),
+                strict=True,
+            )
+            if ".attn2.to_k" in path or ".attn2.to_v" in path
+        ]
+        for each in (pipeline, first, erase(pipeline, ["three"], plain, retain=retain))
+    ]
+    for one_, other in zip(*kernels[1:], strict=True):
+        np.testing.assert_array_equal(one_, other)
+    old, new = ([kernel.T for kernel in each] for each in kernels[:2])
+    prompts = stacked_prompts(
+        pipeline.tokenizer, ["three"], [], uce, length=pipeline.max_length, seed=0
+    )
+    concept, anchor = (np.float64(each) for each in closed_form.paired_states(pipeline, prompts))
+    rows = encode_phrases(pipeline.tokenizer, retain.kept, pipeline.max_length)
+    kept = closed_form.second_moment(pipeline, rows)
+    unit = np.trace(kept) / 16
+    lamb = 0.1 * np.trace(sum(weight.T @ weight for weight in old)) / 16
+    for _ in range(2):
+        left = lamb * np.eye(16) + sum(now.T @ now for now in new)
+        right = sum(now.T @ was for now, was in zip(new, old, strict=True))
+        found = concept @ (np.linalg.inv(left) @ right).T
+        after = found.T @ found / len(found) + kept + 0.01 * unit * np.eye(16)
+        new = [
+            (now @ anchor.T @ found / len(found) + now @ kept + 0.01 * unit * now)
+            @ np.linalg.inv(after)
+            for now in new
+        ]
+    edited = erase(pipeline, ["three"], dataclasses.replace(uce, epochs=2), retain=retain)
+    attention = edited.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    np.testing.assert_allclose(attention.to_k.kernel[...], new[0].T, atol=1e-4)
+
+
+# ---- SPEED ----
+
+
+def test_speed_solves_its_constrained_problem():
+    """Equation 10 by its Karush-Kuhn-Tucker system, over the entries of D in the null space."""
+    rng = np.random.default_rng(3)
+    size, out = 7, 4
+    concept, anchor = rng.normal(size=(2, size)), rng.normal(size=(2, size))
+    invariant, weight = rng.normal(size=(2, size)), rng.normal(size=(out, size))
+    basis = np.linalg.qr(rng.normal(size=(size, 5)))[0]  # of the null space
+    ours = weight @ speed.constrained_update(concept, anchor, invariant, basis @ basis.T, 0.7)
+    # D P = Z basis^T with free Z: |Z a - W(c* - c)|^2 / N + l |Z|^2 with Z b = 0, row by row.
+    inside, fixed = concept @ basis, invariant @ basis
+    goal = (anchor - concept) @ weight.T
+    normal = inside.T @ inside / 2 + 0.7 * np.eye(5)
+    system = np.block([[normal, fixed.T], [fixed, np.zeros((2, 2))]])
+    right = np.concatenate([inside.T @ goal / 2, np.zeros((2, out))])
+    expected = (basis @ np.linalg.solve(system, right)[:5]).T
+    np.testing.assert_allclose(ours, expected, atol=1e-9)
+    np.testing.assert_allclose(ours @ invariant.T, 0, atol=1e-9)
+    outside = np.eye(size) - basis @ basis.T
+    np.testing.assert_allclose(ours @ outside, 0, atol=1e-9)
+
+
+def test_speed_refines_what_is_retained():
+    rng = np.random.default_rng(4)
+    weight, states = rng.normal(size=(5, 4)), rng.normal(size=(30, 4))
+    concept, anchor = rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
+    alone = np.linalg.lstsq(  # erasing alone, of means, with l = 0.5
+        np.concatenate([concept / np.sqrt(3), np.sqrt(0.5) * np.eye(4)]),
+        np.concatenate([(anchor - concept) @ weight.T / np.sqrt(3), np.zeros((4, 5))]),
+        rcond=None,
+    )[0].T
+    shifts = np.linalg.norm(states @ alone.T, axis=1)
+    given = weight, states, concept, anchor, 0.5
+    np.testing.assert_allclose(speed.prior_shift(*given), shifts, atol=1e-9)
+    sizes = {"directions": 1, "rng": rng}
+    kept = speed.refined(*given, augmentations=0, **sizes)
+    np.testing.assert_array_equal(kept, states[shifts > shifts.mean()])
+    more = speed.refined(*given, augmentations=6, **sizes)
+    np.testing.assert_array_equal(more[: len(kept)], kept)
+    copies = more[len(kept) :]
+    assert 0 < len(copies) < 6 * len(kept)
+    direction = np.linalg.eigh(weight.T @ weight)[1][:, 0]  # that W changes least
+    away = (copies[:, None] - kept) @ (np.eye(4) - np.outer(direction, direction))
+    assert np.linalg.norm(away, axis=-1).min(axis=1).max() < 1e-9
+    values, vectors = np.linalg.eigh(states.T @ states / 30)
+    projection = speed.null_space(states.T @ states / 30, float(values[1:3].mean()))
+    np.testing.assert_allclose(projection, vectors[:, :2] @ vectors[:, :2].T, atol=1e-9)
+
+
+def test_speed_leaves_the_empty_prompt_as_it_is(pipeline):
+    edited = erase(pipeline, ["three"], dataclasses.replace(TINY["speed"], threshold=10.0))
+    changed = changed_paths(pipeline.unet, edited.unet)
+    assert changed and all(path.endswith("attn2.to_v.kernel") for path in changed)
+    empty = encode_phrases(pipeline.tokenizer, [""], pipeline.max_length)
+    start, *others = np.asarray(pipeline.text_encoder(jnp.asarray(empty)).last_hidden_state[0])
+    leading = np.linalg.eigh(np.transpose(others) @ np.stack(others))[1][:, -3:].T
+    old, new = (
+        np.asarray(p.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_v.kernel[...])
+        for p in (pipeline, edited)
+    )
+    assert np.abs(new - old).max() > 1e-3
+    np.testing.assert_allclose(np.stack([start, *leading]) @ (new - old), 0, atol=1e-4)
 
 
 # ---- AdvUnlearn ----
