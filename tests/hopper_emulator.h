@@ -412,6 +412,8 @@ void wait_for_products(GNA_SITE) {
 template <int kN>
 void changed(float (&)[kN]) {}
 
+inline void keep_before(float) {}
+
 template <typename T>
 void numbers_of(const uint16_t (&bits)[8], float* x) {
   for (int i = 0; i < 8; ++i) x[i] = to_float(T{bits[i]});

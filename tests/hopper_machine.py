@@ -3,12 +3,15 @@
 import contextlib
 import ctypes
 import functools
+import re
+import subprocess
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import gna_machines
 import numpy as np
-
+import pytest
 
 class Spoiled(NamedTuple):
     """An instruction's site, and how it is to go wrong there; see `hopper_emulator.h`."""
@@ -17,6 +20,9 @@ class Spoiled(NamedTuple):
     file: str = ""
     line: int = 0
     change: int = 0
+
+
+NOTHING = Spoiled()
 
 
 class EmulatorError(RuntimeError):
@@ -44,7 +50,7 @@ def sites() -> Iterator[list[tuple[str, str, int]]]:
         found.append((what, file, int(number)))
 
 
-def begin(seed: int, spoiled: Spoiled = Spoiled()) -> None:
+def begin(seed: int, spoiled: Spoiled = NOTHING) -> None:
     """Seeds the order of events, and spoils an instruction."""
     what, file, line, change = spoiled
     library().hopper_begin(seed, what.encode(), file.encode(), line, change)
@@ -132,3 +138,21 @@ def backward(
     )
     check(error)
     return [x for x in gradients if x is not None]
+
+
+def loops(binary: Path) -> list[list[str]]:
+    """The instructions of a compiled file's loops, in the order of their ends."""
+    folder = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin"
+    command = [folder / "nvdisasm", "-c", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    codes, labels, found = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(codes)
+        if not (code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)):
+            continue
+        codes.append(code[1].strip())
+        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", code[1])
+        if jump and jump[1] in labels:
+            found.append(codes[labels[jump[1]] :])
+    return found

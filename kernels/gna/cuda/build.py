@@ -132,9 +132,7 @@ def command(target: str, architecture: str | None = None) -> list[str]:
     else:
         if architecture is None:
             raise RuntimeError("the cuda implementation cannot be built: there is no NVIDIA GPU.")
-        options = [
-            f"-gencode=arch=compute_{one},code=sm_{one}" for one in architecture.split(",")
-        ]
+        options = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in architecture.split(",")]
         options += ["-Xcompiler", "-fPIC"]
     return [*found, *shared, *options]
 

@@ -1,7 +1,7 @@
 // Forward attention on tensor cores: a block of four warps takes a tile of 128 queries of one head.
 #pragma once
 
-#include "fragments.h"
+#include "repair.h"
 
 namespace gna {
 
@@ -114,12 +114,30 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgument
       factor[m][half] = 1 / sum;
       const int token = walk.row_token[first + m * 16 + half * 8 + lane / 4];
       if (token >= 0 && lane % 4 == 0) {
-        const int64_t at = (int64_t{batch} * p.tokens + token) * p.heads + head;
-        a.lse[at] = top[m][half] * p.scale + logf(sum);
+        a.lse[place_of(p, batch, token, head)] = top[m][half] * p.scale + logf(sum);
       }
     }
   }
   scatter<kD>(queries, walk.row_token, first, p, a.output, batch, head, sums, factor);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float strange = 0;  // not 0 if any of the sums is not finite
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+        strange += sums[m][n][2 * half] * 0 + sums[m][n][2 * half + 1] * 0;
+      }
+      const int row = first + m * 16 + half * 8;
+      const bool lost = walk.row_token[row + lane / 4] >= 0 && strange != 0 && total[m][half] > 0;
+      const uint32_t rows = votes(lost);
+      for (int n = 0; n < 8 && rows != 0; ++n) {
+        if ((rows >> 4 * n & 15) == 0) continue;
+        repair_output(p, a.query, a.key, a.value, a.output, a.lse, batch, walk.row_token[row + n],
+                      head);
+      }
+    }
+  }
 }
 
 }  // namespace gna

@@ -10,6 +10,7 @@ import re
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gna_machines
 import jax
@@ -20,7 +21,7 @@ from gna_oracle import attention, operands, random_case
 from jax.experimental import serialize_executable
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import cuda
+from conceptax.kernels.gna import api, cuda
 from conceptax.kernels.gna.cuda import build
 from conceptax.kernels.gna.problem import windows_of
 from conceptax.kernels.gna.tiles import cut
@@ -174,12 +175,6 @@ def test_results_are_the_same_each_time():
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.fixture
-def on_the_emulator():
-    with gna_machines.emulator():
-        yield
-
-
 # Small, and between them: every kernel size, queries that all see a tile of keys, several tiles of
 # keys and of queries, dimensions short of the kernel's, groups of unequal length, and additional
 # keys for more than one tile.
@@ -215,8 +210,11 @@ EMULATED = [
 ]
 
 
-@pytest.mark.parametrize("n", range(len(EMULATED)))
-def test_gpu_sources(on_the_emulator, n):
+@pytest.mark.parametrize(
+    ("n", "hopper"), [*((n, False) for n in range(len(EMULATED))), (2, True), (4, True)]
+)
+def test_gpu_sources(n, hopper):
+    """On sm_80, and on sm_90a by its own kernels (more in `test_hopper.py`)."""
     batch, layout, *window, (heads, kv_heads), (dim, value_dim), additional, dtype = EMULATED[n]
     names = ("kernel_size", "stride", "dilation", "is_causal")
     case = {"layout": layout} | dict(zip(names, window, strict=True))
@@ -228,16 +226,20 @@ def test_gpu_sources(on_the_emulator, n):
         "value_dim": value_dim,
         "additional": additional,
     }
-    check(case, sizes, operands(np.random.default_rng(n), case, sizes), dtype)
+    with gna_machines.emulator(hopper):
+        check(case, sizes, operands(np.random.default_rng(n), case, sizes), dtype)
 
 
 def test_tiles_fit_the_windows():
     # One stride group of 8 x 8 queries fills a tile of 64, two one of 128.
     windows = windows_of((64, 64), (32, 32), (8, 8))
-    cpu, forward, query, key = cuda.tiles(windows)
+    cpu, forward, query, key, *boxes = cuda.tiles(windows)
     assert cpu == query == (8, 8)
     assert sorted(forward) == [8, 16]
     assert np.prod(key) == 64
+    sizes = [tokens for one in cuda.BOXES for tokens in one[:2]]
+    assert [np.prod(shape) for shape in boxes] == sizes
+    assert all(shape[-1] >= cuda.LEAST_SEEN for shape in boxes[1::2])
     for length, kernel, stride, dilation, causal in [(37, 5, 2, 3, False), (20, 9, 4, 1, True)]:
         (window,) = windows_of((length,), kernel, stride, dilation, causal)
         for tile in (1, 4, 7):
@@ -266,6 +268,13 @@ def test_what_it_cannot_do(monkeypatch):
     assert "up to 128, not 136" in gna.unsupported("cuda", problem(head_dim=136), "gpu")
     assert "not float32" in gna.unsupported("cuda", problem(dtype=jnp.float32), "gpu")
     assert "not on a tpu" in gna.unsupported("cuda", problem(), "tpu")
+    monkeypatch.setattr(build, "capabilities", lambda: ["75", "90"])
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "default_platform", lambda: "gpu")
+        x = jnp.zeros((1, 6, 2, 8), jnp.float16)
+        with pytest.raises(NotImplementedError, match=r"capability 8\.0 or later, not 7\.5"):
+            gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="cuda")
+    monkeypatch.setattr(build, "capabilities", lambda: ["80", "90"])
     for name in ("CXX", "NVCC", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
@@ -415,11 +424,24 @@ def test_lowers_for_a_gpu_without_one():
     assert "windows = dense<[6, 3, 1, 1, 0]>" in lowered
 
 
+def test_builds_for_all_gpus_of_the_process(monkeypatch):
+    devices = [SimpleNamespace(compute_capability=x) for x in ("9.0", "8.0", "9.0", "10.3")]
+    monkeypatch.setattr(jax, "local_devices", lambda backend: devices)
+    assert build.architectures() == "80,90a,103a"
+    monkeypatch.setenv("NVCC", "true")
+    options = build.command("gpu", build.architectures())
+    assert "-gencode=arch=compute_90a,code=sm_90a" in options
+    assert sum(one.startswith("-gencode") for one in options) == 3
+    devices.clear()
+    with pytest.raises(RuntimeError, match="there is no NVIDIA GPU"):
+        build.command("gpu", build.architectures())
+
+
 @needs_nvcc
 @pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.slow), "90a"])
 def test_compiles_for_gpus(architecture, tmp_path):
     library = ctypes.CDLL(str(build.build("gpu", architecture, tmp_path)))
-    assert library.GnaForward and library.GnaBackward
+    assert library.GnaForward and library.GnaBackward and library.GnaInitialize
 
 
 RUN = """

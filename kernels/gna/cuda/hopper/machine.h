@@ -93,6 +93,23 @@ GNA_DEVICE void changed(float (&x)[kN]) {
   for (int i = 0; i < kN; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+// Keeps what makes this number, which is never negative, before what follows: the assembler moves
+// waits ahead of arithmetic, but not out of what could be a loop.
+GNA_DEVICE void keep_before(float x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred negative;\n"
+      "setp.lt.f32 negative, %0, 0f00000000;\n"
+      "vote.sync.any.pred negative, negative, -1;\n"
+      "@!negative bra.uni done;\n"
+      "again:\n"
+      "nanosleep.u32 32;\n"
+      "bra.uni again;\n"
+      "done:\n"
+      "}" ::"f"(x)
+      : "memory");
+}
+
 // Barriers 1 to 15 of some warps, all of which wait, or of which some only tell the others.
 GNA_DEVICE void meet(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
