@@ -2,8 +2,8 @@
 
     python compile_for_h200.py LIBRARY
 
-The custom calls are those of a library with the same handlers, which need not run: XLA only asks them
-what they are. Writes what XLA says of the program, as JSON.
+The custom calls are those of a library with the same handlers, which need not run: XLA only asks
+them what they are. Writes what XLA says of the program, as JSON.
 """
 
 import ctypes

@@ -23,6 +23,9 @@ class Spoiled(NamedTuple):
     change: int = 0
 
 
+NOTHING = Spoiled()
+
+
 class EmulatorError(RuntimeError):
     """What would hang, fault or be undefined on the machine."""
 
@@ -48,7 +51,7 @@ def sites() -> Iterator[list[tuple[str, str, int]]]:
         found.append((what, file, int(number)))
 
 
-def begin(seed: int, spoiled: Spoiled = Spoiled()) -> None:
+def begin(seed: int, spoiled: Spoiled = NOTHING) -> None:
     """Seeds the order of events, and spoils an instruction."""
     what, file, line, change = spoiled
     library().hopper_begin(seed, what.encode(), file.encode(), line, change)

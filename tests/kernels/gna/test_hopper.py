@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gna_oracle import attention, full_mask, operands, random_case
-from hopper_machine import EmulatorError, Spoiled
+from hopper_machine import NOTHING, EmulatorError, Spoiled
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna import cuda
@@ -81,7 +81,7 @@ def expected_forward(seed):
     return attention(case, *(None if x is None else x.astype(float) for x in arrays[:5]))
 
 
-def check_forward(seed, spoiled=Spoiled()):
+def check_forward(seed, spoiled=NOTHING):
     rng, case, heads, arrays = random_problem(seed)
     tile, box = drawn_shapes(rng, case, ROWS, ROWS)
     hopper_machine.begin(seed, spoiled)
@@ -158,7 +158,7 @@ def test_what_is_spoiled_in_the_forward_kernel_shows():
     seeds = range(4)
     with hopper_machine.sites() as sites:
         for seed in seeds:
-            check_spoiled_forward(seed, Spoiled())
+            check_spoiled_forward(seed, NOTHING)
     spoiled = [Spoiled(*site, change) for site in sites for change in CHANGES[site[0]]]
     assert len(spoiled) > 60
     assert not [one for one in spoiled if missed(check_spoiled_forward, seeds, one)]

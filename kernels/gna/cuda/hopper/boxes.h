@@ -2,8 +2,8 @@
 // these meet come in boxes of a fixed shape, each copied by one instruction for 64 of its numbers.
 //
 // Rows are queries and columns keys, or the other way round, as in ../walk.h. Boxes of columns begin
-// with the first column that a row meets. Those whose columns all rows meet come first and need no
-// mask, then additional keys, then the rest. A box is a matrix of as many rows as it has tokens,
+// with the first column that a row meets, and additional keys follow. Those whose columns all rows
+// meet need no mask. A box is a matrix of as many rows as it has tokens,
 // in row-major order of the dimensions.
 #pragma once
 
@@ -53,7 +53,6 @@ struct Boxes {
   int offset[3], length[3], first[3];
   int start[3], along[3], free_start[3], free_along[3];
   int box[3];  // columns of a box
-  int free, plain, count;  // steps without a mask, then with additional keys, and all
   int additional, columns;
 
   // False if the tile is empty. Tiles of a head come before those of the next.
@@ -90,52 +89,12 @@ struct Boxes {
       free_along[m] = at_least((a.end - a.start) / box[m] - free_start[m], 0);
     }
     additional = additional_keys;
-    free = free_along[0] * free_along[1] * free_along[2];
-    plain = free + ceil_div(additional, columns);
-    count = plain - free + along[0] * along[1] * along[2];
     return inside;
   }
 
   template <bool kKeys>
   static GNA_DEVICE Interval met(const Axis& axis, int length, int row) {
     return kKeys ? inverse_window(axis, length, row) : window(axis, length, row);
-  }
-
-  GNA_DEVICE Step at(int n) const {
-    if (n >= free && n < plain) {
-      const int from = (n - free) * columns, rest = additional - from;
-      return {{from, 0, 0}, rest < columns ? rest : kMetAll, true};
-    }
-    int d[3];
-    const bool is_free = n < free;
-    if (is_free) {
-      d[2] = free_start[2] + n % free_along[2];
-      d[1] = free_start[1] + n / free_along[2] % free_along[1];
-      d[0] = free_start[0] + n / free_along[2] / free_along[1];
-    } else {
-      // Of the rest, those outside of the free ones along the first dimension, then along the
-      // second, then along the third.
-      n -= plain;
-      const bool none = free == 0;
-      const int f0 = none ? 0 : free_along[0], f1 = none ? 0 : free_along[1];
-      const int f2 = none ? 0 : free_along[2];
-      const int outside = (along[0] - f0) * along[1] * along[2];
-      const int beside = f0 * (along[1] - f1) * along[2];
-      const bool second = n >= outside, third = n >= outside + beside;
-      n -= third ? outside + beside : second ? outside : 0;
-      const int w1 = third ? f1 : second ? along[1] - f1 : along[1];
-      const int w2 = third ? along[2] - f2 : along[2];
-      d[2] = n % w2;
-      d[1] = n / w2 % w1;
-      d[0] = n / w2 / w1;
-      d[0] += second ? free_start[0] : d[0] >= free_start[0] ? f0 : 0;
-      d[1] += third ? free_start[1] : second && d[1] >= free_start[1] ? f1 : 0;
-      d[2] += third && d[2] >= free_start[2] ? f2 : 0;
-    }
-    Step step{{}, is_free ? kMetAll : kMetOwn, false};
-#pragma unroll
-    for (int m = 0; m < 3; ++m) step.place[m] = start[m] + d[m] * box[m];
-    return step;
   }
 
   // The token of a row of the tile, -1 where there is none.

@@ -53,6 +53,7 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   Boxes boxes;
   if (!boxes.find<false>(p, a.tiles, p.heads, a.box, p.additional)) return;
+  const int steps = boxes.steps();
   if (threadIdx.x == 0) {
     start_barrier(shared.query_here, 1);
     for (int n = 0; n < kStages; ++n) {
@@ -78,9 +79,10 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
         copy_box(shared.query[n], a.queries.of[boxes.map(p)], shared.query_here, at);
       }
       const int key_head = boxes.head / p.repeats();
-      for (int n = 0; n < boxes.count; ++n) {
+      int next[3] = {};
+      for (int n = 0; n < steps; ++n) {
         const int slot = n % kStages, ended = ~(n / kStages) & 1;
-        const Step step = boxes.at(n);
+        const Step step = boxes.take(n, next);
         const TensorMap& keys = step.more ? a.more_keys : a.keys.of[boxes.map(p)];
         const TensorMap& values = step.more ? a.more_values : a.values.of[boxes.map(p)];
         boxes.corner(at, p, step.place, key_head);
@@ -185,7 +187,7 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
   signal(kTurn + 1 - me, 256);
   probabilities(step);
   round();
-  for (int n = 1; n < boxes.count; ++n) {
+  for (int n = 1; n < steps; ++n) {
     const int slot = n % kStages, before = (n - 1) % kStages;
     wait(shared.key_here[slot], n / kStages & 1);
     step = shared.step[slot];
@@ -206,8 +208,8 @@ GNA_DEVICE void hopper_forward_tile(const HopperForwardArguments<T>& a) {
     for (int i = 0; i < kD / 2; ++i) sums[i] *= kept[i / 2 % 2];
     round();
   }
-  const int last = (boxes.count - 1) % kStages;
-  wait(shared.value_here[last], (boxes.count - 1) / kStages & 1);
+  const int last = (steps - 1) % kStages;
+  wait(shared.value_here[last], (steps - 1) / kStages & 1);
   accumulate_values(last);
   wait_for_products<0>();
   changed(sums);
