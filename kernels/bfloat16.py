@@ -193,7 +193,7 @@ def _on_cpu(ctx: Any, *operands: Any, form: Form, kind: str) -> Any:
 
 
 def _abstract(first: Any, second: Any, *, form: Form, kind: str) -> Any:
-    return jax.core.ShapedArray(form.shape(kind), first.dtype)
+    return jax.core.ShapedArray(form.shape(kind), first.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pulled(place: int, g: Array, first: Any, second: Any, *, form: Form, kind: str) -> Array:

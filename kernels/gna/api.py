@@ -403,8 +403,11 @@ def _in_rows(operands: Operands) -> tuple[Any, Any, Any]:
     """Queries, all keys and all values of dense attention, [B, L, H, D]."""
     query, key, value, *additional = operands
     query, key, value = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
-    pairs = zip((key, value), additional, strict=True)
-    return query, *(x if a is None else jnp.concatenate([x, a], axis=1) for x, a in pairs)
+    keys, values = (
+        x if more is None else jnp.concatenate([x, more], axis=1)
+        for x, more in zip((key, value), additional, strict=True)
+    )
+    return query, keys, values
 
 
 def _is_cudnns(problem: Problem, operands: Operands) -> bool:
@@ -419,7 +422,7 @@ def _attend_by_cudnn(problem: Problem, chosen: Choice, operands: Operands) -> Ar
     """The output of dense attention, by cuDNN where it is lowered for CUDA."""
 
     def by_cudnn(operands: Operands) -> Array:
-        output = cudnn.attend(False, problem.scale, *_in_rows(operands))
+        output: Any = cudnn.attend(False, problem.scale, *_in_rows(operands))
         return output.reshape(*operands.query.shape[:-1], problem.value_dim)
 
     # What is not run must leave nothing for the backward pass but the operands.

@@ -21,7 +21,7 @@ from gna_oracle import attention, operands, random_case
 from jax.experimental import serialize_executable
 
 from conceptax.kernels import gna
-from conceptax.kernels.gna import api, cuda
+from conceptax.kernels.gna import cuda, platforms
 from conceptax.kernels.gna.cuda import build
 from conceptax.kernels.gna.problem import windows_of
 from conceptax.kernels.gna.tiles import cut
@@ -269,8 +269,7 @@ def test_what_it_cannot_do(monkeypatch):
     assert "not float32" in gna.unsupported("cuda", problem(dtype=jnp.float32), "gpu")
     assert "not on a tpu" in gna.unsupported("cuda", problem(), "tpu")
     monkeypatch.setattr(build, "capabilities", lambda: ["75", "90"])
-    with monkeypatch.context() as patch:
-        patch.setattr(api, "default_platform", lambda: "gpu")
+    with platforms.traced_for("gpu"):
         x = jnp.zeros((1, 6, 2, 8), jnp.float16)
         with pytest.raises(NotImplementedError, match=r"capability 8\.0 or later, not 7\.5"):
             gna.neighborhood_attention(x, x, x, kernel_size=3, implementation="cuda")
