@@ -35,6 +35,8 @@ struct HopperBackward {
   static constexpr int kPanels = (kD + kPanel - 1) / kPanel;
   static constexpr int kBytes = kPanels * kColumns * 128;  // of a tile of columns
   static constexpr int kStatWarps = kKeys ? kColumns / 64 : 0;  // which bring numbers of queries
+  // Of a thread that brings and of one that computes; what 128 give up 256 share.
+  static constexpr int kGiven = kKeys ? 40 : 24, kTaken = kKeys ? 232 : 240;
 
   struct Shared {
     char x[kPanels][kRows * 128];
@@ -81,7 +83,7 @@ GNA_DEVICE void hopper_backward_tile(const HopperBackwardArguments<T>& a) {
   const int lane = threadIdx.x % 32;
 
   if (warp < 4) {
-    give_registers<24>();
+    give_registers<Shape::kGiven>();
     const int of_head = boxes.steps();
     if (threadIdx.x == 0) {
       int at[5];
@@ -125,7 +127,7 @@ GNA_DEVICE void hopper_backward_tile(const HopperBackwardArguments<T>& a) {
           float lse[2] = {}, delta[2] = {};
 #pragma unroll
           for (int part = 0; part < 2; ++part) {
-            const int token = boxes.column_token(p, step, first + part * 32);
+            const int token = boxes.column_token(p, a.box, step, first + part * 32);
             if (token < 0) continue;
             const int64_t query = place_of(p, boxes.batch, token, boxes.head * heads + head);
             lse[part] = pairs.lse[query];
@@ -144,7 +146,7 @@ GNA_DEVICE void hopper_backward_tile(const HopperBackwardArguments<T>& a) {
     return;
   }
 
-  take_registers<240>();
+  take_registers<Shape::kTaken>();
   const int first = (warp - 4) * 16;
   const uint64_t x = operand_at(shared.x[0] + (warp / 4 - 1) * 64 * 128);
   const uint64_t y = operand_at(shared.y[0] + (warp / 4 - 1) * 64 * 128);

@@ -20,6 +20,7 @@ constexpr int kMostGroups = 60; // dilation groups whose maps are passed to a ke
 // with `repeat`, which has a bit for each time.
 struct BoxShape {
   int size[3], unit[3];
+  int log[3];  // of sizes
   uint32_t repeat[3];
 };
 
@@ -28,6 +29,7 @@ inline BoxShape box_shape(const int (&size)[3]) {
   int period = 1;
   for (int m = 2; m >= 0; --m) {
     shape.size[m] = size[m];
+    while (1 << shape.log[m] < size[m]) ++shape.log[m];
     shape.unit[m] = period;
     period *= m == 2 ? size[m] / 8 : size[m];
     for (int n = 0; n < 32; n += period) shape.repeat[m] |= 1u << n;
@@ -100,8 +102,11 @@ struct Boxes {
     const int place[3] = {first[0] + row / (p.axis[1].tile * p.axis[2].tile),
                           first[1] + row / p.axis[2].tile % p.axis[1].tile,
                           first[2] + row % p.axis[2].tile};
+    return row < p.tile() ? token_at(p, place) : -1;
+  }
+  GNA_DEVICE int token_at(const Problem& p, const int (&place)[3]) const {
     int token = 0;
-    bool inside = row < p.tile();
+    bool inside = true;
 #pragma unroll
     for (int m = 0; m < 3; ++m) {
       inside &= place[m] < length[m];
@@ -130,20 +135,17 @@ struct Boxes {
   }
 
   // The token of a step's column, -1 where there is none.
-  GNA_DEVICE int column_token(const Problem& p, const Step& step, int column) const {
+  GNA_DEVICE int column_token(const Problem& p, const BoxShape& shape, const Step& step,
+                              int column) const {
     if (step.more) {
       const int token = step.place[0] + column;
       return token < additional ? token : -1;
     }
-    const int place[3] = {column / (box[1] * box[2]), column / box[2] % box[1], column % box[2]};
-    int token = 0;
-    bool inside = true;
-#pragma unroll
-    for (int m = 0; m < 3; ++m) {
-      inside &= step.place[m] + place[m] < length[m];
-      token = token * p.axis[m].length + (step.place[m] + place[m]) * p.axis[m].dilation + offset[m];
-    }
-    return inside ? token : -1;
+    const int line = column >> shape.log[2];
+    const int place[3] = {step.place[0] + (line >> shape.log[1]),
+                          step.place[1] + (line & (shape.size[1] - 1)),
+                          step.place[2] + (column & (shape.size[2] - 1))};
+    return token_at(p, place);
   }
 
   // What the rows of a tile meet along each dimension, [3, rows]; every thread writes of some rows.
