@@ -40,7 +40,7 @@ PAGE = """# What SAGE withstands, and what it does not
 """
 
 TITLES = {name: method.title for name, method in METHODS.items()} | {"original": "no erasing"}
-MARKS = dict(zip(METHODS, "osD^vP<>X*pdhH", strict=False))
+MARKS = dict(zip(METHODS, "osD^vP<>X*pdhH", strict=True))
 COLORS = {name: f"C{n}" for n, name in enumerate(METHODS)} | {"original": "0.5"}
 
 

@@ -76,7 +76,7 @@ class Cell:
 def table() -> Iterator[Cell]:
     """All methods and the original under all attacks."""
     for seed in (0, 1, 2):
-        for method in ("sage", "word", "esd-x", "esd-u", "uce", "advunlearn", "original"):
+        for method in (*METHODS, "original"):
             yield Cell(method, method, seed=seed, attacks=ATTACKS)
 
 

@@ -40,6 +40,7 @@ LONGEST = (
     "methods/erasing/test_sage.py",
     "flax_models/test_models.py",
     "methods/erasing/test_erasing.py",
+    "methods/erasing/test_unet_rivals.py",
     "kernels/gna/test_transformations.py",
     "kernels/gna/test_sweep.py",
     "methods/red_team/test_red_team.py",
