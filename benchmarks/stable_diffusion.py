@@ -3,17 +3,20 @@
     python benchmarks/stable_diffusion.py                     # every task, float32, this device
     python benchmarks/stable_diffusion.py --tasks unet vae --image 1024
     python benchmarks/stable_diffusion.py --size tiny         # seconds instead of minutes
-    python benchmarks/stable_diffusion.py --dtype bfloat16    # meant for a GPU
+    python benchmarks/stable_diffusion.py --dtype bfloat16
 
-Tasks: a forward pass of SD-1.5's UNet and of SDXL's (`unet`, `unet-xl`), an image decoded (`vae`),
-64 texts encoded (`text`), one AdamW update of the text encoder through the frozen UNet, as SAGE
-does it, without and with recomputed activations (`step`, `step-remat`), and a guided DDIM step of
-SD-1.5 beside its UNet alone (`sampler`, in JAX only).
+Tasks: a product of two square matrices of 2,048 and a 3x3 convolution of 320 channels (`product`,
+`convolution`), as the machine's limit; a forward pass of SD-1.5's UNet and of SDXL's (`unet`,
+`unet-xl`), an image decoded (`vae`), 64 texts encoded (`text`), one AdamW update of the text
+encoder through the frozen UNet, as SAGE does it, without and with recomputed activations (`step`,
+`step-remat`), and a guided DDIM step of SD-1.5 beside its UNet alone (`sampler`, in JAX only).
 
-Every measurement runs in a process of its own (so that peak memory is its own), one after another:
-JAX jitted, torch eager, torch.compile.  Text is 77 tokens, weights are random.  First the UNets of
-both frameworks are compared on the same weights at the tiny size; the full-size comparison is
-`make test-full`'s.  A run replaces its tasks in the results file and leaves the others.
+Every measurement runs in a process of its own (so that peak memory is its own), one after
+another: JAX jitted, torch eager, torch.compile. On a CPU, JAX in bfloat16 comes thrice: as it
+chooses (`jax`), widened to float32 as XLA does, and by the CPU's own instructions (`native`).
+Text is 77 tokens, weights are random. First the UNets of both frameworks are compared on the same
+weights at the tiny size; the full-size comparison is `make test-full`'s. A run replaces its tasks
+in the results file and leaves the others.
 """
 
 import argparse
@@ -33,8 +36,19 @@ from _processes import peak_memory
 from conceptax.reporting.results import write_records
 
 RESULTS = Path(__file__).parent / "results"
-ENGINES = ("jax", "eager", "compile")
-TASKS = ("unet", "unet-xl", "vae", "text", "step", "step-remat", "sampler")
+ENGINES = ("jax", "widened", "native", "eager", "compile")
+OF_BFLOAT16 = ENGINES[1:3]
+TASKS = (
+    "product",
+    "convolution",
+    "unet",
+    "unet-xl",
+    "vae",
+    "text",
+    "step",
+    "step-remat",
+    "sampler",
+)
 TEXTS, LENGTH = 64, 77
 SAMPLER_STEPS = 4
 
@@ -99,6 +113,18 @@ CONFIGS = {
 }
 
 
+PRODUCT = {"full": 2048, "tiny": 256}
+CONVOLVED = {"full": (64, 320), "tiny": (16, 32)}  # side of the image, channels
+
+
+def operations(task: str, size: str) -> int | None:
+    """Additions and multiplications, of the tasks that are one product."""
+    if task == "product":
+        return 2 * PRODUCT[size] ** 3
+    side, channels = CONVOLVED[size]
+    return 2 * side**2 * 9 * channels**2 if task == "convolution" else None
+
+
 def pooled_size(xl: dict) -> int:
     """Features of SDXL's pooled text: what six embedded sizes leave of the projection's input."""
     return xl["projection_class_embeddings_input_dim"] - 6 * xl["addition_time_embed_dim"]
@@ -132,7 +158,7 @@ class JaxTasks:
         import jax.numpy as jnp
         import numpy as np
 
-        self.configs, self.latent = CONFIGS[size], image // 8
+        self.size, self.configs, self.latent = size, CONFIGS[size], image // 8
         self.dtype = jnp.dtype(dtype)
         self.rng = np.random.default_rng(0)
 
@@ -183,6 +209,29 @@ class JaxTasks:
         x, t = self.normal(1, self.latent, self.latent, 4), jnp.asarray([500])
         step = jax.jit(lambda params, x, c: nnx.merge(graphdef, params)(x, t, c))
         return lambda: step(params, x, condition)
+
+    def product(self):
+        import jax
+
+        from conceptax.kernels.products import dot_general
+
+        sides = (PRODUCT[self.size],) * 2
+        given = self.normal(*sides), self.normal(*sides)
+        product = jax.jit(lambda a, b: dot_general(a, b, (((1,), (0,)), ((), ()))))
+        return lambda: product(*given)
+
+    def convolution(self):
+        import jax
+        from flax import nnx
+
+        from conceptax.flax_models.layers.resnet import conv3x3
+
+        side, channels = CONVOLVED[self.size]
+        layer = conv3x3(channels, channels, dtype=self.dtype, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(layer)
+        x = self.normal(1, side, side, channels)
+        call = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+        return lambda: call(params, x)
 
     def vae(self):
         import jax
@@ -265,9 +314,15 @@ class JaxTasks:
         return lambda: whole(params, texts, noise), model_alone
 
 
-def measure_jax(task: str, size: str, dtype: str, image: int, repeats: int) -> dict:
+def measure_jax(
+    task: str, size: str, dtype: str, image: int, repeats: int, *, engine: str = "jax"
+) -> dict:
     import jax
 
+    from conceptax.kernels import products
+
+    if engine in OF_BFLOAT16:
+        products.fast_bfloat16 = lambda: engine == "native"
     tasks = JaxTasks(size, dtype, image)
     if task == "sampler":
         # In turns, so that a change of the machine's speed meets both.
@@ -290,6 +345,8 @@ def measure_jax(task: str, size: str, dtype: str, image: int, repeats: int) -> d
         }
     else:
         run = {
+            "product": tasks.product,
+            "convolution": tasks.convolution,
             "unet": functools.partial(tasks.forward, "unet"),
             "unet-xl": functools.partial(tasks.forward, "unet-xl"),
             "vae": tasks.vae,
@@ -313,7 +370,7 @@ class TorchTasks:
     def __init__(self, size: str, dtype: str, image: int, *, compiled: bool) -> None:
         import torch
 
-        self.configs, self.latent = CONFIGS[size], image // 8
+        self.size, self.configs, self.latent = size, CONFIGS[size], image // 8
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = getattr(torch, dtype)
         self.wrap = torch.compile if compiled else lambda call: call
@@ -371,6 +428,21 @@ class TorchTasks:
             added = {"text_embeds": self.normal(1, pooled_size(config)), "time_ids": time_ids}
         return self.inference(lambda: forward(x, t, context, added_cond_kwargs=added).sample)
 
+    def product(self):
+        sides = (PRODUCT[self.size],) * 2
+        a, b = self.normal(*sides), self.normal(*sides)
+        product = self.wrap(lambda a, b: a @ b)
+        return self.inference(lambda: product(a, b))
+
+    def convolution(self):
+        import torch
+
+        side, channels = CONVOLVED[self.size]
+        layer = self.model(lambda: torch.nn.Conv2d(channels, channels, 3, padding=1))
+        layer = self.wrap(layer.to(memory_format=torch.channels_last))
+        x = self.normal(1, channels, side, side).to(memory_format=torch.channels_last)
+        return self.inference(lambda: layer(x))
+
     def vae(self):
         import diffusers
 
@@ -418,6 +490,8 @@ def measure_torch(
 
     tasks = TorchTasks(size, dtype, image, compiled=compiled)
     run = {
+        "product": tasks.product,
+        "convolution": tasks.convolution,
         "unet": functools.partial(tasks.forward, "unet"),
         "unet-xl": functools.partial(tasks.forward, "unet-xl"),
         "vae": tasks.vae,
@@ -490,7 +564,7 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=512, help="side of an image in pixels")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("TASK", "ENGINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -498,13 +572,15 @@ def main() -> None:
     if arguments.one:
         task, engine = arguments.one
         rest = (task, arguments.size, arguments.dtype, arguments.image, arguments.repeats)
-        if engine == "jax":
-            result = measure_jax(*rest)
+        if engine in ("jax", *OF_BFLOAT16):
+            result = measure_jax(*rest, engine=engine)
         else:
             result = measure_torch(*rest, compiled=engine == "compile")
         print(json.dumps(result))
         return
 
+    alike = OF_BFLOAT16 if arguments.dtype == "float32" else ()
+    engines = arguments.engines or [name for name in ENGINES if name not in alike]
     agreement = {name: check_agreement(name) for name in ("unet", "unet-xl")}
     if not all(difference < 1e-4 for difference in agreement.values()):
         sys.exit(f"the UNets disagree, nothing is measured; relative differences: {agreement}")
@@ -523,7 +599,7 @@ def main() -> None:
     }
     for task in arguments.tasks:
         rows = []
-        for engine in arguments.engines if task != "sampler" else ("jax",):
+        for engine in engines if task != "sampler" else ("jax",):
             row = {
                 "task": task,
                 "engine": engine,
@@ -567,9 +643,9 @@ def show(report: dict) -> None:
     jax_s = {row["task"]: row["median_s"] for row in good if row["engine"] == "jax"}
     print(f"\n{report['size']} size, {report['dtype']}, {cpu_name()}")
     columns = "task", "engine", "image", "first s", "median s", "best s", "peak GiB", "jax / it"
-    print(("{:11}{:9}" + "{:>10}" * 6).format(*columns))
+    print(("{:12}{:9}" + "{:>10}" * 6).format(*columns))
     for row in report["rows"]:
-        head = f"{row['task']:11}{row['engine']:9}{row['image']:10}"
+        head = f"{row['task']:12}{row['engine']:9}{row['image']:10}"
         if "error" in row:
             print(f"{head}  failed")
             continue
@@ -578,6 +654,8 @@ def show(report: dict) -> None:
             f"{head}{row.get('first_s', float('nan')):10.1f}{row['median_s']:10.3f}"
             f"{row['best_s']:10.3f}{row['peak_gib']:10.2f}{ratio:10.2f}"
         )
+        if counted := operations(row["task"], report["size"]):
+            print(f"  {counted / row['best_s'] / 1e9:.0f} GFLOP/s at best")
         if "overhead" in row:
             print(f"  a step is {100 * row['overhead']:.1f} % above its model alone")
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from ..flax_models import streaming
+from ..flax_models.layers.linear import fastest_dtype
 from ..text import write_json
 from . import architectures
 from .architectures import class_in
@@ -92,7 +93,9 @@ def load_pytorch(
       path: the folder or file; `~` is expanded. Where there is none, a model of the Hugging Face
         Hub, `org/name` or `org/name@revision`: what loading it reads is fetched into the Hub's own
         cache.
-      dtype: computation dtype of the models, or its name.
+      dtype: computation dtype of the models, or its name; "auto" is bfloat16 where that is faster,
+        on accelerators and on CPUs with AMX or AMD's AVX512-BF16, and float32 elsewhere: `dtype` of
+        a model says which.
       param_dtype: dtype to convert the parameters to; None keeps each as stored, so that
         `save_pytorch` gives back the same bits.
       sharding: where parameters go, straight from the file: one sharding for all, or a function of
@@ -125,6 +128,8 @@ def load_pytorch(
       ValueError: an argument that does not apply to this checkpoint.
     """
     path = resolved(path, subfolder=subfolder, variant=variant, components=components)
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = fastest_dtype()
     dtype, param_dtype = (jnp.dtype(d) if isinstance(d, str) else d for d in (dtype, param_dtype))
     found = Identity(COMPONENT, path)
     if architecture is None or (path / "model_index.json").is_file():

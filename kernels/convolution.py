@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .bfloat16 import convolved
+from .products import dot_general, native
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 # Pixels of an image, with its batch, from which the convolution of the doubled one is done from it.
@@ -27,8 +30,12 @@ def convolve(
 ) -> Float[Array, "B Y X D"]:
     """`jax.lax.conv_general_dilated`; on a CPU one product, where the kernel exceeds the image.
 
-    There the gradient of XLA's convolution spends its time on turning the kernel around.
+    There the gradient of XLA's convolution spends its time on turning the kernel around.  On a CPU
+    that is fast at bfloat16, convolutions of it are those of `kernels.bfloat16`.
     """
+    fast = _in_bfloat16(x, kernel, strides, padding, precision, options)
+    if fast is not None:
+        return fast
 
     def convolution(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(
@@ -52,6 +59,24 @@ def convolve(
     if batch * out[0] * out[1] > features:  # then the patches would exceed the kernel
         return convolution(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
+
+
+def _in_bfloat16(
+    x: Array, kernel: Array, strides: Any, padding: Any, precision: Any, options: dict[str, Any]
+) -> Array | None:
+    """A convolution without further options, on a CPU that is fast at bfloat16; or else None."""
+    axes = x.ndim - 2
+    plain = precision is None and all(
+        value is None or name == "dimension_numbers" or value == 1 or value == (1,) * axes
+        for name, value in options.items()
+    )
+    if not plain or isinstance(padding, str) or not native(x, kernel):
+        return None
+    ones = (1,) * axes
+    if kernel.shape[:axes] == tuple(strides) == ones and not any(map(any, padding)):
+        dimensions = (((axes + 1,), (0,)), ((), ()))
+        return dot_general(x, kernel.reshape(kernel.shape[axes:]), dimensions)
+    return convolved(x, kernel, strides, padding)
 
 
 def halves(kernel: Array, axis: int) -> tuple[Array, Array]:
@@ -111,8 +136,11 @@ def convolve_video(
 ) -> Float[Array, "B S Y X D"]:
     """`jax.lax.conv_general_dilated`; on a CPU, where it is slow, a sum of products.
 
-    That sum is of large videos of many channels, without strides.
+    That sum is of large videos of many channels, without strides.  Of bfloat16 see `convolve`.
     """
+    fast = _in_bfloat16(x, kernel, strides, padding, precision, options)
+    if fast is not None:
+        return fast
 
     def convolution(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(

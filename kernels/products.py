@@ -16,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from .bfloat16 import rows_product
 from .gna.platforms import default_platform
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -32,13 +33,19 @@ def fast_bfloat16() -> bool:
         text = _CPU_INFO.read_text()
     except OSError:
         return False
-    lines = dict(
-        (part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line
-    )
+    lines: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        lines[name.strip()] = value.strip()
     flags = lines.get("flags", "").split()
     return "amx_bf16" in flags or (
         "avx512_bf16" in flags and lines.get("vendor_id") == "AuthenticAMD"
     )
+
+
+def fastest_dtype() -> str:
+    """The dtype in which models compute fastest where programs run: float32 on most CPUs."""
+    return "bfloat16" if default_platform() != "cpu" or fast_bfloat16() else "float32"
 
 
 def native(*operands: Any) -> bool:
@@ -55,7 +62,8 @@ def dot_general(
 ) -> Array:
     """`jax.lax.dot_general`; that of a linear layer, of bfloat16 on a CPU fast at it, not widened.
 
-    A linear layer's is of `[..., K]` and `[K, N]`.  The gradient of its weights is widened as ever.
+    A linear layer's is of `[..., K]` and `[K, N]`.  The gradient of its weights is that of
+    `kernels.bfloat16`.
     """
     dimensions, batch = dimension_numbers
     of_linear = tuple(map(tuple, dimensions)) == ((lhs.ndim - 1,), (0,)) and not any(batch)
@@ -106,7 +114,8 @@ def _by_lhs(g: Array, _: Any, rhs: Array, *, transposed: bool) -> Array:
 def _by_rhs(g: Array, lhs: Array, _: Any, *, transposed: bool) -> Array:
     rows = tuple(range(lhs.ndim - 1))
     pair = (g, lhs) if transposed else (lhs, g)
-    return lax.dot_general(*pair, ((rows, rows), ((), ())))
+    made = rows_product(*pair)
+    return lax.dot_general(*pair, ((rows, rows), ((), ()))) if made is None else made
 
 
 def _batched(operands: Any, axes: Any, *, transposed: bool) -> tuple[Array, int]:

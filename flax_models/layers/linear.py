@@ -1,8 +1,10 @@
-"""The linear layer: flax's, with the product that is fast where a program runs."""
+"""The linear layer, flax's with the product that is fast where a program runs, and its dtype."""
 
 from flax import nnx
 
-from ...kernels.products import dot_general
+from ...kernels.products import dot_general, fastest_dtype
+
+__all__ = ["fastest_dtype", "linear"]
 
 
 def linear(in_features: int, out_features: int, **init) -> nnx.Linear:

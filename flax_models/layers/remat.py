@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ...kernels.bfloat16 import convolution_p
 from ...kernels.products import product_p
 
 # False keeps everything, True recomputes a layer from its input; a name is that of a policy in
@@ -41,7 +42,7 @@ def recomputed(run: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     policy = getattr(jax.checkpoint_policies, remat)
 
     def keeps(primitive: Any, *operands: Any, **settings: Any) -> Any:
-        if primitive is product_p:  # a product of one batch, whatever its own settings
+        if primitive in (product_p, convolution_p):  # of one batch, whatever their own settings
             primitive, settings = jax.lax.dot_general_p, _OF_LINEAR
         return policy(primitive, *operands, **settings)
 

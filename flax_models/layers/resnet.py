@@ -29,7 +29,7 @@ def conv1x1(in_channels: int, out_channels: int, **init) -> nnx.Conv:
         in_channels,
         out_channels,
         (1, 1),
-        padding="VALID",
+        padding=((0, 0), (0, 0)),
         conv_general_dilated=convolve,
         **init,
     )

@@ -1,15 +1,17 @@
 """Products of bfloat16 on CPUs: against float64, and that XLA is asked not to widen them."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import conceptax.flax_models
+import conceptax
+from conceptax.cli.options import computed_in
+from conceptax.flax_models.layers.linear import linear
 from conceptax.flax_models.layers.remat import recomputed
 from conceptax.kernels import products
 
@@ -56,6 +58,16 @@ def test_which_processors_are_fast_at_it(monkeypatch, tmp_path, vendor, flags, f
     assert products.fast_bfloat16.__wrapped__() is fast
     monkeypatch.setattr(products, "_CPU_INFO", tmp_path / "none")
     assert products.fast_bfloat16.__wrapped__() is False
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_fastest_dtype_and_is_said(monkeypatch, capsys, fast, dtype):
+    monkeypatch.setattr(products, "fast_bfloat16", lambda: fast)
+    assert products.fastest_dtype() == computed_in("auto") == dtype
+    assert f"computing in {dtype}" in capsys.readouterr().err
+    assert computed_in("bfloat16") == "bfloat16"
+    folder = conceptax.bundled_model() / "text_encoder"
+    assert conceptax.load(folder, dtype="auto").dtype == jnp.dtype(dtype)
 
 
 def test_values_and_gradients_are_exact_to_two_ulps(fast):
@@ -155,7 +167,8 @@ def test_devices_divide_rows_without_talking(fast, axes):
     np.testing.assert_array_equal(wide(compiled(x, w)), wide(jax.jit(product)(*one)))
 
 
-def test_every_linear_layer_of_the_models_has_it():
-    folder = Path(conceptax.flax_models.__file__).parent
+def test_every_linear_layer_of_the_models_has_it(repository):
+    assert linear(2, 4, rngs=nnx.Rngs(0)).dot_general is products.dot_general
+    folder = repository / "flax_models"
     sources = {path.name: path.read_text() for path in folder.rglob("*.py")}
     assert [name for name, text in sources.items() if "nnx.Linear(" in text] == ["linear.py"]

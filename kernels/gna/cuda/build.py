@@ -24,19 +24,23 @@ from pathlib import Path
 import jax
 
 SOURCES = Path(__file__).parent
-TARGETS = {"cpu": "gna_cpu.cc", "gpu": "gna_gpu.cu"}
-SYMBOLS = ("GnaForward", "GnaBackward")
+TARGETS = {"cpu": "gna_cpu.cc", "gpu": "gna_gpu.cu", "bfloat16": "bfloat16_cpu.cc"}
+SYMBOLS = {
+    "cpu": ("GnaForward", "GnaBackward"),
+    "gpu": ("GnaForward", "GnaBackward"),
+    "bfloat16": ("Bfloat16Convolve", "Bfloat16Correlate"),
+}
 
 # What a build that was killed leaves is cleared by one that starts so many seconds later.
 ABANDONED = 3600
 
-VARIABLES = {"cpu": "CXX", "gpu": "NVCC"}
+VARIABLES = {"cpu": "CXX", "gpu": "NVCC", "bfloat16": "CXX"}
 
 
 def compiler(target: str) -> str | None:
-    """Path of the compiler for a target ("cpu" or "gpu"), or None if there is none.
+    """Path of the compiler for a target, a key of `TARGETS`, or None if there is none.
 
-    For the CPU that is the first word of $CXX if it is set, or else g++, c++ or clang++; for the
+    For CPUs that is the first word of $CXX if it is set, or else g++, c++ or clang++; for the
     GPU that of $NVCC, or else $CUDA_HOME/bin/nvcc or nvcc.
     """
     words = _found(target)
@@ -63,7 +67,7 @@ def _found(target: str) -> list[str]:
                 f"on PATH. Set {variable} to a compiler, or not at all for the one on PATH."
             )
         return [path, *arguments]
-    if target == "cpu":
+    if target != "gpu":
         names = ["g++", "c++", "clang++"]
     else:
         home = os.environ.get("CUDA_HOME")
@@ -83,7 +87,7 @@ def missing(target: str) -> str | None:
             return None
     except RuntimeError:
         return None
-    if target == "cpu":
+    if target != "gpu":
         return (
             "no C++ compiler was found (g++, c++ or clang++ on PATH, or its path in CXX); Debian's "
             "and Ubuntu's package g++ provides one"
@@ -114,7 +118,7 @@ def command(target: str, architecture: str | None = None) -> list[str]:
     if reason is not None:
         raise RuntimeError(f"the cuda implementation cannot be built: {reason}.")
     shared = ["-std=c++17", "-O3", "-shared", "-isystem", jax.ffi.include_dir()]
-    if target == "cpu":
+    if target != "gpu":
         native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
         options = [native, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread"]
     else:
@@ -145,7 +149,7 @@ def _name(target: str, architecture: str | None) -> str:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     version = _version(tuple(_found(target)))
     digest.update(version.encode() + importlib.metadata.version("jaxlib").encode())
-    if target == "cpu":
+    if target != "gpu":
         digest.update(_instructions().encode())
     return f"gna-{target}-{digest.hexdigest()[:20]}"
 
@@ -154,7 +158,7 @@ def build(target: str, architecture: str | None = None, folder: Path | None = No
     """Path of a target's library, compiled unless it is there already, and whole.
 
     Args:
-      target: "cpu" or "gpu".
+      target: "cpu", "gpu", or "bfloat16", which is for CPUs too.
       architecture: of the GPU, such as "80" or "90a"; unused for the CPU.
       folder: where libraries are kept, by default `conceptax` in $XDG_CACHE_HOME or ~/.cache.
 
@@ -244,7 +248,7 @@ def load(target: str) -> ctypes.CDLL:
     path = build(target, architecture() if target == "gpu" else None)
     try:
         library = ctypes.CDLL(str(path))
-        for symbol in SYMBOLS:
+        for symbol in SYMBOLS[target]:
             getattr(library, symbol)
     except (OSError, AttributeError) as error:
         raise RuntimeError(

@@ -16,6 +16,7 @@ from conceptax.cli.options import (
     Model,
     OptionalPath,
     chosen,
+    computed_in,
     concepts_in,
 )
 from conceptax.cli.runs import kept_run, new_folder
@@ -53,7 +54,8 @@ class Command(Generic[Config]):
         alone, as one safetensors file.
       seed: of everything random in the run.
       checkpoint_every: save after every n-th cycle, and when interrupted; 0 keeps none.
-      dtype: computation dtype; parameters keep the dtype they are stored in.
+      dtype: computation dtype; parameters keep the dtype they are stored in. auto takes the one
+        that is fastest here, and says which.
       remat: recompute activations in the backward pass, which takes a third longer and far less
         memory; auto does so where the UNet has more than 100 million parameters.
       force: replace an earlier checkpoint at the output.
@@ -70,7 +72,7 @@ class Command(Generic[Config]):
     checkpoint_dir: CheckpointDir = None
     checkpoint_every: int = 100
     mesh: Mesh = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     remat: Recompute = "auto"
     force: bool = False
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -99,7 +101,8 @@ def run(command: Command[Any]) -> None:
     ):
         source = command.model or conceptax.bundled_model()
         print_stage(f"loading {command.model or 'the bundled model'}")
-        pipeline = load_pipeline(source, command.dtype, "erasing", remat=command.remat)
+        dtype = computed_in(command.dtype)
+        pipeline = load_pipeline(source, dtype, "erasing", remat=command.remat)
         began = time.perf_counter()
         retained = retained_phrases(pipeline, concepts, settings, retain)
         print(describe_near(retained, settings.similarity_cap), end="")
@@ -112,7 +115,7 @@ def run(command: Command[Any]) -> None:
             retain=retained,
             source=str(command.model or "bundled"),
             export=command.export,
-            dtype=command.dtype,
+            dtype=dtype,
             kept=kept,
         )
     names = ", ".join(repr(concept) for concept in concepts)

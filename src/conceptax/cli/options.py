@@ -41,6 +41,18 @@ Mesh = Annotated[
 ]
 
 
+def computed_in(dtype: str) -> str:
+    """A command's --dtype; for "auto" that which is fastest here, and it is said."""
+    if dtype != "auto":
+        return dtype
+    from conceptax.cli.streams import print_error
+    from conceptax.flax_models.layers.linear import fastest_dtype
+
+    dtype = fastest_dtype()
+    print_error(f"computing in {dtype}, the fastest dtype on this machine")
+    return dtype
+
+
 def concepts_in(given: Sequence[str]) -> list[str]:
     """The concepts to erase that arguments name, each once; one ending in .txt is a file of them.
 

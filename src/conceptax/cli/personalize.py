@@ -18,6 +18,7 @@ from conceptax.cli.options import (
     OptionalInt,
     OptionalPath,
     chosen,
+    computed_in,
 )
 from conceptax.cli.runs import kept_run, new_folder, teller
 from conceptax.cli.streams import print_stage
@@ -77,7 +78,8 @@ class Command(Generic[Config]):
       export: the pipeline and the small files, or the small files alone (weights).
       seed: of everything random in the run.
       checkpoint_every: save after every n-th step, and when interrupted; 0 keeps none.
-      dtype: computation dtype; parameters keep the dtype they are stored in.
+      dtype: computation dtype; parameters keep the dtype they are stored in. auto takes the one
+        that is fastest here, and says which.
       remat: recompute activations in the backward pass, which takes a third longer and far less
         memory; auto does so where the UNet has more than 100 million parameters.
       force: replace an earlier result at the output.
@@ -101,7 +103,7 @@ class Command(Generic[Config]):
     checkpoint_dir: CheckpointDir = None
     checkpoint_every: int = 100
     mesh: Mesh = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     remat: Recompute = "auto"
     force: bool = False
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -133,7 +135,8 @@ def run(command: Command[Any]) -> None:
     ):
         source = command.model or conceptax.bundled_model()
         print_stage(f"loading {command.model or 'the bundled model'}")
-        pipeline = load_pipeline(source, command.dtype, "personalizing", remat=command.remat)
+        dtype = computed_in(command.dtype)
+        pipeline = load_pipeline(source, dtype, "personalizing", remat=command.remat)
         if folders:
             _complete(pipeline, folders, command.class_count or 0, command.seed)
             subjects = _subjects(command)
@@ -147,7 +150,7 @@ def run(command: Command[Any]) -> None:
             seed=command.seed,
             source=str(command.model or "bundled"),
             export=command.export,
-            dtype=command.dtype,
+            dtype=dtype,
             kept=kept,
         )
     names = ", ".join(f"{subject.token} {subject.word}" for subject in subjects)

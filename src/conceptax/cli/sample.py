@@ -18,6 +18,7 @@ from conceptax.cli.options import (
     OptionalModel,
     OptionalPath,
     OptionalText,
+    computed_in,
     shown,
 )
 from conceptax.reporting.videos import SUFFIXES, encoder, read_frames, save_frames, save_video
@@ -77,7 +78,7 @@ class Command:
         file, or a folder of .png files.
       betas: the noise schedule that the adapter was trained on: linear, as AnimateDiff's are, or
         the model's own.
-      dtype: computation dtype.
+      dtype: computation dtype; auto takes the one that is fastest here, and says which.
       stream: bring the blocks of a transformer and of its text encoders from their files as they
         run, for models larger than memory; the model is a folder of FLUX.1, FLUX.2 klein or SD 3.
       force: replace an earlier result.
@@ -113,7 +114,7 @@ class Command:
     image: OptionalPath = None
     video: OptionalPath = None
     betas: Literal["linear", "model"] = "linear"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     stream: bool = False
     force: bool = False
 
@@ -309,7 +310,9 @@ def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | N
 
     source = command.model or conceptax.bundled_model()
     print_stage(f"loading {command.model or 'the bundled model'}")
-    pipeline = load_pytorch(source, dtype=jnp.dtype(command.dtype), stream=command.stream)
+    pipeline = load_pytorch(
+        source, dtype=jnp.dtype(computed_in(command.dtype)), stream=command.stream
+    )
     if not hasattr(pipeline, "scheduler_config"):
         raise ValueError(
             f"{command.model} is no pipeline: sampling needs all its components. Name the model "
