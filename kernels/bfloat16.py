@@ -5,6 +5,7 @@ machine's compiler builds it on first use.  Programs for other platforms, for se
 those that are exported hold XLA's own convolution instead.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
@@ -193,7 +195,7 @@ def _on_cpu(ctx: Any, *operands: Any, form: Form, kind: str) -> Any:
 
 
 def _abstract(first: Any, second: Any, *, form: Form, kind: str) -> Any:
-    return jax.core.ShapedArray(form.shape(kind), first.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    return ShapedArray(form.shape(kind), first.dtype)
 
 
 def _pulled(place: int, g: Array, first: Any, second: Any, *, form: Form, kind: str) -> Array:
@@ -226,3 +228,8 @@ ad.defbilinear(convolution_p, functools.partial(_pulled, 0), functools.partial(_
 batching.primitive_batchers[convolution_p] = _batched
 mlir.register_lowering(convolution_p, mlir.lower_fun(_by_xla, multiple_results=False))
 mlir.register_lowering(convolution_p, _on_cpu, platform="cpu")
+
+# A program that was compiled in another process is not traced here: its calls must be known.
+with contextlib.suppress(OSError, RuntimeError):
+    if build.library_of("bfloat16") is not None:
+        available()

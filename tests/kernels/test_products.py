@@ -1,7 +1,6 @@
 """Products of bfloat16 on CPUs: against float64, and that XLA is asked not to widen them."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import conceptax
-import conceptax.flax_models
 from conceptax.cli.options import computed_in
 from conceptax.flax_models.layers.linear import linear
 from conceptax.flax_models.layers.remat import recomputed
@@ -169,8 +167,8 @@ def test_devices_divide_rows_without_talking(fast, axes):
     np.testing.assert_array_equal(wide(compiled(x, w)), wide(jax.jit(product)(*one)))
 
 
-def test_every_linear_layer_of_the_models_has_it():
+def test_every_linear_layer_of_the_models_has_it(repository):
     assert linear(2, 4, rngs=nnx.Rngs(0)).dot_general is products.dot_general
-    folder = Path(conceptax.flax_models.__file__).parent
+    folder = repository / "flax_models"
     sources = {path.name: path.read_text() for path in folder.rglob("*.py")}
     assert [name for name, text in sources.items() if "nnx.Linear(" in text] == ["linear.py"]

@@ -1,5 +1,5 @@
-// Blocks of a product in bfloat16 that accumulate in float32, for the machine that compiles: by AMX,
-// AVX512-BF16, or float32's instructions.
+// Blocks of a product in bfloat16 that accumulate in float32, by what the machine that compiles has
+// for it: AMX, AVX512-BF16, or float32 alone.
 //
 // A block of the first operand lies in rows [R, K]; one of the second in panels of 32 columns, two
 // rows at a time [K / 2, 32, 2]. K is a multiple of 32, so that all of them take the same.
@@ -143,6 +143,11 @@ inline void tile(const uint16_t* rows, int64_t stride, const Pair* panel, int in
   for (int r = 0; r < R; ++r) {
     total[r][0] = load(sums + r * width);
     total[r][1] = load(sums + r * width + 16);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {  // of the next tile
+    __builtin_prefetch(sums + (R + r) * width, 1);
+    __builtin_prefetch(sums + (R + r) * width + 16, 1);
   }
   for (int k = 0; k < inner; k += 2, panel += kPanel) {
     const Pairs first = load(panel), second = load(panel + 16);

@@ -1,8 +1,8 @@
 // Convolutions of bfloat16 [B, T, H, W, C], and their gradients, as blocked products.
 //
 // A task makes a block of the result, in float32. Of the sum it goes through a piece after another:
-// the rows of the first operand are copied, with zeros where the padding is, and then panel by panel
-// of the second operand, which stays in the first-level cache.
+// the first operand's rows are copied, with zeros where the padding is, and meet the second operand
+// panel by panel, each of which stays in the first-level cache.
 
 #include <algorithm>
 #include <cstddef>
@@ -21,9 +21,9 @@ using Integers = ffi::Span<const int64_t>;
 using Array = ffi::Buffer<ffi::BF16>;
 using Result = ffi::ResultBuffer<ffi::BF16>;
 
-constexpr int kInner = 256;      // of a sum's terms at a time
-constexpr int kMostRows = 384;   // of a block of the result
-constexpr int kMostColumns = 256;
+constexpr int kInner = 384;      // of a sum's terms at a time
+constexpr int kMostRows = 192;   // of a block of the result
+constexpr int kMostColumns = 512;  // many, as rows take longer to copy than panels
 constexpr int kTasksPerThread = 4;
 
 struct Free {
@@ -79,7 +79,8 @@ bool multiply(ffi::ThreadPool& pool, int64_t groups, int64_t rows, int64_t colum
     auto total = memory<float>(room * width);
     std::fill_n(block.get(), room * stride, uint16_t{0});
     for (int64_t task; counter.next(task);) {
-      const int64_t group = task / (down * across), row = task / across % down * blocks.rows_at_once;
+      const int64_t group = task / (down * across);
+      const int64_t row = task / across % down * blocks.rows_at_once;
       const int64_t column = task % across * width;
       const int64_t here = std::min(blocks.rows_at_once, rows - row);
       const int64_t wide = std::min(width, columns - column);
@@ -206,47 +207,64 @@ ffi::Error convolve(ffi::ThreadPool pool, Array x, Array kernel, Result y, Integ
     return answer("bfloat16: the kernel does not fit, or channels are not even");
   }
   if (!ready()) return answer("bfloat16: the system does not grant tiles");
+  // A piece of the sum is of several taps, or of a part of the channels of one.
+  const int64_t taps_at_once = std::min(std::max<int64_t>(kInner / channels, 1), window.taps());
   const int64_t parts = pieces(channels, kInner);
-  auto length = [&](int64_t piece) {
-    return std::min<int64_t>(kInner, channels - piece % parts * kInner);
+  const int64_t part = rounded(pieces(channels, parts), kStep);
+  struct Piece {
+    int64_t tap, taps, channel, channels;
+    int64_t length() const { return taps * channels; }
   };
-  auto rows_of = [&](int64_t, int64_t piece, int64_t row, int64_t count, uint16_t* to,
+  auto piece_at = [&](int64_t n) {
+    const int64_t tap = n / parts * taps_at_once, channel = n % parts * part;
+    return Piece{tap, std::min(taps_at_once, window.taps() - tap), channel,
+                 parts == 1 ? channels : std::min(part, channels - channel)};
+  };
+  auto rows_of = [&](int64_t, int64_t n, int64_t row, int64_t count, uint16_t* to,
                      int64_t stride) {
-    const int64_t some = length(piece), most = rounded(some, kStep);
-    const uint16_t* from = numbers(x) + piece % parts * kInner;
-    window.visit(piece / parts, row, count, [&](int64_t n, int64_t pixel) {
-      uint16_t* target = to + n * stride;
-      if (pixel < 0) {
-        std::fill_n(target, most, uint16_t{0});
-      } else {
-        std::memcpy(target, from + pixel * channels, some * 2);
-        std::fill_n(target + some, most - some, uint16_t{0});
-      }
-    });
+    const Piece piece = piece_at(n);
+    const int64_t some = piece.channels, whole = piece.length(), most = rounded(whole, kStep);
+    for (int64_t tap = 0; tap < piece.taps; ++tap) {
+      const uint16_t* from = numbers(x) + piece.channel;
+      window.visit(piece.tap + tap, row, count, [&](int64_t r, int64_t pixel) {
+        uint16_t* target = to + r * stride + tap * some;
+        if (pixel < 0) {
+          std::fill_n(target, some, uint16_t{0});
+        } else {
+          std::memcpy(target, from + pixel * channels, some * 2);
+        }
+      });
+    }
+    for (int64_t r = 0; r < count && most > whole; ++r) {
+      std::fill_n(to + r * stride + whole, most - whole, uint16_t{0});
+    }
     return static_cast<int>(most);
   };
-  auto panel_of = [&](int64_t, int64_t piece, int64_t column, Pair* to) {
-    const int64_t some = length(piece), first = piece % parts * kInner, tap = piece / parts;
-    const int64_t count = std::min<int64_t>(kPanel, features - column);
-    if (!transposed) {
-      const uint16_t* from = numbers(kernel) + (tap * channels + first) * features + column;
-      for (int64_t k = 0; k < some; k += 2, to += kPanel) {
-        interleave(from + k * features, from + (k + 1) * features, count, to);
-      }
-    } else {
-      const uint16_t* from =
-          numbers(kernel) + ((window.taps() - 1 - tap) * features + column) * channels + first;
-      for (int64_t c = 0; c < kPanel; ++c) {
+  auto panel_of = [&](int64_t, int64_t n, int64_t column, Pair* to) {
+    const Piece piece = piece_at(n);
+    const int64_t count = std::min<int64_t>(kPanel, features - column), some = piece.channels;
+    for (int64_t tap = piece.tap; tap < piece.tap + piece.taps; ++tap, to += some / 2 * kPanel) {
+      if (!transposed) {
+        const uint16_t* from =
+            numbers(kernel) + (tap * channels + piece.channel) * features + column;
         for (int64_t k = 0; k < some; k += 2) {
-          to[k / 2 * kPanel + c] = c < count ? pair_at(from + c * channels + k) : 0;
+          interleave(from + k * features, from + (k + 1) * features, count, to + k / 2 * kPanel);
+        }
+      } else {
+        const uint16_t* from = numbers(kernel) + piece.channel +
+                               ((window.taps() - 1 - tap) * features + column) * channels;
+        for (int64_t c = 0; c < kPanel; ++c) {
+          for (int64_t k = 0; k < some; k += 2) {
+            to[k / 2 * kPanel + c] = c < count ? pair_at(from + c * channels + k) : 0;
+          }
         }
       }
-      to += some / 2 * kPanel;
     }
-    std::fill_n(to, (rounded(some, kStep) - some) / 2 * kPanel, Pair{0});
+    std::fill_n(to, (rounded(piece.length(), kStep) - piece.length()) / 2 * kPanel, Pair{0});
   };
   return finished([&] {
-    return multiply(pool, 1, image[0] * window.pixels(), features, window.taps() * parts,
+    return multiply(pool, 1, image[0] * window.pixels(), features,
+                    pieces(window.taps(), taps_at_once) * parts,
                     static_cast<uint16_t*>(y->untyped_data()), rows_of, panel_of);
   });
 }
