@@ -13,6 +13,7 @@ import gna_machines
 import numpy as np
 import pytest
 
+
 class Spoiled(NamedTuple):
     """An instruction's site, and how it is to go wrong there; see `hopper_emulator.h`."""
 
