@@ -47,6 +47,7 @@ LONGEST = (
     "converters/formats/test_personalized.py",
     "methods/training/test_training.py",
     "methods/evaluation/test_evaluation.py",
+    "kernels/gna/test_hopper.py",
     "kernels/gna/test_cuda.py",
     "converters/formats/test_compvis.py",
     "methods/diffusion/test_xl_methods.py",

@@ -7,8 +7,7 @@
 // ds = p (y w' - delta): then ds u is the gradient of x, and, where rows are keys, p w that of y.
 #pragma once
 
-#include "fragments.h"
-#include "forward.h"
+#include "repair_backward.h"
 
 namespace gna {
 
@@ -130,6 +129,25 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardArgume
   }
   scatter<kD>(x, walk.row_token, first, p, a.dx, batch, row_head, dx, {{p.scale, p.scale}});
   if (kKeys) scatter<kD>(y, walk.row_token, first, p, a.dy, batch, row_head, dy, {{1.0f, 1.0f}});
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float strange = 0;  // not 0 if any of the sums is not finite
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        strange += dx[0][n][2 * half + c] * 0;
+        if (kKeys) strange += dy[0][n][2 * half + c] * 0;
+      }
+    }
+    const int row = first + half * 8;
+    const uint32_t rows = votes(walk.row_token[row + lane / 4] >= 0 && strange != 0);
+    for (int n = 0; n < 8 && rows != 0; ++n) {
+      if ((rows >> 4 * n & 15) == 0) continue;
+      repair_gradients<kKeys>(p, Pairs<T>{a.x, a.y, a.u, a.w, a.dx, a.dy, a.lse, a.delta}, batch,
+                              walk.row_token[row + n], row_head);
+    }
+  }
 }
 
 }  // namespace gna

@@ -4,6 +4,8 @@
 // need no grid. On sm_90a boxes of tokens are copied at a time (hopper/); elsewhere, and where boxes
 // do not say what a tile meets, copies of 16 bytes gather its rows from wherever they lie.
 
+#include <atomic>
+
 #include "backward.h"
 #include "bindings.h"
 #include "forward.h"
@@ -149,8 +151,40 @@ ffi::Error run_backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k,
   });
 }
 
-// Loads the kernels, which may not happen while a graph of calls is recorded.
-ffi::Error initialize() { return result(load(forward_kernel<BFloat16, 64>)); }
+template <typename T, int kD>
+cudaError_t load_kernels() {
+  constexpr int kBoxed = kD > kPanel ? 128 : kPanel;
+  cudaError_t error = cudaSuccess;
+  const auto add = [&](auto kernel) {
+    if (error == cudaSuccess) error = load(kernel);
+  };
+  add(forward_kernel<T, kD>);
+  add(backward_kernel<T, kD, false>);
+  add(backward_kernel<T, kD, true>);
+  if (error != cudaSuccess || !has_boxes()) return error;
+  add(hopper_forward<T, kBoxed>);
+  add(hopper_backward<T, kBoxed, false>);
+  add(hopper_backward<T, kBoxed, true>);
+  return error;
+}
+
+// Loads the kernels onto a device, once: later it may happen while a graph of calls is recorded.
+ffi::Error initialize() {
+  static std::atomic<uint64_t> loaded{0};
+  const uint64_t device = uint64_t{1} << current_device() % 64;
+  if (loaded & device) return ffi::Error::Success();
+  cudaError_t error = cudaSuccess;
+  const auto add = [&](auto number) {
+    using T = decltype(number);
+    if (error == cudaSuccess) error = load_kernels<T, 32>();
+    if (error == cudaSuccess) error = load_kernels<T, 64>();
+    if (error == cudaSuccess) error = load_kernels<T, 128>();
+  };
+  add(BFloat16{});
+  add(Float16{});
+  if (error == cudaSuccess) loaded |= device;
+  return result(error);
+}
 
 }  // namespace
 }  // namespace gna

@@ -124,13 +124,19 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, int b
   return cudaGetLastError();
 }
 
-// Loads the code that a kernel is part of onto the current device.
+// Loads a kernel onto the current device.
 template <typename Arguments>
 cudaError_t load(void (*kernel)(Arguments)) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) cudaGetLastError();
   return error;
+}
+
+// The number of the current device.
+inline int current_device() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess ? device : 0;
 }
 
 }  // namespace gna

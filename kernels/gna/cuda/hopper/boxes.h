@@ -3,8 +3,8 @@
 //
 // Rows are queries and columns keys, or the other way round, as in ../walk.h. Boxes of columns begin
 // with the first column that a row meets, and additional keys follow. Those whose columns all rows
-// meet need no mask. A box is a matrix of as many rows as it has tokens,
-// in row-major order of the dimensions.
+// meet need no mask. A box is a matrix of as many rows as it has tokens, in row-major order of the
+// dimensions.
 #pragma once
 
 #include "../problem.h"
