@@ -215,7 +215,7 @@ def test_what_is_spoiled_shows():
 @pytest.mark.skipif(build.compiler("gpu") is None, reason="no nvcc")
 @pytest.mark.parametrize(
     ("dim", "by_key", "products", "most"),
-    # With the mask; without it some 430, 320, 390 and 480.
+    # With the mask, which is some 250 of it, or, by key at 128, 190.
     [
         (128, False, 24, 700),
         (128, True, 24, 520),
