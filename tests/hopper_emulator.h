@@ -74,6 +74,7 @@ class Hopper : public Engine {
     threads_ = std::vector<Thread>(threads);
     groups_ = std::vector<Gathering>(threads / 128 + 1);
     copies_.clear();
+    barriers.clear();
     for (Named& named : named_) named = Named{};
     registers_.assign(threads / 128 + 1, 65536 / threads / 8 * 8);
     most_registers_ = 65536 / threads / 8 * 8 * threads / 128;
@@ -86,6 +87,11 @@ class Hopper : public Engine {
     for (const Thread& thread : threads_) {
       if (!thread.groups.empty() || !thread.open.empty()) {
         machine().fail("a product has not ended at the end");
+      }
+    }
+    for (const gna::Barrier* barrier : barriers) {
+      if (barrier->pending != barrier->arrivals || barrier->bytes) {
+        machine().fail("a barrier is left within a phase");
       }
     }
     for (const Named& named : named_) {
@@ -204,6 +210,7 @@ class Hopper : public Engine {
   }
 
   bool unpublished = false;
+  std::vector<const gna::Barrier*> barriers;  // all that were started
 
  private:
   struct Thread {
@@ -360,6 +367,7 @@ inline uint32_t shared_address(const void* x) { return emulator::hopper().addres
 inline void start_barrier(Barrier& barrier, int arrivals, GNA_SITE) {
   arrivals += emulator::hopper().change("start_barrier", line, file);
   barrier = {emulator::Hopper::kStarted, arrivals, arrivals, 0, 0};
+  emulator::hopper().barriers.push_back(&barrier);
   emulator::hopper().unpublished = true;
 }
 inline void publish_barriers(GNA_SITE) {

@@ -41,7 +41,7 @@ cudaError_t backward(const Problem& by_query, const int* keys, const Problem& by
   const auto v = operand<const T>(arrays, 2, 4, p.kv_heads, p.value_dim);
   const auto d_output = operand<const T>(arrays, 5, 0, p.heads, p.value_dim);
   const auto *lse = static_cast<float*>(arrays[6]), *delta = static_cast<float*>(arrays[7]);
-  const cudaError_t error = launch_hopper_gradients<T, kD, false>(
+  const cudaError_t error = arrays[8] == nullptr ? cudaSuccess : launch_hopper_gradients<T, kD, false>(
       by_query, {keys[0], keys[1], keys[2]},
       Pairs<T>{q, d_output, k, v, operand<T>(arrays, 8, 0, p.heads, p.dim), {}, lse, delta},
       nullptr);
@@ -72,7 +72,7 @@ extern "C" const char* hopper_forward(const int* problem, float scale, bool bflo
 }
 
 // Likewise; `arrays` are query, key, value, additional keys and values, the output's cotangent,
-// log-sum-exp and delta, then the gradients of the first five.
+// log-sum-exp and delta, then the gradients of the first five; without the query's, if that is null.
 extern "C" const char* hopper_backward(const int* by_query, const int* keys, const int* by_key,
                                        const int* queries, float scale, bool bfloat, int dim,
                                        void* const* arrays) {

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gna_machines
+import jax
 import numpy as np
 import pytest
+
+from conceptax.kernels.gna.cuda import build
 
 
 class Spoiled(NamedTuple):
@@ -116,15 +119,17 @@ def backward(
     heads: dict,
     arrays: Sequence[np.ndarray | None],
     tiles: Sequence[Sequence[int]],
-    scale: float | None = None,
+    by_query: bool = True,
 ) -> list[np.ndarray]:
     """Gradients of q, k, v, and additional keys and values if there are.
 
     `arrays` are these five and the output's cotangent, in 16 bits, log-sum-exp and delta; `tiles`
     the shapes of a tile of queries and of the boxes of keys that it meets, then of a tile of keys
-    and of boxes of queries.
+    and of boxes of queries. Unless `by_query`, the first is left out.
     """
     gradients = [None if x is None else np.full_like(x, np.nan) for x in arrays[:5]]
+    if not by_query:
+        gradients[0] = None
     query = arrays[0]
     assert query is not None
     error = library().hopper_backward(
@@ -132,13 +137,41 @@ def backward(
         shape_of(tiles[1]),
         problem_numbers(case, heads, tiles[2]),
         shape_of(tiles[3]),
-        ctypes.c_float(heads["dim"] ** -0.5 if scale is None else scale),
+        ctypes.c_float(heads["dim"] ** -0.5),
         query.dtype.name == "bfloat16",
         max(heads["dim"], heads["value_dim"]),
         pointers([*arrays, *gradients]),
     )
     check(error)
     return [x for x in gradients if x is not None]
+
+
+COMPILED = """
+#include "hopper/{0}.h"
+namespace gna {{
+using Arguments = Hopper{1}Arguments<BFloat16>;
+template __global__ void hopper_{0}<{2}>(const __grid_constant__ Arguments);
+}}
+"""
+
+
+def main_loop(name: str, parameters: str, folder: Path) -> list[str]:
+    """The instructions of a kernel's main loop, of which the compiler must say nothing but good.
+
+    No register lies in memory, no product waits for another, threads share out all registers.
+    """
+    source, binary = folder / "one.cu", folder / "one.cubin"
+    source.write_text(COMPILED.format(name, name.capitalize(), parameters))
+    command = [build.compiler("gpu"), "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-I", build.SOURCES]
+    command += ["-isystem", jax.ffi.include_dir(), source, "-o", binary]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said and " 0 bytes stack frame" in said
+    assert "C75" not in said  # such as C7510: wgmma serialized
+    assert "Used 168 registers" in said
+    main = next(x for x in loops(binary) if any(code.startswith("HGMMA") for code in x))
+    assert not [code for code in main if code.startswith(("LDL", "STL"))]
+    return main
 
 
 def loops(binary: Path) -> list[list[str]]:

@@ -5,12 +5,14 @@
 
 namespace gna {
 
-// Operands and gradients of the rows (x, y) and of the columns (u, w), as in backward.h; by query,
-// [B, tokens, heads], log-sum-exp and what is taken from a probability's gradient.
+// Of rows and columns that are queries and keys, or the reverse: queries go with the output's
+// cotangent, keys with values. By query, [B, tokens, heads]: log-sum-exp, and what is taken from a
+// probability's gradient.
 template <typename T>
 struct Pairs {
-  Operand<const T> x, y, u, w;
-  Operand<T> dx, dy;
+  Operand<const T> x, y;  // of rows
+  Operand<const T> u, w;  // of columns
+  Operand<T> dx, dy;      // dy only where rows are keys
   const float *lse, *delta;
 };
 

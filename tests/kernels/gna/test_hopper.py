@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gna_oracle import attention, full_mask, operands, random_case
-from hopper_machine import NOTHING, EmulatorError, Spoiled
+from hopper_machine import NOTHING, Spoiled
+from hopper_problems import CHANGES, ROWS, drawn_shapes, missed
 
 from conceptax.kernels import gna
 from conceptax.kernels.gna import cuda
-from conceptax.kernels.gna.cuda import LEAST_SEEN, build
-from conceptax.kernels.gna.tiles import shapes_of
+from conceptax.kernels.gna.cuda import build
 
 # Against float64: rounding of results, and of the probabilities.
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
-ROWS = 128
 
 
 def random_problem(seed: int, dims: tuple[int, ...] = (8, 32, 40, 64, 72, 96, 128)):
@@ -52,13 +51,6 @@ def random_problem(seed: int, dims: tuple[int, ...] = (8, 32, 40, 64, 72, 96, 12
     arrays = operands(rng, case, heads)
     arrays = [None if x is None else np.asarray(x).astype(dtype) for x in arrays[:6]]
     return rng, case, heads, arrays
-
-
-def drawn_shapes(rng, case, *tokens):
-    """A shape of so many tokens each, such as boxes may have."""
-    shapes = (shapes_of(n, len(case["layout"])) for n in tokens)
-    shapes = ([shape for shape in one if shape[-1] >= LEAST_SEEN] for one in shapes)
-    return [one[rng.integers(len(one))] for one in shapes]
 
 
 def compare(got, expected, dtype, message):
@@ -95,42 +87,11 @@ def test_forward_of_random_problems(part):
         check_forward(part * 1000 + n)
 
 
-# How each instruction is spoiled; what the numbers say is in `hopper_emulator.h`. Columns of a
-# product's operand in registers come of more than one panel, those of another's never.
-CHANGES = {
-    "wait": [1],
-    "arrive": [1],
-    "arrive_expecting": [-128, 128],
-    "start_barrier": [1, -1],
-    "publish_barriers": [1],
-    "block_barrier": [1],
-    "copy_box": [1, 2, 3, 4, 5, 6],
-    "begin_products": [1],
-    "end_group": [1],
-    "wait_for_products": [1],
-    "multiply_shared": [1, 2, 4, 5],
-    "multiply_registers": [1, 2, 3, 4, 5],
-    "meet": [1],
-    "signal": [1],
-    "give_registers": [1],
-    "bit_range": [1, 2, 3],
-}
-
 # Between them: many steps, masks along every dimension, additional keys, two panels.
 SPOILED_FORWARD = [
     ((2, 8, 24), (2, 5, 20), (1, 2, 1), 3, (2, 8, 8), (1, 8, 16)),
     ((3, 3, 40), (2, 3, 40), (1, 3, 7), 130, (4, 2, 16), (4, 4, 8)),
 ]
-
-
-def missed(check, seeds, spoiled):
-    """Whether a spoiled instruction shows in nothing."""
-    for seed in seeds:
-        try:
-            check(seed, spoiled)
-        except (EmulatorError, AssertionError):
-            return False
-    return True
 
 
 @functools.cache
@@ -263,32 +224,12 @@ def test_what_is_not_finite_leaves_other_gradients_alone(hopper):
         np.testing.assert_allclose(one[:, 9:], other[:, 9:], rtol=4e-3, atol=4e-3)
 
 
-COMPILED = """
-#include "hopper/forward.h"
-namespace gna {{
-template __global__ void hopper_forward<{0}, {1}>(
-    const __grid_constant__ HopperForwardArguments<{0}>);
-}}
-"""
-
-
 @pytest.mark.skipif(build.compiler("gpu") is None, reason="no nvcc")
 @pytest.mark.parametrize(("dim", "products"), [(64, 12), (128, 16)])
 def test_what_the_compiler_says(dim, products, tmp_path):
     """No register in memory, no product serialized, and the main loop within its budget."""
-    source, binary = tmp_path / "one.cu", tmp_path / "one.cubin"
-    source.write_text(COMPILED.format("BFloat16", dim))
-    command = [build.compiler("gpu"), "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
-    command += ["-gencode=arch=compute_90a,code=sm_90a", "-I", build.SOURCES]
-    command += ["-isystem", jax.ffi.include_dir(), source, "-o", binary]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said and " 0 bytes stack frame" in said
-    assert "C75" not in said  # such as C7510: wgmma serialized
-    assert "Used 168 registers" in said
-    loops = hopper_machine.loops(binary)
-    main = next(one for one in loops if any(code.startswith("HGMMA") for code in one))
+    main = hopper_machine.main_loop("forward", f"BFloat16, {dim}", tmp_path)
     assert sum(code.startswith("HGMMA") for code in main) == products
-    assert not [code for code in main if code.startswith(("LDL", "STL"))]
     assert len(main) <= 870  # with its mask; some 580 without
     # Exponentials are made while the products with values go on.
     waits = [n for n, code in enumerate(main) if code.startswith("WARPGROUP.DEPBAR")]
