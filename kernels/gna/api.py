@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import cuda, cudnn
-from .backends import reference, triton, xla
+from .backends import reference, splash, triton, xla
 from .partition import (
     BACKWARD,
     FORWARD,
@@ -50,6 +50,7 @@ BACKENDS: dict[str, ModuleType] = {
     "xla": xla,
     "cuda": cuda,
     "triton": triton,
+    "splash": splash,
 }
 
 # An implementation, or one for each of several platforms.
@@ -59,13 +60,14 @@ Choice: TypeAlias = str | tuple[tuple[str, str], ...]
 NEEDS: dict[str, Callable[[str], str | None]] = {
     "cuda": cuda.build.missing,
     "triton": triton.missing,
+    "splash": splash.missing,
 }
 
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
     "cpu": ("cuda", "xla", "reference"),
     "gpu": ("triton", "xla", "reference"),
-    "tpu": ("xla", "reference"),
+    "tpu": ("splash", "xla", "reference"),
 }
 
 
@@ -129,7 +131,7 @@ def _refusal(implementation: str, reason: str | None) -> NotImplementedError:
 
 def _best(problem: Problem, platform: str) -> str:
     """The first that can do a problem on a platform."""
-    names = PREFERENCES.get(platform, PREFERENCES["tpu"])
+    names = PREFERENCES.get(platform, ("xla", "reference"))
     able = (name for name in names if unsupported(name, problem, platform) is None)
     is_default = platform == default_platform()
     return next(name for name in able if _is_ready(name, platform, is_default))
@@ -362,7 +364,7 @@ def joint_neighborhood_attention(
     return of_image.reshape(*image[0].shape[:-1], -1), of_text
 
 
-def _in_rows(operands: Operands) -> tuple[Any, Any, Any]:
+def _in_rows(operands: Operands) -> tuple[Any, ...]:
     """Queries, all keys and all values of dense attention, [B, L, H, D]."""
     query, key, value, *additional = operands
     query, key, value = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
@@ -374,15 +376,15 @@ def _is_cudnns(problem: Problem, operands: Operands) -> bool:
     """Whether cuDNN is to do a problem where it is lowered for CUDA."""
     if not problem.is_dense or is_in_mesh(*jax.tree.leaves(operands)):
         return False
-    rows = jax.eval_shape(_in_rows, operands)
-    return "gpu" in platforms_at_hand() and cudnn.takes(*rows, False)
+    query, key, value = jax.eval_shape(_in_rows, operands)
+    return "gpu" in platforms_at_hand() and cudnn.takes(query, key, value, False)
 
 
 def _attend_by_cudnn(problem: Problem, chosen: Choice, operands: Operands) -> Array:
     """The output of dense attention, by cuDNN where it is lowered for CUDA."""
 
     def by_cudnn(operands: Operands) -> Array:
-        output = cudnn.attend(False, problem.scale, *_in_rows(operands))
+        output: Any = cudnn.attend(False, problem.scale, *_in_rows(operands))
         return output.reshape(*operands.query.shape[:-1], problem.value_dim)
 
     # What is not run must leave nothing for the backward pass but the operands.
