@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import cuda, cudnn
-from .backends import reference, reference_lists, triton, xla, xla_lists
+from .backends import reference, reference_lists, splash, triton, xla, xla_lists
 from .cuda import lists as cuda_lists
 from .partition import (
     BACKWARD,
@@ -64,6 +64,7 @@ BACKENDS: dict[str, ModuleType] = {
     "xla": xla,
     "cuda": cuda,
     "triton": triton,
+    "splash": splash,
 }
 
 # Those of a `ListProblem`.
@@ -80,13 +81,14 @@ Choice: TypeAlias = str | tuple[tuple[str, str], ...]
 NEEDS: dict[str, Callable[[str], str | None]] = {
     "cuda": cuda.build.missing,
     "triton": triton.missing,
+    "splash": splash.missing,
 }
 
 # What runs where, best first; the first that can do the problem is taken.
 PREFERENCES = {
     "cpu": ("cuda", "xla", "reference"),
     "gpu": ("triton", "xla", "reference"),
-    "tpu": ("xla", "reference"),
+    "tpu": ("splash", "xla", "reference"),
 }
 
 
@@ -166,7 +168,7 @@ def _refusal(implementation: str, reason: str | None) -> NotImplementedError:
 
 def _best(problem: AnyProblem, platform: str) -> str:
     """The first that can do a problem on a platform."""
-    names = PREFERENCES.get(platform, PREFERENCES["tpu"])
+    names = PREFERENCES.get(platform, ("xla", "reference"))
     able = (name for name in names if unsupported(name, problem, platform) is None)
     is_default = platform == default_platform()
     return next(name for name in able if _is_ready(name, platform, is_default))
@@ -399,7 +401,7 @@ def joint_neighborhood_attention(
     return of_image.reshape(*image[0].shape[:-1], -1), of_text
 
 
-def _in_rows(operands: Operands) -> tuple[Any, Any, Any]:
+def _in_rows(operands: Operands) -> tuple[Any, ...]:
     """Queries, all keys and all values of dense attention, [B, L, H, D]."""
     query, key, value, *additional = operands
     query, key, value = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (query, key, value))
@@ -414,8 +416,8 @@ def _is_cudnns(problem: Problem, operands: Operands) -> bool:
     """Whether cuDNN is to do a problem where it is lowered for CUDA."""
     if not problem.is_dense or is_in_mesh(*jax.tree.leaves(operands)):
         return False
-    rows = jax.eval_shape(_in_rows, operands)
-    return "gpu" in platforms_at_hand() and cudnn.takes(*rows, False)
+    query, key, value = jax.eval_shape(_in_rows, operands)
+    return "gpu" in platforms_at_hand() and cudnn.takes(query, key, value, False)
 
 
 def _attend_by_cudnn(problem: Problem, chosen: Choice, operands: Operands) -> Array:

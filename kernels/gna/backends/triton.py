@@ -17,7 +17,7 @@ from ..nonfinite import contained, contained_backward
 from ..platforms import local_devices
 from ..problem import Operands, Problem, Residuals
 from ..varying import vary, varying_axes
-from .triton_blocks import Blocks, blocks_of, largest_dim, padded, tiling
+from .triton_blocks import Blocks, blocks_of, candidates_of, largest_dim, padded, tiling
 
 # Programs that keep any GPU busy; the additional keys alone may be too few.
 ENOUGH_PROGRAMS = 512
@@ -149,6 +149,11 @@ def call(
 def blocks_here(problem: Problem, kernel: str) -> Blocks:
     """How a kernel is cut for a problem on this GPU."""
     return blocks_of(problem, kernel, _capability())
+
+
+def candidates_here(problem: Problem, kernel: str) -> tuple[Blocks, ...]:
+    """How a kernel may be cut for a problem on this GPU; see `tuning`."""
+    return candidates_of(problem, kernel, _capability())
 
 
 def _capability() -> int:

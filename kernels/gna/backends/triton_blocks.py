@@ -35,23 +35,51 @@ def _table(text: str) -> Table:
 
 # 227 KiB of shared memory, 163 KiB and 99 KiB.
 HOPPER = _table("""
-    forward         128/128/8/3  128/128/8/3   128/64/8/2    64/64/8/2    64/32/8/2
-    backward_query   128/64/8/3   128/64/8/3    64/32/8/2    64/32/4/2    32/32/4/2
-    backward_keys    128/64/8/3   128/64/8/2    64/32/8/2    64/32/8/2    32/32/8/2
+    forward         128/128/8/3  128/128/8/3    64/64/8/2   32/128/8/2    32/64/8/2
+    backward_query   128/64/8/3   128/64/8/3    64/32/8/2    64/32/4/2    32/32/8/2
+    backward_keys    128/64/8/3   128/32/8/2    32/32/8/2   128/16/8/2    16/16/4/2
+""")
+# As Hopper, but for what would spill there.
+BLACKWELL = HOPPER | _table("""
+    forward         128/128/8/3   128/64/8/2    64/64/8/2   32/128/8/2    32/64/8/2
 """)
 A100 = _table("""
     forward          128/64/4/3   128/64/8/3    64/64/8/2    64/32/8/2    32/32/8/2
-    backward_query   128/64/8/2    64/64/4/2    64/32/8/2    64/32/8/2    32/32/4/2
-    backward_keys    128/64/8/2    64/64/8/2    64/32/8/2    64/32/8/1    32/16/4/2
+    backward_query   128/64/8/2    64/64/4/2    64/32/8/2    32/64/8/2    32/32/8/2
+    backward_keys    128/64/8/2    64/64/8/2    32/64/8/2    32/64/8/1    16/16/4/2
 """)
 OTHERS = _table("""
-    forward           64/64/4/2    64/64/4/2    64/32/4/2    64/32/8/1    32/32/8/1
-    backward_query    64/64/4/2    64/64/4/2    64/16/4/2    64/32/8/1    32/32/4/2
-    backward_keys     64/64/8/2    64/32/4/2    32/16/4/2    64/32/8/1    32/16/4/2
+    forward           64/64/4/2    64/64/4/2    32/64/8/2    64/32/8/1    32/32/8/1
+    backward_query    64/64/4/2    64/64/4/2    32/32/8/2    32/64/8/2    32/32/8/2
+    backward_keys     64/64/8/2    32/64/8/2    32/16/4/2    32/64/8/1    16/32/4/1
 """)
 # By compute capability: the last that is not above the GPU's. Own tokens of "backward_keys" are
-# keys, of the others queries. Chosen for what fits and does not spill; `tune` measures.
-TABLES = {0: OTHERS, 80: A100, 86: OTHERS, 90: HOPPER, 120: OTHERS}
+# keys, of the others queries. Chosen for what fits and does not spill; `tuning.tune` measures.
+TABLES = {0: OTHERS, 80: A100, 86: OTHERS, 90: HOPPER, 100: BLACKWELL, 120: OTHERS}
+
+# What else is worth measuring from Hopper on, in 16 bits; it does not spill either.
+RIVALS = tuple(
+    map(
+        _table,
+        (
+            """
+    forward          128/64/8/3   128/64/8/3
+    backward_query   128/32/8/4   128/32/8/3
+    backward_keys    128/32/8/2    64/32/8/2
+            """,
+            """
+    forward           64/64/4/3    64/64/4/3
+    backward_query    64/64/4/3   128/32/8/4
+    backward_keys     64/64/8/2    64/64/8/2
+            """,
+            """
+    forward          64/128/4/3   128/64/8/2
+    backward_query   128/64/8/2    64/64/4/3
+    backward_keys     64/32/8/3    64/32/8/3
+            """,
+        ),
+    )
+)
 
 # What was measured, for problems of batch 1, whatever the batch; see `tuning.tune`.
 TUNED: dict[tuple[Problem, str], Blocks] = {}
@@ -72,13 +100,28 @@ def blocks_of(problem: Problem, kernel: str, capability: int) -> Blocks:
     tuned = TUNED.get(tuning_key(problem, kernel))
     if tuned is not None:
         return tuned
-    table = TABLES[max(c for c in TABLES if c <= capability)][kernel]
+    blocks = _cell(_table_of(capability)[kernel], problem)
+    assert blocks is not None, "larger dimensions are refused before"
+    return blocks
+
+
+def candidates_of(problem: Problem, kernel: str, capability: int) -> tuple[Blocks, ...]:
+    """What is worth measuring on such a GPU: the table's tiles, and up to three more."""
+    table = _table_of(capability)
+    rivals = RIVALS if 90 <= capability < 120 else ()
+    found = (_cell(each[kernel], problem) for each in (table, *rivals))
+    return tuple(dict.fromkeys(blocks for blocks in found if blocks is not None))
+
+
+def _table_of(capability: int) -> Table:
+    return TABLES[max(c for c in TABLES if c <= capability)]
+
+
+def _cell(row: tuple[Blocks, ...], problem: Problem) -> Blocks | None:
+    """That of a problem, if a row has so many columns."""
     size, dim = jnp.dtype(problem.dtype).itemsize, max(problem.head_dim, problem.value_dim)
-    return next(
-        blocks
-        for blocks, column in zip(table, COLUMNS, strict=True)
-        if column[0] == size and column[1] >= dim
-    )
+    cells = zip(row, COLUMNS, strict=False)
+    return next((blocks for blocks, (of, most) in cells if of == size and most >= dim), None)
 
 
 # Shapes

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from .. import cuda
 from ..api import neighborhood_attention, seen_by_backends
-from ..backends import triton, xla
+from ..backends import splash, triton, xla
 from ..problem import Problem
 from ..tiles import shapes_of
 from .schedule import GPUS, Gpu
@@ -239,4 +239,9 @@ def _tiles(problem: Problem, implementation: str) -> tuple[tuple[int, ...], tupl
         # Tiles that share a window run as one; all are multiples of the first.
         tiles = [loop.tile for loop in xla.plan_of(problem).loops]
         return tuple(math.gcd(*lengths) for lengths in zip(*tiles, strict=True)), (1,) * rank
-    raise ValueError(f"implementation must be xla, cuda or triton, received {implementation!r}.")
+    if implementation == "splash":
+        tile = splash.tiling(problem.windows).tile[-rank:]
+        return tile, tile
+    raise ValueError(
+        f"implementation must be xla, cuda, triton or splash, received {implementation!r}."
+    )

@@ -66,7 +66,7 @@ def test_bound_is_that_of_the_best_tiles(layout, window, stride, tile, limit):
     assert found.query_tile == tile and set(found.key_tile) == {1}
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cuda", "triton"])
+@pytest.mark.parametrize("implementation", ["xla", "cuda", "triton", "splash"])
 def test_expected_tiles_are_those_of_the_backend(implementation):
     dtype = "bfloat16" if implementation == "triton" else "float32"
     problem = problem_of((64, 64), (32, 32), (8, 8), heads=4, dim=64, dtype=dtype)
@@ -75,11 +75,13 @@ def test_expected_tiles_are_those_of_the_backend(implementation):
     assert len(found.query_tile) == len(found.key_tile) == 2
     if implementation == "triton":
         assert np.prod(found.query_tile) == np.prod(found.key_tile) == 128
+    elif implementation == "splash":
+        assert found.query_tile == found.key_tile == (8, 64)
     else:
         assert found.block_sparse and found.tile_speedup == 4
     dense = dataclasses.replace(problem, windows=problem_of((64, 64), (64, 64)).windows)
     assert measure.expected(dense, implementation).tile_speedup == 1
-    with pytest.raises(ValueError, match="xla, cuda or triton, received 'reference'"):
+    with pytest.raises(ValueError, match="xla, cuda, triton or splash, received 'reference'"):
         measure.expected(problem, "reference")
 
 

@@ -1,7 +1,12 @@
 """Triton kernels of neighborhood attention without a GPU: values, by the interpreter; lowering."""
 
 import dataclasses
+import re
+import subprocess
 import sys
+import tempfile
+import types
+from pathlib import Path
 
 import gna_machines
 import jax
@@ -14,7 +19,15 @@ from conceptax.kernels import gna
 from conceptax.kernels.gna import tuning
 from conceptax.kernels.gna.api import attend
 from conceptax.kernels.gna.backends import triton as backend
-from conceptax.kernels.gna.backends.triton_blocks import TUNED, padded, tiling
+from conceptax.kernels.gna.backends.triton_blocks import (
+    COLUMNS,
+    TUNED,
+    Blocks,
+    blocks_of,
+    candidates_of,
+    padded,
+    tiling,
+)
 from conceptax.kernels.gna.problem import Operands, Residuals
 from conceptax.kernels.gna.tiles import Window
 
@@ -184,19 +197,19 @@ def test_lowers_for_a_gpu_that_is_not_here(kernels, monkeypatch):
     assert lowered(sharded, doubled).count("custom_call @triton_kernel_call") == 4
 
 
-@pytest.mark.parametrize("name", ["forward", "backward_query", "backward_keys"])
-def test_compiles_for_hopper(kernels, monkeypatch, tmp_path, name):
+def compiled(kernels, problem, name, capability):
+    """A kernel for a GPU that is not here, and the bytes that it spills for each thread."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import __file__ as compiler
     from triton.compiler import ASTSource, compile
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    x = jax.ShapeDtypeStruct((1, 30, 48, 80, 24, 128), jnp.bfloat16)
-    problem = gna.describe(x, x, x, kernel_size=(18, 24, 24), stride=(16, 8, 8))
-    launch = backend.launch(problem, name)
-    assert launch.static["has_free"] and not launch.static["has_masked"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_capability", lambda: capability)
+        launch = backend.launch(problem, name)
     kernel = getattr(kernels, name)
+    own = {"bfloat16": "*bf16", "float32": "*fp32"}[problem.dtype]
     types = {"lse": "*fp32", "delta": "*fp32", "S": "constexpr"}
-    signature = {argument: types.get(argument, "*bf16") for argument in kernel.arg_names}
+    signature = {argument: types.get(argument, own) for argument in kernel.arg_names}
     aligned = {
         (n,): [["tt.divisibility", 16]]
         for n, argument in enumerate(kernel.arg_names)
@@ -207,16 +220,60 @@ def test_compiles_for_hopper(kernels, monkeypatch, tmp_path, name):
         "num_stages": launch.stages,
         "enable_fp_fusion": True,
     }
-    compiled = compile(
+    result = compile(
         ASTSource(
             kernel, signature, constexprs={"S": kernels.Static(**launch.static)}, attrs=aligned
         ),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options=options,
     )
-    text = compiled.asm["ptx"]
-    assert "wgmma.mma_async" in text and "cp.async.cg" in text
-    assert compiled.metadata.shared <= 227 * 1024
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        tool = Path(compiler).parent / "bin/cuobjdump"
+        arguments = [tool, "--dump-resource-usage", file.name]
+        said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    (spilled,) = re.findall(r"REG:\d+ STACK:(\d+)", said)
+    return launch, result, int(spilled)
+
+
+def video(dim=128, dtype=jnp.bfloat16):
+    """HunyuanVideo's windows."""
+    x = jax.ShapeDtypeStruct((1, 30, 48, 80, 24, dim), dtype)
+    return gna.describe(x, x, x, kernel_size=(18, 24, 24), stride=(16, 8, 8))
+
+
+@pytest.mark.parametrize("name", tuning.KERNELS)
+@pytest.mark.parametrize(
+    ("capability", "product"),
+    [
+        (90, "wgmma.mma_async"),
+        pytest.param(100, "tcgen05.mma", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_for_tensor_cores(kernels, monkeypatch, tmp_path, name, capability, product):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launch, result, spilled = compiled(kernels, video(), name, capability)
+    assert launch.static["has_free"] and not launch.static["has_masked"]
+    text = result.asm["ptx"]
+    assert product in text and "cp.async.cg" in text
+    assert result.metadata.shared <= 227 * 1024
+    assert spilled == 0
+
+
+MEMORY = {80: 163, 86: 99, 90: 227}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tuning.KERNELS)
+@pytest.mark.parametrize("capability", MEMORY)
+@pytest.mark.parametrize(("size", "dim"), COLUMNS)
+def test_no_tile_spills(kernels, monkeypatch, tmp_path, name, capability, size, dim):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    problem = video(dim, {2: jnp.bfloat16, 4: jnp.float32}[size])
+    _, result, spilled = compiled(kernels, problem, name, capability)
+    assert spilled == 0
+    assert result.metadata.shared <= MEMORY[capability] * 1024
 
 
 def test_says_what_it_cannot_do(monkeypatch):
@@ -232,25 +289,82 @@ def test_says_what_it_cannot_do(monkeypatch):
     backend.missing.cache_clear()
 
 
-def test_tuning_keeps_the_fastest(monkeypatch):
-    problem, case, *_ = problem_of("mixed")
-    settings = {key: value for key, value in case.items() if key != "layout"}
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Calls of the clock, which takes larger tiles for faster and does not start the largest."""
+    calls = []
 
     def milliseconds(problem, kernel, operands, repeats):
-        assert gna.describe(*operands[0].operands, **settings) == problem
+        settings = {"kernel_size": (4, 9), "stride": (3, 1), "dilation": (2, 1)}
+        given = gna.describe(*operands[0].operands, **settings, is_causal=(False, True))
+        assert given == problem
         blocks = backend.blocks_here(problem, kernel)
-        if blocks.own == 128:
+        calls.append((kernel, blocks))
+        if blocks.own == 256:
             raise RuntimeError("out of shared memory")
         return 1000 / blocks.own / blocks.seen
 
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    try:
-        times = tuning.tune(problem)
-        assert list(times) == ["forward", "backward_query", "backward_keys"]
-        for kernel, found in times.items():
-            assert {128} & {blocks.own for blocks in found} == set()
-            assert list(found.values()) == sorted(found.values())
-            larger = dataclasses.replace(problem, batch=3)
-            assert backend.blocks_here(larger, kernel)[:2] == (64, 128)
-    finally:
-        TUNED.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield calls
+    TUNED.clear()
+
+
+SIZES = {name: [Blocks(n, 64, 8, 2) for n in (64, 128, 256)] for name in tuning.KERNELS}
+
+
+def test_tuning_keeps_the_fastest(measured):
+    problem, *_ = problem_of("mixed")
+    times = tuning.tune(problem, SIZES)
+    assert list(times) == list(tuning.KERNELS)
+    for kernel, found in times.items():
+        assert [blocks.own for blocks in found] == [128, 64]
+        larger = dataclasses.replace(problem, batch=3)
+        assert backend.blocks_here(larger, kernel) == (128, 64, 8, 2)
+
+
+def test_what_was_measured_is_kept(measured, monkeypatch, tmp_path):
+    problem, *_ = problem_of("mixed")
+    times, count = tuning.tune(problem, SIZES), len(measured)
+    (file,) = (tmp_path / "conceptax").iterdir()
+    TUNED.clear()
+    assert tuning.tune(problem, SIZES) == times and len(measured) == count
+    assert backend.blocks_here(problem, "forward") == (128, 64, 8, 2)
+    whole = file.read_text()
+    for damage in (
+        "",
+        whole[: len(whole) // 2],
+        "[]",
+        whole.replace("128", "32"),
+        '{"forward": 1}',
+    ):
+        file.write_text(damage)
+        before = len(measured)
+        assert tuning.tune(problem, SIZES) == times and len(measured) == before + count
+        assert file.read_text() == whole
+    # What is not the same has a file of its own.
+    tuning.tune(problem, SIZES | {"forward": [Blocks(32, 32, 4, 1)]})
+    monkeypatch.setattr(tuning.importlib.metadata, "version", lambda package: "0")
+    tuning.tune(problem, SIZES)
+    device = types.SimpleNamespace(device_kind="another", compute_capability="9.0")
+    monkeypatch.setattr(tuning, "local_devices", lambda platform: [device])
+    tuning.tune(problem, SIZES)
+    assert len(list((tmp_path / "conceptax").iterdir())) == 4
+
+
+def test_a_folder_that_cannot_be_written(measured, monkeypatch, tmp_path):
+    problem, *_ = problem_of("mixed")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert tuning.tune(problem, SIZES)["forward"]
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 64), ("bfloat16", 128), ("float32", 128)])
+def test_few_candidates(capability, dtype, dim):
+    problem, *_ = problem_of("row")
+    problem = dataclasses.replace(problem, dtype=dtype, head_dim=dim, value_dim=dim)
+    for kernel in tuning.KERNELS:
+        candidates = candidates_of(problem, kernel, capability)
+        assert candidates[0] == blocks_of(problem, kernel, capability)
+        assert 1 <= len(candidates) <= 4 and len(set(candidates)) == len(candidates)
