@@ -195,19 +195,22 @@ def test_what_is_spoiled_shows():
     """Every instruction that orders events, lays out an operand or bounds a mask is needed.
 
     Both kernels are of one source; that by keys has all instructions. Threads of the emulator are
-    none so late as to need the last block's barrier, after which rows know what they meet.
+    none so late as to need the last block's barrier, after which rows know what they meet; and
+    columns past the last are zeros, whose gradients add nothing, so masks are not spoiled to be
+    wider, as those of the forward kernel are.
     """
     seeds = range(4)
 
     def run(seed, spoiled):
         n = seed % len(SPOILED)
-        check(spoiled_problem(n), seed, spoiled, by_query=n == 1)
+        check(spoiled_problem(n), seed, spoiled, by_query=False)
 
     with hopper_machine.sites() as sites:
         for seed in seeds:
             run(seed, NOTHING)
     last = max(site for site in sites if site[0] == "block_barrier")
-    spoiled = [Spoiled(*x, change) for x in sites if x != last for change in CHANGES[x[0]]]
+    changes = CHANGES | {"bit_range": [1, 3]}
+    spoiled = [Spoiled(*x, change) for x in sites if x != last for change in changes[x[0]]]
     assert len(spoiled) > 60
     assert [one for one in spoiled if missed(run, seeds, one)] == []
 
