@@ -56,6 +56,8 @@ def convolve(
         return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
 
     batch, *out, features = jax.eval_shape(convolution, x, kernel).shape
+    if kernel.shape[:2] == (1, 1):  # nothing is to be turned around
+        return convolution(x, kernel)
     if batch * out[0] * out[1] > features:  # then the patches would exceed the kernel
         return convolution(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
