@@ -15,8 +15,9 @@ min |e(x_t, c') - e(x_t, c)|^2.  c0 is the prompt with the anchor.
 What differs from the authors' code: their eraser is a perceptron with biases and GELU behind each
 attention, and no weight of a published UNet can hold it; here it is linear, so that it becomes an
 adapter of the attention's `to_out`, and the result is a plain UNet, or a LoRA (`--export lora`).
-Their soft words live on from cycle to cycle, with 50 steps of the attack in each; here each cycle
-begins anew.  Their mask is of maps of 16 x 16 cells; here of those nearest to a quarter of the
+Their soft words start at random and live on from cycle to cycle, with 50 steps of the attack in
+each; here each cycle begins anew at the prompt's own states, so that plain prompts are erased too.
+Their eta is 1.  Their mask is of maps of 16 x 16 cells; here of those nearest to a quarter of the
 latent's side.
 """
 
@@ -67,12 +68,13 @@ class RecelerConfig(AdapterSettings):
 
     cycles: int = 200
     prompts: int = 4
+    learning_rate: float = 5e-3
     trainable: tuple[str, ...] = ("*.attn2.to_out",)
-    eta: float = 1.0
-    latents: Literal["edited", "noise"] = "edited"
+    eta: float = 3.0
+    latents: Literal["edited", "noise"] = "noise"
     rank: int = 16
     attack_words: int = 4
-    attack_steps: int = 8
+    attack_steps: int = 3
     attack_rate: float = 0.1
     mask_threshold: float = 0.1
     mask_weight: float = 0.1
@@ -137,10 +139,9 @@ def receler_step(
 
     states = text_states(concept)
     unit = jnp.sqrt(jnp.mean(states**2))
-    start = unit * jax.random.normal(attack_key, states.shape)
     optimizer = OPTIMIZERS["adam"](config.attack_rate)
     words, last = descended(
-        objective, start, jax.random.split(attack_key, config.attack_steps), optimizer, unit
+        objective, states, jax.random.split(attack_key, config.attack_steps), optimizer, unit
     )
     context = attacked(jax.lax.stop_gradient(words))
 
