@@ -743,7 +743,7 @@ def test_concepts_that_cannot_be_erased(model, tmp_path, capsys):
     refused(capsys, [*base, "--concept", "three", "--concept", ""], "the concept is empty")
     refused(capsys, [*base, "--concept", "three " * 40], "this text encoder reads 24")
     refused(capsys, [*base, "--concept", "three", "--cycles", "0"], "cycles must be at least 1")
-    for method in METHODS:
+    for method in ("sage", "esd-x", "speed"):
         itself = [*base, "--concept", "Three ", "--method", method, "--anchor", " three"]
         itself += ["--similarity-cap", "1"]  # to a random encoder all phrases are near
         refused(capsys, itself, "turning it into itself erases nothing")

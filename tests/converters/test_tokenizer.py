@@ -203,7 +203,7 @@ def test_the_text_encoder_tells_which_tokenizer(tmp_path):
 PADS = {"SD 1": ["<|endoftext|>"], "SD 2": ["!"], "SDXL": ["<|endoftext|>", "!"]}
 
 
-@pytest.mark.parametrize("family", PADS)
+@pytest.mark.parametrize("family", ["SD 1", "SD 2", pytest.param("SDXL", marks=pytest.mark.slow)])
 def test_a_single_file_needs_nothing_else(family, tmp_path, capsys):
     """It becomes a folder that diffusers finds complete; the one with two tokenizers is drawn."""
     file, folder = tmp_path / "model.safetensors", tmp_path / "folder"

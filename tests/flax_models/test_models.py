@@ -215,6 +215,8 @@ ORACLES = {
 
 # What the others cover in fewer programs.
 SLOW = (
+    "unet without middle",
+    "autoencoder of Wan 2.1",
     "unet odd size",
     "video unet with other settings",
     "autoencoder of HunyuanVideo, in pieces",

@@ -86,10 +86,7 @@ def changed_parts(before, after):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n if n in ("sage", "uce", "rece", "speed") else pytest.param(n, marks=pytest.mark.slow)
-        for n in METHODS
-    ],
+    [n if n in ("uce", "speed") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
 )
 def test_each_method_edits_its_parts_of_sdxl(pipeline, name):
     config, parts = METHODS[name]

@@ -450,6 +450,7 @@ def losses(pipeline, config, path, mesh):
 
 
 # Nearly all of it is compilation; the mesh that splits both ways stands for the others.
+@pytest.mark.slow
 def test_a_mesh_gives_the_single_device_losses(pipeline, tmp_path):
     config = dataclasses.replace(TINY, prompts=8, local_rows=8, global_rows=8)
     path = tmp_path / "metrics.jsonl"

@@ -268,6 +268,7 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_learns_the_same(pipeline):
     config = dataclasses.replace(BOTH, batch_size=4, steps=1)
     options = {"seed": 2, "progress": False}

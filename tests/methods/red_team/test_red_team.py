@@ -472,6 +472,7 @@ def test_a_search_needs_room_and_tokens(original, edited):
 # ---- relapse ----
 
 
+@pytest.mark.slow
 def test_relapse_follows_the_denoising_loss(original, edited, examples):
     config = dataclasses.replace(TINY["relapse"], part="both")
     static, state, frozen = begin(original, edited, config, relapse)
