@@ -15,7 +15,7 @@ probability that falls with its closeness to c, by (1 - cos(a, c))^alpha.
 
 What differs: the authors' code draws a as Gaussian noise of the concept states' size, accepted with
 probability 1 - cos; here a are retained phrases, drawn by the cosine of the pooled states.  Their
-learning rate warms up and restarts twice.  "Facilitated transport", which scales a membrane by the
+lambda is 1000, their eta 1, and their learning rate warms up and restarts twice.  "Facilitated transport", which scales a membrane by the
 prompt while drawing, is left out: the membrane is always open, as after their `merge_spm`.  As it
 has rank one, `--export lora` writes it exactly.
 """
@@ -60,13 +60,14 @@ class SpmConfig(AdapterSettings):
       frames: in how many templates each retained phrase is put, besides being retained bare.
     """
 
-    cycles: int = 300
+    cycles: int = 150
+    learning_rate: float = 5e-3
     trainable: tuple[str, ...] = ("*.attentions",)
-    eta: float = 1.0
-    latents: Literal["edited", "noise"] = "edited"
+    eta: float = 3.0
+    latents: Literal["edited", "noise"] = "noise"
     anchors: int = 512
     anchor_rows: int = 8
-    anchor_weight: float = 1000.0
+    anchor_weight: float = 30.0
     anchor_exponent: float = 1.0
     frames: int = 1
 
