@@ -15,9 +15,9 @@ probability that falls with its closeness to c, by (1 - cos(a, c))^alpha.
 
 What differs: the authors' code draws a as Gaussian noise of the concept states' size, accepted with
 probability 1 - cos; here a are retained phrases, drawn by the cosine of the pooled states.  Their
-lambda is 1000, their eta 1, and their learning rate warms up and restarts twice.  "Facilitated transport", which scales a membrane by the
-prompt while drawing, is left out: the membrane is always open, as after their `merge_spm`.  As it
-has rank one, `--export lora` writes it exactly.
+lambda is 1000, their eta 1, and their learning rate warms up and restarts twice.  "Facilitated
+transport", which scales a membrane by the prompt while drawing, is left out: the membrane is always
+open, as after their `merge_spm`.  As it has rank one, `--export lora` writes it exactly.
 """
 
 import dataclasses
