@@ -24,11 +24,7 @@ from jaxtyping import Array
 
 from .gna.cuda import build
 
-_TARGETS = {
-    "conceptax_bfloat16_convolve": "Bfloat16Convolve",
-    "conceptax_bfloat16_correlate": "Bfloat16Correlate",
-}
-_CONVOLVE, _CORRELATE = _TARGETS
+_CONVOLVE, _CORRELATE = build.CALLS["bfloat16"]
 _FEWEST_CHANNELS = 16  # with fewer, panels of 32 columns and steps of 32 terms are mostly zeros
 
 
@@ -68,14 +64,10 @@ def available() -> bool:
     if build.missing("bfloat16") is not None:
         return False
     try:
-        library = build.load("bfloat16")
+        build.register("bfloat16")
     except RuntimeError as error:
         warnings.warn(f"Convolutions of bfloat16 are XLA's: {error}", stacklevel=2)
         return False
-    for name, symbol in _TARGETS.items():
-        jax.ffi.register_ffi_target(
-            name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu"
-        )
     return True
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, PRNGKeyArray
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import prediction_loss
 from ..settings import check_settings
-from ..text.phrases import Retained
+from ..text.phrases import Retained, concatenated
 from ..training import TrainState, constrain_batch
 from .common import (
     ErasingStatic,
@@ -76,9 +76,7 @@ def ablation_step(
     names = ("states", "anchor_states", "images")
     _, (concept, anchor, images) = draw_prompts(static, frozen, names, concept_key, prompt_key)
     latents, times, noise = constrain_batch(noised(static, images, noise_key))
-    both = jax.tree.map(
-        lambda *pair: jnp.concatenate(pair), (latents, times, concept), (latents, times, anchor)
-    )
+    both = concatenated((latents, times, concept), (latents, times, anchor))
 
     def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
         ablated, kept = jnp.split(static.edited(params, frozen)(*both), 2)

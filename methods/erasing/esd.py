@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import erase_target, prediction_loss
-from ..text.phrases import Retained
+from ..text.phrases import Retained, concatenated
 from ..training import TrainState, constrain_batch
 from .common import (
     ErasingStatic,
@@ -82,9 +82,7 @@ def esd_loss(
       concept, anchor: what the UNet reads of the prompts, and of them with the anchor in its place.
       eta: strength of the negative guidance.
     """
-    inputs = jax.tree.map(
-        lambda *both: jnp.concatenate(both), (latents, times, anchor), (latents, times, concept)
-    )
+    inputs = concatenated((latents, times, anchor), (latents, times, concept))
     unconditional, conditional = jnp.split(before(*inputs), 2)  # type: ignore
     target = erase_target(unconditional, conditional, eta)
     return prediction_loss(now(latents, times, concept), target)  # type: ignore

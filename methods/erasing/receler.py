@@ -35,7 +35,7 @@ from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ...flax_models.unet_2d_condition import text_states, with_text_states
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..settings import check_settings
-from ..text.phrases import Retained
+from ..text.phrases import Retained, concatenated
 from ..training import TrainState, constrain_batch
 from .adapters import Adapters, AdapterSettings, AdapterStatic, with_adapters
 from .attention_maps import Seen, mask_at, watched, word_mask
@@ -123,9 +123,7 @@ def receler_step(
     )
     before = static.original(frozen)
     seen = watched(before)
-    inputs = jax.tree.map(
-        lambda *both: jnp.concatenate(both), (latents, times, anchor), (latents, times, concept)
-    )
+    inputs = concatenated((latents, times, anchor), (latents, times, concept))
     without, wanted = jnp.split(before(*inputs), 2)
     target, grid = erase_target(without, wanted, config.eta), static.latent_shape[:2]
     under = {name: Seen(*(leaf[size:] for leaf in each)) for name, each in seen.items()}

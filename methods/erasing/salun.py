@@ -32,7 +32,7 @@ from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import prediction_loss
 from ..seeds import seed_key
 from ..settings import check_settings
-from ..text.phrases import Retained, empty_condition
+from ..text.phrases import Retained, concatenated, empty_condition
 from ..training import TrainState, constrain_batch
 from .common import (
     ErasingStatic,
@@ -115,7 +115,7 @@ def salun_step(
         )
         now = static.edited(masked, frozen)
         still = static.edited(jax.lax.stop_gradient(params), frozen)
-        context = jax.tree.map(lambda *both: jnp.concatenate(both), concept, retained)
+        context = concatenated(concept, retained)
         predicted = now(latents, times, context)
         erase = prediction_loss(predicted[:size], still(latents[:size], times[:size], anchor))
         retain = prediction_loss(predicted[size:], noise[size:])
@@ -171,11 +171,7 @@ def forgetting_gradients(
         _, (concept, images) = draw_prompts(static, frozen, names, concept_key, prompt_key)
         latents, times, noise = noised(static, images, noise_key)
         without = jax.tree.map(lambda one, all_: jnp.broadcast_to(one, all_.shape), empty, concept)
-        inputs = jax.tree.map(
-            lambda *both: jnp.concatenate(both),
-            (latents, times, concept),
-            (latents, times, without),
-        )
+        inputs = concatenated((latents, times, concept), (latents, times, without))
         conditional, unconditional = jnp.split(static.edited(params, frozen)(*inputs), 2)
         guided = conditional + config.saliency_guidance * (conditional - unconditional)
         return prediction_loss(guided, noise)

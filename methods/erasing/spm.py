@@ -32,7 +32,7 @@ from jaxtyping import Array, PRNGKeyArray
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.objectives import erase_target, prediction_loss
 from ..settings import check_settings
-from ..text.phrases import Retained, concept_states, pooled_states
+from ..text.phrases import Retained, concatenated, concept_states, pooled_states
 from ..training import TrainState, constrain_batch
 from ..vectors import unit
 from .adapters import AdapterSettings, AdapterStatic, with_adapters
@@ -101,11 +101,11 @@ def spm_step(
     )
     places = jnp.arange(size + config.anchor_rows) % size  # anchors share the concept's latents
     order = jnp.concatenate([jnp.arange(size), places])
-    context = jax.tree.map(lambda *parts: jnp.concatenate(parts), anchor, concept, retained)
+    context = concatenated(anchor, concept, retained)
     targets = before(*constrain_batch((latents[order], times[order], context)))
     surrogate, unwanted, kept = jnp.split(targets, [size, 2 * size])
     target = erase_target(surrogate, unwanted, config.eta)
-    context = jax.tree.map(lambda *parts: jnp.concatenate(parts), concept, retained)
+    context = concatenated(concept, retained)
 
     def loss_of(params: Any) -> tuple[Array, dict[str, Array]]:
         predicted = static.edited(params, frozen)(latents[places], times[places], context)

@@ -296,7 +296,12 @@ def hidden_states(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Float[Array, "N
 def conditions(encoder: Any, rows: Int[np.ndarray, "N L"]) -> Any:
     """All that a UNet reads for each row, float32: hidden states, or SDXL's `TextCondition`."""
     chunks = [chunk.condition for chunk in _encoded_chunks(encoder, rows)]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+    return concatenated(*chunks)
+
+
+def concatenated(*trees: Any) -> Any:
+    """One after the other along the first axis, leaf by leaf."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
 def empty_condition(pipeline: StableDiffusionPipeline) -> Any:

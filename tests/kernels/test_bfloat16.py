@@ -61,7 +61,7 @@ def instructions(request, tmp_path_factory):
         for name in ("_CONVOLVE", "_CORRELATE"):
             target = getattr(bfloat16, name)
             other = f"{target}_{request.param.replace(' ', '_')}"
-            symbol = getattr(library, bfloat16._TARGETS[target])
+            symbol = getattr(library, build.CALLS["bfloat16"][target])
             jax.ffi.register_ffi_target(other, jax.ffi.pycapsule(symbol), platform="cpu")
             patch.setattr(bfloat16, name, other)
         yield

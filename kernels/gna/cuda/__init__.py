@@ -24,16 +24,8 @@ from ..tiles import Costs, Window, cheapest, cut, shapes_of, sizes_up_to
 from ..varying import vary, varying_axes
 from . import build
 
-FORWARD, BACKWARD = "conceptax_gna_forward", "conceptax_gna_backward"
-LISTS_FORWARD, LISTS_BACKWARD = "conceptax_gna_lists_forward", "conceptax_gna_lists_backward"
-PLATFORMS = {"cpu": "cpu", "gpu": "CUDA"}
-
-# The calls of each platform's library, and their symbols in it.
-SYMBOLS = {"gpu": {FORWARD: "GnaForward", BACKWARD: "GnaBackward"}}
-SYMBOLS["cpu"] = SYMBOLS["gpu"] | {
-    LISTS_FORWARD: "GnaListsForward",
-    LISTS_BACKWARD: "GnaListsBackward",
-}
+FORWARD, BACKWARD, LISTS_FORWARD, LISTS_BACKWARD = build.CALLS["cpu"]
+PLATFORMS = ("cpu", "gpu")
 
 # Places in what `tiles` returns, as in `TileKind` in `problem.h`.
 CPU_TILE, FORWARD_TILE = 0, 1
@@ -118,12 +110,7 @@ def prepare(platform: str) -> None:
     Raises:
       RuntimeError: if there is no compiler, or it fails.
     """
-    library = build.load(platform)
-    for name, symbol in SYMBOLS[platform].items():
-        stages = {"execute": jax.ffi.pycapsule(getattr(library, symbol))}
-        if platform == "gpu":
-            stages["initialize"] = jax.ffi.pycapsule(library.GnaInitialize)
-        jax.ffi.register_ffi_target(name, stages, platform=PLATFORMS[platform])
+    build.register(platform)
 
 
 def is_built(platform: str) -> bool:

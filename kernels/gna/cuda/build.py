@@ -25,12 +25,21 @@ import jax
 
 SOURCES = Path(__file__).parent
 TARGETS = {"cpu": "gna_cpu.cc", "gpu": "gna_gpu.cu", "bfloat16": "bfloat16_cpu.cc"}
-_ATTENTION = ("GnaForward", "GnaBackward")
-SYMBOLS = {
-    "cpu": (*_ATTENTION, "GnaListsForward", "GnaListsBackward"),
-    "gpu": (*_ATTENTION, "GnaInitialize"),
-    "bfloat16": ("Bfloat16Convolve", "Bfloat16Correlate"),
+# The calls in each library by their symbols; a GPU's share what is done before the first of them.
+_WINDOWS = {"conceptax_gna_forward": "GnaForward", "conceptax_gna_backward": "GnaBackward"}
+_LISTS = {
+    "conceptax_gna_lists_forward": "GnaListsForward",
+    "conceptax_gna_lists_backward": "GnaListsBackward",
 }
+CALLS = {
+    "cpu": _WINDOWS | _LISTS,
+    "gpu": _WINDOWS,
+    "bfloat16": {
+        "conceptax_bfloat16_convolve": "Bfloat16Convolve",
+        "conceptax_bfloat16_correlate": "Bfloat16Correlate",
+    },
+}
+_INITIALIZE = "GnaInitialize"
 
 # What a build that was killed leaves is cleared by one that starts so many seconds later.
 ABANDONED = 3600
@@ -265,7 +274,7 @@ def load(target: str) -> ctypes.CDLL:
     path = build(target, architectures() if target == "gpu" else None)
     try:
         library = ctypes.CDLL(str(path))
-        for symbol in SYMBOLS[target]:
+        for symbol in (*CALLS[target].values(), *[_INITIALIZE] * (target == "gpu")):
             getattr(library, symbol)
     except (OSError, AttributeError) as error:
         raise RuntimeError(
@@ -273,6 +282,21 @@ def load(target: str) -> ctypes.CDLL:
             "may not be executed, XDG_CACHE_HOME chooses another place."
         ) from error
     return library
+
+
+def register(target: str) -> None:
+    """Makes the calls of a target known to jax.
+
+    Raises:
+      RuntimeError: as for `load`.
+    """
+    library = load(target)
+    for name, symbol in CALLS[target].items():
+        stages = {"execute": jax.ffi.pycapsule(getattr(library, symbol))}
+        if target == "gpu":
+            stages["initialize"] = jax.ffi.pycapsule(getattr(library, _INITIALIZE))
+        platform = "CUDA" if target == "gpu" else "cpu"
+        jax.ffi.register_ffi_target(name, stages, platform=platform)
 
 
 def _cache_folder() -> Path:
