@@ -53,13 +53,16 @@ from conceptax.kernels.convolution import convolve_depthwise
 ORACLES = {
     "unet": ("unet", {}),
     "unet odd size": ("unet", {"size": (9, 7)}),
-    "unet linear projection": (
+    "unet with other settings": (
         "unet",
-        {"use_linear_projection": True, "attention_head_dim": (2, 4), "layers_per_block": (1, 2)},
-    ),
-    "unet without middle": (
-        "unet",
-        {"mid_block_type": None, "center_input_sample": True, "flip_sin_to_cos": False},
+        {
+            "mid_block_type": None,
+            "center_input_sample": True,
+            "flip_sin_to_cos": False,
+            "use_linear_projection": True,
+            "attention_head_dim": (2, 4),
+            "layers_per_block": (1, 2),
+        },
     ),
     "unet of SDXL": ("unet_xl", {}),
     "video unet": ("unet_motion", {}),
@@ -215,7 +218,7 @@ ORACLES = {
 
 # What the others cover in fewer programs.
 SLOW = (
-    "unet without middle",
+    "unet with other settings",
     "autoencoder of Wan 2.1",
     "unet odd size",
     "video unet with other settings",

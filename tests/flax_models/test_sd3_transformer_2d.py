@@ -162,7 +162,7 @@ def test_a_new_models_positions_are_diffusers(torch):
     [
         ("sd3_medium", 2_028_328_000),
         ("sd3_5_medium", 2_243_171_520),
-        ("sd3_5_large", 8_056_627_520),
+        pytest.param("sd3_5_large", 8_056_627_520, marks=pytest.mark.slow),
     ],
 )
 def test_published_sizes_have_diffusers_keys_and_shapes(name, parameters, torch):

@@ -147,6 +147,7 @@ def test_files_go_to_diffusers_and_back(params, tmp_path, torch):
     assert settings[0] == settings[1]
 
 
+@pytest.mark.slow
 def test_half_precision_is_as_exact_as_diffusers(params, tmp_path, torch):
     """Whose norms, modulations, embedded times and sums of residuals stay in float32."""
     import diffusers

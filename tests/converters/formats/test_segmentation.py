@@ -236,7 +236,7 @@ def read_pickle(torch, path):
     return {key: value.numpy() for key, value in stored["model"].items()}
 
 
-@pytest.mark.parametrize("name", ["base", "large"])
+@pytest.mark.parametrize("name", ["base", pytest.param("large", marks=pytest.mark.slow)])
 def test_round_trip_is_bit_exact(name, published, torch, tmp_path):
     path, tensors, sizes = published[name]
     model = load_maft_plus(path)
