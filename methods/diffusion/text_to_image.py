@@ -367,7 +367,20 @@ class TextToImage:
             tokens = math.prod(self.pipeline.token_layout(shape)[-2:])
             fitted = pipeline.SHIFT == "empirical"
             mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
-        return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)
+        tables = flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)
+        if (
+            mu is not None
+            and steps > 1
+            and tables.timesteps[-1] > 0.95 * schedule.num_train_timesteps
+        ):
+            warnings.warn(
+                "at this size the schedule's shift, which follows it, leaves all steps at almost "
+                "pure noise. Add an adapter that was made for the size (--add, merge_parts); what "
+                "one that states nothing is drawn with goes with it: --add-settings urae-4k, or "
+                'settings="urae-4k".',
+                stacklevel=3,
+            )
+        return tables
 
     def _shape(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, ...]:
         """Of the latents of an image or video of that size."""

@@ -41,6 +41,8 @@ class Command:
       add: a part to draw with, a file or folder: what `conceptax erase` and `conceptax personalize`
         write with --export, a LoRA, an embedding of new tokens; repeat for several.
       add_scale: how much of each LoRA in --add.
+      add_settings: that images of a LoRA of FLUX.1 in --add are drawn with, where it does not state
+        them: urae-4k, or "ntk-factor=10 attention-scale=proportional shift=3".
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
       steps: denoising steps per image, to which PNDM adds one; by default as the model was
@@ -80,7 +82,7 @@ class Command:
         the model's own.
       dtype: computation dtype; auto takes the one that is fastest here, and says which.
       stream: bring the blocks of a transformer and of its text encoders from their files as they
-        run, for models larger than memory; the model is a folder of FLUX.1, FLUX.2 klein or SD 3.
+        run, for models larger than memory: FLUX, SD 3 and those of videos, also of 8 bits or GGUF.
       force: replace an earlier result.
     """
 
@@ -92,6 +94,7 @@ class Command:
     add_scale: float = 1.0
     negative_prompt: str = ""
     steps: OptionalInt = None
+    add_settings: OptionalText = None
     guidance: OptionalFloat = None
     guidance_2: OptionalFloat = None
     sampler: (
@@ -319,7 +322,7 @@ def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | N
             f"that it is a part of with --model, and add it to that with --add {command.model}."
         )
     require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
-    pipeline = with_additions(pipeline, command.add, command.add_scale)
+    pipeline = with_additions(pipeline, command.add, command.add_scale, command.add_settings)
     steps = pipeline.defaults[0]
     options: dict[str, Any] = {
         "seed": command.seed,
