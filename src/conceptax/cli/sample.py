@@ -53,6 +53,8 @@ class Command:
         where the model did not learn it.
       guidance_2: that of the second of two models, which Wan 2.2 has for low noise; by default as
         published, or --guidance where that is given.
+      true_cfg_scale: of FLUX.1 and HunyuanVideo, which learnt their guidance, another one on top
+        of it, away from the negative prompt: above 1 it takes twice the time.
       sampler: by default what the model's scheduler asks for; with a motion adapter DDIM. Models on
         a flow have one of their own.
       attention: of a transformer, neighborhood attention in place of the dense one: the name of a
@@ -92,11 +94,12 @@ class Command:
     model: Model = None
     add: Additions = ()
     add_scale: float = 1.0
+    add_settings: OptionalText = None
     negative_prompt: str = ""
     steps: OptionalInt = None
-    add_settings: OptionalText = None
     guidance: OptionalFloat = None
     guidance_2: OptionalFloat = None
+    true_cfg_scale: OptionalFloat = None
     sampler: (
         Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
     ) = None
@@ -223,7 +226,8 @@ def _record(command: Command, images: Any, fps: int | None) -> dict[str, Any]:
     from conceptax.cli.runs import settings_of
 
     left_out = ["size", *(["add", "add_scale"] if not command.add else [])]
-    left_out += [name for name in ("guidance_2", "png") if not getattr(command, name)]
+    optional = ("add_settings", "guidance_2", "true_cfg_scale", "png")
+    left_out += [name for name in optional if not getattr(command, name)]
     if fps is None:
         left_out += ["motion_adapter", *_OF_VIDEOS]
     elif command.motion_adapter is None:
@@ -329,6 +333,7 @@ def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | N
         "num_inference_steps": steps if command.steps is None else command.steps,
         "guidance_scale": _guidance(command, pipeline),
         "negative_prompt": command.negative_prompt or None,
+        "true_cfg_scale": command.true_cfg_scale,
         "height": command.height,
         "width": command.width,
         "on_estimate": announcing("drawing"),
