@@ -258,7 +258,7 @@ def flux(
     """FLUX.1."""
     streams = _inputs(config, grid, text)
     streams["pooled"] = _tokens(config.pooled_projection_dim, seed=3)
-    sequence = JointSequence(grid, rotary=flux_transformer_2d.rotary_of(config, grid, text, 1.0))
+    sequence = JointSequence(grid, rotary=flux_transformer_2d.rotary_of(config, grid, text))
     rotary = module.pos_embed(_positions(grid, text, 3))
     guided = config.guidance_embeds
 

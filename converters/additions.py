@@ -21,6 +21,7 @@ from .files.weight_names import weight_name
 from .files.weights import WeightFile, find_weights, open_weights, visible
 from .formats.compvis import open_single_file
 from .formats.compvis_parts import read_single_file
+from .formats.drawn_with import DrawnWith, drawn_with, of_config
 from .formats.identify import COMPONENT, PIPELINE, SINGLE, Identity, identify, read_config, resolved
 from .formats.lora import holds_lora, merge_lora
 from .formats.personalized import holds_changes, load_personalized, personalized_files
@@ -32,7 +33,13 @@ from .tensors import TensorSpec, compare, is_finite, tensor_specs
 _FREE = ("sample_size", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim")
 
 
-def merge_parts(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
+def merge_parts(
+    pipeline: Any,
+    path: Path | str,
+    scale: float = 1.0,
+    *,
+    settings: DrawnWith | Mapping[str, Any] | str | None = None,
+) -> Any:
     """A pipeline with a part of it that was trained or edited elsewhere, told by its content.
 
     What is merged takes the data types and the devices of the pipeline's own parameters.
@@ -46,6 +53,8 @@ def merge_parts(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
         of new tokens; weights of Custom Diffusion. A folder may hold a LoRA and some of the last
         three, and is then that, also where a whole pipeline is beside them.
       scale: how much of a LoRA.
+      settings: that the images of a LoRA are drawn with, as for `merge_lora`; by default those that
+        it states.
 
     Returns:
       the pipeline, its tokenizer with the new tokens, if there are any.
@@ -54,7 +63,8 @@ def merge_parts(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
       CheckpointError: nothing is there, or nothing that can be added (a whole pipeline, a model of
         another kind), or it was made for another model; one sentence says what does not fit.
       TokenError: a token that the tokenizer already has.
-      ValueError: `pipeline` is no pipeline, or a streamed one.
+      ValueError: `pipeline` is no pipeline, or a streamed one; settings that are none, or are not
+        of a LoRA.
     """
     if not hasattr(pipeline, "MODELS"):
         raise ValueError(f"parts are merged into a pipeline, received a {type(pipeline).__name__}.")
@@ -66,8 +76,10 @@ def merge_parts(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
     path = resolved(path)
     named = personalized_files(path) if path.is_dir() else []
     if holds_lora(path):
-        pipeline = merge_lora(pipeline, path, scale)
+        pipeline = merge_lora(pipeline, path, scale, settings=settings)
         return load_personalized(pipeline, path) if named else pipeline
+    if drawn_with(settings):
+        raise ValueError(f"settings are of a LoRA, and {path} is none: leave them out.")
     if named:
         return load_personalized(pipeline, path)
     if path.is_dir() and not any((path / f).exists() for f in ("model_index.json", "config.json")):
@@ -148,7 +160,7 @@ def _with_component(pipeline: Any, found: Identity) -> Any:
         if setting not in _FREE and not _alike(theirs.get(setting), value)
     ]:
         raise CheckpointError(f"{told}: {listing(other)}. It was made for another model.")
-    return dataclasses.replace(pipeline, **{name: model})
+    return of_config(raw).applied(dataclasses.replace(pipeline, **{name: model}), path)
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -170,7 +182,8 @@ def _with_single(pipeline: Any, file: WeightFile) -> Any:
     if (own := getattr(pipeline, name, None)) is None:
         raise CheckpointError(f"{file.path} holds a {name}, which this pipeline has not.")
     told = f"{file.path} does not fit this pipeline's {name}"
-    return dataclasses.replace(pipeline, **{name: _with_all(own, part.tensors, told)})
+    pipeline = dataclasses.replace(pipeline, **{name: _with_all(own, part.tensors, told)})
+    return of_config(part.raw).applied(pipeline, file.path)
 
 
 def _with_all(own: Any, stored: Mapping[str, StoredTensor], told: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from ..flax_models import streaming
 from ..flax_models.pretrained import Published
 from .errors import CheckpointError
 from .files.safetensors_file import StoredTensor
@@ -69,6 +70,7 @@ def build(
     dtype: Any,
     param_dtype: Any,
     model_options: Mapping[str, Any] = MappingProxyType({}),
+    stream: bool = False,
     **options: Any,
 ) -> Any:
     """A model with the values of stored tensors, one at a time.
@@ -78,6 +80,7 @@ def build(
       stored: the tensors, by PyTorch's names.
       file: what to call them in messages.
       dtype, param_dtype, model_options: as `load_pytorch` has them.
+      stream: leave the model's blocks in the file, if it has any.
       options: `sharding` and `prefix`, as for `fill`.
 
     Raises:
@@ -85,6 +88,9 @@ def build(
     """
     kinds = {"dtype": dtype, "param_dtype": parameter_dtype(stored, param_dtype)}
     model: Any = abstract(model_class, raw, source=source, **kinds, **model_options)
+    stream = stream and hasattr(model_class, "BLOCKS")
+    if stream:
+        options["sharding"] = "streamed"
     unread = fill(model, stored, source=file, param_dtype=param_dtype, **options)
     model.published_config = Published(json.dumps(raw), unread)
-    return model
+    return streaming.stream(model) if stream else model

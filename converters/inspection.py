@@ -28,7 +28,7 @@ from .formats.identify import (
     identify,
     read_config,
 )
-from .formats.lora import check_lora, lora_file
+from .formats.lora import check_lora, load_drawn_with, lora_file
 from .formats.personalized import read_personalization
 from .formats.segmentation import plan_of
 from .parameters import CONVERT
@@ -130,7 +130,9 @@ def _inspect(path: Path | str) -> Inspection:
         problems = _refusal(lambda: check_lora(path))
         tensors = open_weights(path) if stored is None else stored
         part = _part("", "LoRA", tensors.values(), problems)
-        return Inspection("LoRA", [part], {}, {}, found.advice)
+        stated = "" if problems else load_drawn_with(path)
+        kind = f"LoRA, drawn with {stated}" if stated else "LoRA"
+        return Inspection(kind, [part], {}, {}, found.advice)
     if found.kind == SINGLE and file is not None:
         return _single(file)
     if found.kind == WEIGHTS:

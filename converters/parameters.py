@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from ..flax_models.abstract import OneKey as OneKey  # for whoever builds a model to fill
 from ..flax_models.pretrained import Published
-from ..flax_models.streaming import aligned_copy
+from ..flax_models.streaming import Deferred, aligned_copy
 from .errors import CheckpointError, OutputError, TypeToConvert, counted, listing
 from .files.safetensors_file import (
     FLOAT_NAMES,
@@ -26,7 +26,8 @@ from .files.safetensors_file import (
 from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, variables
 
 # "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
-# So does "streamed", for whoever checks that they are finite when they are read.
+# So does "streamed", for whoever checks that they are finite when they are read, and those that are
+# converted as they are read, being quantized, it leaves there too, as `Deferred`.
 ShardingRule = (
     Sharding
     | Callable[[Path, tuple[int, ...]], Sharding | None]
@@ -78,7 +79,11 @@ def fill(
     slots = variables(model)
     broken, placed = [], []
     for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
-        values, dtype = found[spec.key].read(), found[spec.key].dtype
+        tensor = found[spec.key]
+        if sharding == "streamed" and tensor.kept:
+            slots[spec.path].set_value(_deferred(spec, tensor))
+            continue
+        values, dtype = tensor.read(), tensor.dtype
         if sharding != "streamed" and not is_finite(values, dtype):
             broken.append(spec.key)
         elif param_dtype is not None and values.dtype != param_dtype:
@@ -98,6 +103,12 @@ def fill(
         return unread
     kind = np.dtype(param_dtype)
     return {name: _stored_as(kind, name, tensor, source) for name, tensor in unread.items()}
+
+
+def _deferred(spec: TensorSpec, tensor: StoredTensor) -> Deferred:
+    shape = tuple(tensor.shape[axis] for axis in spec.axes)
+    kind = np.dtype(FLOAT_TYPES[tensor.dtype])
+    return Deferred(shape, kind, lambda: spec.to_nnx(tensor.read()))
 
 
 def _stored_as(dtype: np.dtype, name: str, tensor: StoredTensor, source: str) -> StoredTensor:

@@ -5,6 +5,7 @@ and one folder per component.  Weights travel one tensor at a time, so the peak 
 model itself plus about one tensor, in both directions.
 """
 
+import dataclasses
 import inspect
 import json
 import warnings
@@ -33,7 +34,7 @@ from .files.safetensors_file import (
 )
 from .files.weight_names import STEMS
 from .files.weights import find_weights, holds_variant, open_weights
-from .formats.compvis import load_single_file
+from .formats.compvis import load_single_file, require_streamable
 from .formats.identify import (
     COMPONENT,
     PIPELINE,
@@ -110,8 +111,8 @@ def load_pytorch(
       architecture: of a component, the model class, or its published name, to use in place of the
         one in `config.json`.
       stream: leave the blocks of transformers and their text encoders in the file, which must stay,
-        and bring each when it runs: for models larger than memory, which are called, not traced
-        (`flax_models.streaming`). Other parts are loaded whole.
+        and bring each when it runs, converting what is quantized: for models larger than memory,
+        which are called, not traced (`flax_models.streaming`). Other parts are loaded whole.
       model_options: of a component, further arguments of its model class: `remat=True`, or
         `attention=GNA(...)` for a diffusion transformer, `read=(9, 18, 27)` for a `Qwen3Model`. Of
         a single file, `tokenizer=` and `prediction_type=`, as for `compvis.load_single_file`, or
@@ -147,10 +148,8 @@ def load_pytorch(
                 "stream=True leaves parameters in their file as they are: leave out param_dtype= "
                 "and sharding=."
             )
-        if found.kind not in (PIPELINE, COMPONENT):
-            raise ValueError(
-                f"stream=True is for folders: make one of {path} with conceptax convert."
-            )
+        if found.kind not in (PIPELINE, COMPONENT, SINGLE):
+            raise ValueError(f"stream=True is for transformers, and {path} is none: load it whole.")
         types["stream"] = True
     if found.kind == SINGLE:
         if unknown := sorted(set(model_options) - _OF_SINGLE_FILES):
@@ -189,11 +188,8 @@ def _load_pipeline(
     if not wanted <= set(known):
         unknown = sorted(wanted - set(known))
         raise ValueError(f"components accepts {known}, received {unknown}.")
-    if types.get("stream") and kind.DENOISER == "unet":
-        raise ValueError(
-            f"{path} is a {kind.__name__}, whose UNet is loaded whole: stream=True is for "
-            "transformers."
-        )
+    if types.get("stream"):
+        require_streamable(kind, path)
     parts: dict[str, Any] = dict.fromkeys((*kind.MODELS, *kind.TOKENIZERS))
     wanted &= set(pipeline_components(kind, index))
     models = [name for name in kind.MODELS if name in wanted]
@@ -225,13 +221,9 @@ def _load_component(
     stored: Mapping[str, StoredTensor] | None = None,
     *,
     model_options: Mapping[str, Any] | None = None,
-    stream: bool = False,
     **options: Any,
 ) -> nnx.Module:
-    """A component's folder, or its weight file; `options` are those of `build`.
-
-    With `stream` its blocks stay in the file, if it has any.
-    """
+    """A component's folder, or its weight file; `options` are those of `build`."""
     model_options = model_options or {}
     folder = path.parent if path.is_file() else path
     raw, source = read_config(folder)
@@ -248,10 +240,7 @@ def _load_component(
     file = path if path.is_file() else find_weights(folder, model_class.pytorch_library, variant)
     stored = open_weights(file) if stored is None else stored
     options |= {"source": source, "file": str(file), "model_options": model_options}
-    if not stream or not hasattr(model_class, "BLOCKS"):
-        return build(model_class, raw, stored, **options)
-    options["sharding"] = "streamed"
-    return streaming.stream(build(model_class, raw, stored, **options))
+    return build(model_class, raw, stored, **options)
 
 
 def save_pytorch(
@@ -409,7 +398,8 @@ def _published_config(model: Any, dtype: np.dtype | None) -> dict[str, Any]:
     """The config as it was loaded, unless it has been edited, and with what readers need."""
     raw = json.loads(model.published_config.text) if hasattr(model, "published_config") else {}
     if not raw or model.config_class.from_dict(raw) != model.config:
-        raw = {**raw, **model.config.to_dict()}
+        own = {field.name for field in dataclasses.fields(model.config)}
+        raw = {k: v for k, v in raw.items() if k not in own} | model.config.to_dict()
     if model.pytorch_library == "diffusers":
         raw = {"_class_name": model.pytorch_class, **raw}
     else:

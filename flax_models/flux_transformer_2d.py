@@ -6,6 +6,7 @@ image sees of itself may be sparse, block by block (`GNA`), which changes no par
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -46,6 +47,13 @@ class FluxTransformer2DConfig(ModelConfig):
     `num_layers` counts the double blocks, whose image and text have parameters of their own,
     `num_single_layers` the blocks behind them. `axes_dims_rope` splits a head's features among
     image index, row and column.
+
+    Two more are for images larger than those of training, such as URAE's of 4096 x 4096 pixels;
+    diffusers does not know them, and they are written where they are set. `ntk_factor` multiplies
+    the base of the rotary embedding, so that more tokens than in training span the same angles
+    (NTK-aware scaling). `attention_scale` is the factor of the attention's logits: None is
+    attention_head_dim ** -0.5, and "proportional" grows with the number of tokens
+    (`layers.joint_attention.proportional_scale`).
     """
 
     in_channels: int = 64
@@ -58,6 +66,8 @@ class FluxTransformer2DConfig(ModelConfig):
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    ntk_factor: float | int = 1.0
+    attention_scale: float | int | str | None = None
 
     FIXED: ClassVar[Mapping[str, Any]] = {"patch_size": 1}
 
@@ -76,6 +86,19 @@ class FluxTransformer2DConfig(ModelConfig):
             sum(axes) == self.attention_head_dim,
             f"axes_dims_rope {axes!r} must add up to attention_head_dim {self.attention_head_dim}.",
         )
+        self.require(
+            0 < self.ntk_factor < math.inf,
+            f"ntk_factor takes a positive number, received {self.ntk_factor!r}.",
+        )
+        proportional_scale(self.attention_scale, 1, self.attention_head_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings under their published names, diffusers' own and others that are set."""
+        settings = super().to_dict()
+        for name, usual in (("ntk_factor", 1), ("attention_scale", None)):
+            if settings[name] == usual:
+                del settings[name]
+        return settings
 
     @property
     def features(self) -> int:
@@ -93,13 +116,11 @@ class FluxTransformer2DConfig(ModelConfig):
         return cls()
 
 
-def rotary_of(
-    config: FluxTransformer2DConfig, grid: tuple[int, int], text: int, ntk_factor: float
-) -> Rotary:
+def rotary_of(config: FluxTransformer2DConfig, grid: tuple[int, int], text: int) -> Rotary:
     """Angles of [text; image]: the text stays at (0, 0, 0), the image is at (0, row, column)."""
     rows, columns = slabs.whole(grid)
     image = (np.zeros((1, 1)), np.arange(rows)[:, None], np.arange(columns)[None])
-    settings = (config.axes_dims_rope, _THETA * ntk_factor)
+    settings = (config.axes_dims_rope, _THETA * config.ntk_factor)
     return concatenate(
         rotary_table((np.zeros(text),) * 3, *settings), slabs.own(rotary_table(image, *settings))
     )
@@ -114,11 +135,7 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         a sequence of one per block, the double blocks before the single ones, in which None is
         dense. None, the default, is dense everywhere. Every image query sees all of the text, and
         the text sees everything. Parameters are the same whatever it is.
-      ntk_factor: multiplies the base of the rotary embedding, so that more tokens than in training
-        span the same angles (NTK-aware scaling); 10 for URAE's adapters to 4096 x 4096 pixels.
-      attention_scale: factor of the attention's logits: None is attention_head_dim ** -0.5, and
-        "proportional" grows with the number of tokens, as URAE's adapters to 4096 x 4096 pixels ask
-        (`layers.joint_attention.proportional_scale`).
+      ntk_factor, attention_scale: in place of the config's.
       dtype: computation dtype; norms and softmax accumulate in float32.
       param_dtype: dtype of the parameters.
       remat: recompute each block's activations in the backward pass; or a policy
@@ -140,21 +157,20 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         config: FluxTransformer2DConfig,
         *,
         attention: Neighborhoods = None,
-        ntk_factor: float | int = 1.0,
+        ntk_factor: float | int | None = None,
         attention_scale: float | int | str | None = None,
         dtype: Dtype = jnp.float32,
         param_dtype: Dtype = jnp.float32,
         remat: Remat = False,
         rngs: nnx.Rngs,
     ):
-        if not ntk_factor > 0:
-            raise ValueError(f"ntk_factor takes a positive number, received {ntk_factor!r}.")
-        proportional_scale(attention_scale, 1, config.attention_head_dim)
+        given = {"ntk_factor": ntk_factor, "attention_scale": attention_scale}
+        given = {name: value for name, value in given.items() if value is not None}
+        config = dataclasses.replace(config, **given)
         init = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         features, heads = config.features, config.num_attention_heads
         doubles, singles = of_blocks(attention, config.num_layers, config.num_single_layers)
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.ntk_factor, self.attention_scale = float(ntk_factor), attention_scale
         self.time_text_embed = ConditionEmbedding(
             features,
             pooled_features=config.pooled_projection_dim,
@@ -197,9 +213,9 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         check_inputs(self, latents, condition)
         batch, height, width, _ = latents.shape
         tokens, text_tokens = height * width, condition.states.shape[1]
-        rotary = rotary_of(config, (height, width), text_tokens, self.ntk_factor)
+        rotary = rotary_of(config, (height, width), text_tokens)
         keys, dim = tokens * slabs.count() + text_tokens, config.attention_head_dim
-        scale = proportional_scale(self.attention_scale, keys, dim)
+        scale = proportional_scale(config.attention_scale, keys, dim)
         sequence = JointSequence((height, width), rotary=rotary, scale=scale)
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
         embedded = self.time_text_embed(timesteps, condition.guidance, condition.pooled)

@@ -4,6 +4,7 @@ They rest in the mapped file, or on a host with an accelerator in pinned memory.
 computes, a thread brings those of the next, so two blocks are on the device at a time.
 """
 
+import dataclasses
 import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,11 +26,27 @@ class StreamError(ConceptaxError, ValueError):
     """A streamed model that is not used as such, or that brings numbers which are none."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """A parameter that is made each time it is brought, of what is quantized in its file.
+
+    Attributes:
+      shape: of it.
+      dtype: of it.
+      read: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
 class Stream:
     """Blocks in the order in which they run, whose parameters come as they are needed.
 
     Args:
-      blocks: modules with parameters on the host: NumPy arrays, also of a mapped file.
+      blocks: modules with parameters on the host: NumPy arrays, also of a mapped file, and what is
+        `Deferred`.
     """
 
     def __init__(self, blocks: Sequence[nnx.Module]):
@@ -86,8 +103,7 @@ class Stream:
                 there = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
                 leaves.append(jax.device_put(leaf, there))
             else:
-                leaves.append(jax.device_put(aligned_copy(leaf)))
-                release(leaf)
+                leaves.append(jax.device_put(_own(leaf)))
         return jax.block_until_ready(leaves)
 
     def _check(self, index: int, leaves: list[jax.Array]) -> None:
@@ -139,11 +155,12 @@ def stream(model: Model, *, pinned: bool | None = None) -> Model:
         setattr(place, last, nnx.List([StreamedBlock(streamed, index) for index in indices]))
         start += len(each)
     for path, node in nnx.iter_graph(copy):
-        if isinstance(node, nnx.Variable) and isinstance(value := node.get_value(), np.ndarray):
-            own = jax.device_put(aligned_copy(value))
+        if isinstance(node, nnx.Variable) and isinstance(
+            value := node.get_value(), np.ndarray | Deferred
+        ):
+            own = jax.device_put(_own(value))
             _require_finite(_finite([own]), [".".join(map(str, path))])
             node.set_value(own)
-            release(value)
     return copy
 
 
@@ -186,7 +203,8 @@ def _in_pinned_memory(block: nnx.Module) -> nnx.Module:
     for _, node in nnx.iter_graph(copy):
         if isinstance(node, nnx.Variable):
             value = node.get_value()
-            node.set_value(jax.device_put(value, there))
+            values = value.read() if isinstance(value, Deferred) else value
+            node.set_value(jax.device_put(values, there))
             release(value)
     return copy
 
@@ -212,6 +230,15 @@ def _finite(leaves: list[jax.Array]) -> jax.Array:
 
 
 # ---- memory of the host ----
+
+
+def _own(leaf: np.ndarray | Deferred) -> np.ndarray:
+    """The values of a parameter in memory of their own; those of a file are given back."""
+    if isinstance(leaf, Deferred):
+        return aligned_copy(leaf.read())
+    values = aligned_copy(leaf)
+    release(leaf)
+    return values
 
 
 def aligned_copy(view: np.ndarray) -> np.ndarray:

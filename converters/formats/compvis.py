@@ -27,7 +27,7 @@ from ..files.safetensors_file import (
     parse_json,
     write_safetensors,
 )
-from ..files.weights import WeightFile, open_weights, opened
+from ..files.weights import WeightFile, open_weights, opened, read_json
 from ..parameters import ShardingRule, pending, pending_unread
 from ..pipeline_folder import check_vocabulary, pipeline_components
 from ..tensors import tensor_specs
@@ -44,13 +44,14 @@ from .compvis_names import (
 from .compvis_parts import (
     FLUX_2_VAE,
     SingleFile,
-    is_bare_text,
+    is_published,
     is_single_file,
     read_single_file,
     stranger,
     unet_names_of,
 )
 from .cosmos_names import cosmos_vae_names
+from .drawn_with import difference_of
 from .names import Stored, Table, joined
 from .transformer_parts import (
     CLASSES,
@@ -99,9 +100,19 @@ def open_single_file(path: Path | WeightFile) -> Stored | None:
     if suffix == ".msgpack" or (suffix == ".json" and not file.is_index):
         return None
     stored = open_weights(file, wrappers=WRAPPERS)
-    if is_bare_text(stored) and (file.path.parent / "config.json").is_file():
+    folder = file.path.parent
+    if is_published(stored) and (folder / "config.json").is_file() and not is_publishers(folder):
         return None  # a file of a component folder
     return stored if is_single_file(stored) else None
+
+
+def is_publishers(folder: Path) -> bool:
+    """Whether a `config.json` is Wan's or Tencent's own, whose settings are not read."""
+    try:
+        kind = read_json(folder / "config.json").get("_class_name")
+    except CheckpointError:
+        return False  # whoever reads it says what is wrong with it
+    return kind in ("WanModel", "AutoencoderKLCausal3D")
 
 
 def load_single_file(
@@ -113,6 +124,7 @@ def load_single_file(
     param_dtype: Any = None,
     sharding: ShardingRule = None,
     components: Collection[str] | None = None,
+    stream: bool = False,
 ) -> Any:
     """Load a model of Stable Diffusion, FLUX, HunyuanVideo, Wan or Cosmos from a single file.
 
@@ -129,7 +141,7 @@ def load_single_file(
         tells, by the marker `v_pred` or in its header (`modelspec.prediction_type`); else epsilon,
         and for SD 2 velocities, with a warning, because the published files for 512 pixels ("base")
         predict the noise and nothing in them tells.
-      dtype, param_dtype, sharding, components: as for `load_pytorch`.
+      dtype, param_dtype, sharding, components, stream: as for `load_pytorch`.
 
     Returns:
       The family's pipeline, such as `StableDiffusionXLPipeline`; what the file lacks is None, and
@@ -150,6 +162,8 @@ def load_single_file(
         )
     file = read_single_file(stored, str(path), source.metadata)
     kind = architectures.pipeline_class(_pipeline_of(file))
+    if stream:
+        require_streamable(kind, path)
     index: dict[str, Any] = {"_class_name": _predict2(file) or kind.__name__}
     if "unet" in file.parts and file.parts["unet"].raw["in_channels"] == _INPAINTING:
         index["_class_name"] = kind.__name__.replace("Pipeline", "InpaintPipeline")
@@ -170,9 +184,8 @@ def load_single_file(
         wanted = set(components)
     parts: dict[str, Any] = dict.fromkeys(accepted[:-1])
     models = [name for name in kind.MODELS if name in wanted]
-    parts |= build_parts(
-        file, str(path), models, dtype=dtype, param_dtype=param_dtype, sharding=sharding
-    )
+    types = {"dtype": dtype, "param_dtype": param_dtype, "sharding": sharding, "stream": stream}
+    parts |= build_parts(file, str(path), models, **types)
     parts |= _tokenizers(path, tokenizer, file, [n for n in kind.TOKENIZERS if n in wanted])
     scheduler = {}
     if "scheduler" in wanted:
@@ -183,6 +196,15 @@ def load_single_file(
         else:
             scheduler = _scheduler(path, file.family, prediction_type, told)
     return kind(**parts, scheduler_config=scheduler, model_index=index)
+
+
+def require_streamable(kind: Any, path: Path | str) -> None:
+    """Raise ValueError for a family whose denoiser has no blocks to stream."""
+    if kind.DENOISER == "unet":
+        raise ValueError(
+            f"{path} is a {kind.__name__}, whose UNet is loaded whole: stream=True is for "
+            "transformers."
+        )
 
 
 def _pipeline_of(file: SingleFile) -> str:
@@ -212,7 +234,7 @@ def build_parts(
       file: what it holds, as `read_single_file` tells.
       source: what to call it in messages.
       components: those to build.
-      types: `dtype`, `param_dtype` and `sharding`, as for `load_pytorch`.
+      types: `dtype`, `param_dtype`, `sharding` and `stream`, as for `load_pytorch`.
 
     Raises:
       CheckpointError: the file lacks one, or its tensors do not fit.
@@ -458,6 +480,7 @@ def save_single_file(
         height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
         pixels = f"{width << (levels - 1)}x{height << (levels - 1)}"
         metadata["modelspec.resolution"] = pixels
+    metadata |= difference_of(getattr(pipeline, "transformer", None), None).header
     _require_told(pipeline, family, tensors, metadata)
     with atomic_file(path, force=force) as partial:
         write_safetensors(partial, tensors, {"format": "pt", **metadata})

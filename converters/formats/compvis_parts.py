@@ -32,18 +32,21 @@ from .compvis_names import (
 )
 from .cosmos_names import VAE_KEY as COSMOS_VAE_KEY
 from .cosmos_names import cosmos_vae, cosmos_vae_names
+from .drawn_with import of_config, stated_by
 from .names import Names, Shapes, Stored, count, shapes_of, split
 from .transformer_parts import (
     COSMOS,
     FLUX,
     FLUX_2,
     HUNYUAN,
+    HUNYUAN_VAE_KEY,
     SD_3,
     T5_GGUF,
     TELLING,
     UMT5_KEYS,
     WAN,
     Taken,
+    hunyuan_vae,
     t5,
     transformer,
     variant,
@@ -60,7 +63,7 @@ _TOKENS = "embeddings.token_embedding.weight"  # of a text encoder with transfor
 # Keys of each model that has no prefix, or another one than CompVis's.
 _TELLING = {
     UNET: ("input_blocks.0.0.weight", *(key for keys in TELLING.values() for key in keys)),
-    VAE: ("decoder.up.0.block.0.conv1.weight", COSMOS_VAE_KEY, WAN_VAE_KEY),
+    VAE: ("decoder.up.0.block.0.conv1.weight", COSMOS_VAE_KEY, WAN_VAE_KEY, HUNYUAN_VAE_KEY),
     UMT5: UMT5_KEYS,
     T5: (_T5_NORM := "encoder.block.0.layer.0.layer_norm.weight", T5_GGUF.format(0)),
 }
@@ -146,9 +149,9 @@ def is_single_file(stored: Stored) -> bool:
     return any(not name.startswith(_BESIDE) for name in own) or not alone.isdisjoint(own)
 
 
-def is_bare_text(keys: Collection[str]) -> bool:
-    """Whether they are a text encoder's as transformers names them in its folders."""
-    telling = "encoder.layers.0.layer_norm1.weight", _T5_NORM
+def is_published(keys: Collection[str]) -> bool:
+    """Whether they are a model's as diffusers and transformers name them in their folders."""
+    telling = "encoder.layers.0.layer_norm1.weight", _T5_NORM, HUNYUAN_VAE_KEY
     return any(key.removeprefix("text_model.") in telling for key in keys)
 
 
@@ -283,6 +286,9 @@ def read_single_file(
         unknown += [back.get(prefix + key, prefix + key) for key in odd]
     if "unet" in parts and (sizes := _sizes(metadata, parts.get("vae"))):
         parts["unet"].raw["sample_size"] = sizes
+    if family == FLUX and "transformer" in parts:
+        stated = stated_by(source, metadata).stated
+        parts["transformer"].raw.update(of_config(stated).stated)
     scheduler = _told(tensors, metadata) | _schedule(tensors, source)
     return SingleFile(family, parts, leftovers, sorted(unknown), scheduler, guessed=not told)
 
@@ -339,6 +345,8 @@ def _family(tensors: Stored) -> str:
         return WAN
     if VAE + COSMOS_VAE_KEY in shapes:
         return COSMOS
+    if VAE + HUNYUAN_VAE_KEY in shapes:
+        return HUNYUAN
     context = _width(shapes, UNET, "attn2.to_k.weight")
     xl = UNET + "label_emb.0.0.weight" in shapes or context == 2048
     if xl or any(key.startswith("conditioner.") for key in shapes):
@@ -524,6 +532,8 @@ def _vae(tensors: Stored, family: str) -> Taken:
     if COSMOS_VAE_KEY in shapes:
         raw = cosmos_vae(shapes)
         return raw, *split(tensors, cosmos_vae_names(raw))
+    if HUNYUAN_VAE_KEY in shapes:
+        return hunyuan_vae(shapes), tensors, []
     levels = count(shapes, "encoder.down.{}.block.0.conv1.weight")
     channels = [shapes[f"encoder.down.{n}.block.0.conv1.weight"][0] for n in range(levels)]
     raw = {

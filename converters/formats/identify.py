@@ -16,7 +16,7 @@ from ..files.weights import (
     visible,
 )
 from ..hub import local
-from .compvis import WRAPPERS, open_single_file
+from .compvis import WRAPPERS, is_publishers, open_single_file
 from .compvis_parts import stranger
 from .lora import holds_lora, is_lora
 from .personalized import personal_kind, personalized_files
@@ -104,9 +104,10 @@ def _folder(path: Path) -> Identity:
     if _present(path / _INDEX):
         return Identity(PIPELINE, path)
     if _present(path / _CONFIG):
-        return (
-            _file(find_weights(path, "diffusers")) if _is_wan(path) else Identity(COMPONENT, path)
-        )
+        if not is_publishers(path):
+            return Identity(COMPONENT, path)
+        own = path / "pytorch_model.pt"  # as Tencent calls it
+        return _file(own if own.is_file() else find_weights(path, "diffusers"))
     if holds_lora(path):
         return _lora(path)
     if files := personalized_files(path):
@@ -129,14 +130,6 @@ def _folder(path: Path) -> Identity:
         f"{path} is not a checkpoint: it holds neither {_INDEX} nor {_CONFIG} (found "
         f"{listing(there) or 'nothing'}). {advice}"
     )
-
-
-def _is_wan(folder: Path) -> bool:
-    """Whether it is Wan's publisher's, whose settings have other names and are not read."""
-    try:
-        return read_json(folder / _CONFIG).get("_class_name") == "WanModel"
-    except CheckpointError:
-        return False  # whoever reads it says what is wrong with it
 
 
 def _present(file: Path) -> bool:

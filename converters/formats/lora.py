@@ -6,7 +6,8 @@ B [out, r]; for a convolution A is [r, in, h, w] and B is [out, r, 1, 1], or, in
 layer that diffusers has as several (FLUX's queries, keys and values): its rows are cut.
 
 Alpha may be a tensor (kohya), or be noted in the file's header (diffusers) or in
-`adapter_config.json` (PEFT); without any of them it is r.
+`adapter_config.json` (PEFT); without any of them it is r.  What else images are drawn with, such as
+URAE's shift of the noise, is in `drawn_with`.
 """
 
 import dataclasses
@@ -24,10 +25,11 @@ from ..files.safetensors_file import (
     StoredTensor,
     write_safetensors,
 )
-from ..files.weights import open_weights, opened, read_json
+from ..files.weights import WeightFile, open_weights, opened, read_json
 from ..hub import local
 from ..parameters import changed, on_host, replaced
 from ..tensors import TensorSpec, is_finite, variables
+from .drawn_with import PUBLISHED, DrawnWith, difference_of, drawn_with, stated_by
 from .lora_names import (
     COMPONENTS,
     NAMINGS,
@@ -91,7 +93,18 @@ def check_lora(path: Path | str) -> None:
     Raises:
       CheckpointError: a damaged file, another kind of file, or settings that are not supported.
     """
-    _read(lora_file(path))
+    _read(opened(lora_file(path)))
+
+
+def load_drawn_with(path: Path | str) -> DrawnWith:
+    """What the images of a LoRA are drawn with, as it states, beside what `load_lora` reads of it.
+
+    `load_drawn_with(path).applied(pipeline, path)` is a pipeline that draws so.
+
+    Raises:
+      CheckpointError: as for `check_lora`.
+    """
+    return _read(opened(lora_file(path)))[2]
 
 
 def load_lora(path: Path | str, pipeline: Any) -> dict[str, dict[str, Pair]]:
@@ -108,8 +121,12 @@ def load_lora(path: Path | str, pipeline: Any) -> dict[str, dict[str, Pair]]:
     Raises:
       CheckpointError: a damaged file, another kind of file, modules that the pipeline lacks.
     """
-    path = lora_file(path)
-    parts, noted = _read(path)
+    return _pairs(opened(lora_file(path)), pipeline)[0]
+
+
+def _pairs(file: WeightFile, pipeline: Any) -> tuple[dict[str, dict[str, Pair]], DrawnWith]:
+    path = file.path
+    parts, noted, stated = _read(file)
     own = {name: targets(getattr(pipeline, name, None), name) for name in COMPONENTS}
     home = _home(path, noted, pipeline)
     pairs: dict[str, dict[str, Pair]] = {}
@@ -131,7 +148,7 @@ def load_lora(path: Path | str, pipeline: Any) -> dict[str, dict[str, Pair]]:
             f"{path} does not fit this pipeline: {len(unknown)} unexpected: "
             f"{listing(sorted(unknown))}. It was made for another model."
         )
-    return pairs
+    return pairs, stated
 
 
 def _cut(pair: Pair, rows: Rows, what: str) -> dict[str, Pair]:
@@ -144,18 +161,29 @@ def _cut(pair: Pair, rows: Rows, what: str) -> dict[str, Pair]:
     return {path: (down, swap(up) if rows.swapped else up[cut]) for path, cut in cuts.items()}
 
 
-def merge_lora(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
+def merge_lora(
+    pipeline: Any,
+    path: Path | str,
+    scale: float = 1.0,
+    *,
+    settings: DrawnWith | Mapping[str, Any] | str | None = None,
+) -> Any:
     """The pipeline with a LoRA merged into its weights; it stays as it is.
 
     Args:
       pipeline: a `StableDiffusionPipeline` of the model it was made for.
       path: as for `load_lora`.
       scale: how much of it; sums are taken in float32 and stored in each parameter's own dtype.
+      settings: that its images are drawn with, such as "urae-4k" (`drawn_with`), in place of those
+        that it states.
 
     Raises:
-      CheckpointError: as for `load_lora`, a change of another shape than the weight, or no change.
+      CheckpointError: as for `load_lora`, a change of another shape than the weight, no change, or
+        settings that this pipeline has not.
+      ValueError: settings that are none.
     """
-
+    given = drawn_with(settings)
+    file = opened(lora_file(path))
     changes = []  # whether each is one
 
     def sums(model: Any, name: str, pairs: dict[str, Pair]) -> Iterator[tuple[TensorSpec, Any]]:
@@ -172,14 +200,15 @@ def merge_lora(pipeline: Any, path: Path | str, scale: float = 1.0) -> Any:
             yield spec, old + np.float32(scale) * change.reshape(spec.shape)
 
     merged = {}
-    for name, pairs in load_lora(path, pipeline).items():
+    found, stated = _pairs(file, pipeline)
+    for name, pairs in found.items():
         model = getattr(pipeline, name)
         merged[name] = replaced(model, sums(model, name, pairs))
     if not any(changes):
         raise CheckpointError(
             f"{path} changes nothing: every product of its matrices is zero. It was not trained."
         )
-    return dataclasses.replace(pipeline, **merged)
+    return (given or stated).applied(dataclasses.replace(pipeline, **merged), path)
 
 
 def difference(down: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -203,9 +232,11 @@ def lora_file(path: Path | str) -> Path:
     return found
 
 
-def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], dict[str, Noted]]:
-    """(component or "", module) -> A, B, ... of it; and the settings by component or ""."""
-    file = opened(path)
+def _read(
+    file: WeightFile,
+) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], dict[str, Noted], DrawnWith]:
+    """(component or "", module) -> A, B, ... of it; PEFT's settings by component or ""; others."""
+    path = file.path
     stored = file.tensors(_WRAPPERS)
     parts: dict[tuple[str, str], dict[str, StoredTensor]] = {}
     strange: dict[str, list[str]] = {}
@@ -236,7 +267,8 @@ def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], d
                 f"{path} is PEFT's, which keeps the strength of a LoRA in {_CONFIG}: put that file "
                 "beside it."
             )
-    return parts, noted
+    stated = stated_by(path, file.metadata, *noted.values())
+    return parts, noted, stated or PUBLISHED.get(path.stem, stated)
 
 
 def _home(path: Path, noted: Mapping[str, Noted], pipeline: Any) -> str | None:
@@ -314,7 +346,8 @@ def save_lora(
 ) -> LoraSummary:
     """Write the difference of two models as a LoRA, by truncated singular value decomposition.
 
-    By Eckart and Young (1936), no other matrices of that rank come nearer to the difference.
+    By Eckart and Young (1936), no other matrices of that rank come nearer to the difference. Where
+    the settings differ that images are drawn with (`drawn_with`), it states them.
 
     Args:
       edited, original: pipelines, UNets, transformers or text encoders of one architecture.
@@ -357,7 +390,8 @@ def save_lora(
         told = f" but for {listing(summary.left_out)}" if summary.left_out else ""
         raise OutputError(f"the edited model equals the original{told}: a LoRA would be empty.")
     models = {component: after for component, after, _ in _components(edited, original)}
-    _write(pairs, models, path, naming=naming, dtype=kind, force=force)
+    stated = difference_of(edited, original)
+    _write(pairs, models, path, stated, naming=naming, dtype=kind, force=force)
     return summary._replace(error=float(np.sqrt(max(lost, 0.0) / whole)))
 
 
@@ -367,6 +401,7 @@ def write_lora(
     path: Path | str,
     *,
     naming: str = "peft",
+    settings: DrawnWith | Mapping[str, Any] | str | None = None,
     dtype: Any = None,
     force: bool = False,
 ) -> None:
@@ -378,11 +413,12 @@ def write_lora(
       path: the file, `.safetensors`.
       naming: "peft", as diffusers writes LoRAs, or "kohya", as most other programs do, in which
         FLUX's and SD 3's layers have their publishers' names.
+      settings: that its images are drawn with, such as `load_drawn_with` returns.
       dtype: dtype to store; default float32.
       force: replace an existing file.
 
     Raises:
-      ValueError: another naming or dtype.
+      ValueError: another naming or dtype, or settings that are none.
       OutputError: no pair, one of a layer that the pipeline lacks or that does not fit it, values
         that are not finite, or a path that is occupied or unwritable; nothing is left on disk.
     """
@@ -400,7 +436,7 @@ def write_lora(
                 )
     if not any(pairs.values()):
         raise OutputError("there is no pair of matrices to write: a LoRA would be empty.")
-    _write(pairs, models, path, naming=naming, dtype=kind, force=force)
+    _write(pairs, models, path, drawn_with(settings), naming=naming, dtype=kind, force=force)
 
 
 def _checked(naming: str, dtype: Any) -> np.dtype:
@@ -416,6 +452,7 @@ def _write(
     pairs: Pairs,
     models: Mapping[str, Any],
     path: Path | str,
+    stated: DrawnWith,
     *,
     naming: str,
     dtype: np.dtype,
@@ -433,7 +470,7 @@ def _write(
         else:
             tensors += kohya_tensors(name, models[name], cast, several=several)
     with atomic_file(path, force=force) as partial:
-        write_safetensors(partial, tensors, {"format": "pt"})
+        write_safetensors(partial, tensors, {"format": "pt", **stated.header})
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:

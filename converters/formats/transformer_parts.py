@@ -40,6 +40,8 @@ CLASSES = {
     COSMOS: "CosmosTransformer3DModel",
     HUNYUAN: "HunyuanVideoTransformer3DModel",
 }
+# Of HunyuanVideo's autoencoder, which no other one of causal convolutions has.
+HUNYUAN_VAE_KEY = "encoder.down_blocks.1.resnets.0.conv_shortcut.conv.weight"
 _DOUBLE, _SINGLE = "double_blocks.{}.img_attn.qkv.weight", "single_blocks.{}.linear1.weight"
 _JOINT = "joint_blocks.{}.x_block.attn.qkv.weight"
 _REFINER = "txt_in.individual_token_refiner.blocks.{}.self_attn_qkv.weight"
@@ -171,6 +173,33 @@ def _hunyuan(shapes: Shapes) -> dict[str, Any]:
         "rope_axes_dim": _axes(head),
         "image_condition_type": None,
         **_heads(width, head),
+    }
+
+
+def hunyuan_vae(shapes: Shapes) -> dict[str, Any]:
+    """The settings of HunyuanVideo's autoencoder, whose names Tencent's file shares with diffusers.
+
+    Raises:
+      KeyError, ValueError: a tensor that tells a size is missing, or has an odd shape.
+    """
+    first = "encoder.down_blocks.{}.resnets.0.conv1.conv.weight"
+    levels = count(shapes, first)
+    out, *_ = shapes["decoder.conv_out.conv.weight"]
+    _, latents, *_ = shapes["decoder.conv_in.conv.weight"]
+    _, channels, *_ = shapes["encoder.conv_in.conv.weight"]
+    return {
+        "_class_name": "AutoencoderKLHunyuanVideo",
+        "in_channels": channels,
+        "out_channels": out,
+        "latent_channels": latents,
+        "block_out_channels": [shapes[first.format(level)][0] for level in range(levels)],
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * levels,
+        "up_block_types": ["HunyuanVideoUpBlock3D"] * levels,
+        "layers_per_block": count(shapes, "encoder.down_blocks.0.resnets.{}.conv1.conv.weight"),
+        "norm_num_groups": 32,
+        "scaling_factor": 0.476986,
+        "spatial_compression_ratio": 8,
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
     }
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -15,7 +14,7 @@ from ..clip import CLIPTextModel
 from ..flux_transformer_2d import FluxTransformer2DModel
 from ..layers.joint_attention import JointTextCondition
 from ..t5 import T5EncoderModel
-from .guidance import Predictor, classifier_free
+from .guidance import Guidance, Predictor, told
 from .pipeline import Pipeline
 from .tokenizers import context_length, tokenize
 
@@ -81,6 +80,7 @@ class FluxPipeline(Pipeline):
     NOT_CARRIED: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
     DENOISER: ClassVar[str] = "transformer"
     PATCH: ClassVar[int] = 2
+    LEARNT_GUIDANCE: ClassVar[bool] = True
 
     @property
     def defaults(self) -> tuple[int, float]:
@@ -109,11 +109,6 @@ class FluxPipeline(Pipeline):
         """Conditions of N prompts' token ids."""
         return prompt_encoder(token_ids)
 
-    def guides(self, guidance_scale: float) -> bool:
-        """False: the transformer is asked once a step, with the prompt."""
-        del guidance_scale
-        return False
-
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Of images of 1024 x 1024 pixels.
@@ -134,15 +129,11 @@ class FluxPipeline(Pipeline):
     def predictor(
         denoiser: Any,
         condition: JointTextCondition,
-        negative: None,
-        guidance_scale: Float[Array, ""] | float,
+        negative: JointTextCondition | None,
+        guidance_scale: Guidance,
     ) -> Predictor:
         """(latents, timestep) -> velocity; dev is told the guidance, schnell of none."""
-        if denoiser.config.guidance_embeds:
-            batch = condition.states.shape[0]
-            strength = jnp.full((batch,), guidance_scale, jnp.float32)
-            condition = condition._replace(guidance=strength)
-        return classifier_free(over_tokens(denoiser), condition, negative, guidance_scale)
+        return told(denoiser, condition, negative, guidance_scale, over_tokens(denoiser))
 
     def flow_sigmas(self, steps: int) -> Float[np.ndarray, " steps"]:
         """From 1 down to 1 / steps."""

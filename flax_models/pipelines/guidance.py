@@ -1,13 +1,18 @@
 """Guidance: a denoiser and what it is conditioned on become what a sampler asks for."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 Predictor = Callable[[Float[Array, "B *X C"], Array], Float[Array, "B *X C"]]
+_Strength: TypeAlias = Float[Array, "*n"] | np.ndarray | float
+# How strong guidance is, a number or one for each step; of a model that learnt it (`told`) also two
+# such, what it is told and g of `classifier_free`.
+Guidance: TypeAlias = _Strength | tuple[_Strength, _Strength]
 
 
 def classifier_free(
@@ -44,3 +49,29 @@ def classifier_free(
         return without + guidance_scale * (prompted - without)
 
     return predict
+
+
+def told(
+    model: Any,
+    condition: Any,
+    negative: Any,
+    guidance_scale: Guidance,
+    run: Callable[..., Array] | None = None,
+) -> Predictor:
+    """Of a model that learnt its guidance, and is told how strong it is to be.
+
+    Args:
+      model: its config says whether it is told (`guidance_embeds`).
+      condition: a `JointTextCondition`.
+      negative: as for `classifier_free`, which comes on top.
+      guidance_scale: the strength; with a negative the pair of it and g.
+      run: what to call in place of the model.
+    """
+    given: Any = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale, 1.0)
+    strength, g = given
+    if model.config.guidance_embeds:
+        batch = condition.states.shape[0]
+        guidance = jnp.full((batch,), strength, jnp.float32)
+        condition = condition._replace(guidance=guidance)
+        negative = None if negative is None else negative._replace(guidance=guidance)
+    return classifier_free(model if run is None else run, condition, negative, g)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -16,7 +15,7 @@ from ..clip import CLIPTextModel
 from ..hunyuan_video_transformer_3d import HunyuanVideoTransformer3DModel
 from ..layers.joint_attention import JointTextCondition
 from ..llama import LlamaModel
-from .guidance import Predictor, classifier_free
+from .guidance import Guidance, Predictor, told
 from .tokenizers import context_length, masked_tokenize, tokenize
 from .video import VideoPipeline, VideoSize
 
@@ -76,6 +75,7 @@ class HunyuanVideoPipeline(VideoPipeline):
 
     MODELS: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     TOKENIZERS: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    LEARNT_GUIDANCE: ClassVar[bool] = True
 
     @property
     def defaults(self) -> tuple[int, float]:
@@ -114,24 +114,15 @@ class HunyuanVideoPipeline(VideoPipeline):
         """Conditions of N prompts' token ids."""
         return prompt_encoder(token_ids)
 
-    def guides(self, guidance_scale: float) -> bool:
-        """False: the transformer is asked once a step, with the prompt."""
-        del guidance_scale
-        return False
-
     @staticmethod
     def predictor(
         denoiser: HunyuanVideoTransformer3DModel,
         condition: JointTextCondition,
-        negative: None,
-        guidance_scale: Float[Array, ""] | float,
+        negative: JointTextCondition | None,
+        guidance_scale: Guidance,
     ) -> Predictor:
         """(latents, timestep) -> velocity, told the guidance."""
-        if denoiser.config.guidance_embeds:
-            batch = condition.states.shape[0]
-            strength = jnp.full((batch,), guidance_scale, jnp.float32)
-            condition = condition._replace(guidance=strength)
-        return classifier_free(denoiser, condition, negative, guidance_scale)
+        return told(denoiser, condition, negative, guidance_scale)
 
     def flow_sigmas(self, steps: int) -> Float[np.ndarray, " steps"]:
         """From 1 down, in steps of 1 / steps; 0 is left out."""

@@ -37,6 +37,8 @@ class Pipeline(Pretrained):
       * `PATCH`: latents along each side of a token.
       * `SHIFT`: of a flow whose shift follows the image's size, how: "linear", between two sizes
         that the schedule names, or "empirical", fitted for FLUX.2.
+      * `LEARNT_GUIDANCE`: whether the denoiser is told the strength of guidance, and asked without
+        the prompt on top of that only (`guidance.told`).
     """
 
     vae: Any
@@ -54,6 +56,7 @@ class Pipeline(Pretrained):
     SIZES: ClassVar[int] = 0
     PATCH: ClassVar[int] = 1
     SHIFT: ClassVar[str] = "linear"
+    LEARNT_GUIDANCE: ClassVar[bool] = False
 
     force_zeros_for_empty_prompt: ClassVar[bool] = False  # of SDXL, where its folder says so
 
@@ -108,7 +111,7 @@ class Pipeline(Pretrained):
 
     def guides(self, guidance_scale: float) -> bool:
         """Whether the denoiser is also asked without the prompt, or with a negative one."""
-        return guidance_scale > 1
+        return guidance_scale > 1 and not self.LEARNT_GUIDANCE
 
     @staticmethod
     def for_size(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ...flax_models.context_parallel import ContextParallel
 from ...flax_models.layers.joint_attention import JointTextCondition
-from ...flax_models.pipelines.guidance import Predictor, classifier_free
+from ...flax_models.pipelines.guidance import Guidance, Predictor, classifier_free
 from ...flax_models.pipelines.pipeline import Pipeline
 from ...flax_models.streaming import is_streamed
 from ...flax_models.unet_2d_condition import TextCondition
@@ -128,7 +128,7 @@ def sample_latents(
     negative: Condition | None,
     noise: Float[Array, "B *X C"],
     sampler: Sampler,
-    guidance_scale: Float[Array, "*n"] | np.ndarray | float = 1.0,
+    guidance_scale: Guidance = 1.0,
     *,
     keys: Key[Array, " B"] | None = None,
     predictor: Callable[..., Predictor] = classifier_free,
@@ -143,7 +143,7 @@ def sample_latents(
         class. None samples without guidance.
       noise: unit normal [B, H, W, C], of videos [B, F, H, W, C]; the sampler scales it.
       sampler: tables of the run.
-      guidance_scale: strength of the prompt, or one for each step.
+      guidance_scale: strength of the prompt, or one for each step; or a pair of such (`Guidance`).
       keys: one per image; the source of fresh noise, needed exactly when `sampler.stochastic`.
       predictor: the kind of guidance (`flax_models.pipelines.guidance`).
 
@@ -200,7 +200,7 @@ def _step(
 ) -> tuple[Array, Any]:
     """The next latents and memory."""
     x, memory = carry
-    strength = guidance_scale if jnp.ndim(guidance_scale) == 0 else jnp.asarray(guidance_scale)[i]
+    strength = jax.tree.map(lambda g: jnp.asarray(g)[i] if jnp.ndim(g) else g, guidance_scale)
     predict = predictor(model, condition, negative, strength)
     output = predict(sampler.scale(x, i), jnp.asarray(sampler.timesteps)[i])
     fresh = None
@@ -234,7 +234,7 @@ def generate(
     negative_ids: Any,
     noise: Float[Array, "B *T h w C"],
     sampler: Sampler,
-    guidance_scale: Float[Array, "*n"] | np.ndarray | float = 7.5,
+    guidance_scale: Guidance = 7.5,
     *,
     keys: Key[Array, " B"] | None = None,
     sizes: Float[Array, " 6"] | None = None,
@@ -333,7 +333,7 @@ def generate_by_steps(
     negative_ids: Any,
     noise: Float[Array, "B *T h w C"],
     sampler: Sampler,
-    guidance_scale: Float[Array, "*n"] | np.ndarray | float = 7.5,
+    guidance_scale: Guidance = 7.5,
     *,
     keys: Key[Array, " B"] | None = None,
     sizes: Float[Array, " 6"] | None = None,
@@ -411,7 +411,7 @@ def generate_over(
     negative_ids: Any,
     noise: Array,
     sampler: Sampler,
-    guidance_scale: Array | float,
+    guidance_scale: Guidance,
     *,
     keys: Array | None = None,
     sizes: Array | None = None,

@@ -167,6 +167,7 @@ class TextToImage:
         sampler: str | None = None,
         eta: float = 0.0,
         negative_prompt: str | None = None,
+        true_cfg_scale: float | int | None = None,
         batch_size: int = 8,
         mesh: Mesh | None = None,
         sizes: Sequence[int] | None = None,
@@ -199,6 +200,8 @@ class TextToImage:
           eta: DDIM's fresh noise, 0 to 1.
           negative_prompt: what guidance steers away from; None is an empty text, or what a model
             of SDXL has in its place (`force_zeros_for_empty_prompt`).
+          true_cfg_scale: of FLUX.1 and HunyuanVideo, which are told the guidance, classifier-free
+            guidance on top, away from the negative prompt; none at 1 or below, else twice the time.
           sizes: that an SDXL model draws for, in pixels: height and width of the original, top
             and left of the crop, height and width of the target; by default those of the image.
           batch_size: images at a time on each device; the last batch is padded, so one program
@@ -259,12 +262,7 @@ class TextToImage:
         total = len(prompts)
         each = min(batch_size, -(-total // devices))  # on a device
         batch_size = devices * each
-        guided = any(map(self.pipeline.guides, strengths.tolist()))
-        if negative_prompt is not None and not self.pipeline.guides(math.inf):
-            raise ValueError(
-                f"{type(self.pipeline).__name__} is not guided away from a negative_prompt here: "
-                "this model learnt its guidance. Leave it out."
-            )
+        guided = self._guided(strengths, negative_prompt, true_cfg_scale)
         parts = 1 if together is None else together.shape[AXIS]
         if together is not None:
             video = isinstance(self.pipeline, VideoPipeline)
@@ -288,6 +286,8 @@ class TextToImage:
                 f"one with an axis {AXIS!r} draws them together."
             )
         static, guidance = self._static(tables, strengths, tiling)
+        if guided and true_cfg_scale is not None:
+            guidance = guidance, float(true_cfg_scale)
         static = static._replace(mesh=together)
         known = self._known(conditioning, shape)
         more: dict[str, Any] = {}
@@ -312,6 +312,7 @@ class TextToImage:
                 "size": list(shape),
                 "fps": fps,
             }
+            told |= {} if true_cfg_scale is None else {"true_cfg_scale": true_cfg_scale}
             kept.claim(told | self._fingerprints(static, latents=latents, conditioning=known))
         images = []
         for start in range(0, total, batch_size):
@@ -349,6 +350,26 @@ class TextToImage:
                 on_progress(min(start + batch_size, total), total)
         return np.concatenate(images)
 
+    def _guided(
+        self, strengths: np.ndarray, negative: str | None, true: float | int | None
+    ) -> bool:
+        """Whether the model is also asked with the negative prompt, or without any."""
+        name, learnt = type(self.pipeline).__name__, self.pipeline.LEARNT_GUIDANCE
+        if true is not None and not (learnt and math.isfinite(true)):
+            raise ValueError(
+                f"true_cfg_scale must be a finite number; got {true}."
+                if learnt
+                else f"{name} is guided by guidance_scale: leave out true_cfg_scale."
+            )
+        guided = any(map(self.pipeline.guides, strengths.tolist())) or (true or 1) > 1
+        if negative is None or guided or self.pipeline.guides(math.inf):
+            return guided
+        more = "Pass a true_cfg_scale above 1, at twice the time, or leave it out."
+        raise ValueError(
+            f"{name} is not guided away from a negative_prompt here: this model learnt its "
+            f"guidance. {more if learnt else 'Leave it out.'}"
+        )
+
     def _sampler(self, kind: str | None, steps: int, eta: float, shape: tuple[int, ...]) -> Sampler:
         """The tables of a run for latents of that shape."""
         schedule, pipeline = self.schedule, self.pipeline
@@ -367,7 +388,20 @@ class TextToImage:
             tokens = math.prod(self.pipeline.token_layout(shape)[-2:])
             fitted = pipeline.SHIFT == "empirical"
             mu = empirical_mu(tokens, steps) if fitted else schedule.mu_of(tokens)
-        return flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)
+        tables = flow_euler_sampler(schedule, steps, sigmas=pipeline.flow_sigmas(steps), mu=mu)
+        if (
+            mu is not None
+            and steps > 1
+            and tables.timesteps[-1] > 0.95 * schedule.num_train_timesteps
+        ):
+            warnings.warn(
+                "at this size the schedule's shift, which follows it, leaves all steps at almost "
+                "pure noise. Add an adapter that was made for the size (--add, merge_parts); what "
+                "one that states nothing is drawn with goes with it: --add-settings urae-4k, or "
+                'settings="urae-4k".',
+                stacklevel=3,
+            )
+        return tables
 
     def _shape(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, ...]:
         """Of the latents of an image or video of that size."""

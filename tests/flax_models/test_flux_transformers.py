@@ -207,7 +207,7 @@ def test_settings_of_adapters_to_4k(torch, tmp_path, monkeypatch):
         run = jax.jit(lambda params, inputs: oracle.jax_call(nnx.merge(graphdef, params), **inputs))
         assert oracles.relative_error(np.asarray(run(params, inputs)), expected) < 1e-5
     plain = load_pytorch(tmp_path)
-    assert (plain.ntk_factor, plain.attention_scale) == (1, None)
+    assert (plain.config.ntk_factor, plain.config.attention_scale) == (1, None)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 import gc
 import mmap
+import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from flow_toy import save_pipeline
 
@@ -19,7 +22,7 @@ from conceptax.flax_models.flux_transformer_2d import (
 )
 from conceptax.flax_models.layers.attention import GNA, with_attention
 from conceptax.flax_models.layers.joint_attention import JointTextCondition
-from conceptax.flax_models.streaming import StreamError, is_streamed, release, stream
+from conceptax.flax_models.streaming import Deferred, StreamError, is_streamed, release, stream
 
 CONFIG = FluxTransformer2DConfig(
     in_channels=4,
@@ -87,6 +90,25 @@ def test_two_blocks_are_in_memory_at_a_time(folder, monkeypatch):
     others = sum(x.nbytes for x in jax.live_arrays())
     model(*INPUTS)
     assert 0 < most < 2.5 * kept  # of four
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_is_quantized_is_converted_as_it_is_brought(folder, tmp_path, pinned):
+    name = "diffusion_pytorch_model.safetensors"
+    content = {}
+    for key, value in safetensors.numpy.load_file(folder / name).items():
+        content[key] = value
+        if value.ndim == 2:
+            content[key] = (value * 4).astype(ml_dtypes.float8_e4m3fn)
+            content[key.replace(".weight", ".weight_scale")] = np.full(len(value), 0.25, np.float32)
+    shutil.copy(folder / "config.json", tmp_path)
+    safetensors.numpy.save_file(content, tmp_path / name)
+    model = stream(load_pytorch(tmp_path, sharding="streamed"), pinned=pinned)
+    first = model.transformer_blocks[0].stream
+    assert any(isinstance(leaf, Deferred) for leaf in first._split[0][3]) is not pinned
+    whole = stream(load_pytorch(tmp_path, sharding="mapped"), pinned=False)
+    # Where an array begins in memory decides in which order XLA sums.
+    np.testing.assert_allclose(model(*INPUTS), whole(*INPUTS), rtol=1e-5, atol=2e-6)
 
 
 def test_what_cannot_be_streamed_is_told(folder, tmp_path):

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from conceptax.cli.options import HUB, Additions, OptionalFloat, OptionalInt, OptionalModel
+from conceptax.cli.options import (
+    HUB,
+    Additions,
+    OptionalFloat,
+    OptionalInt,
+    OptionalModel,
+    OptionalText,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Command:
         a low rank.
       add: a file or folder to merge into the pipeline; repeat for several.
       add_scale: how much of each LoRA in --add.
+      add_settings: that images of a LoRA of FLUX.1 in --add are drawn with, where it does not state
+        them: urae-4k, or "ntk-factor=10 attention-scale=proportional shift=3".
       original: the model that SOURCE was made from, for --form changes and lora.
       rank: of a LoRA.
       energy: in place of --rank, the fraction of each change to keep, such as 0.95.
@@ -57,6 +66,7 @@ class Command:
     form: Literal["folder", "single", "changes", "lora"] = "folder"
     add: Additions = ()
     add_scale: float = 1.0
+    add_settings: OptionalText = None
     original: OptionalModel = None
     rank: OptionalInt = None
     energy: OptionalFloat = None
@@ -113,7 +123,7 @@ def _read(command: Command) -> Any:
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
             "model_index.json."
         )
-    return with_additions(model, command.add, command.add_scale)
+    return with_additions(model, command.add, command.add_scale, command.add_settings)
 
 
 def _mapped(source: Path, dtype: str | None, **options: Any) -> Any:

@@ -41,6 +41,8 @@ class Command:
       add: a part to draw with, a file or folder: what `conceptax erase` and `conceptax personalize`
         write with --export, a LoRA, an embedding of new tokens; repeat for several.
       add_scale: how much of each LoRA in --add.
+      add_settings: that images of a LoRA of FLUX.1 in --add are drawn with, where it does not state
+        them: urae-4k, or "ntk-factor=10 attention-scale=proportional shift=3".
       negative_prompt: what guidance steers away from; empty, it is what the model takes for no
         text, which for SDXL are zeros.
       steps: denoising steps per image, to which PNDM adds one; by default as the model was
@@ -51,6 +53,8 @@ class Command:
         where the model did not learn it.
       guidance_2: that of the second of two models, which Wan 2.2 has for low noise; by default as
         published, or --guidance where that is given.
+      true_cfg_scale: of FLUX.1 and HunyuanVideo, which learnt their guidance, another one on top
+        of it, away from the negative prompt: above 1 it takes twice the time.
       sampler: by default what the model's scheduler asks for; with a motion adapter DDIM. Models on
         a flow have one of their own.
       attention: of a transformer, neighborhood attention in place of the dense one: the name of a
@@ -80,7 +84,7 @@ class Command:
         the model's own.
       dtype: computation dtype; auto takes the one that is fastest here, and says which.
       stream: bring the blocks of a transformer and of its text encoders from their files as they
-        run, for models larger than memory; the model is a folder of FLUX.1, FLUX.2 klein or SD 3.
+        run, for models larger than memory: FLUX, SD 3 and those of videos, also of 8 bits or GGUF.
       force: replace an earlier result.
     """
 
@@ -90,10 +94,12 @@ class Command:
     model: Model = None
     add: Additions = ()
     add_scale: float = 1.0
+    add_settings: OptionalText = None
     negative_prompt: str = ""
     steps: OptionalInt = None
     guidance: OptionalFloat = None
     guidance_2: OptionalFloat = None
+    true_cfg_scale: OptionalFloat = None
     sampler: (
         Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
     ) = None
@@ -220,7 +226,8 @@ def _record(command: Command, images: Any, fps: int | None) -> dict[str, Any]:
     from conceptax.cli.runs import settings_of
 
     left_out = ["size", *(["add", "add_scale"] if not command.add else [])]
-    left_out += [name for name in ("guidance_2", "png") if not getattr(command, name)]
+    optional = ("add_settings", "guidance_2", "true_cfg_scale", "png")
+    left_out += [name for name in optional if not getattr(command, name)]
     if fps is None:
         left_out += ["motion_adapter", *_OF_VIDEOS]
     elif command.motion_adapter is None:
@@ -319,13 +326,14 @@ def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | N
             f"that it is a part of with --model, and add it to that with --add {command.model}."
         )
     require_whole(pipeline, command.model or conceptax.bundled_model(), "sampling")
-    pipeline = with_additions(pipeline, command.add, command.add_scale)
+    pipeline = with_additions(pipeline, command.add, command.add_scale, command.add_settings)
     steps = pipeline.defaults[0]
     options: dict[str, Any] = {
         "seed": command.seed,
         "num_inference_steps": steps if command.steps is None else command.steps,
         "guidance_scale": _guidance(command, pipeline),
         "negative_prompt": command.negative_prompt or None,
+        "true_cfg_scale": command.true_cfg_scale,
         "height": command.height,
         "width": command.width,
         "on_estimate": announcing("drawing"),

@@ -103,13 +103,16 @@ def load_edited(
     return edited
 
 
-def with_additions(pipeline: Any, additions: Sequence[Path], scale: float = 1.0) -> Any:
+def with_additions(
+    pipeline: Any, additions: Sequence[Path], scale: float = 1.0, settings: str | None = None
+) -> Any:
     """The pipeline with parts from elsewhere, one after the other; new words are printed.
 
     Args:
       pipeline: it stays as it is.
       additions: files and folders, as for `converters.merge_parts`.
       scale: how much of each LoRA, which is among them where it is not 1.
+      settings: that images of each LoRA are drawn with, as for `converters.merge_parts`.
 
     Raises:
       CheckpointError: what is wrong with one, or does not fit the pipeline.
@@ -117,10 +120,13 @@ def with_additions(pipeline: Any, additions: Sequence[Path], scale: float = 1.0)
     """
     if scale == 0:
         raise ValueError("--add-scale 0 adds nothing: pass another scale, or leave out --add.")
-    if scale != 1 and not any(map(holds_lora, additions)):
-        raise ValueError("--add-scale is for LoRA files, and --add names none.")
+    loras = [addition for addition in additions if holds_lora(addition)]
+    for flag, given in (("--add-scale", scale != 1), ("--add-settings", settings is not None)):
+        if given and not loras:
+            raise ValueError(f"{flag} is for LoRA files, and --add names none.")
     for addition in additions:
-        before, pipeline = pipeline.tokenizer, merge_parts(pipeline, addition, scale)
+        own = settings if addition in loras else None
+        before, pipeline = pipeline.tokenizer, merge_parts(pipeline, addition, scale, settings=own)
         if pipeline.tokenizer is not before:
             new = pipeline.tokenizer.get_added_vocab().keys() - before.get_vocab().keys()
             print(f"{addition}: new words for prompts: {', '.join(sorted(new))}")

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import safetensors.numpy
 from filled_models import filled, weights
 from gguf_writer import gguf_bytes
 from opened_files import opened_files
+from oracles import relative_error
 
 from conceptax.converters import (
     CheckpointError,
@@ -17,13 +19,14 @@ from conceptax.converters import (
     inspect_checkpoint,
     load_pytorch,
     merge_parts,
+    save_pytorch,
     save_single_file,
     write_lora,
 )
 from conceptax.converters.files.safetensors_file import StoredTensor
 from conceptax.converters.formats.compvis import PIPELINES, build_parts, open_single_file
 from conceptax.converters.formats.compvis_parts import read_single_file
-from conceptax.converters.formats.identify import SINGLE, identify
+from conceptax.converters.formats.identify import COMPONENT, SINGLE, identify
 from conceptax.converters.formats.transformer_parts import t5
 from conceptax.converters.tensors import tensor_specs
 from conceptax.flax_models.autoencoder_kl import (
@@ -31,6 +34,10 @@ from conceptax.flax_models.autoencoder_kl import (
     AutoencoderKLConfig,
     AutoencoderKLFlux2,
     AutoencoderKLFlux2Config,
+)
+from conceptax.flax_models.autoencoder_kl_hunyuan_video import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideoConfig,
 )
 from conceptax.flax_models.autoencoder_kl_wan import AutoencoderKLWan, AutoencoderKLWanConfig
 from conceptax.flax_models.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -46,7 +53,9 @@ from conceptax.flax_models.hunyuan_video_transformer_3d import (
     HunyuanVideoTransformer3DConfig,
     HunyuanVideoTransformer3DModel,
 )
+from conceptax.flax_models.layers.joint_attention import JointTextCondition
 from conceptax.flax_models.sd3_transformer_2d import SD3Transformer2DConfig, SD3Transformer2DModel
+from conceptax.flax_models.streaming import is_streamed
 from conceptax.flax_models.t5 import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from conceptax.flax_models.wan_transformer_3d import WanTransformer3DConfig, WanTransformer3DModel
 
@@ -344,6 +353,34 @@ def test_tencents_checkpoint(tmp_path, torch):
         read(path)
 
 
+def test_tencents_autoencoder(tmp_path, torch):
+    """Under diffusers' names, in a folder with settings of Tencent's own, or as a file alone."""
+    config = AutoencoderKLHunyuanVideoConfig(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+    )
+    models = {"vae": filled(AutoencoderKLHunyuanVideo, config)}
+    content = {key: np.array(value, order="C") for key, value in weights(models["vae"]).items()}
+    (folder := tmp_path / "vae").mkdir()
+    (folder / "config.json").write_text('{"_class_name": "AutoencoderKLCausal3D"}')
+    own = {f"vae.{key}": torch.from_numpy(value) for key, value in content.items()}
+    torch.save({"state_dict": own}, folder / "pytorch_model.pt")
+    safetensors.numpy.save_file(content, alone := tmp_path / "hunyuan_video_vae.safetensors")
+    for path in (folder, folder / "pytorch_model.pt", alone):
+        told = inspect_checkpoint(path)
+        assert (told.kind, told.healthy) == ("single file of HunyuanVideo, vae alone", True)
+        pipeline = load_pytorch(path)
+        assert type(pipeline).__name__ == "HunyuanVideoPipeline" and pipeline.transformer is None
+        same(models, {"vae": pipeline.vae})
+    written = save_pytorch(models["vae"], tmp_path / "written")
+    same(models, {"vae": load_pytorch(written)})
+    file = written / "diffusion_pytorch_model.safetensors"
+    assert identify(file).kind == COMPONENT  # its settings are beside it
+
+
 def test_diffusers_reads_what_is_beside_the_transformer(models, single, torch):
     """It tells the model, and its converters find every tensor of the other parts."""
     diffusers = pytest.importorskip("diffusers")
@@ -418,6 +455,18 @@ def test_an_autoencoder_alone_is_guessed(single, tmp_path):
     assert (raw["use_quant_conv"], raw["use_post_quant_conv"]) == (False, False)
 
 
+def same_streamed(*paths):
+    """The transformers, whose blocks stay in their files, compute the same."""
+    text = JointTextCondition(jnp.ones((1, 3, 12)), jnp.ones((1, 64)), jnp.ones(1))
+    outputs = []
+    for path in paths:
+        model = load_pytorch(path, stream=True, components=["transformer"]).transformer
+        assert is_streamed(model)
+        outputs.append(np.asarray(model(jnp.ones((1, 2, 3, 64)), 5.0, text)))
+    # Where an array begins in memory decides in which order XLA sums.
+    assert relative_error(*outputs) < 1e-5
+
+
 def test_8_bits_with_scales(models, single, tmp_path):
     """As ComfyUI keeps them: fused layers are cut after they are scaled."""
     content = safetensors.numpy.load_file(single)
@@ -440,6 +489,7 @@ def test_8_bits_with_scales(models, single, tmp_path):
     assert told.healthy
     assert told.parts[0].quantized == {"F8_E4M3 with scales"}
     assert told.parts[1].quantized == set()
+    same_streamed(*(tmp_path / f"{name}.safetensors" for name in "ab"))
 
 
 def test_8_bits_without_scales(single, tmp_path):
@@ -479,6 +529,7 @@ def test_gguf(models, single, tmp_path):
     found = weights(load_pytorch(tmp_path / "a.gguf").transformer)
     for key, value in found.items():
         np.testing.assert_array_equal(value, expected[key], err_msg=key)
+    same_streamed(tmp_path / "a.gguf", tmp_path / "b.safetensors")
     half = load_pytorch(tmp_path / "a.gguf", param_dtype="bfloat16").transformer
     assert half.proj_out.kernel[...].dtype == ml_dtypes.bfloat16
 

@@ -91,6 +91,23 @@ def test_images_are_diffusers(both, noise):
     assert difference.max() <= 1
 
 
+@pytest.mark.parametrize("both", ["flux-dev"], indirect=True)
+def test_guidance_comes_on_top_of_what_was_learnt(both, noise):
+    family, theirs, _, ours = both
+    options = {"guidance_scale": 3.5, "negative_prompt": "red", "true_cfg_scale": 2.5}
+    size = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "latents": noise}
+    with jax.default_matmul_precision("highest"):
+        images = conceptax.text_to_image(ours, PROMPTS, **size, **options)
+    options["negative_prompt"] = ["red"] * 2
+    expected = theirs_from(family, theirs, noise, ours.max_sequence_length, **options)
+    assert images.std() > 5
+    assert np.abs(images.astype(int) - np.round(expected * 255)).max() <= 1
+    with pytest.raises(ValueError, match="Pass a true_cfg_scale above 1, at twice the time"):
+        conceptax.text_to_image(ours, PROMPTS, **size, negative_prompt="red", true_cfg_scale=1.0)
+    with pytest.raises(ValueError, match="true_cfg_scale must be a finite number; got nan"):
+        conceptax.text_to_image(ours, PROMPTS, **size, true_cfg_scale=float("nan"))
+
+
 def test_a_folder_comes_back_bit_for_bit_and_diffusers_reads_it(both, tmp_path):
     _, theirs, folder, ours = both
     save_pytorch(ours, tmp_path / "again")
@@ -162,6 +179,9 @@ def test_what_is_missing_or_does_not_fit_is_told(both, tmp_path):
         conceptax.text_to_image(ours, "a three", attention="cosmos-predict2-2b")
     with pytest.raises(ValueError, match="dense_steps must be at least 0, received -1"):
         conceptax.text_to_image(ours, "a three", attention=GNA(2), dense_steps=-1)
+    if not ours.LEARNT_GUIDANCE:
+        with pytest.raises(ValueError, match="guided by guidance_scale: leave out true_cfg_scale"):
+            conceptax.text_to_image(ours, "a", height=HEIGHT, width=WIDTH, true_cfg_scale=2)
     with pytest.raises(ValueError, match="follows a flow, by Euler steps: leave out sampler"):
         conceptax.text_to_image(ours, "a three", height=HEIGHT, width=WIDTH, sampler="ddim")
     with pytest.warns(UserWarning, match="ignored: "):

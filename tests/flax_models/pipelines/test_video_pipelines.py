@@ -128,6 +128,22 @@ def test_frames_are_diffusers(both, drawn, monkeypatch):
     assert told == [*sampled, ("decoding", 0, 1), ("decoding", 1, 1)]
 
 
+@pytest.mark.parametrize("both", ["hunyuan"], indirect=True)
+def test_guidance_comes_on_top_of_what_was_learnt(both, drawn, monkeypatch):
+    """The negative prompt is shorter, and so is its mask.
+
+    The toy's template ends before the 95 tokens that are cut off, unlike Llama's: of fewer words
+    nothing is left, whose mean is 0 / 0 in diffusers, and 0 here.
+    """
+    _, theirs, _, ours = both
+    more = {"negative_prompt": "three red on a brick", "true_cfg_scale": 3.0}
+    with jax.default_matmul_precision("highest"):
+        videos = conceptax.text_to_video(ours, PROMPT, **drawn, **more)
+    expected = frames_of("hunyuan", theirs, drawn | more, monkeypatch)
+    assert videos.std() > 5
+    assert np.abs(videos.astype(int) - np.round(expected * 255)).max() <= 1
+
+
 def test_families_are_told_apart_and_know_their_sizes(both):
     family, _, _, ours = both
     expected = EXPECTED[family]
