@@ -7,7 +7,8 @@
 An image is 64x64 pixels of the glyphs world, a handwritten digit in one color on one texture,
 enlarged twice: the bundled autoencoder makes 32x32 latents of it, one token each. A
 `FluxTransformer2DModel` learns rectified flow on images as they are, told captions by the bundled
-CLIP, and then, for each seed anew, on enlarged ones, as models of many pixels do. Its attention
+CLIP, and then, for each seed anew, on enlarged ones, as models of many pixels do; an image spans
+the same angles of the rotary embedding in both, whose tokens lie closer then. Its attention
 among the image's tokens then gives way to neighborhood attention, the window and stride of
 `flux-4k` at an eighth of its sides, which sees a tenth of the pairs: after a third of the steps
 and in all of them, with the parameters as they are, and in all steps after training on with it for
@@ -47,9 +48,11 @@ from transformer_speed import preset_of, windows
 from conceptax.flax_models.flux_transformer_2d import (
     FluxTransformer2DConfig,
     FluxTransformer2DModel,
+    rotary_of,
 )
 from conceptax.flax_models.layers.attention import GNA
 from conceptax.flax_models.layers.joint_attention import JointTextCondition
+from conceptax.flax_models.layers.rotary import Rotary
 from conceptax.kernels.gna.presets import Preset
 from conceptax.methods.evaluation.statistics import (
     frechet_distance,
@@ -100,7 +103,7 @@ class Study:
     small_steps: int = 2000
     small_batch: int = 32
     small_rate: float = 3e-3
-    steps: int = 800
+    steps: int = 600
     batch: int = 8
     learning_rate: float = 1e-3
     ema: float = 0.995
@@ -167,10 +170,17 @@ def reduced(images: np.ndarray) -> np.ndarray:
     return np.stack([Image.fromarray(each).resize(size, Image.Resampling.BOX) for each in images])
 
 
+class Interpolated(FluxTransformer2DModel):
+    """A grid of any size spans what one of SIDE / LARGER tokens a side does."""
+
+    def rotary(self, grid: tuple[int, int], text: int) -> Rotary:
+        return rotary_of(self.config, grid, text, spacing=SIDE / LARGER / grid[0])
+
+
 class DigitWorld(World):
     """Large digits, drawn by a FLUX-type model."""
 
-    name, kind, cells = "flux_glyphs", FluxTransformer2DModel, CELLS
+    name, kind, cells = "flux_glyphs", Interpolated, CELLS
     stages, shared, shift = ("small", "training"), ("small",), 2.0
     grid, latent_shape = (SIDE, SIDE), (SIDE, SIDE, 4)
 
@@ -287,7 +297,9 @@ Written by `benchmarks/flux_glyphs.py` from the figures in `benchmarks/results`.
 
 A `FluxTransformer2DModel` with {double} double and {single} single blocks, {heads} heads of 32
 ({parameters:,} parameters) learnt rectified flow on images of the glyphs world: a handwritten
-digit in one color on one texture, 64×64 pixels, and enlarged to 128×128. Text comes from the
+digit in one color on one texture, 64×64 pixels, and enlarged to 128×128; tokens of the latter lie
+half as far apart in the rotary embedding (position interpolation, Chen et al. 2023, arXiv
+2306.15595), which is the model's only departure from FLUX.1. Text comes from the
 bundled CLIP, states and pooled state; the bundled autoencoder makes 32×32 latents of an enlarged
 image, one token each, so 1,024 and {text} of text attend jointly. It trained {small_steps:,}
 steps of {small_batch} images as they are, 256 tokens each, then, for each of {seeds} seeds anew,

@@ -116,10 +116,16 @@ class FluxTransformer2DConfig(ModelConfig):
         return cls()
 
 
-def rotary_of(config: FluxTransformer2DConfig, grid: tuple[int, int], text: int) -> Rotary:
-    """Angles of [text; image]: the text stays at (0, 0, 0), the image is at (0, row, column)."""
-    rows, columns = slabs.whole(grid)
-    image = (np.zeros((1, 1)), np.arange(rows)[:, None], np.arange(columns)[None])
+def rotary_of(
+    config: FluxTransformer2DConfig, grid: tuple[int, int], text: int, spacing: float = 1.0
+) -> Rotary:
+    """Angles of [text; image]: the text stays at (0, 0, 0), the image is at (0, row, column).
+
+    A spacing below 1 puts more rows and columns into the same span, whose middle stays where it is:
+    position interpolation (Chen et al. 2023, arXiv 2306.15595).
+    """
+    rows, columns = (spacing * (np.arange(each) + 0.5) - 0.5 for each in slabs.whole(grid))
+    image = (np.zeros((1, 1)), rows[:, None], columns[None])
     settings = (config.axes_dims_rope, _THETA * config.ntk_factor)
     return concatenate(
         rotary_table((np.zeros(text),) * 3, *settings), slabs.own(rotary_table(image, *settings))
@@ -188,6 +194,10 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         self.norm_out = AdaLayerNormContinuous(features, **init)
         self.proj_out = zero_linear(features, config.out_channels or config.in_channels, **init)
 
+    def rotary(self, grid: tuple[int, int], text: int) -> Rotary:
+        """Where the tokens are: `rotary_of` this model's config."""
+        return rotary_of(self.config, grid, text)
+
     def __call__(
         self,
         latents: Float[Array, "B h w C"],
@@ -213,7 +223,7 @@ class FluxTransformer2DModel(Pretrained, nnx.Module):
         check_inputs(self, latents, condition)
         batch, height, width, _ = latents.shape
         tokens, text_tokens = height * width, condition.states.shape[1]
-        rotary = rotary_of(config, (height, width), text_tokens)
+        rotary = self.rotary((height, width), text_tokens)
         keys, dim = tokens * slabs.count() + text_tokens, config.attention_head_dim
         scale = proportional_scale(config.attention_scale, keys, dim)
         sequence = JointSequence((height, width), rotary=rotary, scale=scale)
