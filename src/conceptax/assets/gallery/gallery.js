@@ -47,10 +47,10 @@
 
   const shape = (item) => `aspect-ratio: ${Number(item.size[0])} / ${Number(item.size[1])}`;
 
-  function alone(item, shot, name, named = true) {
+  function alone(item, shot, name) {
     const frame = make("span", { class: "picture", style: shape(item) });
     frame.append(picture(shot, `${name}: ${item.prompt}`));
-    if (named) frame.append(make("b", { class: "name" }, name));
+    frame.append(make("b", { class: "name" }, name));
     return frame;
   }
 
@@ -86,7 +86,7 @@
     const line = make("li", { "aria-label": name });
     if (named) line.append(make("span", { class: "who" }, name));
     line.append(make("span", { class: `said${look}` }, said.join(" · ")));
-    if (shot.prompt && (many || shot.prompt !== item.prompt)) {
+    if (wordings(item).size > 1) {
       line.append(make("span", { class: "own" }, `asked by “${shot.prompt}”`));
     }
     return line;
@@ -118,10 +118,13 @@
       const own = verdict(item, shot, labels[run], !apart && !many);
       tiles.push(tile(frame, apart || many ? [own] : [first, own]));
     });
-    const box = make("div", { class: "stage" }, ...tiles);
-    if (many && before && !apart && first) box.append(make("ul", { class: "verdicts" }, first));
+    const box = [make("div", { class: "stage", style: `--tiles: ${tiles.length}` }, ...tiles)];
+    if (many && before && !apart && first) box.push(make("ul", { class: "verdicts" }, first));
     return box;
   }
+
+  const wordings = (item) => new Set(item.after.filter((shot) => shot?.prompt).map((shot) => shot.prompt));
+  const asked = (item) => (wordings(item).size > 1 ? "each in words of its own" : item.prompt);
 
   function meta(item) {
     const parts = [page.groups[item.group].title, ...item.concepts.slice(0, 6)];
@@ -136,7 +139,7 @@
     button.addEventListener("click", () => enlarge(place));
     return make(
       "article", { class: "card", "data-place": place },
-      stage(item), make("p", { class: "prompt" }, large ? item.prompt : short(item.prompt)),
+      ...stage(item), make("p", { class: "prompt" }, large ? asked(item) : short(asked(item))),
       make("p", { class: "meta" }, make("span", {}, meta(item)), button),
     );
   }
@@ -147,39 +150,15 @@
 
   function front() {
     for (const [n, { title, items }] of page.front.entries()) {
-      const rows = new Map();
-      for (const place of items) {
-        const item = page.items[place];
-        const key = page.kind === "segmentation" ? place : item.prompt;
-        rows.set(key, [...(rows.get(key) ?? []), item]);
+      const row = make("div", { class: "row" });
+      for (const item of items.map((place) => page.items[place])) {
+        const figure = make("figure", {}, make("figcaption", {}, short(item.prompt)));
+        if (item.before) figure.append(alone(item, item.before, page.sides[0]));
+        item.after.forEach((shot, run) => shot && figure.append(alone(item, shot, labels[run])));
+        row.append(figure);
       }
-      const before = items.some((place) => page.items[place].before);
-      const names = [...(before ? [page.sides[0]] : []), ...labels];
-      const heads = names.map((name) => make("th", { scope: "col" }, name));
-      const body = make("tbody");
-      let most = 1;
-      for (const own of rows.values()) {
-        const row = make("tr", {}, make("th", { scope: "row" }, short(own[0].prompt)));
-        most = Math.max(most, own.length);
-        for (let side = before ? -1 : 0; side < labels.length; side += 1) {
-          const cell = make("div");
-          for (const item of own) {
-            const shot = side < 0 ? item.before : item.after[side];
-            if (shot) cell.append(alone(item, shot, names[side + (before ? 1 : 0)], false));
-          }
-          row.append(make("td", {}, cell));
-        }
-        body.append(row);
-      }
-      const head = make("thead", {}, make("tr", {}, make("td"), ...heads));
-      const box = make("div", { class: "scroll" }, make("table", {}, head, body));
-      box.tabIndex = 0;
-      box.setAttribute("role", "region");
-      box.setAttribute("aria-label", title);
-      const section = make("section", { "aria-labelledby": `front-${n}` });
-      section.append(make("h2", { id: `front-${n}` }, title), box);
-      section.classList.toggle("several", most * names.length > 2);
-      $("front").append(section);
+      const heading = make("h2", { id: `front-${n}` }, title);
+      $("front").append(make("section", { "aria-labelledby": heading.id }, heading, row));
     }
   }
 
