@@ -328,7 +328,10 @@ def test_evaluate(model, data, found, tmp_path, capsys):
         )
         right = 100 * (seen == truth)[truth != 255].mean()
         assert item.after[0].told == f"{right:.1f} % of the labeled pixels right"
-        assert item.size == truth.shape[::-1] and item.before.image != item.after[0].image
+        assert max(item.size) == 384 and item.before.image != item.after[0].image
+        assert item.size[0] / item.size[1] == pytest.approx(
+            truth.shape[1] / truth.shape[0], abs=0.01
+        )
         there = {*truth[truth != 255].tolist(), *seen[seen < 3].tolist()}
         assert set(item.concepts) == {("three", "brick", "grass")[k] for k in there}
     facts = [fact.title for fact in page.runs[0].facts]

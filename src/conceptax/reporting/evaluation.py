@@ -313,8 +313,8 @@ def personalization_page(
             if n < _ROWS:
                 photographs.append(len(items))
             shot, size = Shot(images.add(image)), (image.shape[1], image.shape[0])
-            place = len(groups) - 1
-            items.append(Item(place, title, (subject.name,), size, None, (shot,), None, n))
+            place, told = len(groups) - 1, f"a photograph of {subject.name}"
+            items.append(Item(place, told, (subject.name,), size, shot, (None,), None, n))
     front.insert(0, Front("Photographs", tuple(photographs)))
     shown = {k: v for k, v in record.items() if k not in ("scores", "prompts", "subjects", "text")}
     names = " and ".join(subject.name for subject in subjects)
@@ -325,7 +325,7 @@ def personalization_page(
             "What the model draws of its subject, beside photographs of it: the same subject, and "
             "what was asked for?"
         ),
-        sides=("before", "drawn"),
+        sides=("photograph", "drawn"),
         legend=(
             "Every image that was measured, with its cosines: -I with the photographs, -T and -ITC "
             "with the prompt without its new tokens."

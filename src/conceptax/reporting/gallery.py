@@ -310,10 +310,11 @@ def compared(pages: Mapping[str, Page]) -> Page:
             found[key] = other._replace(after=after)
         start += len(page.runs)
     labels = _told_apart(runs)
-    shared = sum(all(item.after) for item in found.values())
+    drawn = [item for item in found.values() if any(item.after)]
+    shared = sum(all(item.after) for item in drawn)
     lead = (
         f"{len(runs)} runs side by side: {', '.join(labels)}. "
-        f"{shared} of {len(found)} prompts are common to all of them, with the same noise."
+        f"{shared} of {len(drawn)} prompts are common to all of them, with the same noise."
     )
     return first._replace(
         lead=f"{first.lead} {lead}",

@@ -24,6 +24,7 @@ from conceptax.text import write_json
 
 LEGEND, PANOPTIC = "legend.json", "panoptic.json"
 VOID = IGNORE[16]
+_LEAST_SIDE, _LETTERS = 384, 1 / 20  # of a scene in a page, whose names are read in the small
 
 
 def segment_into(
@@ -172,16 +173,15 @@ class Scenery:
             self.right.append(float((labels == truth)[labeled].mean()))
             told = f"{100 * self.right[-1]:.1f} % of the labeled pixels right"
         height, width = truth.shape
-        scale = min(1.0, SIDE / max(height, width))
+        scale = min(SIDE / max(height, width), max(1.0, _LEAST_SIDE / max(height, width)))
         size = max(1, round(width * scale)), max(1, round(height * scale))
         rows = np.arange(size[1]) * height // size[1]
         columns = np.arange(size[0]) * width // size[0]
         image = np.asarray(Image.fromarray(scene.image).resize(size))
+        drawn = self.classes, self.colors
         before, after = (
-            self.images.add(
-                np.asarray(overlay(image, each[rows][:, columns], self.classes, self.colors))
-            )
-            for each in (truth, labels)
+            self.images.add(np.asarray(overlay(image, each, *drawn, letters=_LETTERS)))
+            for each in (truth[rows][:, columns], labels[rows][:, columns])
         )
         there = np.unique(np.concatenate([truth[labeled], labels[labels < len(self.classes)]]))
         concepts = tuple(self.classes[k] for k in there.tolist())

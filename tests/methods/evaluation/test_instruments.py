@@ -358,6 +358,7 @@ def test_the_command_measures_a_folder(files, tiny_clip, capsys):
     assert page.items[3].after[0].told.startswith("CLIP-T ")
     assert " · CLIP-I, bear " in page.items[3].after[0].told
     assert len(page.items) == 4 + 3 + 1 and page.items[0].before is None
+    assert all(item.before and item.after == (None,) for item in page.items[4:])
     assert [fact.title for fact in page.runs[0].facts] == ["CLIP-I, bear", "CLIP-I, barn", "CLIP-T"]
     assert all(fact.meaning for fact in page.runs[0].facts)
 

@@ -4,6 +4,7 @@
   const { page, images } = JSON.parse($("gallery").textContent);
   const labels = page.runs.length > 1 ? page.runs.map((run) => run.label) : [page.sides[1]];
   const many = labels.length > 1;
+  const scenes = page.kind === "segmentation";
   const AT_ONCE = 48;
   const state = { group: "", concept: "", judged: "", seed: "", find: "", view: "", pair: "" };
   let chosen = []; // places of the items that the filters leave
@@ -102,12 +103,13 @@
   function stage(item) {
     const { before } = item;
     const tiles = [];
-    const apart = state.view === "side" || !before;
+    const drawn = item.after.some(Boolean);
+    const apart = state.view === "side" || !before || !drawn;
     const first = before && verdict(item, before, page.sides[0], !apart);
     if (before && apart) tiles.push(tile(alone(item, before, page.sides[0]), [first]));
     item.after.forEach((shot, run) => {
       if (!shot) {
-        if (many) {
+        if (many && drawn) {
           const frame = make("span", { class: "picture", style: shape(item) });
           frame.append(make("span", { class: "missing" }, `not drawn by ${labels[run]}`));
           tiles.push(tile(frame, []));
@@ -150,7 +152,7 @@
 
   function front() {
     for (const [n, { title, items }] of page.front.entries()) {
-      const row = make("div", { class: "row" });
+      const row = make("div", { class: page.front.length > 1 ? "row" : "row wide" });
       for (const item of items.map((place) => page.items[place])) {
         const figure = make("figure", {}, make("figcaption", {}, short(item.prompt)));
         if (item.before) figure.append(alone(item, item.before, page.sides[0]));
@@ -195,7 +197,9 @@
   function options(name, all, values) {
     const select = $(name);
     select.append(new Option(all, ""), ...values.map(([value, text]) => new Option(text, value)));
-    if (!values.length) select.closest("label").hidden = true;
+    if (!values.length || (name === "group" && values.length < 2)) {
+      select.closest("label").hidden = true;
+    }
   }
 
   function count(values) {
@@ -215,7 +219,8 @@
     const asked = page.items.some((item) => item.after.some((shot) => shot?.shown !== undefined));
     const ways = Object.entries(JUDGED).filter(([name]) => many || name !== "differ");
     options("judged", "either way", asked ? ways.map(([name, [text]]) => [name, text]) : []);
-    const pairs = page.items.some((item) => item.before);
+    if (scenes) [$("about").textContent, $("where").textContent] = ["With", "In the name"];
+    const pairs = page.items.some((item) => item.before && item.after.some(Boolean));
     for (const name of ["view", "all"]) $(name).closest("label").hidden = !pairs;
   }
 
@@ -260,8 +265,10 @@
       const item = page.items[place];
       return [item.before, ...item.after].filter(Boolean).map((shot) => shot.image);
     }));
+    const number = `${drawn.size.toLocaleString("en")} images`;
+    const what = drawn.size === chosen.length ? "images" : `${scenes ? "scenes" : "prompts"}, ${number}`;
     $("count").textContent = chosen.length
-      ? `${now === all ? all : `${now} of ${all}`} prompts, ${drawn.size.toLocaleString("en")} images`
+      ? `${now === all ? all : `${now} of ${all}`} ${what}`
       : "Nothing is so: take fewer filters.";
     more();
   }
