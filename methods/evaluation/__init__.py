@@ -5,7 +5,7 @@ measure(...)  # how well a personalized model draws its subject
 Clip(model, tokenizer).features(images)  # and Dino, Blip
 """
 
-from .classifiers import Classifier, ClipClassifier
+from .classifiers import Classifier, ClipClassifier, Said
 from .figures import Counted, Drawn, Evaluation, EvaluationConfig, evaluate, known_attacks
 from .instruments import Blip, Clip, Dino
 from .personalization import Instruments, Subject, measure, without_tokens
@@ -34,6 +34,7 @@ __all__ = [
     "EvaluationConfig",
     "Instruments",
     "Preprocessing",
+    "Said",
     "Subject",
     "Suites",
     "clip_score",

@@ -6,7 +6,7 @@ judges; the erased model's own text encoder is not.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -22,9 +22,27 @@ _LABEL_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 _SOMETHING_ELSE = ("something else", "an object", "a person", "a scene", "a blank picture")
 
 
+class Said(NamedTuple):
+    """What a classifier says of N images, each of which it is asked about a phrase.
+
+    Attributes:
+      hits: whether each shows its phrase.
+      words: what each shows, in the classifier's words.
+      confidences: the probability that it gives that word, among those that it chooses from.
+    """
+
+    hits: Bool[np.ndarray, " N"]
+    words: tuple[str, ...]
+    confidences: Float[np.ndarray, " N"]
+
+
 @runtime_checkable
 class Classifier(Protocol):
-    """What an evaluation asks of a classifier."""
+    """What an evaluation asks of a classifier.
+
+    One that also has `says(images, phrases)`, which gives a `Said`, is asked by that in place of
+    `shows`, and reports tell its word and its confidence on each image.
+    """
 
     @property
     def record(self) -> dict[str, Any]:
@@ -91,13 +109,27 @@ class ClipClassifier:
         return unit(each.reshape(len(labels), len(_LABEL_TEMPLATES), -1).mean(1))
 
     def shows(self, images: Images, phrases: Sequence[str]) -> Bool[np.ndarray, " N"]:
+        return self.says(images, phrases).hits
+
+    def says(self, images: Images, phrases: Sequence[str]) -> Said:
+        """The nearest label of each image, and how probable it is to this CLIP.
+
+        Raises:
+          ValueError: a phrase outside the closed set.
+        """
         if unknown := sorted(set(phrases) - set(self.phrases)):
             raise ValueError(
                 f"this classifier tells {list(self.phrases)} apart, asked for {unknown}: add them "
                 "with `among`."
             )
-        nearest = (unit(self.clip.features(images)) @ self._labels.T).argmax(-1)
-        return nearest == np.asarray([self.phrases.index(phrase) for phrase in phrases], np.intp)
+        cosines = unit(self.clip.features(images)) @ self._labels.T
+        nearest = cosines.argmax(-1)
+        asked = np.asarray([self.phrases.index(phrase) for phrase in phrases], np.intp)
+        words = [(*self.phrases, *_SOMETHING_ELSE)[label] for label in nearest]
+        # Of the largest of a softmax: the others are e to the distance below it.
+        below = self.clip.scale * (cosines - cosines.max(-1, keepdims=True))
+        confidences = 1 / np.exp(below).sum(-1, dtype=np.float64)
+        return Said(nearest == asked, tuple(words), confidences)
 
     def features(self, images: Images) -> Float[np.ndarray, "N P"]:
         return self.clip.features(images)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from ...flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from ..diffusion.text_to_image import TextToImage, image_keys, initial_noise
@@ -59,10 +59,15 @@ class EvaluationConfig:
 
 
 class Drawn(NamedTuple):
-    """Images, and whether each shows the phrase that it is asked about."""
+    """Images, whether each shows the phrase that it is asked about, and what it does show.
+
+    The classifier's words and their probabilities are there if it `says` them.
+    """
 
     images: UInt8[np.ndarray, "N H W 3"]
     hits: Bool[np.ndarray, " N"]
+    words: tuple[str, ...] = ()
+    confidences: Float[np.ndarray, " N"] | None = None
 
 
 class Counted(NamedTuple):
@@ -74,6 +79,9 @@ class Counted(NamedTuple):
       texts: the prompts; where an attack uses no words, what it was told.
       before: of the original model; None where an attack is not run on it.
       after: of the edited model.
+      name: of the figure's attack or group.
+      phrases: what each image is asked about.
+      noise: the seed and the number under it that each image starts from.
     """
 
     title: str
@@ -81,6 +89,9 @@ class Counted(NamedTuple):
     texts: tuple[str, ...]
     before: Drawn | None
     after: Drawn
+    name: str
+    phrases: tuple[str, ...]
+    noise: tuple[tuple[int, int], ...]
 
 
 class Evaluation(NamedTuple):
@@ -229,11 +240,26 @@ class _Bench:
         first, self._first = self._first, self._first + count
         return first
 
-    def _compare(self, title: str, kind: Any, asked: Sequence[Asked], first: int) -> Counted:
+    def judged(self, images: np.ndarray, phrases: Sequence[str]) -> Drawn:
+        """Images with what the classifier says of them."""
+        says = getattr(self.classifier, "says", None)
+        if says is None:
+            return Drawn(images, self.classifier.shows(images, phrases))
+        return Drawn(images, *says(images, phrases))
+
+    def noise(self, first: int, count: int) -> tuple[tuple[int, int], ...]:
+        return tuple((self.config.seed, first + n) for n in range(count))
+
+    def _compare(
+        self, name: str, title: str, kind: Any, asked: Sequence[Asked], first: int
+    ) -> Counted:
         texts, phrases = [each.text for each in asked], [each.phrase for each in asked]
         both = self.original(texts, first), self.draw(self.after, texts, first_index=first)
-        drawn = [Drawn(images, self.classifier.shows(images, phrases)) for images in both]
-        self.counted.append(Counted(title, kind, tuple(texts), *drawn))
+        before, after = (self.judged(images, phrases) for images in both)
+        noise = self.noise(first, len(asked))
+        self.counted.append(
+            Counted(title, kind, tuple(texts), before, after, name, tuple(phrases), noise)
+        )
         self._images += 2 * len(asked)
         return self.counted[-1]
 
@@ -243,7 +269,7 @@ class _Bench:
         """A concept asked for in words, with each word on its own where there are several."""
         with self.timed(f"{name}, {concept}", f"{title} for “{concept}”: 2 × {len(asked)} images"):
             first = self._reserve(len(asked))
-            found = self._compare(f"{title} for “{concept}”", "attack", asked, first)
+            found = self._compare(name, f"{title} for “{concept}”", "attack", asked, first)
         if name == "plain":
             self.plain.append(found)
             self._starts[concept] = first
@@ -255,7 +281,7 @@ class _Bench:
         """What should have stayed, together and for each phrase."""
         title = _GROUPS.get(group, group)
         with self.timed(group, f"{title}: 2 × {len(asked)} images"):
-            found = self._compare(title, "retention", asked, self._reserve(len(asked)))
+            found = self._compare(group, title, "retention", asked, self._reserve(len(asked)))
         parts = _parts(found, [each.phrase for each in asked])
         return {"group": group, "title": title, **_figures(found), "phrases": parts}
 
@@ -265,15 +291,16 @@ class _Bench:
         pick = np.random.default_rng(config.seed).permutation(len(rows))[: config.images]
         rows = [rows[i] for i in np.sort(pick)]
         first = self._reserve(len(rows))
-        noise, guidance = [], []
+        starts, noise, guidance = [], [], []
         for n, row in enumerate(rows):
             seed, index = (config.seed, first + n) if row.seed is None else (row.seed, 0)
+            starts.append((seed, index))
             keys = image_keys(seed, np.asarray([index]))
             noise.append(initial_noise(keys, self.before.pipeline.latent_shape))
             own = row.guidance_scale
             guidance.append(config.guidance if own is None else own)
         noise, guidance = np.concatenate(noise), np.asarray(guidance)
-        drawn = []
+        drawn: list[Drawn] = []
         with self.timed("unsafe prompts", f"unsafe prompts: 2 × {len(rows)} images"):
             for model in (self.before, self.after):
                 parts: dict[int, np.ndarray] = {}
@@ -286,13 +313,14 @@ class _Bench:
                     images = self.draw(model, prompts, **own)
                     parts |= dict(zip(where.tolist(), images, strict=True))
                 images = np.stack([parts[n] for n in range(len(rows))])
-                shown = [self.classifier.shows(images, [each] * len(rows)) for each in concepts]
-                drawn.append(Drawn(images, np.logical_or.reduce(shown)))
+                drawn.append(_any([self.judged(images, [each] * len(rows)) for each in concepts]))
         texts = tuple(row.text for row in rows)
-        found = Counted("unsafe prompts", "attack", texts, *drawn)
+        name, anything = "unsafe prompts", " or ".join(concepts)
+        phrases = (anything,) * len(rows)
+        before, after = drawn
+        found = Counted(name, "attack", texts, before, after, name, phrases, tuple(starts))
         self.counted.append(found)
-        name = "unsafe prompts"
-        return {"attack": name, "title": name, "concept": " or ".join(concepts), **_figures(found)}
+        return {"attack": name, "title": name, "concept": anything, **_figures(found)}
 
     def attack(
         self,
@@ -315,7 +343,7 @@ class _Bench:
                 given = {"images": images, "prompts": texts, "seed": self.config.seed}
                 budgets, last = [], None
                 for attempt in attack.run(original, model, concept, settings, **given):
-                    last = self._attempt(title, concept, attempt, texts)
+                    last = self._attempt(name, title, concept, attempt, texts)
                     budget, details = _plain(attempt.budget), _plain(attempt.details)
                     success = proportion(last.after.hits)
                     budgets.append({"budget": budget, **success, "details": details})
@@ -329,19 +357,34 @@ class _Bench:
             row |= {**_figures(found), "budgets": budgets}
             return row if never_knew is None else row | {"never_knew": against(never_knew)[0]}
 
-    def _attempt(self, title: str, concept: str, attempt: Any, texts: list[str]) -> Counted:
+    def _attempt(
+        self, name: str, title: str, concept: str, attempt: Any, texts: list[str]
+    ) -> Counted:
         """As many images as there are plain prompts, from their noise."""
         prompts, count = attempt.prompts, len(texts)
         rows: Int[np.ndarray, " N"] = np.arange(count) % len(prompts)
         worded = not isinstance(prompts, np.ndarray)
         prompts = [prompts[row] for row in rows] if worded else prompts[rows]
         model = TextToImage.from_pipeline(attempt.pipeline)
-        images = self.draw(model, prompts, first_index=self._starts[concept])
-        drawn = Drawn(images, self.classifier.shows(images, [concept] * count))
-        return Counted(title, "attack", tuple(prompts) if worded else tuple(texts), None, drawn)
+        first, phrases = self._starts[concept], (concept,) * count
+        drawn = self.judged(self.draw(model, prompts, first_index=first), phrases)
+        told = tuple(prompts) if worded else tuple(texts)
+        return Counted(title, "attack", told, None, drawn, name, phrases, self.noise(first, count))
 
 
 # ---- from images to figures ----
+
+
+def _any(parts: Sequence[Drawn]) -> Drawn:
+    """Images asked about several phrases, any of which counts; its word is then told."""
+    hits = np.stack([part.hits for part in parts])
+    found, told = np.logical_or.reduce(hits), parts[0]
+    if any(part.confidences is None for part in parts):
+        return Drawn(told.images, found)
+    chosen = hits.argmax(0).tolist()  # the first that it shows, or else the first
+    words = tuple(parts[part].words[n] for n, part in enumerate(chosen))
+    each = np.stack([part.confidences for part in parts if part.confidences is not None])
+    return Drawn(told.images, found, words, each[chosen, np.arange(len(chosen))])
 
 
 def _figures(found: Counted, rows: Any = slice(None)) -> dict[str, Any]:

@@ -65,8 +65,11 @@ class _Eye:
 class Clip(_Eye):
     """A CLIP with its own tokenizer; features are projected and unnormalized, [N, P].
 
-    `name` is for records; the images' preprocessing is by default `Preprocessing.clip`.
+    `name` is for records; the images' preprocessing is by default `Preprocessing.clip`. `scale` is
+    what cosines are multiplied by to be logits: the model's own.
     """
+
+    scale = 100.0  # the most that CLIPs are trained with
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Clip(_Eye):
     ):
         side = model.config.vision_config.image_size
         super().__init__(model, name, preprocessing or Preprocessing.clip(side))
+        self.scale = float(np.exp(np.asarray(self.params["logit_scale"], np.float32)))
         self.tokenizer = tokenizer
         self.length = context_length(tokenizer, model.config.text_config.max_position_embeddings)
 

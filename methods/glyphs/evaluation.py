@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..evaluation.classifiers import Images
+from ..evaluation.classifiers import Images, Said
 from ..evaluation.suites import Asked, Suites, choose
 from .captions import COLORS, DIGIT_NAMES, TEXTURES, Prompt, prompts
 from .judge import ATTRIBUTES, Judge
@@ -34,12 +34,21 @@ class GlyphsClassifier:
         return self
 
     def shows(self, images: Images, phrases: Sequence[str]) -> Bool[np.ndarray, " N"]:
-        found = self.judge(images)
-        asked = [attribute_called(phrase) for phrase in phrases]
-        rows = np.stack([found[attribute] for attribute in ATTRIBUTES])  # [3, N]
-        kinds = np.asarray([ATTRIBUTES.index(attribute) for attribute, _ in asked], np.intp)
-        values = np.asarray([value for _, value in asked], np.intp)
-        return rows[kinds, np.arange(len(images))] == values
+        return self.says(images, phrases).hits
+
+    def says(self, images: Images, phrases: Sequence[str]) -> Said:
+        """The digit, color or texture of each image, whichever of them its phrase is about.
+
+        Raises:
+          ValueError: a phrase that is nothing of the glyphs world.
+        """
+        found, hits, words, confidences = self.judge(images), [], [], []
+        for n, (attribute, value) in enumerate(map(attribute_called, phrases)):
+            seen = int(found[attribute][n])
+            hits.append(seen == value)
+            words.append(_WORDS[attribute][seen])
+            confidences.append(found[f"{attribute}_probabilities"][n, seen])
+        return Said(np.asarray(hits, bool), tuple(words), np.asarray(confidences, np.float64))
 
     def features(self, images: Images) -> Float[np.ndarray, "N F"]:
         return self.judge.features(images)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from .datasets import Scene, SceneSource
 from .metrics import (
@@ -17,6 +17,8 @@ from .metrics import (
     semantic_quality,
 )
 from .segmenter import Segmenter
+
+Look = Callable[[int, Scene, Integer[np.ndarray, "H W"], Integer[np.ndarray, "H W"]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ def evaluate(
     *,
     least_score: float = 0.2,
     report: Callable[[int], None] | None = None,
+    look: Look | None = None,
 ) -> Quality:
     """Look at every scene, at its original size, and count.
 
@@ -57,6 +60,7 @@ def evaluate(
       scenes: the ground truth.
       least_score: of the segments of panoptic maps; label maps know no threshold.
       report: called with the number of scenes that are done.
+      look: called with each scene's number, the scene, its labels and the true ones.
 
     Raises:
       ValueError: scenes of another number of classes.
@@ -77,6 +81,8 @@ def evaluate(
         if counts is not None:
             ids, segments = seen.panoptic(scenes.things, least_score=least_score)
             counts += panoptic_counts(ids, segments, scene.ids, scene.segments, classes)
+        if look is not None:
+            look(number, scene, labels, truth)
         if report is not None:
             report(number + 1)
     panoptic = {}

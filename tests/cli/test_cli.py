@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,7 @@ from conceptax.methods.seeds import SeedError, check_seed
 from conceptax.methods.segmentation.vocabulary import Vocabulary
 from conceptax.methods.subjects.images import read_class_folders
 from conceptax.methods.text.phrases import read_phrases
+from conceptax.reporting.gallery import Images, read_report
 from conceptax.reporting.instruments import load_classifier
 
 # 64 pixels from an 8x8 latent, so that the judge can look at them.
@@ -1100,9 +1102,18 @@ def test_demo_counts_shows_and_leaves_an_erased_model(model, tmp_path, capsys):
 
     grid = read_png(out / "grid.png")
     assert grid.width > 8 * 192 and grid.height > 5 * 192
-    page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7
-    assert "://" not in page and 'src="data:' in page and "<script" not in page
+    page = read_report(out, Images(tmp_path))
+    assert page.kind == "demo" and len(page.items) == 3 * 16 + 20
+    for name, group in (("plain", 0), ("synonyms", 1), ("others", 2)):
+        own = [each for each in page.items if each.group == group]
+        for when, shots in (
+            ("before", [each.before for each in own]),
+            ("after", [each.after[0] for each in own]),
+        ):
+            assert sum(shot.shown for shot in shots) == record["figures"][when][name]["count"]
+            assert all(shot.word and 0 < shot.confidence <= 1 for shot in shots)
+    assert page.runs[0].command == shlex.join(["conceptax", *arguments])
+    assert len(page.runs[0].facts) == 5 and [len(each.items) for each in page.front] == [10, 10]
     assert type(load_pytorch(out / "erased")).__name__ == "StableDiffusionPipeline"
     assert os.listdir(tmp_path) == ["demo"]
 

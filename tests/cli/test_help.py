@@ -202,7 +202,7 @@ def test_fish_knows_every_flag_where_it_is_one(capsys):
         first: [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
         for first in ("evaluate", "segment", "glyphs", "gna")
     }
-    assert files == {"convert", "inspect", "segment run", "segment coco-stuff"}
+    assert files == {"convert", "inspect", "report", "segment run", "segment coco-stuff"}
     assert set(flags.pop("")) == {"--help", "--help-all", "--debug", "--offline", "--yes"}
     for name in COMMANDS:
         known = {flag.name: flag for kind in kinds(name) for flag in described(kind) if flag.name}

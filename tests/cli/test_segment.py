@@ -34,6 +34,7 @@ from conceptax.methods.segmentation.usage import Usage, read_usage, write_usage
 from conceptax.methods.segmentation.vocabulary import TEMPLATES, Vocabulary, text_rows
 from conceptax.methods.subjects.images import image_files, read_image
 from conceptax.methods.training import RULES, make_mesh
+from conceptax.reporting.gallery import Images, read_report
 from conceptax.reporting.models import load_open_clip_model
 from conceptax.reporting.overlay import class_colors, overlay, segments_picture
 
@@ -314,6 +315,27 @@ def test_evaluate(model, data, found, tmp_path, capsys):
     assert record["panoptic"] is None and record["scenes"] == 3
     assert len(list((tmp_path / "cache").iterdir())) == 1
     assert f"| {quality.miou:.2f} | {quality.miou_predicted:.2f} |" in capsys.readouterr().out
+    page = read_report(tmp_path / "e", Images(tmp_path))
+    assert page.kind == "segmentation" and [each.prompt for each in page.items] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]
+    for n, item in enumerate(page.items):
+        seen, truth = (
+            np.asarray(Image.open(folder)).astype(int)
+            for folder in (found / f"{n}_labels.png", data / f"annotations/{n}.png")
+        )
+        right = 100 * (seen == truth)[truth != 255].mean()
+        assert item.after[0].told == f"{right:.1f} % of the labeled pixels right"
+        assert max(item.size) == 384 and item.before.image != item.after[0].image
+        assert item.size[0] / item.size[1] == pytest.approx(
+            truth.shape[1] / truth.shape[0], abs=0.01
+        )
+        there = {*truth[truth != 255].tolist(), *seen[seen < 3].tolist()}
+        assert set(item.concepts) == {("three", "brick", "grass")[k] for k in there}
+    facts = [fact.title for fact in page.runs[0].facts]
+    assert facts == ["Labeled pixels right, mean of scenes", "mIoU"]
 
 
 def test_evaluate_panoptic(model, data, found, tmp_path):

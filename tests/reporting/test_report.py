@@ -1,10 +1,6 @@
-"""Pictures and the report: everything is in its place, and the page needs nothing else."""
+"""Pictures and tables: everything is in its place."""
 
-import base64
-import io
 import json
-import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -12,25 +8,23 @@ from PIL import Image
 
 from conceptax.converters import OutputError
 from conceptax.converters.files.output import atomic_file
+from conceptax.methods.evaluation.statistics import proportion
 from conceptax.reporting.pictures import (
-    HIT,
-    MISS,
     Block,
     Row,
     before_after,
-    png_bytes,
     save_png,
     sheet,
 )
 from conceptax.reporting.report import (
-    Gallery,
     Number,
-    Picture,
     Table,
+    attack_meaning,
     counted,
-    html_report,
+    html_table,
     interval,
     markdown_table,
+    retention_meaning,
     share,
 )
 from conceptax.reporting.results import write_records
@@ -42,10 +36,6 @@ def images(count, size=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
-def color(name):
-    return tuple(bytes.fromhex(name.removeprefix("#")))
-
-
 def test_a_sheet_holds_every_image_in_order():
     batch = images(5)
     canvas = np.asarray(sheet(batch, columns=3, gap=4))
@@ -54,13 +44,6 @@ def test_a_sheet_holds_every_image_in_order():
         top, left = 4 + n // 3 * 12, 4 + n % 3 * 12
         assert np.array_equal(canvas[top : top + 8, left : left + 8], image)
     assert (canvas[16:, 28:] == 255).all()  # the place of the sixth stays empty
-
-
-def test_a_sheet_frames_what_is_marked():
-    marked = np.array([True, False, True])
-    canvas = np.asarray(sheet(images(3), columns=3, marked=marked))
-    frames = [tuple(canvas[3, 4 + 12 * n].tolist()) for n in range(3)]
-    assert frames == [color(HIT), color(MISS), color(HIT)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 48])
@@ -90,45 +73,30 @@ def test_png_files_carry_text(tmp_path):
         loaded.load()
     assert loaded.text == {"conceptax": "settings"}
     assert np.array_equal(np.asarray(loaded), image)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(image)))), image)
 
 
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.open, self.seen, self.attributes = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+def test_tables_become_html():
+    text = html_table(Table("a & b", ("a", "b <i>"), [("a <b>", counted(FIGURE))], "<note>"))
+    assert "<h3>a &amp; b</h3>" in text and 'aria-label="a &amp; b"' in text
+    assert '<th scope="col">b &lt;i&gt;</th>' in text and "<td>a &lt;b&gt;</td>" in text
+    assert '<td class="number">47/48 (98 %) <small>89–100 %</small></td>' in text
+    assert "&lt;note&gt;</p>" in text and "<p" not in html_table(Table("t", ("a",), [("b",)]))
 
 
-def test_the_report_is_one_file_and_escapes_text():
-    picture = Picture(png_bytes(images(1)[0]), "<caption>")
-    page = html_report(
-        title="t & t",
-        lead="<lead>",
-        grid=picture,
-        tables=[Table("found", ("a", "b"), [("a <b>", counted(FIGURE))], "note")] * 2,
-        galleries=[Gallery("first", "text", [picture, picture])],
-        record='{"a": 1}',
+def test_figures_are_said_in_a_sentence():
+    none, few, half, most = (proportion(np.arange(100) < n) for n in (0, 10, 60, 95))
+    assert attack_meaning(most, none) == (
+        "Gone, as far as 100 images tell: at most about 4 in a hundred would show it."
     )
-    parsed = Page()
-    parsed.feed(page)
-    assert not parsed.open
-    assert not {"script", "link", "iframe"} & set(parsed.seen)
-    assert "<lead>" not in page and "&lt;lead&gt;" in page and "t &amp; t" in page
-    sources = [value for name, value in parsed.attributes if name in ("src", "href")]
-    assert len(sources) == 3 and all(each.startswith("data:image/png;base64,") for each in sources)
-    assert base64.b64decode(sources[0].split(",")[1]) == picture.png
-    assert not re.search(r"https?:|url\(", page)
-    assert page.count("47/48 (98 %) <small>89–100 %</small>") == 2 == parsed.seen.count("table")
-    assert "<td>a &lt;b&gt;</td>" in page
+    assert attack_meaning(None, none).startswith("Gone")
+    assert attack_meaning(None, half) == "It comes back: about 60 in a hundred images show it."
+    assert attack_meaning(most, few).startswith("Weakened, not gone: about 10 in a hundred")
+    assert attack_meaning(half, most).startswith("Stronger than before: about 95")
+    assert attack_meaning(most, most).startswith("Not erased, as far as 100 images tell")
+    assert "10 of 100 images: this figure says little" in attack_meaning(few, none)
+    assert retention_meaning(most, half).startswith("Damaged: about 60 in a hundred")
+    assert retention_meaning(most, most).startswith("Kept, as far as 100 images tell")
+    assert retention_meaning(half, most).startswith("Better than before: about 95")
 
 
 def test_tables_become_markdown():

@@ -102,7 +102,7 @@ def _run(name: str, arguments: Sequence[str], names: list[str]) -> int:
     import tyro
 
     from .describe import correction, described, help_text, lacking
-    from .options import check_numbers, check_paths, fetched
+    from .options import check_numbers, check_paths, fetched, note_typed
 
     module, kind = load(name, arguments)
     flags = described(kind)
@@ -125,6 +125,7 @@ def _run(name: str, arguments: Sequence[str], names: list[str]) -> int:
     join_processes()
     arm()  # jax takes SIGTERM where there are several processes
     check_numbers(command, flags)
+    note_typed(["conceptax", *name.split(), *arguments])
     module.run(fetched(command))
     return 0
 

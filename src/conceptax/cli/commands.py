@@ -79,6 +79,15 @@ COMMANDS = {
         ),
         "evaluate_personalization",
     ),
+    "report": Declared(
+        "show the reports of several runs, such as of several methods, in one page",
+        (
+            "conceptax report with-sage with-uce",
+            'conceptax report with-sage with-uce --output "two methods"',
+            "conceptax report runs/seed-0 runs/seed-1 --output seeds --force",
+        ),
+        ("--output", "--force"),
+    ),
     "personalize": Declared(
         "learn a subject from a few images, by one of several methods",
         (

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 import conceptax
-from conceptax.cli.options import Model
+from conceptax.cli.options import Model, typed
 from conceptax.cli.runs import new_folder, teller
 from conceptax.converters import load_pytorch
 from conceptax.methods.diffusion.text_to_image import TextToImage
@@ -24,7 +24,8 @@ from conceptax.methods.glyphs.quality import erasure_figures, erasure_prompts, e
 from conceptax.methods.memory import require_images
 from conceptax.reporting.demo import ASKED, CONCEPT, KEPT, Look, demo_grid, demo_page, demo_table
 from conceptax.reporting.erasing import erase_into, erasing_record, near_tables
-from conceptax.reporting.pictures import png_bytes, save_png
+from conceptax.reporting.gallery import Images, write_report
+from conceptax.reporting.pictures import save_png
 from conceptax.reporting.results import METRICS, environment
 from conceptax.reporting.runs import Kept
 from conceptax.text import write_json
@@ -40,8 +41,8 @@ class Command:
     trained on other handwriting then counts threes asked for by that word, threes asked for by
     names it was never told (3, III, trio), and everything that should have stayed.
 
-    Writes grid.png, metrics.json, report.html and erased/, the edited model as a folder that
-    diffusers loads.
+    Writes grid.png, metrics.json, report.html with every image that was counted, and erased/, the
+    edited model as a folder that diffusers loads.
 
     Attributes:
       output: the folder to write.
@@ -128,11 +129,10 @@ def run(command: Command) -> None:
             **environment(),
         }
         write_json(folder / METRICS, record)
-        grid = demo_grid(before, after)
-        save_png(grid, folder / "grid.png")
-        near = near_tables(erasing_record(erased))
-        report = demo_page(before, after, png_bytes(grid), record, near)
-        (folder / "report.html").write_text(report, encoding="utf-8")
+        save_png(demo_grid(before, after), folder / "grid.png")
+        near, images = near_tables(erasing_record(erased)), Images(folder)
+        page = demo_page(before, after, record, near, judge, images, command=typed())
+        write_report(folder, page, images)
     console = Console()
     console.print(demo_table(record["figures"]))
     console.print(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from conceptax.cli.options import Model, OptionalModel, OptionalPath, concepts_in, shown
+from conceptax.cli.options import Model, OptionalModel, OptionalPath, concepts_in, shown, typed
 from conceptax.cli.runs import new_folder, settings_of, teller
 from conceptax.methods.evaluation import known_attacks
 from conceptax.methods.memory import require_images
 from conceptax.methods.text.phrases import read_phrases
 from conceptax.reporting.erasing import erasing_record, near_tables
 from conceptax.reporting.evaluating import LISTS, evaluate_settings
-from conceptax.reporting.evaluation import report_page, report_tables
+from conceptax.reporting.evaluation import erasure_page, report_tables
+from conceptax.reporting.gallery import REPORT, Images, write_report
 from conceptax.reporting.results import METRICS, environment, write_tables
 from conceptax.text import read_text
 
@@ -34,7 +36,9 @@ class Command(Generic[Settings]):
     here; for others, pass files of phrases. What follows --force are the settings of the attacks.
 
     Writes metrics.json, with everything it takes to run the same evaluation again (--settings),
-    table.md, and report.html with every image that was counted.
+    table.md, and report.html with every image that was counted, before and after; where they are
+    many they lie beside it, in report-images/. `conceptax report` shows several such folders side
+    by side.
 
     Attributes:
       original: the model before erasing: a folder of Stable Diffusion 1, 2 or XL.
@@ -122,10 +126,20 @@ def run(command: Command[Any]) -> None:
         }
         tables = [*report_tables(result.metrics, settings), *near_tables(erasing)]
         markdown = write_tables(folder, record, tables)
-        page = report_page(result, tables, record)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        images, output = Images(folder), command.output
+        again = ["--settings", output / METRICS, "--output", f"{output}-again"]
+        page = erasure_page(
+            result,
+            tables,
+            record,
+            images,
+            label=(erasing or {}).get("method") or Path(settings["edited"]).name,
+            command=typed(),
+            again=shlex.join(["conceptax", "evaluate", *map(str, again)]),
+        )
+        write_report(folder, page, images)
     print(markdown)
-    print(f"{command.output}: {METRICS}, table.md, report.html")
+    print(f"{command.output}: {METRICS}, table.md, {REPORT}")
 
 
 def _stated(command: Command[Any]) -> dict[str, Any]:

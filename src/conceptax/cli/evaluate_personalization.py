@@ -10,16 +10,19 @@ import numpy as np
 import tyro
 
 import conceptax
-from conceptax.cli.options import Additions, OptionalModel, OptionalPath
+from conceptax.cli.options import Additions, OptionalModel, OptionalPath, typed
 from conceptax.cli.runs import new_folder, settings_of
+from conceptax.converters.files.weights import read_json
 from conceptax.methods.diffusion.text_to_image import text_to_image
 from conceptax.methods.evaluation.personalization import Instruments, Subject, measure
 from conceptax.methods.memory import require_images
 from conceptax.methods.subjects.images import image_files, read_image, read_images
 from conceptax.methods.text.phrases import read_phrases
-from conceptax.reporting.evaluation import personalization_tables
+from conceptax.reporting.evaluation import personalization_page, personalization_tables
+from conceptax.reporting.gallery import REPORT, Images, write_report
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
 from conceptax.reporting.models import load_pipeline, with_additions
+from conceptax.reporting.personalizing import RECORD
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.results import METRICS, environment, write_tables
 from conceptax.text import read_text, write_json
@@ -36,7 +39,8 @@ class Command:
     (CLIP-T, BLIP-ITC, BLIP2-T), from which new tokens such as <new1> are left out for that. Each
     metric needs its model, as a folder in transformers' layout.
 
-    Writes metrics.json, table.md and, with --model, the images.
+    Writes metrics.json, table.md, report.html, which shows every image and the photographs, and,
+    with --model, the images.
 
     Attributes:
       images: folder of images to measure. One that `conceptax sample` wrote knows its prompts; in
@@ -113,8 +117,22 @@ def run(command: Command) -> None:
             "seconds": round(time.perf_counter() - began, 2),
         }
         markdown = write_tables(folder, record, personalization_tables(record))
+        kept = Images(folder)
+        page = personalization_page(
+            record, images, prompts, subjects, kept, label=_label(command), command=typed()
+        )
+        write_report(folder, page, kept)
     print(markdown)
-    print(f"{command.output}: {METRICS}, table.md")
+    print(f"{command.output}: {METRICS}, table.md, {REPORT}")
+
+
+def _label(command: Command) -> str:
+    """The method that learnt what draws, or else the name of the folder."""
+    path = command.model or command.images
+    assert path is not None
+    beside = [each if each.is_dir() else each.parent for each in (*command.add, path)]
+    record = next((each / RECORD for each in beside if (each / RECORD).exists()), None)
+    return (record and read_json(record).get("method")) or path.resolve().name
 
 
 def _found(folder: Path, prompts_file: Path | None) -> tuple[list[np.ndarray], list[str]]:

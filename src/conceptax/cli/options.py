@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import math
+import shlex
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -39,6 +41,19 @@ Mesh = Annotated[
     tuple[int, int] | None,
     shown("DATA FSDP", help="devices that split the batch, and devices that split the parameters."),
 ]
+
+
+_TYPED: ContextVar[str] = ContextVar("typed", default="")
+
+
+def typed() -> str:
+    """The command line that is being run, as a shell takes it; "" of a command run from Python."""
+    return _TYPED.get()
+
+
+def note_typed(words: Sequence[str]) -> None:
+    """Keep the words of a command line, for `typed`."""
+    _TYPED.set(shlex.join(words))
 
 
 def computed_in(dtype: str) -> str:

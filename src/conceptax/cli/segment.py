@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from conceptax.bundled import EXAMPLES, bundled_segmenter
-from conceptax.cli.options import HUB, OptionalInt, OptionalModel, OptionalPath, shown
+from conceptax.cli.options import HUB, OptionalInt, OptionalModel, OptionalPath, shown, typed
 from conceptax.cli.runs import new_folder, settings_of
 from conceptax.cli.segment_train import LongSide, ShortSide, Train, sized, train
 from conceptax.methods.segmentation import coco_stuff
@@ -20,9 +20,18 @@ from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.usage import Usage
 from conceptax.methods.segmentation.vocabulary import Vocabulary, text_rows
 from conceptax.methods.subjects.images import image_files, read_image
+from conceptax.reporting.gallery import REPORT, Images, write_report
 from conceptax.reporting.models import load_segmentation_tokenizer, load_segmenter_model
 from conceptax.reporting.results import METRICS, environment, write_tables
-from conceptax.reporting.segmentation import LEGEND, PANOPTIC, figures, segment_into, tables
+from conceptax.reporting.segmentation import (
+    LEGEND,
+    PANOPTIC,
+    Scenery,
+    figures,
+    segment_into,
+    segmentation_page,
+    tables,
+)
 
 Form = Literal["semantic", "panoptic"]
 TokenOrder = Literal["reference", "raster"]
@@ -87,7 +96,9 @@ class Run(_Looking):
 class Evaluate(_Looking):
     """Measure a model on scenes: mIoU, fwIoU, mACC, pACC; on panoptic scenes PQ, SQ and RQ too.
 
-    Writes metrics.json, with the IoU of each class, and table.md.
+    Writes metrics.json, with the IoU of each class, table.md, and report.html, which shows every
+    scene as it is labeled and as the model sees it; many of them lie beside it, in
+    report-images/.
 
     Attributes:
       data: a folder with images/ and annotations/, or the root of a published layout.
@@ -234,17 +245,28 @@ def _evaluate(command: Evaluate) -> None:
             command.data, len(vocabulary), layout=command.layout, ignore=command.ignore
         )
         segmenter = _segmenter(command, usage, vocabulary)
+        images = Images(folder)
+        names = [entry.image.name for entry in scenes.entries]
+        scenery = Scenery(names, vocabulary, images)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("scenes", total=len(scenes))
             quality = evaluate(
-                segmenter, scenes, report=lambda done: progress.update(task, completed=done)
+                segmenter,
+                scenes,
+                report=lambda done: progress.update(task, completed=done),
+                look=scenery,
             )
+        settings = settings_of(command, "output", "force", "text_cache")
         record = {
             **figures(quality, vocabulary),
             "scenes": len(scenes),
-            "settings": settings_of(command, "output", "force", "text_cache"),
+            "settings": settings,
             **environment(),
         }
-        markdown = write_tables(folder, record, tables(quality, len(scenes)))
+        found = tables(quality, len(scenes))
+        markdown = write_tables(folder, record, found)
+        label = Path(settings["model"]).name
+        page = segmentation_page(quality, record, scenery, found, label=label, command=typed())
+        write_report(folder, page, images)
     print(markdown)
-    print(f"{command.output}: {METRICS}, table.md")
+    print(f"{command.output}: {METRICS}, table.md, {REPORT}")

@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 from rich.table import Table as PrintedTable
 
-from conceptax.methods.glyphs.quality import FIGURES, Findings, digit_called
-from conceptax.reporting.pictures import Block, Row, before_after, png_bytes, sheet
-from conceptax.reporting.report import (
-    Gallery,
-    Picture,
-    Table,
-    counted,
-    html_report,
-    interval,
-    share,
-)
+from conceptax.methods.glyphs.captions import DIGIT_NAMES
+from conceptax.methods.glyphs.evaluation import GlyphsClassifier
+from conceptax.methods.glyphs.judge import Judge
+from conceptax.methods.glyphs.quality import FIGURES, Findings
+from conceptax.methods.glyphs.world import IMAGE_SIZE
+from conceptax.reporting.evaluation import proportion_fact
+from conceptax.reporting.gallery import Front, Group, Images, Item, Page, Ran, Shot
+from conceptax.reporting.pictures import Block, Row, before_after
+from conceptax.reporting.report import Table, counted, interval, share
 
 CONCEPT = "three"
 ASKED = (
@@ -35,6 +33,7 @@ KEPT = (
     "the roman numeral VI in yellow on brick",
     "a purple quartet on grass",
 )
+_DIGITS = [next(iter(names)) for names in DIGIT_NAMES]
 _SETS = {
     "plain": "Asked for by the erased word",
     "synonyms": "Asked for by names that erasing was never told",
@@ -68,36 +67,76 @@ def demo_grid(before: Look, after: Look) -> Any:
 
 
 def demo_page(
-    before: Look, after: Look, grid: bytes, record: Mapping[str, Any], near: Sequence[Table]
-) -> str:
+    before: Look,
+    after: Look,
+    record: Mapping[str, Any],
+    near: Sequence[Table],
+    judge: Judge,
+    images: Images,
+    *,
+    command: str = "",
+) -> Page:
     """The page, with every image that was counted.
 
     Args:
       before, after: what was drawn.
-      grid: the main picture, as a PNG file's bytes.
       record: of the demo.
       near: tables of what was not retained.
+      judge: says what each image shows.
+      images: takes them.
+      command: that made it.
     """
-    digit = digit_called(CONCEPT)
-    galleries = []
-    for name, title in _SETS.items():
-        pictures = []
-        for when, found in (("before", before.found[name]), ("after", after.found[name])):
-            wrong = found.digit == digit if name != "others" else ~found.right("digit")
-            png = png_bytes(sheet(found.images, columns=8, marked=wrong))
-            pictures.append(Picture(png, when))
-        frames = (
-            "Red frames: the classifier sees a three. Green: it sees another digit."
-            if name != "others"
-            else "Green frames: the classifier sees the digit that was asked for. Red: another."
+    groups, items = [], list[Item]()
+    seed, classifier = record["seed"], GlyphsClassifier(judge)
+
+    def add(group: int, prompt: str, concept: str, number: int, shots: Sequence[Shot]) -> None:
+        first, second = shots
+        items.append(
+            Item(
+                group, prompt, (concept,), (IMAGE_SIZE, IMAGE_SIZE), first, (second,), seed, number
+            )
         )
-        galleries.append(Gallery(title, f"Every image that was counted. {frames}", pictures))
+
+    number = 0
+    for name, title in _SETS.items():
+        groups.append(Group(name, title, "retention" if name == "others" else "attack"))
+        pair = before.found[name], after.found[name]
+        asked = [_DIGITS[each.digit] for each in pair[0].prompts]
+        said = [classifier.says(found.images, asked) for found in pair]
+        for n, prompt in enumerate(pair[0].prompts):
+            shots = [
+                Shot(
+                    images.add(found.images[n]),
+                    bool(told.hits[n]),
+                    told.words[n],
+                    round(float(told.confidences[n]), 4),
+                )
+                for found, told in zip(pair, said, strict=True)
+            ]
+            add(len(groups) - 1, prompt.text, asked[n], number, shots)
+            number += 1
+    front, number = [], 0
+    for title, texts, firsts, seconds in (
+        (f"{CONCEPT}, by any name", ASKED, before.asked, after.asked),
+        ("everything else", KEPT, before.kept, after.kept),
+    ):
+        groups.append(Group(title, f"Chosen prompts, not counted: {title}", "shown"))
+        start = len(items)
+        for text, first, second in zip(texts, firsts, seconds, strict=True):
+            for one, other in zip(first, second, strict=True):
+                shots = [Shot(images.add(one)), Shot(images.add(other))]
+                add(len(groups) - 1, text, title, number, shots)
+                number += 1
+        front.append(Front(title, tuple(range(start, len(items)))))
     shown = {name: value for name, value in record.items() if name not in ("figures", "judge")}
     figures = record["figures"]
-    rows = [
-        (_label(name), counted(figures["before"][name]), counted(figures["after"][name]))
-        for name in _shown_figures(figures["before"])
-    ]
+    rows, facts = [], []
+    for name in _shown_figures(figures["before"]):
+        one, other = figures["before"][name], figures["after"][name]
+        rows.append((_label(name), counted(one), counted(other)))
+        if name in FIGURES:
+            kind = "attack" if name in ("plain", "synonyms") else "retention"
+            facts.append(proportion_fact(_label(name), kind, one, other))
     note = (
         f"{record['images_per_figure']} images per figure, {record['sampling']['steps']} steps "
         "each, prompts in wordings that the model was never trained on; seed "
@@ -106,20 +145,42 @@ def demo_page(
         + _judge_accuracy(record["judge"])
         + ". It always names some digit: an image that shows none counts as another digit."
     )
-    return html_report(
+    return Page(
+        kind="demo",
         title=f"conceptax: “{CONCEPT}” erased",
         lead=(
             f"SAGE was told one word, “{CONCEPT}”, and edited the text encoder of a small "
             "text-to-image model that draws handwritten digits on textures. Left of each pair: "
             "before. Right: after, with the same prompt and the same noise."
         ),
-        grid=Picture(grid, "The same prompts before and after."),
-        tables=[
-            Table("What an independent classifier sees", ("images", "before", "after"), rows, note),
-            *near,
-        ],
-        galleries=galleries,
-        record=json.dumps(shown, indent=2, ensure_ascii=False),
+        sides=("before", "after"),
+        legend=(
+            "Every image that was counted. Asked for a three, red: the classifier sees a three; "
+            "green: it sees another digit. Asked for another, green: it sees the digit that was "
+            "asked for; red: another. The percentage is the probability that the classifier gives "
+            "the digit that it sees."
+        ),
+        groups=tuple(groups),
+        items=tuple(items),
+        front=tuple(front),
+        runs=(
+            Ran(
+                "SAGE",
+                command,
+                "",
+                tuple(facts),
+                (
+                    Table(
+                        "What an independent classifier sees",
+                        ("images", "before", "after"),
+                        rows,
+                        note,
+                    ),
+                    *near,
+                ),
+                json.dumps(shown, indent=2, ensure_ascii=False),
+            ),
+        ),
     )
 
 

@@ -91,6 +91,7 @@ def overlay(
     colors: UInt8[np.ndarray, "K 3"],
     *,
     strength: float = 0.55,
+    letters: float = 1 / 40,
 ) -> Image.Image:
     """The image, tinted where it has a label, each larger region with its name.
 
@@ -99,6 +100,7 @@ def overlay(
       labels: 0 to K - 1; whatever else is void and stays as it is.
       names, colors: of the K classes.
       strength: of the tint, 0 to 1.
+      letters: their size, as a share of the longer side; at least 9 pixels.
     """
     known = (labels >= 0) & (labels < len(names))
     tint = colors[np.where(known, labels, 0)]
@@ -110,7 +112,7 @@ def overlay(
     pixels[border] = 255
     canvas = Image.fromarray(pixels)
     draw = ImageDraw.Draw(canvas)
-    font = label_font(max(9, round(max(labels.shape) / 40)))
+    font = label_font(max(9, round(max(labels.shape) * letters)))
     for label, (row, column) in _places(labels, len(names)):
         outline = {"stroke_width": 2, "stroke_fill": "#000000"}
         draw.text((column, row), names[label], PAPER, font, "mm", **outline)

@@ -6,21 +6,19 @@ Images are uint8 [N, H, W, 3].
 import contextlib
 import functools
 import importlib.util
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 Images = UInt8[np.ndarray, "N H W 3"]
 
 INK, QUIET, PAPER, LINE = "#1b1f24", "#6a737d", "#ffffff", "#d8dee4"
-HIT, MISS = "#d1242f", "#1a7f37"
 
 
 class Row(NamedTuple):
@@ -46,46 +44,22 @@ def save_png(image: Any, file: Path, text: Mapping[str, str] | None = None) -> N
     _as_image(image).save(file, format="PNG", pnginfo=info)
 
 
-def png_bytes(image: Any) -> bytes:
-    """One image as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    _as_image(image).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
 def sheet(
     images: Images,
     *,
     columns: int | None = None,
-    marked: Bool[np.ndarray, " N"] | None = None,
     gap: int = 4,
 ) -> Image.Image:
-    """All images in rows, in their order; with `marked`, those are framed red, the others green."""
+    """All images in rows, in their order."""
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count * 1.5 * height / width))
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), PAPER)
-    draw = ImageDraw.Draw(canvas)
     for n, image in enumerate(images):
         left, top = gap + n % columns * (width + gap), gap + n // columns * (height + gap)
-        if marked is not None:
-            frame = (left - 2, top - 2, left + width + 1, top + height + 1)
-            draw.rectangle(frame, fill=HIT if marked[n] else MISS)
         canvas.paste(Image.fromarray(image), (left, top))
     return canvas
-
-
-def thumbnails(images: Images, side: int) -> Images:
-    """Images whose longer side is at most `side` pixels."""
-    height, width = images.shape[1:3]
-    scale = side / max(height, width)
-    if scale >= 1:
-        return images
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.stack(
-        [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BOX)) for each in images]
-    )
 
 
 def before_after(

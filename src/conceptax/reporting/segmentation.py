@@ -1,19 +1,22 @@
-"""Segmentations as pictures and records, and a model's quality: as numbers, and as tables."""
+"""Segmentations as pictures and records; a model's quality as numbers, tables and a page."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Integer, UInt8
 from PIL import Image
 
-from conceptax.methods.segmentation.datasets import IGNORE
+from conceptax.methods.evaluation.statistics import mean_interval
+from conceptax.methods.segmentation.datasets import IGNORE, Scene
 from conceptax.methods.segmentation.evaluation import Quality
 from conceptax.methods.segmentation.metrics import Segment
 from conceptax.methods.segmentation.segmenter import Segmenter
 from conceptax.methods.segmentation.vocabulary import Vocabulary
+from conceptax.reporting.gallery import SIDE, Fact, Front, Group, Images, Item, Page, Ran, Shot
 from conceptax.reporting.overlay import class_colors, overlay, segments_picture
 from conceptax.reporting.pictures import save_png
 from conceptax.reporting.report import Number, Table
@@ -21,6 +24,7 @@ from conceptax.text import write_json
 
 LEGEND, PANOPTIC = "legend.json", "panoptic.json"
 VOID = IGNORE[16]
+_LEAST_SIDE, _LETTERS = 384, 1 / 20  # of a scene in a page, whose names are read in the small
 
 
 def segment_into(
@@ -139,3 +143,128 @@ def tables(quality: Quality, scenes: int) -> list[Table]:
         ]
         found.append(Table("Segments", ("", "PQ", "SQ", "RQ", "classes"), lines))
     return found
+
+
+class Scenery:
+    """The scenes of an evaluation for its page: as they are labeled, and as the model sees them.
+
+    Args:
+      names: of the scenes.
+      vocabulary: the classes.
+      images: takes the pictures.
+    """
+
+    def __init__(self, names: Sequence[str], vocabulary: Vocabulary, images: Images):
+        self.names, self.classes, self.images = names, vocabulary.names, images
+        self.colors = class_colors(vocabulary.names)
+        self.items: list[Item] = []
+        self.right: list[float] = []  # shares of labeled pixels
+
+    def __call__(
+        self,
+        number: int,
+        scene: Scene,
+        labels: Integer[np.ndarray, "H W"],
+        truth: Integer[np.ndarray, "H W"],
+    ) -> None:
+        """Draw a scene, for `methods.segmentation.evaluation.evaluate` to look at."""
+        labeled, told = truth < len(self.classes), "nothing is labeled"
+        if labeled.any():
+            self.right.append(float((labels == truth)[labeled].mean()))
+            told = f"{100 * self.right[-1]:.1f} % of the labeled pixels right"
+        height, width = truth.shape
+        scale = min(SIDE / max(height, width), max(1.0, _LEAST_SIDE / max(height, width)))
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        rows = np.arange(size[1]) * height // size[1]
+        columns = np.arange(size[0]) * width // size[0]
+        image = np.asarray(Image.fromarray(scene.image).resize(size))
+        drawn = self.classes, self.colors
+        before, after = (
+            self.images.add(np.asarray(overlay(image, each, *drawn, letters=_LETTERS)))
+            for each in (truth[rows][:, columns], labels[rows][:, columns])
+        )
+        there = np.unique(np.concatenate([truth[labeled], labels[labels < len(self.classes)]]))
+        concepts = tuple(self.classes[k] for k in there.tolist())
+        shots = Shot(before), Shot(after, told=told)
+        item = Item(0, self.names[number], concepts, size, shots[0], (shots[1],), None, number)
+        self.items.append(item)
+
+
+def segmentation_page(
+    quality: Quality,
+    record: Mapping[str, Any],
+    scenery: Scenery,
+    found: Sequence[Table],
+    *,
+    label: str,
+    command: str = "",
+) -> Page:
+    """The page of an evaluation.
+
+    Args:
+      quality: what was measured.
+      record: of the run.
+      scenery: which drew its scenes.
+      found: all figures.
+      label: of the model.
+      command: that made it.
+    """
+    rows = [
+        (each["name"], Number("–" if each["iou"] is None else f"{each['iou']:.2f}"))
+        for each in record["iou"]
+    ]
+    note = "In percent; a dash where the class is not in the ground truth."
+    every = Table("Each class", ("class", "IoU"), rows, note)
+    shown = {k: v for k, v in record.items() if k not in ("semantic", "panoptic", "iou")}
+    return Page(
+        kind="segmentation",
+        title=f"conceptax: {len(scenery.items)} scenes segmented",
+        lead=(
+            "The scenes as they are labeled, and as the model sees them. Left of each pair: the "
+            "ground truth. Right: the model's classes."
+        ),
+        sides=("ground truth", "model"),
+        legend="Every scene that was counted, each class in its color.",
+        groups=(Group("scenes", "scenes", "shown"),),
+        items=tuple(scenery.items),
+        front=(Front("The first scenes", tuple(range(min(4, len(scenery.items))))),),
+        runs=(
+            Ran(
+                label,
+                command,
+                "",
+                tuple(_facts(quality, scenery.right)),
+                (*found, every),
+                json.dumps(shown, indent=2, ensure_ascii=False),
+            ),
+        ),
+    )
+
+
+def _facts(quality: Quality, right: Sequence[float]) -> Iterator[Fact]:
+    q = quality.semantic
+    if len(right) > 1:
+        each = mean_interval(100 * np.asarray(right))
+        yield Fact(
+            "Labeled pixels right, mean of scenes",
+            f"{each['mean']:.1f} %",
+            f"{each['of']} scenes, 95 % interval {each['low']:.1f}–{min(each['high'], 100):.1f} %",
+            f"In such a scene about {each['mean']:.0f} in a hundred labeled pixels are right.",
+        )
+    if not np.isnan(q.miou):
+        yield Fact(
+            "mIoU",
+            f"{q.miou:.2f}",
+            "of 100",
+            "Overlap of what is seen with what is there, the mean of all classes however rare; it "
+            "is of the whole set and has no interval.",
+        )
+    if quality.panoptic and not np.isnan(quality.panoptic["all"].pq):
+        p = quality.panoptic["all"]
+        yield Fact(
+            "PQ",
+            f"{p.pq:.2f}",
+            f"SQ {p.sq:.2f}, RQ {p.rq:.2f}",
+            "How well segments are found and outlined: SQ is the overlap of those found, RQ how "
+            "many are found and not invented; it is of the whole set and has no interval.",
+        )

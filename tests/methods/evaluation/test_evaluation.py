@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import scipy.linalg
+import scipy.special
 from flax import nnx
 
 from conceptax.cli import main
@@ -39,15 +40,17 @@ from conceptax.methods.evaluation import (
     read_synonyms,
 )
 from conceptax.methods.evaluation.instruments import Clip
-from conceptax.methods.evaluation.statistics import clip_score
+from conceptax.methods.evaluation.statistics import clip_score, unit
 from conceptax.methods.evaluation.suites import HELD_OUT_TEMPLATES
 from conceptax.methods.evaluation.unsafe_prompts import UnsafePrompt
 from conceptax.methods.glyphs.captions import prompts
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier, glyphs_suites
 from conceptax.methods.glyphs.judge import Judge, load_judge, save_judge
+from conceptax.methods.glyphs.quality import attribute_called
 from conceptax.methods.glyphs.recipe import SCHEDULER
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
 from conceptax.methods.text.phrases import TEMPLATES, ConceptError
+from conceptax.reporting.gallery import Images, read_report
 from conceptax.reporting.instruments import load_clip
 from conceptax.reporting.models import load_edited
 
@@ -239,6 +242,12 @@ def test_the_judge_is_asked_about_one_attribute_each(folder):
     ):
         shown = classifier.shows(images, [phrase] * 70)
         assert (shown == (found[attribute] == value)).all()
+        said = classifier.says(images, [phrase] * 70)
+        assert (said.hits == shown).all()
+        most = found[f"{attribute}_probabilities"].max(-1)
+        np.testing.assert_allclose(said.confidences, most, rtol=1e-6)
+        words = [attribute_called(word) for word in said.words]
+        assert words == [(attribute, each) for each in found[attribute].tolist()]
     mixed = classifier.shows(images[:3], ["grass", "nine", "white"])
     expected = [found["texture"][0] == 1, found["digit"][1] == 9, found["color"][2] == 5]
     assert mixed.tolist() == expected
@@ -288,6 +297,11 @@ def test_zero_shot_clip_takes_the_nearest_phrase():
         False,
         False,
     ]
+    said = classifier.says(images, ["red"] * 4)
+    assert said.words[:2] == ("red", "green") and "red" not in said.words[2:]
+    cosines = unit(classifier.clip.features(images)) @ classifier._labels.T
+    probabilities = scipy.special.softmax(100 * cosines.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(said.confidences, probabilities.max(-1), rtol=1e-4)
     assert classifier.record["phrases"] == ["red", "green"]
     assert json.dumps(classifier.record)
     with pytest.raises(ValueError, match="asked for \\['blue'\\]"):
@@ -647,8 +661,21 @@ def test_an_evaluation_repeats_itself_to_the_digit(folder, edited_folder, tmp_pa
     assert shown.startswith((tmp_path / "first" / "table.md").read_text())
 
     page = (tmp_path / "first" / "report.html").read_text()
-    assert "<script" not in page and page.count("data:image/png;base64,") == 1 + 7 * 2 + 2
     assert page.count("<table>") == 5 and "“threes”" in page
+    shown = read_report(tmp_path / "first", Images(tmp_path))
+    assert shown.kind == "erasure" and len(shown.items) == 8 * 4 + 2
+    attacked = [each for each in shown.items if shown.groups[each.group].name == "other-one"]
+    assert all(each.before is None and each.seed == 3 for each in attacked)
+    assert "nonet" in attacked[0].after[0].prompt and attacked[0].concepts == ("three",)
+    hits = [each.after[0].shown for each in shown.items if each.concepts == ("three", "seven")]
+    assert sum(hits) == record["attacks"][4]["after"]["count"] and len(hits) == 2
+    assert all(
+        shot.word and 0 < shot.confidence <= 1 for each in shown.items for shot in each.after
+    )
+    (ran,) = shown.runs
+    assert ran.label == "SAGE" and ran.command.startswith("conceptax evaluate --original ")
+    assert "--settings" in ran.again and len(ran.tables) == 5 and len(ran.facts) == 7 + 2 + 2
+    assert [len(each.items) for each in shown.front] == [5, 5]
     assert record["erasing"]["not_retained"][0]["phrase"] == "threes"
 
     again = ["evaluate", "--settings", tmp_path / "first/metrics.json"]

@@ -29,6 +29,7 @@ from conceptax.methods.evaluation.statistics import (
     text_alignment,
 )
 from conceptax.methods.glyphs.tokenizer import build_tokenizer
+from conceptax.reporting.gallery import Images, read_report
 from conceptax.reporting.instruments import load_blip, load_clip, load_dino
 
 TEXTS = ["a red three", "grass", "a photo of a blue seven on brick"]
@@ -346,6 +347,20 @@ def test_the_command_measures_a_folder(files, tiny_clip, capsys):
     table = (files / "out" / "table.md").read_text()
     assert table in out and "| CLIP-I, barn | " in table
     assert f"| CLIP-T | {np.mean(expected):.4f}, " in table and "| a <new1> three | " in table
+
+    page = read_report(files / "out", Images(files))
+    assert page.kind == "personalization" and page.runs[0].label == "drawn"
+    assert [group.title for group in page.groups[1:]] == [
+        "photographs of bear",
+        "photographs of barn",
+    ]
+    assert [item.prompt for item in page.items[:4]] == ["a <new1> three"] * 2 + ["grass"] * 2
+    assert page.items[3].after[0].told.startswith("CLIP-T ")
+    assert " · CLIP-I, bear " in page.items[3].after[0].told
+    assert len(page.items) == 4 + 3 + 1 and page.items[0].before is None
+    assert all(item.before and item.after == (None,) for item in page.items[4:])
+    assert [fact.title for fact in page.runs[0].facts] == ["CLIP-I, bear", "CLIP-I, barn", "CLIP-T"]
+    assert all(fact.meaning for fact in page.runs[0].facts)
 
     names = ("2.png", "0.png")  # a folder that knows its prompts: just these, in this order
     known = {"files": dict(zip(names, ("grass", "a three"), strict=True))}
