@@ -71,7 +71,7 @@ def build(
     model_options: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Any:
-    """A model with the values of stored tensors, one at a time.
+    """A model with the values of stored tensors.
 
     Args:
       model_class, raw, source: as for `abstract`.

@@ -1,8 +1,11 @@
-"""Fill a model's parameters from stored tensors, and write them out, one at a time."""
+"""Fill a model's parameters from stored tensors, and write them out."""
 
 import functools
-from collections import Counter
+import math
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -23,7 +26,7 @@ from .files.safetensors_file import (
     PendingTensor,
     StoredTensor,
 )
-from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, variables
+from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, turned, variables
 
 # "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
 # So does "streamed", for whoever checks that they are finite when they are read.
@@ -50,7 +53,9 @@ def fill(
     sharding: ShardingRule = None,
     prefix: Path = (),
 ) -> dict[str, StoredTensor]:
-    """Give an abstract model its parameters, one at a time, the largest first: all, or none.
+    """Give an abstract model its parameters, the largest first: all, or none.
+
+    A thread for each processor checks and turns one at a time; this one hands them to JAX.
 
     Args:
       model: of shapes only; it is changed.
@@ -77,14 +82,12 @@ def fill(
         raise kind(f"{source} does not fit {type(model).__name__}: {counted(problems)}. {advice}")
     slots = variables(model)
     broken, placed = [], []
-    for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
-        values, dtype = found[spec.key].read(), found[spec.key].dtype
-        if sharding != "streamed" and not is_finite(values, dtype):
+    prepare = functools.partial(_prepared, found, source, param_dtype, sharding)
+    for spec, values in _ahead(prepare, sorted(specs, key=lambda s: -math.prod(s.shape))):
+        if values is None:
             broken.append(spec.key)
-        elif param_dtype is not None and values.dtype != param_dtype:
-            values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
-        if not broken:
-            array = _put((*prefix, *spec.path), spec.to_nnx(values), sharding)
+        elif not broken:
+            array = _put((*prefix, *spec.path), values, sharding)
             slots[spec.path].set_value(array)
             placed.append(array)
     if broken:
@@ -98,6 +101,36 @@ def fill(
         return unread
     kind = np.dtype(param_dtype)
     return {name: _stored_as(kind, name, tensor, source) for name, tensor in unread.items()}
+
+
+def _prepared(
+    found: Mapping[str, StoredTensor],
+    source: str,
+    param_dtype: Any,
+    sharding: ShardingRule,
+    spec: TensorSpec,
+) -> np.ndarray | None:
+    """A parameter's values in NNX's layout as `_put` takes them; None where one is no number."""
+    values, dtype = found[spec.key].read(), found[spec.key].dtype
+    if sharding != "streamed" and not is_finite(values, dtype):
+        return None
+    if param_dtype is not None and values.dtype != param_dtype:
+        values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
+    return turned(values, spec.axes) if sharding is None else spec.to_nnx(values)
+
+
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each item with what the function makes of it, in order, made by threads a few items ahead."""
+    threads = min(os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(threads, thread_name_prefix="conceptax-load") as pool:
+        waiting = deque[Any]()
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > 2 * threads:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
 
 
 def _stored_as(dtype: np.dtype, name: str, tensor: StoredTensor, source: str) -> StoredTensor:
@@ -155,12 +188,15 @@ def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
 
 
 def _put(path: Path, view: np.ndarray, rule: ShardingRule) -> Any:
-    """Put a view of a mapped file onto its devices; nothing there shares its memory."""
+    """Put a view of a mapped file onto its devices; nothing there shares its memory.
+
+    Where there is no rule, `view` is a copy already, of which JAX takes the memory.
+    """
     if isinstance(rule, str):
         return view
     sharding = rule(path, view.shape) if callable(rule) else rule
     if sharding is None:
-        return jax.device_put(_detached(view))
+        return jax.device_put(view if rule is None else _detached(view))
     return jax.make_array_from_callback(
         view.shape, sharding, lambda index: _detached(view[(*(index or ()), ...)])
     )

@@ -4,6 +4,7 @@ They rest in the mapped file, or on a host with an accelerator in pinned memory.
 computes, a thread brings those of the next, so two blocks are on the device at a time.
 """
 
+import math
 import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -213,14 +214,31 @@ def _finite(leaves: list[jax.Array]) -> jax.Array:
 
 # ---- memory of the host ----
 
+_LARGE = 1 << 22  # bytes from which NumPy asks for huge pages
+
 
 def aligned_copy(view: np.ndarray) -> np.ndarray:
     """A C-contiguous copy that JAX adopts instead of copying it once more."""
-    spare = np.empty(view.nbytes + 64, np.uint8)
-    start = -spare.ctypes.data % 64
-    own = spare[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
+    own = aligned_empty(view.shape, view.dtype)
     own[...] = view
     return own
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory for a C-contiguous array that JAX adopts.
+
+    Large ones do not ask for huge pages, as NumPy's do: a system whose memory is in use takes
+    several times as long to put together one of those as to give the small ones in its place.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _LARGE:
+        spare = np.empty(size + 64, np.uint8)
+        start = -spare.ctypes.data % 64
+        return spare[start : start + size].view(dtype).reshape(shape)
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    return np.frombuffer(mmap.mmap(-1, size, **private), dtype).reshape(shape)
 
 
 def release(view: Any) -> None:

@@ -29,7 +29,7 @@ from conceptax.converters import (
 from conceptax.converters.files.output import atomic_file, atomic_folder
 from conceptax.converters.files.safetensors_file import PendingTensor, write_safetensors
 from conceptax.converters.files.weights import find_weights
-from conceptax.converters.tensors import tensor_specs
+from conceptax.converters.tensors import tensor_specs, turned
 from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
@@ -125,6 +125,28 @@ def test_specification_of_every_kind():
     assert {key: spec.shape for key, spec in specs.items()} == SHAPES
     assert specs["conv.weight"].axes == (2, 3, 1, 0)
     assert specs["blocks.1.to_out.0.weight"].path == ("blocks", 1, "to_out", 0, "kernel")
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((70, 300), (1, 0)),  # more than a block in both directions
+        ((1100, 1000), (1, 0)),  # in memory of its own
+        ((65, 130, 3, 3), (2, 3, 1, 0)),
+        ((3, 400, 2), (2, 1, 0)),
+        ((2, 3, 2, 2, 2), (2, 3, 4, 1, 0)),
+        ((0, 5), (1, 0)),
+        ((7, 5), (0, 1)),
+        ((), ()),
+    ],
+)
+def test_turning_is_a_transposition(shape, axes, dtype):
+    values = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    result = turned(values, axes)
+    assert result.flags.c_contiguous and result.ctypes.data % 64 == 0
+    np.testing.assert_array_equal(result, values.transpose(axes))
+    np.testing.assert_array_equal(jax.device_put(result), values.transpose(axes))
 
 
 def test_a_layer_without_a_rule_is_refused():
