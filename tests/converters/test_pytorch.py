@@ -144,7 +144,8 @@ def test_specification_of_every_kind():
 def test_turning_is_a_transposition(shape, axes, dtype):
     values = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     result = turned(values, axes)
-    assert result.flags.c_contiguous and result.ctypes.data % 64 == 0
+    assert result.flags.c_contiguous
+    assert not result.size or result.ctypes.data % 64 == 0
     np.testing.assert_array_equal(result, values.transpose(axes))
     np.testing.assert_array_equal(jax.device_put(result), values.transpose(axes))
 

@@ -103,11 +103,14 @@ def _check(command: Command) -> None:
 def _read(command: Command) -> Any:
     """The source, with what is added to it."""
     from conceptax.flax_models.pipelines.pipeline import Pipeline
-    from conceptax.reporting.models import with_additions
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
     options = {k: v for k, v in options.items() if v is not None}
     model = _mapped(command.source, command.dtype, **options)
+    if not command.add and command.add_scale == 1:  # what adds takes a second to import
+        return model
+    from conceptax.reporting.models import with_additions
+
     if command.add and not isinstance(model, Pipeline):
         raise ValueError(
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
