@@ -3,9 +3,8 @@
 import functools
 import math
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -25,6 +24,7 @@ from .files.safetensors_file import (
     TYPES,
     PendingTensor,
     StoredTensor,
+    ahead,
 )
 from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, turned, variables
 
@@ -83,7 +83,8 @@ def fill(
     slots = variables(model)
     broken, placed = [], []
     prepare = functools.partial(_prepared, found, source, param_dtype, sharding)
-    for spec, values in _ahead(prepare, sorted(specs, key=lambda s: -math.prod(s.shape))):
+    largest_first = sorted(specs, key=lambda s: -math.prod(s.shape))
+    for spec, values in ahead(prepare, largest_first, min(os.cpu_count() or 1, 8)):
         if values is None:
             broken.append(spec.key)
         elif not broken:
@@ -117,20 +118,6 @@ def _prepared(
     if param_dtype is not None and values.dtype != param_dtype:
         values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
     return turned(values, spec.axes) if sharding is None else spec.to_nnx(values)
-
-
-def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Each item with what the function makes of it, in order, made by threads a few items ahead."""
-    threads = min(os.cpu_count() or 1, 8)
-    with ThreadPoolExecutor(threads, thread_name_prefix="conceptax-load") as pool:
-        waiting = deque[Any]()
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > 2 * threads:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
 
 
 def _stored_as(dtype: np.dtype, name: str, tensor: StoredTensor, source: str) -> StoredTensor:

@@ -241,17 +241,24 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, size, **private), dtype).reshape(shape)
 
 
-def release(view: Any) -> None:
-    """Give back the memory of those pages of a mapped file that lie within a view of it."""
+def mapping(view: Any) -> tuple[Any, int]:
+    """The mapped file that a view is of, if it is of one, and its first byte there."""
     root = view
     while isinstance(root, np.ndarray) and root.base is not None:
         root = root.base
     root = root.obj if isinstance(root, memoryview) else root
-    advise: Callable[..., None] | None = getattr(root, "madvise", None)
-    if not isinstance(root, mmap.mmap) or advise is None:
-        return
+    if not isinstance(root, mmap.mmap):
+        return None, 0
     first = np.frombuffer(root, np.uint8).ctypes.data
-    begin = view.__array_interface__["data"][0] - first
+    return root, view.__array_interface__["data"][0] - first
+
+
+def release(view: Any) -> None:
+    """Give back the memory of those pages of a mapped file that lie within a view of it."""
+    root, begin = mapping(view)
+    advise: Callable[..., None] | None = getattr(root, "madvise", None)
+    if advise is None:
+        return
     page = mmap.PAGESIZE
     start, stop = -(-begin // page) * page, (begin + view.nbytes) // page * page
     if stop > start:

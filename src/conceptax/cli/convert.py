@@ -71,12 +71,16 @@ class Command:
 
 def run(command: Command) -> None:
     """Convert `command.source` into `command.dest`."""
+    from conceptax.cli.bars import Bytes
     from conceptax.cli.runs import new_file, new_folder
+    from conceptax.converters.files.safetensors_file import telling
 
     _check(command)
     claim, write = (new_folder, _folder) if command.form == "folder" else (new_file, _file)
-    with claim(command, command.dest) as place:
-        model = write(command, _read(command), place)
+    with claim(command, command.dest) as place, Bytes() as bar:
+        model = _read(command)
+        with telling(bar.wrote):
+            model = write(command, model, place)
     files = [command.dest, *command.dest.rglob("*")]
     size = sum(file.stat().st_size for file in files if file.is_file())
     print(f"{command.dest}: {type(model).__name__}, {size / 1e6:.1f} MB")
