@@ -22,7 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli import main
+from conceptax.cli import main, programs
 from conceptax.cli.commands import COMMANDS, load, module_name
 from conceptax.cli.describe import described
 from conceptax.cli.failures import in_flags, sentence
@@ -192,6 +192,25 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     assert main(["inspect", str(tmp_path)]) == 1
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+def test_what_is_kept_has_a_bound(monkeypatch, tmp_path):
+    """What was read longest ago goes first; a folder of one's own is left alone."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(programs, "_LIMIT", 25)
+    folder = programs.programs_folder()
+    (folder / "deeper").mkdir(parents=True)
+    for age, name in enumerate(["new", "read", "old", "oldest"]):
+        (folder / name).write_bytes(bytes(10))
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+    os.utime(folder / "read", (2e9, 1e9 - 1))
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert sorted(os.listdir(folder)) == ["deeper", "new", "read"]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(mine))
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert len(os.listdir(mine)) == 5
 
 
 def test_wrong_words_are_told(capsys):
