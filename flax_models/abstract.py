@@ -25,7 +25,8 @@ class OneKey(nnx.Rngs):
 
 @functools.cache
 def _one_key() -> jax.Array:
-    return jax.random.key(0)
+    with jax.ensure_compile_time_eval():  # no tracer, whoever asks first
+        return jax.random.key(0)
 
 
 def kernel_init(key: jax.Array, shape: Any, dtype: Any = None, **options: Any) -> jax.Array:

@@ -238,7 +238,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     private = (
         {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     )
-    return np.frombuffer(mmap.mmap(-1, size, **private), dtype).reshape(shape)
+    return np.frombuffer(mmap.mmap(-1, size, **private), np.uint8).view(dtype).reshape(shape)
 
 
 def mapping(view: Any) -> tuple[Any, int]:

@@ -135,7 +135,7 @@ def test_specification_of_every_kind():
     ("shape", "axes"),
     [
         ((70, 300), (1, 0)),  # more than a block in both directions
-        ((1100, 1000), (1, 0)),  # in memory of its own
+        ((1500, 1500), (1, 0)),  # in memory of its own
         ((65, 130, 3, 3), (2, 3, 1, 0)),
         ((3, 400, 2), (2, 1, 0)),
         ((2, 3, 2, 2, 2), (2, 3, 4, 1, 0)),
