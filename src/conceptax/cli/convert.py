@@ -77,7 +77,8 @@ def run(command: Command) -> None:
 
     _check(command)
     claim, write = (new_folder, _folder) if command.form == "folder" else (new_file, _file)
-    with claim(command, command.dest) as place, Bytes() as bar:
+    bar = Bytes()
+    with claim(command, command.dest) as place, bar:
         model = _read(command)
         with telling(bar.wrote):
             model = write(command, model, place)
