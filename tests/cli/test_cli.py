@@ -22,7 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli import main, programs
+from conceptax.cli import bars, main, programs
 from conceptax.cli.commands import COMMANDS, load, module_name
 from conceptax.cli.describe import described
 from conceptax.cli.failures import in_flags, sentence
@@ -192,6 +192,18 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     assert main(["inspect", str(tmp_path)]) == 1
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+def test_files_that_take_a_while_tell_how_far_they_are(monkeypatch, capsys):
+    file, size = Path("folder/model.safetensors"), 4 * 10**6
+    for patience, told in ((60, ""), (0, "writing model.safetensors, MB: 1 of 4")):
+        monkeypatch.setattr(bars, "_PATIENCE", patience)
+        with bars.Bytes() as bar:
+            for done in (0, size // 4, size // 2, size):
+                bar.wrote(file, done, size)
+                time.sleep(0.001)
+        said = capsys.readouterr().err
+        assert said.startswith(told) and said.count("\n") == bool(told)
 
 
 def test_what_is_kept_has_a_bound(monkeypatch, tmp_path):

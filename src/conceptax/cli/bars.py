@@ -85,9 +85,10 @@ class Bytes(Steps):
 
     def __init__(self) -> None:
         super().__init__("files")
-        self._from = time.monotonic() + _PATIENCE
+        self._from = float("inf")
 
     def wrote(self, file: Path, done: int, total: int) -> None:
         """So many bytes of all are in a file."""
+        self._from = min(self._from, time.monotonic() + _PATIENCE)
         if time.monotonic() > self._from:
             self.step(f"writing {file.name}, MB", done // 10**6, total // 10**6)
