@@ -1,14 +1,18 @@
-"""Converting, loading and saving a UNet: time and peak memory, beside a copy and diffusers' own.
+"""Loading, saving and converting a UNet, and a first image: time and peak memory, beside peers.
 
     python benchmarks/load_save.py            # the published SD 1.5 size, 3.4 GB in float32
     python benchmarks/load_save.py --small    # the same architecture at a quarter of the width
 
-Converting is the command `conceptax convert FOLDER FOLDER`, from its start to its end, imports
-included, beside `cp -r` of the same folder to the same disk.  Each is timed until the command
-returns (what it wrote may still be in the page cache) and until the file system says that the bytes
-are on the disk (`sync -f`); before each the disk is idle.
+Loading and saving are beside diffusers' own.  Converting is the command `conceptax convert FOLDER
+FOLDER`, as it is and with `--dtype bfloat16`, from its start to its end, imports included, beside
+`cp -r` of the same folder to the same disk.  Each is timed until the command returns (what it wrote
+may still be in the page cache) and until the file system says that the bytes are on the disk
+(`sync -f`); before each the disk is idle.  Starting is `conceptax sample` of one image of the
+bundled model, with an empty cache of compiled programs and with the one that this leaves, beside a
+program that draws it with diffusers.
 
-Every measurement runs in a process of its own.  Peak memory is *anonymous* memory (`RssAnon`: what
+Every measurement runs in a process of its own.  Seconds of the processors are beside those of the
+clock, which other work lengthens.  Peak memory is *anonymous* memory (`RssAnon`: what
 the process owns; pages of mapped files are not counted, since the system can drop them at any
 moment), sampled from outside every two milliseconds, less what the process held before it began; of
 a command all of it, and its peak resident memory too, mapped pages included.
@@ -30,11 +34,19 @@ import threading
 import time
 from pathlib import Path
 
+from conceptax import bundled_model
 from conceptax.reporting.results import write_records
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIBRARIES = ("conceptax", "diffusers")
 TIMES = ("seconds", "seconds_on_disk", "cpu_seconds")
+PARTS = ("load-save", "convert", "start")
+_DRAWN_BY_DIFFUSERS = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline("a red three on brick", num_inference_steps=50).images[0].save(sys.argv[2])
+"""
 SMALL = {"block_out_channels": [96, 160, 320, 320], "cross_attention_dim": 768}
 
 
@@ -107,6 +119,12 @@ def anonymous_memory(pid: int) -> int:
     return 0
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process and its threads have computed so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 class Peak(threading.Thread):
     """Samples a process until told to stop."""
 
@@ -159,29 +177,29 @@ def measure(library: str, folder: Path, work: Path) -> dict[str, dict[str, float
         figures = {}
         for phase, end in (("load", "save"), ("save", "end")):
             sampler = Peak(process.pid)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), processor_seconds(process.pid)
             proceed()
             reached(end)
-            seconds = time.perf_counter() - start
-            figures[phase] = {"seconds": seconds, "peak_bytes": sampler.stop() - baseline}
+            figures[phase] = {
+                "seconds": time.perf_counter() - start,
+                "cpu_seconds": processor_seconds(process.pid) - before,
+                "peak_bytes": sampler.stop() - baseline,
+            }
         proceed()
         process.wait()
     return figures
 
 
-def measure_command(command: list[str], folder: Path, work: Path) -> dict[str, float]:
-    """Seconds of a command that takes a folder to another, and its peak memory."""
-    for file in folder.iterdir():
-        with open(file, "rb") as source:
-            while source.read(1 << 24):  # into the page cache
-                pass
+def measure_command(command: list[str], work: Path, **environment: str) -> dict[str, float]:
+    """Seconds of a command that makes what it names last, `OUT` in `work`; and its peak memory."""
     with tempfile.TemporaryDirectory(dir=work) as output:
         subprocess.run(["sync", "-f", output], check=True)
         start = time.perf_counter()
         process = subprocess.Popen(
-            [*command, str(folder), str(Path(output) / "out")],
+            [part.replace("OUT", str(Path(output) / "out")) for part in command],
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **environment},
         )
         sampler = Peak(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
@@ -199,33 +217,65 @@ def measure_command(command: list[str], folder: Path, work: Path) -> dict[str, f
         }
 
 
+def summary(library: str, phase: str, runs: list[dict], size: int) -> dict:
+    """The row of some runs: the fastest time, the largest peak, and that beside the file's size."""
+    row = {key: min(run[key] for run in runs) for key in TIMES if key in runs[0]}
+    row |= {key: max(run[key] for run in runs) for key in runs[0] if key.startswith("peak")}
+    row |= {"runs": runs} | ({"peak_ratio": row["peak_bytes"] / size} if size else {})
+    row |= {"date": today(), "load_average": os.getloadavg()[0]}
+    return {"library": library, "phase": phase, **row}
+
+
 def conversions(folder: Path, work: Path, size: int, repeats: int) -> list[dict]:
-    """Rows of `cp` and of `conceptax convert`, the fastest run of each, taken in turns."""
+    """Rows of `cp` and of `conceptax convert`, taken in turns."""
+    convert = [sys.executable, "-m", "conceptax", "convert"]
     commands = {
-        "cp": ["cp", "-r"],
-        "conceptax": [sys.executable, "-m", "conceptax", "convert"],
+        ("cp", "convert"): ["cp", "-r", str(folder), "OUT"],
+        ("conceptax", "convert"): [*convert, str(folder), "OUT"],
+        ("conceptax", "convert to bfloat16"): [*convert, str(folder), "OUT", "--dtype", "bfloat16"],
     }
     runs = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
-            runs[name].append(measure_command(command, folder, work))
-    rows = []
-    print(f"{'':10} {'seconds':>8} {'on disk':>8} {'peak / checkpoint':>18} {'with mapped':>12}")
-    for name, those in runs.items():
-        row = {key: min(run[key] for run in those) for key in TIMES}
-        row |= {
-            key: max(run[key] for run in those) for key in ("peak_bytes", "peak_resident_bytes")
-        }
-        peaks = [row[key] / size for key in ("peak_bytes", "peak_resident_bytes")]
-        row |= {"date": today(), "load_average": os.getloadavg()[0]}
-        rows.append(
-            {"library": name, "phase": "convert", **row, "peak_ratio": peaks[0], "runs": those}
-        )
+            for file in folder.iterdir():
+                with open(file, "rb") as source:
+                    while source.read(1 << 24):  # into the page cache
+                        pass
+            runs[name].append(measure_command(command, work))
+    return [summary(*name, those, size) for name, those in runs.items()]
+
+
+def starts(work: Path, repeats: int) -> list[dict]:
+    """Rows of a first image of the bundled model, with an empty and with a filled cache."""
+    prompt, bundled = "a red three on brick", str(bundled_model())
+    draw = [sys.executable, "-m", "conceptax", "sample", "--prompt", prompt, "--output", "OUT.png"]
+    draw_with_diffusers = [sys.executable, "-c", _DRAWN_BY_DIFFUSERS, bundled, "OUT.png"]
+    runs: dict[tuple[str, str], list[dict]] = {
+        ("conceptax", "start, empty cache"): [],
+        ("conceptax", "start, filled cache"): [],
+        ("diffusers", "start"): [],
+    }
+    empty, filled, peer = runs.values()
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(dir=work) as caches:
+            for those in (empty, filled):
+                environment = {"JAX_COMPILATION_CACHE_DIR": caches}
+                those.append(measure_command(draw, work, **environment))
+        peer.append(measure_command(draw_with_diffusers, work))
+    return [summary(*name, those, 0) for name, those in runs.items()]
+
+
+def print_table(rows: list[dict]) -> None:
+    print(
+        f"{'':10} {'':20} {'seconds':>8} {'CPU s':>8} {'on disk':>8} {'peak GB':>8} {'/ file':>7}"
+    )
+    for row in rows:
+        times = [row.get(key) for key in ("seconds", "cpu_seconds", "seconds_on_disk")]
+        shown = " ".join("        " if each is None else f"{each:8.2f}" for each in times)
+        ratio = f"{row['peak_ratio']:7.3f}" if "peak_ratio" in row else ""
         print(
-            f"{name:10} {row['seconds']:8.2f} {row['seconds_on_disk']:8.2f} {peaks[0]:18.3f} "
-            f"{peaks[1]:12.3f}"
+            f"{row['library']:10} {row['phase']:20} {shown} {row['peak_bytes'] / 1e9:8.2f} {ratio}"
         )
-    return rows
 
 
 def main() -> None:
@@ -233,7 +283,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a quarter of the width")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest run counts")
     parser.add_argument("--work", type=Path, default=None, help="folder for the checkpoint")
-    parser.add_argument("--only", choices=("convert", "load-save"), help="default: both")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="default: all")
     parser.add_argument(
         "--checkpoint", type=Path, help="the UNet's folder; default: random weights"
     )
@@ -249,32 +299,24 @@ def main() -> None:
         if made is not None and made.wait():
             raise SystemExit("The checkpoint could not be made.")
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        converts, loads = arguments.only != "load-save", arguments.only != "convert"
-        rows = [row for row in kept if not (converts if row["phase"] == "convert" else loads)]
-        if converts:
+        part = {"load": "load-save", "save": "load-save", "start,": "start"}
+        of = lambda row: part.get(row["phase"].split()[0], row["phase"].split()[0])  # noqa: E731
+        rows = [row for row in kept if of(row) not in arguments.only]
+        if "convert" in arguments.only:
             rows += conversions(folder, Path(work), size, arguments.repeats)
-        runs = {name: [] for name in LIBRARIES if loads}
-        for _ in range(arguments.repeats if loads else 0):
+        runs = {name: [] for name in LIBRARIES}
+        for _ in range(arguments.repeats if "load-save" in arguments.only else 0):
             for name in LIBRARIES:  # alternating, so that both meet the same machine
                 runs[name].append(measure(name, folder, Path(work)))
+        for phase in ("load", "save"):
+            for name, those in runs.items():
+                if those:
+                    rows.append(summary(name, phase, [run[phase] for run in those], size))
+        if "start" in arguments.only:
+            rows += starts(Path(work), arguments.repeats)
 
     print(f"UNet2DConditionModel, float32, {size / 1e9:.2f} GB, CPU, {os.cpu_count()} cores")
-    print(f"{'':10} {'':5} {'seconds':>8} {'peak GB':>8} {'peak / checkpoint':>18}")
-    for phase in ("load", "save"):
-        for name in runs:
-            seconds = min(run[phase]["seconds"] for run in runs[name])
-            peak = max(run[phase]["peak_bytes"] for run in runs[name])
-            rows.append(
-                {
-                    "library": name,
-                    "phase": phase,
-                    "seconds": seconds,
-                    "peak_bytes": peak,
-                    "peak_ratio": peak / size,
-                    "date": today(),
-                }
-            )
-            print(f"{name:10} {phase:5} {seconds:8.2f} {peak / 1e9:8.2f} {peak / size:18.3f}")
+    print_table(rows)
     versions = ("conceptax", "jax", "flax", "torch", "diffusers", "safetensors")
     report = {
         "benchmark": "load_save",

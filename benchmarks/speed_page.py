@@ -188,7 +188,7 @@ def files(report: Mapping[str, Any]) -> Table:
                 row["phase"],
                 row["library"],
                 Number(f"{row['seconds']:.1f} s", aside),
-                Number(f"{row['peak_ratio']:.3f}"),
+                Number(f"{row['peak_ratio']:.3f}" if "peak_ratio" in row else "–"),
             )
         )
     note = FILES.format(

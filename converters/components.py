@@ -73,7 +73,7 @@ def build(
     stream: bool = False,
     **options: Any,
 ) -> Any:
-    """A model with the values of stored tensors, one at a time.
+    """A model with the values of stored tensors.
 
     Args:
       model_class, raw, source: as for `abstract`.

@@ -1,6 +1,8 @@
-"""Fill a model's parameters from stored tensors, and write them out, one at a time."""
+"""Fill a model's parameters from stored tensors, and write them out."""
 
 import functools
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -22,8 +24,9 @@ from .files.safetensors_file import (
     TYPES,
     PendingTensor,
     StoredTensor,
+    ahead,
 )
-from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, variables
+from .tensors import Path, TensorSpec, compare, is_finite, tensor_specs, turned, variables
 
 # "mapped" leaves parameters in the file: NumPy views of it, which take no memory of their own.
 # So does "streamed", for whoever checks that they are finite when they are read, and those that are
@@ -51,7 +54,9 @@ def fill(
     sharding: ShardingRule = None,
     prefix: Path = (),
 ) -> dict[str, StoredTensor]:
-    """Give an abstract model its parameters, one at a time, the largest first: all, or none.
+    """Give an abstract model its parameters, the largest first: all, or none.
+
+    A thread for each processor checks and turns one at a time; this one hands them to JAX.
 
     Args:
       model: of shapes only; it is changed.
@@ -78,18 +83,18 @@ def fill(
         raise kind(f"{source} does not fit {type(model).__name__}: {counted(problems)}. {advice}")
     slots = variables(model)
     broken, placed = [], []
-    for spec in sorted(specs, key=lambda s: -np.prod(s.shape, dtype=float)):
-        tensor = found[spec.key]
-        if sharding == "streamed" and tensor.kept:
-            slots[spec.path].set_value(_deferred(spec, tensor))
-            continue
-        values, dtype = tensor.read(), tensor.dtype
-        if sharding != "streamed" and not is_finite(values, dtype):
+    if sharding == "streamed":
+        for spec in specs:
+            if found[spec.key].kept:
+                slots[spec.path].set_value(_deferred(spec, found[spec.key]))
+        specs = [spec for spec in specs if not found[spec.key].kept]
+    prepare = functools.partial(_prepared, found, source, param_dtype, sharding)
+    largest_first = sorted(specs, key=lambda s: -math.prod(s.shape))
+    for spec, values in ahead(prepare, largest_first, min(os.cpu_count() or 1, 8)):
+        if values is None:
             broken.append(spec.key)
-        elif param_dtype is not None and values.dtype != param_dtype:
-            values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
-        if not broken:
-            array = _put((*prefix, *spec.path), spec.to_nnx(values), sharding)
+        elif not broken:
+            array = _put((*prefix, *spec.path), values, sharding)
             slots[spec.path].set_value(array)
             placed.append(array)
     if broken:
@@ -109,6 +114,22 @@ def _deferred(spec: TensorSpec, tensor: StoredTensor) -> Deferred:
     shape = tuple(tensor.shape[axis] for axis in spec.axes)
     kind = np.dtype(FLOAT_TYPES[tensor.dtype])
     return Deferred(shape, kind, lambda: spec.to_nnx(tensor.read()))
+
+
+def _prepared(
+    found: Mapping[str, StoredTensor],
+    source: str,
+    param_dtype: Any,
+    sharding: ShardingRule,
+    spec: TensorSpec,
+) -> np.ndarray | None:
+    """A parameter's values in NNX's layout as `_put` takes them; None where one is no number."""
+    values, dtype = found[spec.key].read(), found[spec.key].dtype
+    if sharding != "streamed" and not is_finite(values, dtype):
+        return None
+    if param_dtype is not None and values.dtype != param_dtype:
+        values = _convert(values, np.dtype(param_dtype), f"{source}: {spec.key}")
+    return turned(values, spec.axes) if sharding is None else spec.to_nnx(values)
 
 
 def _stored_as(dtype: np.dtype, name: str, tensor: StoredTensor, source: str) -> StoredTensor:
@@ -166,12 +187,15 @@ def _convert(values: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
 
 
 def _put(path: Path, view: np.ndarray, rule: ShardingRule) -> Any:
-    """Put a view of a mapped file onto its devices; nothing there shares its memory."""
+    """Put a view of a mapped file onto its devices; nothing there shares its memory.
+
+    Where there is no rule, `view` is a copy already, of which JAX takes the memory.
+    """
     if isinstance(rule, str):
         return view
     sharding = rule(path, view.shape) if callable(rule) else rule
     if sharding is None:
-        return jax.device_put(_detached(view))
+        return jax.device_put(view if rule is None else _detached(view))
     return jax.make_array_from_callback(
         view.shape, sharding, lambda index: _detached(view[(*(index or ()), ...)])
     )

@@ -1,8 +1,8 @@
 """Load and save PyTorch checkpoints in the folder layouts of diffusers and transformers.
 
 A *component* folder holds `config.json` and weights; a *pipeline* folder holds `model_index.json`
-and one folder per component.  Weights travel one tensor at a time, so the peak of memory is the
-model itself plus about one tensor, in both directions.
+and one folder per component.  Weights travel a few tensors at a time, so the peak of memory is
+the model itself plus about those, in both directions.
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from ..flax_models.streaming import aligned_empty
 from .files.safetensors_file import FLOAT_TYPES, PARAMETER_TYPES, TYPES, StoredTensor
 
 _SAME = lambda rank: tuple(range(rank))  # noqa: E731
@@ -200,3 +201,25 @@ def is_finite(values: np.ndarray, dtype: str) -> bool:
         int(unsigned[piece].max()) < negative and int(signed[piece].max()) < infinity
         for piece in pieces
     )
+
+
+_OUTER, _INNER = 64, 256  # [out, in * spatial] of a block that stays in a processor's cache
+
+
+def turned(tensor: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """A C-contiguous copy of `tensor.transpose(axes)`, in memory that JAX adopts.
+
+    Matrices and the weights of convolutions are turned in blocks, which takes half the time.
+    """
+    own = aligned_empty(tuple(tensor.shape[axis] for axis in axes), tensor.dtype)
+    if len(axes) < 2 or axes != _SPATIAL_FIRST(len(axes)) or not tensor.size:
+        own[...] = tensor.transpose(axes)
+        return own
+    rows, columns = tensor.shape[:2]
+    source, target = tensor.reshape(rows, columns, -1), own.reshape(-1, columns, rows)
+    width = max(_INNER // source.shape[2], 1)
+    for row in range(0, rows, _OUTER):
+        for column in range(0, columns, width):
+            block = np.s_[row : row + _OUTER], np.s_[column : column + width]
+            target[:, block[1], block[0]] = source[block].T
+    return own

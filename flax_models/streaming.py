@@ -5,6 +5,7 @@ computes, a thread brings those of the next, so two blocks are on the device at 
 """
 
 import dataclasses
+import math
 import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -231,6 +232,8 @@ def _finite(leaves: list[jax.Array]) -> jax.Array:
 
 # ---- memory of the host ----
 
+_LARGE = 1 << 22  # bytes from which NumPy asks for huge pages
+
 
 def _own(leaf: np.ndarray | Deferred) -> np.ndarray:
     """The values of a parameter in memory of their own; those of a file are given back."""
@@ -243,24 +246,46 @@ def _own(leaf: np.ndarray | Deferred) -> np.ndarray:
 
 def aligned_copy(view: np.ndarray) -> np.ndarray:
     """A C-contiguous copy that JAX adopts instead of copying it once more."""
-    spare = np.empty(view.nbytes + 64, np.uint8)
-    start = -spare.ctypes.data % 64
-    own = spare[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
+    own = aligned_empty(view.shape, view.dtype)
     own[...] = view
     return own
 
 
-def release(view: Any) -> None:
-    """Give back the memory of those pages of a mapped file that lie within a view of it."""
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory for a C-contiguous array that JAX adopts.
+
+    Large ones do not ask for huge pages, as NumPy's do: a system whose memory is in use takes
+    several times as long to put together one of those as to give the small ones in its place.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _LARGE:
+        spare = np.empty(size + 64, np.uint8)
+        start = -spare.ctypes.data % 64
+        return spare[start : start + size].view(dtype).reshape(shape)
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    return np.frombuffer(mmap.mmap(-1, size, **private), np.uint8).view(dtype).reshape(shape)
+
+
+def mapping(view: Any) -> tuple[Any, int]:
+    """The mapped file that a view is of, if it is of one, and its first byte there."""
     root = view
     while isinstance(root, np.ndarray) and root.base is not None:
         root = root.base
     root = root.obj if isinstance(root, memoryview) else root
-    advise: Callable[..., None] | None = getattr(root, "madvise", None)
-    if not isinstance(root, mmap.mmap) or advise is None:
-        return
+    if not isinstance(root, mmap.mmap):
+        return None, 0
     first = np.frombuffer(root, np.uint8).ctypes.data
-    begin = view.__array_interface__["data"][0] - first
+    return root, view.__array_interface__["data"][0] - first
+
+
+def release(view: Any) -> None:
+    """Give back the memory of those pages of a mapped file that lie within a view of it."""
+    root, begin = mapping(view)
+    advise: Callable[..., None] | None = getattr(root, "madvise", None)
+    if advise is None:
+        return
     page = mmap.PAGESIZE
     start, stop = -(-begin // page) * page, (begin + view.nbytes) // page * page
     if stop > start:

@@ -9,11 +9,18 @@ copy of it in memory.  The views returned here stay valid only while the file ke
 copy out of them before returning to the caller.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,6 +28,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from ...flax_models.streaming import mapping
 from ..errors import CheckpointError
 
 # Floating-point types that parameters have, under their names in the format.
@@ -53,6 +61,8 @@ _MAX_HEADER = 100_000_000  # the reference implementation's limit
 _AGAIN = "Download or copy it again."
 # Bytes written at once; Linux takes several times as long for large pieces of a mapped file.
 _PIECE = 1 << 17
+# What the system says that does not copy between two files by itself.
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,6 +135,12 @@ class PendingTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Mapped(mmap.mmap):
+    """A mapped file that knows its descriptor."""
+
+    descriptor: int | None = None
+
+
 Content = mmap.mmap | bytes  # of a file
 
 
@@ -189,7 +205,11 @@ def mapped(path: Path) -> Content:
         with open(path, "rb") as file:
             if not file.seek(0, 2):
                 return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            content = _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(os, "copy_file_range"):
+                content.descriptor = os.dup(file.fileno())
+                weakref.finalize(content, os.close, content.descriptor)
+            return content
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -303,14 +323,79 @@ def write_safetensors(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    written = 0
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in ordered:
-            values = tensor.produce()
+        for tensor, values in _made(ordered):
             received = f"{values.dtype}{values.shape}"
             if received != f"{tensor.dtype}{tensor.shape}":
                 raise AssertionError(f"{tensor.key}: {received} was not announced")
-            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-            for start in range(0, len(data), _PIECE):
-                file.write(data[start : start + _PIECE])
+            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+            for start in range(_copy(data, file), len(data), _PIECE):
+                file.write(data.data[start : start + _PIECE])
+            written += len(data)
+            if (tell := _teller.get()) is not None:
+                tell(path, written, offset)
             del values, data  # before the next one is made
+
+
+# Told of a file how many bytes of how many are written.
+Teller = Callable[[Path, int, int], None]
+_teller: ContextVar[Teller | None] = ContextVar("teller", default=None)
+
+
+@contextlib.contextmanager
+def telling(teller: Teller) -> Iterator[None]:
+    """While this is entered, whatever writes such files tells how far it is."""
+    token = _teller.set(teller)
+    try:
+        yield
+    finally:
+        _teller.reset(token)
+
+
+def _made(ordered: list[PendingTensor]) -> Iterator[tuple[PendingTensor, np.ndarray]]:
+    """Tensors with their values, each made while the one before it is written."""
+    if jax.process_count() > 1:  # all gather the same one
+        return ((tensor, tensor.produce()) for tensor in ordered)
+    return ahead(lambda tensor: tensor.produce(), ordered, 1)
+
+
+def _copy(data: np.ndarray, file: Any) -> int:
+    """Have the system copy bytes of a mapped file into another one; returns how many it did."""
+    source, start = mapping(data)
+    descriptor, done = getattr(source, "descriptor", None), 0
+    if descriptor is None or len(data) < _PIECE:
+        return 0
+    file.flush()
+    try:
+        while done < len(data):
+            copied = os.copy_file_range(
+                descriptor, file.fileno(), len(data) - done, offset_src=start + done
+            )
+            if not copied:
+                break
+            done += copied
+    except OSError as error:
+        if error.errno not in _NO_COPY:
+            raise
+    return done
+
+
+def ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], threads: int
+) -> Iterator[tuple[Any, Any]]:
+    """Each item with what a function makes of it, in order; threads make one each meanwhile."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="conceptax-tensors") as pool:
+        waiting = deque[Any]()
+
+        def first() -> tuple[Any, Any]:
+            item, made = waiting.popleft()
+            return item, made.result()
+
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > threads:
+                yield first()
+        while waiting:
+            yield first()

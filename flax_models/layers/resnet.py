@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ...kernels.convolution import convolve, convolve_doubled
+from ..abstract import kernel_init
 from .linear import linear
 
 
@@ -19,7 +20,7 @@ def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, padding: in
         strides=stride,
         padding=pads,
         conv_general_dilated=convolve,
-        **init,
+        **{"kernel_init": kernel_init, **init},
     )
 
 
@@ -31,7 +32,7 @@ def conv1x1(in_channels: int, out_channels: int, **init) -> nnx.Conv:
         (1, 1),
         padding=((0, 0), (0, 0)),
         conv_general_dilated=convolve,
-        **init,
+        **{"kernel_init": kernel_init, **init},
     )
 
 

@@ -23,7 +23,7 @@ import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
-from conceptax.cli import main
+from conceptax.cli import bars, main, programs
 from conceptax.cli.commands import COMMANDS, load, module_name
 from conceptax.cli.describe import described
 from conceptax.cli.failures import in_flags, sentence
@@ -194,6 +194,39 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     assert main(["inspect", str(tmp_path)]) == 1
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+def test_files_that_take_a_while_tell_how_far_they_are(monkeypatch, capsys):
+    file, size = Path("folder/model.safetensors"), 4 * 10**6
+    for patience, told in ((60, ""), (0, "writing model.safetensors, MB: 1 of 4")):
+        monkeypatch.setattr(bars, "_PATIENCE", patience)
+        with bars.Bytes() as bar:
+            for done in (0, size // 4, size // 2, size):
+                bar.wrote(file, done, size)
+                time.sleep(0.001)
+        said = capsys.readouterr().err
+        assert said.startswith(told) and said.count("\n") == bool(told)
+
+
+def test_what_is_kept_has_a_bound(monkeypatch, tmp_path):
+    """What was read longest ago goes first; a folder of one's own is left alone."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(programs, "_LIMIT", 25)
+    folder = programs.programs_folder()
+    (folder / "deeper").mkdir(parents=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for age, name in enumerate(["new", "read", "old", "oldest"]):
+        for place in (folder, mine):
+            (place / name).write_bytes(bytes(10))
+            os.utime(place / name, (1e9 - age, 1e9 - age))
+    os.utime(folder / "read", (2e9, 1e9 - 1))
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert sorted(os.listdir(folder)) == ["deeper", "new", "read"]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(mine))
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert len(os.listdir(mine)) == 4
 
 
 def test_wrong_words_are_told(capsys):

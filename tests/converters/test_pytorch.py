@@ -1,12 +1,14 @@
 """Checkpoints travel both ways without losing a bit, in every layout that people publish."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,11 @@ from conceptax.converters import (
     load_pytorch,
     save_pytorch,
 )
+from conceptax.converters.files import safetensors_file
 from conceptax.converters.files.output import atomic_file, atomic_folder
 from conceptax.converters.files.safetensors_file import PendingTensor, write_safetensors
 from conceptax.converters.files.weights import find_weights
-from conceptax.converters.tensors import tensor_specs
+from conceptax.converters.tensors import tensor_specs, turned
 from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 
@@ -125,6 +128,29 @@ def test_specification_of_every_kind():
     assert {key: spec.shape for key, spec in specs.items()} == SHAPES
     assert specs["conv.weight"].axes == (2, 3, 1, 0)
     assert specs["blocks.1.to_out.0.weight"].path == ("blocks", 1, "to_out", 0, "kernel")
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((70, 300), (1, 0)),  # more than a block in both directions
+        ((1500, 1500), (1, 0)),  # in memory of its own
+        ((65, 130, 3, 3), (2, 3, 1, 0)),
+        ((3, 400, 2), (2, 1, 0)),
+        ((2, 3, 2, 2, 2), (2, 3, 4, 1, 0)),
+        ((0, 5), (1, 0)),
+        ((7, 5), (0, 1)),
+        ((), ()),
+    ],
+)
+def test_turning_is_a_transposition(shape, axes, dtype):
+    values = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    result = turned(values, axes)
+    assert result.flags.c_contiguous
+    assert not result.size or result.ctypes.data % 64 == 0
+    np.testing.assert_array_equal(result, values.transpose(axes))
+    np.testing.assert_array_equal(jax.device_put(result), values.transpose(axes))
 
 
 def test_a_layer_without_a_rule_is_refused():
@@ -572,6 +598,54 @@ def test_saving_over_the_source(tmp_path):
     saved = save_pytorch(load_toy(source), tmp_path / "saved")
     save_pytorch(load_toy(saved, sharding="mapped"), saved, force=True)
     same_bits(read(saved), toy_tensors(prefix="toy."))
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """How the system copies between files: a few bytes at a time, until it refuses with `error`."""
+    if not hasattr(os, "copy_file_range"):
+        pytest.skip("this system copies no ranges of files")
+    copy, asked = os.copy_file_range, types.SimpleNamespace(count=0, error=None)
+
+    def some(source, target, count, **options):
+        asked.count += 1
+        if asked.error and asked.count > 2:
+            raise OSError(asked.error, os.strerror(asked.error))
+        return copy(source, target, min(count, 5), **options)
+
+    monkeypatch.setattr(os, "copy_file_range", some)
+    monkeypatch.setattr(safetensors_file, "_PIECE", 8)
+    return asked
+
+
+@pytest.mark.parametrize("error", [None, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP])
+def test_what_stays_as_it_is_is_copied_by_the_system(tmp_path, copies, error):
+    """Where it does not, or stops in the middle, the rest is written."""
+    copies.error = error
+    source = write_toy(tmp_path / "source", toy_tensors())
+    model, told = load_toy(source, sharding="mapped"), []
+    with safetensors_file.telling(lambda *each: told.append(each)):
+        save_pytorch(model, tmp_path / "out")
+    same_bits(read(tmp_path / "out"), toy_tensors(prefix="toy."))
+    assert copies.count > len(SHAPES) if error is None else copies.count > 2
+    sizes = sum(tensor.nbytes for tensor in toy_tensors().values())
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[-1][1:] == (sizes, sizes)
+
+
+def test_a_full_disk_is_told_while_the_system_copies(tmp_path, copies):
+    copies.error = errno.ENOSPC
+    source = write_toy(tmp_path / "source", toy_tensors())
+    with pytest.raises(OutputError, match="free some space"):
+        save_pytorch(load_toy(source, sharding="mapped"), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_what_is_converted_is_not_copied_by_the_system(tmp_path, copies):
+    source = write_toy(tmp_path / "source", toy_tensors())
+    save_pytorch(load_toy(source, sharding="mapped"), tmp_path / "out", dtype="bfloat16")
+    save_pytorch(load_toy(source), tmp_path / "again")
+    assert not copies.count
 
 
 @pytest.mark.parametrize("name", [".git/HEAD", "notes.txt", "deeper/config.json"])

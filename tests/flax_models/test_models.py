@@ -39,8 +39,9 @@ from conceptax.flax_models.configs import ModelConfig
 from conceptax.flax_models.dit_transformer_2d import DiTTransformer2DConfig, DiTTransformer2DModel
 from conceptax.flax_models.layers.attention import dot_product_attention
 from conceptax.flax_models.layers.checks import check_axes
+from conceptax.flax_models.layers.linear import linear
 from conceptax.flax_models.layers.remat import recomputed
-from conceptax.flax_models.layers.resnet import Upsample2D, conv3x3
+from conceptax.flax_models.layers.resnet import Upsample2D, conv1x1, conv3x3
 from conceptax.flax_models.llama import LlamaConfig, LlamaModel
 from conceptax.flax_models.pretrained import Buffer
 from conceptax.flax_models.qwen3 import Qwen3Config, Qwen3Model
@@ -670,3 +671,17 @@ def test_arrays_without_a_batch_are_told():
     assert str(error.value).endswith("(77,): add one for the batch, x[None].")
     with pytest.raises(ValueError, match=r"received the shape \(1, 2, 3, 4\)\.$"):
         check_axes(np.zeros((1, 2, 3, 4)), "B L", "a model's input_ids")
+
+
+def test_initial_values_are_those_of_flax():
+    """And a model of shapes alone has the same shapes and dtypes without them."""
+    layers = {linear: nnx.Linear, conv1x1: functools.partial(nnx.Conv, kernel_size=(1, 1))}
+    for ours, theirs in layers.items():
+        made, other = (kind(4, 3, rngs=nnx.Rngs(0)) for kind in (ours, theirs))
+        np.testing.assert_array_equal(made.kernel[...], other.kernel[...])
+        assert np.ptp(made.kernel[...]) > 0
+        options = {"param_dtype": jnp.bfloat16, "rngs": OneKey()}
+        made, other = (
+            nnx.eval_shape(functools.partial(kind, 4, 3, **options)) for kind in (ours, theirs)
+        )
+        assert made.kernel.get_value() == other.kernel.get_value()

@@ -15,6 +15,7 @@ from conceptax.interrupts import Stopper, arm
 from .commands import COMMANDS, load, meant, named
 from .failures import in_flags, readable, sentence, unboxed
 from .processes import join_processes, leave_processes
+from .programs import kept_programs
 from .streams import prepare_streams, print_error, reader_left, silence
 
 _OVERVIEW = """\
@@ -94,7 +95,7 @@ def _command(name: str | None, arguments: Sequence[str], flags: list[str]) -> in
         return 0
     if name is None:
         return _overview(arguments)
-    with _quiet(flags):
+    with _quiet(flags), kept_programs():
         return _run(name, arguments[len(name.split()) :], flags)
 
 
@@ -167,14 +168,7 @@ def _wrong(name: str, sentence: str) -> int:
 
 @contextlib.contextmanager
 def _quiet(flags: Collection[str]) -> Iterator[None]:
-    """Libraries keep their advice, and warnings take one line each.
-
-    What XLA compiles is kept for the next run, unless `JAX_COMPILATION_CACHE_DIR` says otherwise.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "conceptax", "xla"))
-    # What attention does over a mesh is told by its operands; the pointer is new in each process.
-    os.environ.setdefault("JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY", "1")
+    """Libraries keep their advice, and warnings take one line each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def show(message: Any, *_: Any) -> None:

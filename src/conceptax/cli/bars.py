@@ -1,12 +1,14 @@
-"""The progress of a sample that is drawn step by step: a bar, or lines without a terminal."""
+"""The progress of a sample or a file, step by step: a bar, or lines without a terminal."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from conceptax.cli.confirm import about
 from conceptax.cli.streams import print_error
 
 _LINE_SECONDS = 10.0  # between lines where there is no terminal
+_PATIENCE = 2.0  # seconds before anything is told of files
 
 
 class Steps:
@@ -76,3 +78,17 @@ class Steps:
         self._next_line = now + _LINE_SECONDS
         left = (now - began) / max(done - before, 1) * (total - done)
         print_error(f"{text}: {done} of {total}, {about(left)} left")
+
+
+class Bytes(Steps):
+    """What is told of files that are written, in megabytes, once they take a while."""
+
+    def __init__(self) -> None:
+        super().__init__("files")
+        self._from = float("inf")
+
+    def wrote(self, file: Path, done: int, total: int) -> None:
+        """So many bytes of all are in a file."""
+        self._from = min(self._from, time.monotonic() + _PATIENCE)
+        if time.monotonic() > self._from:
+            self.step(f"writing {file.name}, MB", done // 10**6, total // 10**6)

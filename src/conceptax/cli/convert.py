@@ -81,12 +81,17 @@ class Command:
 
 def run(command: Command) -> None:
     """Convert `command.source` into `command.dest`."""
+    from conceptax.cli.bars import Bytes
     from conceptax.cli.runs import new_file, new_folder
+    from conceptax.converters.files.safetensors_file import telling
 
     _check(command)
     claim, write = (new_folder, _folder) if command.form == "folder" else (new_file, _file)
-    with claim(command, command.dest) as place:
-        model = write(command, _read(command), place)
+    bar = Bytes()
+    with claim(command, command.dest) as place, bar:
+        model = _read(command)
+        with telling(bar.wrote):
+            model = write(command, model, place)
     files = [command.dest, *command.dest.rglob("*")]
     size = sum(file.stat().st_size for file in files if file.is_file())
     print(f"{command.dest}: {type(model).__name__}, {size / 1e6:.1f} MB")
@@ -113,11 +118,14 @@ def _check(command: Command) -> None:
 def _read(command: Command) -> Any:
     """The source, with what is added to it."""
     from conceptax.flax_models.pipelines.pipeline import Pipeline
-    from conceptax.reporting.models import with_additions
 
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
     options = {k: v for k, v in options.items() if v is not None}
     model = _mapped(command.source, command.dtype, **options)
+    if not command.add and command.add_scale == 1:  # what adds takes a second to import
+        return model
+    from conceptax.reporting.models import with_additions
+
     if command.add and not isinstance(model, Pipeline):
         raise ValueError(
             f"{command.source} is one component; --add merges into a pipeline, the folder with "

@@ -309,10 +309,8 @@ def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | N
     from conceptax.cli.streams import print_stage
     from conceptax.converters import load_pytorch
     from conceptax.flax_models.pipelines.video import VideoPipeline
-    from conceptax.flax_models.unet_motion import MotionAdapter
     from conceptax.methods.diffusion.text_to_image import text_to_image
     from conceptax.methods.diffusion.text_to_video import text_to_video
-    from conceptax.reporting.instruments import load_as
     from conceptax.reporting.models import require_whole, with_additions
 
     source = command.model or conceptax.bundled_model()
@@ -339,6 +337,9 @@ def _draw(command: Command, prompts: list[str], kept: Any) -> tuple[Any, int | N
         "on_estimate": announcing("drawing"),
     }
     if command.motion_adapter is not None:
+        from conceptax.flax_models.unet_motion import MotionAdapter
+        from conceptax.reporting.instruments import load_as  # with all of evaluation behind it
+
         adapter = load_as(command.motion_adapter, MotionAdapter, "a motion adapter")
         videos = text_to_video(
             pipeline,

@@ -20,7 +20,6 @@ from conceptax.flax_models.open_clip import OpenCLIP
 from conceptax.flax_models.pipelines.pipeline import Pipeline
 from conceptax.flax_models.pipelines.stable_diffusion import StableDiffusionPipeline
 from conceptax.methods.text.phrases import ConceptError
-from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer, load_as
 
 Recompute = Literal["auto", "on", "off"]
 _LARGE = 100_000_000  # parameters of a UNet whose activations fill a usual machine
@@ -143,6 +142,8 @@ def load_segmenter_model(path: Path, *, form: str, token_order: str, dtype: str)
     Raises:
       CheckpointError: what is wrong with it.
     """
+    from conceptax.reporting.instruments import load_as  # with all of evaluation behind it
+
     read = functools.partial(load_maft_plus, form=form, token_order=token_order)
     read = load_pytorch if path.is_dir() else read
     return load_as(path, MaftPlus, "a MAFT+ model", read=read, dtype=jnp.dtype(dtype))
@@ -158,6 +159,8 @@ def load_open_clip_model(path: Path, *, dtype: str, prefix: str = "") -> OpenCLI
     Raises:
       CheckpointError: what is wrong with it.
     """
+    from conceptax.reporting.instruments import load_as
+
     read = load_pytorch if path.is_dir() else functools.partial(load_open_clip, prefix=prefix)
     return load_as(path, OpenCLIP, "an OpenCLIP model", read=read, dtype=jnp.dtype(dtype))
 
@@ -168,6 +171,8 @@ def load_segmentation_tokenizer(path: Path, given: Path | None, clip: OpenCLIP) 
     Raises:
       CheckpointError: there is none, or it is of another vocabulary.
     """
+    from conceptax.reporting.instruments import TOKENIZER, check_vocabulary, has_tokenizer
+
     folder = given or (path if path.is_dir() else path.parent)
     if not has_tokenizer(folder) and has_tokenizer(folder / "tokenizer"):
         folder /= "tokenizer"
