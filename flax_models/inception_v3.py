@@ -74,7 +74,7 @@ class BasicConv2d(nnx.Module):
             outputs,
             sides,
             strides=stride,
-            padding=tuple((side // 2 if pad else 0,) * 2 for side in sides),
+            padding=tuple((side // 2 * pad, side // 2 * pad) for side in sides),
             use_bias=False,
             param_dtype=param_dtype,
             **init,

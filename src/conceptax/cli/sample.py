@@ -95,7 +95,8 @@ class Command:
     guidance: OptionalFloat = None
     guidance_2: OptionalFloat = None
     sampler: (
-        Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
+        Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm", "lms"]
+        | None
     ) = None
     attention: OptionalText = None
     dense_steps: OptionalInt = None
