@@ -6,7 +6,7 @@ comparable where the records are.  A judge has to see the concept in what the *o
 (`calibrated`): one that does not cannot say that it is gone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -82,26 +82,32 @@ class Judge(Protocol):
         ...
 
 
-def calibrated(judge: Judge, images: Images, whose: str = "the original model") -> dict[str, Any]:
-    """The judge's record, and how many of these images, which ask for the concept, it sees it in.
+def calibrated(
+    judge: Judge, batches: Iterable[np.ndarray], whose: str = "the original model"
+) -> tuple[dict[str, Any], Bool[np.ndarray, " M"]]:
+    """The judge's record with how often it sees the concept in images that ask for it; and where.
 
     Args:
       judge: to be tried.
-      images: of the original model, asked for the concept.
+      batches: images of the original model, asked for the concept, uint8 [B, H, W, 3].
       whose: the images are, for the message.
 
     Raises:
       JudgeError: it sees the concept in none of them.
     """
-    seen = proportion(judge.sees(images))
-    if not seen["count"]:
-        highest = float(np.max(judge.scores(images)))
+    seen, highest = [], -np.inf
+    for images in batches:
+        seen.append(judge.sees(images))
+        if not seen[-1].any():
+            highest = max(highest, float(np.max(judge.scores(images))))
+    hits = np.concatenate(seen)
+    if not hits.any():
         raise JudgeError(
-            f"{judge.record['kind']} sees the concept in none of the {seen['of']} images that "
+            f"{judge.record['kind']} sees the concept in none of the {len(hits)} images that "
             f"{whose} drew of it (highest score {highest:.3g}), so it cannot say that it is gone: "
             "take another judge, or another threshold."
         )
-    return {**judge.record, "sees": seen}
+    return {**judge.record, "sees": proportion(hits)}, hits
 
 
 # ---- NudeNet ----
