@@ -18,6 +18,7 @@ from conceptax.methods.evaluation.published import SUITES
 from conceptax.methods.evaluation.statistics import proportion
 from conceptax.methods.evaluation.torch_noise import torch_latents, torch_normal
 from conceptax.methods.evaluation.unsafe_prompts import UnsafePrompt
+from conceptax.methods.glyphs.evaluation import glyphs_compositions
 from conceptax.methods.red_team.unlearn_diff_atk import UnlearnDiffAtkConfig
 from conceptax.methods.training import make_mesh
 
@@ -218,6 +219,18 @@ def test_compositions_have_foils_of_the_same_words():
         assert each.text not in each.foils and each.foils
     with pytest.raises(ValueError, match="at least 2"):
         compositions(4, 0, colors=("red",))
+
+
+def test_the_glyphs_world_is_composed_without_what_was_erased():
+    found = glyphs_compositions(["three", "brick"], 18, 0)
+    digits = [each.parts[0] for each in found]
+    assert len(set(digits)) == 9 and all(digits.count(each) == 2 for each in digits)
+    for each in found:
+        digit, color, texture = each.parts
+        assert "three" not in (digit, each.text) and texture != "brick"
+        assert color in each.text and texture in each.text
+    with pytest.raises(ValueError, match="van gogh"):
+        glyphs_compositions(["van gogh"], 4, 0)
 
 
 def test_a_clip_tells_a_prompt_from_its_foils():
