@@ -288,15 +288,16 @@ class _Run:
 
         `texts`, or token ids, are asked for in the prompts' place.
         """
-        shape = model.pipeline.latent_shape
+        shape: Any = model.pipeline.latent_shape  # [h, w, C]
         noise = {n: torch_latents(self.seed(prompts[n], n), shape) for n in numbers.tolist()}
         scales = np.asarray([self.guidance(prompts[n]) for n in numbers])
         found: dict[int, np.ndarray] = {}
         for scale in np.unique(scales):
             chosen = numbers[scales == scale]
             rows = np.resize(chosen, max(len(chosen), self.batch))  # no other shape is compiled
+            asked: Any = texts[rows] if isinstance(texts, np.ndarray) else [texts[n] for n in rows]
             drawn = model(
-                texts[rows] if isinstance(texts, np.ndarray) else [texts[n] for n in rows],
+                asked,
                 latents=np.stack([noise[int(n)] for n in rows]),
                 guidance_scale=float(scale),
                 num_inference_steps=self.config.steps,

@@ -271,7 +271,7 @@ def write_leaderboard(path: Path, name: str, metrics: Mapping[str, Any]) -> None
     def value(figure: Any, key: str, scale: float, digits: int) -> str:
         return "-1" if figure is None else f"{figure[key] * scale:.{digits}f}"
 
-    scales = (("rate", 100, 2), ("rate", 100, 2), ("mean", 1, 2), ("mean", 0.01, 3))
+    scales = (("rate", 100.0, 2), ("rate", 100.0, 2), ("mean", 1.0, 2), ("mean", 0.01, 3))
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("Unlearned_Methods", *COLUMNS))
