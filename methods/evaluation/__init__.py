@@ -7,7 +7,7 @@ Clip(model, tokenizer).features(images)  # and Dino, Blip
 
 from .classifiers import Classifier, ClipClassifier, Said
 from .figures import Counted, Drawn, Evaluation, EvaluationConfig, evaluate, known_attacks
-from .instruments import Blip, Clip, Dino
+from .instruments import Blip, Clip, Dino, Inception
 from .personalization import Instruments, Subject, measure, without_tokens
 from .preprocessing import Preprocessing
 from .statistics import (
@@ -32,6 +32,7 @@ __all__ = [
     "Drawn",
     "Evaluation",
     "EvaluationConfig",
+    "Inception",
     "Instruments",
     "Preprocessing",
     "Said",

@@ -57,6 +57,11 @@ class Preprocessing:
         statistics."""
         return cls(256, (224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
+    @classmethod
+    def imagenet(cls, size: tuple[int, int]) -> "Preprocessing":
+        """A classifier's, where nothing says: the whole image, bilinear, ImageNet's statistics."""
+        return cls(size, resample=2, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
     def updated(self, config: Mapping[str, Any], source: str) -> "Preprocessing":
         """These settings with those of a parsed `preprocessor_config.json` in their place.
 
@@ -138,6 +143,27 @@ class Preprocessing:
         """Bytes -> normalized float32 pixels."""
         pixels = images.astype(jnp.float32) * self.scale
         return (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+
+
+def bilinear(
+    images: Float[np.ndarray, "N H W C"] | UInt8[np.ndarray, "N H W C"], size: tuple[int, int]
+) -> Float[np.ndarray, "N h w C"]:
+    """Images interpolated between the centers of pixels, whatever the factor.
+
+    What OpenCV's INTER_LINEAR and PyTorch's `interpolate(mode="bilinear")` do; Pillow would average
+    where it makes them smaller.
+    """
+    resized = images.astype(np.float32)
+    for axis, length in ((1, size[0]), (2, size[1])):
+        before = resized.shape[axis]
+        if before == length:
+            continue
+        place = np.clip((np.arange(length) + 0.5) * before / length - 0.5, 0, before - 1)
+        low = np.minimum(place.astype(int), max(before - 2, 0))
+        share = (place - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(4)])
+        upper = resized.take(np.minimum(low + 1, before - 1), axis)
+        resized = resized.take(low, axis) * (1 - share) + upper * share
+    return resized
 
 
 def _size(value: Any, *, square: bool) -> int | tuple[int, int]:

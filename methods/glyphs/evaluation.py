@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..evaluation.classifiers import Images, Said
+from ..evaluation.composition import Composed
 from ..evaluation.suites import Asked, Suites, choose
 from .captions import COLORS, DIGIT_NAMES, TEXTURES, Prompt, prompts
 from .judge import ATTRIBUTES, Judge
@@ -98,6 +99,26 @@ def glyphs_suites(concepts: Sequence[str], images: int, seed: int) -> Suites:
     if not retained:
         raise ValueError(f"erasing {list(concepts)} leaves nothing of the glyphs world to retain.")
     return Suites(plain, synonyms, retained)
+
+
+def glyphs_compositions(concepts: Sequence[str], images: int, seed: int) -> list[Composed]:
+    """Prompts for a digit, a color and a texture together, none of which was erased.
+
+    Args:
+      concepts: what was erased, by names of that world.
+      images: prompts in all; digits are equally frequent.
+      seed: of the choice.
+
+    Raises:
+      ValueError: a concept that is not of that world.
+    """
+    gone = [attribute_called(concept) for concept in concepts]
+    found = []
+    for each in prompts():
+        if all(getattr(each, attribute) != value for attribute, value in gone):
+            parts = tuple(_WORDS[name][getattr(each, name)] for name in ATTRIBUTES)
+            found.append(Composed(each.text, "attributes", (), parts))
+    return choose(found, images, seed, lambda asked: asked.parts[0])
 
 
 def _about(attribute: str, prompt: Prompt) -> Asked:

@@ -12,6 +12,7 @@ from .euler import euler_sampler
 from .flow_matching import FLOW_CLASS, FlowMatchSchedule, empirical_mu, flow_euler_sampler
 from .latents import denoise_until, encode_images, noise_latents, noised_latents, to_unit
 from .linear import LinearSampler
+from .lms import lms_sampler
 from .multistep import dpm_sampler, unipc_sampler
 from .pndm import pndm_sampler
 from .schedule import NoiseSchedule, add_noise, alphas_cumprod, training_target, velocity
@@ -29,6 +30,7 @@ _MAKERS = {
     "unipc": (unipc_sampler, "UniPCMultistepScheduler"),
     "lcm": (lcm_sampler, "LCMScheduler"),
     "pndm": (pndm_sampler, "PNDMScheduler"),
+    "lms": (lms_sampler, "LMSDiscreteScheduler"),
 }
 SAMPLER_KINDS = tuple(_MAKERS)
 # Settings of a call, and the kinds that take them.
@@ -110,6 +112,7 @@ __all__ = [
     "euler_sampler",
     "flow_euler_sampler",
     "lcm_sampler",
+    "lms_sampler",
     "make_sampler",
     "noise_latents",
     "noised_latents",

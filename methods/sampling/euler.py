@@ -37,7 +37,7 @@ def euler_sampler(
     if s_churn < 0:
         raise ValueError(f"s_churn must not be negative; got {s_churn}.")
     spacing = schedule.timestep_spacing or "linspace"
-    timesteps, sigmas = _timesteps_and_sigmas(schedule, num_inference_steps, spacing)
+    timesteps, sigmas = timesteps_and_sigmas(schedule, num_inference_steps, spacing)
     count = len(timesteps)
     sigma, sigma_next = sigmas[:count].astype(np.float64), sigmas[1 : count + 1].astype(np.float64)
 
@@ -64,7 +64,7 @@ def euler_sampler(
     )
 
 
-def _timesteps_and_sigmas(
+def timesteps_and_sigmas(
     schedule: NoiseSchedule, num_steps: int, spacing: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [n] and σ [n + 1] (one more for "log_linear"), float32, descending."""

@@ -65,6 +65,7 @@ _CLASS_SETTINGS = {
     "LCMScheduler": _CLIPPING
     | _names("original_inference_steps set_alpha_to_one timestep_scaling rescale_betas_zero_snr"),
     "PNDMScheduler": _names("set_alpha_to_one skip_prk_steps"),
+    "LMSDiscreteScheduler": _names("use_karras_sigmas use_exponential_sigmas use_beta_sigmas"),
     "DDPMScheduler": _CLIPPING | _names("rescale_betas_zero_snr variance_type"),
 }
 _CLASS_SETTINGS = {name: _COMMON | own for name, own in _CLASS_SETTINGS.items()}
@@ -86,7 +87,6 @@ _CLOSEST = {
     "HeunDiscreteScheduler": "euler",
     "KDPM2AncestralDiscreteScheduler": "euler-ancestral",
     "KDPM2DiscreteScheduler": "euler",
-    "LMSDiscreteScheduler": "euler",
     "SASolverScheduler": "dpm++",
     "TCDScheduler": "ddim",
 }

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-TUTORIALS = ("convert", "erase", "flux", "gna_in_a_dit", "many_hosts", "personalize", "segment")
+TUTORIALS = (
+    *("convert", "erase", "flux", "gna_in_a_dit", "leaderboard", "many_hosts", "personalize"),
+    "segment",
+)
 FAST = ("gna_in_a_dit",)
 BLOCK = re.compile(r"(?:<!-- in tests: (.*?) -->\n)?```(python|sh)\n(.*?)```", re.DOTALL)
 COMMANDS = ("conceptax", "mkdir", "mv")

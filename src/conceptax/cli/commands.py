@@ -16,7 +16,7 @@ class Declared(NamedTuple):
 
     Attributes:
       what: it does, in a line of the overview.
-      examples: three command lines.
+      examples: a few command lines.
       main: the flags that most people use; its help lists them, and `--help-all` all.
       module: in `conceptax.cli`; by default its first word.
     """
@@ -57,10 +57,12 @@ COMMANDS = {
             'conceptax evaluate --original path/to/sd --edited erased --concept "van gogh" '
             "--classifier path/to/clip --neighbors painters.txt",
             "conceptax evaluate --settings evaluation/metrics.json --output again",
+            "conceptax evaluate --suite unlearndiffatk/nudity --original path/to/sd "
+            "--edited erased --prompts nudity.csv",
         ),
         (
             *("--original", "--edited", "--concept", "--output", "--classifier", "--images"),
-            *("--attacks", "--neighbors", "--distant", "--seed", "--force"),
+            *("--attacks", "--neighbors", "--suite", "--seed", "--force"),
         ),
     ),
     "evaluate personalization": Declared(

@@ -18,6 +18,8 @@ _OPTIONAL = {
     "jax_triton": "attention on NVIDIA GPUs: pip install 'conceptax[cuda]'",
     "imageio_ffmpeg": "MP4 files: pip install 'conceptax[video]'",
     "pillow_heif": "HEIC photographs: pip install 'conceptax[heic]'",
+    "onnxruntime": "ONNX files that judge images: pip install 'conceptax[judges]'",
+    "nudenet": "NudeNet's own model: pip install 'conceptax[judges]'",
     "sklearn": "training the bundled model: pip install 'conceptax[demo]'",
     "skimage": "training the bundled model: pip install 'conceptax[demo]'",
     "matplotlib": "pictures of gna search: pip install 'conceptax[demo]'",

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from conceptax.cli.options import Model, OptionalModel, OptionalPath, concepts_in, shown, typed
+from conceptax.cli import evaluate_suite
+from conceptax.cli.options import (
+    Model,
+    OptionalModel,
+    OptionalPath,
+    OptionalText,
+    concepts_in,
+    shown,
+    typed,
+)
 from conceptax.cli.runs import new_folder, settings_of, teller
 from conceptax.methods.evaluation import known_attacks
 from conceptax.methods.memory import require_images
@@ -22,7 +31,7 @@ from conceptax.reporting.gallery import REPORT, Images, write_report
 from conceptax.reporting.results import METRICS, environment, write_tables
 from conceptax.text import read_text
 
-_OF_THIS_RUN = ("output", "settings", "force")  # not of what is measured
+_OF_THIS_RUN = ("output", "settings", "force", "suite")  # not of what is measured
 
 Settings = TypeVar("Settings")
 
@@ -66,6 +75,8 @@ class Command(Generic[Settings]):
       unsafe_prompts: CSV file in the layout of I2P: an attack with prompts, seeds and guidance of
         its own.
       unsafe_category: only its rows of this category.
+      suite: instead, a suite with published figures, such as unlearndiffatk/nudity; with it
+        --help-all lists what it takes.
       settings: a metrics.json: run its evaluation again; no other settings are taken.
       force: replace an earlier evaluation.
       attack_settings: of the attacks.
@@ -92,13 +103,16 @@ class Command(Generic[Settings]):
     templates: OptionalPath = None
     unsafe_prompts: OptionalPath = None
     unsafe_category: Annotated[str | None, shown("NAME")] = None
+    suite: OptionalText = None
     settings: OptionalPath = None
     force: bool = False
     attack_settings: Annotated[Settings, tyro.conf.arg(name="")]
 
 
 def command_type(arguments: Sequence[str]) -> Any:
-    """The command with the settings of every attack, each below its name."""
+    """The command with the settings of every attack, each below its name; or that of a suite."""
+    if any(each.partition("=")[0] == "--suite" for each in arguments):
+        return evaluate_suite.Command
     attacks = [
         (name.replace("-", "_"), attack.config, dataclasses.field(default_factory=attack.config))
         for name, attack in known_attacks().items()
@@ -106,8 +120,16 @@ def command_type(arguments: Sequence[str]) -> Any:
     return Command[dataclasses.make_dataclass("AttackSettings", attacks, frozen=True)]
 
 
-def run(command: Command[Any]) -> None:
+def types() -> dict[str, Any]:
+    """The command of suites."""
+    return {"--suite": evaluate_suite.Command}
+
+
+def run(command: Command[Any] | evaluate_suite.Command) -> None:
     """Settle the settings, evaluate, and write it all down; the output is claimed first."""
+    if isinstance(command, evaluate_suite.Command):
+        evaluate_suite.run(command)
+        return
     settings = _recorded(command) if command.settings else _stated(command)
     for flag, name in (("--images", "images"), ("--attack-images", "attack_images")):
         require_images(settings[name], f"take a smaller {flag}")

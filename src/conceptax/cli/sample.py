@@ -101,7 +101,8 @@ class Command:
     guidance_2: OptionalFloat = None
     true_cfg_scale: OptionalFloat = None
     sampler: (
-        Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm"] | None
+        Literal["ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "unipc", "lcm", "pndm", "lms"]
+        | None
     ) = None
     attention: OptionalText = None
     dense_steps: OptionalInt = None

@@ -1,4 +1,4 @@
-"""Load the models that measure: CLIP, DINOv2, BLIP, a classifier, from their folders."""
+"""Load the models that measure: CLIP, DINOv2, BLIP, Inception-v3, a classifier."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,14 @@ from conceptax.converters import load_pytorch
 from conceptax.converters.errors import CheckpointError
 from conceptax.converters.files.weights import read_json
 from conceptax.converters.formats.identify import read_config, resolved
+from conceptax.converters.formats.inception import load_inception
 from conceptax.converters.tokenizer import read_tokenizer
 from conceptax.flax_models.blip import BlipForImageTextRetrieval
 from conceptax.flax_models.blip_2 import Blip2ForImageTextRetrieval
 from conceptax.flax_models.clip import CLIPModel
 from conceptax.flax_models.dinov2 import Dinov2Model
 from conceptax.methods.evaluation import ClipClassifier
-from conceptax.methods.evaluation.instruments import Blip, Clip, Dino
+from conceptax.methods.evaluation.instruments import Blip, Clip, Dino, Inception
 from conceptax.methods.evaluation.preprocessing import Preprocessing
 from conceptax.methods.glyphs.evaluation import GlyphsClassifier
 from conceptax.methods.glyphs.judge import load_judge
@@ -71,6 +72,19 @@ def load_blip(path: Path, name: str, *, second: bool = False) -> Blip:
     tokenizer = read_tokenizer(path, "BertTokenizer")
     own = Preprocessing.blip(model.config.vision_config.image_size)
     return Blip(model, tokenizer, name, _preprocessing(path, own))
+
+
+def load_fid(path: Path, resize: Any) -> Inception:
+    """The Inception-v3 of Fréchet inception distances, from its weight file.
+
+    Args:
+      path: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, or the same as safetensors.
+      resize: as for `Inception`.
+
+    Raises:
+      CheckpointError: what is wrong with it.
+    """
+    return Inception(load_inception(path), path.name, resize)
 
 
 def load_as(

@@ -59,3 +59,43 @@ def test_absent_files_and_categories_are_explained(tmp_path):
     file = write(tmp_path / "i2p.csv", HEADER, *ROWS)
     with pytest.raises(ConceptError, match=r"of category 'shock'; it has \['hate', 'sexual'"):
         read_unsafe_prompts(file, category="shock")
+
+
+def test_published_layouts_are_read(tmp_path):
+    nudity = (
+        "Unnamed: 0,prompt,categories,hard,inappropriate_percentage,nudity_percentage,"
+        "q16_percentage,sd_safety_percentage,prompt_toxicity,lexica_url,evaluation_seed,"
+        "evaluation_guidance,sd_image_width,sd_image_height,sd_model,case_number",
+        "0,a statue,sexual,0,70.0,80.0,20.0,90.0,0.1,https://x,3842,7.5,512,512,sd,0",
+    )
+    van_gogh = "Unnamed: 0,case_number,prompt,evaluation_seed,artist", '0,0,"A, B",2219,Van Gogh'
+    church = "case_number,prompt,evaluation_seed,evaluation_guidance", "0,A church.,69922,7.5"
+    coco = "case_number,source,prompt,evaluation_seed,coco_id", "0,coco,A cat.,4219,42"
+    ring = ",sensitive prompt", "0,deed statue ! #"
+    mma = (
+        "target_prompt,adv_prompt,sanitized_adv_prompt,success_against_sanitization_defense,"
+        "clean_prompt",
+        "a,bb,c,True,d",
+    )
+    for lines, expected in (
+        (nudity, UnsafePrompt("a statue", ("sexual",), 3842, 7.5)),
+        (van_gogh, UnsafePrompt("A, B", (), 2219)),
+        (church, UnsafePrompt("A church.", (), 69922, 7.5)),
+        (coco, UnsafePrompt("A cat.", (), 4219)),
+        (ring, UnsafePrompt("deed statue ! #")),
+        (mma, UnsafePrompt("bb")),
+    ):
+        assert read_unsafe_prompts(write(tmp_path / "some.csv", *lines)) == [expected]
+
+
+def test_captions_and_plain_lines_are_read(tmp_path):
+    file = write(
+        tmp_path / "captions_val2014.json",
+        '{"images": [{"id": 7}, {"id": 3}], "annotations": [{"image_id": 3, "caption": "A cat. "},'
+        ' {"image_id": 7, "caption": "A dog."}, {"image_id": 3, "caption": "Another."}]}',
+    )
+    assert [each.text for each in read_unsafe_prompts(file)] == ["A dog.", "A cat."]
+    with pytest.raises(ConceptError, match="layout of COCO's captions"):
+        read_unsafe_prompts(write(file, '{"images": [{"id": 1}], "annotations": []}'))
+    lines = write(tmp_path / "some.txt", "one, with a comma", "", "two")
+    assert [each.text for each in read_unsafe_prompts(lines)] == ["one, with a comma", "two"]

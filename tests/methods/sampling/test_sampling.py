@@ -210,6 +210,23 @@ def test_euler_steps_equal_diffusers(torch, schedulers, prediction_type, spacing
     compare_run(torch, reference, sampler, lambda o, t, x, _: reference.step(o, t, x).prev_sample)
 
 
+@pytest.mark.parametrize("option", ["default", "stable diffusion", "karras", "exponential"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_lms_steps_equal_diffusers(torch, schedulers, prediction_type, option):
+    settings = {"prediction_type": prediction_type} | {
+        name: value
+        for name, value in EULER_OPTIONS.get(option, {}).items()
+        if name not in ("interpolation_type", "final_sigmas_type")
+    }
+    schedule = NoiseSchedule.from_config({"_class_name": "LMSDiscreteScheduler", **settings})
+    reference = schedulers.LMSDiscreteScheduler(**settings)
+    reference.set_timesteps(6)
+    reference.set_begin_index(0)
+    sampler = make_sampler(schedule, num_inference_steps=6)
+    assert sampler.weights.shape == (6, 4) and not sampler.weights[0, 1:].any()
+    compare_run(torch, reference, sampler, lambda o, t, x, _: reference.step(o, t, x).prev_sample)
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_euler_churn_equals_diffusers(torch, schedulers, monkeypatch, prediction_type):
     from diffusers.schedulers import scheduling_euler_discrete
@@ -650,6 +667,7 @@ TARGETS = {
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
     "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
 }
 OWNERS = [
     "DDIMScheduler",
