@@ -25,7 +25,11 @@ def status(told: Told) -> str:
     """The sentence that a job tells, with a bar until it ends."""
     if told.ended:
         return f'<div class="cx-status" role="status">{text(told.said)}</div>'
-    bar = f'<progress max="1" value="{told.done:.4f}" aria-label="progress"></progress>'
+    percent = f"{100 * told.done:.1f}"
+    bar = (
+        f'<div class="cx-bar" role="progressbar" aria-label="progress" aria-valuenow="{percent}">'
+        f'<div style="width: {percent}%"></div></div>'
+    )
     return f'<div class="cx-status" role="status">{bar}<span>{text(told.said)} …</span></div>'
 
 

@@ -74,16 +74,20 @@ def build_page(
     own = studio.original.defaults
     is_glyphs = studio.classifier is not None
     prompt = "a red three on brick" if is_glyphs else ""
-    with gr.Blocks(title="conceptax studio", analytics_enabled=False) as page:
+    with gr.Blocks(title="conceptax studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(markup.head(studio.source))
         with gr.Row():
             edited = gr.Dropdown(
                 **_choices(studio), label="Edited model", scale=3, min_width=220, elem_id="edited"
             )
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-            count = gr.Slider(1, 8, 1, step=1, label="Images of a prompt", min_width=150)
+            count = gr.Number(
+                1, label="Images a prompt", precision=0, minimum=1, maximum=8, min_width=120
+            )
         with gr.Accordion("Steps, guidance, size", open=False), gr.Row():
-            steps = gr.Slider(1, 100, min(own[0], 25), step=1, label="Steps", min_width=150)
+            steps = gr.Number(
+                min(own[0], 25), label="Steps", precision=0, minimum=1, maximum=1000, min_width=90
+            )
             strength = own[1] if isinstance(own[1], int | float) else 7.5
             guidance = gr.Number(strength, label="Guidance", min_width=90)
             height = gr.Number(None, label="Height, empty: the model's", precision=0, min_width=120)
@@ -102,11 +106,11 @@ def build_page(
                     submit=asked,
                 )
             if studio.is_stable_diffusion:
-                with gr.Tab("Bring it back"):
+                with gr.Tab("Bring back"):
                     _attack_tab(wired, drawing, edited, parse, explain)
                 with gr.Tab("Erase"):
                     _erase_tab(wired, drawing, edited, parse, explain)
-            with gr.Tab("Attend to less"):
+            with gr.Tab("Attention"):
                 if excuse := studio.attention_excuse():
                     gr.HTML(markup.note(f"Of {studio.source} there is nothing to pick: {excuse}"))
                 else:
@@ -136,6 +140,7 @@ class _Wired:
         *,
         submit: Any = None,
         after: tuple[Any, Callable[[], Any]] | None = None,
+        stops: bool = True,
     ) -> None:
         """A button that starts a job, one that stops it, and what the job shows.
 
@@ -145,12 +150,15 @@ class _Wired:
           drawing, inputs: components.
           submit: a text field in which Enter starts the job too.
           after: a component, and what gives its update when the job is done.
+          stops: whether it takes steps, between which it can stop.
         """
         gr, studio = self.gr, self.studio
         owner = name.lower().replace(" ", "-")
         with gr.Row():
             start = gr.Button(name, variant="primary", scale=0, min_width=150, elem_id=owner)
-            stop = gr.Button("Stop", scale=0, min_width=90, elem_id=f"{owner}-stop")
+            if stops:
+                stop = gr.Button("Stop", scale=0, min_width=90, elem_id=f"{owner}-stop")
+                stop.click(self.stopper(owner), None, None, **self.quiet)
         status = gr.HTML(elem_id=f"{owner}-status")
         pictures = gr.HTML(elem_id=f"{owner}-pictures")
         outputs = [status, pictures] + ([after[0]] if after else [])
@@ -181,7 +189,6 @@ class _Wired:
                 concurrency_limit=None,  # jobs wait in the studio's own line, where they can stop
                 api_visibility="private",
             )
-        stop.click(self.stopper(owner), None, None, **self.quiet)
 
     def stopper(self, owner: str | None = None) -> Callable[..., None]:
         """What stops a page's jobs, or those of one kind."""
@@ -196,7 +203,8 @@ class _Wired:
 
 def _drawing(values: Sequence[Any]) -> Drawing:
     seed, steps, guidance, count, height, width = values
-    for name, value in (("seed", seed), ("guidance", guidance)):
+    numbers = {"seed": seed, "steps": steps, "guidance": guidance, "images a prompt": count}
+    for name, value in numbers.items():
         if value is None:
             raise ValueError(f"{name} is empty: it takes a number.")
     sides = (None if not side else int(side) for side in (height, width))
@@ -232,14 +240,15 @@ class _Settings:
     ) -> None:
         self._gr, self._methods, self._main = gr, methods, main
         self._parse, self._explain = parse, explain
-        titles = [(f"{method.title} ({name})", name) for name, method in methods.items()]
+        example = "--batch-size 4" if methods is ATTACKS else "--contexts 24"
+        titles = [(method.title, name) for name, method in methods.items()]
         self.method = gr.Dropdown(
-            titles, value=chosen, label="How", filterable=False, min_width=220
+            titles, value=chosen, label="How", filterable=False, elem_id=f"{chosen}-how"
         )
         with gr.Row():
             fields = [self._field(chosen, name) for name in main]
         with gr.Accordion("Other settings", open=False):
-            flags = gr.Textbox("", label="As flags, for example --batch-size 4", lines=1)
+            flags = gr.Textbox("", label=f"As flags, for example {example}", lines=1)
             table = gr.HTML(self._table(chosen))
         self.components = [self.method, *fields, flags]
         self.method.change(
@@ -294,7 +303,9 @@ def _attack_tab(
         concept = gr.Textbox(
             label="Concept that was erased", placeholder="three", min_width=200, elem_id="concept"
         )
-        looks = gr.Slider(1, 10, 4, step=1, label="Looks on the way", min_width=150)
+        looks = gr.Number(
+            4, label="Looks on the way", precision=0, minimum=1, maximum=20, min_width=120
+        )
     prompts = gr.Textbox(
         label="Prompts that name it, one a line; without any, some are made", lines=2
     )
@@ -309,7 +320,7 @@ def _attack_tab(
         )
 
     inputs = [concept, edited, prompts, looks, *settings.components]
-    wired.job("Bring it back", do, drawing, inputs)
+    wired.job("Bring back", do, drawing, inputs)
 
 
 def _erase_tab(
@@ -324,9 +335,13 @@ def _erase_tab(
         watched = gr.Textbox(watch, label="Prompts to watch, one a line", lines=2, min_width=200)
     settings = _Settings(gr, METHODS, "sage", MAIN, parse, explain)
     with gr.Row():
-        looks = gr.Slider(1, 10, 4, step=1, label="Looks on the way", min_width=150)
+        looks = gr.Number(
+            4, label="Looks on the way", precision=0, minimum=1, maximum=20, min_width=120
+        )
         retain = gr.Textbox(
-            label="Phrases to retain, one a line; without any, the tokenizer's words", min_width=220
+            label="Phrases to retain, one a line; without any, the tokenizer's words",
+            lines=2,
+            min_width=220,
         )
         begin = gr.Checkbox(False, label="Begin with the edited model", min_width=180)
 
@@ -372,6 +387,7 @@ def _erase_tab(
         lambda job, _, name, folder: work.save(studio, job, name, folder or ""),
         drawing,
         [edited, folder],
+        stops=False,
     )
 
 

@@ -77,6 +77,8 @@ class Part:
         """Told of a sample's step, as `TextToImage` tells of it."""
         share = 1.0 if stage == "decoding" else done / total
         said = "decoding" if stage == "decoding" else f"step {done} of {total}"
+        if share == 0:
+            said = f"{said} (new settings are compiled first)"
         self.job.tell(f"{self.said}: {said}", self.begin + share * (self.end - self.begin))
 
     def part(self, said: str, begin: float, end: float) -> "Part":
