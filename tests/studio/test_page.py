@@ -90,6 +90,8 @@ def fill(page, label, value):
     page.evaluate(f"(field => {{ field.focus(); field.select(); }})({FIELD}({json.dumps(label)}))")
     page.type(value)
     page.evaluate("document.activeElement.blur()")
+    page.wait(f"{FIELD}({json.dumps(label)}).value === {json.dumps(value)}")
+    page.evaluate("new Promise(done => setTimeout(done, 250))")  # until the page has noted it
 
 
 def tab(page, name):
@@ -108,8 +110,11 @@ def start(page, job):
 def status(page, job, beginning, seconds=90):
     """What a job says, once it begins so."""
     told = f"(document.querySelector('#{job}-status .cx-status')?.innerText.trim() ?? '')"
-    page.wait(f"{told}.startsWith({json.dumps(beginning)})", seconds)
-    return page.evaluate(told)
+    end = time.monotonic() + seconds
+    while not (said := page.evaluate(told)).startswith(beginning):
+        assert time.monotonic() < end, said
+        time.sleep(0.05)
+    return said
 
 
 def captions(page, job):
