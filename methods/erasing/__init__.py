@@ -113,7 +113,8 @@ def erase(
       config: the settings of one of `METHODS`.
       retain: phrases to preserve; default: whole words of the tokenizer's own vocabulary.
       seed: of everything random in the run.
-      options: passed to the training loop, by methods that have one.
+      options: passed to `common.trained` (`on_step`) and the training loop, by methods that have
+        one.
 
     Returns:
       the pipeline with one part edited (`method_of(config).edits`).

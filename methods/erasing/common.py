@@ -47,6 +47,9 @@ from ..training import (
 
 Frozen = Mapping[str, Any]  # the arrays that a step reads and never changes
 
+# Told of a cycle: how many are done, what gives the pipeline of now, and the newest metrics.
+OnCycle = Callable[[int, Callable[[], StableDiffusionPipeline], Mapping[str, float]], None]
+
 # How an attack descends: the step size is relative to the token embeddings' root mean square.
 OPTIMIZERS: Mapping[str, Callable[[float], optax.GradientTransformation]] = {
     "adam": optax.adam,
@@ -501,6 +504,7 @@ def trained(
     *,
     retain: Sequence[str] | Retained | None = None,
     seed: int = 0,
+    on_step: OnCycle | None = None,
     **options: Any,
 ) -> StableDiffusionPipeline:
     """`prepare`, all of the `cycles`, and the pipeline with what was trained in its place.
@@ -508,13 +512,21 @@ def trained(
     Args:
       step, prepare: of the method.
       pipeline, concepts, config, retain, seed, options: as for `erasing.erase`.
+      on_step: called after each cycle with (cycles done, what gives the pipeline as it is now, the
+        newest metrics); that pipeline is good until the call returns. What it raises ends the run.
     """
     static, state, frozen = prepare(pipeline, concepts, config, retain=retain, seed=seed)
-    key, cycles = seed_key(seed), config.cycles
-    state = train(
-        step, static, state, frozen, key=key, num_steps=cycles, fixed_length=True, **options
-    )
-    if isinstance(static, EncoderStatic):
-        encoder, _, _ = static.models(state.params, frozen)
-        return pipeline.with_prompt_encoder(encoder)
-    return dataclasses.replace(pipeline, unet=static.result(state.params, frozen))
+
+    def with_trained(state: TrainState) -> StableDiffusionPipeline:
+        if isinstance(static, EncoderStatic):
+            encoder, _, _ = static.models(state.params, frozen)
+            return pipeline.with_prompt_encoder(encoder)
+        return dataclasses.replace(pipeline, unet=static.result(state.params, frozen))
+
+    def tell(done: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        assert on_step is not None
+        on_step(done, functools.partial(with_trained, state), metrics)
+
+    options |= {"key": seed_key(seed), "num_steps": config.cycles, "fixed_length": True}
+    told = None if on_step is None else tell
+    return with_trained(train(step, static, state, frozen, on_step=told, **options))

@@ -2,14 +2,14 @@
 
     attack(original, edited, "three", TokenSearchConfig(), images=images, prompts=prompts, seed=0)
 
-The settings say which attack it is.  Each module here has the same `run`, and gives a list of
-`Attempt`: a model, what to ask it for, and what that cost.  Whether an attempt succeeds is for a
-judge of its images to say.
+The settings say which attack it is.  Each module here has the same `run`, and gives one `Attempt`
+after the other: a model, what to ask it for, and what that cost.  Whether an attempt succeeds is
+for a judge of its images to say.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,10 +30,11 @@ class Attack(Method):
     """One way to bring a concept back.
 
     Attributes:
-      attempts: its function: a `Target`, settings, a seed and options -> what `run` returns.
+      attempts: its function: a `Target`, settings, a seed and options -> what `run` returns, one
+        after the other as they come about.
     """
 
-    attempts: Callable[..., list[Attempt]]
+    attempts: Callable[..., Iterator[Attempt]]
 
     def run(
         self,
@@ -49,7 +50,7 @@ class Attack(Method):
     ) -> list[Attempt]:
         """`attack` with this one; without settings, with its own."""
         target = Target(original, edited, concept, images, prompts)
-        return self.attempts(target, config or self.config(), seed=seed, **options)
+        return list(self.attempts(target, config or self.config(), seed=seed, **options))
 
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType(
@@ -104,6 +105,7 @@ __all__ = [
     "Attempt",
     "ConceptInversionConfig",
     "RelapseConfig",
+    "Target",
     "TokenSearchConfig",
     "attack",
     "attack_of",

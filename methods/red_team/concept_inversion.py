@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -196,10 +196,10 @@ def _examine(static: AttackStatic, frozen: Any, embeddings: Array, key: PRNGKeyA
 
 def run(
     target: Target, config: ConceptInversionConfig, *, seed: int = 0, **options: Any
-) -> list[Attempt]:
+) -> Iterator[Attempt]:
     """Learn words for the concept and put them into the prompts, each of which names it.
 
-    Returns:
+    Yields:
       one attempt per snapshot. Its pipeline is the edited one with `restarts` more tokens; its
       budget is "steps" and "norm" (relative to the vocabulary's, mean over restarts); its details
       are "tokens", "norms" and "losses" per restart (on batches that are the same for all).
@@ -210,7 +210,6 @@ def run(
     names = free_names(target.edited.tokenizer, config.restarts)
     renamed = renamed_prompts(target.prompts, target.concept, names)
     static, state, frozen = prepare(target, config, seed=seed)
-    attempts = []
     for steps, after in snapshots(inversion_step, static, state, frozen, seed=seed, **options):
         learnt = after.params["embeddings"]
         norms = np.asarray(jnp.linalg.norm(learnt, axis=-1) / frozen["norm"])
@@ -218,5 +217,4 @@ def run(
         losses = _examine(static, frozen, learnt, seed_key(seed))
         numbers = {"norms": tuple(norms.tolist()), "losses": tuple(losses.tolist())}
         budget = {"steps": float(steps), "norm": float(norms.mean())}
-        attempts.append(Attempt(model, renamed, budget, {"tokens": tuple(names), **numbers}))
-    return attempts
+        yield Attempt(model, renamed, budget, {"tokens": tuple(names), **numbers})

@@ -7,6 +7,7 @@ is and what is new learning: run the attack on it as the edited model.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -95,23 +96,23 @@ def prepare(
     return static, init_state(trained, _optimizer(config)), jax.tree.map(jnp.asarray, frozen)
 
 
-def run(target: Target, config: RelapseConfig, *, seed: int = 0, **options: Any) -> list[Attempt]:
+def run(
+    target: Target, config: RelapseConfig, *, seed: int = 0, **options: Any
+) -> Iterator[Attempt]:
     """Train the edited model on with images of the concept.
 
     The prompts are what it is trained on and asked for; to draw others, ask the attempts'
     pipelines for them.
 
-    Returns:
+    Yields:
       one attempt per snapshot, with a model of its own; its budget is "steps" and "images".
 
     Raises:
       ConceptError: a prompt is too long.
     """
     static, state, frozen = prepare(target, config)
-    attempts = []
     for steps, after in snapshots(relapse_step, static, state, frozen, seed=seed, **options):
         parts = {name: _part(static, after.params, frozen, name) for name in _PARTS[config.part]}
         model = dataclasses.replace(target.edited, **parts)
         budget = {"steps": float(steps), "images": float(len(target.images))}
-        attempts.append(Attempt(model, tuple(target.prompts), budget, {"part": config.part}))
-    return attempts
+        yield Attempt(model, tuple(target.prompts), budget, {"part": config.part})

@@ -22,7 +22,7 @@ another way.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -239,12 +239,12 @@ def _examine(static: AttackStatic, frozen: Any, prefixes: Array, key: PRNGKeyArr
 
 def run(
     target: Target, config: TokenSearchConfig, *, seed: int = 0, **options: Any
-) -> list[Attempt]:
+) -> Iterator[Attempt]:
     """Find prefixes that bring the concept back, and put them in front of the prompts.
 
     The images and prompts say what the concept is, and `config.forbidden` what may not.
 
-    Returns:
+    Yields:
       one attempt per snapshot. Its prompts are token ids; its budget is "steps" and "tokens"; its
       details are "prefixes" as text and "losses" per restart, on batches that are the same for all.
 
@@ -254,7 +254,6 @@ def run(
     static, state, frozen = prepare(target, config, seed=seed)
     edited = target.edited
     rows = prompts_with_room(edited, target.prompts, config.tokens)
-    attempts = []
     for steps, after in snapshots(search_step, static, state, frozen, seed=seed, **options):
         prefixes = after.params["prefixes"]
         turns = prefixes[np.arange(len(rows)) % config.restarts]
@@ -263,5 +262,4 @@ def run(
         details = {"prefixes": texts, "losses": tuple(losses.tolist())}
         budget = {"steps": float(steps), "tokens": float(config.tokens)}
         found = np.asarray(with_prefix(jnp.asarray(rows), turns))
-        attempts.append(Attempt(edited, found, budget, details))
-    return attempts
+        yield Attempt(edited, found, budget, details)

@@ -22,7 +22,7 @@ import contextlib
 import functools
 import math
 import signal
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from .sharding import DEFAULT_RULES, Rules, make_mesh, shard_batch, shard_state,
 from .state import TrainState, step_key
 
 Step = Callable[[Any, TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Any]]]
+# Told of a step: how many are done, the state after it, and metrics of one shortly before.
+OnStep = Callable[[int, TrainState, Mapping[str, float]], None]
 
 _ENDED = object()  # there is no batch
 _LAG = 2  # steps in flight before the loop reads metrics
@@ -108,6 +110,7 @@ def train(
     log_every: int = 1,
     progress: bool = True,
     on_estimate: OnEstimate | None = None,
+    on_step: OnStep | None = None,
 ) -> TrainState:
     """Run `step` until `num_steps` steps are complete and return the final state.
 
@@ -137,6 +140,8 @@ def train(
       log_every: log every n-th step.
       progress: show a progress bar, or plain lines where there is no terminal.
       on_estimate: called with about how long compiling and all steps will take, before either.
+      on_step: called with (steps done, the state, the newest metrics, {} at first) after each step.
+        The state's arrays are there until it returns; what it raises ends the run.
 
     Raises:
       NonFiniteLossError: the loss or a parameter is NaN or infinite; nothing is saved after that.
@@ -220,6 +225,8 @@ def train(
                 values = watcher.finish()
                 if checkpoints is not None and (stop or due or save_last):
                     checkpoints.save(state, iterator, values, length=length)
+            if on_step is not None:
+                on_step(n + 1, state, watcher.values)
             if stop:
                 signum = received[0] if received else signal.SIGTERM  # another process's
                 raise TrainingInterrupted(n + 1, signum, checkpoints is not None)
@@ -267,13 +274,14 @@ class _Watcher:
 
     Attributes:
       step: how many steps are known to have succeeded, or None.
+      values: the metrics of the last of them.
       stop: whether a signal came to any process, as the metrics that were read say.
     """
 
     def __init__(self, reporter: Reporter, checkpoints: Checkpoints | None) -> None:
         self._reporter, self._checkpoints = reporter, checkpoints
         self._pending = collections.deque[tuple[int, Any, dict[str, Any], Any]]()
-        self._values: dict[str, float] = {}
+        self.values: dict[str, float] = {}
         self.step: int | None = None
         self.stop = False
 
@@ -289,7 +297,7 @@ class _Watcher:
         """Wait for all started steps; the metrics of the last."""
         while self._pending:
             self._read()
-        return self._values
+        return self.values
 
     def _read(self) -> None:
         step, counter, metrics, batch = self._pending.popleft()
@@ -304,7 +312,7 @@ class _Watcher:
             what = f"the loss is {loss}" if bad else "a parameter is NaN or infinite"
             saved = self._checkpoints.latest_step if self._checkpoints else None
             raise NonFiniteLossError(step, loss, what, saved, _describe_batch(batch, step - 1))
-        self.step, self._values = step, values
+        self.step, self.values = step, values
         if int(counter) != step:
             raise ValueError(
                 f"the step returned a state with step number {int(counter)}, expected {step}: a "

@@ -163,6 +163,15 @@ COMMANDS = {
             *("--steps", "--guidance", "--sampler", "--add", "--force"),
         ),
     ),
+    "studio": Declared(
+        "draw, erase and attack in a browser",
+        (
+            "conceptax studio",
+            "conceptax studio --edited erased",
+            "conceptax studio --model path/to/sd --edited erased --output results",
+        ),
+        ("--model", "--edited", "--output", "--host", "--port", "--dtype"),
+    ),
     "convert": Declared(
         "load a checkpoint and write it again: other format, dtype, shards, checked",
         (

@@ -16,6 +16,7 @@ _OPTIONAL = {
     "diffusers": "conceptax convert --verify: pip install 'conceptax[torch]'",
     "gguf": "quantized weights in GGUF files: pip install 'conceptax[gguf]'",
     "jax_triton": "attention on NVIDIA GPUs: pip install 'conceptax[cuda]'",
+    "gradio": "conceptax studio: pip install 'conceptax[ui]'",
     "imageio_ffmpeg": "MP4 files: pip install 'conceptax[video]'",
     "pillow_heif": "HEIC photographs: pip install 'conceptax[heic]'",
     "onnxruntime": "ONNX files that judge images: pip install 'conceptax[judges]'",

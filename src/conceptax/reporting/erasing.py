@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -23,6 +23,26 @@ _SHOWN = 12  # near phrases that are printed; all are recorded
 _LORA = "pytorch_lora_weights.safetensors"
 
 Export = Literal["pipeline", "text-encoder", "unet", "changes", "lora"]
+
+
+class Erased(NamedTuple):
+    """An erasure that is done, and not written yet.
+
+    Attributes:
+      pipeline: the edited one; its edited parts have the dtypes of the original's.
+      edits: names of these parts.
+      unet: before it was rounded to those.
+      run: with the record.
+      retained: what was retained, and what was too near to a concept.
+      rank: of a LoRA, if the method's settings have one.
+    """
+
+    pipeline: StableDiffusionPipeline
+    edits: tuple[str, ...]
+    unet: nnx.Module
+    run: Run
+    retained: Retained
+    rank: int
 
 
 def erase_into(
@@ -49,15 +69,39 @@ def erase_into(
       dtype: what the pipeline computes in.
       kept: how the training is run.
     """
-    method = method_of(config)
-    edits = (method.edits,)
-    if method.edits == "text_encoder":
-        edits = edited_encoders(pipeline, config.edit)
+    method, edits = method_of(config), edited_parts(pipeline, config)
     if export not in ("pipeline", "changes") and len(edits) > 1:
         raise ValueError(
             f"{method.title} edits {' and '.join(edits)} here: --export takes pipeline or changes, "
             "or --edit one of them."
         )
+    options: dict[str, Any] = {"seed": seed, "source": source, "retain": retain}
+    erased = erase_recorded(pipeline, concepts, config, dtype=dtype, kept=kept, **options)
+    write_erased(folder, pipeline, erased, export)
+    return erased.pipeline
+
+
+def edited_parts(pipeline: StableDiffusionPipeline, config: Any) -> tuple[str, ...]:
+    """Names of the parts that a method with these settings edits."""
+    method = method_of(config)
+    if method.edits == "text_encoder":
+        return tuple(edited_encoders(pipeline, config.edit))
+    return (method.edits,)
+
+
+def erase_recorded(
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[str],
+    config: Any,
+    *,
+    seed: int,
+    source: str,
+    retain: Sequence[str] | Retained | None = None,
+    dtype: str = "float32",
+    kept: Kept = NOT_KEPT,
+) -> Erased:
+    """Erase and keep the record; arguments as for `erase_into`."""
+    method, edits = method_of(config), edited_parts(pipeline, config)
     retained = retained_phrases(pipeline, concepts, config, retain)
     words = "the tokenizer's words" if retained.own else list(retained.kept)
     record: dict[str, Any] = {
@@ -72,16 +116,33 @@ def erase_into(
     if not method.retains:
         record["retained_phrases"] = "none: the method retains nothing"
         record["words_beside_the_concept"] = words
-    run = Run(folder, RECORD, record)
+    run = Run(None, RECORD, record)
     rules = RULES["StableDiffusionPipeline"]
     with run.training(kept, rules=rules) if method.trains else run.timed() as options:
         edited = erase(pipeline, concepts, config, retain=retained, seed=seed, **options)
     exact = edited.unet  # before the sums are rounded to what the original is stored in
     parts = {name: _as_stored(getattr(edited, name), getattr(pipeline, name)) for name in edits}
     edited = dataclasses.replace(edited, **parts)
+    return Erased(edited, edits, exact, run, retained, getattr(config, "rank", 0))
+
+
+def write_erased(
+    folder: Path, pipeline: StableDiffusionPipeline, erased: Erased, export: Export = "pipeline"
+) -> None:
+    """Write an erasure and its record into an empty folder.
+
+    Args:
+      folder: where to.
+      pipeline: the original.
+      erased: what was made of it.
+      export: what to write.
+    """
+    edits, run = erased.edits, erased.run
+    run.folder = folder
+    parts = {name: getattr(erased.pipeline, name) for name in edits}
     if export == "lora":
-        found = save_lora(exact, pipeline.unet, folder / _LORA, rank=config.rank)
-        run.record["lora"] = {"rank": config.rank, "relative_error": found.error}
+        found = save_lora(erased.unet, pipeline.unet, folder / _LORA, rank=erased.rank)
+        run.record["lora"] = {"rank": erased.rank, "relative_error": found.error}
     elif export == "changes":
         changed = {
             name: save_changes(
@@ -91,9 +152,9 @@ def erase_into(
         }
         run.record["changed_tensors"] = changed if len(changed) > 1 else changed[edits[0]]
     else:
-        save_pytorch(edited if export == "pipeline" else parts[edits[0]], folder)
-    run.write(last="last_cycle", not_retained=[near._asdict() for near in retained.near])
-    return edited
+        save_pytorch(erased.pipeline if export == "pipeline" else parts[edits[0]], folder)
+    near = [each._asdict() for each in erased.retained.near]
+    run.write(last="last_cycle", not_retained=near)
 
 
 def _as_stored(edited: nnx.Module, original: nnx.Module) -> nnx.Module:

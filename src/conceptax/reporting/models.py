@@ -48,11 +48,16 @@ def load_pipeline(
             "folder with model_index.json."
         )
     require_whole(pipeline, path, purpose)
+    recompute(pipeline, remat)
+    return pipeline
+
+
+def recompute(pipeline: StableDiffusionPipeline, remat: Recompute) -> None:
+    """Have models recompute activations in the backward pass; "auto" where the UNet is large."""
     large = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(pipeline.unet))) > _LARGE
     if remat == "on" or (remat == "auto" and large):
         for name in pipeline.MODELS:
             set_remat(getattr(pipeline, name), True)
-    return pipeline
 
 
 def require_whole(pipeline: Pipeline, path: Path, purpose: str) -> None:
@@ -77,7 +82,7 @@ def require_whole(pipeline: Pipeline, path: Path, purpose: str) -> None:
 
 
 def load_edited(
-    path: Path, original: StableDiffusionPipeline, dtype: str
+    path: Path, original: StableDiffusionPipeline, dtype: str, purpose: str = "evaluating"
 ) -> StableDiffusionPipeline:
     """A pipeline, or the original with what `conceptax erase --export` writes in its place.
 
@@ -86,13 +91,14 @@ def load_edited(
         it.
       original: what the rest is taken from.
       dtype: computation dtype.
+      purpose: as for `load_pipeline`.
 
     Raises:
       CheckpointError: none of these, a part that does not fit the original, or one that no erasure
         edits.
     """
     if is_whole(path):
-        return load_pipeline(path, dtype, "evaluating")
+        return load_pipeline(path, dtype, purpose)
     edited = merge_parts(original, path)
     if edited.vae is not original.vae:
         raise CheckpointError(

@@ -45,12 +45,12 @@ class Run:
         run.write(last="last_cycle")
 
     Args:
-      folder: the empty folder of the result.
+      folder: the empty folder of the result; None until there is one, which `write` needs.
       name: of the record.
       record: what the run is; more is added as it comes about.
     """
 
-    def __init__(self, folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, name: str, record: Mapping[str, Any]) -> None:
         self.folder, self.name, self.record = folder, name, dict(record)
         self._log = ""  # also where another process writes it
 
@@ -89,6 +89,7 @@ class Run:
 
     def write(self, *, last: str, **more: Any) -> None:
         """Write the log, its last line as `last` in the record, and the record with `more`."""
+        assert self.folder is not None
         if self._log:
             self.record[last] = json.loads(self._log.splitlines()[-1])
             (self.folder / LOG).write_text(self._log, encoding="utf-8")
