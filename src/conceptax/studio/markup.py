@@ -2,11 +2,15 @@
 
 import base64
 import html
+import io
 from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 import conceptax
 from conceptax.bundled import ASSETS
-from conceptax.reporting.pictures import png_bytes
 from conceptax.studio.jobs import Row, Told
 
 STYLE = ASSETS / "studio" / "studio.css"
@@ -48,11 +52,18 @@ def _row(row: Row) -> str:
     figures = "".join(
         f'<figure><img class="{_kind(picture.image.shape)}" alt="{text(picture.caption)}" '
         f'width="{picture.image.shape[1]}" height="{picture.image.shape[0]}" '
-        f'src="data:image/png;base64,{base64.b64encode(png_bytes(picture.image)).decode()}">'
+        f'src="data:image/png;base64,{_png(picture.image)}">'
         f"<figcaption>{text(picture.caption)}</figcaption></figure>"
         for picture in row.pictures
     )
     return f'<section class="cx-row">{title}<div class="cx-pictures">{figures}</div></section>'
+
+
+def _png(image: UInt8[np.ndarray, "H W 3"]) -> str:
+    """A PNG file in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _kind(shape: Sequence[int]) -> str:
