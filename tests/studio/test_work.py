@@ -133,7 +133,9 @@ def test_closed_forms_erase_too_and_only_some_are_kept(studio):
         told(studio, work.erase, ["  "], config, FEW)
 
 
-@pytest.mark.parametrize("name", ["concept-inversion", "token-search"])
+@pytest.mark.parametrize(
+    "name", ["concept-inversion", pytest.param("token-search", marks=pytest.mark.slow)]
+)
 def test_attacks_are_watched(studio, name):
     few = {"candidates": 2, "top": 4} if name == "token-search" else {}
     config = ATTACKS[name].config(steps=4, batch_size=2, restarts=2, **few)
@@ -145,7 +147,7 @@ def test_attacks_are_watched(studio, name):
     assert last.said.endswith("See for yourself.")
 
 
-@pytest.mark.parametrize("do", ["erase", "bring_back"])
+@pytest.mark.parametrize("do", ["erase", pytest.param("bring_back", marks=pytest.mark.slow)])
 def test_training_stops_between_two_steps(studio, do):
     config = SageConfig(**TINY | {"cycles": 50}, **PHRASES)
     if do == "bring_back":
