@@ -67,6 +67,8 @@ LONGEST = (
     "flax_models/layers/test_tiling.py",
     "flax_models/test_dit_transformer_2d.py",
     "methods/segmentation/test_maft_plus.py",
+    "studio/test_work.py",
+    "cli/test_evaluate_suite.py",
     "converters/test_fuzz.py",
     "front_door/test_tutorials.py",
 )
