@@ -316,7 +316,9 @@ parameter.
 
 ![Rows of digits: {names}]({picture})
 
-From the top: {names}.
+From the top: {names}. A digit is about twenty
+tokens high, twice the window: what it is to be is agreed upon in the dense steps, or by way of the
+text alone.
 
 """
 QUALITY = """The bundled judge looks at each image at half its size: *digit*, *color* and *texture*
