@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, so that peak memory is their own; what programs need."""
+"""Measurements in processes of their own, so that peak memory is their own."""
 
 import json
 import subprocess
@@ -14,19 +14,6 @@ def peak_memory() -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
     return float("nan")
-
-
-def memory_of(compiled: Any) -> dict[str, float]:
-    """What a compiled program needs on each device, from the compiler, GiB."""
-    needs = compiled.memory_analysis()
-    arguments, temporaries = (
-        size * 2.0**-30 for size in (needs.argument_size_in_bytes, needs.temp_size_in_bytes)
-    )
-    return {
-        "arguments_gib": arguments,
-        "temporaries_gib": temporaries,
-        "peak_gib": arguments + temporaries,
-    }
 
 
 def measured_alone(

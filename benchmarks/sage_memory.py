@@ -19,7 +19,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from _processes import measured_alone, memory_of
+from _processes import measured_alone
 
 RESULTS = Path(__file__).parent / "results"
 DEVICES = {"one device": 1, "fsdp over 8": 8}
@@ -50,8 +50,16 @@ def measure(size: str, fsdp: int, cycles: int) -> dict:
     began = time.perf_counter()
     compiled = compile_step(erase_step, static, shardings).lower(state, frozen, None, key).compile()
     compile_s = time.perf_counter() - began
-    row = {"devices": fsdp, "compile_s": compile_s, **memory_of(compiled)}
-    row["device"] = jax.devices()[0].device_kind
+    needs = compiled.memory_analysis()
+    gib = 2.0**-30
+    row = {
+        "devices": fsdp,
+        "compile_s": compile_s,
+        "arguments_gib": needs.argument_size_in_bytes * gib,
+        "temporaries_gib": needs.temp_size_in_bytes * gib,
+        "peak_gib": (needs.argument_size_in_bytes + needs.temp_size_in_bytes) * gib,
+        "device": jax.devices()[0].device_kind,
+    }
     if fsdp == 1 and cycles:
         times = []
         for _ in range(cycles):  # compiled already: the first is like the others
