@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..kernels.convolution import convolve_depthwise
+from ..kernels.memory import in_parts
 from .configs import ModelConfig
 from .layers.checks import check_axes
 from .layers.embeddings import Dtype
@@ -98,7 +99,10 @@ class ConvNeXtBlock(nnx.Module):
         self.mlp = Mlp(features, 4 * features, features, **init)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        h = self.mlp(self.norm(self.conv_dw(x)))
+        h = self.conv_dw(x)
+        rows = h.reshape(-1, *h.shape[2:])  # of pixels; what widens them never sees all at once
+        h = in_parts(lambda part: self.mlp(self.norm(part)), rows, tokens=h.shape[2])
+        h = h.reshape(x.shape)
         return x + self.gamma[...].astype(h.dtype) * h
 
 

@@ -66,7 +66,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parity(name, torch):
+def test_parity(name, torch, monkeypatch):
+    monkeypatch.setattr("conceptax.kernels.memory._TOKENS_IN_CACHE", 64)  # so that there are parts
     oracle, translate = getattr(segmentation_oracles, name)()
     tensors = translate(segmentation_oracles.state(oracle.module))
     model = segmentation_oracles.fill(random_model(MODELS[name]), tensors)
@@ -87,6 +88,17 @@ def test_parity(name, torch):
     for key, gradient in exacts.items():
         if np.linalg.norm(gradient) > 1e-6 * largest:  # keys' biases: exactly zero in theory
             check(f"gradient of {key}", received[2][key], singles[key], gradient)
+
+
+def test_the_temporaries_of_a_trunk_are_few_of_its_largest_map():
+    """They were 27 where XLA stored each of a depthwise kernel's taps and what an Mlp widens."""
+    size, width = 320, 16
+    config = ConvNeXtConfig(depths=(2, 1, 1, 1), dims=(width, 32, 64, 128))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: ConvNeXt(config, rngs=OneKey())))
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    run = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    needs = run.lower(state, images).compile().memory_analysis()
+    assert needs.temp_size_in_bytes < 8 * (size // 4) ** 2 * width * 4
 
 
 @pytest.mark.parametrize("form", ["semantic", "panoptic"])

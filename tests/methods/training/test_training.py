@@ -183,6 +183,36 @@ class TestAccumulation:
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
+    def test_takes_the_memory_of_one_part_and_gives_the_gradient_of_all(self):
+        """Plain descent at rate 1, whose update is the gradient itself."""
+        x = np.random.default_rng(0).normal(size=(8192, 8)).astype(np.float32)
+        graphdef, start, frozen = toy.start()
+
+        def step(optimizer, state, frozen, batch, key):
+            def loss(params):
+                return jnp.mean((nnx.merge(graphdef, params, frozen)(batch) - 1) ** 2)
+
+            value, gradients = jax.value_and_grad(loss)(state.params)
+            return training.apply_gradients(state, gradients, optimizer), {"loss": value}
+
+        def run(batches, parts):
+            optimizer, key = training.accumulated(optax.sgd(1.0), parts), jax.random.key(0)
+            state = training.init_state(jax.tree.map(jnp.copy, start.params), optimizer)
+            compiled = training.compile_step(step, optimizer)
+            compiled = compiled.lower(state, frozen, batches[0], key).compile()
+            needs = compiled.memory_analysis()
+            for batch in batches:
+                state, _ = compiled(state, frozen, batch, key)
+            return needs.argument_size_in_bytes + needs.temp_size_in_bytes, state.params
+
+        parts = np.split(x, 4)
+        (whole, expected), (one, _), (four, found) = run([x], 1), run(parts[:1], 1), run(parts, 4)
+        assert whole > 3 * one
+        assert four < 1.1 * one
+        assert not identical(expected, start.params)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
     def test_the_sum_lies_where_the_parameters_lie(self):
         _, state, _ = toy.start()
         optimizer = training.accumulated(toy.OPTIMIZER, 2)
