@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .layers.embeddings import Dtype
+from .layers.linear import linear
 from .pretrained import Buffer
 
 
@@ -252,7 +253,7 @@ class FIDInceptionV3(nnx.Module):
         self.Mixed_7a = InceptionD(c[6], d, **init)
         self.Mixed_7b = InceptionE(c[7], d, maximum=False, **init)
         self.Mixed_7c = InceptionE(c[8], d, maximum=True, **init)
-        self.fc = nnx.Linear(c[8], config.num_classes, **init)
+        self.fc = linear(c[8], config.num_classes, **init)
 
     def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B F"]:
         """The mean over places of what the last block sees.

@@ -412,7 +412,8 @@ def command_types(name):
     if not hasattr(load(name, [])[0], "command_type"):
         return [load(name, [])[1]]
     methods = ("", *METHODS, "class-diffusion", "dreambooth", "custom-diffusion")
-    return [load(name, [f"--method={method}"])[1] for method in methods]
+    given = [*(f"--method={method}" for method in methods), "--suite=i2p"]
+    return [load(name, [each])[1] for each in given]
 
 
 def flags_of(name):

@@ -163,7 +163,7 @@ def test_devices_divide_rows_without_talking(fast, axes):
     with jax.set_mesh(mesh):
         compiled = jax.jit(product).lower(x, w).compile()
     assert "all-" not in compiled.as_text()
-    one = [jax.device_put(each, jax.devices()[0]) for each in (x, w)]
+    one = [jax.device_put(np.asarray(each), jax.devices()[0]) for each in (x, w)]
     np.testing.assert_array_equal(wide(compiled(x, w)), wide(jax.jit(product)(*one)))
 
 

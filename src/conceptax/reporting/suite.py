@@ -73,7 +73,7 @@ def run_settings(
     path = functools.partial(_path, settings)
     if settings["prompts"] is None:
         where = f" They are published at {suite.file}." if suite.file else ""
-        raise SuiteError(f"{suite.title} takes its prompts as a file: pass --prompts.{where}")
+        raise SuiteError(f"{suite.title} takes its prompts as a file, --prompts FILE.{where}")
     prompts = read_unsafe_prompts(path("prompts"), category=settings["category"])
     expected = suite.prompts
     if expected is not None and len(prompts) != expected and settings["category"] is None:
