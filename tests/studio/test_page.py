@@ -234,7 +234,8 @@ def test_nothing_else_is_asked_for_or_answered(page, address):
         headers = {"Host": host} if host else {}
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(urllib.request.Request(f"{address}{path}", headers=headers))
-        assert refused.value.code == 404
+        with refused.value as answer:
+            assert answer.code == 404
 
 
 def test_without_gradio_the_command_says_how_to_get_it(monkeypatch, capsys):
