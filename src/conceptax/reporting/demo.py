@@ -150,8 +150,8 @@ def demo_page(
         title=f"conceptax: “{CONCEPT}” erased",
         lead=(
             f"SAGE was told one word, “{CONCEPT}”, and edited the text encoder of a small "
-            "text-to-image model that draws handwritten digits on textures. Left of each pair: "
-            "before. Right: after, with the same prompt and the same noise."
+            "text-to-image model that draws handwritten digits on textures. Before and after are "
+            "of the same prompt and the same noise."
         ),
         sides=("before", "after"),
         legend=(

@@ -152,7 +152,7 @@ def erasure_page(
         title=f"conceptax: the erasure of {names}",
         lead=(
             "The original and the edited model drew the same prompts from the same noise, and the "
-            "red team attacked the edited one. Left of each pair: original. Right: edited."
+            "red team attacked the edited one."
         ),
         sides=("original", "edited"),
         legend=(

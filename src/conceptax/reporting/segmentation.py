@@ -220,8 +220,8 @@ def segmentation_page(
         kind="segmentation",
         title=f"conceptax: {len(scenery.items)} scenes segmented",
         lead=(
-            "The scenes as they are labeled, and as the model sees them. Left of each pair: the "
-            "ground truth. Right: the model's classes."
+            "The scenes as they are labeled, the ground truth, and in the classes that the model "
+            "sees."
         ),
         sides=("ground truth", "model"),
         legend="Every scene that was counted, each class in its color.",
