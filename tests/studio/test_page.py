@@ -86,12 +86,16 @@ FIELD = """(label => [...document.querySelectorAll('[data-testid=block-info]')]
 
 
 def fill(page, label, value):
-    """Type into the visible field with a label that begins so."""
-    page.evaluate(f"(field => {{ field.focus(); field.select(); }})({FIELD}({json.dumps(label)}))")
-    page.type(value)
-    page.evaluate("document.activeElement.blur()")
-    page.wait(f"{FIELD}({json.dumps(label)}).value === {json.dumps(value)}")
-    page.evaluate("new Promise(done => setTimeout(done, 250))")  # until the page has noted it
+    """Type into the visible field with a label that begins so, anew where it was redrawn."""
+    field, wanted = f"{FIELD}({json.dumps(label)})", json.dumps(value)
+    for _ in range(8):
+        page.evaluate(f"(field => {{ field.focus(); field.select(); }})({field})")
+        page.type(value)
+        page.evaluate("document.activeElement.blur()")
+        page.evaluate("new Promise(done => setTimeout(done, 250))")  # until the page has noted it
+        if page.evaluate(f"{field}.value === {wanted}"):
+            return
+    raise AssertionError(f"{label} does not keep {value}")
 
 
 def tab(page, name):
