@@ -122,7 +122,8 @@ def _read(command: Command) -> Any:
     options = {"tokenizer": command.tokenizer, "prediction_type": command.prediction_type}
     options = {k: v for k, v in options.items() if v is not None}
     model = _mapped(command.source, command.dtype, **options)
-    if not command.add and command.add_scale == 1:  # what adds takes a second to import
+    how = command.add_scale, command.add_settings
+    if not command.add and how == (1, None):  # what adds takes a second to import
         return model
     from conceptax.reporting.models import with_additions
 
@@ -131,7 +132,7 @@ def _read(command: Command) -> Any:
             f"{command.source} is one component; --add merges into a pipeline, the folder with "
             "model_index.json."
         )
-    return with_additions(model, command.add, command.add_scale, command.add_settings)
+    return with_additions(model, command.add, *how)
 
 
 def _mapped(source: Path, dtype: str | None, **options: Any) -> Any:

@@ -579,6 +579,8 @@ def test_embeddings_of_every_program(work, tmp_path, torch, capsys):
         "--add-scale",
         "0.5",
     )
+    alone = ("convert", work / "base", tmp_path / "out", "--add-settings", "urae-4k")
+    refused(capsys, "--add-settings is for LoRA files", *alone)
 
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model."])
