@@ -6,6 +6,7 @@ Images are uint8 [N, H, W, 3].
 import contextlib
 import functools
 import importlib.util
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ class Block(NamedTuple):
     rows: Sequence[Row]
 
 
-def save_png(image: Any, file: Path, text: Mapping[str, str] | None = None) -> None:
+def save_png(image: Any, file: Path | io.BytesIO, text: Mapping[str, str] | None = None) -> None:
     """Write one image (an array [H, W, 3] or a Pillow image), with text fields in the file."""
     info = PngInfo()
     for name, value in (text or {}).items():

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 import conceptax
 from conceptax.bundled import ASSETS
+from conceptax.reporting.pictures import save_png
 from conceptax.studio.jobs import Row, Told
 
 STYLE = ASSETS / "studio" / "studio.css"
@@ -62,7 +62,7 @@ def _row(row: Row) -> str:
 def _png(image: UInt8[np.ndarray, "H W 3"]) -> str:
     """A PNG file in base64."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
+    save_png(image, buffer)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
